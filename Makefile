@@ -1,0 +1,42 @@
+# `make run` and `make test` do all their own set-up: the first call builds .venv from requirements.lock.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+UV_VERSION := 0.13.9
+RUN_FILE ?= pipeline/runs/digits.yaml
+
+.PHONY: run test lint bench lock help
+
+run: $(STAMP) ## Run the main job (RUN_FILE=path for another run file)
+	$(BIN)/secateur run $(RUN_FILE)
+
+test: $(STAMP) ## Run the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## Style, types and import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP) ## Run every benchmark; each prints a table and writes JSON beside it
+	@for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script --json $${script%.py}.json || exit 1; done
+
+lock: ## Write requirements.lock anew from pyproject.toml (needs uv)
+	uv pip compile --universal --python-version 3.11 --no-annotate --no-header --all-extras -U pyproject.toml -o requirements.lock
+
+help: ## Show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+
+# uv installs the lock three times faster; where it cannot be used, plain pip does the same work.
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Secateur needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing the locked packages into $(VENV) (several GB; one to five minutes the first time)..."
+	( $(BIN)/python -m pip install -q "uv==$(UV_VERSION)" \
+	  && VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install -q --compile-bytecode -r requirements.lock \
+	  && VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install -q --no-deps -e . ) \
+	|| ( $(BIN)/python -m pip install -q -r requirements.lock && $(BIN)/python -m pip install -q --no-deps -e . )
+	@touch $(STAMP)

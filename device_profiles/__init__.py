@@ -1,0 +1,21 @@
+"""What a target device is, and what was measured on it. Imports onnxruntime, never torch."""
+
+from device_profiles.errors import DeviceError
+from device_profiles.measure import BenchmarkResult, Ratio, measure
+from device_profiles.profile import Budgets, DeviceProfile, Tier, known_profiles, load_profile
+from device_profiles.target import LocalTarget, Target, open_target
+
+__all__ = [
+    "BenchmarkResult",
+    "Budgets",
+    "DeviceError",
+    "DeviceProfile",
+    "LocalTarget",
+    "Ratio",
+    "Target",
+    "Tier",
+    "known_profiles",
+    "load_profile",
+    "measure",
+    "open_target",
+]

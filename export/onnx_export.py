@@ -1,0 +1,133 @@
+"""nn.Module -> one checked ONNX file."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx
+import torch
+
+from export.artifact import ExportedModel, describe, opset_of
+from export.errors import ExportError
+
+Example = torch.Tensor | tuple[torch.Tensor, ...]
+
+
+def export_onnx(
+    model: torch.nn.Module,
+    example_input: Example,
+    path: str | Path,
+    *,
+    opset: int = 20,
+    dynamic_batch: bool = False,
+    optimize: bool = True,
+    plan_digest: str = "",
+    input_names: Sequence[str] = ("input",),
+    output_names: Sequence[str] = ("logits",),
+) -> ExportedModel:
+    """Export a model in eval mode; the file appears whole or not at all.
+
+    Args:
+        example_input: one tensor, or a tuple of them; without ``dynamic_batch`` its batch size is baked in.
+        opset: operator set, 18 or newer.
+        optimize: fold constants and fuse (initializers lose their state-dict names).
+
+    Raises:
+        ExportError: the exporter fails, or the file it wrote is not what was asked for.
+    """
+    proto = export_proto(
+        model,
+        example_input,
+        opset=opset,
+        dynamic_batch=dynamic_batch,
+        optimize=optimize,
+        input_names=input_names,
+        output_names=output_names,
+    )
+    path = Path(path)
+    write_atomically(path, proto.SerializeToString())
+    return describe(path, plan_digest=plan_digest)
+
+
+def export_proto(
+    model: torch.nn.Module,
+    example_input: Example,
+    *,
+    opset: int = 20,
+    dynamic_batch: bool = False,
+    optimize: bool = True,
+    input_names: Sequence[str] = ("input",),
+    output_names: Sequence[str] = ("logits",),
+) -> onnx.ModelProto:
+    """``export_onnx`` without the file."""
+    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    shapes: tuple[dict[int, object], ...] | None = None
+    if dynamic_batch:
+        inputs = tuple(torch.cat([x, x]) for x in inputs)  # torch.export bakes in a batch of one
+        shapes = tuple({0: torch.export.Dim("batch")} for _ in inputs)
+    with evaluating(model), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.onnx.export(
+                model,
+                inputs,
+                dynamo=True,
+                optimize=optimize,
+                opset_version=opset,
+                external_data=False,
+                dynamic_shapes=shapes,
+                input_names=list(input_names),
+                output_names=list(output_names),
+                verbose=False,
+            )
+        except (torch.onnx.OnnxExporterError, RuntimeError, ValueError) as error:
+            raise ExportError(
+                f"torch.onnx cannot export {type(model).__name__}: {error}. Operations whose shapes depend on the "
+                "data (NMS) must stay outside of the exported module."
+            ) from error
+    assert program is not None
+    proto = program.model_proto
+    if opset_of(proto) != opset:
+        raise ExportError(f"asked for opset {opset}, the exporter wrote {opset_of(proto)}; ask for opset 18 or newer")
+    strip_metadata(proto)
+    return proto
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode inside; every module's own mode again afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def strip_metadata(proto: onnx.ModelProto) -> None:
+    """Drop what the exporter writes about its machine: stack traces with local paths, tens to hundreds of kB."""
+    graph = proto.graph
+    holders = [proto, graph, *graph.node, *graph.initializer, *graph.input, *graph.output, *graph.value_info]
+    for holder in [*holders, *proto.functions, *(node for function in proto.functions for node in function.node)]:
+        del holder.metadata_props[:]
+        holder.doc_string = ""
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write beside the target, then rename over it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

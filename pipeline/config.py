@@ -1,0 +1,361 @@
+"""The run file: its schema, and one report of everything that is wrong with it.
+
+A run file is YAML. ``workload`` and ``search.options`` have schemas of their own, which live beside the code they
+configure (``pipeline/workloads/NAME.py`` and ``pruning/search/NAME.py``), so a new method or workload is one new file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import json
+import pkgutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from pipeline.errors import UserError
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Location = tuple[str | int, ...]
+
+
+class Section(BaseModel):
+    """A part of the run file: immutable, and it refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Distillation(Section):
+    """Learning from the unpruned baseline: loss = (1 - weight) * task loss + weight * T^2 * KL(teacher || student)."""
+
+    weight: Annotated[float, Field(ge=0, le=1)] = 0.7
+    temperature: Annotated[float, Field(gt=0)] = 4.0
+
+
+class Recipe(Section):
+    """How a network is trained: SGD with Nesterov momentum, linear warm-up, cosine decay to zero."""
+
+    epochs: Annotated[float, Field(gt=0)] = 10
+    lr: Annotated[float, Field(gt=0)] = 0.05
+    batch_size: Annotated[int, Field(gt=0)] = 128
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.5
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+
+class DeviceSection(Section):
+    """The device to prune for: a profile by name (``secateur list devices``) or the path of a YAML file."""
+
+    profile: str = "local"
+    channel_multiple: Annotated[int, Field(ge=1)] | None = None
+    """Overrides the profile's width granularity."""
+
+
+class TargetSection(Section):
+    """When the search may stop; ratios to the unpruned network."""
+
+    macs_ratio: Fraction | None = None
+    latency_ratio: Fraction | None = None
+
+
+class SearchSection(Section):
+    """The search: method, its options, its limits, and how candidates are evaluated."""
+
+    method: str = "ccep"
+    options: dict[str, Any] = Field(default_factory=dict)
+    target: TargetSection = TargetSection()
+    min_keep_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    frozen: tuple[str, ...] = ()
+    """Channel groups that are left alone; ``*`` and ``?`` match as in file names."""
+    images: Annotated[int, Field(gt=0)] = 1000
+    """Images of the search split each candidate is scored on."""
+    recalibrate_images: Annotated[int, Field(ge=0)] = 0
+    """Training images for re-estimating batch-norm statistics of a candidate; 0 = off."""
+    memory_mb: Annotated[int, Field(gt=0)] = 1024
+    """Bound on the activations of one batch."""
+    seconds_per_candidate: Annotated[float, Field(gt=0)] = 120.0
+    """A candidate that takes longer is recorded as failed."""
+
+
+class RewardSection(Section):
+    """Which reward ranks candidates; ``options`` are the preset's parameters."""
+
+    preset: str = "device"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class FinetuneSection(Recipe):
+    """The fine-tuning of the best plans."""
+
+    top: Annotated[int, Field(ge=1)] = 2
+    """How many plans of the archive are fine-tuned; the best by reward becomes the compact model."""
+    distill: Distillation | None = Distillation()
+
+
+class ExportSection(Section):
+    """The ONNX export and its proof."""
+
+    opset: Annotated[int, Field(ge=18, le=25)] = 20
+    tolerance: Annotated[float, Field(gt=0)] = 1e-4
+    """Largest relative difference between the ONNX file and the PyTorch model."""
+    parity_images: Annotated[int, Field(gt=0)] = 64
+
+
+class GateSection(Section):
+    """What a compact model must show before it may become ``champion``; None switches a check off."""
+
+    max_drop: Annotated[float, Field(ge=0, le=1)] | None = 0.02
+    """Largest loss of accuracy on the test split, as a fraction (0.02 = two percentage points)."""
+    min_speedup: Annotated[float, Field(gt=0)] | None = 1.0
+    """The lower end of the speed-up's 95 % interval must lie above this."""
+    max_macs_ratio: Fraction | None = None
+    budgets: bool = True
+    """Whether the device profile's budgets (p50_ms, p95_ms, size_bytes, peak_rss_bytes) must be met."""
+
+
+class TrackingSection(Section):
+    """MLflow: where candidates go and where the final model is registered."""
+
+    uri: str | None = None
+    """None = SQLite and a folder under SECATEUR_HOME."""
+    experiment: str = "secateur"
+    registered_model: Annotated[str, Field(pattern=r"^[^/:.%\"']+$")] | None = None
+    """None = the run's name."""
+    required: bool = False
+    """Whether an unreachable server stops the run at its start."""
+
+
+class RunFile(Section):
+    """Everything one run needs to know."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+    workload: dict[str, Any]
+    device: DeviceSection = DeviceSection()
+    search: SearchSection = SearchSection()
+    reward: RewardSection = RewardSection()
+    baseline: Recipe = Recipe()
+    finetune: FinetuneSection = FinetuneSection()
+    export: ExportSection = ExportSection()
+    gate: GateSection = GateSection()
+    tracking: TrackingSection = TrackingSection()
+    seed: Annotated[int, Field(ge=0)] = 0
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """CPU threads for training and evaluation; None = all cores."""
+    compute: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where candidates are trained and evaluated (the device is measured apart)."""
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that name this configuration."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing wrong with a run file, at one place."""
+
+    place: Location
+    message: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        where = ".".join(str(part) for part in self.place) or "the file"
+        return f"{where}{f' (line {self.line})' if self.line else ''}: {self.message}"
+
+
+def workload_names() -> list[str]:
+    """Names of the task families: the modules of ``pipeline.workloads`` that define ``Options``."""
+    import pipeline.workloads as package
+
+    found = []
+    for module in pkgutil.iter_modules(package.__path__):
+        source = Path(package.__path__[0], f"{module.name}.py")
+        if source.is_file() and "\nclass Options(" in source.read_text(encoding="utf-8"):
+            found.append(module.name)
+    return sorted(found)
+
+
+def known(names: Sequence[str], wrong: str) -> str:
+    """``"known: a, b; did you mean a?"``"""
+    close = difflib.get_close_matches(str(wrong), list(names), n=1)
+    return f"known: {', '.join(names)}" + (f"; did you mean {close[0]!r}?" if close else "")
+
+
+def load_run_file(path: Path, overrides: Sequence[str] = ()) -> RunFile:
+    """Read and check a run file.
+
+    Args:
+        path: the YAML file.
+        overrides: ``section.key=value`` texts, applied before checking; values are YAML.
+
+    Raises:
+        UserError: the file cannot be read, or anything in it is wrong; all faults in one message.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        examples = ", ".join(sorted(str(p) for p in Path(__file__).parent.joinpath("runs").glob("*.yaml")))
+        raise UserError(f"cannot read run file {path}: {error.strerror}; examples: {examples}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"run file {path} is not UTF-8 text") from error
+    return parse_run_file(text, str(path), overrides)
+
+
+def parse_run_file(text: str, name: str = "run file", overrides: Sequence[str] = ()) -> RunFile:
+    """Check the text of a run file; ``load_run_file`` without the file."""
+    try:
+        data = yaml.safe_load(text)
+        lines = dict(_lines(yaml.compose(text, Loader=yaml.SafeLoader)))
+    except yaml.YAMLError as error:
+        raise UserError(f"{name} is not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{name}: expected a mapping with the keys {', '.join(RunFile.model_fields)}")
+    for override in overrides:
+        _apply(data, override)
+    faults: list[Fault] = []
+    run_file = _check(RunFile, data, (), faults)
+    _check_workload(data.get("workload"), faults)
+    _check_method(data.get("search"), faults)
+    _check_reward(data.get("reward"), faults)
+    if faults or not isinstance(run_file, RunFile):
+        placed = [Fault(f.place, f.message, _nearest(lines, f.place)) for f in faults]
+        listing = "\n".join(f"  {fault}" for fault in placed)
+        raise UserError(f"{name} has {len(faults)} fault{'s' if len(faults) > 1 else ''}:\n{listing}")
+    return run_file
+
+
+def workload_options(data: dict[str, Any]) -> Any:
+    """The checked options of a workload section (an instance of its module's ``Options``)."""
+    return importlib.import_module(f"pipeline.workloads.{data['name']}").Options.model_validate(data)
+
+
+def method_options(section: SearchSection) -> Any:
+    """The checked options of a search method (an instance of its module's ``Options``)."""
+    from pruning import search
+
+    return TypeAdapter(search.load(section.method).Options).validate_python(section.options)
+
+
+def _check_workload(section: object, faults: list[Fault]) -> None:
+    if not isinstance(section, dict):
+        return
+    names = workload_names()
+    if section.get("name") not in names:
+        faults.append(
+            Fault(("workload", "name"), f"unknown workload {section.get('name')!r}; {known(names, str(section.get('name')))}")
+        )
+        return
+    module = importlib.import_module(f"pipeline.workloads.{section['name']}")
+    _check(module.Options, section, ("workload",), faults)
+
+
+def _check_method(section: object, faults: list[Fault]) -> None:
+    from pruning import search
+
+    section = section if isinstance(section, dict) else {}
+    method = section.get("method", SearchSection.model_fields["method"].default)
+    if method not in search.methods():
+        faults.append(
+            Fault(("search", "method"), f"unknown method {method!r}; {known(sorted(search.methods()), str(method))}")
+        )
+        return
+    options = section.get("options", {})
+    if isinstance(options, dict):
+        _check(search.load(method).Options, options, ("search", "options"), faults)
+
+
+def _check_reward(section: object, faults: list[Fault]) -> None:
+    from pruning import reward
+    from pruning.search.protocol import Evaluation
+
+    section = section if isinstance(section, dict) else {}
+    preset, options = section.get("preset", "device"), section.get("options", {})
+    if not isinstance(options, dict):
+        return
+    sample = Evaluation(metrics={"top1": 0.9, "macs": 1e6, "params": 1e5, "latency_ratio": 1.0, "p50_ms": 1.0})
+    try:
+        reward.make_reward(preset, sample, **options)
+    except (ValueError, TypeError) as error:
+        faults.append(Fault(("reward",), str(error)))
+
+
+def _check(schema: Any, data: object, prefix: Location, faults: list[Fault]) -> object:
+    """Validate ``data``; on failure append every fault, with known alternatives, and return None."""
+    try:
+        return TypeAdapter(schema).validate_python(data)
+    except ValidationError as error:
+        for item in error.errors():
+            place = (*prefix, *(part for part in item["loc"] if not _is_union_tag(part)))
+            message = item["msg"].removeprefix("Value error, ")
+            if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+                siblings = _field_names(schema, item["loc"][:-1])
+                message = f"unknown key; {known(siblings, str(item['loc'][-1]))}"
+            elif item["type"] not in ("missing", "value_error"):
+                message = f"{message}, got {item['input']!r}"
+            faults.append(Fault(place, message))
+        return None
+
+
+def _is_union_tag(part: object) -> bool:
+    """Pydantic puts the class or type of a union's branch into the place of a fault; users do not write those."""
+    return isinstance(part, str) and (part[:1].isupper() or part in ("float", "int", "str") or "[" in part)
+
+
+def _field_names(schema: Any, path: Sequence[str | int]) -> list[str]:
+    """Keys that the part of ``schema`` at ``path`` knows."""
+    for part in path:
+        if isinstance(schema, type) and issubclass(schema, BaseModel) and part in schema.model_fields:
+            schema = schema.model_fields[str(part)].annotation
+        models = [a for a in get_args(schema) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if models:
+            schema = next((m for m in models if m.__name__ == part), models[0])
+    if isinstance(schema, type) and issubclass(schema, BaseModel):
+        return list(schema.model_fields)
+    return [f.name for f in fields(schema)] if is_dataclass(schema) else []
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    """Set one ``section.key=value`` in the nested mapping."""
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"--set {override!r}: write it as section.key=value, for example --set search.method=random")
+    *parents, last = key.split(".")
+    here: Any = data
+    for parent in parents:
+        here = here.setdefault(parent, {})
+        if not isinstance(here, dict):
+            raise UserError(f"--set {override!r}: {parent!r} is a value, not a section")
+    try:
+        here[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override!r}: the value is not valid YAML") from error
+
+
+def _lines(node: yaml.Node | None, place: Location = ()) -> Iterator[tuple[Location, int]]:
+    """Line number (from 1) of every place in a YAML document."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*place, str(key.value))
+            yield here, key.start_mark.line + 1
+            yield from _lines(value, here)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            yield (*place, i), value.start_mark.line + 1
+            yield from _lines(value, (*place, i))
+
+
+def _nearest(lines: dict[Location, int], place: Location) -> int | None:
+    """Line of the place, or of its nearest parent in the file (``--set`` values and defaults have none)."""
+    while place and place not in lines:
+        place = place[:-1]
+    return lines.get(place)

@@ -1,0 +1,262 @@
+"""PruningPlan -> Evaluation: weights in, accuracy, MACs and measured latency out.
+
+What can be done once per run is done once: the trace, the ONNX template, the search images on the compute device, the
+reference's latency. A plan seen before is answered from memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from device_profiles import DeviceProfile, Target, measure
+from export.slicing import OnnxTemplate, candidate_onnx
+from pipeline.config import FinetuneSection, SearchSection
+from pipeline.progress import ProgressView, Silent
+from pipeline.training import TrainingError, fit, load_weights, save_weights, sha256_of
+from pipeline.workloads import Split, Workload
+from pruning.channels import ChannelGraph
+from pruning.cost import cost
+from pruning.plan import PruningPlan
+from pruning.saliency import channel_saliency
+from pruning.search.protocol import DENSE, Candidate, Evaluation, FineTuned
+from pruning.surgery import scatter
+from pruning.weights import inherit
+
+MAX_BATCH = 256
+CACHED_BYTES = 2 << 30
+"""Search images are kept on the compute device as float32 up to this size."""
+
+
+class Evaluator:
+    """Answers a study's requests for one baseline network (the ``Oracle`` of ``pipeline.study``).
+
+    Args:
+        model: the trained, unpruned network; left as it is.
+        graph: its channel groups.
+        workload: images, loss and metric.
+        profile: the device, and how long to measure on it.
+        target: where latency is measured; closed by the caller.
+        folder: for candidates' ONNX files, trained weights and checkpoints.
+        settings: the ``search`` section (images, bounds, batch-norm recalibration).
+        recipe: how ``FineTune`` requests are trained (``epochs`` comes with the request).
+        seed: of fine-tuning.
+        device: where networks are trained and evaluated.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: ChannelGraph,
+        workload: Workload,
+        profile: DeviceProfile,
+        target: Target,
+        folder: Path,
+        settings: SearchSection,
+        recipe: FinetuneSection,
+        *,
+        seed: int = 0,
+        device: torch.device | None = None,
+        progress: ProgressView | None = None,
+    ) -> None:
+        self.device = device or torch.device("cpu")
+        self.model, self.graph, self.workload = model.to(self.device).eval(), graph, workload
+        self.profile, self.target, self.folder = profile, target, folder
+        self.settings, self.recipe, self.seed = settings, recipe, seed
+        self.progress = progress or Silent()
+        self.split: Split = workload.search.first(settings.images)
+        self._states: dict[str, dict[str, Tensor] | None] = {DENSE: None}
+        self._accuracies: dict[tuple[str, str], Mapping[str, float]] = {}
+        self._latencies: dict[str, Mapping[str, float]] = {}
+        self._batches: list[tuple[Tensor, Tensor]] | None = None
+        self._template: OnnxTemplate | None = None
+        self._baseline_onnx: Path | None = None
+        self._baseline_p50_ms = float("nan")
+
+    # -- the Oracle of a study ---------------------------------------------------------------------------------------
+
+    def evaluate(self, candidate: Candidate, latency: bool) -> Evaluation:
+        """Accuracy on the search split, MACs and params; with ``latency`` also file size and time on the device."""
+        started = time.perf_counter()
+        plan = candidate.plan
+        plan.validate(self.graph.groups)
+        totals = cost(self.graph, plan)
+        metrics: dict[str, float] = {"macs": float(totals.macs), "params": float(totals.params)}
+        try:
+            metrics |= self._accuracy(candidate.base, plan, totals.activation_bytes, started)
+            if latency:
+                metrics |= self.latency(plan)
+        except (_OutOfTime, torch.OutOfMemoryError) as error:
+            return Evaluation("failed", str(error).splitlines()[0], metrics)
+        metrics["seconds"] = time.perf_counter() - started
+        return Evaluation("ok", "", metrics)
+
+    def finetune(self, candidate: Candidate, epochs: float) -> tuple[FineTuned, dict[str, str]]:
+        """Train the candidate's network with the baseline as teacher; its weights become a new base."""
+        base = f"{candidate.id}-{candidate.plan.digest}"
+        student = self.network(candidate.plan, candidate.base)
+        recipe = self.recipe.model_copy(update={"epochs": epochs})
+        path = self.folder / "weights" / f"{base}.safetensors"
+        started = time.perf_counter()
+        with self.progress.stage(f"  fine-tune {candidate.origin} {candidate.id}") as report:
+            try:
+                fit(
+                    student,
+                    self.workload,
+                    self.workload.train,
+                    recipe,
+                    seed=self.seed,
+                    checkpoint=path.with_suffix(".ckpt"),
+                    device=self.device,
+                    teacher=self.model if recipe.distill else None,
+                    distill=recipe.distill,
+                    report=report,
+                )
+            except TrainingError as error:
+                return FineTuned(candidate.base, Evaluation("failed", str(error))), {}
+        digest = save_weights(path, student.state_dict())
+        self._adopt(base, candidate.plan, student.state_dict())
+        tuned = Candidate(candidate.id, candidate.plan, candidate.origin, candidate.parents, base)
+        evaluation = self.evaluate(tuned, latency=True)
+        seconds = {"seconds": time.perf_counter() - started}
+        evaluation = Evaluation(evaluation.status, evaluation.reason, {**evaluation.metrics, **seconds})
+        return FineTuned(base, evaluation), {"path": f"weights/{path.name}", "sha256": digest}
+
+    def restore(self, base: str, plan: PruningPlan, checkpoint: Mapping[str, str]) -> bool:
+        """Load the weights of a journalled fine-tuning; False if the file is gone or altered."""
+        if not checkpoint:  # the training failed; nothing was saved, nothing is needed
+            return True
+        path = self.folder / checkpoint["path"]
+        if not path.is_file() or sha256_of(path) != checkpoint["sha256"]:
+            return False
+        self._adopt(base, plan, load_weights(path))
+        return True
+
+    def score(self, criterion: str, base: str) -> Mapping[str, np.ndarray]:
+        """Saliency of every channel of every group, from the weights of ``base``."""
+        return channel_saliency(self.network(PruningPlan.full(self.graph.groups), base), self.graph, criterion, self.seed)
+
+    # -- the parts ---------------------------------------------------------------------------------------------------
+
+    def network(self, plan: PruningPlan, base: str = DENSE) -> nn.Module:
+        """The pruned network with weights cut from ``base``, on the compute device, in eval mode."""
+        network = inherit(self.model, self.graph, plan, self._states[base])
+        return network.to(self.device, memory_format=torch.channels_last).eval()
+
+    def outputs(self, network: nn.Module, activation_bytes: int = 0, started: float | None = None) -> tuple[Tensor, Tensor]:
+        """Outputs and targets of the search images, in batches within the memory and time bounds."""
+        started = time.perf_counter() if started is None else started
+        size = max(1, min(MAX_BATCH, (self.settings.memory_mb << 20) // max(1, activation_bytes)))
+        results, targets = [], []
+        with torch.inference_mode():
+            for images, labels in self._images(size):
+                results.append(network(images).float())
+                targets.append(labels)
+                if time.perf_counter() - started > self.settings.seconds_per_candidate:
+                    raise _OutOfTime(
+                        f"more than {self.settings.seconds_per_candidate:g} s for one candidate; lower search.images "
+                        "or raise search.seconds_per_candidate"
+                    )
+        return torch.cat(results), torch.cat(targets)
+
+    def latency(self, plan: PruningPlan) -> Mapping[str, float]:
+        """Time the plan's ONNX on the device, interleaved with the unpruned network's.
+
+        Returns ``latency_ratio`` (with ``_low`` and ``_high``, 95 %), ``p50_ms`` and ``p95_ms`` (ratio times the
+        reference's milliseconds) and ``size_bytes``.
+        """
+        if plan.digest not in self._latencies:
+            self._latencies[plan.digest] = self._time(plan)
+        return self._latencies[plan.digest]
+
+    def _accuracy(self, base: str, plan: PruningPlan, activation_bytes: int, started: float) -> Mapping[str, float]:
+        key = (base, plan.digest)
+        if key not in self._accuracies:
+            network = self.network(plan, base)
+            if self.settings.recalibrate_images:
+                recalibrate(network, self.workload, self.settings.recalibrate_images, self.device)
+            self._accuracies[key] = self.workload.metrics(*self.outputs(network, activation_bytes, started))
+        return self._accuracies[key]
+
+    def _time(self, plan: PruningPlan) -> Mapping[str, float]:
+        full = PruningPlan.full(self.graph.groups)
+        if self._baseline_onnx is None:
+            self._baseline_onnx = self._onnx(full, "baseline.onnx")
+            alone = measure(self.target, self.profile, {"baseline": self._baseline_onnx}, "search")
+            self._baseline_p50_ms = alone.cpu_p50_ms("baseline") if alone.statistic == "cpu" else alone.p50_ms("baseline")
+            size, times = self._baseline_onnx.stat().st_size, {"p50_ms": self._baseline_p50_ms}
+            times["p95_ms"] = alone.p95_ms("baseline")
+            ratios = {"latency_ratio": 1.0, "latency_ratio_low": 1.0, "latency_ratio_high": 1.0}
+            self._latencies[full.digest] = {**ratios, **times, "size_bytes": float(size)}
+        if plan.is_full:
+            return self._latencies[full.digest]
+        path = self._onnx(plan, "candidate.onnx")
+        try:
+            result = measure(self.target, self.profile, {"baseline": self._baseline_onnx, "candidate": path}, "search")
+            ratio = result.ratio("candidate", "baseline")
+            spread = result.p95_ms("candidate") / result.p50_ms("candidate")
+            p50_ms = ratio.value * self._baseline_p50_ms
+            return {
+                "latency_ratio": ratio.value,
+                "latency_ratio_low": ratio.low,
+                "latency_ratio_high": ratio.high,
+                "p50_ms": p50_ms,
+                "p95_ms": spread * p50_ms,
+                "size_bytes": float(path.stat().st_size),
+            }
+        finally:
+            path.unlink(missing_ok=True)
+
+    def _onnx(self, plan: PruningPlan, name: str) -> Path:
+        """The ONNX file of a plan: cut from the run's one exported template, or exported afresh where it cannot be."""
+        example = self.workload.example_input()
+        if self._template is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self.progress.stage("  export the template"):
+                self._template = OnnxTemplate.try_export(self.model, example, self.graph)
+        return candidate_onnx(self._template, lambda: self.network(plan), example, plan, self.folder / name)
+
+    def _images(self, size: int) -> Iterable[tuple[Tensor, Tensor]]:
+        """Batches of the search images, preprocessed; kept if they are small enough."""
+        if self._batches is not None and len(self._batches[0][1]) == min(size, len(self.split)):
+            return self._batches
+        chosen = torch.arange(len(self.split)).split(size)
+        batches = (
+            self.workload.batch(self.split, indices, train=False, generator=None, device=self.device)
+            for indices in chosen
+        )
+        one = self.workload.example_input()
+        if one.numel() * one.element_size() * len(self.split) > CACHED_BYTES:
+            return batches
+        self._batches = list(batches)
+        return self._batches
+
+    def _adopt(self, base: str, plan: PruningPlan, state: Mapping[str, Tensor]) -> None:
+        moved = {name: tensor.to(self.device) for name, tensor in state.items()}
+        self._states[base] = scatter(self.model, self.graph, plan, moved)
+
+
+class _OutOfTime(RuntimeError):
+    """A candidate took longer than the run file allows."""
+
+
+def recalibrate(network: nn.Module, workload: Workload, num_images: int, device: torch.device) -> None:
+    """Re-estimate batch-norm statistics in place: cumulative average over training images, without augmentation."""
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    momenta = [m.momentum for m in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    split = workload.train.first(num_images)
+    with torch.inference_mode():
+        for chosen in torch.arange(len(split)).split(MAX_BATCH):
+            network(workload.batch(split, chosen, train=False, generator=None, device=device)[0])
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()

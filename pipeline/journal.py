@@ -1,0 +1,132 @@
+"""The one memory of a run: an append-only file of JSON lines, each on disk before anybody acts on it.
+
+Replaying the journal is resuming the run (``study.py``), delivering it is tracking (``tracking.py``), and re-scoring
+it is choosing another winner. A line carries a checksum; a last line cut short by a crash is dropped on opening (that
+was the evaluation in flight), any other damage is an error.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pipeline.errors import JournalError
+
+FORMAT = 1
+Record = Mapping[str, Any]
+
+
+class Journal:
+    """An open journal; hold one per run directory (a second opener is refused).
+
+    Args:
+        path: the ``journal.jsonl`` of a run directory; created if missing.
+        run_id: which run it must belong to.
+        config_digest: which configuration it must have been written under.
+
+    Raises:
+        JournalError: in use, damaged, of another run or configuration, or not writable.
+    """
+
+    def __init__(self, path: Path, run_id: str, config_digest: str) -> None:
+        self.path = path
+        self.records: list[Record] = []
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise JournalError(f"cannot open journal {path}: {error.strerror}") from error
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._fd)
+            raise JournalError(f"{path} is in use by another process; wait for that run to end, or end it") from error
+        try:
+            self._load(run_id, config_digest)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def _load(self, run_id: str, config_digest: str) -> None:
+        content = self.path.read_bytes()
+        good, start = 0, 0
+        for number, line in enumerate(content.split(b"\n"), start=1):
+            end = start + len(line) + 1
+            if end > len(content):  # no newline: the write was cut short
+                break
+            self.records.append(_decode(line, self.path, number))
+            good = start = end
+        if good < len(content):
+            os.ftruncate(self._fd, good)
+        if not self.records:
+            header = {"kind": "run", "format": FORMAT, "run_id": run_id, "config": config_digest}
+            self.append(header)
+            return
+        first = self.records[0]
+        if first.get("kind") != "run" or first.get("format") != FORMAT:
+            raise JournalError(f"{self.path} is not a Secateur journal of format {FORMAT}; use a new run directory")
+        if first.get("run_id") != run_id or first.get("config") != config_digest:
+            raise JournalError(
+                f"{self.path} belongs to run {first.get('run_id')} with configuration {first.get('config')}, "
+                f"not to run {run_id} with configuration {config_digest}; "
+                "start a new run with `secateur run`, or restore the run directory's own run.yaml"
+            )
+
+    def append(self, record: Record) -> Record:
+        """Write one record and wait until it is on disk; returns it as stored (with its time).
+
+        Raises:
+            JournalError: the disk is full or failing; the journal is left whole, without this record.
+        """
+        stored = {**record, "time": round(time.time(), 3)}
+        line = _encode(stored)
+        before = os.lseek(self._fd, 0, os.SEEK_END)
+        try:
+            written = 0
+            while written < len(line):
+                written += os.write(self._fd, line[written:])
+            os.fsync(self._fd)
+        except OSError as error:
+            os.ftruncate(self._fd, before)
+            raise JournalError(
+                f"cannot write to {self.path}: {error.strerror}; everything before is safe. "
+                f"Free some space and run: secateur resume {self.path.parent}"
+            ) from error
+        self.records.append(stored)
+        return stored
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _encode(record: Record) -> bytes:
+    body = json.dumps(record, separators=(",", ":"))
+    return f'{body[:-1]},"crc":{zlib.crc32(body.encode())}}}\n'.encode()
+
+
+def _decode(line: bytes, path: Path, number: int) -> Record:
+    damaged = JournalError(
+        f"{path}, line {number} is damaged; restore the file from a copy, or cut it off before line {number} "
+        "to repeat the work from there"
+    )
+    try:
+        record = json.loads(line)
+        crc = record.pop("crc")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged from error
+    if zlib.crc32(json.dumps(record, separators=(",", ":")).encode()) != crc:
+        raise damaged
+    return dict(record)

@@ -1,0 +1,70 @@
+"""Progress of long work: bars on a terminal, one line a stage elsewhere, nothing in tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Report = Callable[[int, int, str], None]
+"""``report(done, total, note)``: how far the work of a stage is."""
+
+
+class ProgressView(Protocol):
+    """Where progress is shown."""
+
+    def stage(self, title: str) -> AbstractContextManager[Report]: ...
+
+
+class Silent:
+    """Shows nothing."""
+
+    def stage(self, title: str) -> AbstractContextManager[Report]:
+        return nullcontext(lambda done, total, note="": None)
+
+
+class RichProgress:
+    """Bars on a terminal; where there is none, a line when a stage begins and ends."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bars = Progress(
+            TextColumn("{task.description:<34}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[Report]:
+        if not self.console.is_terminal:
+            self.console.print(f"{title} ...")
+        task = self._bars.add_task(title, total=None, note="")
+        if len(self._bars.task_ids) == 1:
+            self._bars.start()
+        last_note = ""
+
+        def report(done: int, total: int, note: str = "") -> None:
+            nonlocal last_note
+            last_note = note or last_note
+            self._bars.update(task, completed=done, total=total, note=last_note)
+
+        try:
+            yield report
+        finally:
+            if not self.console.is_terminal and last_note:
+                self.console.print(f"  {last_note}")
+            self._bars.refresh()
+            if self.console.is_terminal:
+                self._bars.stop_task(task)
+            if all(t.stop_time is not None for t in self._bars.tasks):
+                self._bars.stop()
+                for task_id in self._bars.task_ids:
+                    self._bars.remove_task(task_id)

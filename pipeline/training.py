@@ -1,0 +1,170 @@
+"""Training, fine-tuning and distillation: one loop, exact to resume.
+
+Every random choice of an epoch (order of images, augmentation) is drawn from the seed and the epoch's number, and a
+checkpoint is written after each epoch, so a killed training continues to the same weights on the same machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipeline.config import Distillation, Recipe
+from pipeline.progress import Report
+from pipeline.workloads import Split, Workload
+
+VERSION = 1
+"""Part of every content hash of trained weights; raise it when a change here changes the result."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: the loss is not a finite number."""
+
+
+def fit(
+    model: nn.Module,
+    workload: Workload,
+    split: Split,
+    recipe: Recipe,
+    *,
+    seed: int,
+    checkpoint: Path,
+    device: torch.device,
+    teacher: nn.Module | None = None,
+    distill: Distillation | None = None,
+    report: Report = lambda done, total, note="": None,
+) -> nn.Module:
+    """Train ``model`` in place by ``recipe`` and return it in eval mode.
+
+    Args:
+        model: the network; its weights are the starting point.
+        split: the training images.
+        checkpoint: file for the state after each epoch; removed at the end.
+        teacher: the unpruned baseline, for distillation (Hinton et al. 2015, arXiv 1503.02531).
+        report: told (step, steps, note) as it goes.
+
+    Raises:
+        TrainingError: the loss became NaN or infinite; says at which step and what to change.
+    """
+    model.to(device, memory_format=torch.channels_last)
+    if teacher is not None:
+        teacher.to(device, memory_format=torch.channels_last).eval()
+    steps_per_epoch = math.ceil(len(split) / recipe.batch_size)
+    steps = max(1, round(recipe.epochs * steps_per_epoch))
+    warmup = max(1.0, min(recipe.warmup_epochs * steps_per_epoch, steps / 2))
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.momentum > 0,
+    )
+    step = _load_checkpoint(checkpoint, model, optimizer, device)
+    note = ""
+    while step < steps:
+        epoch = step // steps_per_epoch
+        generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+        order = torch.randperm(len(split), generator=generator)
+        torch.manual_seed(seed * 100_003 + epoch)  # dropout inside the model
+        model.train()
+        total_loss = 0.0
+        first = step % steps_per_epoch
+        for batch in range(first, min(steps_per_epoch, steps - epoch * steps_per_epoch)):
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.lr * _schedule(step, steps, warmup)
+            indices = order[batch * recipe.batch_size : (batch + 1) * recipe.batch_size]
+            images, targets = workload.batch(split, indices, train=True, generator=generator, device=device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+                outputs = model(images)
+                loss = workload.loss(outputs, targets, recipe.label_smoothing)
+                if teacher is not None and distill is not None:
+                    with torch.no_grad():
+                        taught = teacher(images)
+                    loss = (1 - distill.weight) * loss + distill.weight * distillation_loss(
+                        outputs, taught, distill.temperature
+                    )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if recipe.clip_norm is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+            optimizer.step()
+            total_loss += loss.item()
+            if not math.isfinite(total_loss):
+                raise TrainingError(
+                    f"the training loss is {loss.item()} at step {step} of {steps}; "
+                    f"lower lr (now {recipe.lr}) or set clip_norm: 1.0 in the recipe"
+                )
+            step += 1
+            note = f"loss {total_loss / (batch - first + 1):.3f}"
+            report(step, steps, note)
+        if step < steps:
+            _save_checkpoint(checkpoint, model, optimizer, step)
+    checkpoint.unlink(missing_ok=True)
+    return model.eval()
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 * KL(teacher || student) of softened class probabilities; logits of shape (N, classes)."""
+    log_student = F.log_softmax(student.float() / temperature, dim=1)
+    log_teacher = F.log_softmax(teacher.float() / temperature, dim=1)
+    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+def _schedule(step: int, steps: int, warmup: float) -> float:
+    """Factor on the learning rate: linear warm-up, then cosine to zero."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, steps - warmup)))
+
+
+def _save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, part)
+    part.replace(path)
+
+
+def _load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> int:
+    """The step to continue at; 0 where there is no usable checkpoint."""
+    if not path.exists():
+        return 0
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        return int(state["step"])
+    except (RuntimeError, KeyError, ValueError, EOFError, OSError):
+        return 0  # cut short or of another network: begin again
+
+
+def save_weights(path: Path, state: dict[str, Tensor]) -> str:
+    """Write a state dict as safetensors, atomically; returns its sha256."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, part)
+    with part.open("rb+") as file:
+        os.fsync(file.fileno())
+    part.replace(path)
+    return sha256_of(path)
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors state dict onto the CPU."""
+    return dict(load_file(path))
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

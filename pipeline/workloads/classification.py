@@ -1,0 +1,239 @@
+"""Image classification: any torchvision classifier or CIFAR ResNet on digits, torchvision data, folders or arrays."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from pipeline.config import Section
+from pipeline.errors import UserError
+from pipeline.workloads import Split, images
+from pipeline.workloads.networks import build_network
+
+
+class ModelOptions(Section):
+    """The network, and optionally its trained weights."""
+
+    name: str = "cifar_resnet20"
+    weights: str | None = None
+    """A .safetensors (or .pt / .pth state dict) file; None = a baseline is trained by the ``baseline`` recipe."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the network's builder."""
+
+
+class DataOptions(Section):
+    """Where the images come from and how they are prepared."""
+
+    source: Literal["digits", "torchvision", "folder", "arrays"] = "digits"
+    dataset: str | None = None
+    """torchvision: class name in torchvision.datasets (CIFAR10)."""
+    path: str | None = None
+    """torchvision: where its files are or go; folder: the folder that holds train/ and test/."""
+    download: bool = True
+    train: str | None = None
+    """arrays: .npz, or the common stem of STEM_images.npy and STEM_labels.npy."""
+    test: str | None = None
+    image_size: Annotated[int, Field(ge=4)] | None = None
+    channels: Literal[1, 3] | None = None
+    mean: tuple[float, ...] | None = None
+    """Per channel, of pixels in 0..1; None = measured on the training images."""
+    std: tuple[float, ...] | None = None
+    augment: Literal["none", "shift", "flip_shift"] = "none"
+    """shift: random shifts of up to an eighth of the side; flip_shift: left-right flips too."""
+    search_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the training images that is held out for the search."""
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Where the data has no test split: share of all images that becomes one."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> DataOptions:
+        needs = {"torchvision": ("dataset", "path"), "folder": ("path",), "arrays": ("train",)}.get(self.source, ())
+        missing = [name for name in needs if getattr(self, name) is None]
+        if missing:
+            raise ValueError(f"source {self.source!r} also needs {' and '.join(missing)}")
+        return self
+
+
+class Options(Section):
+    """The ``workload`` section for image classification."""
+
+    name: Literal["classification"] = "classification"
+    model: ModelOptions = ModelOptions()
+    data: DataOptions = DataOptions()
+
+
+def build(options: Options) -> Classification:
+    """Open the data and fix the splits.
+
+    Raises:
+        UserError: data or weights are missing or do not fit.
+    """
+    return Classification(options)
+
+
+class Classification:
+    """Classifier, images, cross-entropy and top-1."""
+
+    metric = "top1"
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        opened = _open(options.data)
+        held = np.random.default_rng(0)  # splits never depend on the run's seed: test stays test
+        if opened.test is None:
+            rest, test = _carve(opened.train.labels, np.arange(len(opened.train)), options.data.test_fraction, held)
+            self.test = Split(opened.train, test)
+        else:
+            rest = np.arange(len(opened.train))
+            self.test = Split(opened.test, np.arange(len(opened.test)))
+        train, search = _carve(opened.train.labels, rest, options.data.search_fraction, held)
+        self.train, self.search = Split(opened.train, train), Split(opened.train, search)
+        self.num_classes = opened.num_classes
+        sample = opened.train.read(train[:1])
+        self.shape = (sample.shape[3], sample.shape[1], sample.shape[2])
+        self.mean, self.std = self._statistics()
+        self.pretrained = options.model.weights is not None
+        weights = images.find(options.model.weights, "weights file") if options.model.weights else None
+        self._state = None if weights is None else _read_weights(weights)
+        content = {"options": options.model_dump(mode="json", exclude={"data": {"path", "train", "test", "download"}})}
+        content |= {"data": opened.fingerprint, "weights": None if weights is None else _file_digest(weights)}
+        self.fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def build_model(self) -> nn.Module:
+        model = build_network(self.options.model.name, self.num_classes, self.shape[0], self.options.model.options)
+        if self._state is not None:
+            _fit_weights(model, self._state, self.options.model)
+        return model.eval()
+
+    def example_input(self) -> Tensor:
+        return self.batch(self.train, torch.tensor([0]), train=False, generator=None, device=torch.device("cpu"))[0]
+
+    def batch(
+        self, split: Split, indices: Tensor, *, train: bool, generator: torch.Generator | None, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        where = split.indices[indices.numpy()]
+        pixels = torch.from_numpy(np.ascontiguousarray(split.source.read(where))).to(device)
+        targets = torch.from_numpy(split.source.labels[where]).to(device)
+        x = pixels.permute(0, 3, 1, 2)  # NHWC memory seen as NCHW = channels-last
+        x = (x.float() - self.mean.to(device)) / self.std.to(device)
+        if train and self.options.data.augment != "none":
+            x = _augment(x, self.options.data.augment == "flip_shift", generator)
+        return x.contiguous(memory_format=torch.channels_last), targets
+
+    def loss(self, outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        return F.cross_entropy(outputs, targets, label_smoothing=label_smoothing)
+
+    def metrics(self, outputs: Tensor, targets: Tensor) -> Mapping[str, float]:
+        return {
+            "top1": (outputs.argmax(1) == targets).float().mean().item(),
+            "loss": F.cross_entropy(outputs.float(), targets).item(),
+        }
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and deviation per channel in pixel units, shape (1, channels, 1, 1)."""
+        data = self.options.data
+        mean, std = data.mean, data.std
+        if mean is None or std is None:
+            pixels = self.train.source.read(self.train.indices[:5000]).astype(np.float32) / 255
+            mean = mean or tuple(pixels.mean((0, 1, 2)).tolist())
+            std = std or tuple(np.maximum(pixels.std((0, 1, 2)), 1e-3).tolist())
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != self.shape[0]:
+                raise UserError(f"data.{name} has {len(values)} values, the images have {self.shape[0]} channel(s)")
+        return (255 * torch.tensor(mean)).view(1, -1, 1, 1), (255 * torch.tensor(std)).view(1, -1, 1, 1)
+
+
+def _open(data: DataOptions) -> images.ImageData:
+    size, channels = data.image_size, data.channels
+    match data.source:
+        case "digits":
+            return images.load_digits(size, channels)
+        case "torchvision":
+            assert data.dataset and data.path
+            root = Path(data.path).expanduser()
+            return images.load_torchvision(data.dataset, root, data.download, size, channels)
+        case "folder":
+            assert data.path
+            return images.load_folder(data.path, size, channels)
+        case "arrays":
+            assert data.train
+            return images.load_arrays(data.train, data.test, size, channels)
+
+
+def _carve(
+    labels: images.Labels, indices: images.Labels, fraction: float, rng: np.random.Generator
+) -> tuple[images.Labels, images.Labels]:
+    """Split indices into (rest, carved), the same share of every class, both in random order."""
+    carved = np.concatenate(
+        [
+            rng.permutation(of_class)[: max(1, round(fraction * len(of_class)))]
+            for label in np.unique(labels[indices])
+            if len(of_class := indices[labels[indices] == label]) > 1
+        ]
+    )
+    return rng.permutation(np.setdiff1d(indices, carved)), rng.permutation(carved)
+
+
+def _augment(x: Tensor, flip: bool, generator: torch.Generator | None) -> Tensor:
+    """Random shifts by up to an eighth of the side (zeros come in, as in He et al. 2016), and flips."""
+    n, _, high, wide = x.shape
+    reach = max(1, high // 8)
+    padded = F.pad(x, (reach, reach, reach, reach))
+    dy, dx = torch.randint(0, 2 * reach + 1, (2, n, 1), generator=generator).to(x.device)
+    rows = (dy + torch.arange(high, device=x.device))[:, :, None]
+    columns = dx + torch.arange(wide, device=x.device)
+    if flip:
+        mirrored = torch.rand((n, 1), generator=generator).to(x.device) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    which = torch.arange(n, device=x.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[which, rows, columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict from a file, never unpickling code."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return dict(load_file(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # safetensors and torch raise many kinds for a foreign file
+        if isinstance(error, MemoryError):
+            raise
+        raise UserError(f"cannot read weights {path}: {str(error).splitlines()[0]}; expected a state dict") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"{path} holds no state dict (a mapping of names to tensors)")
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def _fit_weights(model: nn.Module, state: dict[str, Tensor], options: ModelOptions) -> None:
+    """Load a state dict strictly, in the model's precision; batch counters may be missing."""
+    own = model.state_dict()
+    counters = {name for name in own if name.endswith("num_batches_tracked")}
+    faults = [f"{name}: not in the file" for name in own if name not in state and name not in counters]
+    faults += [f"{name}: not in the network" for name in state if name not in own]
+    faults += [
+        f"{name}: {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} in the network"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if faults:
+        more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
+        listing = "\n  ".join(faults[:5])
+        raise UserError(f"weights {options.weights} do not fit network {options.name}:\n  {listing}{more}")
+    model.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in state.items()}, strict=False)
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

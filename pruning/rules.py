@@ -1,0 +1,634 @@
+"""How labels travel through ATen operators: one table of small functions.
+
+Every index along a prunable dimension carries an integer label. A rule reads the labels of an operator's inputs,
+ties the labels that must be kept or removed together, and labels the outputs. To teach the tracer an operator, add
+its name to ``RULES`` (and to ``MACS`` if it multiplies and accumulates); an operator without a rule freezes every
+label it touches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, partial
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from pruning.plan import IntArray
+
+Dim = IntArray | None
+"""Labels along one dimension, shape ``(length,)``; None = a dimension of fixed length (batch, space, constants)."""
+
+Labels = tuple[Dim, ...]
+Arguments = Mapping[str, Any]
+"""Arguments of an ATen call by the names in its schema, defaults filled in."""
+
+
+class Propagation:
+    """Labels of the live tensors, and what the operators seen so far say about them."""
+
+    def __init__(self) -> None:
+        self.where = ""
+        """Path of the module that is running."""
+        self.operator = ""
+        self.in_chunk = False
+        """Whether the running split was asked for as "n equal parts"."""
+        self.num_labels = 0
+        self.edges: list[tuple[IntArray, IntArray]] = []
+        self.frozen: list[tuple[IntArray, str]] = []
+        self.reads: list[IntArray] = []
+        self.normalising: list[tuple[IntArray, str]] = []
+        self.unknown: dict[str, list[str]] = {}
+        self.scaled_groups: dict[str, None] = {}
+        self.used: dict[str, None] = {}
+        self._labels = WeakIdKeyDictionary()
+        self._sources = WeakIdKeyDictionary()
+
+    def fresh(self, size: int) -> IntArray:
+        """New labels, shape ``(size,)``."""
+        start = self.num_labels
+        self.num_labels += size
+        return np.arange(start, self.num_labels, dtype=np.int64)
+
+    def register(self, name: str, tensor: Tensor) -> Labels:
+        """Label every dimension of a parameter or buffer that has more than one entry."""
+        labels = tuple(self.fresh(n) if n > 1 else None for n in tensor.shape)
+        self._labels[tensor] = labels
+        self._sources[tensor] = name
+        return labels
+
+    def source(self, tensor: Tensor) -> str | None:
+        """Name of the parameter a tensor is computed from, if it is computed from parameters only."""
+        return self._sources.get(tensor)
+
+    def of(self, tensor: Tensor) -> Labels:
+        labels: Labels | None = self._labels.get(tensor)
+        return labels if labels is not None else (None,) * tensor.ndim
+
+    def is_labelled(self, tensor: Tensor) -> bool:
+        return any(dim is not None for dim in self.of(tensor))
+
+    def set(self, tensor: Tensor, labels: Iterable[Dim]) -> None:
+        labels = tuple(labels)
+        assert len(labels) == tensor.ndim, (self.operator, tensor.shape)
+        assert all(dim is None or len(dim) == n for dim, n in zip(labels, tensor.shape, strict=True)), self.operator
+        self._labels[tensor] = labels
+
+    def tie(self, *dims: Dim) -> Dim:
+        """Dimensions that face each other index by index. One of fixed length among them freezes the others."""
+        labelled = [dim for dim in dims if dim is not None]
+        if not labelled:
+            return None
+        if len(labelled) < len(dims):
+            for dim in labelled:
+                self.freeze(dim, f"{self.here} joins it with a dimension of fixed size (an input or a constant)")
+        self.edges += [(labelled[0], dim) for dim in labelled[1:]]
+        return labelled[0]
+
+    def tie_rows(self, dim: Dim, rows: int) -> None:
+        """Tie the indices that have the same place in each of ``rows`` equal parts of a dimension."""
+        if dim is not None and rows > 1:
+            parts = dim.reshape(rows, -1)
+            self.edges.append((np.tile(parts[0], rows - 1), parts[1:].ravel()))
+
+    def freeze(self, dim: Dim, reason: str) -> None:
+        """Keep these labels whatever the plan; with an empty reason the report does not mention them."""
+        if dim is not None:
+            self.frozen.append((dim, reason))
+
+    def read(self, dim: Dim) -> None:
+        """Mark weight labels as summed over."""
+        if dim is not None:
+            self.reads.append(dim)
+
+    def normalise(self, dim: Dim) -> None:
+        """Mark labels whose removal changes the values of the channels that stay (a mean over channels ...)."""
+        if dim is not None:
+            self.normalising.append((dim, self.here))
+
+    def contract(self, a: Tensor, a_dim: int, b: Tensor, b_dim: int) -> None:
+        """A dimension of ``a`` multiplied with one of ``b`` and summed over."""
+        self.tie(self.of(a)[a_dim], self.of(b)[b_dim])
+        for tensor, dim in ((a, a_dim), (b, b_dim)):
+            if self.source(tensor) is not None:
+                self.read(self.of(tensor)[dim])
+
+    @property
+    def here(self) -> str:
+        return f"{self.operator} in {self.where or 'the model itself'}"
+
+    def call(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Arguments:
+        """Carry labels through one ATen call; returns its arguments by name."""
+        self.operator = operator_name(func)
+        arguments = bind(func, args, kwargs)
+        inputs = list(tensors_in(arguments.values()))
+        sources = [self.source(tensor) for tensor in inputs]
+        for source in sources:
+            if source is not None:
+                self.used.setdefault(source)
+        if any(map(self.is_labelled, inputs)):
+            rule = rule_for(func)
+            if rule is not None:
+                rule(self, arguments, out)
+            else:
+                self.unknown.setdefault(self.operator, []).append(self.where)
+                for dim in (dim for tensor in inputs for dim in self.of(tensor)):
+                    self.freeze(dim, f"operator {self.here} has no rule")
+        if inputs and None not in sources:
+            for tensor in tensors_in([out]):
+                self._sources.setdefault(tensor, sources[0])
+        return arguments
+
+
+Rule = Callable[[Propagation, Arguments, Any], None]
+
+
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Tensors among values and in their lists and tuples, in order."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_in(value)
+
+
+@cache
+def operator_name(func: Any) -> str:
+    """``relu`` for ``aten::relu_``; operators of other libraries keep their prefix (``torchvision::nms``)."""
+    name = str(func._schema.name).removeprefix("aten::")
+    return name if name.endswith("__") else name.removesuffix("_")
+
+
+@cache
+def _parameters(func: Any) -> tuple[tuple[str, Any], ...]:
+    return tuple((a.name, a.default_value if a.has_default_value() else None) for a in func._schema.arguments)
+
+
+def bind(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Arguments:
+    """Arguments of an ATen call by name."""
+    bound = dict(_parameters(func))
+    bound.update(zip(bound.copy(), args, strict=False))
+    bound.update(kwargs)
+    return bound
+
+
+def rule_for(func: Any) -> Rule | None:
+    rule = RULES.get(operator_name(func))
+    return elementwise if rule is None and torch.Tag.pointwise in func.tags else rule
+
+
+# --- operators that keep the shape -------------------------------------------------------------------------------
+
+
+def elementwise(p: Propagation, a: Arguments, out: Any) -> None:
+    """Broadcast: dimensions that face each other are tied."""
+    inputs = list(tensors_in(a.values()))
+    for result in tensors_in([out]):
+        dims = []
+        for d in range(-result.ndim, 0):
+            n = result.shape[d]
+            dims.append(None if n == 1 else p.tie(*(p.of(x)[d] for x in inputs if x.ndim >= -d and x.shape[d] == n)))
+        p.set(result, dims)
+
+
+def along(p: Propagation, a: Arguments, out: Any, *, normalises: bool = False) -> None:
+    """Work along one or more dimensions (``dim`` / ``dims``) of ``self``; the result has the same shape or a part."""
+    dims = list(p.of(a["self"]))
+    chosen = a["dims"] if "dims" in a else a.get("dim")
+    for d in range(len(dims)) if chosen is None else as_list(chosen):
+        if normalises:
+            p.normalise(dims[d])
+        else:
+            p.freeze(dims[d], f"{p.here} works along it")
+    for result in tensors_in([out]):
+        p.set(result, [x if n == m else None for x, n, m in zip(dims, a["self"].shape, result.shape, strict=True)])
+
+
+def flip(p: Propagation, a: Arguments, out: Any) -> None:
+    dims = list(p.of(a["self"]))
+    for d in a["dims"]:
+        dims[d] = None if (x := dims[d]) is None else x[::-1].copy()
+    p.set(out, dims)
+
+
+def batch_norm(p: Propagation, a: Arguments, out: Any) -> None:
+    """Per-channel affine map: input channels, weight, bias and running statistics face each other."""
+    x = list(p.of(a["input"]))
+    per_channel = [a.get(name) for name in ("weight", "bias", "running_mean", "running_var")]
+    x[1] = p.tie(x[1], *(p.of(t)[0] for t in per_channel if t is not None))
+    p.set(next(tensors_in([out])), x)
+
+
+def layer_norm(p: Propagation, a: Arguments, out: Any) -> None:
+    x = list(p.of(a["input"]))
+    for d in range(-len(a["normalized_shape"]), 0):
+        affine = [t for t in (a["weight"], a.get("bias")) if t is not None]
+        if not affine:
+            p.freeze(x[d], f"{p.here} has a fixed size and no weight to follow")
+        p.normalise(x[d])
+        x[d] = p.tie(x[d], *(p.of(t)[d] for t in affine))
+    p.set(next(tensors_in([out])), x)
+
+
+def group_norm(p: Propagation, a: Arguments, out: Any) -> None:
+    """Each of the ``group`` parts loses the same places; one channel per part is a per-channel map."""
+    x, groups = list(p.of(a["input"])), a["group"]
+    affine = [t for t in (a["weight"], a["bias"]) if t is not None]
+    if groups < a["C"]:
+        p.tie_rows(x[1], groups)
+        p.normalise(x[1])
+    elif not affine:
+        p.freeze(x[1], f"{p.here} has a fixed size and no weight to follow")
+    x[1] = p.tie(x[1], *(p.of(t)[0] for t in affine))
+    p.set(next(tensors_in([out])), x)
+
+
+# --- operators that move dimensions ------------------------------------------------------------------------------
+
+
+def permute(p: Propagation, a: Arguments, out: Any) -> None:
+    x = p.of(a["self"])
+    p.set(out, [x[d] for d in a["dims"]])
+
+
+def transpose(p: Propagation, a: Arguments, out: Any) -> None:
+    x = list(p.of(a["self"]))
+    if len(x) > 1:
+        i, j = a.get("dim0", 0), a.get("dim1", 1)
+        x[i], x[j] = x[j], x[i]
+    p.set(out, x)
+
+
+def view(p: Propagation, a: Arguments, out: Any) -> None:
+    """Merging repeats labels; splitting ties what must stay rectangular; anything else freezes."""
+    x, before, after = p.of(a["self"]), a["self"].shape, out.shape
+    result: list[Dim] = [None] * out.ndim
+    for ins, outs in _segments(before, after):
+        labelled = [i for i in ins if x[i] is not None]
+        if not labelled:
+            continue
+        if len(labelled) > 1 or (len(ins) > 1 and len(outs) > 1):
+            for i in labelled:
+                p.freeze(x[i], f"{p.here} mixes it with other dimensions")
+            continue
+        dim, place = x[labelled[0]], ins.index(labelled[0])
+        assert dim is not None
+        shape = [-1 if k == place else 1 for k in range(len(ins))]
+        full = np.broadcast_to(dim.reshape(shape), [before[i] for i in ins]).reshape([after[o] for o in outs])
+        o, labels = _carrier(p, full)
+        result[outs[o]] = labels
+    p.set(out, result)
+
+
+def _carrier(p: Propagation, full: IntArray) -> tuple[int, IntArray]:
+    """The axis of a labelled block that carries the labels: the only one they vary along, else the last, tied."""
+    lines = [np.moveaxis(full, k, 0).reshape(full.shape[k], -1) for k in range(full.ndim)]
+    for k, line in enumerate(lines):
+        if (line == line[:, :1]).all():
+            return k, line[:, 0].copy()
+    last = full.reshape(-1, full.shape[-1])
+    p.tie_rows(last.ravel(), len(last))
+    return full.ndim - 1, last[0].copy()
+
+
+def _segments(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """Smallest runs of dimensions of equal product in two shapes; dimensions of length 1 belong to none."""
+    left = [i for i, n in enumerate(before) if n != 1]
+    right = [i for i, n in enumerate(after) if n != 1]
+    while left and right:
+        ins, outs = [left.pop(0)], [right.pop(0)]
+        while (m := prod(before[i] for i in ins)) != (n := prod(after[o] for o in outs)):
+            if m < n:
+                ins.append(left.pop(0))
+            else:
+                outs.append(right.pop(0))
+        yield ins, outs
+
+
+def expand(p: Propagation, a: Arguments, out: Any) -> None:
+    x = p.of(a["self"])
+    p.set(out, (None,) * (out.ndim - len(x)) + x)
+
+
+def repeat(p: Propagation, a: Arguments, out: Any) -> None:
+    x = (None,) * (out.ndim - a["self"].ndim) + p.of(a["self"])
+    p.set(out, [None if dim is None else np.tile(dim, n) for dim, n in zip(x, a["repeats"], strict=True)])
+
+
+def pixel_shuffle(p: Propagation, a: Arguments, out: Any) -> None:
+    """``(..., C r^2, H, W) -> (..., C, r H, r W)``: r^2 neighbours become one channel."""
+    x = list(p.of(a["self"]))
+    if (dim := x[-3]) is not None:
+        blocks = dim.reshape(-1, a["upscale_factor"] ** 2)
+        p.tie_rows(blocks.T.ravel(), blocks.shape[1])
+        x[-3] = blocks[:, 0].copy()
+    p.set(out, x)
+
+
+# --- operators that join and cut ---------------------------------------------------------------------------------
+
+
+def cat(p: Propagation, a: Arguments, out: Any) -> None:
+    parts = [t for t in a["tensors"] if t.ndim == out.ndim]
+    where = a["dim"] % out.ndim
+    dims = [p.tie(*(p.of(t)[d] for t in parts)) if d != where else None for d in range(out.ndim)]
+    pieces = [p.of(t)[where] for t in parts]
+    if any(piece is not None for piece in pieces):
+        reason = f"{p.here} appends channels of fixed number"
+        dims[where] = np.concatenate(
+            [piece if piece is not None else _fixed(p, t.shape[where], reason) for piece, t in zip(pieces, parts, strict=True)]
+        )
+    p.set(out, dims)
+
+
+def stack(p: Propagation, a: Arguments, out: Any) -> None:
+    parts, where = a["tensors"], a["dim"] % out.ndim
+    dims = [p.tie(*facing) for facing in zip(*(p.of(t) for t in parts), strict=True)]
+    p.set(out, [*dims[:where], None, *dims[where:]])
+
+
+def _fixed(p: Propagation, size: int, reason: str) -> IntArray:
+    labels = p.fresh(size)
+    p.freeze(labels, reason)
+    return labels
+
+
+def pad(p: Propagation, a: Arguments, out: Any) -> None:
+    """Padding of a labelled dimension has an amount written in the code: its positions are frozen."""
+    dims = list(p.of(a["self"]))
+    for k in range(len(a["pad"]) // 2):
+        before, after = a["pad"][2 * k : 2 * k + 2]
+        d = len(dims) - 1 - k
+        if (dim := dims[d]) is None or (before, after) == (0, 0):
+            continue
+        reason = f"{p.here} pads the channels by a number written in the code"
+        if before < 0 or after < 0:
+            p.freeze(dim, reason)
+        dim = dim[max(0, -before) : len(dim) + min(0, after)]
+        dims[d] = np.concatenate([_fixed(p, max(0, before), reason), dim, _fixed(p, max(0, after), reason)])
+    p.set(out, dims)
+
+
+def cut(p: Propagation, a: Arguments, out: Any) -> None:
+    """``slice``, ``select`` and ``split`` along one dimension; a real cut of labels freezes them."""
+    x, where = list(p.of(a["self"])), a["dim"] % a["self"].ndim
+    dim, pieces = x[where], list(tensors_in([out]))
+    if dim is None:
+        parts: list[Dim] = [None] * len(pieces)
+    elif "index" in a or pieces[0].ndim < len(x):
+        p.freeze(dim, f"{p.here} picks channels by position")
+        parts = [None] * len(pieces)
+    elif "step" in a:
+        parts = [dim[slice(a["start"], a["end"], a["step"])]]
+        if parts[0] is None or len(parts[0]) < len(dim):
+            p.freeze(dim, f"{p.here} cuts channels at a number written in the code")
+    else:
+        sizes = [piece.shape[where] for piece in pieces]
+        parts = list(np.split(dim, np.cumsum(sizes)[:-1]))
+        if p.in_chunk and len(set(sizes)) == 1:
+            p.tie_rows(dim, len(sizes))
+        elif len(pieces) > 1:
+            p.freeze(dim, f"{p.here} cuts channels at a number written in the code")
+    for piece, part in zip(pieces, parts, strict=True):
+        p.set(piece, x[:where] + ([part] if piece.ndim == len(x) else []) + x[where + 1 :])
+
+
+def index(p: Propagation, a: Arguments, out: Any) -> None:
+    """Advanced indexing of unlabelled dimensions; labels among the indexed ones are frozen."""
+    x, indices = list(p.of(a["self"])), a["indices"]
+    used, d = [], 0
+    for idx in indices:
+        width = idx.ndim if idx is not None and idx.dtype in (torch.bool, torch.uint8) else 1
+        used += list(range(d, d + width)) if idx is not None else []
+        d += width
+    for i in used:
+        p.freeze(x[i], f"{p.here} picks channels by position")
+    if used == list(range(used[0], used[-1] + 1)):
+        new: list[Dim] = [None] * (out.ndim - len(x) + len(used))
+        p.set(out, x[: used[0]] + new + x[used[-1] + 1 :])
+    else:
+        for dim in x:
+            p.freeze(dim, f"{p.here} moves dimensions")
+
+
+def embedding(p: Propagation, a: Arguments, out: Any) -> None:
+    rows, features = p.of(a["weight"])
+    p.freeze(rows, "")
+    p.set(out, (None,) * (out.ndim - 1) + (features,))
+
+
+# --- operators that reduce ---------------------------------------------------------------------------------------
+
+
+def as_list(value: Any) -> list[int]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def reduce(p: Propagation, a: Arguments, out: Any, *, order: bool = False) -> None:
+    """Reductions over ``dim``; over labels they normalise channels, or freeze them where the result is an index."""
+    x = list(p.of(a["self"]))
+    over = {d % len(x) for d in as_list(a.get("dim"))} if a.get("dim") not in (None, []) else set(range(len(x)))
+    for d in over:
+        if order:
+            p.freeze(x[d], f"{p.here} picks channels by position")
+        p.normalise(x[d])
+    for result in tensors_in([out]):
+        kept = [None if d in over else dim for d, dim in enumerate(x) if result.ndim == len(x) or d not in over]
+        p.set(result, kept)
+
+
+def spatial(p: Propagation, a: Arguments, out: Any, *, num_dims: int) -> None:
+    """Pooling, resizing and padding over the last ``num_dims`` dimensions."""
+    x = p.of(a["self"] if "self" in a else a["input"])
+    for dim in x[-num_dims:]:
+        p.freeze(dim, f"{p.here} works along it")
+    for result in tensors_in([out]):
+        p.set(result, x[:-num_dims] + (None,) * num_dims)
+
+
+def roi_align(p: Propagation, a: Arguments, out: Any) -> None:
+    for result in tensors_in([out]):
+        p.set(result, (None, p.of(a["input"])[1], None, None))
+
+
+# --- operators that contract -------------------------------------------------------------------------------------
+
+
+def convolution(p: Propagation, a: Arguments, out: Any) -> None:
+    """Weight ``(out, in / groups, ...)``, transposed ``(in, out / groups, ...)``."""
+    x, weight, groups = p.of(a["input"]), a["weight"], a["groups"]
+    w = p.of(weight)
+    for dim in w[2:]:
+        p.freeze(dim, "")
+    for dim in x[2:]:
+        p.freeze(dim, f"{p.here} slides along it")
+    channels = (_transposed if a["transposed"] else _direct)(p, x[1], weight, groups, a["input"].shape[1])
+    if a["bias"] is not None:
+        p.tie(channels, p.of(a["bias"])[0])
+    p.set(out, (x[0], channels) + (None,) * (out.ndim - 2))
+
+
+def _direct(p: Propagation, x: Dim, weight: Tensor, groups: int, num_inputs: int) -> Dim:
+    w = p.of(weight)
+    if groups > 1 and groups == num_inputs:
+        _scale_groups(p, weight)
+        p.tie(None if x is None else np.repeat(x, weight.shape[0] // groups), w[0])
+        return w[0]
+    p.tie(x, None if w[1] is None else np.tile(w[1], groups))
+    p.tie_rows(x, groups)
+    p.tie_rows(w[0], groups)
+    p.read(w[1])
+    return w[0]
+
+
+def _transposed(p: Propagation, x: Dim, weight: Tensor, groups: int, num_inputs: int) -> Dim:
+    w = p.of(weight)
+    p.tie(x, w[0])
+    if groups > 1 and groups == num_inputs:
+        _scale_groups(p, weight)
+        p.freeze(w[1], "")
+        return None if w[0] is None else np.repeat(w[0], weight.shape[1])
+    p.tie_rows(w[0], groups)
+    p.read(w[0])
+    if w[1] is None and groups > 1:
+        return _fixed(p, groups, f"{p.here} has one output per group")
+    return None if w[1] is None else np.tile(w[1], groups)
+
+
+def _scale_groups(p: Propagation, weight: Tensor) -> None:
+    source = p.source(weight)
+    if source is not None:
+        p.scaled_groups.setdefault(source)
+
+
+def matmul(p: Propagation, a: Arguments, out: Any, *, left: str, right: str, bias: str | None = None) -> None:
+    """``(..., m, k) @ (..., k, n)``, both of the same rank (or a vector on the right), plus a broadcast bias."""
+    x, y = a[left], a[right]
+    p.contract(x, -1, y, -2 if y.ndim > 1 else 0)
+    batch = [p.tie(*facing) for facing in zip(p.of(x)[:-2], p.of(y)[:-2], strict=False)]
+    dims = [*batch, p.of(x)[-2]] + ([p.of(y)[-1]] if y.ndim > 1 else [])
+    if bias is not None:
+        add = p.of(a[bias])
+        for d in range(-a[bias].ndim, 0):
+            if a[bias].shape[d] == out.shape[d] != 1:
+                dims[d] = p.tie(dims[d], add[d])
+    p.set(out, dims)
+
+
+def linear(p: Propagation, a: Arguments, out: Any) -> None:
+    p.contract(a["input"], -1, a["weight"], 1)
+    channels = p.of(a["weight"])[0]
+    if a["bias"] is not None:
+        p.tie(channels, p.of(a["bias"])[0])
+    p.set(out, p.of(a["input"])[:-1] + (channels,))
+
+
+def attention(p: Propagation, a: Arguments, out: Any) -> None:
+    """``softmax(q k^T / sqrt(d)) v`` of ``(batch, heads, length, d)``; the scale follows d, so d normalises."""
+    query, key, value = a["query"], a["key"], a["value"]
+    q, k, v = p.of(query), p.of(key), p.of(value)
+    p.normalise(p.tie(q[3], k[3]))
+    p.normalise(p.tie(k[2], v[2]))
+    heads = p.tie(q[1], k[1], v[1])
+    for result in tensors_in([out]):
+        if result.shape == (*query.shape[:3], value.shape[3]):
+            p.set(result, (p.tie(q[0], k[0], v[0]), heads, q[2], v[3]))
+            return
+
+
+_CARRY = "clone detach alias lift_fresh lift_fresh_copy _to_copy contiguous copy fill zero masked_fill where dropout"
+_LIKE = "zeros_like ones_like full_like empty_like rand_like randn_like bernoulli native_dropout new_empty_strided"
+_VIEW = "view _unsafe_view reshape _reshape_alias flatten unflatten squeeze unsqueeze view_copy"
+_REDUCE = "mean sum amax amin var std var_mean std_mean norm linalg_vector_norm prod logsumexp any all"
+_SPATIAL = (
+    "max_pool{}d max_pool{}d_with_indices avg_pool{}d adaptive_avg_pool{}d _adaptive_avg_pool{}d adaptive_max_pool{}d "
+    "reflection_pad{}d replication_pad{}d upsample_nearest{}d _upsample_nearest_exact{}d upsample_linear{}d "
+    "upsample_bilinear{}d upsample_bicubic{}d upsample_trilinear{}d _upsample_bilinear{}d_aa _upsample_bicubic{}d_aa "
+    "lp_pool{}d fractional_max_pool{}d"
+)
+_BATCH_NORM = (
+    "batch_norm native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
+    "_batch_norm_no_update _batch_norm_with_update miopen_batch_norm"
+)
+_ATTENTION = (
+    "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention scaled_dot_product_attention "
+    "_scaled_dot_product_efficient_attention _scaled_dot_product_attention_math _scaled_dot_product_cudnn_attention"
+)
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(f"{_CARRY} {_LIKE}".split(), elementwise),
+    **dict.fromkeys(_VIEW.split(), view),
+    **dict.fromkeys(_BATCH_NORM.split(), batch_norm),
+    **dict.fromkeys(_ATTENTION.split(), attention),
+    **dict.fromkeys(_REDUCE.split(), reduce),
+    **dict.fromkeys("max min argmax argmin median mode".split(), partial(reduce, order=True)),
+    **dict.fromkeys("_softmax _log_softmax softmax log_softmax _safe_softmax".split(), partial(along, normalises=True)),
+    **dict.fromkeys("cumsum roll sort topk index_select gather cummax".split(), along),
+    **{name: partial(spatial, num_dims=n) for n in (1, 2, 3) for name in _SPATIAL.format(*(n,) * 20).split()},
+    **dict.fromkeys("slice select split split_with_sizes unbind".split(), cut),
+    **dict.fromkeys("transpose t numpy_T".split(), transpose),
+    "native_layer_norm": layer_norm,
+    "native_group_norm": group_norm,
+    "permute": permute,
+    "expand": expand,
+    "repeat": repeat,
+    "flip": flip,
+    "pixel_shuffle": pixel_shuffle,
+    "cat": cat,
+    "stack": stack,
+    "constant_pad_nd": pad,
+    "index": index,
+    "embedding": embedding,
+    "torchvision::roi_align": roi_align,
+    "torchvision::roi_pool": roi_align,
+    "convolution": convolution,
+    "linear": linear,
+    "mm": partial(matmul, left="self", right="mat2"),
+    "bmm": partial(matmul, left="self", right="mat2"),
+    "mv": partial(matmul, left="self", right="vec"),
+    "addmm": partial(matmul, left="mat1", right="mat2", bias="self"),
+    "baddbmm": partial(matmul, left="batch1", right="batch2", bias="self"),
+}
+
+Factor = tuple[Tensor, int]
+"""A dimension of a tensor: its length is one factor of a number of MACs."""
+
+
+def _all(tensor: Tensor, *, but: tuple[int, ...] = ()) -> list[Factor]:
+    return [(tensor, d) for d in range(tensor.ndim) if d not in but]
+
+
+def _macs_matmul(left: str, right: str) -> Callable[[Arguments, Any], list[list[Factor]]]:
+    return lambda a, out: [_all(a[left]) + ([(a[right], a[right].ndim - 1)] if a[right].ndim > 1 else [])]
+
+
+MACS: dict[str, Callable[[Arguments, Any], list[list[Factor]]]] = {
+    "convolution": lambda a, out: [_all(a["input"] if a["transposed"] else out, but=(1,)) + _all(a["weight"])],
+    "linear": lambda a, out: [_all(a["input"]) + [(a["weight"], 0)]],
+    "mm": _macs_matmul("self", "mat2"),
+    "bmm": _macs_matmul("self", "mat2"),
+    "mv": _macs_matmul("self", "vec"),
+    "addmm": _macs_matmul("mat1", "mat2"),
+    "baddbmm": _macs_matmul("batch1", "batch2"),
+    **dict.fromkeys(
+        _ATTENTION.split(),
+        lambda a, out: [_all(a["query"]) + [(a["key"], 2)], _all(a["query"], but=(3,)) + [(a["key"], 2), (a["value"], 3)]],
+    ),
+}
+"""Operator -> products of dimension lengths that sum to its MACs."""
+
+
+def macs_of(func: Any, arguments: Arguments, out: Any) -> list[list[Factor]]:
+    products = MACS.get(operator_name(func))
+    return [] if products is None else products(arguments, out)
+
+
+def written_by(func: Any, out: Any) -> list[Tensor]:
+    """Tensors an operator allocates: its outputs without views and in-place results."""
+    if operator_name(func) == "_unsafe_view" or not func._schema.returns or func._schema.returns[0].alias_info is not None:
+        return []
+    return list(tensors_in([out]))

@@ -1,0 +1,129 @@
+"""A study made of arithmetic: every channel is worth a fixed amount of accuracy, so the best plans are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pruning.plan import ChannelGroup, PruningPlan, SearchSpace
+from pruning.search.protocol import (
+    DENSE,
+    Answer,
+    Archive,
+    Candidate,
+    Evaluate,
+    Evaluation,
+    FineTune,
+    FineTuned,
+    Problem,
+    Request,
+    Strategy,
+    Target,
+)
+
+BASELINE = 0.9
+
+
+def chain(*sizes: int) -> list[ChannelGroup]:
+    """Groups of a plain chain of convolutions."""
+    return [ChannelGroup(f"layer{i}.conv1", size) for i, size in enumerate(sizes)]
+
+
+@dataclass
+class FakeStudy:
+    """Answers the requests of a strategy.
+
+    Accuracy of a candidate = accuracy of its base less the value of the channels it removes from the base's plan;
+    fine-tuning wins back half of what is lost. Latency falls with the square root of the MACs.
+    """
+
+    space: SearchSpace
+    value: dict[str, np.ndarray] = field(default_factory=dict)
+    fails: Callable[[Candidate], bool] = lambda candidate: False
+    log: list[tuple[Request, Answer]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng(7)
+        for name, size in self.space.full.sizes.items():
+            self.value.setdefault(name, rng.random(size) * BASELINE / len(self.space.full.sizes) / size)
+        self.bases = {DENSE: (self.space.full, BASELINE)}
+
+    def macs(self, plan: PruningPlan) -> float:
+        widths = [3, *plan.widths.values(), 10]
+        return 100.0 * sum(a * b for a, b in zip(widths, widths[1:], strict=False))
+
+    def top1(self, candidate: Candidate) -> float:
+        plan, accuracy = self.bases[candidate.base]
+        assert candidate.plan.is_within(plan), "a candidate needs channels its base no longer has"
+        return accuracy - sum(
+            float(self.value[n][list(set(plan.kept[n]) - set(candidate.plan.kept[n]))].sum()) for n in plan.kept
+        )
+
+    def metrics(self, plan: PruningPlan, top1: float, *, latency: bool) -> Evaluation:
+        macs = self.macs(plan)
+        metrics = {"top1": top1, "loss": 1 - top1, "macs": macs, "params": macs / 100, "size_bytes": macs / 25}
+        ratio = (macs / self.macs(self.space.full)) ** 0.5
+        return Evaluation(metrics=metrics | ({"latency_ratio": ratio, "p50_ms": 5 * ratio} if latency else {}))
+
+    def evaluate(self, candidate: Candidate, *, latency: bool) -> Evaluation:
+        if self.fails(candidate):
+            return Evaluation("failed", "the fake says so")
+        return self.metrics(candidate.plan, self.top1(candidate), latency=latency)
+
+    def __call__(self, request: Request) -> Answer:
+        answer = self.answer(request)
+        self.log.append((request, answer))
+        return answer
+
+    def answer(self, request: Request) -> Answer:
+        if isinstance(request, Evaluate):
+            return tuple(self.evaluate(c, latency=request.latency) for c in request.candidates)
+        if isinstance(request, FineTune):
+            if self.fails(request.candidate):
+                return FineTuned("", Evaluation("failed", "the fake says so"))
+            top1 = (self.top1(request.candidate) + BASELINE) / 2
+            base = f"tuned-{request.candidate.id}"
+            self.bases[base] = request.candidate.plan, top1
+            return FineTuned(base, self.metrics(request.candidate.plan, top1, latency=True))
+        return self.value
+
+    @property
+    def requests(self) -> list[Request]:
+        return [request for request, _ in self.log]
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        """Everything that was proposed, in ask order."""
+        asked: list[Candidate] = []
+        for request in self.requests:
+            if isinstance(request, Evaluate):
+                asked += request.candidates
+            elif isinstance(request, FineTune):
+                asked.append(request.candidate)
+        return asked
+
+    def problem(self, target: Target = Target(), seed: int = 0) -> Problem:  # noqa: B008
+        return Problem(
+            self.space,
+            reference=self.metrics(self.space.full, BASELINE, latency=True),
+            reward=lambda e: e["top1"] - 0.1 * e["macs"] / self.macs(self.space.full),
+            macs=self.macs,
+            target=target,
+            rng=np.random.default_rng(seed),
+        )
+
+
+def drive(strategy: Strategy, answer: Callable[[Request], Answer]) -> Archive:
+    """Run a strategy to its end."""
+    try:
+        request = next(strategy)
+        while True:
+            request = strategy.send(answer(request))
+    except StopIteration as end:
+        return end.value
+
+
+def study(sizes: Sequence[int] = (16, 24, 32), channel_multiple: int = 1, **space: object) -> FakeStudy:
+    return FakeStudy(SearchSpace.of(chain(*sizes), channel_multiple=channel_multiple, **space))
