@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import warnings
@@ -34,7 +35,7 @@ def export_onnx(
 
     Args:
         example_input: one tensor, or a tuple of them; without ``dynamic_batch`` its batch size is baked in.
-        opset: operator set, 18 or newer.
+        opset: operator set; below 18 the exporter converts, and an export that it could not convert is refused.
         optimize: fold constants and fuse (initializers lose their state-dict names).
 
     Raises:
@@ -70,8 +71,7 @@ def export_proto(
     if dynamic_batch:
         inputs = tuple(torch.cat([x, x]) for x in inputs)  # torch.export bakes in a batch of one
         shapes = tuple({0: torch.export.Dim("batch")} for _ in inputs)
-    with evaluating(model), warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
+    with evaluating(model), _silence(), torch.no_grad():
         try:
             program = torch.onnx.export(
                 model,
@@ -96,6 +96,22 @@ def export_proto(
         raise ExportError(f"asked for opset {opset}, the exporter wrote {opset_of(proto)}; ask for opset 18 or newer")
     strip_metadata(proto)
     return proto
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Without the exporter's warnings and log lines; what matters of them is raised as an error."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for logger in loggers:
+                logger.setLevel(logging.CRITICAL)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextmanager
@@ -126,8 +142,8 @@ def write_atomically(path: Path, data: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise

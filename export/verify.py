@@ -52,7 +52,7 @@ def open_session(model: ExportedModel | str | Path | bytes, threads: int = 1) ->
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own exceptions share no base class
-        shown = f"{len(model)} bytes" if isinstance(model, bytes) else source
+        shown = f"a model of {len(source)} bytes" if isinstance(source, bytes) else source
         raise ExportError(f"ONNX Runtime cannot open {shown}: {error}") from error
 
 
@@ -86,7 +86,7 @@ def verify_parity(
             if shapes[0] != shapes[1]:
                 return Parity(False, float("inf"), 0.0, samples, f"output shapes {shapes[0]}, expected {shapes[1]}")
             for a, b in zip(found, expected, strict=True):
-                error = max(error, float(np.abs(a - b).max()))
+                error = float(np.maximum(error, np.abs(a - b).max()))  # unlike max(), keeps NaN
                 scale = max(scale, float(np.abs(b).max()))
             same = found[0].argmax(-1) == expected[0].argmax(-1)
             agreed, rows, samples = agreed + int(same.sum()), rows + same.size, samples + len(x)

@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import importlib
 import json
+import os
 import pkgutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -160,6 +161,11 @@ class RunFile(Section):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def home() -> Path:
+    """Where Secateur keeps runs, trained baselines and the embedded stores: ``SECATEUR_HOME``, or ``.secateur``."""
+    return Path(os.environ.get("SECATEUR_HOME", ".secateur")).expanduser().absolute()
+
+
 @dataclass(frozen=True)
 class Fault:
     """One thing wrong with a run file, at one place."""
@@ -252,7 +258,10 @@ def _check_workload(section: object, faults: list[Fault]) -> None:
     names = workload_names()
     if section.get("name") not in names:
         faults.append(
-            Fault(("workload", "name"), f"unknown workload {section.get('name')!r}; {known(names, str(section.get('name')))}")
+            Fault(
+                ("workload", "name"),
+                f"unknown workload {section.get('name')!r}; {known(names, str(section.get('name')))}",
+            )
         )
         return
     module = importlib.import_module(f"pipeline.workloads.{section['name']}")

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from device_profiles import DeviceProfile, Target, measure
+from export.errors import TemplateError
 from export.slicing import OnnxTemplate, candidate_onnx
 from pipeline.config import FinetuneSection, SearchSection
 from pipeline.progress import ProgressView, Silent
-from pipeline.training import TrainingError, fit, load_weights, save_weights, sha256_of
+from pipeline.training import TrainingError, fit, load_weights, move, save_weights, sha256_of
 from pipeline.workloads import Split, Workload
 from pruning.channels import ChannelGraph
 from pruning.cost import cost
@@ -70,11 +71,14 @@ class Evaluator:
         self.settings, self.recipe, self.seed = settings, recipe, seed
         self.progress = progress or Silent()
         self.split: Split = workload.search.first(settings.images)
+        dense_bytes = cost(graph, PruningPlan.full(graph.groups)).activation_bytes
+        self._batch_size = max(1, min(MAX_BATCH, (settings.memory_mb << 20) // max(1, dense_bytes)))
         self._states: dict[str, dict[str, Tensor] | None] = {DENSE: None}
         self._accuracies: dict[tuple[str, str], Mapping[str, float]] = {}
         self._latencies: dict[str, Mapping[str, float]] = {}
         self._batches: list[tuple[Tensor, Tensor]] | None = None
         self._template: OnnxTemplate | None = None
+        self._template_tried = False
         self._baseline_onnx: Path | None = None
         self._baseline_p50_ms = float("nan")
 
@@ -88,10 +92,10 @@ class Evaluator:
         totals = cost(self.graph, plan)
         metrics: dict[str, float] = {"macs": float(totals.macs), "params": float(totals.params)}
         try:
-            metrics |= self._accuracy(candidate.base, plan, totals.activation_bytes, started)
+            metrics |= self._accuracy(candidate.base, plan, started)
             if latency:
                 metrics |= self.latency(plan)
-        except (_OutOfTime, torch.OutOfMemoryError) as error:
+        except (_OutOfTimeError, torch.OutOfMemoryError) as error:
             return Evaluation("failed", str(error).splitlines()[0], metrics)
         metrics["seconds"] = time.perf_counter() - started
         return Evaluation("ok", "", metrics)
@@ -139,26 +143,26 @@ class Evaluator:
 
     def score(self, criterion: str, base: str) -> Mapping[str, np.ndarray]:
         """Saliency of every channel of every group, from the weights of ``base``."""
-        return channel_saliency(self.network(PruningPlan.full(self.graph.groups), base), self.graph, criterion, self.seed)
+        return channel_saliency(
+            self.network(PruningPlan.full(self.graph.groups), base), self.graph, criterion, self.seed
+        )
 
     # -- the parts ---------------------------------------------------------------------------------------------------
 
     def network(self, plan: PruningPlan, base: str = DENSE) -> nn.Module:
         """The pruned network with weights cut from ``base``, on the compute device, in eval mode."""
-        network = inherit(self.model, self.graph, plan, self._states[base])
-        return network.to(self.device, memory_format=torch.channels_last).eval()
+        return move(inherit(self.model, self.graph, plan, self._states[base]), self.device).eval()
 
-    def outputs(self, network: nn.Module, activation_bytes: int = 0, started: float | None = None) -> tuple[Tensor, Tensor]:
+    def outputs(self, network: nn.Module, started: float | None = None) -> tuple[Tensor, Tensor]:
         """Outputs and targets of the search images, in batches within the memory and time bounds."""
         started = time.perf_counter() if started is None else started
-        size = max(1, min(MAX_BATCH, (self.settings.memory_mb << 20) // max(1, activation_bytes)))
         results, targets = [], []
         with torch.inference_mode():
-            for images, labels in self._images(size):
+            for images, labels in self._images():
                 results.append(network(images).float())
                 targets.append(labels)
                 if time.perf_counter() - started > self.settings.seconds_per_candidate:
-                    raise _OutOfTime(
+                    raise _OutOfTimeError(
                         f"more than {self.settings.seconds_per_candidate:g} s for one candidate; lower search.images "
                         "or raise search.seconds_per_candidate"
                     )
@@ -174,13 +178,13 @@ class Evaluator:
             self._latencies[plan.digest] = self._time(plan)
         return self._latencies[plan.digest]
 
-    def _accuracy(self, base: str, plan: PruningPlan, activation_bytes: int, started: float) -> Mapping[str, float]:
+    def _accuracy(self, base: str, plan: PruningPlan, started: float) -> Mapping[str, float]:
         key = (base, plan.digest)
         if key not in self._accuracies:
             network = self.network(plan, base)
             if self.settings.recalibrate_images:
                 recalibrate(network, self.workload, self.settings.recalibrate_images, self.device)
-            self._accuracies[key] = self.workload.metrics(*self.outputs(network, activation_bytes, started))
+            self._accuracies[key] = self.workload.metrics(*self.outputs(network, started))
         return self._accuracies[key]
 
     def _time(self, plan: PruningPlan) -> Mapping[str, float]:
@@ -188,7 +192,9 @@ class Evaluator:
         if self._baseline_onnx is None:
             self._baseline_onnx = self._onnx(full, "baseline.onnx")
             alone = measure(self.target, self.profile, {"baseline": self._baseline_onnx}, "search")
-            self._baseline_p50_ms = alone.cpu_p50_ms("baseline") if alone.statistic == "cpu" else alone.p50_ms("baseline")
+            self._baseline_p50_ms = (
+                alone.cpu_p50_ms("baseline") if alone.statistic == "cpu" else alone.p50_ms("baseline")
+            )
             size, times = self._baseline_onnx.stat().st_size, {"p50_ms": self._baseline_p50_ms}
             times["p95_ms"] = alone.p95_ms("baseline")
             ratios = {"latency_ratio": 1.0, "latency_ratio_low": 1.0, "latency_ratio_high": 1.0}
@@ -215,17 +221,24 @@ class Evaluator:
     def _onnx(self, plan: PruningPlan, name: str) -> Path:
         """The ONNX file of a plan: cut from the run's one exported template, or exported afresh where it cannot be."""
         example = self.workload.example_input()
-        if self._template is None:
+        if not self._template_tried:
+            self._template_tried = True
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self.progress.stage("  export the template"):
-                self._template = OnnxTemplate.try_export(self.model, example, self.graph)
-        return candidate_onnx(self._template, lambda: self.network(plan), example, plan, self.folder / name)
+            with self.progress.stage("Export the template") as report:
+                dense = inherit(self.model, self.graph, PruningPlan.full(self.graph.groups)).cpu()
+                try:
+                    self._template = OnnxTemplate.export(dense, example, self.graph)
+                except TemplateError as error:
+                    report(1, 1, f"every candidate is exported afresh: {error}")
+        pruned = inherit(self.model, self.graph, plan).cpu()
+        candidate_onnx(self._template, pruned, example, plan, self.folder / name)
+        return self.folder / name
 
-    def _images(self, size: int) -> Iterable[tuple[Tensor, Tensor]]:
+    def _images(self) -> Iterable[tuple[Tensor, Tensor]]:
         """Batches of the search images, preprocessed; kept if they are small enough."""
-        if self._batches is not None and len(self._batches[0][1]) == min(size, len(self.split)):
+        if self._batches is not None:
             return self._batches
-        chosen = torch.arange(len(self.split)).split(size)
+        chosen = torch.split(torch.arange(len(self.split)), self._batch_size)
         batches = (
             self.workload.batch(self.split, indices, train=False, generator=None, device=self.device)
             for indices in chosen
@@ -241,7 +254,7 @@ class Evaluator:
         self._states[base] = scatter(self.model, self.graph, plan, moved)
 
 
-class _OutOfTime(RuntimeError):
+class _OutOfTimeError(RuntimeError):
     """A candidate took longer than the run file allows."""
 
 
@@ -255,7 +268,7 @@ def recalibrate(network: nn.Module, workload: Workload, num_images: int, device:
         norm.train()
     split = workload.train.first(num_images)
     with torch.inference_mode():
-        for chosen in torch.arange(len(split)).split(MAX_BATCH):
+        for chosen in torch.split(torch.arange(len(split)), MAX_BATCH):
             network(workload.batch(split, chosen, train=False, generator=None, device=device)[0])
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-Report = Callable[[int, int, str], None]
-"""``report(done, total, note)``: how far the work of a stage is."""
+
+class Report(Protocol):
+    """How far the work of a stage is."""
+
+    def __call__(self, done: int, total: int, note: str = "", /) -> None: ...
+
+
+def silent(done: int, total: int, note: str = "") -> None:
+    """Reports nothing."""
 
 
 class ProgressView(Protocol):
@@ -23,7 +30,7 @@ class Silent:
     """Shows nothing."""
 
     def stage(self, title: str) -> AbstractContextManager[Report]:
-        return nullcontext(lambda done, total, note="": None)
+        return nullcontext(silent)
 
 
 class RichProgress:

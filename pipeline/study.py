@@ -72,13 +72,14 @@ class Study:
         """Answer one request, from the journal where it is recorded."""
         match request:
             case Evaluate(candidates, latency):
-                return tuple(self._evaluate(candidate, latency) for candidate in candidates)
+                return tuple(self.evaluate(candidate, latency) for candidate in candidates)
             case FineTune(candidate, epochs):
-                return self._finetune(candidate, epochs)
+                return self.finetune(candidate, epochs)
             case Score(criterion, base):
                 return self._score(criterion, base)
 
-    def _evaluate(self, candidate: Candidate, latency: bool) -> Evaluation:
+    def evaluate(self, candidate: Candidate, latency: bool) -> Evaluation:
+        """One candidate's evaluation, journalled before it is returned."""
         asked = {"kind": "evaluation", "stage": self.stage, "latency": latency, "candidate": describe(candidate)}
         record = self._recorded(asked)
         if record is None:
@@ -87,7 +88,8 @@ class Study:
         self.notify(record)
         return to_evaluation(record["evaluation"])
 
-    def _finetune(self, candidate: Candidate, epochs: float) -> FineTuned:
+    def finetune(self, candidate: Candidate, epochs: float) -> FineTuned:
+        """One candidate trained and evaluated, journalled before it is returned."""
         asked = {"kind": "finetune", "stage": self.stage, "epochs": epochs, "candidate": describe(candidate)}
         record = self._recorded(asked)
         if record is None:
@@ -116,7 +118,7 @@ class Study:
         if differing:
             raise JournalError(
                 f"{self.journal.path}: the recorded search and this one part at {asked['kind']} "
-                f"{asked.get('candidate', {}).get('id', '')}: {', '.join(differing)} differ. The journal was written by "
+                f"{asked.get('candidate', {}).get('id', '')}: {', '.join(differing)} differ. The journal is of "
                 "another version of Secateur, of the data or of the model; start a new run"
             )
         return record

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.config import Distillation, Recipe
-from pipeline.progress import Report
+from pipeline.progress import Report, silent
 from pipeline.workloads import Split, Workload
 
 VERSION = 1
@@ -40,7 +40,7 @@ def fit(
     device: torch.device,
     teacher: nn.Module | None = None,
     distill: Distillation | None = None,
-    report: Report = lambda done, total, note="": None,
+    report: Report = silent,
 ) -> nn.Module:
     """Train ``model`` in place by ``recipe`` and return it in eval mode.
 
@@ -54,9 +54,9 @@ def fit(
     Raises:
         TrainingError: the loss became NaN or infinite; says at which step and what to change.
     """
-    model.to(device, memory_format=torch.channels_last)
+    move(model, device)
     if teacher is not None:
-        teacher.to(device, memory_format=torch.channels_last).eval()
+        move(teacher, device).eval()
     steps_per_epoch = math.ceil(len(split) / recipe.batch_size)
     steps = max(1, round(recipe.epochs * steps_per_epoch))
     warmup = max(1.0, min(recipe.warmup_epochs * steps_per_epoch, steps / 2))
@@ -92,7 +92,7 @@ def fit(
                         outputs, taught, distill.temperature
                     )
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             if recipe.clip_norm is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
             optimizer.step()
@@ -109,6 +109,11 @@ def fit(
             _save_checkpoint(checkpoint, model, optimizer, step)
     checkpoint.unlink(missing_ok=True)
     return model.eval()
+
+
+def move(model: nn.Module, device: torch.device) -> nn.Module:
+    """The same module, on ``device`` and in channels-last memory."""
+    return model.to(device).to(memory_format=torch.channels_last)
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -45,8 +45,8 @@ class Propagation:
         self.unknown: dict[str, list[str]] = {}
         self.scaled_groups: dict[str, None] = {}
         self.used: dict[str, None] = {}
-        self._labels = WeakIdKeyDictionary()
-        self._sources = WeakIdKeyDictionary()
+        self._labels: Any = WeakIdKeyDictionary()
+        self._sources: Any = WeakIdKeyDictionary()
 
     def fresh(self, size: int) -> IntArray:
         """New labels, shape ``(size,)``."""
@@ -63,7 +63,8 @@ class Propagation:
 
     def source(self, tensor: Tensor) -> str | None:
         """Name of the parameter a tensor is computed from, if it is computed from parameters only."""
-        return self._sources.get(tensor)
+        name: str | None = self._sources.get(tensor)
+        return name
 
     def of(self, tensor: Tensor) -> Labels:
         labels: Labels | None = self._labels.get(tensor)
@@ -100,9 +101,9 @@ class Propagation:
         if dim is not None:
             self.frozen.append((dim, reason))
 
-    def read(self, dim: Dim) -> None:
-        """Mark weight labels as summed over."""
-        if dim is not None:
+    def read(self, tensor: Tensor, d: int) -> None:
+        """Mark a dimension as summed over, if the tensor is a weight."""
+        if (dim := self.of(tensor)[d]) is not None and self.source(tensor) is not None:
             self.reads.append(dim)
 
     def normalise(self, dim: Dim) -> None:
@@ -113,9 +114,8 @@ class Propagation:
     def contract(self, a: Tensor, a_dim: int, b: Tensor, b_dim: int) -> None:
         """A dimension of ``a`` multiplied with one of ``b`` and summed over."""
         self.tie(self.of(a)[a_dim], self.of(b)[b_dim])
-        for tensor, dim in ((a, a_dim), (b, b_dim)):
-            if self.source(tensor) is not None:
-                self.read(self.of(tensor)[dim])
+        self.read(a, a_dim)
+        self.read(b, b_dim)
 
     @property
     def here(self) -> str:
@@ -267,6 +267,10 @@ def view(p: Propagation, a: Arguments, out: Any) -> None:
     """Merging repeats labels; splitting ties what must stay rectangular; anything else freezes."""
     x, before, after = p.of(a["self"]), a["self"].shape, out.shape
     result: list[Dim] = [None] * out.ndim
+    if out.numel() == 0:
+        for dim in x:
+            p.freeze(dim, f"{p.here} gets an empty tensor")
+        return
     for ins, outs in _segments(before, after):
         labelled = [i for i in ins if x[i] is not None]
         if not labelled:
@@ -332,6 +336,10 @@ def pixel_shuffle(p: Propagation, a: Arguments, out: Any) -> None:
 # --- operators that join and cut ---------------------------------------------------------------------------------
 
 
+def constant(p: Propagation, a: Arguments, out: Any) -> None:
+    """``new_zeros`` and the like: sizes come from the code, nothing of the input."""
+
+
 def cat(p: Propagation, a: Arguments, out: Any) -> None:
     parts = [t for t in a["tensors"] if t.ndim == out.ndim]
     where = a["dim"] % out.ndim
@@ -340,7 +348,10 @@ def cat(p: Propagation, a: Arguments, out: Any) -> None:
     if any(piece is not None for piece in pieces):
         reason = f"{p.here} appends channels of fixed number"
         dims[where] = np.concatenate(
-            [piece if piece is not None else _fixed(p, t.shape[where], reason) for piece, t in zip(pieces, parts, strict=True)]
+            [
+                piece if piece is not None else _fixed(p, t.shape[where], reason)
+                for piece, t in zip(pieces, parts, strict=True)
+            ]
         )
     p.set(out, dims)
 
@@ -397,6 +408,15 @@ def cut(p: Propagation, a: Arguments, out: Any) -> None:
         p.set(piece, x[:where] + ([part] if piece.ndim == len(x) else []) + x[where + 1 :])
 
 
+def glu(p: Propagation, a: Arguments, out: Any) -> None:
+    """The first half of a dimension gated by the second: halves are tied."""
+    dims = list(p.of(a["self"]))
+    if (dim := dims[a["dim"]]) is not None:
+        p.tie_rows(dim, 2)
+        dims[a["dim"]] = dim[: len(dim) // 2]
+    p.set(out, dims)
+
+
 def index(p: Propagation, a: Arguments, out: Any) -> None:
     """Advanced indexing of unlabelled dimensions; labels among the indexed ones are frozen."""
     x, indices = list(p.of(a["self"])), a["indices"]
@@ -405,8 +425,9 @@ def index(p: Propagation, a: Arguments, out: Any) -> None:
         width = idx.ndim if idx is not None and idx.dtype in (torch.bool, torch.uint8) else 1
         used += list(range(d, d + width)) if idx is not None else []
         d += width
-    for i in used:
-        p.freeze(x[i], f"{p.here} picks channels by position")
+    touched = [x[i] for i in used] + [dim for idx in indices if idx is not None for dim in p.of(idx)]
+    for dim in touched:
+        p.freeze(dim, f"{p.here} picks channels by position")
     if used == list(range(used[0], used[-1] + 1)):
         new: list[Dim] = [None] * (out.ndim - len(x) + len(used))
         p.set(out, x[: used[0]] + new + x[used[-1] + 1 :])
@@ -481,7 +502,7 @@ def _direct(p: Propagation, x: Dim, weight: Tensor, groups: int, num_inputs: int
     p.tie(x, None if w[1] is None else np.tile(w[1], groups))
     p.tie_rows(x, groups)
     p.tie_rows(w[0], groups)
-    p.read(w[1])
+    p.read(weight, 1)
     return w[0]
 
 
@@ -493,7 +514,7 @@ def _transposed(p: Propagation, x: Dim, weight: Tensor, groups: int, num_inputs:
         p.freeze(w[1], "")
         return None if w[0] is None else np.repeat(w[0], weight.shape[1])
     p.tie_rows(w[0], groups)
-    p.read(w[0])
+    p.read(weight, 0)
     if w[1] is None and groups > 1:
         return _fixed(p, groups, f"{p.here} has one output per group")
     return None if w[1] is None else np.tile(w[1], groups)
@@ -524,7 +545,7 @@ def linear(p: Propagation, a: Arguments, out: Any) -> None:
     channels = p.of(a["weight"])[0]
     if a["bias"] is not None:
         p.tie(channels, p.of(a["bias"])[0])
-    p.set(out, p.of(a["input"])[:-1] + (channels,))
+    p.set(out, (*p.of(a["input"])[:-1], channels))
 
 
 def attention(p: Propagation, a: Arguments, out: Any) -> None:
@@ -540,8 +561,11 @@ def attention(p: Propagation, a: Arguments, out: Any) -> None:
             return
 
 
-_CARRY = "clone detach alias lift_fresh lift_fresh_copy _to_copy contiguous copy fill zero masked_fill where dropout"
-_LIKE = "zeros_like ones_like full_like empty_like rand_like randn_like bernoulli native_dropout new_empty_strided"
+_CARRY = (
+    "clone detach alias lift_fresh lift_fresh_copy _to_copy contiguous copy fill zero masked_fill where dropout "
+    "hardswish _prelu_kernel log_sigmoid_forward rrelu_with_noise"
+)
+_LIKE = "zeros_like ones_like full_like empty_like rand_like randn_like bernoulli native_dropout"
 _VIEW = "view _unsafe_view reshape _reshape_alias flatten unflatten squeeze unsqueeze view_copy"
 _REDUCE = "mean sum amax amin var std var_mean std_mean norm linalg_vector_norm prod logsumexp any all"
 _SPATIAL = (
@@ -565,12 +589,14 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_BATCH_NORM.split(), batch_norm),
     **dict.fromkeys(_ATTENTION.split(), attention),
     **dict.fromkeys(_REDUCE.split(), reduce),
-    **dict.fromkeys("max min argmax argmin median mode".split(), partial(reduce, order=True)),
-    **dict.fromkeys("_softmax _log_softmax softmax log_softmax _safe_softmax".split(), partial(along, normalises=True)),
-    **dict.fromkeys("cumsum roll sort topk index_select gather cummax".split(), along),
+    **dict.fromkeys(("max", "min", "argmax", "argmin"), partial(reduce, order=True)),
+    **dict.fromkeys(("_softmax", "_log_softmax", "_safe_softmax"), partial(along, normalises=True)),
+    **dict.fromkeys(("cumsum", "roll", "sort", "topk", "index_select"), along),
     **{name: partial(spatial, num_dims=n) for n in (1, 2, 3) for name in _SPATIAL.format(*(n,) * 20).split()},
-    **dict.fromkeys("slice select split split_with_sizes unbind".split(), cut),
-    **dict.fromkeys("transpose t numpy_T".split(), transpose),
+    **dict.fromkeys(("slice", "select", "split", "split_with_sizes", "unbind"), cut),
+    **dict.fromkeys(("transpose", "t"), transpose),
+    **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"), constant),
+    "glu": glu,
     "native_layer_norm": layer_norm,
     "native_group_norm": group_norm,
     "permute": permute,
@@ -608,7 +634,7 @@ def _macs_matmul(left: str, right: str) -> Callable[[Arguments, Any], list[list[
 
 MACS: dict[str, Callable[[Arguments, Any], list[list[Factor]]]] = {
     "convolution": lambda a, out: [_all(a["input"] if a["transposed"] else out, but=(1,)) + _all(a["weight"])],
-    "linear": lambda a, out: [_all(a["input"]) + [(a["weight"], 0)]],
+    "linear": lambda a, out: [[*_all(a["input"]), (a["weight"], 0)]],
     "mm": _macs_matmul("self", "mat2"),
     "bmm": _macs_matmul("self", "mat2"),
     "mv": _macs_matmul("self", "vec"),
@@ -616,7 +642,10 @@ MACS: dict[str, Callable[[Arguments, Any], list[list[Factor]]]] = {
     "baddbmm": _macs_matmul("batch1", "batch2"),
     **dict.fromkeys(
         _ATTENTION.split(),
-        lambda a, out: [_all(a["query"]) + [(a["key"], 2)], _all(a["query"], but=(3,)) + [(a["key"], 2), (a["value"], 3)]],
+        lambda a, out: [
+            [*_all(a["query"]), (a["key"], 2)],
+            [*_all(a["query"], but=(3,)), (a["key"], 2), (a["value"], 3)],
+        ],
     ),
 }
 """Operator -> products of dimension lengths that sum to its MACs."""
@@ -629,6 +658,10 @@ def macs_of(func: Any, arguments: Arguments, out: Any) -> list[list[Factor]]:
 
 def written_by(func: Any, out: Any) -> list[Tensor]:
     """Tensors an operator allocates: its outputs without views and in-place results."""
-    if operator_name(func) == "_unsafe_view" or not func._schema.returns or func._schema.returns[0].alias_info is not None:
+    if (
+        operator_name(func) == "_unsafe_view"
+        or not func._schema.returns
+        or func._schema.returns[0].alias_info is not None
+    ):
         return []
     return list(tensors_in([out]))

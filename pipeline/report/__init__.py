@@ -1,0 +1,109 @@
+"""The device profiling report: one self-contained HTML page and the same facts as JSON, and the final table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+
+from device_profiles import BenchmarkResult, DeviceProfile
+from pipeline.config import RunFile
+from pipeline.report.charts import cloud, histogram
+
+Facts = Mapping[str, Any]
+Row = tuple[str, str, str, str]
+
+
+def final_table(facts: Facts) -> list[Row]:
+    """Rows (what, baseline, compact, change) of the table a run ends with."""
+    base, compact = facts["judge"]["models"]["baseline"], facts["judge"]["models"]["compact"]
+    metric = next(name for name in ("map50", "top1") if name in base)
+    rows: list[Row] = [
+        (
+            f"{metric} (test split)",
+            f"{base[metric]:.2%}",
+            f"{compact[metric]:.2%}",
+            f"{100 * (compact[metric] - base[metric]):+.2f} pp",
+        )
+    ]
+    units = (("MACs", "macs", 1e6, "M"), ("params", "params", 1e3, "k"), ("file size", "size_bytes", 1e3, "kB"))
+    for title, key, scale, unit in units:
+        change = compact[key] / base[key] - 1
+        rows.append(
+            (title, f"{base[key] / scale:,.2f} {unit}", f"{compact[key] / scale:,.2f} {unit}", f"{change:+.1%}")
+        )
+    for title, key in (("p50 latency", "p50_ms"), ("p95 latency", "p95_ms")):
+        change = compact[key] / base[key] - 1
+        rows.append((title, f"{base[key]:.3f} ms", f"{compact[key]:.3f} ms", f"{change:+.1%}"))
+    faster = facts["benchmark"]["speedup"]
+    interval = f"95 % {faster['low']:.2f} to {faster['high']:.2f}"
+    rows.append(("speed-up", "1.00x", f"{faster['value']:.2f}x", interval))
+    return rows
+
+
+def final_table_markdown(facts: Facts) -> str:
+    """The final table, the gate and the registered version, as Markdown."""
+    lines = ["| | baseline | compact | change |", "|---|---|---|---|"]
+    lines += [f"| {' | '.join(row)} |" for row in final_table(facts)]
+    lines += ["", f"Gate: **{'passed' if facts['judge']['passed'] else 'not passed'}**"]
+    if "register" in facts:
+        entry = facts["register"]
+        lines.append(f"Registered: `{entry['name']}` version {entry['version']}, alias `{entry['alias']}`")
+    return "\n".join(lines)
+
+
+def write_report(
+    directory: Path, config: RunFile, profile: DeviceProfile, facts: Facts, records: Sequence[Mapping[str, Any]]
+) -> tuple[Path, Path]:
+    """Write ``report.html`` and ``report.json`` into the run directory; returns both paths."""
+    result = BenchmarkResult.from_json((directory / "benchmark.json").read_text(encoding="utf-8"))
+    points = _points(config, facts, records)
+    page = Environment(loader=PackageLoader("pipeline.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    html = page.get_template("report.html.j2").render(
+        config=config,
+        profile=profile,
+        facts=facts,
+        table=final_table(facts),
+        environment=result.environment,
+        statistic=result.statistic,
+        num_processes=len(result.processes),
+        num_calls=len(result.wall_ms("compact")),
+        latency_chart=histogram(
+            {name: result.wall_ms(name) for name in ("baseline", "compact")}, "latency of one call, ms"
+        ),
+        search_chart=cloud(points, "MACs, share of the baseline", f"{config.name}: accuracy on the search split"),
+        num_points=len(points),
+        widths=_widths(facts),
+    )
+    html_file, json_file = directory / "report.html", directory / "report.json"
+    html_file.write_text(html, encoding="utf-8")
+    data = {"format": 1, "name": config.name, "config": config.model_dump(mode="json"), "facts": facts}
+    data["environment"] = dict(result.environment)
+    json_file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    return html_file, json_file
+
+
+def _points(config: RunFile, facts: Facts, records: Sequence[Mapping[str, Any]]) -> list[tuple[float, float, str, str]]:
+    """Every evaluated candidate as (MACs ratio, accuracy, kind, label)."""
+    macs = facts["search"]["reference"]["metrics"]["macs"]
+    points = []
+    for record in records:
+        values = record.get("evaluation", {}).get("metrics", {})
+        accuracy = values.get("map50", values.get("top1"))
+        if accuracy is None or record["stage"] == "smallest":
+            continue
+        kind = record["stage"] if record["stage"] != "search" else record["kind"]
+        label = f"{record['candidate']['origin']} {record['candidate']['id']}: {accuracy:.4f}"
+        points.append((values["macs"] / macs, accuracy, kind, label))
+    return points
+
+
+def _widths(facts: Facts) -> list[tuple[str, int, int]]:
+    """(group, channels before, channels after) of the compact model."""
+    from pruning.plan import PruningPlan
+
+    plan = PruningPlan.from_json(facts["finetune"]["best"]["candidate"]["plan"])
+    return [(name, plan.sizes[name], plan.widths[name]) for name in plan.sizes]

@@ -104,7 +104,8 @@ class Classification:
         self.pretrained = options.model.weights is not None
         weights = images.find(options.model.weights, "weights file") if options.model.weights else None
         self._state = None if weights is None else _read_weights(weights)
-        content = {"options": options.model_dump(mode="json", exclude={"data": {"path", "train", "test", "download"}})}
+        where = {"data": {"path", "train", "test", "download"}}
+        content: dict[str, Any] = {"options": options.model_dump(mode="json", exclude=where)}
         content |= {"data": opened.fingerprint, "weights": None if weights is None else _file_digest(weights)}
         self.fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 

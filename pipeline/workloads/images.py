@@ -116,7 +116,7 @@ def load_torchvision(name: str, root: Path, download: bool, size: int | None, ch
 
     factory = getattr(zoo, name, None)
     if factory is None:
-        raise UserError(f"torchvision.datasets has no {name!r}; classifiers are, for example, CIFAR10, CIFAR100, MNIST, SVHN")
+        raise UserError(f"torchvision.datasets has no {name!r}; try CIFAR10, CIFAR100, MNIST or SVHN")
     import inspect
 
     by_flag = "train" in inspect.signature(factory).parameters
@@ -132,7 +132,7 @@ def load_torchvision(name: str, root: Path, download: bool, size: int | None, ch
                 "data.download: true on a machine with a network, or name arrays or a folder instead"
             ) from error
         labels = np.asarray(getattr(dataset, "targets", getattr(dataset, "labels", None)), dtype=np.int64)
-        pixels = getattr(dataset, "data", None)
+        pixels: Any = getattr(dataset, "data", None)
         pixels = pixels.numpy() if hasattr(pixels, "numpy") else pixels
         if isinstance(pixels, np.ndarray) and pixels.ndim in (3, 4) and pixels.shape[1] == pixels.shape[2]:
             sources.append(ArraySource(pixels, labels, size, channels))
@@ -152,7 +152,7 @@ def load_folder(path: str, size: int | None, channels: int | None) -> ImageData:
     root = find(path, "folder of images")
     train = root / "train"
     if not train.is_dir():
-        raise UserError(f"{root} has no folder 'train'; expected {root}/train/CLASS/image.jpg and {root}/test/CLASS/...")
+        raise UserError(f"{root} has no folder 'train'; expected {root}/train/CLASS/image.jpg")
     classes = sorted(p.name for p in train.iterdir() if p.is_dir())
     if len(classes) < 2:
         raise UserError(f"{train} needs one folder per class and at least two classes; found {classes}")
@@ -214,7 +214,7 @@ def _arrays(path: str) -> tuple[Pixels, Labels]:
             f"{file}: expected images as uint8 of shape (n, height, width, 1 or 3), got {images.dtype} {images.shape}"
         )
     if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer) or labels.min(initial=0) < 0:
-        raise UserError(f"{file}: expected {len(images)} labels as whole numbers from 0, got {labels.dtype} {labels.shape}")
+        raise UserError(f"{file}: expected {len(images)} labels from 0, got {labels.dtype} {labels.shape}")
     return images, labels.astype(np.int64)
 
 

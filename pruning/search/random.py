@@ -6,10 +6,9 @@ window follows MetaPruning (ICCV 2019, arXiv 1903.10258).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
-
-import numpy as np
 
 from pruning.search.protocol import Candidate, Evaluation, Problem, Strategy
 from pruning.search.support import SearchError, best_first, check_ranges, check_reachable, evaluate, score
@@ -37,7 +36,7 @@ class Options:
     batch: int = 10
 
     def __post_init__(self) -> None:
-        check_ranges(self, num_plans=(1, np.inf), tolerance=(0, 1), max_draws=(1, np.inf), batch=(1, np.inf))
+        check_ranges(self, num_plans=(1, math.inf), tolerance=(0, 1), max_draws=(1, math.inf), batch=(1, math.inf))
 
 
 def search(problem: Problem, options: Options) -> Strategy:
@@ -49,13 +48,11 @@ def search(problem: Problem, options: Options) -> Strategy:
     space, rng = problem.space, problem.rng
     check_reachable(problem)
     widths = [_draw(problem, options) for _ in range(options.num_plans)]
-    saliency = None if options.saliency == "random" else (yield from score(options.saliency))
-    candidates = [
-        Candidate(
-            i, space.decode(drawn, saliency or {n: rng.random(size) for n, size in space.sizes.items()}), "random"
-        )
-        for i, drawn in enumerate(widths)
-    ]
+    ranking = None if options.saliency == "random" else (yield from score(options.saliency))
+    candidates = []
+    for i, drawn in enumerate(widths):
+        saliency = ranking or {name: rng.random(size) for name, size in space.sizes.items()}
+        candidates.append(Candidate(i, space.decode(drawn, saliency), "random"))
     evaluations: list[Evaluation] = []
     for start in range(0, len(candidates), options.batch):
         evaluations += yield from evaluate(candidates[start : start + options.batch], latency=True)

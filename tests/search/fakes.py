@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -52,7 +53,7 @@ class FakeStudy:
 
     def macs(self, plan: PruningPlan) -> float:
         widths = [3, *plan.widths.values(), 10]
-        return 100.0 * sum(a * b for a, b in zip(widths, widths[1:], strict=False))
+        return 100.0 * sum(a * b for a, b in pairwise(widths))
 
     def top1(self, candidate: Candidate) -> float:
         plan, accuracy = self.bases[candidate.base]

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pruning.search.ccep import Options, Subproblem, crossover, initial, mutate, search
+from pruning.search.ccep import Options, Subproblem, _fit, crossover, initial, mutate, search
 from pruning.search.protocol import Candidate, Evaluate, FineTune, Target
 from pruning.search.support import SearchError
 from tests.search.fakes import FakeStudy, drive, study
@@ -101,8 +102,23 @@ def test_crossover_takes_the_head_of_one_and_the_tail_of_the_other(n, r, seed):
     assert any((np.r_[first[:c], second[c:]] <= child).all() for c in range(1, n))
 
 
+def test_crossover_makes_new_offspring_of_two_parents():
+    """Without mutation nothing but crossover can propose a new mask after the initial population."""
+    options = replace(FAST, outer_iterations=1, mutation_rate=0.0, initial_keep=0.9)
+    for rate in (0.0, 1.0):
+        fake = study((32, 32))
+        drive(search(fake.problem(), replace(options, crossover_rate=rate)), fake)
+        offspring = [c for c in fake.candidates if c.origin == "mutation"]
+        assert bool(offspring) == bool(rate)
+        assert all(len(set(c.parents)) == 2 for c in offspring)
+
+
 @given(
-    n=st.integers(9, 96), g=st.sampled_from([2, 4, 8, 16]), r=st.floats(0, 1), p=st.floats(0, 1), seed=st.integers(0, 99)
+    n=st.integers(9, 96),
+    g=st.sampled_from([2, 4, 8, 16]),
+    r=st.floats(0, 1),
+    p=st.floats(0, 1),
+    seed=st.integers(0, 99),
 )
 def test_on_a_device_with_a_channel_multiple_every_width_is_allowed_and_within_the_bound(n, g, r, p, seed):
     part, rng = part_of(n, r, g), np.random.default_rng(seed)
@@ -124,6 +140,19 @@ def test_a_coarse_width_is_reached_from_both_sides_and_one_step_is_always_possib
     assert 60 < counts.count(48) < 140
 
 
+def test_going_up_to_an_allowed_width_takes_back_what_was_removed_last():
+    part, rng = part_of(64, 0.5, 8), np.random.default_rng(0)
+    bits = np.arange(64) < 45
+    fitted = [_fit(bits, part, [50, 51, 52, 53, 54], rng) for _ in range(50)]
+    up = [f for f in fitted if f.sum() == 48]
+    down = [f for f in fitted if f.sum() == 40]
+    assert up and down and len(up) + len(down) == 50
+    assert all((np.flatnonzero(f & ~bits) == [52, 53, 54]).all() for f in up)
+    assert all((f <= bits).all() for f in down)
+    more = [f for f in (_fit(bits, part, [50], rng) for _ in range(20)) if f.sum() == 48]
+    assert all(f[50] and f[:45].all() for f in more)
+
+
 @pytest.mark.parametrize("crossover_rate", [0.0, 0.3])
 def test_every_group_loses_a_filter_in_every_round(crossover_rate):
     fake = study()
@@ -131,7 +160,7 @@ def test_every_group_loses_a_filter_in_every_round(crossover_rate):
     archive = drive(search(fake.problem(), options), fake)
     widths = [fake.space.encode(fake.space.full)] + [fake.space.encode(e.candidate.plan) for e in archive]
     assert len(archive) == 4
-    assert all((after < before).all() for before, after in zip(widths, widths[1:], strict=False))
+    assert all((after < before).all() for before, after in pairwise(widths))
 
 
 def test_the_ea_returns_the_filters_that_are_worth_most():
@@ -211,7 +240,7 @@ def test_it_stops_when_no_group_can_shrink():
     fake = study((16, 16), 8)
     archive = drive(search(fake.problem(), FAST_LONG), fake)
     assert archive[-1].candidate.plan.widths == fake.space.smallest().widths
-    assert len(archive) < 10
+    assert len(archive) == [c.origin for c in fake.candidates].count("snapshot") < 10
 
 
 def test_without_fine_tuning_the_splice_is_evaluated_with_latency_on_the_old_base():
@@ -250,6 +279,13 @@ def test_failed_individuals_never_win_and_a_failed_splice_is_dropped():
     assert not any(parent % 3 == 1 for parent in winners)
 
 
+def test_a_group_none_of_whose_pruned_individuals_can_be_evaluated_is_left_whole():
+    fake = FakeStudy(study().space, fails=lambda c: c.origin != "splice" and c.plan.widths["layer1.conv1"] < 24)
+    archive = drive(search(fake.problem(), FAST), fake)
+    assert [entry.candidate.plan.widths["layer1.conv1"] for entry in archive] == [24, 24]
+    assert archive[-1].candidate.plan.widths["layer2.conv1"] < 32
+
+
 def test_a_failed_splice_repeats_the_round_from_the_same_snapshot():
     failed: list[int] = []
 
@@ -281,7 +317,9 @@ def test_errors_name_the_way_out():
         drive(search(fake.problem(), Options(fitness="map50")), fake)
     with pytest.raises(SearchError, match=r"\['head\*'\] matches none of the groups \['layer0.conv1'"):
         drive(search(fake.problem(), Options(include=("head*",))), fake)
-    with pytest.raises(ValueError, match=r"population must lie in 1..inf, got 0; mutation_rate must lie in 0..1, got 2"):
+    with pytest.raises(
+        ValueError, match=r"population must lie in 1..inf, got 0; mutation_rate must lie in 0..1, got 2"
+    ):
         Options(population=0, mutation_rate=2)
     with pytest.raises(ValueError, match="finetune_epochs"):
         Options(finetune_epochs=-1)

@@ -1,0 +1,266 @@
+"""Constants of an ONNX graph that know a width: find them, and make them follow any width."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, TypeProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from export.artifact import opset_of
+from export.errors import TemplateError
+
+Shape = tuple[int, ...]
+Array = npt.NDArray[Any]
+END = int(np.iinfo(np.int64).max)
+# Integer arithmetic that exporters spell shapes with.
+SHAPE_OPS = {"Add", "Cast", "Concat", "Constant", "Div", "Gather", "Identity", "Mul", "Reshape", "Shape", "Slice"}
+SHAPE_OPS |= {"Squeeze", "Sub", "Unsqueeze"}
+
+
+def follow_widths(proto: onnx.ModelProto, dense: Mapping[str, Shape], probe: Mapping[str, Shape]) -> None:
+    """Rewrite constant shape operands so that the graph holds for any width of its initializers.
+
+    The graph is walked once with both sets of shapes; a dimension that differs is a width.
+
+    Args:
+        proto: changed in place.
+        dense: shape per initializer.
+        probe: the same with one channel less per group.
+
+    Raises:
+        TemplateError: an operand knows a width in a way that is not understood.
+    """
+    _sequences_to_split(proto.graph)
+    a, b = _Side.of(proto, dense), _Side.of(proto, probe)
+    static: set[str] = set()  # values made of constants only: the ones that cannot follow by themselves
+    nodes: list[onnx.NodeProto] = []
+    for node in list(proto.graph.node):
+        a.infer(node)
+        new = _rewrite(node, a, b) if len(node.input) > 1 and static.issuperset(filter(None, node.input[1:])) else []
+        nodes += [*new, node]
+        for each in [*new, node]:
+            b.infer(each)
+        if not b.consistent and a.consistent:
+            raise TemplateError(f"the shapes of {node.op_type} {node.output[0]} do not follow the widths")
+        if node.op_type != "Shape" and all(name in static for name in node.input if name):
+            static.update(node.output)
+    for port in proto.graph.output:
+        if a.shape(port.name) != b.shape(port.name):
+            raise TemplateError(f"output {port.name} changes its shape with the widths")
+    del proto.graph.node[:]
+    proto.graph.node.extend(_alive(nodes, {port.name for port in proto.graph.output}))
+
+
+@dataclass
+class _Side:
+    """Types and small integer values of one walk."""
+
+    opset: int
+    types: dict[str, TypeProto]
+    values: dict[str, Array] = field(default_factory=dict)
+    consistent: bool = True
+
+    @classmethod
+    def of(cls, proto: onnx.ModelProto, initializers: Mapping[str, Shape]) -> _Side:
+        types = {port.name: port.type for port in proto.graph.input}
+        for tensor in proto.graph.initializer:
+            types[tensor.name] = helper.make_tensor_type_proto(tensor.data_type, initializers[tensor.name])
+        return cls(opset_of(proto), types)
+
+    def infer(self, node: onnx.NodeProto) -> None:
+        """Add the node's outputs, as far as they can be known."""
+        self._evaluate(node)
+        inputs = [name for name in node.input if name]
+        if node.domain not in ("", "ai.onnx") or not all(name in self.types for name in inputs):
+            return
+        data = {name: numpy_helper.from_array(self.values[name]) for name in inputs if name in self.values}
+        schema = onnx.defs.get_schema(node.op_type, self.opset)
+        known = {name: self.types[name] for name in inputs}
+        try:
+            outputs = onnx.shape_inference.infer_node_outputs(
+                schema, node, known, data, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=10
+            )
+        except onnx.shape_inference.InferenceError:
+            self.consistent = False
+            return
+        self.consistent = True
+        self.types.update(outputs)
+
+    def shape(self, name: str) -> Shape | None:
+        """None where it is not fully known."""
+        kind = self.types.get(name)
+        if kind is None or not kind.tensor_type.HasField("shape"):
+            return None
+        dims = kind.tensor_type.shape.dim
+        return tuple(d.dim_value for d in dims) if all(d.HasField("dim_value") for d in dims) else None
+
+    def _evaluate(self, node: onnx.NodeProto) -> None:
+        if node.op_type == "Shape":
+            shape = self.shape(node.input[0])
+            if shape is not None:
+                start, end = _attribute(node, "start", 0), _attribute(node, "end", len(shape))
+                self.values[node.output[0]] = np.array(shape[start:end], dtype=np.int64)
+        elif node.op_type in SHAPE_OPS and all(name in self.values for name in node.input if name):
+            feed = {name: self.values[name] for name in node.input if name}
+            result = np.asarray(ReferenceEvaluator(_with_opset(node, self.opset)).run(None, feed)[0])
+            if result.dtype.kind in "ib" and result.size <= 1024:
+                self.values[node.output[0]] = result
+
+
+def _rewrite(node: onnx.NodeProto, a: _Side, b: _Side) -> list[onnx.NodeProto]:
+    """Make a node with constant operands follow its first input; returns the new constants it needs."""
+    s, s2 = a.shape(node.input[0]), b.shape(node.input[0])
+    operands = [a.values.get(name) for name in node.input[1:]]
+    if s is None or s2 is None or s == s2 or any(value is None for value in operands):
+        return []
+    if node.op_type == "Reshape":
+        t = a.shape(node.output[0])
+        if t is None:
+            return []
+        _drop(node, "allowzero")
+        return [_constant(node, 1, _reshape_target(s, s2, t, node.output[0]))]
+    if node.op_type == "Expand":
+        target = [int(d) for d in a.values[node.input[1]]]
+        offset = len(target) - len(s)
+        follow = [1 if i >= offset and d == s[i - offset] else d for i, d in enumerate(target)]
+        return [_constant(node, 1, follow)]
+    if node.op_type == "Slice":
+        return _whole_slice(node, a, s, s2)
+    if node.op_type == "Gather":
+        axis = _attribute(node, "axis", 0)
+        if s[axis] != s2[axis]:
+            raise TemplateError(f"{node.output[0]}: picks fixed positions of a pruned dimension")
+    return []
+
+
+def _reshape_target(s: Shape, s2: Shape, t: Shape, name: str) -> list[int]:
+    """Target that follows: dense input ``s`` -> ``t``; with the narrower input ``s2`` only widths of ``t`` shrink."""
+    target, inferred = list(t), 0
+    for left, right in _segments(s, t):
+        if all(s[i] == s2[i] for i in left):
+            continue
+        total = prod(s2[i] for i in left)
+        fits = [j for j in right if total % (prod(t[k] for k in right if k != j)) == 0]
+        fits = [j for j in fits if t[j] > 1]
+        if not fits:
+            raise TemplateError(f"{name}: no single dimension of the reshape {s} -> {t} follows {s2}")
+        j = fits[-1]
+        if left == right == [j]:
+            target[j] = 0  # copied from the input
+        else:
+            target[j], inferred = -1, inferred + 1
+    if inferred > 1:
+        raise TemplateError(f"{name}: several dimensions of the reshape {s} -> {t} depend on widths")
+    return target
+
+
+def _segments(s: Shape, t: Shape) -> list[tuple[list[int], list[int]]]:
+    """Dimensions of ``s`` and of ``t`` in the smallest runs of equal product."""
+    runs: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(s) and j < len(t):
+        left, right = [i], [j]
+        while (p := prod(s[k] for k in left)) != (q := prod(t[k] for k in right)):
+            if p < q:
+                left.append(left[-1] + 1)
+            else:
+                right.append(right[-1] + 1)
+        runs.append((left, right))
+        i, j = left[-1] + 1, right[-1] + 1
+    if runs:  # trailing ones
+        runs[-1][0].extend(range(i, len(s)))
+        runs[-1][1].extend(range(j, len(t)))
+    return runs
+
+
+def _whole_slice(node: onnx.NodeProto, a: _Side, s: Shape, s2: Shape) -> list[onnx.NodeProto]:
+    """A slice along a width must take all of it."""
+    starts, ends = (a.values[node.input[k]] for k in (1, 2))
+    axes = a.values[node.input[3]] if len(node.input) > 3 else np.arange(len(starts))
+    follow = [int(end) for end in ends]
+    for k, axis in enumerate(axes):
+        if s[axis] != s2[axis]:
+            if starts[k] != 0 or ends[k] < s[axis]:
+                raise TemplateError(f"{node.output[0]}: takes fixed positions of a pruned dimension")
+            follow[k] = END
+    return [_constant(node, 2, follow)]
+
+
+def _sequences_to_split(graph: onnx.GraphProto) -> None:
+    """SplitToSequence into equal parts, picked by constant SequenceAt -> Split, which follows any width."""
+    values = {node.output[0]: _constant_of(node) for node in graph.node if node.op_type == "Constant"}
+    producer = {output: node for node in graph.node for output in node.output}
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in [*graph.input, *graph.value_info]}
+    renamed: dict[str, str] = {}
+    for node in graph.node:
+        picks = [user for user in graph.node if user.op_type == "SequenceAt" and user.input[0] in node.output]
+        if node.op_type != "SplitToSequence" or not all(pick.input[1] in values for pick in picks):
+            continue
+        length = shapes.get(node.input[0], {_attribute(node, "axis", 0): 0})[_attribute(node, "axis", 0)]
+        sizes = _static_list(node.input[1], producer, values)
+        if not length or not sizes or len(set(sizes)) > 1 or length % sizes[0]:
+            continue
+        outputs = [f"{node.output[0]}_{i}" for i in range(length // sizes[0])]
+        renamed.update({pick.output[0]: outputs[int(values[pick.input[1]].item())] for pick in picks})
+        axis = _attribute(node, "axis", 0)
+        node.CopyFrom(helper.make_node("Split", node.input[:1], outputs, axis=axis, num_outputs=len(outputs)))
+    for node in graph.node:
+        for k, name in enumerate(node.input):
+            node.input[k] = renamed.get(name, name)
+    for node in [node for node in graph.node if node.op_type == "SequenceAt" and node.output[0] in renamed]:
+        graph.node.remove(node)
+
+
+def _static_list(name: str, producer: Mapping[str, onnx.NodeProto], values: Mapping[str, Array]) -> list[int]:
+    """Integers given as one constant, or as a concatenation of constants; empty if they are neither."""
+    if name in values:
+        return [int(v) for v in np.ravel(values[name])]
+    node = producer.get(name)
+    if node is None or node.op_type != "Concat" or not all(part in values for part in node.input):
+        return []
+    return [int(v) for part in node.input for v in np.ravel(values[part])]
+
+
+def _constant_of(node: onnx.NodeProto) -> Array:
+    return np.asarray(ReferenceEvaluator(_with_opset(node, 20)).run(None, {})[0])
+
+
+def _with_opset(node: onnx.NodeProto, opset: int) -> onnx.ModelProto:
+    """A model of one node."""
+    inputs = [helper.make_tensor_value_info(name, TensorProto.UNDEFINED, None) for name in node.input if name]
+    outputs = [helper.make_tensor_value_info(name, TensorProto.UNDEFINED, None) for name in node.output]
+    graph = helper.make_graph([node], "node", inputs, outputs)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+
+
+def _constant(node: onnx.NodeProto, operand: int, values: list[int]) -> onnx.NodeProto:
+    """A new constant, made operand number ``operand`` of the node."""
+    name = f"{node.output[0]}_follow"
+    node.input[operand] = name
+    return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(np.array(values, dtype=np.int64)))
+
+
+def _attribute(node: onnx.NodeProto, name: str, default: int) -> int:
+    return next((int(a.i) for a in node.attribute if a.name == name), default)
+
+
+def _drop(node: onnx.NodeProto, name: str) -> None:
+    for attribute in [a for a in node.attribute if a.name == name]:
+        node.attribute.remove(attribute)
+
+
+def _alive(nodes: list[onnx.NodeProto], wanted: set[str]) -> list[onnx.NodeProto]:
+    """The nodes that the wanted values depend on, in order."""
+    alive: list[onnx.NodeProto] = []
+    for node in reversed(nodes):
+        if not wanted.isdisjoint(node.output):
+            alive.append(node)
+            wanted = wanted | set(node.input)
+    return alive[::-1]

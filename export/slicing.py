@@ -1,0 +1,199 @@
+"""One exported template -> the ONNX of any plan in milliseconds.
+
+Exporting costs seconds to tens of seconds, a search needs thousands of files. The dense model is exported once without
+optimisation, which keeps the initializers' names equal to the state dict's; a plan then only cuts initializers. What
+else knows a width is found once, by carrying shapes through the graph twice, dense and with one channel less per group:
+constants of Reshape, Expand and Slice that must follow are rewritten so that they follow any plan.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from onnx import numpy_helper
+
+from export.artifact import ExportedModel, describe
+from export.errors import ExportError, TemplateError
+from export.onnx_export import Example, export_onnx, export_proto, write_atomically
+from export.shapes import follow_widths
+from export.verify import Parity, verify_parity
+from pruning.plan import ChannelGroup, PruningPlan
+
+Array = npt.NDArray[Any]
+State = Mapping[str, "Array | torch.Tensor"]
+log = logging.getLogger(__name__)
+
+
+class Sliceable(Protocol):
+    """What slicing needs of a ``pruning.channels.ChannelGraph``."""
+
+    @property
+    def groups(self) -> Sequence[ChannelGroup]: ...
+
+    @property
+    def scaled_groups(self) -> Collection[str]:
+        """Weights of the convolutions whose ``groups`` shrink with dim 0 of the weight."""
+        ...
+
+    def slices(self, plan: PruningPlan) -> Mapping[str, Mapping[int, npt.NDArray[np.int64]]]:
+        """Tensor name -> dimension -> kept positions."""
+        ...
+
+
+class OnnxTemplate:
+    """The dense model as ONNX, ready to be cut. Build it with ``OnnxTemplate.export``."""
+
+    def __init__(self, proto: onnx.ModelProto, graph: Sliceable) -> None:
+        self.graph = graph
+        self._arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
+        probe = PruningPlan.full(graph.groups).replace({g.name: range(max(1, g.size - 1)) for g in graph.groups})
+        cuts = graph.slices(probe)
+        missing = sorted(cuts.keys() - self._arrays.keys())
+        if missing:
+            raise TemplateError(f"the exported file has no initializers {missing[:5]}: folded, renamed or unused")
+        follow_widths(
+            proto,
+            dense={name: array.shape for name, array in self._arrays.items()},
+            probe={name: _cut(name, array, cuts.get(name, {})).shape for name, array in self._arrays.items()},
+        )
+        self._skeleton = onnx.ModelProto()
+        self._skeleton.CopyFrom(proto)
+        del self._skeleton.graph.initializer[:]
+        del self._skeleton.graph.value_info[:]
+        self._scaled = [
+            (i, node.input[1], next(k for k, a in enumerate(node.attribute) if a.name == "group"))
+            for i, node in enumerate(self._skeleton.graph.node)
+            if node.op_type in ("Conv", "ConvTranspose") and node.input[1] in graph.scaled_groups
+        ]
+
+    @classmethod
+    def export(
+        cls, model: torch.nn.Module, example_input: Example, graph: Sliceable, path: str | Path | None = None
+    ) -> Self:
+        """Export the dense model (and write it to ``path``, if given).
+
+        Raises:
+            TemplateError: the exported file cannot be cut; the reason is in the message.
+            ExportError: the model cannot be exported at all.
+        """
+        proto = export_proto(model, example_input, optimize=False)
+        state = model.state_dict()
+        for tensor in proto.graph.initializer:
+            if tensor.name in state and tuple(tensor.dims) != tuple(state[tensor.name].shape):
+                raise TemplateError(
+                    f"{tensor.name} is stored as {tuple(tensor.dims)}, the model has {tuple(state[tensor.name].shape)}"
+                )
+        if path is not None:
+            write_atomically(Path(path), proto.SerializeToString())
+        return cls(proto, graph)
+
+    def slice(self, plan: PruningPlan, state: State | None = None, path: str | Path | None = None) -> bytes:
+        """The ONNX file of a plan.
+
+        Args:
+            state: other weights than the template's, each tensor dense or already cut (a pruned, fine-tuned model's
+                state dict); tensors it does not name keep the template's values.
+            path: where to write the file as well.
+
+        Raises:
+            TemplateError: a tensor of ``state`` fits neither the dense nor the pruned model.
+        """
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self._skeleton)
+        cuts = self.graph.slices(plan)
+        widths = {}
+        for name, dense in self._arrays.items():
+            array = _cut(name, dense, cuts.get(name, {}), None if state is None else state.get(name))
+            widths[name] = array.shape[0] if array.ndim else 0
+            proto.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        for i, weight, k in self._scaled:
+            attribute = proto.graph.node[i].attribute[k]
+            groups, rest = divmod(attribute.i * widths[weight], self._arrays[weight].shape[0])
+            if rest:
+                raise TemplateError(
+                    f"{weight}: {attribute.i} convolution groups cannot follow {widths[weight]} filters"
+                )
+            attribute.i = groups
+        data: bytes = proto.SerializeToString()
+        if path is not None:
+            write_atomically(Path(path), data)
+        return data
+
+    def check(
+        self, plan: PruningPlan, pruned: torch.nn.Module, example_input: torch.Tensor, tolerance: float = 1e-4
+    ) -> Parity:
+        """Cut to ``plan`` and compare with the torch model that was pruned by it.
+
+        Raises:
+            TemplateError: ONNX Runtime refuses the cut file, or its output differs.
+        """
+        data = self.slice(plan, pruned.state_dict())
+        return _compare(data, pruned, example_input, tolerance)
+
+
+def candidate_onnx(
+    template: OnnxTemplate | None,
+    pruned: torch.nn.Module,
+    example_input: torch.Tensor,
+    plan: PruningPlan,
+    path: str | Path,
+    *,
+    tolerance: float = 1e-4,
+) -> ExportedModel:
+    """The ONNX file of a pruned model: cut from the template and compared with the model, or exported afresh.
+
+    Args:
+        template: of the dense model; None = always export.
+        pruned: the model that ``plan`` made, with the weights to write.
+        tolerance: on the relative error; a cut file beyond it is thrown away.
+
+    Raises:
+        ExportError: the model cannot be exported either.
+    """
+    path = Path(path)
+    if template is not None:
+        try:
+            data = template.slice(plan, pruned.state_dict())
+            _compare(data, pruned, example_input, tolerance)
+            write_atomically(path, data)
+            return describe(path, plan_digest=plan.digest)
+        except TemplateError as error:
+            log.warning("cannot cut the ONNX template for plan %s, exporting the model: %s", plan.digest, error)
+    return export_onnx(pruned, example_input, path, plan_digest=plan.digest)
+
+
+def _compare(data: bytes, pruned: torch.nn.Module, example_input: torch.Tensor, tolerance: float) -> Parity:
+    try:
+        parity = verify_parity(data, pruned, [example_input], tolerance)
+    except ExportError as error:
+        raise TemplateError(str(error)) from error
+    if not parity.ok:
+        raise TemplateError(f"the cut file computes something else than the pruned model: {parity.reason}")
+    return parity
+
+
+def _cut(
+    name: str, dense: Array, cuts: Mapping[int, npt.NDArray[np.int64]], value: Array | torch.Tensor | None = None
+) -> Array:
+    """``value`` (default: ``dense``) without the removed positions."""
+    if value is None:
+        array = dense
+    elif isinstance(value, torch.Tensor):
+        array = value.detach().cpu().numpy().astype(dense.dtype, copy=False)
+    else:
+        array = np.asarray(value, dtype=dense.dtype)
+    pruned = tuple(len(cuts[dim]) if dim in cuts else size for dim, size in enumerate(dense.shape))
+    if array.shape == pruned:
+        return array
+    if array.shape != dense.shape:
+        raise TemplateError(f"{name} has shape {array.shape}; neither the dense {dense.shape} nor the pruned {pruned}")
+    for dim, kept in sorted(cuts.items(), key=lambda cut: len(cut[1]) / dense.shape[cut[0]]):
+        array = array.take(kept, axis=dim)
+    return array

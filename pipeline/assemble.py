@@ -1,0 +1,216 @@
+"""The composition root: the only place that turns the names of a run file into objects."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from datetime import datetime
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import nn
+
+from device_profiles import DeviceError, DeviceProfile, Target, load_profile, open_target
+from pipeline.config import RunFile, home, method_options, parse_run_file, workload_options
+from pipeline.errors import SurroundingsError, UserError
+from pipeline.evaluator import Evaluator
+from pipeline.journal import Journal, Record
+from pipeline.progress import ProgressView
+from pipeline.study import to_evaluation
+from pipeline.tracking import Tracker
+from pipeline.workloads import Workload
+from pruning.channels import ChannelGraph
+from pruning.cost import cost
+from pruning.plan import PlanError, SearchSpace
+from pruning.reward import Reward, make_reward
+from pruning.search import load as load_method
+from pruning.search.protocol import Evaluation, Problem, Strategy
+from pruning.search.protocol import Target as SearchTarget
+
+
+def create_run_directory(config: RunFile) -> Path:
+    """A new directory with ``run.yaml`` (the whole configuration, itself a run file) and the run's id."""
+    stamp = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    directory = home() / "runs" / f"{config.name}-{stamp}"
+    content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    try:
+        directory.mkdir(parents=True)
+        (directory / "run.yaml").write_text(content, encoding="utf-8")
+        (directory / "run_id").write_text(directory.name + "\n", encoding="utf-8")
+    except OSError as error:
+        raise SurroundingsError(f"cannot create run directory {directory}: {error.strerror}") from error
+    return directory
+
+
+def open_run_directory(directory: Path) -> tuple[str, RunFile]:
+    """Run id and configuration of an existing run directory.
+
+    Raises:
+        UserError: it is none, or its ``run.yaml`` was edited into something invalid.
+    """
+    try:
+        run_id = (directory / "run_id").read_text(encoding="utf-8").strip()
+        text = (directory / "run.yaml").read_text(encoding="utf-8")
+    except OSError as error:
+        recent = sorted((home() / "runs").glob("*/run.yaml"), key=lambda p: p.stat().st_mtime)[-3:]
+        hint = f"; recent runs: {', '.join(str(p.parent) for p in recent)}" if recent else ""
+        raise UserError(f"{directory} is not a run directory (no run.yaml and run_id in it){hint}") from error
+    return run_id, parse_run_file(text, str(directory / "run.yaml"))
+
+
+class Run:
+    """One run: its configuration, its directory, and the objects made from them, each when first needed.
+
+    Args:
+        directory: a run directory made by ``create_run_directory``.
+        progress: where long work is shown.
+
+    Raises:
+        UserError: data, weights, profile or compute device named in the run file are not usable.
+        JournalError: the journal is damaged, foreign or in use.
+    """
+
+    def __init__(self, directory: Path, progress: ProgressView) -> None:
+        self.directory, self.progress = directory.absolute(), progress
+        self.run_id, self.config = open_run_directory(directory)
+        torch.set_num_threads(self.config.threads or os.cpu_count() or 1)
+        self.device = compute_device(self.config.compute)
+        self.profile = device_profile(self.config)
+        self.workload = open_workload(self.config)
+        self.journal = Journal(self.directory / "journal.jsonl", self.run_id, self.config.digest)
+        self._resources = contextlib.ExitStack()
+        self._resources.callback(self.journal.close)
+        params = flatten(self.config.model_dump(mode="json"))
+        self.tracker = Tracker(self.config.tracking, home(), self.run_id, self.run_id, params)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.tracker.close()
+        self._resources.close()
+
+    @cached_property
+    def target(self) -> Target:
+        """The device, opened."""
+        target = open_target(self.profile)
+        self._resources.callback(target.close)
+        return target
+
+    def evaluator(self, baseline: nn.Module, graph: ChannelGraph) -> Evaluator:
+        """An evaluator for the trained baseline."""
+        return Evaluator(
+            baseline,
+            graph,
+            self.workload,
+            self.profile,
+            self.target,
+            self.directory / "candidates",
+            self.config.search,
+            self.config.finetune,
+            seed=self.config.seed,
+            device=self.device,
+            progress=self.progress,
+        )
+
+    def space(self, graph: ChannelGraph) -> SearchSpace:
+        """The widths the search may choose from, on this device.
+
+        Raises:
+            UserError: ``search.frozen`` matches nothing, or nothing is left to prune.
+        """
+        section = self.config.search
+        names = [group.name for group in graph.groups]
+        unmatched = [p for p in section.frozen if not any(fnmatchcase(n, p) for n in names)]
+        if unmatched:
+            raise UserError(f"search.frozen: {unmatched} match no channel group; the network has {', '.join(names)}")
+        frozen = [n for n in names if any(fnmatchcase(n, p) for p in section.frozen)]
+        multiple = self.config.device.channel_multiple or self.profile.channel_multiple
+        try:
+            return SearchSpace.of(
+                graph.groups, channel_multiple=multiple, min_keep_ratio=section.min_keep_ratio, frozen=frozen
+            )
+        except PlanError as error:
+            raise UserError(f"{error}\n{graph.report()}") from error
+
+    def reward(self, reference: Evaluation) -> Reward:
+        """The run's reward, weighed against the unpruned network; tracked candidates carry it from now on."""
+        reward = make_reward(self.config.reward.preset, reference, **self.config.reward.options)
+
+        def of(record: Record) -> float | None:
+            return reward(to_evaluation(record["evaluation"]))
+
+        self.tracker.reward = of
+        return reward
+
+    def strategy(self, graph: ChannelGraph, space: SearchSpace, reference: Evaluation, reward: Reward) -> Strategy:
+        """The search method, ready to be asked for its first request."""
+        section = self.config.search
+        problem = Problem(
+            space,
+            reference,
+            reward,
+            lambda plan: float(cost(graph, plan).macs),
+            SearchTarget(section.target.macs_ratio, section.target.latency_ratio),
+            np.random.default_rng(self.config.seed),
+        )
+        method = load_method(section.method)
+        strategy: Strategy = method.search(problem, method_options(section))
+        return strategy
+
+
+def compute_device(name: str) -> torch.device:
+    """Where networks are trained and evaluated.
+
+    Raises:
+        UserError: ``cuda`` is asked for and not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("compute: cuda, but PyTorch finds no CUDA device; set compute: auto or cpu")
+    return torch.device(name)
+
+
+def device_profile(config: RunFile) -> DeviceProfile:
+    """The device profile a run file names; unknown or invalid ones are the user's mistake."""
+    try:
+        profile = load_profile(config.device.profile, [home() / "devices"])
+    except DeviceError as error:
+        raise UserError(f"device.profile: {error}") from error
+    if not profile.timing:
+        raise UserError(
+            f"device profile {profile.name} is emulated (timing: false): its times say nothing about a device"
+        )
+    return profile
+
+
+def open_workload(config: RunFile) -> Workload:
+    """The run's model, data, loss and metric."""
+    import importlib
+
+    module = importlib.import_module(f"pipeline.workloads.{config.workload['name']}")
+    workload: Workload = module.build(workload_options(config.workload))
+    return workload
+
+
+def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one with dotted names; lists as JSON."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = json.dumps(value) if isinstance(value, list) else value
+    return flat

@@ -1,0 +1,204 @@
+"""The command line: ``secateur`` (also ``python -m pipeline``). Heavy libraries are imported inside the commands."""
+
+from __future__ import annotations
+
+import ast
+import sys
+import traceback
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import errors
+
+app = typer.Typer(
+    name="secateur",
+    help="Prune a PyTorch vision model until it fits a device: searched, tuned, exported, timed there, registered.",
+    epilog="Exit codes: 0 done and the gate passed; 1 a bug; 2 a mistake in the input; 3 done, the gate did not pass; "
+    "4 disk, device or tracking server failed (resume continues); 130 interrupted (resume continues).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and Prefect's log.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a value of the run file, e.g. --set search.method=random."
+    ),
+]
+
+
+@app.command()
+def run(
+    file: Annotated[Path, typer.Argument(help="The run file (YAML); examples are in pipeline/runs/.")],
+    set_: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Run a run file from the baseline to the registered, device-timed compact model.
+
+    Example: secateur run pipeline/runs/digits.yaml --set search.target.macs_ratio=0.5
+    """
+    from pipeline.config import load_run_file
+
+    config = load_run_file(file, set_ or [])
+    from pipeline.assemble import create_run_directory
+
+    _execute(create_run_directory(config), debug, new=True)
+
+
+@app.command()
+def resume(
+    run_dir: Annotated[Path, typer.Argument(help="The run directory printed by `secateur run`.")], debug: Debug = False
+) -> None:
+    """Continue a run that was killed, interrupted or cut off: finished work is not done again.
+
+    Also delivers candidates and the model to a tracking server that was away.
+    """
+    _execute(run_dir, debug, new=False)
+
+
+@app.command()
+def validate(file: Annotated[Path, typer.Argument(help="The run file (YAML).")], set_: Overrides = None) -> None:
+    """Check a run file, its device profile, its data and its weights; report everything that is wrong."""
+    from pipeline.config import load_run_file
+
+    config = load_run_file(file, set_ or [])
+    from pipeline.assemble import device_profile, open_workload
+    from pipeline.stages import check_forward
+
+    profile, workload = device_profile(config), open_workload(config)
+    check_forward(workload.build_model(), workload.example_input())
+    sizes = ", ".join(f"{len(getattr(workload, part)):,} {part}" for part in ("train", "search", "test"))
+    out.print(f"{file} is valid: {config.search.method} for device {profile.name}; images: {sizes}.")
+
+
+@app.command(name="list")
+def list_(
+    what: Annotated[str, typer.Argument(metavar="methods|workloads|devices", help="What to list.")],
+) -> None:
+    """List the search methods, workloads or device profiles a run file can name."""
+    table = Table(box=None, header_style="bold")
+    table.add_column(what.removesuffix("s"))
+    table.add_column("description")
+    for name, text in _listing(what).items():
+        table.add_row(name, text)
+    out.print(table)
+
+
+def _listing(what: str) -> dict[str, str]:
+    match what:
+        case "methods":
+            from pruning import search
+
+            return search.methods()
+        case "workloads":
+            from pipeline.config import workload_names
+
+            return {name: _first_line(f"pipeline.workloads.{name}") for name in workload_names()}
+        case "devices":
+            from device_profiles import known_profiles
+            from pipeline.config import home
+
+            found = known_profiles([home() / "devices"])
+            return {name: yaml.safe_load(path.read_text())["description"] for name, path in sorted(found.items())}
+    raise errors.UserError(f"cannot list {what!r}; choose methods, workloads or devices")
+
+
+def _first_line(module: str) -> str:
+    """First line of a module's docstring, without importing it."""
+    spec = find_spec(module)
+    assert spec is not None and spec.origin is not None
+    return (ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or "").split("\n")[0]
+
+
+def _execute(directory: Path, debug: bool, new: bool) -> None:
+    from pipeline.assemble import Run
+    from pipeline.flow import UndeliveredError, execute, runtime_env
+    from pipeline.progress import RichProgress
+
+    runtime_env(directory, debug)
+    try:
+        with Run(directory, RichProgress(err)) as opened:
+            if new:
+                err.print(f"Run directory: {directory}")
+            facts = execute(opened, debug)
+            uri = opened.tracker.uri
+    except UndeliveredError as left:
+        _show(left.facts, directory, "")
+        raise errors.SurroundingsError(
+            f"{left}\nThe model is not registered yet; run: secateur resume {directory}"
+        ) from left
+    except KeyboardInterrupt:
+        err.print(f"\nInterrupted; nothing is lost. Continue with: secateur resume {directory}")
+        raise typer.Exit(errors.EXIT_INTERRUPTED) from None
+    _show(facts, directory, uri)
+    if not facts["judge"]["passed"]:
+        raise typer.Exit(errors.EXIT_GATE)
+
+
+def _show(facts: Any, directory: Path, tracking_uri: str) -> None:
+    """The final table, and what to do next."""
+    from pipeline.report import final_table
+
+    table = Table(title=f"{directory.name} on device {facts['benchmark']['device']}", title_justify="left")
+    table.add_column("")
+    for title in ("baseline", "compact", "change"):
+        table.add_column(title, justify="right")
+    for row in final_table(facts):
+        table.add_row(*row)
+    out.print(table)
+    failed = [c for c in facts["judge"]["checks"] if not c["ok"]]
+    for check in failed:
+        out.print(f"Gate: {check['name']} is {check['value']:.4g}, must be {check['relation']} {check['bound']:.4g}")
+    if not failed:
+        out.print(f"Gate: passed ({len(facts['judge']['checks'])} checks)")
+    if "register" in facts:
+        entry = facts["register"]
+        out.print(f"Registered: {entry['name']} version {entry['version']}, alias {entry['alias']}")
+    out.print(f"Report: {directory / facts['report']['html']}", soft_wrap=True)
+    if tracking_uri:
+        out.print("Next:")
+        out.print(f"  mlflow ui --backend-store-uri {tracking_uri}", soft_wrap=True)
+        out.print(f"  secateur run {directory / 'run.yaml'} --set seed=1", soft_wrap=True)
+        out.print("  secateur list methods")
+
+
+def main() -> None:
+    """Entry point: turns expected errors into one message and an exit code."""
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except Exception as error:  # noqa: BLE001  the outermost edge: every error becomes one message and a code
+        if debug:
+            traceback.print_exc()
+        code = exit_code(error)
+        if code == errors.EXIT_BUG:
+            err.print(f"[bold red]Bug:[/] {type(error).__name__}: ", end="")
+            err.print(str(error), markup=False)
+            err.print("Please report it with the traceback that --debug shows; `secateur resume` can continue the run.")
+        else:
+            err.print("[bold red]Error:[/] ", end="")
+            err.print(str(error), markup=False, soft_wrap=True)
+        sys.exit(code)
+
+
+def exit_code(error: BaseException) -> int:
+    """Which exit code an error means (see ``pipeline.errors``)."""
+    from device_profiles.errors import DeviceError
+
+    if isinstance(error, errors.UserError):
+        return errors.EXIT_USER
+    if isinstance(error, errors.SurroundingsError | DeviceError):
+        return errors.EXIT_SURROUNDINGS
+    return errors.EXIT_BUG
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,494 @@
+"""The stages of a run, in order: plain functions from the facts known so far to new facts.
+
+Facts are JSON. A stage that makes files names them under ``files`` (path within the run directory -> sha256), so that
+whoever keeps its result can tell whether it still stands. What a stage needs in memory it can make again from files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from device_profiles import BenchmarkResult, DeviceError, Ratio, measure
+from export.artifact import ExportedModel
+from export.onnx_export import export_onnx
+from export.verify import predict, verify_parity
+from pipeline.assemble import Run
+from pipeline.config import home
+from pipeline.errors import TrackingError, UserError
+from pipeline.evaluator import Evaluator
+from pipeline.report import write_report
+from pipeline.study import Study, describe, to_candidate, to_dict, to_evaluation
+from pipeline.training import VERSION, fit, load_weights, save_weights, sha256_of
+from pipeline.workloads import Split
+from pruning.channels import ChannelGraph, PruningError
+from pruning.cost import cost
+from pruning.plan import PruningPlan
+from pruning.saliency import uniform_plan
+from pruning.search.protocol import Candidate, Entry, Evaluation
+from pruning.search.support import SearchError
+from pruning.surgery import certify, prune
+
+Facts = Mapping[str, Any]
+TEST_CHUNK = 2048
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Args:
+        name: under which its facts are kept.
+        title: what a user reads.
+        function: ``function(run, facts of earlier stages) -> facts``.
+        version: raise it when the function's meaning changes, so that kept results are not reused.
+        retry_on: errors after which trying again can help.
+    """
+
+    name: str
+    title: str
+    function: Callable[[Run, Facts], dict[str, Any]]
+    version: int = 1
+    retry_on: tuple[type[Exception], ...] = ()
+
+
+def baseline(run: Run, facts: Facts) -> dict[str, Any]:
+    """The unpruned, trained network: pretrained weights, or trained once and reused by content hash."""
+    del facts
+    model = run.workload.build_model()
+    check_forward(model, run.workload.example_input())
+    file = run.directory / "baseline.safetensors"
+    if run.workload.pretrained:
+        digest, origin = save_weights(file, model.state_dict()), "pretrained weights"
+    else:
+        recipe = run.config.baseline
+        content = json.dumps([run.workload.fingerprint, recipe.model_dump(mode="json"), run.config.seed, VERSION])
+        key = hashlib.sha256(content.encode()).hexdigest()[:16]
+        cached = home() / "baselines" / f"{key}.safetensors"
+        origin = f"reused ({key})"
+        if not cached.is_file():
+            origin = f"trained ({key})"
+            torch.manual_seed(run.config.seed)
+            model = run.workload.build_model()
+            with run.progress.stage("Train the baseline") as report:
+                fit(
+                    model,
+                    run.workload,
+                    run.workload.train,
+                    recipe,
+                    seed=run.config.seed,
+                    checkpoint=cached.with_suffix(".ckpt"),
+                    device=run.device,
+                    report=report,
+                )
+            save_weights(cached, model.state_dict())
+        shutil.copyfile(cached, file)
+        digest = sha256_of(file)
+    return {"origin": origin, "files": {file.name: digest}}
+
+
+def search(run: Run, facts: Facts) -> dict[str, Any]:
+    """Trace, certify, search; the archive, best by reward first."""
+    del facts
+    model, graph = load_baseline(run)
+    space = run.space(graph)
+    certificate = prove_graph(run, model, graph)
+    oracle = run.evaluator(model, graph)
+    reference = measure_reference(run, oracle, graph)
+    reward = run.reward(reference)
+    reject_impossible(run, oracle, space.smallest(), reference)
+    count = 0
+    with run.progress.stage(f"Search ({run.config.search.method})") as report:
+
+        def notify(record: Mapping[str, Any]) -> None:
+            nonlocal count
+            count += 1
+            run.tracker.candidate(record)
+            metrics = record["evaluation"]["metrics"]
+            accuracy = metrics.get(run.workload.metric, float("nan"))
+            saved = 1 - metrics.get("macs", float("nan")) / reference["macs"]
+            report(count, count, f"{run.workload.metric} {accuracy:.3f}, MACs -{saved:.0%}")
+
+        study = Study(run.journal, oracle, notify)
+        try:
+            archive = study.run(run.strategy(graph, space, reference, reward))
+        except SearchError as error:
+            raise UserError(f"search.{run.config.search.method}: {error}") from error
+    ranked = sorted(archive, key=lambda entry: -reward(entry.evaluation))
+    return {
+        "reference": to_dict(reference),
+        "archive": [{"candidate": describe(e.candidate), "evaluation": to_dict(e.evaluation)} for e in ranked],
+        "num_candidates": count,
+        "certificate": certificate,
+        "graph": graph.report(),
+        "files": {},
+    }
+
+
+def finetune(run: Run, facts: Facts) -> dict[str, Any]:
+    """Fine-tune the best plans with the baseline as teacher; the best by reward becomes the compact model."""
+    model, graph = load_baseline(run)
+    oracle = run.evaluator(model, graph)
+    reference = to_evaluation(facts["search"]["reference"])
+    reward = run.reward(reference)
+    chosen: dict[str, Candidate] = {}
+    for row in facts["search"]["archive"]:
+        candidate = to_candidate(row["candidate"])
+        if not candidate.plan.is_full:
+            chosen.setdefault(candidate.plan.digest, candidate)
+    if not chosen:
+        raise UserError("the search found no pruned network to fine-tune; give it more evaluations or a looser target")
+    revive_bases(run, oracle)
+    study = Study(run.journal, oracle, run.tracker.candidate, stage="final")
+    finals: list[Entry] = []
+    for i, old in enumerate(list(chosen.values())[: run.config.finetune.top]):
+        candidate = Candidate(i, old.plan, "final", (old.id,), old.base)
+        answer = study.finetune(candidate, run.config.finetune.epochs)
+        final = Candidate(candidate.id, candidate.plan, candidate.origin, candidate.parents, answer.base)
+        finals.append(Entry(final, answer.evaluation))
+    best = max(finals, key=lambda entry: reward(entry.evaluation))
+    if best.evaluation.status != "ok":
+        raise UserError(f"fine-tuning failed for every plan: {best.evaluation.reason}")
+    weights = save_weights(run.directory / "compact.safetensors", _cut(run, oracle, best).state_dict())
+    plan = run.directory / "compact.plan.json"
+    plan.write_text(best.candidate.plan.to_json() + "\n", encoding="utf-8")
+    return {
+        "best": {"candidate": describe(best.candidate), "evaluation": to_dict(best.evaluation)},
+        "finals": [{"candidate": describe(e.candidate), "evaluation": to_dict(e.evaluation)} for e in finals],
+        "reward": reward(best.evaluation),
+        "files": {"compact.safetensors": weights, plan.name: sha256_of(plan)},
+    }
+
+
+def export(run: Run, facts: Facts) -> dict[str, Any]:
+    """Both networks as optimised ONNX, proven equal to their PyTorch models; the certificate of the final cut."""
+    model, graph = load_baseline(run)
+    plan = PruningPlan.from_json(facts["finetune"]["best"]["candidate"]["plan"])
+    compact = load_compact(run, model, graph, plan)
+    example = run.workload.example_input()
+    images, _ = first_batch(run, run.workload.search.first(run.config.export.parity_images))
+    section = run.config.export
+    exported: dict[str, Any] = {}
+    with run.progress.stage("Export to ONNX") as report:
+        for i, (name, network) in enumerate((("baseline", model.cpu()), ("compact", compact))):
+            path = run.directory / f"{name}.onnx"
+            digest = plan.digest if name == "compact" else ""
+            artifact = export_onnx(network, example, path, opset=section.opset, plan_digest=digest)
+            parity = verify_parity(path, network, torch.split(images, 1), tolerance=section.tolerance)
+            proof: dict[str, Any] = {
+                "ok": parity.ok,
+                "max_relative_error": parity.max_relative_error,
+                "samples": parity.samples,
+            }
+            proof |= {"argmax_agreement": parity.argmax_agreement, "reason": parity.reason}
+            exported[name] = {"artifact": artifact.to_dict(), "parity": proof}
+            report(i + 1, 2, f"largest relative difference {parity.max_relative_error:.1e}")
+    return {**exported, "files": {f"{n}.onnx": exported[n]["artifact"]["sha256"] for n in ("baseline", "compact")}}
+
+
+def benchmark(run: Run, facts: Facts) -> dict[str, Any]:
+    """Baseline and compact model timed on the device, interleaved, with every raw latency kept."""
+    del facts
+    models = {name: run.directory / f"{name}.onnx" for name in ("baseline", "compact")}
+    with run.progress.stage(f"Time on {run.profile.name}") as report:
+        result = measure(run.target, run.profile, models, "final", lambda done, total: report(done, total, ""))
+        speedup = result.speedup("compact", "baseline")
+        report(len(result.processes), len(result.processes), f"speed-up {speedup.value:.2f}x")
+    file = run.directory / "benchmark.json"
+    file.write_text(result.to_json() + "\n", encoding="utf-8")
+    figures = {
+        name: {
+            "p50_ms": result.p50_ms(name),
+            "p95_ms": result.p95_ms(name),
+            "cpu_p50_ms": result.cpu_p50_ms(name),
+            "load_ms": result.load_ms(name),
+            "first_ms": result.first_ms(name),
+            "peak_rss_bytes": result.peak_rss_bytes(name),
+        }
+        for name in models
+    }
+    return {
+        "latency": figures,
+        "speedup": {"value": speedup.value, "low": speedup.low, "high": speedup.high},
+        "statistic": result.statistic,
+        "flags": list(result.flags),
+        "device": run.profile.name,
+        "files": {file.name: sha256_of(file)},
+    }
+
+
+def judge(run: Run, facts: Facts) -> dict[str, Any]:
+    """Read the test split, once, through the very files that were timed; then the gate."""
+    model, graph = load_baseline(run)
+    plan = PruningPlan.from_json(facts["finetune"]["best"]["candidate"]["plan"])
+    costs = {"baseline": cost(graph, PruningPlan.full(graph.groups)), "compact": cost(graph, plan)}
+    models: dict[str, dict[str, Any]] = {}
+    with run.progress.stage("Read the test split") as report:
+        for i, name in enumerate(("baseline", "compact")):
+            artifact = ExportedModel.from_dict(facts["export"][name]["artifact"])
+            metrics = test_metrics(run, run.directory / f"{name}.onnx")
+            report(i + 1, 2, f"{run.workload.metric} {metrics[run.workload.metric]:.4f}")
+            models[name] = {
+                **metrics,
+                "macs": costs[name].macs,
+                "params": costs[name].params,
+                "size_bytes": artifact.size_bytes,
+                **facts["benchmark"]["latency"][name],
+            }
+    del model
+    checks = gate(run, facts, models)
+    return {"models": models, "checks": checks, "passed": all(check["ok"] for check in checks), "files": {}}
+
+
+def register(run: Run, facts: Facts) -> dict[str, Any]:
+    """The compact model into the registry: alias ``champion`` if the gate passed, ``challenger`` otherwise."""
+    with run.progress.stage("Track and register"):
+        waiting = run.tracker.flush(timeout_s=600 if not run.tracker.failure else 15)
+        if waiting:
+            raise TrackingError(f"{waiting} candidates are not delivered to {run.tracker.uri}: {run.tracker.failure}")
+        passed = facts["judge"]["passed"]
+        example = run.workload.example_input().numpy()
+        outputs = predict(run.directory / "compact.onnx", example)
+        known = {
+            "plan_digest": facts["finetune"]["best"]["candidate"]["digest"],
+            "device": run.profile.name,
+            "gate": "passed" if passed else "failed",
+            "speedup": f"{facts['benchmark']['speedup']['value']:.4f}",
+            "sha256": facts["export"]["compact"]["artifact"]["sha256"],
+            **{k: v for k, v in facts["judge"]["models"]["compact"].items() if v is not None},
+        }
+        entry = run.tracker.register(
+            run.directory / "compact.onnx",
+            run.config.tracking.registered_model or run.config.name,
+            "champion" if passed else "challenger",
+            example,
+            outputs,
+            known,
+        )
+    return {"name": entry.name, "version": entry.version, "alias": entry.alias, "uri": entry.uri, "files": {}}
+
+
+def report(run: Run, facts: Facts) -> dict[str, Any]:
+    """The device profiling report, as one HTML page and as JSON; also kept with the run in MLflow."""
+    html, data = write_report(run.directory, run.config, run.profile, facts, run.journal.records)
+    compact = facts["judge"]["models"]["compact"]
+    metrics = {f"final.{k}": float(v) for k, v in compact.items() if v is not None}
+    metrics["final.speedup"] = facts["benchmark"]["speedup"]["value"]
+    names = ("benchmark.json", "compact.plan.json", "compact.safetensors", "run.yaml")
+    extra = [run.directory / name for name in names]
+    if "register" in facts:
+        run.tracker.finish(metrics, [html, data, *extra, _candidate_table(run)])
+    return {"html": html.name, "files": {html.name: sha256_of(html), data.name: sha256_of(data)}}
+
+
+STAGES = (
+    Stage("baseline", "Baseline", baseline),
+    Stage("search", "Search", search, retry_on=(DeviceError,)),
+    Stage("finetune", "Fine-tune", finetune, retry_on=(DeviceError,)),
+    Stage("export", "Export", export),
+    Stage("benchmark", "Benchmark", benchmark, retry_on=(DeviceError,)),
+    Stage("judge", "Gate", judge),
+    Stage("register", "Register", register, retry_on=(TrackingError,)),
+    Stage("report", "Report", report, retry_on=(TrackingError,)),
+)
+
+
+# -- parts of stages ---------------------------------------------------------------------------------------------------
+
+
+def check_forward(model: nn.Module, example: torch.Tensor) -> None:
+    """Run the model once on the example input.
+
+    Raises:
+        UserError: it fails there; nothing later could work.
+    """
+    try:
+        with torch.no_grad():
+            model.eval()(example)
+    except Exception as error:  # a user's model may raise anything
+        shape = tuple(example.shape)
+        raise UserError(
+            f"the model's forward fails on the example input of shape {shape}: {type(error).__name__}: {error}. "
+            "Check data.image_size and data.channels against what the network expects"
+        ) from error
+
+
+def load_baseline(run: Run) -> tuple[nn.Module, ChannelGraph]:
+    """The baseline from the run directory, on the CPU, and its channel groups."""
+    model = run.workload.build_model()
+    model.load_state_dict(load_weights(run.directory / "baseline.safetensors"))
+    model.eval()
+    try:
+        graph = ChannelGraph.trace(model, run.workload.example_input())
+    except PruningError as error:
+        raise UserError(str(error)) from error
+    return model, graph
+
+
+def load_compact(run: Run, model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:
+    """The fine-tuned compact model from the run directory, on the CPU."""
+    compact = prune(model, graph, plan)
+    compact.load_state_dict(load_weights(run.directory / "compact.safetensors"))
+    return compact.eval()
+
+
+def prove_graph(run: Run, model: nn.Module, graph: ChannelGraph) -> dict[str, Any]:
+    """Cut every group in half at random and compare with the masked network, before anything relies on the groups.
+
+    Raises:
+        UserError: the pruned network is wrong; the groups cannot be trusted for this model.
+    """
+    example = run.workload.example_input()
+    plan = uniform_plan(graph, 0.5, model=model, saliency="random", seed=run.config.seed)
+    certificate = certify(model, prune(model, graph, plan), graph, plan, example)
+    if not certificate.ok and not np.isnan(certificate.max_relative_error):
+        raise UserError(
+            f"this network cannot be pruned safely: {certificate.reason}. "
+            f"Freeze the layers concerned with search.frozen.\n{graph.report()}"
+        )
+    return {
+        "ok": certificate.ok,
+        "max_relative_error": certificate.max_relative_error,
+        "reason": certificate.reason,
+    }
+
+
+def measure_reference(run: Run, oracle: Evaluator, graph: ChannelGraph) -> Evaluation:
+    """The unpruned network's evaluation, under the protocol of the candidates."""
+    with run.progress.stage("Measure the reference"):
+        study = Study(run.journal, oracle, run.tracker.candidate, stage="reference")
+        dense = Candidate(0, PruningPlan.full(graph.groups), "reference")
+        reference = study.evaluate(dense, latency=True)
+    if reference.status != "ok":
+        raise UserError(f"the unpruned network cannot be evaluated: {reference.reason}")
+    return reference
+
+
+def reject_impossible(run: Run, oracle: Evaluator, smallest: PruningPlan, reference: Evaluation) -> None:
+    """Before searching: can the smallest network of the space meet the targets and the device's budgets at all?
+
+    Raises:
+        UserError: it cannot; says the smallest that can be reached.
+    """
+    target, budgets = run.config.search.target, run.profile.budgets
+    macs_ratio = cost(oracle.graph, smallest).macs / reference["macs"]
+    faults = []
+    if target.macs_ratio is not None and macs_ratio > target.macs_ratio:
+        faults.append(f"search.target.macs_ratio {target.macs_ratio:g}: the smallest reachable is {macs_ratio:.3f}")
+    limits = {name: getattr(budgets, name) for name in ("p50_ms", "p95_ms", "size_bytes")}
+    if target.latency_ratio is not None or any(limit is not None for limit in limits.values()):
+        study = Study(run.journal, oracle, stage="smallest")
+        found = study.evaluate(Candidate(0, smallest, "smallest"), latency=True)
+        ratio = found.metrics.get("latency_ratio_low", 0.0)
+        if target.latency_ratio is not None and ratio > target.latency_ratio:
+            faults.append(
+                f"search.target.latency_ratio {target.latency_ratio:g}: the smallest reachable is {ratio:.3f}"
+            )
+        if run.config.gate.budgets:
+            faults += [
+                f"budget {name} {limit:g} of device {run.profile.name}: the smallest reachable is {found[name]:.4g}"
+                for name, limit in limits.items()
+                if limit is not None and found[name] > limit
+            ]
+    if faults:
+        listing = "\n  ".join(faults)
+        raise UserError(
+            f"nobody can meet this:\n  {listing}\nLoosen it, lower search.min_keep_ratio or device.channel_multiple, "
+            "or start from a smaller network"
+        )
+
+
+def revive_bases(run: Run, oracle: Evaluator) -> None:
+    """Make the weights of the search's own fine-tunings usable in this process."""
+    for record in run.journal.records:
+        if record["kind"] == "finetune" and record.get("stage") == "search" and record["checkpoint"]:
+            plan = PruningPlan.from_json(record["candidate"]["plan"])
+            if not oracle.restore(record["base"], plan, record["checkpoint"]):
+                oracle.finetune(to_candidate(record["candidate"]), record["epochs"])
+
+
+def _cut(run: Run, oracle: Evaluator, best: Entry) -> nn.Module:
+    return oracle.network(best.candidate.plan, best.candidate.base).cpu()
+
+
+def first_batch(run: Run, split: Split) -> tuple[torch.Tensor, torch.Tensor]:
+    """All images of a small split, on the CPU, in plain NCHW memory."""
+    every = torch.arange(len(split))
+    images, targets = run.workload.batch(split, every, train=False, generator=None, device=torch.device("cpu"))
+    return images.contiguous(), targets
+
+
+def test_metrics(run: Run, onnx_file: Path) -> dict[str, float]:
+    """Metrics of an ONNX file on the test split."""
+    split, outputs, targets = run.workload.test, [], []
+    for start in range(0, len(split), TEST_CHUNK):
+        part = Split(split.source, split.indices[start : start + TEST_CHUNK])
+        images, labels = first_batch(run, part)
+        outputs.append(torch.from_numpy(predict(onnx_file, images.numpy(), threads=torch.get_num_threads())))
+        targets.append(labels)
+    return dict(run.workload.metrics(torch.cat(outputs), torch.cat(targets)))
+
+
+def gate(run: Run, facts: Facts, models: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Every check with its value, its bound and whether it holds."""
+    section, metric = run.config.gate, run.workload.metric
+    base, compact = models["baseline"], models["compact"]
+    checks: list[dict[str, Any]] = []
+
+    def check(name: str, value: float, relation: str, bound: float) -> None:
+        ok = {"<=": value <= bound, ">": value > bound}[relation]
+        checks.append({"name": name, "value": value, "relation": relation, "bound": bound, "ok": bool(ok)})
+
+    for name in ("baseline", "compact"):
+        error = facts["export"][name]["parity"]["max_relative_error"]
+        check(f"parity of {name}", error, "<=", run.config.export.tolerance)
+    if section.max_drop is not None:
+        check(f"drop in {metric}", round(base[metric] - compact[metric], 6), "<=", section.max_drop)
+    if section.min_speedup is not None:
+        check("speed-up, lower end", facts["benchmark"]["speedup"]["low"], ">", section.min_speedup)
+    if section.max_macs_ratio is not None:
+        check("MACs ratio", compact["macs"] / base["macs"], "<=", section.max_macs_ratio)
+    if section.budgets:
+        for name, limit in run.profile.budgets.model_dump().items():
+            if limit is not None and compact[name] is not None:
+                check(name, compact[name], "<=", limit)
+    return checks
+
+
+def _candidate_table(run: Run) -> Path:
+    """All candidates of the journal as one parquet file."""
+    import pandas as pd  # type: ignore[import-untyped]
+
+    rows = [
+        {
+            "stage": r["stage"],
+            "kind": r["kind"],
+            **{k: v for k, v in r["candidate"].items() if k != "parents"},
+            "status": r["evaluation"]["status"],
+            **r["evaluation"]["metrics"],
+        }
+        for r in run.journal.records
+        if "evaluation" in r
+    ]
+    path = run.directory / "candidates.parquet"
+    pd.DataFrame(rows).to_parquet(path)
+    return path
+
+
+def speedup_of(facts: Facts) -> Ratio:
+    """The final speed-up with its interval."""
+    return Ratio(**facts["benchmark"]["speedup"])
+
+
+def load_benchmark(directory: Path) -> BenchmarkResult:
+    """The raw latencies of a run."""
+    return BenchmarkResult.from_json((directory / "benchmark.json").read_text(encoding="utf-8"))

@@ -1,0 +1,332 @@
+"""Candidates and models in MLflow; the only module that imports mlflow.
+
+MLflow is told everything, and trusted with nothing: the journal is the record. Candidates are delivered by a thread
+that works through the journal's records. After any doubt (a failure, a restart) it first asks the server what it
+already has, so that none is lost or doubled, however often the server or this process goes away.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import TrackingSection
+from pipeline.errors import TrackingError
+from pipeline.journal import Record
+
+for name, value in {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # the default blocks for four minutes when the server is down
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "GIT_PYTHON_REFRESH": "quiet",
+}.items():
+    os.environ.setdefault(name, value)
+
+import mlflow  # noqa: E402
+import numpy as np  # noqa: E402
+from mlflow import MlflowClient  # noqa: E402
+from mlflow.entities import Metric, Param  # noqa: E402
+from mlflow.exceptions import MlflowException  # noqa: E402
+
+for noisy in ("mlflow", "alembic"):
+    logging.getLogger(noisy).setLevel(logging.ERROR)
+
+RUN_TAG, CANDIDATE_TAG, PARENT_TAG = "secateur.run_id", "candidate.id", "mlflow.parentRunId"
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
+MAX_TEXT = 5000
+SERIES = ("reward", "top1", "map50", "loss", "macs", "latency_ratio", "p50_ms")
+"""Metrics that are also kept as a series on the parent run: the learning curve."""
+
+Unreachable = (MlflowException, OSError)
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A model version in the registry."""
+
+    name: str
+    version: str
+    alias: str
+    uri: str
+
+
+class Tracker:
+    """One run in MLflow: a parent run, a child run per candidate, and the registered model.
+
+    Args:
+        section: the run file's ``tracking`` section.
+        home: SECATEUR_HOME, for the embedded SQLite store and artifacts.
+        run_id: Secateur's id of the run; the parent is found again by it.
+        run_name: shown in MLflow.
+        params: of the parent run.
+        reward: evaluation record -> reward, None while no reward can be computed.
+    """
+
+    def __init__(
+        self, section: TrackingSection, home: Path, run_id: str, run_name: str, params: Mapping[str, Any]
+    ) -> None:
+        self.section, self.home, self.run_id, self.run_name, self.params = section, home, run_id, run_name, params
+        self.uri = section.uri or f"sqlite:///{(home / 'mlflow.db').absolute()}"
+        self.reward: Callable[[Record], float | None] = lambda _: None
+        self.failure = ""
+        self._client: MlflowClient | None = None
+        self._parent = ""
+        self._delivered: set[str] = set()
+        self._queued: set[str] = set()
+        self._pending: deque[Record] = deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._connecting = threading.Lock()
+        self._thread = threading.Thread(target=self._deliver_all, name="tracking", daemon=True)
+
+    # -- connection --------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin delivering in the background.
+
+        Raises:
+            TrackingError: the server is away and the run file says ``required: true``.
+        """
+        if self.section.required:
+            try:
+                self._connect()
+            except Unreachable as error:
+                raise TrackingError(
+                    f"tracking server {self.uri} is required and not usable: {_first_line(error)}. "
+                    "Start it, correct tracking.uri, or set tracking.required: false to deliver later"
+                ) from error
+        # Imported here, by one thread: the stores' modules are imported late otherwise, and not safely by two threads.
+        import mlflow.store.model_registry.sqlalchemy_store
+        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+
+        self._thread.start()
+
+    def _connect(self) -> MlflowClient:
+        """The client, with the parent run found or made and the delivered candidates known."""
+        with self._connecting:
+            if self._client is not None:
+                return self._client
+            artifacts = None
+            if self.uri.startswith("sqlite:///"):
+                artifacts = (self.home / "artifacts").absolute().as_uri()
+                _write_ahead(Path(self.uri.removeprefix("sqlite:///")))
+            client = MlflowClient(self.uri, self.uri)
+            experiment = client.get_experiment_by_name(self.section.experiment)
+            if experiment is None:
+                experiment_id = client.create_experiment(self.section.experiment, artifacts)
+            else:
+                experiment_id = experiment.experiment_id
+            found = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{self.run_id}'", max_results=1)
+            if found:
+                self._parent = found[0].info.run_id
+            else:
+                tags = {RUN_TAG: self.run_id}
+                self._parent = client.create_run(experiment_id, tags=tags, run_name=self.run_name).info.run_id
+                params = [Param(key, str(value)[:MAX_TEXT]) for key, value in self.params.items()]
+                client.log_batch(self._parent, params=params)
+            self._experiment_id = experiment_id
+            self._delivered = self._children(client, experiment_id)
+            self._client = client
+            return client
+
+    def _children(self, client: MlflowClient, experiment_id: str) -> set[str]:
+        """Ids of the candidates the server has in full; those cut short are removed and sent again."""
+        ids, token = set(), None
+        while True:
+            query = f"tags.`{PARENT_TAG}` = '{self._parent}'"
+            page = client.search_runs([experiment_id], query, max_results=1000, page_token=token)
+            for run in page:
+                if run.info.status == "FINISHED" and run.data.tags[CANDIDATE_TAG] not in ids:
+                    ids.add(run.data.tags[CANDIDATE_TAG])
+                else:
+                    client.delete_run(run.info.run_id)
+            token = page.token
+            if not token:
+                return ids
+
+    # -- candidates --------------------------------------------------------------------------------------------------
+
+    def candidate(self, record: Record) -> None:
+        """Queue a journal record of a candidate; returns at once."""
+        with self._changed:
+            if _key(record) not in self._queued:
+                self._queued.add(_key(record))
+                self._pending.append(record)
+                self._changed.notify_all()
+
+    def flush(self, timeout_s: float) -> int:
+        """Wait until everything queued is delivered; returns how many are not after ``timeout_s``."""
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            while self._pending and self._thread.is_alive() and time.monotonic() < deadline:
+                self._changed.wait(min(0.5, max(0.01, deadline - time.monotonic())))
+            return len(self._pending)
+
+    def _deliver_all(self) -> None:
+        pause_s = FIRST_PAUSE_S
+        while not self._closing:
+            with self._changed:
+                if not self._pending:
+                    self._changed.wait(1.0)
+                if not self._pending:
+                    continue
+                record = self._pending[0]
+            try:
+                self._deliver(self._connect(), record)
+            except Unreachable as error:
+                self.failure, self._client = _first_line(error), None
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closing, pause_s)
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+                continue
+            self.failure, pause_s = "", FIRST_PAUSE_S
+            with self._changed:
+                self._pending.popleft()
+                self._changed.notify_all()
+
+    def _deliver(self, client: MlflowClient, record: Record) -> None:
+        candidate, evaluation = record["candidate"], record["evaluation"]
+        key = _key(record)
+        if key in self._delivered:
+            return
+        at_ms = int(record["time"] * 1000)
+        values = {name: float(v) for name, v in evaluation["metrics"].items() if np.isfinite(v)}
+        reward = self.reward(record)
+        if reward is not None and np.isfinite(reward):
+            values["reward"] = reward
+        tags = {
+            PARENT_TAG: self._parent,
+            CANDIDATE_TAG: key,
+            "candidate.stage": record["stage"],
+            "candidate.origin": candidate["origin"],
+            "candidate.parents": " ".join(map(str, candidate["parents"])),
+            "candidate.status": evaluation["status"],
+            "candidate.reason": evaluation["reason"],
+            "candidate.plan": candidate["plan"],
+        }
+        name = f"{candidate['origin']}-{candidate['id']}"
+        run_tags = {k: v[:MAX_TEXT] for k, v in tags.items()}
+        child = client.create_run(self._experiment_id, start_time=at_ms, tags=run_tags, run_name=name)
+        params = {"plan_digest": candidate["digest"], "base": candidate["base"] or "baseline", "kind": record["kind"]}
+        client.log_batch(
+            child.info.run_id,
+            metrics=[Metric(name, value, at_ms, 0) for name, value in values.items()],
+            params=[Param(name, value) for name, value in params.items()],
+        )
+        client.set_terminated(child.info.run_id, "FINISHED", at_ms)
+        self._delivered.add(key)
+        series = [Metric(f"{record['stage']}.{n}", values[n], at_ms, candidate["id"]) for n in SERIES if n in values]
+        if record["kind"] == "finetune" or "latency_ratio" in values:
+            client.log_batch(self._parent, metrics=series)
+
+    # -- the end of a run --------------------------------------------------------------------------------------------
+
+    def finish(self, metrics: Mapping[str, float], files: list[Path], status: str = "FINISHED") -> None:
+        """Log the run's final metrics and files on the parent and end it.
+
+        Raises:
+            TrackingError: the server is away.
+        """
+        try:
+            client = self._connect()
+            finite = {name: value for name, value in metrics.items() if np.isfinite(value)}
+            now_ms = int(time.time() * 1000)
+            client.log_batch(self._parent, metrics=[Metric(n, v, now_ms, 0) for n, v in finite.items()])
+            for file in files:
+                client.log_artifact(self._parent, str(file))
+            client.set_terminated(self._parent, status)
+        except Unreachable as error:
+            self._client = None
+            raise TrackingError(f"tracking server {self.uri}: {_first_line(error)}") from error
+
+    def register(
+        self, onnx_file: Path, name: str, alias: str, example: np.ndarray, outputs: np.ndarray, facts: Mapping[str, Any]
+    ) -> Registered:
+        """Log an ONNX file as a model, register it and set its alias; once per run, however often it is called.
+
+        Args:
+            example: input example, shape (1, ...).
+            outputs: what the model answers to it, for the signature.
+            facts: kept as tags of the version.
+
+        Raises:
+            TrackingError: the server is away or refuses.
+        """
+        import onnx
+        from mlflow.models import infer_signature
+
+        try:
+            client = self._connect()
+            known = [v for v in client.search_model_versions(f"name = '{name}'") if v.tags.get(RUN_TAG) == self.run_id]
+            if known:
+                version = str(known[0].version)
+            else:
+                mlflow.set_tracking_uri(self.uri)
+                mlflow.set_registry_uri(self.uri)
+                with mlflow.start_run(run_id=self._parent):
+                    logged = mlflow.onnx.log_model(
+                        onnx.load(onnx_file),
+                        name=name,
+                        signature=infer_signature(example, outputs),
+                        input_example=example,
+                        save_as_external_data=False,
+                        onnx_execution_providers=["CPUExecutionProvider"],
+                        pip_requirements=[f"onnxruntime=={_version('onnxruntime')}", f"onnx=={_version('onnx')}"],
+                        metadata={str(k): str(v) for k, v in facts.items()},
+                    )
+                if not any(model.name == name for model in client.search_registered_models(f"name = '{name}'")):
+                    client.create_registered_model(name)
+                tags = {RUN_TAG: self.run_id, **{str(k): str(v)[:MAX_TEXT] for k, v in facts.items()}}
+                created = client.create_model_version(
+                    name, logged.model_uri, run_id=self._parent, tags=tags, model_id=logged.model_id
+                )
+                version = str(created.version)
+            client.set_registered_model_alias(name, alias, version)
+        except Unreachable as error:
+            self._client = None
+            raise TrackingError(f"tracking server {self.uri}: {_first_line(error)}") from error
+        return Registered(name, version, alias, f"models:/{name}/{version}")
+
+    def close(self) -> None:
+        """Stop the delivery thread; what is left stays in the journal."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
+
+
+def _key(record: Record) -> str:
+    """Names a record within its run."""
+    return f"{record['stage']}:{record['kind']}:{record['candidate']['id']}"
+
+
+def _write_ahead(path: Path) -> None:
+    """Make a SQLite store and let readers and writers work side by side."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        connection = sqlite3.connect(path)
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.close()
+    except sqlite3.Error as error:
+        raise OSError(f"cannot use {path} as MLflow's store: {error}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)

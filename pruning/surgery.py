@@ -1,0 +1,344 @@
+"""From a plan to a physically smaller network and back: cut, scatter, save, load, and prove that the cut is right."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from pruning.channels import ChannelGraph, PruningError, named_tensors, tensors_of, undisturbed
+from pruning.plan import IntArray, PlanError, PruningPlan
+
+PLAN_FILE = "plan.json"
+WEIGHTS_FILE = "weights.safetensors"
+
+Slices = Mapping[str, Mapping[int, IntArray]]
+
+
+def prune(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:
+    """A new model of the same class with smaller tensors; state_dict names, tied weights and modes stay.
+
+    Args:
+        model: the traced model, or another one of the same architecture; it is left untouched.
+        graph: its channel groups.
+        plan: what to keep.
+
+    Raises:
+        PruningError: the model's tensors are not those of the graph; names the first mismatches.
+        PlanError: the plan belongs to another network.
+    """
+    slices = graph.slices(plan)
+    tensors = check_model(model, graph)
+    return rebuild(model, graph, {name: cut(tensors[name], slices[name]) for name in tensors if name in slices})
+
+
+def cut(tensor: Tensor, kept: Mapping[int, IntArray]) -> Tensor:
+    """The kept positions of a tensor along each of the given dimensions; a new tensor."""
+    result = tensor.detach()
+    for dim, positions in sorted(kept.items(), key=lambda item: len(item[1]) / tensor.shape[item[0]]):
+        result = result.index_select(dim, torch.from_numpy(positions).to(tensor.device))
+    return result
+
+
+def rebuild(model: nn.Module, graph: ChannelGraph, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the model in which some tensors (by first name) are replaced and layers know their new sizes.
+
+    The replaced tensors of ``model`` are never copied.
+    """
+    memo: dict[int, Any] = {}
+    for name, old in tensors_of(model)[0].items():
+        if name in tensors:
+            new = tensors[name]
+            memo[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    try:
+        result = copy.deepcopy(model, memo)
+    except (RuntimeError, TypeError) as error:
+        raise PruningError(f"the model cannot be copied: {error}") from error
+    names = set(tensors) | {alias for alias, name in graph.aliases.items() if name in tensors}
+    owners = {name.rpartition(".")[0] for name in names}
+    for path, module in result.named_modules():
+        if path not in owners:
+            continue
+        weight = f"{path}.weight" if path else "weight"
+        if weight in graph.scaled_groups and hasattr(module, "groups"):
+            dense = graph.shapes[graph.aliases.get(weight, weight)][0]
+            module.groups = module.groups * module.get_parameter("weight").shape[0] // dense
+        for kind, adapt in ADAPTERS.items():
+            if isinstance(module, kind):
+                adapt(module)
+    return result
+
+
+def _conv(module: Any) -> None:
+    first, second = module.weight.shape[:2]
+    second *= module.groups
+    module.in_channels, module.out_channels = (first, second) if module.transposed else (second, first)
+
+
+def _linear(module: Any) -> None:
+    module.out_features, module.in_features = module.weight.shape
+
+
+def _norm(module: Any) -> None:
+    module.num_features = (module.running_mean if module.weight is None else module.weight).shape[0]
+
+
+def _layer_norm(module: Any) -> None:
+    module.normalized_shape = tuple(module.weight.shape)
+
+
+def _group_norm(module: Any) -> None:
+    if module.num_groups == module.num_channels:
+        module.num_groups = module.weight.shape[0]
+    module.num_channels = module.weight.shape[0]
+
+
+def _embedding(module: Any) -> None:
+    module.num_embeddings, module.embedding_dim = module.weight.shape
+
+
+def _prelu(module: Any) -> None:
+    module.num_parameters = module.weight.shape[0]
+
+
+ADAPTERS: dict[type[nn.Module], Callable[[Any], None]] = {
+    _ConvNd: _conv,
+    nn.Linear: _linear,
+    _NormBase: _norm,
+    nn.LayerNorm: _layer_norm,
+    nn.RMSNorm: _layer_norm,
+    nn.GroupNorm: _group_norm,
+    nn.Embedding: _embedding,
+    nn.PReLU: _prelu,
+}
+"""Layers that remember sizes -> how they read them off their new weight."""
+
+
+def check_model(model: nn.Module, graph: ChannelGraph) -> dict[str, Tensor]:
+    """Tensors of a model by first name.
+
+    Raises:
+        PruningError: they are not those of the graph; names the first mismatches.
+    """
+    tensors = tensors_of(model)[0]
+    _check_shapes({n: tuple(t.shape) for n, t in tensors.items()}, graph.shapes, "the model is not the traced one")
+    return tensors
+
+
+def _check_shapes(found: Mapping[str, object], expected: Mapping[str, object], what: str) -> None:
+    names = [*expected, *(n for n in found if n not in expected)]
+    wrong = [
+        f"{n}: expected {expected.get(n, 'no such tensor')}, got {found.get(n, 'no such tensor')}"
+        for n in names
+        if found.get(n) != expected.get(n)
+    ]
+    if wrong:
+        more = f"\n  and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise PruningError(f"{what}:\n  " + "\n  ".join(wrong[:5]) + more)
+
+
+def scatter(
+    model: nn.Module, graph: ChannelGraph, plan: PruningPlan, pruned_state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Put the weights of a pruned network back into dense shapes: the inverse of slicing.
+
+    Args:
+        model: the dense model; its values stand where channels were removed.
+        graph: its channel groups.
+        plan: what was kept.
+        pruned_state: state dict of the pruned network.
+
+    Returns:
+        A state dict of the dense model's shapes; slicing it by ``plan`` gives ``pruned_state`` back exactly.
+
+    Raises:
+        PruningError: ``pruned_state`` is not of this plan; names the first mismatches.
+    """
+    check_model(model, graph)
+    slices = graph.slices(plan)
+    dense = model.state_dict()
+    expected = {name: kept_shape(tensor.shape, slices.get(name, {})) for name, tensor in dense.items()}
+    _check_shapes(
+        {n: tuple(t.shape) for n, t in pruned_state.items()}, expected, "the pruned state does not belong to the plan"
+    )
+    result = {}
+    for name, tensor in dense.items():
+        new = pruned_state[name].detach()
+        result[name] = new.clone()
+        if name in slices:
+            positions = [torch.as_tensor(slices[name].get(d, range(n))) for d, n in enumerate(tensor.shape)]
+            grid = torch.meshgrid(*(p.to(tensor.device) for p in positions), indexing="ij")
+            result[name] = tensor.detach().clone().index_put_(grid, new.to(tensor))
+    return result
+
+
+def kept_shape(shape: Iterable[int], kept: Mapping[int, IntArray]) -> tuple[int, ...]:
+    """Shape of a tensor after slicing."""
+    return tuple(len(kept[d]) if d in kept else n for d, n in enumerate(shape))
+
+
+def save_pruned(path_dir: str | Path, model: nn.Module, plan: PruningPlan) -> None:
+    """Write a pruned model as ``plan.json`` and ``weights.safetensors``; no pickle, no code.
+
+    Args:
+        path_dir: directory, made if missing.
+        model: the pruned model.
+        plan: the plan it was made with.
+    """
+    folder = Path(path_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    aliases = tensors_of(model)[1]
+    state = {n: t.detach().contiguous() for n, t in model.state_dict().items() if n not in aliases}
+    save_file(state, folder / WEIGHTS_FILE, metadata={"plan": plan.digest})
+    (folder / PLAN_FILE).write_text(plan.to_json() + "\n")
+
+
+def load_pruned(path_dir: str | Path, dense_model: nn.Module, graph: ChannelGraph) -> tuple[nn.Module, PruningPlan]:
+    """Read what ``save_pruned`` wrote.
+
+    Args:
+        path_dir: the directory.
+        dense_model: a model of the unpruned architecture, with any weights; left untouched.
+        graph: its channel groups.
+
+    Returns:
+        The pruned model and its plan.
+
+    Raises:
+        PruningError: files are missing or changed, or they belong to another architecture; names the first mismatches.
+    """
+    folder = Path(path_dir)
+    try:
+        plan = PruningPlan.from_json((folder / PLAN_FILE).read_text())
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+            digest = (file.metadata() or {}).get("plan")
+            state: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        slices = graph.slices(plan)
+    except (OSError, SafetensorError, PlanError) as error:
+        raise PruningError(f"cannot load the pruned model in {folder}: {error}") from error
+    if digest != plan.digest:
+        raise PruningError(
+            f"{folder / PLAN_FILE} (digest {plan.digest}) is not the plan of its weights (digest {digest})"
+        )
+    tensors = check_model(dense_model, graph)
+    stored = [name for name in dense_model.state_dict() if name in tensors]
+    _check_shapes(
+        {n: (tuple(t.shape), t.dtype) for n, t in state.items()},
+        {n: (kept_shape(tensors[n].shape, slices.get(n, {})), tensors[n].dtype) for n in stored},
+        f"{folder / WEIGHTS_FILE} does not fit the plan and this architecture",
+    )
+    rest = {n: cut(tensors[n], slices[n]) for n in tensors if n in slices and n not in state}
+    moved = {n: t.to(tensors[n].device) for n, t in state.items()}
+    return rebuild(dense_model, graph, {**rest, **moved}), plan
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Whether a pruned network computes what the dense one does with the removed channels masked.
+
+    Args:
+        ok: it ran, and every output agrees within the tolerance.
+        max_relative_error: largest difference of an output over its largest magnitude; NaN if not compared.
+        reason: what failed, or why the comparison is impossible; empty if ok.
+        comparable: False where operators that normalise over channels forbid the comparison of values.
+    """
+
+    ok: bool
+    max_relative_error: float
+    reason: str = ""
+    comparable: bool = True
+
+
+def certify(
+    model: nn.Module,
+    pruned: nn.Module,
+    graph: ChannelGraph,
+    plan: PruningPlan,
+    *example_inputs: Any,
+    tolerance: float = 1e-4,
+    **kwargs: Any,
+) -> Certificate:
+    """Compare a pruned model with the dense one whose removed channels are masked (their weights set to zero).
+
+    Both run in eval mode without gradients from the same random state and are left as they were. A broken pruned
+    model is an answer, not an exception.
+
+    Args:
+        tolerance: largest relative error that is still equal; 1e-4 suits float32.
+    """
+    nan = float("nan")
+    try:
+        masked = _masked(check_model(model, graph), graph, plan)
+    except ValueError as error:
+        return Certificate(False, nan, str(error))
+    outputs = []
+    for name, network, state in (("dense", model, masked), ("pruned", pruned, {})):
+        try:
+            with undisturbed(network):
+                found = (
+                    functional_call(network, state, example_inputs, kwargs)
+                    if state
+                    else network(*example_inputs, **kwargs)
+                )
+                outputs.append(dict(named_tensors(found)))
+        except Exception as error:  # noqa: BLE001 - any failure of a foreign forward is the answer
+            return Certificate(False, nan, f"the {name} model's forward raised {type(error).__name__}: {error}")
+    dense, small = outputs
+    shapes, expected = ({path: tuple(t.shape) for path, t in found.items()} for found in (small, dense))
+    if shapes != expected:
+        wrong = [
+            f"output{p} is {shapes.get(p)} instead of {expected.get(p)}"
+            for p in shapes | expected
+            if shapes.get(p) != expected.get(p)
+        ]
+        return Certificate(False, nan, "shapes differ: " + "; ".join(wrong[:5]))
+    blocked = [f"{g} by {', '.join(where)}" for g, where in graph.normalising.items() if plan.widths[g] < plan.sizes[g]]
+    if blocked:
+        reason = "values cannot be compared, removed channels are normalised over: " + "; ".join(blocked)
+        return Certificate(False, nan, reason, comparable=False)
+    errors = {path: relative_error(small[path], dense[path]) for path in dense}
+    where = max(errors, key=errors.__getitem__, default="")
+    worst = errors.get(where, 0.0)
+    if worst <= tolerance:
+        return Certificate(True, worst)
+    return Certificate(False, worst, f"output{where} differs by {worst:.2e} relative, more than {tolerance:.0e}")
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest magnitude expected; infinite where one of them is not finite alone."""
+    a, b = found.double(), expected.double()
+    if a.numel() == 0:
+        return 0.0
+    finite = torch.isfinite(b)
+    if not torch.equal(torch.isfinite(a), finite) or not torch.equal(a.isnan(), b.isnan()):
+        return float("inf")
+    difference = (a - b)[finite].abs()
+    scale = b[finite].abs()
+    if difference.numel() == 0 or difference.max() == 0:
+        return 0.0
+    return float(difference.max() / scale.max().clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def _masked(tensors: Mapping[str, Tensor], graph: ChannelGraph, plan: PruningPlan) -> dict[str, Tensor]:
+    """Parameters of the dense model that lose entries, zero at the removed positions."""
+    masked = {}
+    for name, dims in graph.slices(plan).items():
+        tensor = tensors.get(name)
+        if not isinstance(tensor, nn.Parameter):
+            continue
+        masked[name] = tensor.detach().clone()
+        for dim, kept in dims.items():
+            gone = torch.ones(tensor.shape[dim], dtype=torch.bool, device=tensor.device)
+            gone[torch.from_numpy(kept)] = False
+            masked[name].index_fill_(dim, gone.nonzero()[:, 0], 0)
+    return masked

@@ -1,0 +1,40 @@
+"""Where the weights of a candidate come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from pruning.channels import ChannelGraph, PruningError
+from pruning.plan import PruningPlan
+from pruning.surgery import check_model, cut, prune, rebuild
+
+
+def inherit(
+    model: nn.Module, graph: ChannelGraph, plan: PruningPlan, state: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """The pruned model with weights cut from the dense model, or from a state dict of its shapes.
+
+    Args:
+        model: the traced model; left untouched.
+        graph: its channel groups.
+        plan: what to keep.
+        state: dense-shaped weights (from ``scatter``, a checkpoint); None = the model's own.
+
+    Raises:
+        PruningError: ``state`` lacks tensors or has other shapes; names the first ones.
+    """
+    if state is None:
+        return prune(model, graph, plan)
+    tensors = check_model(model, graph)
+    wrong = [n for n in model.state_dict() if n not in state or (n in tensors and state[n].shape != tensors[n].shape)]
+    if wrong:
+        raise PruningError(f"the state dict has no dense tensor for {wrong[:5]} ({len(wrong)} in all)")
+    slices = graph.slices(plan)
+    source = {n: state.get(n, t) for n, t in tensors.items()}
+    return rebuild(
+        model,
+        graph,
+        {n: cut(t, slices[n]) if n in slices else t.detach().clone() for n, t in source.items()},
+    )

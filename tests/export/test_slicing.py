@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from export import TemplateError, open_session, verify_parity
+from export.shapes import _reshape_target, _segments
+from export.slicing import OnnxTemplate, candidate_onnx
+from pruning.channels import ChannelGraph
+from pruning.plan import PruningPlan
+from pruning.surgery import prune
+from tests.export import nets
+from tests.export.nets import prepared, random_plan
+
+SMALL = (1, 3, 8, 8)
+
+
+def traced(
+    model: nn.Module, shape: tuple[int, ...] = SMALL
+) -> tuple[nn.Module, torch.Tensor, ChannelGraph, OnnxTemplate]:
+    model, x = prepared(model), torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    graph = ChannelGraph.trace(model, x)
+    return model, x, graph, OnnxTemplate.export(model, x, graph)
+
+
+def assert_slices_like_torch(model: nn.Module, x: torch.Tensor, graph: ChannelGraph, template: OnnxTemplate) -> None:
+    for seed in range(3):
+        plan = random_plan(graph, seed)
+        assert not plan.is_full
+        pruned = prune(model, graph, plan)
+        parity = template.check(plan, pruned, x)
+        assert parity.max_relative_error < 1e-5
+        assert verify_parity(
+            template.slice(plan), pruned, [x], 1e-5
+        ).ok  # the template's own weights are the dense ones
+
+
+@pytest.mark.parametrize("name", ["Flat", "Mobile", "Shuffle", "Attention"])
+def test_sliced_equals_pruned(name: str):
+    assert_slices_like_torch(*traced(getattr(nets, name)()))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_sliced_equals_pruned_on_torchvision_networks(name: str):
+    model = torchvision.models.get_model(name, weights=None, num_classes=10)
+    assert_slices_like_torch(*traced(model, (1, 3, 32, 32)))
+
+
+@pytest.fixture(scope="module")
+def flat() -> tuple[nn.Module, torch.Tensor, ChannelGraph, OnnxTemplate]:
+    return traced(nets.Flat())
+
+
+def test_full_plan_changes_nothing(flat):
+    model, x, graph, template = flat
+    assert template.check(PruningPlan.full(graph.groups), model, x).max_relative_error < 1e-5
+
+
+def test_other_weights_dense_or_pruned(flat):
+    _, x, graph, template = flat
+    other = prepared(nets.Flat(), seed=5)
+    plan = random_plan(graph)
+    pruned = prune(other, graph, plan)
+    for state in (other.state_dict(), pruned.state_dict(), {k: v.numpy() for k, v in other.state_dict().items()}):
+        assert verify_parity(template.slice(plan, state), pruned, [x], 1e-5).ok
+    assert not verify_parity(template.slice(plan), pruned, [x], 1e-5).ok
+    with pytest.raises(TemplateError, match=r"features\.0\.weight has shape \(3, 3\)"):
+        template.slice(plan, {"features.0.weight": np.zeros((3, 3))})
+
+
+def test_slices_are_independent_of_each_other(flat, tmp_path: Path):
+    _, _, graph, template = flat
+    first = template.slice(random_plan(graph, 1))
+    template.slice(random_plan(graph, 2))
+    assert template.slice(random_plan(graph, 1), path=tmp_path / "a.onnx") == first
+    assert (tmp_path / "a.onnx").read_bytes() == first
+
+
+def test_nothing_stale_in_the_file(flat):
+    _, _, graph, template = flat
+    proto = onnx.load_from_string(template.slice(random_plan(graph)))
+    assert not proto.graph.value_info
+    onnx.checker.check_model(proto, full_check=True)  # with strict shape inference
+
+
+def test_check_refuses_another_model(flat):
+    model, x, graph, template = flat
+    with pytest.raises(TemplateError, match="neither the dense"):
+        template.check(random_plan(graph), prune(model, graph, random_plan(graph, 9)), x)
+    bad = prune(model, graph, random_plan(graph))
+    bad.classifier[2].register_forward_hook(lambda module, args, output: output + 1)
+    with pytest.raises(TemplateError, match="computes something else"):
+        template.check(random_plan(graph), bad, x)
+
+
+class FakeGraph:
+    """Says what is told; for networks that the tracer would rather freeze."""
+
+    def __init__(self, groups: Any, cuts: dict[str, int], scaled: tuple[str, ...] = ()) -> None:
+        self.groups, self._cuts, self.scaled_groups = groups, cuts, scaled
+
+    def slices(self, plan: PruningPlan) -> dict[str, dict[int, np.ndarray]]:
+        kept = np.array(next(iter(plan.kept.values())))
+        return {tensor: {dim: kept} for tensor, dim in self._cuts.items()}
+
+
+def fake(cuts: dict[str, int]) -> FakeGraph:
+    from pruning.plan import ChannelGroup
+
+    return FakeGraph((ChannelGroup("conv", 8),), cuts)
+
+
+def test_fixed_channels_cannot_follow():
+    graph = fake({"conv.weight": 0, "conv.bias": 0})
+    with pytest.raises(TemplateError, match="takes fixed positions of a pruned dimension"):
+        OnnxTemplate.export(prepared(nets.Picks()), torch.randn(SMALL), graph)
+
+
+def test_missing_initializer():
+    with pytest.raises(TemplateError, match=r"no initializers \['other.weight'\]"):
+        OnnxTemplate.export(prepared(nets.Picks()), torch.randn(SMALL), fake({"other.weight": 0}))
+
+
+def test_shapes_that_do_not_fit_together():
+    with pytest.raises(TemplateError):  # only one of two tied tensors is cut
+        OnnxTemplate.export(prepared(nets.Mobile()), torch.randn(SMALL), fake({"stem.1.weight": 0}))
+
+
+def test_candidate_is_cut_where_possible(flat, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    model, x, graph, template = flat
+    plan = random_plan(graph)
+    pruned = prune(model, graph, plan)
+    exported = candidate_onnx(template, pruned, x, plan, tmp_path / "c.onnx")
+    assert exported.plan_digest == plan.digest
+    assert exported.path.read_bytes() == template.slice(plan, pruned.state_dict())
+    assert not caplog.records
+
+
+class Broken:
+    def slice(self, plan: PruningPlan, state: Any = None) -> bytes:
+        raise TemplateError("a baked-in shape")
+
+
+class Wrong:
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def slice(self, plan: PruningPlan, state: Any = None) -> bytes:
+        return self.data
+
+
+def test_candidate_falls_back_to_an_export_and_says_why(
+    flat, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    model, x, graph, template = flat
+    plan = random_plan(graph)
+    pruned = prune(model, graph, plan)
+    exported = candidate_onnx(None, pruned, x, plan, tmp_path / "c.onnx")
+    assert verify_parity(exported, pruned, [x]).ok
+    assert exported.plan_digest == plan.digest
+    monkeypatch.setattr("export.slicing.export_onnx", lambda *_, **__: exported)
+    wrong_values = template.slice(plan, {"classifier.2.bias": np.ones(5, dtype=np.float32)})
+    reasons = {"a baked-in shape": Broken(), "computes something else": Wrong(wrong_values), "cannot open": Wrong(b"?")}
+    for reason, bad in reasons.items():
+        with caplog.at_level(logging.WARNING):
+            found = candidate_onnx(bad, pruned, x, plan, tmp_path / "d.onnx")  # type: ignore[arg-type]
+        assert found is exported
+        assert reason in caplog.records[-1].getMessage()
+        assert plan.digest in caplog.records[-1].getMessage()
+        assert not (tmp_path / "d.onnx").exists()
+
+
+def test_session_shape_is_the_pruned_one(flat):
+    _, _, graph, template = flat
+    plan = random_plan(graph)
+    proto = onnx.load_from_string(template.slice(plan))
+    dims = {t.name: tuple(t.dims) for t in proto.graph.initializer}
+    assert dims["features.0.weight"][0] == plan.widths["features.0"]
+    assert dims["classifier.0.weight"] == (plan.widths["classifier.0"], plan.widths["features.3"] * 16)
+    assert open_session(template.slice(plan)).get_outputs()[0].shape == [1, 5]
+
+
+@pytest.mark.parametrize(
+    ("s", "s2", "t", "target"),
+    [
+        ((1, 512, 1, 1), (1, 511, 1, 1), (1, 512), [1, -1]),  # global pooling, flatten
+        ((1, 512, 7, 7), (1, 511, 7, 7), (1, 25088), [1, -1]),  # flatten
+        ((1, 16, 4, 4), (1, 15, 4, 4), (1, 2, 8, 4, 4), None),  # 15 channels in 2 rows: no plan of the tracer
+        ((1, 16, 4, 4), (1, 14, 4, 4), (1, 2, 8, 4, 4), [1, 2, -1, 4, 4]),  # shuffle: rows stay, columns shrink
+        ((1, 2, 8, 4, 4), (1, 2, 7, 4, 4), (1, 16, 4, 4), [1, -1, 4, 4]),
+        ((1, 9, 24), (1, 9, 20), (1, 9, 6, 4), [1, 9, -1, 4]),  # one of six heads of four
+        ((1, 9, 24), (1, 9, 18), (1, 9, 6, 4), [1, 9, 6, -1]),  # one channel in each of six heads
+        ((1, 56, 56, 96), (1, 56, 56, 95), (1, 8, 7, 8, 7, 96), [1, 8, 7, 8, 7, -1]),  # windows, channels last
+        ((4, 16, 5), (4, 15, 5), (4, 16, 5), [4, 0, 5]),
+    ],
+)
+def test_reshape_targets(s, s2, t, target):
+    if target is None:
+        with pytest.raises(TemplateError, match="no single dimension"):
+            _reshape_target(s, s2, t, "r")
+    else:
+        assert _reshape_target(s, s2, t, "r") == target
+
+
+def test_segments():
+    assert _segments((1, 512, 1, 1), (1, 512)) == [([0], [0]), ([1, 2, 3], [1])]
+    assert _segments((1, 6, 4), (1, 4, 6)) == [([0], [0]), ([1, 2], [1, 2])]

@@ -1,0 +1,325 @@
+"""Pruned networks: equal to the masked dense one, trainable, storable, and mistakes are caught."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from pruning import rules
+from pruning.channels import ChannelGraph, PruningError
+from pruning.cost import cost, count
+from pruning.plan import PruningPlan
+from pruning.saliency import uniform_plan
+from pruning.surgery import certify, load_pruned, prune, save_pruned, scatter
+from pruning.weights import inherit
+from tests.pruning.models import CifarResNet, PlainCNN, Tied, TwoBranches, certified, half, randomise
+
+IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+LARGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+TORCHVISION = {
+    "resnet18": {},
+    "resnet50": {},
+    "mobilenet_v2": {},
+    "mobilenet_v3_small": {},
+    "densenet121": {},
+    "googlenet": {"aux_logits": False, "init_weights": False},
+    "squeezenet1_1": {},
+    "efficientnet_b0": {},
+    "regnet_y_400mf": {},
+    "shufflenet_v2_x0_5": {},
+}
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_certificate_and_cost_on_torchvision(name: str) -> None:
+    torch.manual_seed(0)
+    model = randomise(getattr(torchvision.models, name)(weights=None, num_classes=10, **TORCHVISION[name]))
+    graph = ChannelGraph.trace(model, LARGE)
+    plan = half(graph)
+    pruned = prune(model, graph, plan)
+    certificate = certify(model, pruned, graph, plan, LARGE)
+    assert certificate.ok, certificate
+    assert cost(graph, plan) == count(pruned, LARGE)
+    assert not graph.unknown
+    assert sum(entry.macs_share for entry in graph.frozen) < 0.15
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_vgg(batch_norm: bool) -> None:
+    features = torchvision.models.vgg.make_layers([8, "M", 16, "M", 16, 16, "M", 32, 32, "M"], batch_norm)
+    model = torchvision.models.VGG(features, num_classes=10)
+    model.classifier = nn.Sequential(nn.Linear(32 * 49, 24), nn.ReLU(True), nn.Dropout(), nn.Linear(24, 10))
+    graph, certificate = certified(randomise(model), LARGE)
+    assert certificate.ok, certificate
+    assert len(graph.groups) == 7
+
+
+@pytest.mark.parametrize("option", ["A", "B"])
+def test_cifar_resnet(option: str) -> None:
+    assert certified(randomise(CifarResNet(option)), IMAGES)[1].ok
+
+
+class Composed(nn.Module):
+    """A random chain of layers; ``kinds`` are drawn by hypothesis."""
+
+    def __init__(self, kinds: list[tuple[str, int]]) -> None:
+        super().__init__()
+        self.kinds = kinds
+        self.layers = nn.ModuleList()
+        width = 3
+        for kind, size in kinds:
+            layer: nn.Module = nn.Identity()
+            if kind == "conv":
+                layer, width = nn.Conv2d(width, 4 * size, 3, padding=1), 4 * size
+            elif kind == "transposed":
+                layer, width = nn.ConvTranspose2d(width, 4 * size, 3, padding=1), 4 * size
+            elif kind == "norm":
+                layer = nn.BatchNorm2d(width)
+            elif kind == "depthwise" and width != 3:
+                layer, width = nn.Conv2d(width, width * size, 3, padding=1, groups=width), width * size
+            elif kind == "grouped" and width % 4 == 0:
+                layer, width = nn.Conv2d(width, 4 * size, 1, groups=4), 4 * size
+            elif kind == "grouped transposed" and width % 4 == 0:
+                layer, width = nn.ConvTranspose2d(width, 4 * size, 1, groups=4), 4 * size
+            elif kind == "residual":
+                layer = nn.Sequential(nn.Conv2d(width, 4 * size, 1), nn.PReLU(4 * size), nn.Conv2d(4 * size, width, 1))
+            elif kind == "concat":
+                layer, width = nn.Conv2d(width, 4 * size, 1), width + 4 * size
+            self.layers.append(layer)
+            if width > 48:
+                self.layers[-1] = nn.Sequential(layer, nn.Identity())
+        self.squash = nn.Conv2d(width, 6, 1)
+        self.hidden = nn.Linear(6 * 16, 10)
+        self.head = nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for (kind, size), layer in zip(self.kinds, self.layers, strict=True):
+            y = layer(x)
+            if kind == "residual":
+                x = x + y
+            elif kind == "concat":
+                x = torch.cat([x, y] if size % 2 else [y, x], 1)
+            elif kind == "relu":
+                x = F.relu(x)
+            else:
+                x = y
+        return self.head(self.hidden(self.squash(x).flatten(1)).sigmoid())
+
+
+KINDS = ["conv", "norm", "relu", "residual", "concat", "depthwise", "grouped", "transposed", "grouped transposed"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(KINDS), st.integers(1, 3)), min_size=1, max_size=6), st.integers(0, 99))
+def test_random_graphs(kinds: list[tuple[str, int]], seed: int) -> None:
+    torch.manual_seed(seed)
+    model = randomise(Composed([("conv", 2), *kinds]), seed)
+    x = torch.randn(2, 3, 4, 4)
+    graph = ChannelGraph.trace(model, x)
+    plan = uniform_plan(graph, 0.6, saliency="random", seed=seed)
+    pruned = prune(model, graph, plan)
+    certificate = certify(model, pruned, graph, plan, x)
+    assert certificate.ok, (kinds, certificate)
+    assert cost(graph, plan) == count(pruned, x)
+    assert {g.name for g in graph.groups} >= {"squash", "hidden"}
+
+
+def test_surgery_updates_the_layers_own_sizes() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 16, 1, groups=8), nn.GroupNorm(16, 16), nn.Conv2d(16, 4, 1)
+    )
+    graph, certificate = certified(model, IMAGES)
+    assert certificate.ok, certificate
+    pruned = prune(model, graph, PruningPlan.full(graph.groups).replace({"0": (1, 2, 5)}))
+    assert (pruned[0].in_channels, pruned[0].out_channels) == (3, 3)
+    assert pruned[1].num_features == 3
+    assert (pruned[2].in_channels, pruned[2].out_channels, pruned[2].groups) == (3, 6, 3)
+    assert (pruned[3].num_groups, pruned[3].num_channels) == (6, 6)
+    assert type(pruned) is type(model) and list(pruned.state_dict()) == list(model.state_dict())
+
+
+def test_pruned_copy_is_independent_and_trains() -> None:
+    model = CifarResNet("B").train()
+    model.conv1.weight.requires_grad_(False)
+    graph = ChannelGraph.trace(model, IMAGES)
+    pruned = prune(model, graph, half(graph))
+    assert pruned.training
+    assert {p.data_ptr() for p in pruned.parameters()}.isdisjoint(p.data_ptr() for p in model.parameters())
+    F.cross_entropy(pruned(IMAGES), torch.tensor([0, 1])).backward()
+    assert not pruned.conv1.weight.requires_grad
+    assert all(
+        p.grad is not None and p.grad.shape == p.shape for n, p in pruned.named_parameters() if n != "conv1.weight"
+    )
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_tied_weights_stay_tied() -> None:
+    model = Tied()
+    graph, certificate = certified(model, torch.randn(2, 3))
+    assert certificate.ok
+    pruned = prune(model, graph, half(graph))
+    assert pruned.a.weight is pruned.b.weight
+    assert (pruned.a.in_features, pruned.b.out_features) == (3, 3)
+
+
+def test_prune_refuses_another_architecture() -> None:
+    graph = ChannelGraph.trace(CifarResNet("B"), IMAGES)
+    with pytest.raises(PruningError, match=r"layer2.shortcut.0.weight: expected \(16, 8, 1, 1\), got no such tensor"):
+        prune(CifarResNet("A"), graph, half(graph))
+
+
+def test_scatter_is_the_inverse_of_slicing() -> None:
+    model = randomise(CifarResNet("A"))
+    graph = ChannelGraph.trace(model, IMAGES)
+    plan = half(graph)
+    state = {
+        n: torch.randn_like(t) if t.is_floating_point() else t
+        for n, t in prune(model, graph, plan).state_dict().items()
+    }
+    dense = scatter(model, graph, plan, state)
+    assert {n: t.shape for n, t in dense.items()} == {n: t.shape for n, t in model.state_dict().items()}
+    again = inherit(model, graph, plan, dense).state_dict()
+    assert all(torch.equal(again[n], state[n]) for n in state)
+
+
+def test_pruning_twice_is_pruning_by_the_composed_plan() -> None:
+    model = randomise(CifarResNet("B"))
+    graph = ChannelGraph.trace(model, IMAGES)
+    first = uniform_plan(graph, 0.75, model=model)
+    second = first.replace({name: kept[::2] for name, kept in first.kept.items()})
+    assert second.is_within(first)
+    trained = prune(model, graph, first)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.mul_(1.1)
+    composed = inherit(model, graph, second, scatter(model, graph, first, trained.state_dict()))
+    regraph = ChannelGraph.trace(trained, IMAGES)
+    sub = PruningPlan.full(regraph.groups).replace({n: range(0, s, 2) for n, s in first.widths.items()})
+    direct = prune(trained, regraph, sub)
+    assert all(
+        torch.equal(a, b) for a, b in zip(composed.state_dict().values(), direct.state_dict().values(), strict=True)
+    )
+
+
+def test_wrong_states_are_refused() -> None:
+    model = CifarResNet("B")
+    graph = ChannelGraph.trace(model, IMAGES)
+    with pytest.raises(PruningError, match="conv1"):
+        scatter(model, graph, half(graph), model.state_dict())
+    with pytest.raises(PruningError, match="conv1"):
+        inherit(model, graph, half(graph), prune(model, graph, half(graph)).state_dict())
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    for model, x in ((randomise(CifarResNet("A")), IMAGES), (Tied(), torch.randn(2, 3))):
+        graph = ChannelGraph.trace(model, x)
+        plan = half(graph)
+        pruned = prune(model, graph, plan).eval()
+        save_pruned(tmp_path, pruned, plan)
+        assert {p.name for p in tmp_path.iterdir()} == {"plan.json", "weights.safetensors"}
+        fresh = type(model)("A") if isinstance(model, CifarResNet) else Tied()
+        loaded, loaded_plan = load_pruned(tmp_path, fresh, graph)
+        assert loaded_plan == plan
+        assert torch.equal(loaded.eval()(x), pruned(x))
+
+
+def test_load_explains_what_does_not_fit(tmp_path: Path) -> None:
+    model = CifarResNet("B")
+    graph = ChannelGraph.trace(model, IMAGES)
+    plan = half(graph)
+    with pytest.raises(PruningError, match=r"cannot load .*plan\.json"):
+        load_pruned(tmp_path, model, graph)
+    save_pruned(tmp_path, prune(model, graph, plan), plan)
+    with pytest.raises(PruningError, match="not the traced one"):
+        load_pruned(tmp_path, CifarResNet("A"), graph)
+    with pytest.raises(PruningError, match="another network"):
+        load_pruned(tmp_path, TwoBranches(), ChannelGraph.trace(TwoBranches(), IMAGES))
+    data = json.loads((tmp_path / "plan.json").read_text())
+    data["groups"]["conv1"]["keep"] = "0-3"
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    with pytest.raises(PruningError, match="is not the plan of its weights"):
+        load_pruned(tmp_path, model, graph)
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    (tmp_path / "weights.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(PruningError, match="cannot load"):
+        load_pruned(tmp_path, model, graph)
+
+
+def _swapped_cat(p: rules.Propagation, a: rules.Arguments, out: Tensor) -> None:
+    rules.cat(p, {**a, "tensors": a["tensors"][::-1]}, out)
+
+
+def _untied(p: rules.Propagation, a: rules.Arguments, out: Tensor) -> None:
+    p.set(out, p.of(a["self"]))
+
+
+@pytest.mark.parametrize(
+    ("model", "operator", "rule"),
+    [
+        (TwoBranches(), "cat", _swapped_cat),
+        (CifarResNet("B"), "add", _untied),
+        (PlainCNN(), "view", partial(rules.view)),
+    ],
+)
+def test_the_certificate_catches_a_wrong_rule(
+    monkeypatch: pytest.MonkeyPatch, model: nn.Module, operator: str, rule: rules.Rule
+) -> None:
+    if isinstance(model, PlainCNN):  # flatten as if the image came first
+
+        def rule(p: rules.Propagation, a: rules.Arguments, out: Tensor) -> None:
+            channels = p.of(a["self"])[1]
+            assert channels is not None
+            p.set(out, (None, torch.from_numpy(channels).repeat(16).numpy()))
+
+    monkeypatch.setitem(rules.RULES, operator, rule)
+    certificate = certified(randomise(model), IMAGES)[1]
+    assert not certificate.ok
+    assert "differs by" in certificate.reason or "raised" in certificate.reason
+
+
+def test_the_certificate_catches_wrong_weights_and_shapes() -> None:
+    model = randomise(PlainCNN())
+    graph = ChannelGraph.trace(model, IMAGES)
+    plan = half(graph)
+    pruned = prune(model, graph, plan)
+    pruned.conv1.weight.data[0, 0, 0, 0] += 1
+    certificate = certify(model, pruned, graph, plan, IMAGES)
+    assert not certificate.ok and certificate.max_relative_error > 1e-4 and "differs by" in certificate.reason
+    pruned.fc2 = nn.Linear(pruned.fc2.in_features, 7)
+    assert "shapes differ: output is (2, 7) instead of (2, 5)" in certify(model, pruned, graph, plan, IMAGES).reason
+    pruned.fc2 = nn.Linear(3, 5)
+    assert "forward raised RuntimeError" in certify(model, pruned, graph, plan, IMAGES).reason
+    assert "not the traced one" in certify(CifarResNet("B"), pruned, graph, plan, IMAGES).reason
+
+
+def test_the_certificate_catches_sizes_written_in_the_code() -> None:
+    class Baked(PlainCNN):
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.adaptive_avg_pool2d(F.relu(self.conv2(self.bn1(self.conv1(x)))), 4)
+            return self.fc2(self.fc1(x.view(-1, 12 * 16)))
+
+    certificate = certified(Baked(), IMAGES)[1]
+    assert not certificate.ok and "raised" in certificate.reason
+
+
+@pytest.mark.parametrize(
+    ("norm", "operator"), [(nn.GroupNorm(2, 8), "native_group_norm"), (nn.LayerNorm([8, 16, 16]), "native_layer_norm")]
+)
+def test_the_certificate_says_when_values_cannot_be_compared(norm: nn.Module, operator: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), norm, nn.Conv2d(8, 4, 1))
+    graph, certificate = certified(model, IMAGES)
+    assert len(graph.groups) == 1
+    assert not certificate.ok and not certificate.comparable
+    assert f"0 by {operator} in 1" in certificate.reason
+    full = PruningPlan.full(graph.groups)
+    assert certify(model, prune(model, graph, full), graph, full, IMAGES).ok
