@@ -50,7 +50,8 @@ class Recipe(Section):
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.5
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     clip_norm: Annotated[float, Field(gt=0)] | None = None
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """bf16 = mixed precision; auto = bf16 where the hardware multiplies it natively, else fp32."""
 
 
 class DeviceSection(Section):

@@ -1,12 +1,13 @@
 """What a pruned network is and how to look for one.
 
 Names are imported on first use, so that ``pruning.plan`` and ``pruning.search`` need no torch.
-The cost of one plan is ``pruning.cost.cost``: the package cannot hold a function and a module of the same name.
 """
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from pruning.channels import PruningError as PruningError
     from pruning.cost import Cost as Cost
     from pruning.cost import Costs as Costs
+    from pruning.cost import cost as cost
     from pruning.cost import costs as costs
     from pruning.cost import count as count
     from pruning.plan import ChannelGroup as ChannelGroup
@@ -42,7 +44,7 @@ _HOME = {
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
-__all__ = sorted(_MODULE_OF)
+__all__ = sorted([*_MODULE_OF, "cost"])
 
 
 def __getattr__(name: str) -> Any:
@@ -51,3 +53,18 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(f"pruning.{_MODULE_OF[name]}"), name)
     globals()[name] = value
     return value
+
+
+class _Package(ModuleType):
+    """Lets ``from pruning import cost`` give the function, although a module has that name too."""
+
+    @property
+    def cost(self) -> Any:
+        return import_module("pruning.cost").cost
+
+    @cost.setter
+    def cost(self, module: ModuleType) -> None:
+        """The import system's attempt to bind the submodule; ``sys.modules`` has it."""
+
+
+sys.modules[__name__].__class__ = _Package

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -73,11 +74,11 @@ class PruningPlan:
 
     def __post_init__(self) -> None:
         faults = [f"{name}: named in sizes or kept only" for name in sorted(self.sizes.keys() ^ self.kept.keys())]
-        for name in self.sizes.keys() & self.kept.keys():
+        for name in sorted(self.sizes.keys() & self.kept.keys()):
             size, kept = self.sizes[name], self.kept[name]
             if not kept:
                 faults.append(f"{name}: keeps no channel; a group keeps at least one")
-            elif any(b <= a for a, b in zip(kept, kept[1:], strict=False)):
+            elif any(b <= a for a, b in pairwise(kept)):
                 faults.append(f"{name}: kept indices must be strictly increasing")
             elif kept[0] < 0 or kept[-1] >= size:
                 faults.append(f"{name}: kept indices must lie in 0..{size - 1}, got {kept[0]}..{kept[-1]}")

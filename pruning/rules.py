@@ -323,6 +323,19 @@ def repeat(p: Propagation, a: Arguments, out: Any) -> None:
     p.set(out, [None if dim is None else np.tile(dim, n) for dim, n in zip(x, a["repeats"], strict=True)])
 
 
+def as_strided(p: Propagation, a: Arguments, out: Any) -> None:
+    """Only a dense tensor of the same shape (``adaptive_avg_pool2d`` restores channels-last so) is followed."""
+    dense = [torch.empty_like(out, device="meta", memory_format=torch.contiguous_format).stride()]
+    if out.ndim == 4:
+        dense.append(torch.empty_like(out, device="meta", memory_format=torch.channels_last).stride())
+    wide = [d for d, n in enumerate(out.shape) if n > 1]
+    if out.shape == a["self"].shape and any(all(out.stride(d) == strides[d] for d in wide) for strides in dense):
+        p.set(out, p.of(a["self"]))
+    else:
+        for dim in p.of(a["self"]):
+            p.freeze(dim, f"{p.here} reads memory at positions written in the code")
+
+
 def pixel_shuffle(p: Propagation, a: Arguments, out: Any) -> None:
     """``(..., C r^2, H, W) -> (..., C, r H, r W)``: r^2 neighbours become one channel."""
     x = list(p.of(a["self"]))
@@ -603,6 +616,7 @@ RULES: dict[str, Rule] = {
     "expand": expand,
     "repeat": repeat,
     "flip": flip,
+    "as_strided": as_strided,
     "pixel_shuffle": pixel_shuffle,
     "cat": cat,
     "stack": stack,

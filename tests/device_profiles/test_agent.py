@@ -131,7 +131,7 @@ def test_busy_names_the_holder_and_a_dead_holder_holds_nothing(target: LocalTarg
     with lock.open("w") as file:
         file.write("12345\n")
         file.flush()
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_SH)  # even a shared lock keeps an exclusive one out
         code, answer = run_agent(json.dumps(request_for(model)), target)
         assert (code, answer["error"]) == (75, "busy")
         with pytest.raises(DeviceError, match=r"holder pid 12345; waited 0\.2 s") as caught:

@@ -93,7 +93,7 @@ def test_process_offsets_widen_the_interval_only_where_processes_are_resampled()
 def test_wall_statistic_pairs_iterations():
     result = synthetic(true_ratio=0.5, noise=0.0, statistic="wall")
     slow = np.ones(60)
-    slow[::2] = 3.0  # both models disturbed alike: the pairs still tell the truth
+    slow[:30] = 3.0  # both models disturbed alike: the pairs still tell the truth
     models = result.processes[0].models
     for samples in models.values():
         object.__setattr__(samples, "wall_ms", tuple((np.array(samples.wall_ms) * slow).tolist()))

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruning.channels import ChannelGraph, PruningError, components
+from pruning.cost import cost, count
 from pruning.plan import PlanError, PruningPlan
+from pruning.surgery import prune
 from tests.pruning.models import CifarResNet, PlainCNN, Tied, TwoBranches, certified, half
 
 
@@ -118,6 +120,7 @@ PRUNABLE = {
     "glu": lambda x: F.glu(torch.cat([x, x], 1), 1),
     "roll": lambda x: x.roll(1, 2),
     "shuffle": shuffle,
+    "channels last": lambda x: x * F.adaptive_avg_pool2d(x.contiguous(memory_format=torch.channels_last), 1),
     "chunk": chunked,
     "cat with itself, halved": lambda x: torch.cat([x, x], 1).chunk(2, 1)[0],
     "stack": lambda x: torch.stack([x, x.relu()]).sum(0),
@@ -140,6 +143,7 @@ def test_labels_pass(name: str) -> None:
 FROZEN = {
     "slice": (lambda x: x[:, :5], 5, "cuts channels at a number"),
     "split": (lambda x: x.split([3, 5], 1)[1], 5, "cuts channels at a number"),
+    "as_strided": (lambda x: x.as_strided((2, 8, 4, 4), (512, 64, 8, 1)), 8, "memory at positions"),
     "select": (lambda x: x[:, 3].unsqueeze(1), 1, "by position"),
     "index": (lambda x: x[:, [0, 2]], 2, "by position"),
     "constant": (lambda x: x + torch.arange(8.0).view(8, 1, 1), 8, "a dimension of fixed size"),
@@ -183,6 +187,8 @@ def test_unused_and_opaque_layers_are_frozen() -> None:
 
     graph = ChannelGraph.trace(Odd(), torch.randn(2, 5, 3))
     assert [g.name for g in graph.groups] == ["hidden"]
+    plan, x = half(graph), torch.randn(2, 5, 3)
+    assert cost(graph, plan) == count(prune(Odd(), graph, plan), x)
     found = reasons(graph)
     assert "never used" in found["auxiliary"]
     assert "takes its sizes from its constructor" in found["first"]
