@@ -1,0 +1,206 @@
+"""Candidates in a real MLflow: none lost, none doubled, whatever dies; the model registered once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from mlflow import MlflowClient
+from onnx import TensorProto, helper
+
+from pipeline.config import TrackingSection
+from pipeline.errors import TrackingError
+from pipeline.tracking import CANDIDATE_TAG, PARENT_TAG, RUN_TAG, Tracker
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
+
+
+def record(i: int, kind: str = "evaluation", **metrics: float) -> dict[str, Any]:
+    values = {"top1": 0.9 - i / 100, "macs": 1e6 / (i + 1), "latency_ratio": 1 / (i + 1), **metrics}
+    candidate = {"id": i, "plan": f"plan {i}", "digest": f"d{i}", "origin": "mutation", "parents": [0], "base": ""}
+    evaluation = {"status": "ok", "reason": "", "metrics": values}
+    return {"stage": "search", "kind": kind, "candidate": candidate, "evaluation": evaluation, "time": 1e9 + i}
+
+
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh MLflow database, made once: its migrations take seconds."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def home(tmp_path: Path, migrated: Path) -> Path:
+    shutil.copyfile(migrated, tmp_path / "mlflow.db")
+    return tmp_path
+
+
+def tracker(home: Path, uri: str | None = None, required: bool = False) -> Tracker:
+    section = TrackingSection(experiment="tests", uri=uri, required=required)
+    made = Tracker(section, home, "run-1", "run one", {"seed": 0, "search.method": "ccep"})
+    made.reward = lambda r: 2 * r["evaluation"]["metrics"]["top1"]
+    return made
+
+
+def children(uri: str) -> list[Any]:
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("tests")
+    assert experiment is not None
+    (parent,) = client.search_runs([experiment.experiment_id], f"tags.`{RUN_TAG}` = 'run-1'")
+    return list(client.search_runs([experiment.experiment_id], f"tags.`{PARENT_TAG}` = '{parent.info.run_id}'"))
+
+
+def test_every_candidate_is_a_child_run_with_plan_origin_metrics_and_reward(home: Path) -> None:
+    tracking = tracker(home)
+    tracking.start()
+    for i in range(4):
+        tracking.candidate(record(i, seconds=float("nan")))
+    assert tracking.flush(60) == 0
+    tracking.close()
+    runs = {r.data.tags[CANDIDATE_TAG]: r for r in children(tracking.uri)}
+    assert sorted(runs) == [f"search:evaluation:{i}" for i in range(4)]
+    run = runs["search:evaluation:2"]
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics == {"top1": 0.88, "macs": 1e6 / 3, "latency_ratio": 1 / 3, "reward": 1.76}
+    assert run.data.tags["candidate.plan"] == "plan 2"
+    assert run.data.tags["candidate.origin"] == "mutation"
+    assert run.data.params["plan_digest"] == "d2"
+
+
+def test_a_restart_delivers_the_rest_and_doubles_nothing(home: Path) -> None:
+    first = tracker(home)
+    first.start()
+    for i in range(3):
+        first.candidate(record(i))
+    assert first.flush(60) == 0
+    first.close()
+    client = MlflowClient(first.uri)  # a process killed while it delivered leaves a run cut short
+    parent = children(first.uri)[0].data.tags[PARENT_TAG]
+    experiment = client.get_experiment_by_name("tests")
+    assert experiment is not None
+    client.create_run(experiment.experiment_id, tags={PARENT_TAG: parent, CANDIDATE_TAG: "search:evaluation:3"})
+    second = tracker(home)
+    second.start()
+    for i in range(6):
+        second.candidate(record(i))
+        second.candidate(record(i))
+    assert second.flush(60) == 0
+    second.close()
+    runs = children(first.uri)
+    assert sorted(r.data.tags[CANDIDATE_TAG] for r in runs) == [f"search:evaluation:{i}" for i in range(6)]
+    assert {r.info.status for r in runs} == {"FINISHED"}
+
+
+def test_a_required_server_that_is_away_stops_the_run_at_its_start(home: Path) -> None:
+    with pytest.raises(TrackingError, match=r"tracking\.required: false"):
+        tracker(home, f"http://127.0.0.1:{free_port()}", required=True).start()
+
+
+def test_an_optional_server_that_is_away_delays_nothing(home: Path) -> None:
+    tracking = tracker(home, f"http://127.0.0.1:{free_port()}")
+    tracking.start()
+    started = time.monotonic()
+    tracking.candidate(record(0))
+    assert time.monotonic() - started < 1
+    assert tracking.flush(0.2) == 1
+    with pytest.raises(TrackingError):
+        tracking.finish({}, [])
+    tracking.close()
+
+
+def test_the_model_is_registered_once_with_signature_example_and_alias(home: Path) -> None:
+    onnx_file = home / "model.onnx"
+    onnx.save(identity_model(), onnx_file)
+    example = np.ones((1, 3), np.float32)
+    tracking = tracker(home)
+    tracking.start()
+    for alias in ("challenger", "champion"):
+        entry = tracking.register(onnx_file, "net", alias, example, example, {"gate": "passed", "top1": 0.9})
+        assert (entry.name, entry.version, entry.alias) == ("net", "1", alias)
+    tracking.finish({"final.top1": 0.9}, [onnx_file])
+    tracking.close()
+    client = MlflowClient(tracking.uri)
+    version = client.get_model_version_by_alias("net", "champion")
+    assert version.tags["gate"] == "passed"
+    import mlflow
+
+    mlflow.set_tracking_uri(tracking.uri)
+    info = mlflow.models.get_model_info("models:/net@champion")
+    assert info.signature is not None
+    assert info.saved_input_example_info is not None
+    local = Path(mlflow.artifacts.download_artifacts("models:/net@champion", dst_path=str(home / "pulled")))
+    assert (local / "model.onnx").read_bytes() == onnx_file.read_bytes()
+    assert np.array_equal(mlflow.pyfunc.load_model(str(local)).predict(example)["y"], example)
+
+
+def identity_model() -> onnx.ModelProto:
+    node = helper.make_node("Identity", ["x"], ["y"])
+    value = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 3]) for n in ("x", "y")]
+    graph = helper.make_graph([node], "g", value[:1], value[1:])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def server(home: Path) -> Iterator[Callable[[], tuple[str, subprocess.Popen[bytes]]]]:
+    """Starts a real MLflow server (again and again, on the same port and store)."""
+    port, started = free_port(), []
+
+    def start() -> tuple[str, subprocess.Popen[bytes]]:
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+        command += ["--backend-store-uri", f"sqlite:///{home}/mlflow.db", "--artifacts-destination", str(home / "served")]
+        env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        process = subprocess.Popen(command, start_new_session=True, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        started.append(process)
+        return f"http://127.0.0.1:{port}", process
+
+    yield start
+    for process in started:
+        end(process)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.slow
+def test_candidates_wait_for_a_server_that_comes_goes_and_comes_again(home: Path, server: Any) -> None:
+    uri, process = server()
+    end(process)  # away from the start
+    tracking = tracker(home, uri)
+    tracking.start()
+    for i in range(10):
+        tracking.candidate(record(i))
+    _, process = server()
+    deadline = time.monotonic() + 120
+    while len(tracking._pending) > 5 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    end(process)  # away in the middle, at no particular moment
+    for i in range(10, 20):
+        tracking.candidate(record(i))
+    server()
+    assert tracking.flush(180) == 0
+    tracking.close()
+    runs = children(f"sqlite:///{home}/mlflow.db")
+    assert sorted(r.data.tags[CANDIDATE_TAG] for r in runs) == sorted(f"search:evaluation:{i}" for i in range(20))
+    assert all(r.info.status == "FINISHED" and "reward" in r.data.metrics for r in runs)
