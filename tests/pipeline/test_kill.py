@@ -1,0 +1,137 @@
+"""Kill -9 at any moment loses at most the evaluation in flight: a real process, killed again and again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+
+from pipeline.tracking import CANDIDATE_TAG
+
+from .helpers import write_tiny
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(scope="module")
+def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prefect's own database, migrated once for all processes."""
+    return tmp_path_factory.mktemp("prefect")
+
+
+def start(home: Path, prefect_home: Path, *arguments: str) -> subprocess.Popen[str]:
+    """``python -m pipeline ARGUMENTS`` in a home of its own."""
+    env = {**os.environ, "SECATEUR_HOME": str(home), "PREFECT_HOME": str(prefect_home), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pipeline", *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=env, cwd=home, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def run_directory(home: Path) -> Path | None:
+    found = sorted((home / "runs").glob("tiny-*"))
+    return found[0] if found else None
+
+
+def kill_when(process: subprocess.Popen[str], home: Path, moment: Callable[[Path], bool]) -> None:
+    """Kill the process (not its helpers) as soon as the moment has come."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        directory = run_directory(home)
+        if directory is not None and moment(directory):
+            os.kill(process.pid, signal.SIGKILL)
+            process.communicate()
+            return
+        assert process.poll() is None, f"ended before its moment: {process.communicate()[0]}"
+        time.sleep(0.005)
+    pytest.fail("the moment never came")
+
+
+def evaluations(directory: Path) -> list[dict[str, Any]]:
+    lines = (directory / "journal.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if "evaluation" in r]
+
+
+def journal_lines(n: int) -> Callable[[Path], bool]:
+    def moment(directory: Path) -> bool:
+        file = directory / "journal.jsonl"
+        return file.is_file() and file.read_bytes().count(b"\n") >= n
+
+    return moment
+
+
+def exists(pattern: str) -> Callable[[Path], bool]:
+    return lambda directory: any(directory.glob(pattern))
+
+
+def told(home: Path) -> list[str]:
+    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
+    experiment = client.get_experiment_by_name("secateur")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], max_results=1000)
+    return sorted(r.data.tags[CANDIDATE_TAG] for r in runs if CANDIDATE_TAG in r.data.tags)
+
+
+def what_was_asked(records: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    return [(r["stage"], r["kind"], r["candidate"]["id"], r["candidate"]["digest"], r["candidate"]["base"]) for r in records]
+
+
+def test_a_run_killed_at_many_moments_ends_like_one_that_was_left_alone(tmp_path: Path, prefect_home: Path) -> None:
+    left, killed = tmp_path / "left", tmp_path / "killed"
+    for home in (left, killed):
+        home.mkdir()
+    file = str(write_tiny(tmp_path))
+    output = finish(start(left, prefect_home, "run", file))
+    assert "alias champion" in output
+    expected = run_directory(left)
+    assert expected is not None
+    total = len(evaluations(expected))
+
+    moments = [
+        journal_lines(4),  # early in the search
+        exists("candidates/weights/*.part"),  # while fine-tuned weights are written
+        journal_lines(total - 4),  # late in the search
+        exists("baseline.onnx"),  # during the export
+    ]
+    seen = 0
+    for i, moment in enumerate(moments):
+        directory = run_directory(killed)
+        arguments = ("run", file) if i == 0 else ("resume", str(directory))
+        kill_when(start(killed, prefect_home, *arguments), killed, moment)
+        directory = run_directory(killed)
+        assert directory is not None
+        records = evaluations(directory)
+        assert len(records) >= seen, "a resumed run lost evaluations"
+        seen = len(records)
+    directory = run_directory(killed)
+    assert directory is not None
+    servers = json.loads((directory / "server.json").read_text())
+    output = finish(start(killed, prefect_home, "resume", str(directory)))
+
+    assert (directory / "compact.plan.json").read_text() == (expected / "compact.plan.json").read_text()
+    assert what_was_asked(evaluations(directory)) == what_was_asked(evaluations(expected))
+    assert told(killed) == told(left)
+    assert len(told(killed)) == len(set(told(killed))) == total
+    assert "tiny version 1, alias champion" in output
+    for pid, created in servers:  # the killed process's embedded server was ended by the next start
+        assert not psutil.pid_exists(pid) or abs(psutil.Process(pid).create_time() - created) > 1
+
+    again = finish(start(killed, prefect_home, "resume", str(directory)))
+    assert "tiny version 1, alias champion" in again
+    assert told(killed) == told(left)
