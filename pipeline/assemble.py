@@ -45,10 +45,26 @@ def create_run_directory(config: RunFile) -> Path:
     try:
         directory.mkdir(parents=True)
         (directory / "run.yaml").write_text(content, encoding="utf-8")
-        (directory / "run_id").write_text(directory.name + "\n", encoding="utf-8")
+        (directory / "origin.json").write_text(json.dumps(_origin(directory.name)) + "\n", encoding="utf-8")
     except OSError as error:
         raise SurroundingsError(f"cannot create run directory {directory}: {error.strerror}") from error
     return directory
+
+
+def _origin(run_id: str) -> dict[str, str | None]:
+    """Whose run it is, and what its relative paths are relative to."""
+    folders = {"cwd": str(Path.cwd()), "SECATEUR_HOME": str(home()), "SECATEUR_DATA": os.environ.get("SECATEUR_DATA")}
+    return {"run_id": run_id, **folders}
+
+
+def return_to_origin(directory: Path) -> None:
+    """Go back to the working directory, home and data folder a run was started with, as far as they still exist."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        origin = json.loads((directory / "origin.json").read_text(encoding="utf-8"))
+        for name in ("SECATEUR_HOME", "SECATEUR_DATA"):
+            if origin[name] and Path(origin[name]).is_dir():
+                os.environ.setdefault(name, origin[name])
+        os.chdir(origin["cwd"])
 
 
 def open_run_directory(directory: Path) -> tuple[str, RunFile]:
@@ -58,12 +74,14 @@ def open_run_directory(directory: Path) -> tuple[str, RunFile]:
         UserError: it is none, or its ``run.yaml`` was edited into something invalid.
     """
     try:
-        run_id = (directory / "run_id").read_text(encoding="utf-8").strip()
+        run_id = str(json.loads((directory / "origin.json").read_text(encoding="utf-8"))["run_id"])
         text = (directory / "run.yaml").read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         recent = sorted((home() / "runs").glob("*/run.yaml"), key=lambda p: p.stat().st_mtime)[-3:]
         hint = f"; recent runs: {', '.join(str(p.parent) for p in recent)}" if recent else ""
-        raise UserError(f"{directory} is not a run directory (no run.yaml and run_id in it){hint}") from error
+        raise UserError(
+            f"{directory} is not a run directory (no readable run.yaml and origin.json in it){hint}"
+        ) from error
     return run_id, parse_run_file(text, str(directory / "run.yaml"))
 
 
@@ -86,6 +104,7 @@ class Run:
         self.device = compute_device(self.config.compute)
         self.profile = device_profile(self.config)
         self.workload = open_workload(self.config)
+        check_forward(self.workload.build_model(), self.workload.example_input())
         self.journal = Journal(self.directory / "journal.jsonl", self.run_id, self.config.digest)
         self._resources = contextlib.ExitStack()
         self._resources.callback(self.journal.close)
@@ -193,6 +212,8 @@ def device_profile(config: RunFile) -> DeviceProfile:
         raise UserError(
             f"device profile {profile.name} is emulated (timing: false): its times say nothing about a device"
         )
+    if (profile.batch, profile.precision) != (1, "fp32"):
+        raise UserError(f"device profile {profile.name}: only batch 1 in fp32 is measured so far")
     return profile
 
 
@@ -203,6 +224,22 @@ def open_workload(config: RunFile) -> Workload:
     module = importlib.import_module(f"pipeline.workloads.{config.workload['name']}")
     workload: Workload = module.build(workload_options(config.workload))
     return workload
+
+
+def check_forward(model: nn.Module, example: torch.Tensor) -> None:
+    """Run the model once on the example input.
+
+    Raises:
+        UserError: it fails there; nothing later could work.
+    """
+    try:
+        with torch.no_grad():
+            model.eval()(example)
+    except Exception as error:
+        raise UserError(
+            f"the model's forward fails on the example input of shape {tuple(example.shape)}: {type(error).__name__}: "
+            f"{error}. Check data.image_size and data.channels against what the network expects"
+        ) from error
 
 
 def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import errno
+import shutil
 import sys
 import traceback
 from importlib.util import find_spec
@@ -10,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -50,7 +51,14 @@ def run(
     config = load_run_file(file, set_ or [])
     from pipeline.assemble import create_run_directory
 
-    _execute(create_run_directory(config), debug, new=True)
+    directory = create_run_directory(config)
+    err.print(f"Run directory: {directory}", soft_wrap=True)
+    try:
+        _execute(directory, debug)
+    except errors.UserError:
+        if not (directory / "journal.jsonl").exists():  # refused before it began
+            shutil.rmtree(directory)
+        raise
 
 
 @app.command()
@@ -61,7 +69,11 @@ def resume(
 
     Also delivers candidates and the model to a tracking server that was away.
     """
-    _execute(run_dir, debug, new=False)
+    from pipeline.assemble import return_to_origin
+
+    directory = run_dir.absolute()
+    return_to_origin(directory)
+    _execute(directory, debug)
 
 
 @app.command()
@@ -70,8 +82,7 @@ def validate(file: Annotated[Path, typer.Argument(help="The run file (YAML).")],
     from pipeline.config import load_run_file
 
     config = load_run_file(file, set_ or [])
-    from pipeline.assemble import device_profile, open_workload
-    from pipeline.stages import check_forward
+    from pipeline.assemble import check_forward, device_profile, open_workload
 
     profile, workload = device_profile(config), open_workload(config)
     check_forward(workload.build_model(), workload.example_input())
@@ -107,8 +118,18 @@ def _listing(what: str) -> dict[str, str]:
             from pipeline.config import home
 
             found = known_profiles([home() / "devices"])
-            return {name: yaml.safe_load(path.read_text())["description"] for name, path in sorted(found.items())}
+            return {name: _description(path) for name, path in sorted(found.items())}
     raise errors.UserError(f"cannot list {what!r}; choose methods, workloads or devices")
+
+
+def _description(profile: Path) -> str:
+    """What a device profile says it is; a broken file is listed with its fault."""
+    from device_profiles import DeviceError, load_profile
+
+    try:
+        return load_profile(profile).description
+    except DeviceError as error:
+        return f"unusable: {str(error).splitlines()[0]}"
 
 
 def _first_line(module: str) -> str:
@@ -118,7 +139,7 @@ def _first_line(module: str) -> str:
     return (ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or "").split("\n")[0]
 
 
-def _execute(directory: Path, debug: bool, new: bool) -> None:
+def _execute(directory: Path, debug: bool) -> None:
     from pipeline.assemble import Run
     from pipeline.flow import UndeliveredError, execute, runtime_env
     from pipeline.progress import RichProgress
@@ -126,8 +147,6 @@ def _execute(directory: Path, debug: bool, new: bool) -> None:
     runtime_env(directory, debug)
     try:
         with Run(directory, RichProgress(err)) as opened:
-            if new:
-                err.print(f"Run directory: {directory}")
             facts = execute(opened, debug)
             uri = opened.tracker.uri
     except UndeliveredError as left:
@@ -164,17 +183,25 @@ def _show(facts: Any, directory: Path, tracking_uri: str) -> None:
         out.print(f"Registered: {entry['name']} version {entry['version']}, alias {entry['alias']}")
     out.print(f"Report: {directory / facts['report']['html']}", soft_wrap=True)
     if tracking_uri:
+        tools = Path(sys.executable).parent
+        tools = tools.relative_to(Path.cwd()) if tools.is_relative_to(Path.cwd()) else tools
         out.print("Next:")
-        out.print(f"  mlflow ui --backend-store-uri {tracking_uri}", soft_wrap=True)
-        out.print(f"  secateur run {directory / 'run.yaml'} --set seed=1", soft_wrap=True)
-        out.print("  secateur list methods")
+        if tracking_uri.startswith("http"):
+            out.print(f"  see every candidate: {tracking_uri}", soft_wrap=True)
+        else:
+            out.print(f"  {tools}/mlflow ui --backend-store-uri {tracking_uri}", soft_wrap=True)
+        out.print(f"  {tools}/secateur run {directory / 'run.yaml'} --set seed=1", soft_wrap=True)
+        out.print(f"  {tools}/secateur list methods")
 
 
 def main() -> None:
     """Entry point: turns expected errors into one message and an exit code."""
     debug = "--debug" in sys.argv
     try:
-        app()
+        sys.exit(app(standalone_mode=False) or errors.EXIT_OK)
+    except typer.TyperException as error:  # a mistake in the command itself
+        error.show()  # type: ignore[attr-defined]
+        sys.exit(errors.EXIT_USER)
     except Exception as error:  # noqa: BLE001  the outermost edge: every error becomes one message and a code
         if debug:
             traceback.print_exc()
@@ -191,11 +218,18 @@ def main() -> None:
 
 def exit_code(error: BaseException) -> int:
     """Which exit code an error means (see ``pipeline.errors``)."""
-    from device_profiles.errors import DeviceError
-
     if isinstance(error, errors.UserError):
         return errors.EXIT_USER
-    if isinstance(error, errors.SurroundingsError | DeviceError):
+    if isinstance(error, errors.SurroundingsError):
+        return errors.EXIT_SURROUNDINGS
+    from device_profiles.errors import DeviceError
+    from export.errors import ExportError
+
+    if isinstance(error, ExportError):
+        return errors.EXIT_USER
+    if isinstance(error, DeviceError):
+        return errors.EXIT_SURROUNDINGS
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
         return errors.EXIT_SURROUNDINGS
     return errors.EXIT_BUG
 

@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import pkgutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from pipeline.errors import UserError
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Location = tuple[str | int, ...]
+UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
+"""Pydantic's names for a key that a schema does not know."""
 
 
 class Section(BaseModel):
@@ -157,8 +160,8 @@ class RunFile(Section):
 
     @property
     def digest(self) -> str:
-        """16 hexadecimal digits that name this configuration."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        """16 hexadecimal digits that name this configuration; where it is tracked does not matter to a resumed run."""
+        text = json.dumps(self.model_dump(mode="json", exclude={"tracking"}), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -222,14 +225,16 @@ def parse_run_file(text: str, name: str = "run file", overrides: Sequence[str] =
     """Check the text of a run file; ``load_run_file`` without the file."""
     try:
         data = yaml.safe_load(text)
-        lines = dict(_lines(yaml.compose(text, Loader=yaml.SafeLoader)))
+        placed_keys = list(_lines(yaml.compose(text, Loader=yaml.SafeLoader)))
+        lines = dict(placed_keys)
     except yaml.YAMLError as error:
         raise UserError(f"{name} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise UserError(f"{name}: expected a mapping with the keys {', '.join(RunFile.model_fields)}")
     for override in overrides:
         _apply(data, override)
-    faults: list[Fault] = []
+    given = Counter(place for place, _ in placed_keys)
+    faults = [Fault(place, f"given {times} times") for place, times in given.items() if times > 1]
     run_file = _check(RunFile, data, (), faults)
     _check_workload(data.get("workload"), faults)
     _check_method(data.get("search"), faults)
@@ -274,6 +279,8 @@ def _check_method(section: object, faults: list[Fault]) -> None:
 
     section = section if isinstance(section, dict) else {}
     method = section.get("method", SearchSection.model_fields["method"].default)
+    if not isinstance(method, str):
+        return  # the schema has said so already
     if method not in search.methods():
         faults.append(
             Fault(("search", "method"), f"unknown method {method!r}; {known(sorted(search.methods()), str(method))}")
@@ -307,12 +314,18 @@ def _check(schema: Any, data: object, prefix: Location, faults: list[Fault]) -> 
         for item in error.errors():
             place = (*prefix, *(part for part in item["loc"] if not _is_union_tag(part)))
             message = item["msg"].removeprefix("Value error, ")
-            if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            if item["type"] in UNKNOWN_KEY:
                 siblings = _field_names(schema, item["loc"][:-1])
                 message = f"unknown key; {known(siblings, str(item['loc'][-1]))}"
             elif item["type"] not in ("missing", "value_error"):
                 message = f"{message}, got {item['input']!r}"
             faults.append(Fault(place, message))
+        unknown = {e["loc"][0] for e in error.errors() if len(e["loc"]) == 1 and e["type"] in UNKNOWN_KEY}
+        if unknown and isinstance(data, dict):  # they may hide faults of the keys that are known
+            told = {fault.place for fault in faults}
+            rest: list[Fault] = []
+            _check(schema, {key: value for key, value in data.items() if key not in unknown}, prefix, rest)
+            faults += [fault for fault in rest if fault.place not in told]
         return None
 
 

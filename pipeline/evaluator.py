@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from device_profiles import DeviceProfile, Target, measure
+from device_profiles import BenchmarkResult, DeviceProfile, Ratio, Target, measure
 from export.errors import TemplateError
 from export.slicing import OnnxTemplate, candidate_onnx
 from pipeline.config import FinetuneSection, SearchSection
+from pipeline.errors import UserError
 from pipeline.progress import ProgressView, Silent
 from pipeline.training import TrainingError, fit, load_weights, move, save_weights, sha256_of
 from pipeline.workloads import Split, Workload
@@ -32,6 +33,9 @@ from pruning.weights import inherit
 MAX_BATCH = 256
 CACHED_BYTES = 2 << 30
 """Search images are kept on the compute device as float32 up to this size."""
+
+
+LATENCIES = ("latency_ratio", "latency_ratio_low", "latency_ratio_high", "p50_ms", "p95_ms", "size_bytes")
 
 
 class Evaluator:
@@ -79,8 +83,10 @@ class Evaluator:
         self._batches: list[tuple[Tensor, Tensor]] | None = None
         self._template: OnnxTemplate | None = None
         self._template_tried = False
-        self._baseline_onnx: Path | None = None
-        self._baseline_p50_ms = float("nan")
+
+    def calibrate(self, reference: Evaluation) -> None:
+        """Take the unpruned network's latency from an earlier evaluation, so that all candidates share one scale."""
+        self._latencies[PruningPlan.full(self.graph.groups).digest] = reference.metrics
 
     # -- the Oracle of a study ---------------------------------------------------------------------------------------
 
@@ -94,7 +100,7 @@ class Evaluator:
         try:
             metrics |= self._accuracy(candidate.base, plan, started)
             if latency:
-                metrics |= self.latency(plan)
+                metrics |= {name: self.latency(plan)[name] for name in LATENCIES}
         except (_OutOfTimeError, torch.OutOfMemoryError) as error:
             return Evaluation("failed", str(error).splitlines()[0], metrics)
         metrics["seconds"] = time.perf_counter() - started
@@ -143,9 +149,11 @@ class Evaluator:
 
     def score(self, criterion: str, base: str) -> Mapping[str, np.ndarray]:
         """Saliency of every channel of every group, from the weights of ``base``."""
-        return channel_saliency(
-            self.network(PruningPlan.full(self.graph.groups), base), self.graph, criterion, self.seed
-        )
+        dense = self.network(PruningPlan.full(self.graph.groups), base)
+        try:
+            return channel_saliency(dense, self.graph, criterion, self.seed)
+        except ValueError as error:  # an unknown criterion: it lists the known ones
+            raise UserError(f"search.options: {error}") from error
 
     # -- the parts ---------------------------------------------------------------------------------------------------
 
@@ -189,34 +197,29 @@ class Evaluator:
 
     def _time(self, plan: PruningPlan) -> Mapping[str, float]:
         full = PruningPlan.full(self.graph.groups)
-        if self._baseline_onnx is None:
-            self._baseline_onnx = self._onnx(full, "baseline.onnx")
-            alone = measure(self.target, self.profile, {"baseline": self._baseline_onnx}, "search")
-            self._baseline_p50_ms = (
-                alone.cpu_p50_ms("baseline") if alone.statistic == "cpu" else alone.p50_ms("baseline")
-            )
-            size, times = self._baseline_onnx.stat().st_size, {"p50_ms": self._baseline_p50_ms}
-            times["p95_ms"] = alone.p95_ms("baseline")
-            ratios = {"latency_ratio": 1.0, "latency_ratio_low": 1.0, "latency_ratio_high": 1.0}
-            self._latencies[full.digest] = {**ratios, **times, "size_bytes": float(size)}
+        baseline = self.folder / "baseline.onnx"
+        if self._template_tried is False:
+            self._onnx(full, baseline.name)
         if plan.is_full:
-            return self._latencies[full.digest]
-        path = self._onnx(plan, "candidate.onnx")
-        try:
-            result = measure(self.target, self.profile, {"baseline": self._baseline_onnx, "candidate": path}, "search")
-            ratio = result.ratio("candidate", "baseline")
-            spread = result.p95_ms("candidate") / result.p50_ms("candidate")
-            p50_ms = ratio.value * self._baseline_p50_ms
-            return {
-                "latency_ratio": ratio.value,
-                "latency_ratio_low": ratio.low,
-                "latency_ratio_high": ratio.high,
-                "p50_ms": p50_ms,
-                "p95_ms": spread * p50_ms,
-                "size_bytes": float(path.stat().st_size),
-            }
-        finally:
-            path.unlink(missing_ok=True)
+            alone = self._measure({"baseline": baseline}, plan)
+            times = {"p50_ms": alone.p50_ms("baseline"), "p95_ms": alone.p95_ms("baseline")}
+            ratio, size = Ratio(1.0, 1.0, 1.0), baseline.stat().st_size
+        else:
+            dense = self.latency(full)
+            path = self._onnx(plan, "candidate.onnx")
+            ratio = self._measure({"baseline": baseline, "candidate": path}, plan).ratio("candidate", "baseline")
+            times = {name: ratio.value * dense[name] for name in ("p50_ms", "p95_ms")}
+            size = path.stat().st_size
+            path.unlink()
+        ratios = {"latency_ratio": ratio.value, "latency_ratio_low": ratio.low, "latency_ratio_high": ratio.high}
+        return {**ratios, **times, "size_bytes": float(size)}
+
+    def _measure(self, models: Mapping[str, Path], plan: PruningPlan) -> BenchmarkResult:
+        """Measure at the search tier and keep every raw latency in ``latencies.jsonl``."""
+        result = measure(self.target, self.profile, models, "search")
+        with (self.folder / "latencies.jsonl").open("a", encoding="utf-8") as file:
+            file.write(f'{{"plan":"{plan.digest}","result":{result.to_json()}}}\n')
+        return result
 
     def _onnx(self, plan: PruningPlan, name: str) -> Path:
         """The ONNX file of a plan: cut from the run's one exported template, or exported afresh where it cannot be."""

@@ -50,7 +50,8 @@ def execute(run: Run, debug: bool = False) -> Facts:
     """Run every stage that is not done yet, as a Prefect flow; returns the facts of all stages.
 
     Raises:
-        UserError, SurroundingsError: as the stages do; ``TrackingError`` only after everything else is done.
+        UserError, SurroundingsError: as the stages do.
+        UndeliveredError: the tracking server went away; everything else is done.
     """
     runtime_env(run.directory, debug)
     import prefect

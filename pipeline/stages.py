@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from device_profiles import BenchmarkResult, DeviceError, Ratio, measure
+from device_profiles import BenchmarkResult, DeviceError, measure
 from export.artifact import ExportedModel
 from export.onnx_export import export_onnx
 from export.verify import predict, verify_parity
@@ -28,15 +28,15 @@ from pipeline.errors import TrackingError, UserError
 from pipeline.evaluator import Evaluator
 from pipeline.report import write_report
 from pipeline.study import Study, describe, to_candidate, to_dict, to_evaluation
-from pipeline.training import VERSION, fit, load_weights, save_weights, sha256_of
+from pipeline.training import VERSION, TrainingError, fit, load_weights, save_weights, sha256_of
 from pipeline.workloads import Split
 from pruning.channels import ChannelGraph, PruningError
 from pruning.cost import cost
-from pruning.plan import PruningPlan
+from pruning.plan import PruningPlan, SearchSpace
 from pruning.saliency import uniform_plan
 from pruning.search.protocol import Candidate, Entry, Evaluation
 from pruning.search.support import SearchError
-from pruning.surgery import certify, prune
+from pruning.surgery import Certificate, certify, prune
 
 Facts = Mapping[str, Any]
 TEST_CHUNK = 2048
@@ -65,7 +65,6 @@ def baseline(run: Run, facts: Facts) -> dict[str, Any]:
     """The unpruned, trained network: pretrained weights, or trained once and reused by content hash."""
     del facts
     model = run.workload.build_model()
-    check_forward(model, run.workload.example_input())
     file = run.directory / "baseline.safetensors"
     if run.workload.pretrained:
         digest, origin = save_weights(file, model.state_dict()), "pretrained weights"
@@ -80,16 +79,19 @@ def baseline(run: Run, facts: Facts) -> dict[str, Any]:
             torch.manual_seed(run.config.seed)
             model = run.workload.build_model()
             with run.progress.stage("Train the baseline") as report:
-                fit(
-                    model,
-                    run.workload,
-                    run.workload.train,
-                    recipe,
-                    seed=run.config.seed,
-                    checkpoint=cached.with_suffix(".ckpt"),
-                    device=run.device,
-                    report=report,
-                )
+                try:
+                    fit(
+                        model,
+                        run.workload,
+                        run.workload.train,
+                        recipe,
+                        seed=run.config.seed,
+                        checkpoint=cached.with_suffix(".ckpt"),
+                        device=run.device,
+                        report=report,
+                    )
+                except TrainingError as error:
+                    raise UserError(f"baseline: {error}") from error
             save_weights(cached, model.state_dict())
         shutil.copyfile(cached, file)
         digest = sha256_of(file)
@@ -101,7 +103,7 @@ def search(run: Run, facts: Facts) -> dict[str, Any]:
     del facts
     model, graph = load_baseline(run)
     space = run.space(graph)
-    certificate = prove_graph(run, model, graph)
+    certificate = prove_graph(run, model, graph, space)
     oracle = run.evaluator(model, graph)
     reference = measure_reference(run, oracle, graph)
     reward = run.reward(reference)
@@ -139,11 +141,12 @@ def finetune(run: Run, facts: Facts) -> dict[str, Any]:
     model, graph = load_baseline(run)
     oracle = run.evaluator(model, graph)
     reference = to_evaluation(facts["search"]["reference"])
+    oracle.calibrate(reference)
     reward = run.reward(reference)
     chosen: dict[str, Candidate] = {}
     for row in facts["search"]["archive"]:
         candidate = to_candidate(row["candidate"])
-        if not candidate.plan.is_full:
+        if not candidate.plan.is_full:  # ranked: the first of equal plans is the best trained one
             chosen.setdefault(candidate.plan.digest, candidate)
     if not chosen:
         raise UserError("the search found no pruned network to fine-tune; give it more evaluations or a looser target")
@@ -164,7 +167,6 @@ def finetune(run: Run, facts: Facts) -> dict[str, Any]:
     return {
         "best": {"candidate": describe(best.candidate), "evaluation": to_dict(best.evaluation)},
         "finals": [{"candidate": describe(e.candidate), "evaluation": to_dict(e.evaluation)} for e in finals],
-        "reward": reward(best.evaluation),
         "files": {"compact.safetensors": weights, plan.name: sha256_of(plan)},
     }
 
@@ -192,6 +194,8 @@ def export(run: Run, facts: Facts) -> dict[str, Any]:
             proof |= {"argmax_agreement": parity.argmax_agreement, "reason": parity.reason}
             exported[name] = {"artifact": artifact.to_dict(), "parity": proof}
             report(i + 1, 2, f"largest relative difference {parity.max_relative_error:.1e}")
+    certificate = certify(model, prune(model, graph, plan), graph, plan, example)
+    exported["certificate"] = _certificate_facts(certificate)
     return {**exported, "files": {f"{n}.onnx": exported[n]["artifact"]["sha256"] for n in ("baseline", "compact")}}
 
 
@@ -305,23 +309,6 @@ STAGES = (
 # -- parts of stages ---------------------------------------------------------------------------------------------------
 
 
-def check_forward(model: nn.Module, example: torch.Tensor) -> None:
-    """Run the model once on the example input.
-
-    Raises:
-        UserError: it fails there; nothing later could work.
-    """
-    try:
-        with torch.no_grad():
-            model.eval()(example)
-    except Exception as error:  # a user's model may raise anything
-        shape = tuple(example.shape)
-        raise UserError(
-            f"the model's forward fails on the example input of shape {shape}: {type(error).__name__}: {error}. "
-            "Check data.image_size and data.channels against what the network expects"
-        ) from error
-
-
 def load_baseline(run: Run) -> tuple[nn.Module, ChannelGraph]:
     """The baseline from the run directory, on the CPU, and its channel groups."""
     model = run.workload.build_model()
@@ -341,23 +328,29 @@ def load_compact(run: Run, model: nn.Module, graph: ChannelGraph, plan: PruningP
     return compact.eval()
 
 
-def prove_graph(run: Run, model: nn.Module, graph: ChannelGraph) -> dict[str, Any]:
-    """Cut every group in half at random and compare with the masked network, before anything relies on the groups.
+def prove_graph(run: Run, model: nn.Module, graph: ChannelGraph, space: SearchSpace) -> dict[str, Any]:
+    """Cut every searched group in half at random and compare with the masked network, before anything relies on it.
 
     Raises:
-        UserError: the pruned network is wrong; the groups cannot be trusted for this model.
+        UserError: the pruned network fails or is wrong; the groups cannot be trusted for this model.
     """
-    example = run.workload.example_input()
-    plan = uniform_plan(graph, 0.5, model=model, saliency="random", seed=run.config.seed)
-    certificate = certify(model, prune(model, graph, plan), graph, plan, example)
-    if not certificate.ok and not np.isnan(certificate.max_relative_error):
+    halves = uniform_plan(graph, 0.5, model=model, saliency="random", seed=run.config.seed)
+    plan = space.full.replace({name: halves.kept[name] for name in space.names})
+    certificate = certify(model, prune(model, graph, plan), graph, plan, run.workload.example_input())
+    if not certificate.ok and certificate.comparable:
         raise UserError(
             f"this network cannot be pruned safely: {certificate.reason}. "
             f"Freeze the layers concerned with search.frozen.\n{graph.report()}"
         )
+    return _certificate_facts(certificate)
+
+
+def _certificate_facts(certificate: Certificate) -> dict[str, Any]:
+    error = certificate.max_relative_error
     return {
         "ok": certificate.ok,
-        "max_relative_error": certificate.max_relative_error,
+        "comparable": certificate.comparable,
+        "max_relative_error": None if math.isnan(error) else error,
         "reason": certificate.reason,
     }
 
@@ -368,6 +361,7 @@ def measure_reference(run: Run, oracle: Evaluator, graph: ChannelGraph) -> Evalu
         study = Study(run.journal, oracle, run.tracker.candidate, stage="reference")
         dense = Candidate(0, PruningPlan.full(graph.groups), "reference")
         reference = study.evaluate(dense, latency=True)
+        oracle.calibrate(reference)
     if reference.status != "ok":
         raise UserError(f"the unpruned network cannot be evaluated: {reference.reason}")
     return reference
@@ -389,15 +383,16 @@ def reject_impossible(run: Run, oracle: Evaluator, smallest: PruningPlan, refere
         study = Study(run.journal, oracle, stage="smallest")
         found = study.evaluate(Candidate(0, smallest, "smallest"), latency=True)
         ratio = found.metrics.get("latency_ratio_low", 0.0)
+        least = {"size_bytes": found["size_bytes"], **{n: ratio * reference[n] for n in ("p50_ms", "p95_ms")}}
         if target.latency_ratio is not None and ratio > target.latency_ratio:
             faults.append(
                 f"search.target.latency_ratio {target.latency_ratio:g}: the smallest reachable is {ratio:.3f}"
             )
         if run.config.gate.budgets:
             faults += [
-                f"budget {name} {limit:g} of device {run.profile.name}: the smallest reachable is {found[name]:.4g}"
+                f"budget {name} {limit:g} of device {run.profile.name}: the smallest reachable is {least[name]:.4g}"
                 for name, limit in limits.items()
-                if limit is not None and found[name] > limit
+                if limit is not None and least[name] > limit
             ]
     if faults:
         listing = "\n  ".join(faults)
@@ -446,8 +441,20 @@ def gate(run: Run, facts: Facts, models: Mapping[str, Mapping[str, Any]]) -> lis
 
     def check(name: str, value: float, relation: str, bound: float) -> None:
         ok = {"<=": value <= bound, ">": value > bound}[relation]
-        checks.append({"name": name, "value": value, "relation": relation, "bound": bound, "ok": bool(ok)})
+        checks.append(
+            {
+                "name": name,
+                "value": None if math.isnan(value) else value,
+                "relation": relation,
+                "bound": bound,
+                "ok": bool(ok),
+            }
+        )
 
+    certificate = facts["export"]["certificate"]
+    if certificate["comparable"]:
+        found = certificate["max_relative_error"]
+        check("certificate of the cut", math.nan if found is None else found, "<=", 1e-4)
     for name in ("baseline", "compact"):
         error = facts["export"][name]["parity"]["max_relative_error"]
         check(f"parity of {name}", error, "<=", run.config.export.tolerance)
@@ -459,8 +466,8 @@ def gate(run: Run, facts: Facts, models: Mapping[str, Mapping[str, Any]]) -> lis
         check("MACs ratio", compact["macs"] / base["macs"], "<=", section.max_macs_ratio)
     if section.budgets:
         for name, limit in run.profile.budgets.model_dump().items():
-            if limit is not None and compact[name] is not None:
-                check(name, compact[name], "<=", limit)
+            if limit is not None:  # what the device does not tell cannot be promised
+                check(name, math.nan if compact[name] is None else compact[name], "<=", limit)
     return checks
 
 
@@ -482,11 +489,6 @@ def _candidate_table(run: Run) -> Path:
     path = run.directory / "candidates.parquet"
     pd.DataFrame(rows).to_parquet(path)
     return path
-
-
-def speedup_of(facts: Facts) -> Ratio:
-    """The final speed-up with its interval."""
-    return Ratio(**facts["benchmark"]["speedup"])
 
 
 def load_benchmark(directory: Path) -> BenchmarkResult:

@@ -117,8 +117,9 @@ class Tracker:
             if self._client is not None:
                 return self._client
             artifacts = None
-            if self.uri.startswith("sqlite:///"):
+            if not self.uri.startswith(("http://", "https://")):  # a database has no artifacts of its own
                 artifacts = (self.home / "artifacts").absolute().as_uri()
+            if self.uri.startswith("sqlite:///"):
                 _write_ahead(Path(self.uri.removeprefix("sqlite:///")))
             client = MlflowClient(self.uri, self.uri)
             experiment = client.get_experiment_by_name(self.section.experiment)

@@ -143,7 +143,7 @@ def _save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimi
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, part)
-    part.replace(path)
+    _settle(part, path)
 
 
 def _load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> int:
@@ -164,10 +164,15 @@ def save_weights(path: Path, state: dict[str, Tensor]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, part)
+    _settle(part, path)
+    return sha256_of(path)
+
+
+def _settle(part: Path, path: Path) -> None:
+    """Make a finished file the real one, once it is on disk."""
     with part.open("rb+") as file:
         os.fsync(file.fileno())
     part.replace(path)
-    return sha256_of(path)
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

@@ -60,6 +60,11 @@ class DataOptions(Section):
         missing = [name for name in needs if getattr(self, name) is None]
         if missing:
             raise ValueError(f"source {self.source!r} also needs {' and '.join(missing)}")
+        optional = {"torchvision": ("download",), "arrays": ("test",)}.get(self.source, ())
+        foreign = {"dataset", "path", "download", "train", "test"} - {*needs, *optional}
+        unused = sorted(name for name in foreign if getattr(self, name) != DataOptions.model_fields[name].default)
+        if unused:
+            raise ValueError(f"source {self.source!r} does not use {' and '.join(unused)}")
         return self
 
 
@@ -160,7 +165,7 @@ def _open(data: DataOptions) -> images.ImageData:
             return images.load_digits(size, channels)
         case "torchvision":
             assert data.dataset and data.path
-            root = Path(data.path).expanduser()
+            root = images.under_data(data.path)
             return images.load_torchvision(data.dataset, root, data.download, size, channels)
         case "folder":
             assert data.path

@@ -1,6 +1,6 @@
 """Where labelled images come from: bundled digits, torchvision's data sets, folders, and plain arrays.
 
-Relative paths are looked for beside the run file's working directory and then under the folder ``SECATEUR_DATA``.
+Relative paths are looked for in the working directory and then under the folder ``SECATEUR_DATA``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ class ImageData:
 
 
 class ArraySource:
-    """Images held as one array of shape (n, height, width, channels), uint8; may be memory-mapped."""
+    """Images held as one array of shape (n, height, width, channels), uint8; may be memory-mapped.
+
+    With ``channels`` grey images are repeated (3) or coloured ones turned grey (1; ITU-R BT.601 luma).
+    """
 
     def __init__(self, images: Pixels, labels: Labels, size: int | None, channels: int | None) -> None:
         if images.ndim == 3:
@@ -55,6 +58,8 @@ class ArraySource:
         images: Pixels = np.asarray(self.images[indices])
         if self.channels == 3 and images.shape[3] == 1:
             images = np.repeat(images, 3, axis=3)
+        if self.channels == 1 and images.shape[3] == 3:
+            images = np.round(images @ np.array([0.299, 0.587, 0.114]))[..., None].astype(np.uint8)
         if self.size is not None and images.shape[1:3] != (self.size, self.size):
             images = np.stack([_resize(image, self.size) for image in images])
         return images
@@ -134,6 +139,8 @@ def load_torchvision(name: str, root: Path, download: bool, size: int | None, ch
         labels = np.asarray(getattr(dataset, "targets", getattr(dataset, "labels", None)), dtype=np.int64)
         pixels: Any = getattr(dataset, "data", None)
         pixels = pixels.numpy() if hasattr(pixels, "numpy") else pixels
+        if isinstance(pixels, np.ndarray) and pixels.ndim == 4 and pixels.shape[1] == 3:
+            pixels = pixels.transpose(0, 2, 3, 1)  # SVHN and STL10 keep channels first
         if isinstance(pixels, np.ndarray) and pixels.ndim in (3, 4) and pixels.shape[1] == pixels.shape[2]:
             sources.append(ArraySource(pixels, labels, size, channels))
             prints.append(_digest(pixels, labels))
@@ -216,6 +223,12 @@ def _arrays(path: str) -> tuple[Pixels, Labels]:
     if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer) or labels.min(initial=0) < 0:
         raise UserError(f"{file}: expected {len(images)} labels from 0, got {labels.dtype} {labels.shape}")
     return images, labels.astype(np.int64)
+
+
+def under_data(path: str) -> Path:
+    """Where a data set is, or is to be downloaded to: as given, or under ``SECATEUR_DATA`` if it is not there."""
+    given, data = Path(path).expanduser(), os.environ.get("SECATEUR_DATA")
+    return given if given.is_absolute() or given.exists() or not data else Path(data).expanduser() / path
 
 
 def find(path: str, what: str) -> Path:

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import count
 from typing import ClassVar
@@ -134,7 +134,7 @@ def search(problem: Problem, options: Options) -> Strategy:
         if tuned.evaluation.status != "ok":
             continue
         plan, base, parents = splice.plan, tuned.base, (splice.id,)
-        archive.append(Entry(splice, tuned.evaluation))
+        archive.append(Entry(replace(splice, base=base), tuned.evaluation))
         if problem.target.met(tuned.evaluation, problem.reference):
             break
     if not archive:

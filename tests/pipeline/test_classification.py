@@ -101,7 +101,7 @@ def test_relative_paths_are_found_under_secateur_data(tmp_path: Path, monkeypatc
         build(data=data)
     monkeypatch.setenv("SECATEUR_DATA", str(tmp_path))
     assert len(build(data=data).test) == 60
-    with pytest.raises(UserError, match="tried .*nowhere_images.npy and "):
+    with pytest.raises(UserError, match=r"tried .*nowhere_images\.npy and "):
         build(data={**data, "train": "nowhere"})
 
 

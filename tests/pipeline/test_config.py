@@ -79,8 +79,19 @@ def test_unknown_names_list_the_known_ones(text: str, known: str) -> None:
     assert known in faults_of(text)
 
 
-def test_sources_say_what_else_they_need() -> None:
-    assert "'folder' also needs path" in faults_of("name: a\nworkload: {name: classification, data: {source: folder}}\n")
+def test_sources_say_what_else_they_need_and_what_they_do_not_use() -> None:
+    section = "name: a\nworkload: {name: classification, data: {source: "
+    assert "'folder' also needs path" in faults_of(section + "folder}}\n")
+    assert "'digits' does not use path" in faults_of(section + "digits, path: x}}\n")
+
+
+def test_a_key_given_twice_is_a_fault() -> None:
+    assert "seed (line 3): given 2 times" in faults_of("name: a\nseed: 1\nseed: 2\nworkload: {name: classification}\n")
+
+
+def test_an_unknown_key_hides_no_other_fault() -> None:
+    message = faults_of("name: a\nworkload: {name: classification}\nsearch: {options: {generations: 0, x: 1}}\n")
+    assert "generations" in message.split("search.options.x")[1]
 
 
 @pytest.mark.parametrize("text", ["- a\n", "", "name: [\n", "just words"])

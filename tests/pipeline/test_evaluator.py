@@ -48,7 +48,9 @@ def make(network: tuple[nn.Module, ChannelGraph], tmp_path: Path) -> Iterator[An
     target.close()
 
 
-def candidate(network: tuple[nn.Module, ChannelGraph], seed: int = 0, ratio: float = 0.5, base: str = DENSE) -> Candidate:
+def candidate(
+    network: tuple[nn.Module, ChannelGraph], seed: int = 0, ratio: float = 0.5, base: str = DENSE
+) -> Candidate:
     plan = uniform_plan(network[1], ratio, model=network[0], saliency="random", seed=seed)
     return Candidate(seed, plan, "test", (), base)
 
@@ -72,7 +74,7 @@ def masked(model: nn.Module, plan: PruningPlan) -> nn.Module:
 
 
 def test_accuracy_of_a_candidate_is_the_masked_networks(network: Any, make: Any) -> None:
-    model, graph = network
+    model, _ = network
     plan = candidate(network).plan
     plan = plan.replace({"conv1": range(plan.sizes["conv1"])})
     evaluator = make()
@@ -167,7 +169,8 @@ def test_recalibrated_statistics_are_those_of_the_training_images(network: Any) 
     with torch.no_grad():
         model.bn1.running_mean.add_(3)
     recalibrate(model, WORKLOAD, 200, torch.device("cpu"))
-    images, _ = WORKLOAD.batch(WORKLOAD.train, torch.arange(200), train=False, generator=None, device=torch.device("cpu"))
+    cpu = torch.device("cpu")
+    images, _ = WORKLOAD.batch(WORKLOAD.train, torch.arange(200), train=False, generator=None, device=cpu)
     expected = model.conv1(images).mean((0, 2, 3))
     assert torch.allclose(model.bn1.running_mean, expected, atol=1e-4)
     assert not model.bn1.training

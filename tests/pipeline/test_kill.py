@@ -89,7 +89,8 @@ def told(home: Path) -> list[str]:
 
 
 def what_was_asked(records: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    return [(r["stage"], r["kind"], r["candidate"]["id"], r["candidate"]["digest"], r["candidate"]["base"]) for r in records]
+    facts = ("id", "digest", "base", "origin")
+    return [(r["stage"], r["kind"], *(r["candidate"][fact] for fact in facts)) for r in records]
 
 
 def test_a_run_killed_at_many_moments_ends_like_one_that_was_left_alone(tmp_path: Path, prefect_home: Path) -> None:

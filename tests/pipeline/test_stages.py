@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.assemble import Run, create_run_directory
+from pipeline.assemble import Run, check_forward, create_run_directory
 from pipeline.config import RunFile
 from pipeline.errors import JournalError, UserError
 from pipeline.progress import Silent
 from pipeline.report import final_table
-from pipeline.stages import STAGES, check_forward, load_baseline, load_benchmark, load_compact
+from pipeline.stages import STAGES, load_baseline, load_benchmark, load_compact
 from pruning.plan import PruningPlan
 
 from .helpers import tiny_config

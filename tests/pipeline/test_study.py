@@ -20,7 +20,7 @@ GROUPS = (ChannelGroup("a", 8), ChannelGroup("b", 12))
 WORTH = {"a": np.linspace(1, 2, 8), "b": np.linspace(2, 1, 12)}
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """The process ends here."""
 
 
@@ -32,7 +32,7 @@ class FakeOracle:
 
     def evaluate(self, candidate: Candidate, latency: bool) -> Evaluation:
         if self.asked >= self.lives:
-            raise Killed
+            raise KilledError
         self.asked += 1
         worth = sum(float(WORTH[name][list(kept)].sum()) for name, kept in candidate.plan.kept.items())
         macs = float(sum(candidate.plan.widths.values()))
@@ -72,7 +72,7 @@ def test_a_killed_search_resumes_to_the_same_archive_re_evaluating_nothing(tmp_p
         folder = tmp_path / str(lives)
         folder.mkdir()
         first = FakeOracle(lives)
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             run(folder, first)
         second = FakeOracle()
         assert digests(run(folder, second)) == expected

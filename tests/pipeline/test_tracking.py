@@ -165,10 +165,23 @@ def server(home: Path) -> Iterator[Callable[[], tuple[str, subprocess.Popen[byte
     port, started = free_port(), []
 
     def start() -> tuple[str, subprocess.Popen[bytes]]:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-        command += ["--backend-store-uri", f"sqlite:///{home}/mlflow.db", "--artifacts-destination", str(home / "served")]
+        command = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--workers",
+            "1",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+        ]
+        command += ["--backend-store-uri", f"sqlite:///{home}/mlflow.db"]
+        command += ["--artifacts-destination", str(home / "served")]
         env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        process = subprocess.Popen(command, start_new_session=True, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen(command, start_new_session=True, env=env, **quiet)
         started.append(process)
         return f"http://127.0.0.1:{port}", process
 

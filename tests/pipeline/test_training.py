@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 RECIPE = Recipe(epochs=3, lr=0.05, batch_size=128)
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """The process ends here."""
 
 
@@ -32,7 +32,7 @@ def workload() -> Classification:
 def trained(workload: Classification, checkpoint: Path, die_at: int = -1, recipe: Recipe = RECIPE) -> nn.Module:
     def report(done: int, total: int, note: str = "") -> None:
         if done == die_at:
-            raise Killed
+            raise KilledError
 
     torch.manual_seed(0)
     model = workload.build_model()
@@ -43,7 +43,7 @@ def trained(workload: Classification, checkpoint: Path, die_at: int = -1, recipe
 @pytest.mark.parametrize("die_at", [1, 3, 5, 7, 9])
 def test_a_killed_training_continues_to_the_same_weights(workload: Classification, tmp_path: Path, die_at: int) -> None:
     expected = trained(workload, tmp_path / "a.ckpt").state_dict()
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         trained(workload, tmp_path / "b.ckpt", die_at)
     resumed = trained(workload, tmp_path / "b.ckpt").state_dict()
     assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
@@ -52,7 +52,7 @@ def test_a_killed_training_continues_to_the_same_weights(workload: Classificatio
 
 def test_a_checkpoint_cut_short_begins_again(workload: Classification, tmp_path: Path) -> None:
     expected = trained(workload, tmp_path / "a.ckpt").state_dict()
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         trained(workload, tmp_path / "b.ckpt", 5)
     content = (tmp_path / "b.ckpt").read_bytes()
     (tmp_path / "b.ckpt").write_bytes(content[: len(content) // 2])
@@ -68,9 +68,7 @@ def test_divergence_names_the_step_and_the_fix(workload: Classification, tmp_pat
 
 def test_distillation_pulls_the_student_to_its_teacher(workload: Classification, tmp_path: Path) -> None:
     teacher = trained(workload, tmp_path / "t.ckpt")
-    images, _ = workload.batch(
-        workload.train, torch.arange(256), train=False, generator=None, device=CPU
-    )
+    images, _ = workload.batch(workload.train, torch.arange(256), train=False, generator=None, device=CPU)
 
     def distance(weight: float) -> float:
         torch.manual_seed(5)

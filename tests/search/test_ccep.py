@@ -298,7 +298,7 @@ def test_a_failed_splice_repeats_the_round_from_the_same_snapshot():
     fake = FakeStudy(study().space, fails=first_splice)
     archive = drive(search(fake.problem(), FAST), fake)
     assert len(archive) == 1
-    assert archive[0].candidate.base == ""
+    assert archive[0].candidate.base == f"tuned-{archive[0].candidate.id}"
     assert [c.plan.is_full for c in fake.candidates if c.origin == "snapshot"] == [True, True]
 
 

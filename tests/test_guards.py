@@ -1,0 +1,36 @@
+"""Guards against breakage outside this code: bounds in pyproject.toml that only these tests justify."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def test_prefects_server_starts_under_the_locked_fastapi() -> None:
+    """fastapi >= 0.155 makes this very import fail; the bound in pyproject.toml exists for it."""
+    assert importlib.import_module("prefect.server.api.server")
+
+
+def test_sqlalchemy_is_one_prefects_scheduler_works_with() -> None:
+    """Under sqlalchemy 2.1 Prefect's cron schedules never fire, without an error."""
+    import sqlalchemy
+
+    assert tuple(map(int, sqlalchemy.__version__.split(".")[:2])) < (2, 1)
+
+
+@pytest.mark.parametrize("module", ["pruning.plan", "pruning.search.protocol", "pruning.search.ccep", "pruning.reward"])
+def test_algorithms_load_without_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("module", ["pipeline.cli", "device_profiles"])
+def test_heavy_libraries_wait_until_they_are_needed(module: str) -> None:
+    heavy = "{'torch', 'mlflow', 'prefect', 'torchvision'}"
+    code = f"import sys, {module}; sys.exit(bool({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
