@@ -20,7 +20,7 @@ import psutil
 
 from pipeline.assemble import Run
 from pipeline.config import home
-from pipeline.errors import TrackingError
+from pipeline.errors import SurroundingsError, TrackingError
 from pipeline.report import final_table_markdown
 from pipeline.stages import STAGES, Facts, Stage
 from pipeline.study import to_evaluation
@@ -108,7 +108,12 @@ def execute(run: Run, debug: bool = False) -> Facts:
         return facts
 
     resume_tracking(run)
-    facts = secateur()
+    try:
+        facts = secateur()
+    except RuntimeError as error:
+        if "Prefect" not in str(error):
+            raise
+        raise SurroundingsError(f"{error}. Run: secateur resume {run.directory}") from error
     if tracking_failure is not None:
         raise UndeliveredError(facts, tracking_failure)
     return facts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
@@ -18,6 +19,10 @@ class Report(Protocol):
 
 def silent(done: int, total: int, note: str = "") -> None:
     """Reports nothing."""
+
+
+LINE_EVERY_S = 30.0
+"""Where there is no terminal, long work says this often how far it is."""
 
 
 class ProgressView(Protocol):
@@ -56,11 +61,14 @@ class RichProgress:
         task = self._bars.add_task(title, total=None, note="")
         if len(self._bars.task_ids) == 1:
             self._bars.start()
-        last_note = ""
+        last_note, last_line = "", time.monotonic()
 
         def report(done: int, total: int, note: str = "") -> None:
-            nonlocal last_note
+            nonlocal last_note, last_line
             last_note = note or last_note
+            if not self.console.is_terminal and time.monotonic() - last_line > LINE_EVERY_S:
+                last_line = time.monotonic()
+                self.console.print(f"  {done} of {total} {last_note}" if done < total else f"  {done} {last_note}")
             self._bars.update(task, completed=done, total=total, note=last_note)
 
         try:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +81,27 @@ def digits(**data: Any) -> classification.Classification:
     """The digits workload with a small ResNet."""
     options = {"model": {"name": "cifar_resnet8"}, "data": {"source": "digits", **data}}
     return classification.build(classification.Options.model_validate(options))
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def start_server(home: Path, port: int) -> subprocess.Popen[bytes]:
+    """A real MLflow server on the SQLite store of ``home``; stop it with ``end``."""
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--backend-store-uri", f"sqlite:///{home}/mlflow.db", "--artifacts-destination", str(home / "served")]
+    env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(command, start_new_session=True, env=env, stdout=quiet, stderr=quiet)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and its children."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -16,9 +16,10 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
+from pipeline import errors
 from pipeline.tracking import CANDIDATE_TAG
 
-from .helpers import write_tiny
+from .helpers import end, free_port, start_server, write_tiny
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -30,17 +31,20 @@ def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("prefect")
 
 
-def start(home: Path, prefect_home: Path, *arguments: str) -> subprocess.Popen[str]:
-    """``python -m pipeline ARGUMENTS`` in a home of its own."""
+def start(home: Path, prefect_home: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """``python -m pipeline ARGUMENTS`` in a home of its own; its output goes to a file there."""
     env = {**os.environ, "SECATEUR_HOME": str(home), "PREFECT_HOME": str(prefect_home), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "pipeline", *arguments]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=env, cwd=home, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    with (home / "output").open("wb") as output:  # no pipe: an orphaned server would keep it open
+        return subprocess.Popen(command, env=env, cwd=home, stdout=output, stderr=subprocess.STDOUT)
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+def finish(process: subprocess.Popen[bytes], home: Path, code: int = 0) -> str:
+    """Wait for the end; returns the output."""
+    process.wait(timeout=300)
+    output = (home / "output").read_text()
+    assert process.returncode == code, output
+    assert "Traceback" not in output
     return output
 
 
@@ -49,16 +53,16 @@ def run_directory(home: Path) -> Path | None:
     return found[0] if found else None
 
 
-def kill_when(process: subprocess.Popen[str], home: Path, moment: Callable[[Path], bool]) -> None:
+def kill_when(process: subprocess.Popen[bytes], home: Path, moment: Callable[[Path], bool]) -> None:
     """Kill the process (not its helpers) as soon as the moment has come."""
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         directory = run_directory(home)
         if directory is not None and moment(directory):
             os.kill(process.pid, signal.SIGKILL)
-            process.communicate()
+            process.wait()
             return
-        assert process.poll() is None, f"ended before its moment: {process.communicate()[0]}"
+        assert process.poll() is None, f"ended before its moment: {(home / 'output').read_text()}"
         time.sleep(0.005)
     pytest.fail("the moment never came")
 
@@ -98,7 +102,7 @@ def test_a_run_killed_at_many_moments_ends_like_one_that_was_left_alone(tmp_path
     for home in (left, killed):
         home.mkdir()
     file = str(write_tiny(tmp_path))
-    output = finish(start(left, prefect_home, "run", file))
+    output = finish(start(left, prefect_home, "run", file), left)
     assert "alias champion" in output
     expected = run_directory(left)
     assert expected is not None
@@ -106,7 +110,7 @@ def test_a_run_killed_at_many_moments_ends_like_one_that_was_left_alone(tmp_path
 
     moments = [
         journal_lines(4),  # early in the search
-        exists("candidates/weights/*.part"),  # while fine-tuned weights are written
+        exists("candidates/weights/*.safetensors"),  # fine-tuned weights are there, not yet in the journal
         journal_lines(total - 4),  # late in the search
         exists("baseline.onnx"),  # during the export
     ]
@@ -123,7 +127,7 @@ def test_a_run_killed_at_many_moments_ends_like_one_that_was_left_alone(tmp_path
     directory = run_directory(killed)
     assert directory is not None
     servers = json.loads((directory / "server.json").read_text())
-    output = finish(start(killed, prefect_home, "resume", str(directory)))
+    output = finish(start(killed, prefect_home, "resume", str(directory)), killed)
 
     assert (directory / "compact.plan.json").read_text() == (expected / "compact.plan.json").read_text()
     assert what_was_asked(evaluations(directory)) == what_was_asked(evaluations(expected))
@@ -133,6 +137,35 @@ def test_a_run_killed_at_many_moments_ends_like_one_that_was_left_alone(tmp_path
     for pid, created in servers:  # the killed process's embedded server was ended by the next start
         assert not psutil.pid_exists(pid) or abs(psutil.Process(pid).create_time() - created) > 1
 
-    again = finish(start(killed, prefect_home, "resume", str(directory)))
+    again = finish(start(killed, prefect_home, "resume", str(directory)), killed)
     assert "tiny version 1, alias champion" in again
     assert told(killed) == told(left)
+
+
+def test_a_tracking_server_that_is_away_is_told_later(tmp_path: Path, prefect_home: Path) -> None:
+    port = free_port()
+    file = str(write_tiny(tmp_path, tracking={"uri": f"http://127.0.0.1:{port}"}))
+    output = finish(start(tmp_path, prefect_home, "run", file), tmp_path, errors.EXIT_SURROUNDINGS)
+    assert "speed-up" in output
+    assert "secateur resume" in output
+    directory = run_directory(tmp_path)
+    assert directory is not None
+    assert "Not registered yet" in (directory / "report.html").read_text()
+    MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").create_experiment("x")  # migrate first: the server starts faster
+    server = start_server(tmp_path, port)
+    try:
+        output = finish(start(tmp_path, prefect_home, "resume", str(directory)), tmp_path)
+    finally:
+        end(server)
+    assert "tiny version 1, alias champion" in output
+    assert len(told(tmp_path)) == len(set(told(tmp_path))) == len(evaluations(directory))
+
+
+def test_a_required_tracking_server_that_is_away_stops_the_run_at_once(tmp_path: Path, prefect_home: Path) -> None:
+    tracking = {"uri": f"http://127.0.0.1:{free_port()}", "required": True}
+    file = str(write_tiny(tmp_path, tracking=tracking))
+    output = finish(start(tmp_path, prefect_home, "run", file), tmp_path, errors.EXIT_SURROUNDINGS)
+    assert "required: false" in output
+    directory = run_directory(tmp_path)
+    assert directory is not None
+    assert not evaluations(directory)

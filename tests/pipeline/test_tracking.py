@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +18,8 @@ from onnx import TensorProto, helper
 from pipeline.config import TrackingSection
 from pipeline.errors import TrackingError
 from pipeline.tracking import CANDIDATE_TAG, PARENT_TAG, RUN_TAG, Tracker
+
+from .helpers import end, free_port, start_server
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
 
@@ -152,48 +150,18 @@ def identity_model() -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @pytest.fixture
 def server(home: Path) -> Iterator[Callable[[], tuple[str, subprocess.Popen[bytes]]]]:
     """Starts a real MLflow server (again and again, on the same port and store)."""
     port, started = free_port(), []
 
     def start() -> tuple[str, subprocess.Popen[bytes]]:
-        command = [
-            sys.executable,
-            "-m",
-            "mlflow",
-            "server",
-            "--workers",
-            "1",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-        ]
-        command += ["--backend-store-uri", f"sqlite:///{home}/mlflow.db"]
-        command += ["--artifacts-destination", str(home / "served")]
-        env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen(command, start_new_session=True, env=env, **quiet)
-        started.append(process)
-        return f"http://127.0.0.1:{port}", process
+        started.append(start_server(home, port))
+        return f"http://127.0.0.1:{port}", started[-1]
 
     yield start
     for process in started:
         end(process)
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 @pytest.mark.slow

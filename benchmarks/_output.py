@@ -1,0 +1,45 @@
+"""How every benchmark speaks: a table for people, ``--json PATH`` for machines."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number with the bound it must keep (``ok``)."""
+
+    name: str
+    value: float
+    bound: float
+    ok: bool
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """An argument parser with ``--json``."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--json", type=Path, metavar="PATH", help="write figures and rows as JSON")
+    return made
+
+
+def present(title: str, rows: Sequence[Mapping[str, Any]], figures: Sequence[Figure], path: Path | None) -> None:
+    """Print rows and figures; write them to ``path``, if given."""
+    table = Table(title=title, title_justify="left")
+    for column in rows[0]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+    console = Console()
+    console.print(table)
+    for figure in figures:
+        console.print(f"{figure.name}: {figure.value:.4g} (bound {figure.bound:g}, {'ok' if figure.ok else 'NOT ok'})")
+    if path is not None:
+        path.write_text(json.dumps({"figures": [asdict(f) for f in figures], "rows": list(rows)}, indent=1) + "\n")
