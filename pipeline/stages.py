@@ -256,7 +256,7 @@ def judge(run: Run, facts: Facts) -> dict[str, Any]:
 def register(run: Run, facts: Facts) -> dict[str, Any]:
     """The compact model into the registry: alias ``champion`` if the gate passed, ``challenger`` otherwise."""
     with run.progress.stage("Track and register"):
-        waiting = run.tracker.flush(timeout_s=600 if not run.tracker.failure else 20)
+        waiting = run.tracker.flush(timeout_s=600 if not run.tracker.failure else 10)
         if waiting:
             raise TrackingError(f"{waiting} candidates are not delivered to {run.tracker.uri}: {run.tracker.failure}")
         passed = facts["judge"]["passed"]
