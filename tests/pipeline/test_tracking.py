@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -185,3 +187,41 @@ def test_candidates_wait_for_a_server_that_comes_goes_and_comes_again(home: Path
     runs = children(f"sqlite:///{home}/mlflow.db")
     assert sorted(r.data.tags[CANDIDATE_TAG] for r in runs) == sorted(f"search:evaluation:{i}" for i in range(20))
     assert all(r.info.status == "FINISHED" and "reward" in r.data.metrics for r in runs)
+
+
+@pytest.fixture
+def postgres(tmp_path: Path) -> Iterator[str]:
+    """A real PostgreSQL on loopback; its programs refuse root, so root starts them as ``postgres``."""
+    if shutil.which("initdb") is None or shutil.which("pg_ctl") is None:
+        pytest.skip("PostgreSQL is not installed")
+    as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    data = Path(tempfile.mkdtemp(prefix="pg"))
+    if as_user:
+        shutil.chown(data, "postgres")
+    port = free_port()
+
+    def call(*command: str) -> None:
+        subprocess.run([*as_user, *command], check=True, cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    call("initdb", "-D", str(data / "db"), "-U", "mlflow", "--auth=trust")
+    options = f"-p {port} -k {data} -c listen_addresses=127.0.0.1"
+    call("pg_ctl", "-D", str(data / "db"), "-w", "-l", str(data / "log"), "-o", options, "start")
+    yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
+    call("pg_ctl", "-D", str(data / "db"), "-m", "immediate", "stop")
+    shutil.rmtree(data)
+
+
+@pytest.mark.slow
+def test_postgresql_takes_candidates_and_the_model_as_sqlite_does(tmp_path: Path, postgres: str) -> None:
+    tracking = tracker(tmp_path, postgres, required=True)
+    tracking.start()
+    for i in range(20):
+        tracking.candidate(record(i))
+    assert tracking.flush(120) == 0
+    onnx.save(identity_model(), tmp_path / "model.onnx")
+    example = np.ones((1, 3), np.float32)
+    entry = tracking.register(tmp_path / "model.onnx", "net", "champion", example, example, {})
+    tracking.finish({"final.top1": 0.9}, [tmp_path / "model.onnx"])
+    tracking.close()
+    assert entry.version == "1"
+    assert len({r.data.tags[CANDIDATE_TAG] for r in children(postgres)}) == len(children(postgres)) == 20
