@@ -94,7 +94,7 @@ class Evaluator:
         """Accuracy on the search split, MACs and params; with ``latency`` also file size and time on the device."""
         started = time.perf_counter()
         plan = candidate.plan
-        plan.validate(self.graph.groups)
+        plan.validate(self.graph)
         totals = cost(self.graph, plan)
         metrics: dict[str, float] = {"macs": float(totals.macs), "params": float(totals.params)}
         try:

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Report(Protocol):
-    """How far the work of a stage is."""
+    """How far the work of a stage is; a ``total`` of 0 says that nobody knows."""
 
     def __call__(self, done: int, total: int, note: str = "", /) -> None: ...
 
@@ -68,8 +68,8 @@ class RichProgress:
             last_note = note or last_note
             if not self.console.is_terminal and time.monotonic() - last_line > LINE_EVERY_S:
                 last_line = time.monotonic()
-                self.console.print(f"  {done} of {total} {last_note}" if done < total else f"  {done} {last_note}")
-            self._bars.update(task, completed=done, total=total, note=last_note)
+                self.console.print(f"  {done} of {total or '?'}, {last_note}")
+            self._bars.update(task, completed=done, total=total or None, note=last_note)
 
         try:
             yield report

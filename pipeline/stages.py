@@ -118,7 +118,7 @@ def search(run: Run, facts: Facts) -> dict[str, Any]:
             metrics = record["evaluation"]["metrics"]
             accuracy = metrics.get(run.workload.metric, float("nan"))
             saved = 1 - metrics.get("macs", float("nan")) / reference["macs"]
-            report(count, count, f"{run.workload.metric} {accuracy:.3f}, MACs -{saved:.0%}")
+            report(count, 0, f"{run.workload.metric} {accuracy:.3f}, MACs -{saved:.0%}")
 
         study = Study(run.journal, oracle, notify)
         try:

@@ -156,7 +156,7 @@ class ChannelGraph:
         Raises:
             PlanError: the plan belongs to another network.
         """
-        plan.validate(self.groups)
+        plan.validate(self)
         kept: dict[str, dict[int, BoolArray]] = defaultdict(dict)
         for group in self.groups:
             if len(plan.kept[group.name]) == group.size:

@@ -68,7 +68,7 @@ def costs(graph: ChannelGraph, plans: Sequence[PruningPlan] | IntArray) -> Costs
     """
     if not isinstance(plans, np.ndarray):
         for plan in plans:
-            plan.validate(graph.groups)
+            plan.validate(graph)
         names = [group.name for group in graph.groups]
         plans = np.array([[plan.widths[n] for n in names] for plan in plans], dtype=np.int64).reshape(-1, len(names))
     lengths = graph.lengths.constant + plans @ graph.lengths.per_width.T

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +55,13 @@ class ChannelGroup:
     name: str
     size: int
     members: tuple[Member, ...] = ()
+
+
+class HasGroups(Protocol):
+    """A traced network, as far as plans are concerned: ``pruning.channels.ChannelGraph``."""
+
+    @property
+    def groups(self) -> Sequence[ChannelGroup]: ...
 
 
 @dataclass(frozen=True)
@@ -152,13 +160,13 @@ class PruningPlan:
             raise PlanError(f"not a pruning plan written by PruningPlan.to_json: {error!r}") from error
         return cls(sizes, kept)
 
-    def validate(self, groups: Iterable[ChannelGroup]) -> None:
-        """Check that the plan is about exactly these groups.
+    def validate(self, graph: HasGroups) -> None:
+        """Check that the plan is about exactly the groups of this network.
 
         Raises:
             PlanError: groups are missing, unknown or of another size; lists all of them.
         """
-        sizes = {group.name: group.size for group in groups}
+        sizes = {group.name: group.size for group in graph.groups}
         faults = [f"{n}: not in the plan" for n in sizes.keys() - self.sizes.keys()]
         faults += [f"{n}: no such channel group in this network" for n in self.sizes.keys() - sizes.keys()]
         faults += [

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -79,7 +80,7 @@ def test_masks_widths_and_fullness_agree(plan):
     assert full.is_full
     assert plan.is_within(full)
     assert full.is_within(plan) == plan.is_full == (plan == full)
-    plan.validate([ChannelGroup(n, s) for n, s in plan.sizes.items()])
+    plan.validate(SimpleNamespace(groups=[ChannelGroup(n, s) for n, s in plan.sizes.items()]))
 
 
 def test_replace_leaves_the_original_alone():
@@ -139,7 +140,7 @@ def test_a_plan_of_another_network_is_refused_with_every_difference():
     with pytest.raises(
         PlanError, match=r"(?s)a: 4 channels in the plan, 8 .*b: no such channel group.*c: not in the plan"
     ):
-        plan.validate([ChannelGroup("a", 8), ChannelGroup("c", 2)])
+        plan.validate(SimpleNamespace(groups=[ChannelGroup("a", 8), ChannelGroup("c", 2)]))
 
 
 @given(spaces())
