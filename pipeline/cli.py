@@ -28,12 +28,11 @@ app = typer.Typer(
 )
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and Prefect's log.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Override a value of the run file, e.g. --set search.method=random."
-    ),
-]
+SET_HELP = (
+    "Override a value of the run file, e.g. --set search.method=random "
+    "(another method starts with its own default options)."
+)
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET_HELP)]
 
 
 @app.command()

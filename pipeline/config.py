@@ -25,6 +25,8 @@ from pipeline.errors import UserError
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Location = tuple[str | int, ...]
+CHOOSERS = {"search.method": "ccep", "reward.preset": "device"}
+"""Keys that choose whose ``options`` a section holds, with their defaults."""
 UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
 """Pydantic's names for a key that a schema does not know."""
 
@@ -231,7 +233,7 @@ def parse_run_file(text: str, name: str = "run file", overrides: Sequence[str] =
         raise UserError(f"{name} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise UserError(f"{name}: expected a mapping with the keys {', '.join(RunFile.model_fields)}")
-    for override in overrides:
+    for override in sorted(overrides, key=lambda text: text.partition("=")[0] not in CHOOSERS):
         _apply(data, override)
     given = Counter(place for place, _ in placed_keys)
     faults = [Fault(place, f"given {times} times") for place, times in given.items() if times > 1]
@@ -348,12 +350,13 @@ def _field_names(schema: Any, path: Sequence[str | int]) -> list[str]:
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
-    """Set one ``section.key=value`` in the nested mapping."""
+    """Set one ``section.key=value`` in the nested mapping; another method or reward begins with default options."""
     key, separator, value = override.partition("=")
     if not separator or not key:
         raise UserError(f"--set {override!r}: write it as section.key=value, for example --set search.method=random")
     *parents, last = key.split(".")
     here: Any = data
+    before = dict(data.get(parents[0]) or {}) if key in CHOOSERS else {}
     for parent in parents:
         here = here.setdefault(parent, {})
         if not isinstance(here, dict):
@@ -362,6 +365,8 @@ def _apply(data: dict[str, Any], override: str) -> None:
         here[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise UserError(f"--set {override!r}: the value is not valid YAML") from error
+    if key in CHOOSERS and before.get(last, CHOOSERS[key]) != here[last]:
+        here.pop("options", None)  # they are the options of what was chosen before
 
 
 def _lines(node: yaml.Node | None, place: Location = ()) -> Iterator[tuple[Location, int]]:

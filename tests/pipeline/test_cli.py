@@ -116,3 +116,24 @@ def test_an_interrupt_has_its_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cli, "_listing", interrupted)
     assert call(monkeypatch, "list", "methods") == errors.EXIT_INTERRUPTED
+
+
+@pytest.mark.parametrize(("passed", "code"), [(True, errors.EXIT_OK), (False, errors.EXIT_GATE)])
+def test_a_run_that_fails_its_gate_says_why_and_ends_with_3(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured, tmp_path: Path, passed: bool, code: int
+) -> None:
+    import pipeline.flow
+
+    numbers = {"top1": 0.9, "macs": 1e6, "params": 1e4, "size_bytes": 1e5, "p50_ms": 1.0, "p95_ms": 2.0}
+    check = {"name": "drop in top1", "value": 0.05, "relation": "<=", "bound": 0.02, "ok": passed}
+    facts = {
+        "judge": {"models": {"baseline": numbers, "compact": numbers}, "checks": [check], "passed": passed},
+        "benchmark": {"speedup": {"value": 1.5, "low": 1.4, "high": 1.6}, "device": "quick"},
+        "register": {"name": "tiny", "version": "1", "alias": "champion" if passed else "challenger"},
+        "report": {"html": "report.html"},
+    }
+    monkeypatch.setattr(pipeline.flow, "execute", lambda run, debug: facts)
+    assert call(monkeypatch, "run", str(write_tiny(tmp_path))) == code
+    text = capsys.readouterr().out
+    assert "1.50x" in text
+    assert ("drop in top1 is 0.05, must be <= 0.02" in text) is not passed

@@ -107,6 +107,13 @@ def test_overrides_are_checked_like_the_file() -> None:
     assert "'seed' is a value" in faults_of(text, "seed.x=1")
 
 
+def test_another_method_by_override_begins_with_its_own_options() -> None:
+    text = yaml.safe_dump(TINY)
+    changed = parse_run_file(text, "x", ["search.options.num_plans=7", "search.method=random"])
+    assert changed.search.options == {"num_plans": 7}
+    assert parse_run_file(text, "x", ["search.method=ccep"]).search.options == TINY["search"]["options"]
+
+
 def test_a_missing_file_names_examples(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"digits\.yaml"):
         load_run_file(tmp_path / "nothing.yaml")
