@@ -174,7 +174,8 @@ def _show(facts: Any, directory: Path, tracking_uri: str) -> None:
     out.print(table)
     failed = [c for c in facts["judge"]["checks"] if not c["ok"]]
     for check in failed:
-        out.print(f"Gate: {check['name']} is {check['value']:.4g}, must be {check['relation']} {check['bound']:.4g}")
+        found = "unknown" if check["value"] is None else f"{check['value']:.4g}"
+        out.print(f"Gate: {check['name']} is {found}, must be {check['relation']} {check['bound']:.4g}")
     if not failed:
         out.print(f"Gate: passed ({len(facts['judge']['checks'])} checks)")
     if "register" in facts:

@@ -37,6 +37,7 @@ import numpy as np  # noqa: E402
 from mlflow import MlflowClient  # noqa: E402
 from mlflow.entities import Metric, Param  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
+from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
 
 for noisy in ("mlflow", "alembic"):
     logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -47,7 +48,7 @@ MAX_TEXT = 5000
 SERIES = ("reward", "top1", "map50", "loss", "macs", "latency_ratio", "p50_ms")
 """Metrics that are also kept as a series on the parent run: the learning curve."""
 
-Unreachable = (MlflowException, OSError)
+Unreachable = (MlflowException, SQLAlchemyError, OSError)
 
 
 @dataclass(frozen=True)
@@ -184,8 +185,10 @@ class Tracker:
                 record = self._pending[0]
             try:
                 self._deliver(self._connect(), record)
-            except Unreachable as error:
+            except BaseException as error:
                 self.failure, self._client = _first_line(error), None
+                if not isinstance(error, Unreachable):
+                    raise  # a bug; `flush` tells that nothing is delivered any more
                 with self._changed:
                     self._changed.wait_for(lambda: self._closing, pause_s)
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
