@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
+from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 
 from export.artifact import ExportedModel, describe
@@ -92,6 +93,20 @@ class OnnxTemplate:
                 )
         if path is not None:
             write_atomically(Path(path), proto.SerializeToString())
+        return cls(proto, graph)
+
+    @classmethod
+    def load(cls, path: str | Path, graph: Sliceable) -> Self:
+        """Read the template that ``export`` wrote for this graph.
+
+        Raises:
+            TemplateError: the file is damaged, or of another network.
+        """
+        try:
+            proto = onnx.load(path)
+            onnx.checker.check_model(proto)
+        except (OSError, DecodeError, onnx.checker.ValidationError) as error:
+            raise TemplateError(f"cannot read template {path}: {error}") from error
         return cls(proto, graph)
 
     def slice(self, plan: PruningPlan, state: State | None = None, path: str | Path | None = None) -> bytes:

@@ -6,6 +6,7 @@ reference's latency. A plan seen before is answered from memory.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -226,16 +227,25 @@ class Evaluator:
         example = self.workload.example_input()
         if not self._template_tried:
             self._template_tried = True
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with self.progress.stage("Export the template") as report:
-                dense = inherit(self.model, self.graph, PruningPlan.full(self.graph.groups)).cpu()
-                try:
-                    self._template = OnnxTemplate.export(dense, example, self.graph)
-                except TemplateError as error:
-                    report(1, 1, f"every candidate is exported afresh: {error}")
+            self._template = self._open_template(example)
         pruned = inherit(self.model, self.graph, plan).cpu()
         candidate_onnx(self._template, pruned, example, plan, self.folder / name)
         return self.folder / name
+
+    def _open_template(self, example: Tensor) -> OnnxTemplate | None:
+        """The run's template, exported once and kept as a file; None where the network's cannot be cut."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / "template.onnx"
+        if file.exists():
+            with contextlib.suppress(TemplateError):
+                return OnnxTemplate.load(file, self.graph)
+        with self.progress.stage("Export the template") as report:
+            dense = inherit(self.model, self.graph, PruningPlan.full(self.graph.groups)).cpu()
+            try:
+                return OnnxTemplate.export(dense, example, self.graph, file)
+            except TemplateError as error:
+                report(1, 1, f"every candidate is exported afresh: {error}")
+                return None
 
     def _images(self) -> Iterable[tuple[Tensor, Tensor]]:
         """Batches of the search images, preprocessed; kept if they are small enough."""

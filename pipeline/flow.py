@@ -94,6 +94,7 @@ def execute(run: Run, debug: bool = False) -> Facts:
     @prefect.flow(name="secateur", flow_run_name=run.run_id, validate_parameters=False)
     def secateur() -> dict[str, Any]:
         nonlocal tracking_failure
+        starting.close()
         _record_server(run.directory)
         from prefect.artifacts import create_markdown_artifact
 
@@ -108,12 +109,16 @@ def execute(run: Run, debug: bool = False) -> Facts:
         return facts
 
     resume_tracking(run)
+    starting = contextlib.ExitStack()
+    starting.enter_context(run.progress.stage("Start Prefect"))
     try:
         facts = secateur()
     except RuntimeError as error:
         if "Prefect" not in str(error):
             raise
         raise SurroundingsError(f"{error}. Run: secateur resume {run.directory}") from error
+    finally:
+        starting.close()
     if tracking_failure is not None:
         raise UndeliveredError(facts, tracking_failure)
     return facts

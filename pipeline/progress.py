@@ -76,6 +76,8 @@ class RichProgress:
         finally:
             if not self.console.is_terminal and last_note:
                 self.console.print(f"  {last_note}")
+            done = self._bars.tasks[self._bars.task_ids.index(task)].completed or 1
+            self._bars.update(task, completed=done, total=done)
             self._bars.refresh()
             if self.console.is_terminal:
                 self._bars.stop_task(task)

@@ -106,6 +106,21 @@ def test_slices_are_independent_of_each_other(flat, tmp_path: Path):
     assert (tmp_path / "a.onnx").read_bytes() == first
 
 
+def test_a_template_is_read_back_from_its_file_and_a_damaged_one_refused(flat, tmp_path: Path):
+    model, x, graph, template = flat
+    plan = random_plan(graph, 1)
+    OnnxTemplate.export(model, x, graph, tmp_path / "t.onnx")
+    again = OnnxTemplate.load(tmp_path / "t.onnx", graph)
+    assert np.array_equal(
+        open_session(again.slice(plan)).run(None, {"input": x.numpy()})[0],
+        open_session(template.slice(plan)).run(None, {"input": x.numpy()})[0],
+    )
+    content = (tmp_path / "t.onnx").read_bytes()
+    (tmp_path / "t.onnx").write_bytes(content[: len(content) // 2])
+    with pytest.raises(TemplateError, match=r"cannot read template"):
+        OnnxTemplate.load(tmp_path / "t.onnx", graph)
+
+
 def test_nothing_stale_in_the_file(flat):
     _, _, graph, template = flat
     proto = onnx.load_from_string(template.slice(random_plan(graph)))
