@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Iterator
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,20 +75,26 @@ def test_two_processes_cannot_write_one_journal(tmp_path: Path) -> None:
     write_some(tmp_path, 1)
 
 
-@pytest.fixture
-def file_size_limit() -> Iterator[int]:
-    """A disk that is full for this process after 2,000 bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
-    yield 2000
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from pipeline.errors import JournalError
+from pipeline.journal import Journal
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # for this process the disk is full after 2,000 bytes
+with Journal(Path(sys.argv[1]), "run-1", "abc") as opened:
+    try:
+        for i in range(1000):
+            opened.append({"kind": "evaluation", "value": i})
+    except JournalError as error:
+        print(len(opened.records) - 1, error)
+"""
 
 
-def test_a_full_disk_leaves_the_journal_whole_and_says_how_to_go_on(tmp_path: Path, file_size_limit: int) -> None:
-    with journal(tmp_path) as opened:
-        with pytest.raises(JournalError, match="secateur resume"):
-            for i in range(1000):
-                opened.append({"kind": "evaluation", "value": i})
-        written = len(opened.records) - 1
-        assert written > 10
-    assert values(tmp_path) == list(range(written))
+def test_a_full_disk_leaves_the_journal_whole_and_says_how_to_go_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "journal.jsonl")]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    written, message = said.split(" ", 1)
+    assert int(written) > 10
+    assert f"secateur resume {tmp_path}" in message
+    assert values(tmp_path) == list(range(int(written)))
