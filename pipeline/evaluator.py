@@ -199,7 +199,7 @@ class Evaluator:
     def _time(self, plan: PruningPlan) -> Mapping[str, float]:
         full = PruningPlan.full(self.graph.groups)
         baseline = self.folder / "baseline.onnx"
-        if self._template_tried is False:
+        if not self._template_tried:
             self._onnx(full, baseline.name)
         if plan.is_full:
             alone = self._measure({"baseline": baseline}, plan)

@@ -216,7 +216,7 @@ class Tracker:
             "candidate.parents": " ".join(map(str, candidate["parents"])),
             "candidate.status": evaluation["status"],
             "candidate.reason": evaluation["reason"],
-            "candidate.plan": candidate["plan"],
+            "candidate.plan": _whole(candidate["plan"], candidate["digest"]),
         }
         name = f"{candidate['origin']}-{candidate['id']}"
         run_tags = {k: v[:MAX_TEXT] for k, v in tags.items()}
@@ -308,6 +308,13 @@ class Tracker:
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join(timeout=5)
+
+
+def _whole(plan: str, digest: str) -> str:
+    """The plan's text, or where to read it: a tag has a limit, and a plan cut short would be no plan."""
+    return (
+        plan if len(plan) <= MAX_TEXT else f"too long for a tag: row {digest} of candidates.parquet on the parent run"
+    )
 
 
 def _key(record: Record) -> str:

@@ -79,6 +79,18 @@ def test_every_candidate_is_a_child_run_with_plan_origin_metrics_and_reward(home
     assert run.data.params["plan_digest"] == "d2"
 
 
+def test_a_plan_too_long_for_a_tag_is_never_cut_short(home: Path) -> None:
+    tracking = tracker(home)
+    tracking.start()
+    long = record(0)
+    long["candidate"]["plan"] = "x" * 6000
+    tracking.candidate(long)
+    assert tracking.flush(60) == 0
+    tracking.close()
+    (run,) = children(tracking.uri)
+    assert run.data.tags["candidate.plan"] == "too long for a tag: row d0 of candidates.parquet on the parent run"
+
+
 def test_a_restart_delivers_the_rest_and_doubles_nothing(home: Path) -> None:
     first = tracker(home)
     first.start()
