@@ -9,14 +9,27 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
+from torch.utils import _pytree as pytree
 
 from export.artifact import ExportedModel, describe, opset_of
 from export.errors import ExportError
 
-Example = torch.Tensor | tuple[torch.Tensor, ...]
+Example = torch.Tensor | tuple[Any, ...]
+"""One tensor, or the tuple of a forward's arguments: tensors, and nested lists and mappings of them."""
+
+
+def arguments(example: Example) -> tuple[Any, ...]:
+    """The arguments of the forward."""
+    return example if isinstance(example, tuple) else (example,)
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """Tensors of nested inputs or outputs, in the order in which the exporter lists them."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def export_onnx(
@@ -34,7 +47,7 @@ def export_onnx(
     """Export a model in eval mode; the file appears whole or not at all.
 
     Args:
-        example_input: one tensor, or a tuple of them; without ``dynamic_batch`` its batch size is baked in.
+        example_input: one tensor, or a tuple of arguments; without ``dynamic_batch`` its batch size is baked in.
         opset: operator set; below 18 the exporter converts, and an export that it could not convert is refused.
         optimize: fold constants and fuse (initializers lose their state-dict names).
 
@@ -66,16 +79,16 @@ def export_proto(
     output_names: Sequence[str] = ("logits",),
 ) -> onnx.ModelProto:
     """``export_onnx`` without the file."""
-    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    shapes: tuple[dict[int, object], ...] | None = None
+    inputs = arguments(example_input)
+    shapes: tuple[Any, ...] | None = None
     if dynamic_batch:
-        inputs = tuple(torch.cat([x, x]) for x in inputs)  # torch.export bakes in a batch of one
-        shapes = tuple({0: torch.export.Dim("batch")} for _ in inputs)
+        inputs = pytree.tree_map_only(torch.Tensor, lambda x: torch.cat([x, x]), inputs)  # one would be baked in
+        shapes = pytree.tree_map_only(torch.Tensor, lambda _: {0: torch.export.Dim("batch")}, inputs)
     with evaluating(model), _silence(), torch.no_grad():
         try:
             program = torch.onnx.export(
                 model,
-                inputs,
+                (*inputs, {}) if inputs and isinstance(inputs[-1], dict) else inputs,  # a last dict is keywords
                 dynamo=True,
                 optimize=optimize,
                 opset_version=opset,
@@ -135,13 +148,13 @@ def strip_metadata(proto: onnx.ModelProto) -> None:
         holder.doc_string = ""
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside the target, then rename over it."""
+def write_atomically(path: Path, *data: bytes | memoryview) -> None:
+    """Write pieces beside the target, then rename over it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            file.writelines(data)
         Path(name).chmod(0o644)
         Path(name).replace(path)
     except BaseException:

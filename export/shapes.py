@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -19,9 +19,9 @@ from export.errors import TemplateError
 Shape = tuple[int, ...]
 Array = npt.NDArray[Any]
 END = int(np.iinfo(np.int64).max)
-# Integer arithmetic that exporters spell shapes with.
-SHAPE_OPS = {"Add", "Cast", "Concat", "Constant", "Div", "Gather", "Identity", "Mul", "Reshape", "Shape", "Slice"}
-SHAPE_OPS |= {"Squeeze", "Sub", "Unsqueeze"}
+NOT_EVALUATED = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
+NOT_EVALUATED |= {"If", "Loop", "Scan", "SequenceMap"}
+MOST_VALUES = 4096  # numbers that a value may have to be followed: shapes, scales, ranges, positions of channels
 
 
 def follow_widths(proto: onnx.ModelProto, dense: Mapping[str, Shape], probe: Mapping[str, Shape]) -> None:
@@ -108,42 +108,93 @@ class _Side:
             if shape is not None:
                 start, end = _attribute(node, "start", 0), _attribute(node, "end", len(shape))
                 self.values[node.output[0]] = np.array(shape[start:end], dtype=np.int64)
-        elif node.op_type in SHAPE_OPS and all(name in self.values for name in node.input if name):
+        elif node.op_type == "Constant":
+            self._keep(node, [_constant_of(node)])
+        elif node.op_type not in NOT_EVALUATED and all(name in self.values for name in node.input if name):
             feed = {name: self.values[name] for name in node.input if name}
-            result = np.asarray(ReferenceEvaluator(_with_opset(node, self.opset)).run(None, feed)[0])
-            if result.dtype.kind in "ib" and result.size <= 1024:
-                self.values[node.output[0]] = result
+            try:
+                results = ReferenceEvaluator(_with_opset(node, self.opset)).run(None, feed)
+            except Exception:  # noqa: BLE001 - it raises whatever NumPy does; an unknown value is not followed
+                return
+            self._keep(node, results)
+
+    def _keep(self, node: onnx.NodeProto, results: Sequence[Any]) -> None:
+        for name, result in zip(node.output, results, strict=True):
+            if (
+                isinstance(result, (np.ndarray, np.generic))
+                and result.dtype.kind in "ibf"
+                and result.size <= MOST_VALUES
+            ):
+                self.values[name] = np.asarray(result)
 
 
 def _rewrite(node: onnx.NodeProto, a: _Side, b: _Side) -> list[onnx.NodeProto]:
-    """Make a node with constant operands follow its first input; returns the new constants it needs."""
+    """Make a node with constant operands follow its first input; returns the new nodes it needs in front of it."""
     s, s2 = a.shape(node.input[0]), b.shape(node.input[0])
-    operands = [a.values.get(name) for name in node.input[1:]]
-    if s is None or s2 is None or s == s2 or any(value is None for value in operands):
+    operands = [a.values.get(name) for name in node.input[1:] if name]
+    if s is None or s2 is None or s == s2 or any(value is None for value in operands) or node.op_type not in REWRITES:
         return []
-    if node.op_type == "Reshape":
-        t = a.shape(node.output[0])
-        if t is None:
-            return []
-        _drop(node, "allowzero")
-        return [_constant(node, 1, _reshape_target(s, s2, t, node.output[0]))]
-    if node.op_type == "Expand":
-        target = [int(d) for d in a.values[node.input[1]]]
-        offset = len(target) - len(s)
-        follow = [1 if i >= offset and d == s[i - offset] else d for i, d in enumerate(target)]
-        return [_constant(node, 1, follow)]
-    if node.op_type == "Slice":
-        return _whole_slice(node, a, s, s2)
-    if node.op_type == "Gather":
-        axis = _attribute(node, "axis", 0)
-        if s[axis] != s2[axis]:
-            raise TemplateError(f"{node.output[0]}: picks fixed positions of a pruned dimension")
-    return []
+    return REWRITES[node.op_type](node, a, s, s2)
+
+
+def _reshape(node: onnx.NodeProto, a: _Side, s: Shape, s2: Shape) -> list[onnx.NodeProto]:
+    t = a.shape(node.output[0])
+    if t is None:
+        return []
+    _drop(node, "allowzero")
+    target = _reshape_target(s, s2, t, node.output[0])
+    if target.count(-1) < 2:
+        return [_constant(node, 1, target)]
+    source = {
+        j: [i for i in left if s[i] != s2[i]] for left, right in _segments(s, t) for j in right if target[j] == -1
+    }
+    if any(len(dims) > 1 for dims in source.values()):
+        raise TemplateError(f"{node.output[0]}: several dimensions of the reshape {s} -> {t} depend on widths")
+    sizes = np.array([t[j] if j in source else d for j, d in enumerate(target)])
+    return _proportional(node, [1], [sizes], [source[j][0] if j in source else None for j in range(len(t))], s, s2)
+
+
+def _expand(node: onnx.NodeProto, a: _Side, s: Shape, s2: Shape) -> list[onnx.NodeProto]:
+    target = [int(d) for d in a.values[node.input[1]]]
+    offset = len(target) - len(s)
+    follow = [1 if i >= offset and d == s[i - offset] else d for i, d in enumerate(target)]
+    return [_constant(node, 1, follow)]
+
+
+def _gather(node: onnx.NodeProto, a: _Side, s: Shape, s2: Shape) -> list[onnx.NodeProto]:
+    """Taking everything in order is a reshape (how exporters spell ``as_strided``); else no width may be indexed."""
+    axis = _attribute(node, "axis", 0) % len(s)
+    if s[axis] == s2[axis]:
+        return []
+    indices = a.values[node.input[1]]
+    if len(s) > 1 or not np.array_equal(indices.ravel(), np.arange(s[0])):
+        raise TemplateError(f"{node.output[0]}: picks fixed positions of a pruned dimension")
+    node.CopyFrom(helper.make_node("Reshape", node.input, node.output))
+    return [_constant(node, 1, _reshape_target(s, s2, indices.shape, node.output[0]))]
+
+
+def _resize(node: onnx.NodeProto, a: _Side, s: Shape, s2: Shape) -> list[onnx.NodeProto]:
+    if len(node.input) < 4 or not node.input[3] or any(attribute.name == "axes" for attribute in node.attribute):
+        return []
+    axes = [i if s[i] != s2[i] else None for i in range(len(s))]
+    return _proportional(node, [3], [a.values[node.input[3]]], axes, s, s2)
+
+
+def _split(node: onnx.NodeProto, a: _Side, s: Shape, s2: Shape) -> list[onnx.NodeProto]:
+    axis = _attribute(node, "axis", 0) % len(s)
+    sizes = a.values[node.input[1]] if len(node.input) > 1 else np.array([])
+    if s[axis] == s2[axis] or not sizes.size:
+        return []
+    return _proportional(node, [1], [sizes], [axis] * len(sizes), s, s2)
 
 
 def _reshape_target(s: Shape, s2: Shape, t: Shape, name: str) -> list[int]:
-    """Target that follows: dense input ``s`` -> ``t``; with the narrower input ``s2`` only widths of ``t`` shrink."""
-    target, inferred = list(t), 0
+    """Target that follows: dense input ``s`` -> ``t``; with the narrower input ``s2`` only widths of ``t`` shrink.
+
+    Returns:
+        per dimension its size, 0 = copied from the input, -1 = to be inferred (there may be several).
+    """
+    target = list(t)
     for left, right in _segments(s, t):
         if all(s[i] == s2[i] for i in left):
             continue
@@ -152,13 +203,8 @@ def _reshape_target(s: Shape, s2: Shape, t: Shape, name: str) -> list[int]:
         fits = [j for j in fits if t[j] > 1]
         if not fits:
             raise TemplateError(f"{name}: no single dimension of the reshape {s} -> {t} follows {s2}")
-        j = fits[-1]
-        if left == right == [j]:
-            target[j] = 0  # copied from the input
-        else:
-            target[j], inferred = -1, inferred + 1
-    if inferred > 1:
-        raise TemplateError(f"{name}: several dimensions of the reshape {s} -> {t} depend on widths")
+        j = min(fits, key=lambda k: (t[k], -k))  # the probe removes single channels or heads: the least that can go
+        target[j] = 0 if left == right == [j] else -1
     return target
 
 
@@ -181,17 +227,63 @@ def _segments(s: Shape, t: Shape) -> list[tuple[list[int], list[int]]]:
     return runs
 
 
-def _whole_slice(node: onnx.NodeProto, a: _Side, s: Shape, s2: Shape) -> list[onnx.NodeProto]:
-    """A slice along a width must take all of it."""
-    starts, ends = (a.values[node.input[k]] for k in (1, 2))
+def _slice(node: onnx.NodeProto, a: _Side, s: Shape, s2: Shape) -> list[onnx.NodeProto]:
+    """A slice along a width takes all of it, or a part that grows and shrinks with it (one of equal chunks)."""
+    starts, ends = a.values[node.input[1]], a.values[node.input[2]]
     axes = a.values[node.input[3]] if len(node.input) > 3 else np.arange(len(starts))
-    follow = [int(end) for end in ends]
-    for k, axis in enumerate(axes):
-        if s[axis] != s2[axis]:
-            if starts[k] != 0 or ends[k] < s[axis]:
-                raise TemplateError(f"{node.output[0]}: takes fixed positions of a pruned dimension")
-            follow[k] = END
-    return [_constant(node, 2, follow)]
+    steps = a.values[node.input[4]] if len(node.input) > 4 else np.ones(len(starts), dtype=np.int64)
+    axes = axes % len(s)
+    pruned = np.array([s[axis] != s2[axis] for axis in axes])
+    if not pruned.any():
+        return []
+    lengths = np.array([s[axis] for axis in axes])
+    first = np.where(starts < 0, np.maximum(starts + lengths, 0), np.minimum(starts, lengths))
+    last = np.where(ends < 0, np.maximum(ends + lengths, 0), np.minimum(ends, lengths))
+    whole = (steps > 0) & (first == 0) & (last == lengths)
+    if np.all(whole | ~pruned):
+        return [_constant(node, 2, np.where(pruned, END, ends).tolist())]
+    if np.any(steps[pruned] != 1) or np.any(steps <= 0):
+        raise TemplateError(f"{node.output[0]}: takes fixed positions of a pruned dimension")
+    return _proportional(node, [1, 2], [first, last], axes.tolist(), s, s2)
+
+
+def _proportional(
+    node: onnx.NodeProto, operands: list[int], values: list[Array], axes: Sequence[int | None], s: Shape, s2: Shape
+) -> list[onnx.NodeProto]:
+    """Let positions along dimensions of the first input keep their share: position x new length // dense length.
+
+    Args:
+        operands: which inputs of the node hold positions.
+        values: of each of these, shape ``(positions,)``.
+        axes: shape ``(positions,)``; the dimension that a position is along, None = it stays.
+    """
+    places = [0 if axis is None else axis + 1 for axis in axes]  # in the shape with a 1 in front
+    dense, narrow = np.array([1, *s])[places], np.array([1, *s2])[places]
+    if any(np.any(value * narrow % dense) for value in values):
+        raise TemplateError(f"{node.output[0]}: takes fixed positions of a pruned dimension")
+    name = f"{node.output[0]}_follow"
+    new = [helper.make_node("Shape", [node.input[0]], [f"{name}_shape"])]
+    new += [_named(f"{name}_one", [1]), _named(f"{name}_places", places), _named(f"{name}_dense", dense.tolist())]
+    new += [helper.make_node("Concat", [f"{name}_one", f"{name}_shape"], [f"{name}_all"], axis=0)]
+    new += [helper.make_node("Gather", [f"{name}_all", f"{name}_places"], [f"{name}_lengths"], axis=0)]
+    for k, value in zip(operands, values, strict=True):
+        new += [
+            _named(f"{name}_{k}_value", value.tolist()),
+            helper.make_node("Mul", [f"{name}_{k}_value", f"{name}_lengths"], [f"{name}_{k}_product"]),
+            helper.make_node("Div", [f"{name}_{k}_product", f"{name}_dense"], [f"{name}_{k}"]),
+        ]
+        node.input[k] = f"{name}_{k}"
+    return new
+
+
+REWRITES: dict[str, Callable[[onnx.NodeProto, _Side, Shape, Shape], list[onnx.NodeProto]]] = {
+    "Expand": _expand,
+    "Gather": _gather,
+    "Reshape": _reshape,
+    "Resize": _resize,
+    "Slice": _slice,
+    "Split": _split,
+}
 
 
 def _simplify(graph: onnx.GraphProto) -> None:
@@ -249,7 +341,13 @@ def _static_list(name: str, producer: Mapping[str, onnx.NodeProto], values: Mapp
 
 
 def _constant_of(node: onnx.NodeProto) -> Array:
-    return np.asarray(ReferenceEvaluator(_with_opset(node, 20)).run(None, {})[0])
+    attribute = node.attribute[0]
+    value = helper.get_attribute_value(attribute)
+    if attribute.name == "value":
+        return np.asarray(numpy_helper.to_array(value))
+    return np.array(
+        value, dtype=np.float32 if "float" in attribute.name else np.int64 if "int" in attribute.name else None
+    )
 
 
 def _with_opset(node: onnx.NodeProto, opset: int) -> onnx.ModelProto:
@@ -262,8 +360,12 @@ def _with_opset(node: onnx.NodeProto, opset: int) -> onnx.ModelProto:
 
 def _constant(node: onnx.NodeProto, operand: int, values: list[int]) -> onnx.NodeProto:
     """A new constant, made operand number ``operand`` of the node."""
-    name = f"{node.output[0]}_follow"
-    node.input[operand] = name
+    node.input[operand] = f"{node.output[0]}_follow"
+    return _named(node.input[operand], values)
+
+
+def _named(name: str, values: list[int]) -> onnx.NodeProto:
+    """A constant of 64-bit integers."""
     return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(np.array(values, dtype=np.int64)))
 
 

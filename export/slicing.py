@@ -9,7 +9,7 @@ constants of Reshape, Expand and Slice that must follow are rewritten so that th
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -62,16 +62,23 @@ class OnnxTemplate:
         follow_widths(
             proto,
             dense={name: array.shape for name, array in self._arrays.items()},
-            probe={name: _cut(name, array, cuts.get(name, {})).shape for name, array in self._arrays.items()},
+            probe={name: _pruned_shape(array, cuts.get(name, {})) for name, array in self._arrays.items()},
         )
-        self._skeleton = onnx.ModelProto()
-        self._skeleton.CopyFrom(proto)
-        del self._skeleton.graph.initializer[:]
-        del self._skeleton.graph.value_info[:]
+        self._tensors = {tensor.name: tensor.SerializeToString() for tensor in proto.graph.initializer}
+        self._kinds = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
+        self._nodes = onnx.GraphProto()
+        self._nodes.CopyFrom(proto.graph)
+        del self._nodes.initializer[:]
+        del self._nodes.value_info[:]
+        rest = onnx.ModelProto()
+        rest.CopyFrom(proto)
+        rest.ClearField("graph")
+        self._rest: bytes = rest.SerializeToString()
+        scaled = _made_of(self._nodes.node, self._arrays, graph.scaled_groups)
         self._scaled = [
-            (i, node.input[1], next(k for k, a in enumerate(node.attribute) if a.name == "group"))
-            for i, node in enumerate(self._skeleton.graph.node)
-            if node.op_type in ("Conv", "ConvTranspose") and node.input[1] in graph.scaled_groups
+            (i, scaled[node.input[1]], next(k for k, a in enumerate(node.attribute) if a.name == "group"))
+            for i, node in enumerate(self._nodes.node)
+            if node.op_type in ("Conv", "ConvTranspose") and node.input[1] in scaled
         ]
 
     @classmethod
@@ -109,40 +116,62 @@ class OnnxTemplate:
             raise TemplateError(f"cannot read template {path}: {error}") from error
         return cls(proto, graph)
 
-    def slice(self, plan: PruningPlan, state: State | None = None, path: str | Path | None = None) -> bytes:
+    def slice(self, plan: PruningPlan, state: State | None = None) -> bytes:
         """The ONNX file of a plan.
 
         Args:
             state: other weights than the template's, each tensor dense or already cut (a pruned, fine-tuned model's
                 state dict); tensors it does not name keep the template's values.
-            path: where to write the file as well.
 
         Raises:
             TemplateError: a tensor of ``state`` fits neither the dense nor the pruned model.
         """
-        proto = onnx.ModelProto()
-        proto.CopyFrom(self._skeleton)
+        return b"".join(self._pieces(plan, state))
+
+    def write(self, plan: PruningPlan, path: str | Path, state: State | None = None) -> None:
+        """``slice`` to a file, which appears whole or not at all.
+
+        Raises:
+            TemplateError: a tensor of ``state`` fits neither the dense nor the pruned model.
+        """
+        write_atomically(Path(path), *self._pieces(plan, state))
+
+    def _pieces(self, plan: PruningPlan, state: State | None) -> list[bytes | memoryview]:
         cuts = self.graph.slices(plan)
-        widths = {}
+        widths: dict[str, int] = {}
+        parts: list[bytes | memoryview] = []
         for name, dense in self._arrays.items():
-            array = _cut(name, dense, cuts.get(name, {}), None if state is None else state.get(name))
-            widths[name] = array.shape[0] if array.ndim else 0
-            proto.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+            value = None if state is None else state.get(name)
+            if value is None and name not in cuts:
+                parts += _field(_GRAPH_INITIALIZER, [self._tensors[name]])
+            else:
+                array = _cut(name, dense, cuts.get(name, {}), value)
+                widths[name] = array.shape[0] if array.ndim else 0
+                parts += _field(_GRAPH_INITIALIZER, _tensor(name, array, self._kinds[name]))
+        nodes = self._with_groups(widths) if self._scaled else self._nodes
+        return [self._rest, *_field(_MODEL_GRAPH, [nodes.SerializeToString(), *parts])]
+
+    def _with_groups(self, widths: Mapping[str, int]) -> onnx.GraphProto:
+        """A copy of the nodes in which depthwise convolutions have as many groups as filters are left.
+
+        Args:
+            widths: filters left per weight; those it does not name keep theirs.
+        """
+        graph = onnx.GraphProto()
+        graph.CopyFrom(self._nodes)
         for i, weight, k in self._scaled:
-            attribute = proto.graph.node[i].attribute[k]
-            groups, rest = divmod(attribute.i * widths[weight], self._arrays[weight].shape[0])
+            attribute = graph.node[i].attribute[k]
+            dense = self._arrays[weight].shape[0]
+            groups, rest = divmod(attribute.i * widths.get(weight, dense), dense)
             if rest:
                 raise TemplateError(
                     f"{weight}: {attribute.i} convolution groups cannot follow {widths[weight]} filters"
                 )
             attribute.i = groups
-        data: bytes = proto.SerializeToString()
-        if path is not None:
-            write_atomically(Path(path), data)
-        return data
+        return graph
 
     def check(
-        self, plan: PruningPlan, pruned: torch.nn.Module, example_input: torch.Tensor, tolerance: float = 1e-4
+        self, plan: PruningPlan, pruned: torch.nn.Module, example_input: Example, tolerance: float = 1e-5
     ) -> Parity:
         """Cut to ``plan`` and compare with the torch model that was pruned by it.
 
@@ -156,11 +185,11 @@ class OnnxTemplate:
 def candidate_onnx(
     template: OnnxTemplate | None,
     pruned: torch.nn.Module,
-    example_input: torch.Tensor,
+    example_input: Example,
     plan: PruningPlan,
     path: str | Path,
     *,
-    tolerance: float = 1e-4,
+    tolerance: float = 1e-5,
 ) -> ExportedModel:
     """The ONNX file of a pruned model: cut from the template and compared with the model, or exported afresh.
 
@@ -184,7 +213,7 @@ def candidate_onnx(
     return export_onnx(pruned, example_input, path, plan_digest=plan.digest)
 
 
-def _compare(data: bytes, pruned: torch.nn.Module, example_input: torch.Tensor, tolerance: float) -> Parity:
+def _compare(data: bytes, pruned: torch.nn.Module, example_input: Example, tolerance: float) -> Parity:
     try:
         parity = verify_parity(data, pruned, [example_input], tolerance)
     except ExportError as error:
@@ -192,6 +221,47 @@ def _compare(data: bytes, pruned: torch.nn.Module, example_input: torch.Tensor, 
     if not parity.ok:
         raise TemplateError(f"the cut file computes something else than the pruned model: {parity.reason}")
     return parity
+
+
+def _made_of(nodes: Iterable[onnx.NodeProto], initializers: Iterable[str], weights: Collection[str]) -> dict[str, str]:
+    """Values made of initializers alone (standardised weights, say) -> the one of ``weights`` they are made of."""
+    origin = {name: name if name in weights else "" for name in initializers}
+    for node in nodes:
+        inputs = [name for name in node.input if name]
+        if all(name in origin for name in inputs):
+            origin.update(dict.fromkeys(node.output, next((origin[name] for name in inputs if origin[name]), "")))
+    return {name: weight for name, weight in origin.items() if weight}
+
+
+_MODEL_GRAPH, _GRAPH_INITIALIZER = 7, 5  # field numbers in onnx.proto, fixed for ever by protobuf's rules
+_TENSOR_RAW_DATA = 9
+
+
+def _field(number: int, payload: Sequence[bytes | memoryview]) -> list[bytes | memoryview]:
+    """A length-delimited field of a protobuf message, in pieces, so that no weight is copied before it is written."""
+    return [_varint(number << 3 | 2) + _varint(sum(len(part) for part in payload)), *payload]
+
+
+def _varint(value: int) -> bytes:
+    data = bytearray()
+    while value > 127:
+        data.append(value & 127 | 128)
+        value >>= 7
+    data.append(value)
+    return bytes(data)
+
+
+def _tensor(name: str, array: Array, kind: int) -> list[bytes | memoryview]:
+    """A serialised ``TensorProto`` in pieces.
+
+    Args:
+        kind: its ``data_type``.
+    """
+    head = onnx.TensorProto(name=name, data_type=kind, dims=array.shape)
+    if array.dtype.kind not in "biuf" and array.dtype.itemsize == 1:  # several numbers in one byte, some of them
+        raise TemplateError(f"{name}: initializers of type {onnx.TensorProto.DataType.Name(kind)} cannot be cut")
+    little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+    return [head.SerializeToString(), *_field(_TENSOR_RAW_DATA, [little.reshape(-1).view(np.uint8).data])]
 
 
 def _cut(
@@ -204,7 +274,7 @@ def _cut(
         array = value.detach().cpu().numpy().astype(dense.dtype, copy=False)
     else:
         array = np.asarray(value, dtype=dense.dtype)
-    pruned = tuple(len(cuts[dim]) if dim in cuts else size for dim, size in enumerate(dense.shape))
+    pruned = _pruned_shape(dense, cuts)
     if array.shape == pruned:
         return array
     if array.shape != dense.shape:
@@ -212,3 +282,7 @@ def _cut(
     for dim, kept in sorted(cuts.items(), key=lambda cut: len(cut[1]) / dense.shape[cut[0]]):
         array = array.take(kept, axis=dim)
     return array
+
+
+def _pruned_shape(dense: Array, cuts: Mapping[int, npt.NDArray[np.int64]]) -> tuple[int, ...]:
+    return tuple(len(cuts[dim]) if dim in cuts else size for dim, size in enumerate(dense.shape))

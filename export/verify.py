@@ -14,7 +14,7 @@ import torch
 
 from export.artifact import ExportedModel
 from export.errors import ExportError
-from export.onnx_export import evaluating
+from export.onnx_export import Example, arguments, evaluating, tensors_in
 
 Array = npt.NDArray[Any]
 
@@ -25,9 +25,9 @@ class Parity:
 
     Args:
         ok: within the tolerance.
-        max_relative_error: max |onnx - torch| / max |torch|, over all samples and outputs.
+        max_relative_error: max |onnx - torch| / max |torch| over all samples, of the output where it is largest.
         argmax_agreement: share of rows (last axis of the first output) with the same argmax.
-        samples: inputs compared.
+        samples: inputs compared (entries of the first input's first dimension).
         reason: what is wrong; empty when ok.
     """
 
@@ -59,7 +59,7 @@ def open_session(model: ExportedModel | str | Path | bytes, threads: int = 1) ->
 def verify_parity(
     exported: ExportedModel | str | Path | bytes,
     model: torch.nn.Module,
-    batches: Iterable[Array | torch.Tensor],
+    batches: Iterable[Array | Example],
     tolerance: float = 1e-4,
     threads: int = 1,
 ) -> Parity:
@@ -67,35 +67,45 @@ def verify_parity(
 
     Args:
         exported: a file, or the bytes of one.
-        batches: each of the shape the file takes (a static batch size must match).
+        batches: each of the shape the file takes (a static batch size must match); a tuple holds the arguments of
+            the forward, which may be nested lists and mappings of tensors.
         tolerance: on the relative error.
 
     Raises:
         ExportError: ONNX Runtime refuses the model, or there is no batch.
     """
     session = open_session(exported, threads)
-    name = session.get_inputs()[0].name
-    error = scale = 0.0
+    names = [port.name for port in session.get_inputs()]
+    errors: list[float] = []
+    scales: list[float] = []
     agreed = rows = samples = 0
     with evaluating(model), torch.no_grad():
         for batch in batches:
-            x = torch.as_tensor(batch)
-            expected = _outputs(model(x))
-            found = session.run(None, {name: x.numpy()})
+            inputs = arguments(torch.as_tensor(batch) if isinstance(batch, np.ndarray) else batch)
+            feed = [x.numpy().copy() for x in tensors_in(inputs)]  # a model may write to its inputs
+            if len(feed) != len(names):
+                return Parity(False, float("inf"), 0.0, samples, f"the file takes {names}, given {len(feed)} tensors")
+            expected = [x.numpy() for x in tensors_in(model(*inputs))]
+            found = _run(session, dict(zip(names, feed, strict=True)))
             shapes = [a.shape for a in found], [b.shape for b in expected]
             if shapes[0] != shapes[1]:
                 return Parity(False, float("inf"), 0.0, samples, f"output shapes {shapes[0]}, expected {shapes[1]}")
-            for a, b in zip(found, expected, strict=True):
-                error = float(np.maximum(error, np.abs(a - b).max()))  # unlike max(), keeps NaN
-                scale = max(scale, float(np.abs(b).max()))
-            same = found[0].argmax(-1) == expected[0].argmax(-1)
-            agreed, rows, samples = agreed + int(same.sum()), rows + same.size, samples + len(x)
+            errors = errors or [0.0] * len(found)
+            scales = scales or [0.0] * len(found)
+            for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+                errors[i] = float(np.maximum(errors[i], _largest(np.subtract(a, b, dtype=np.float64))))  # keeps NaN
+                scales[i] = max(scales[i], _largest(b))
+            if found and found[0].ndim and found[0].size:
+                same = found[0].argmax(-1) == expected[0].argmax(-1)
+                agreed, rows = agreed + int(np.sum(same)), rows + np.size(same)
+            samples += len(feed[0]) if feed and feed[0].ndim else 1
     if not samples:
         raise ExportError("no parity without data: give at least one batch")
-    relative = error / max(scale, 1e-12)
+    floor = max(1e-12, 1e-6 * max(scales, default=0.0))  # an output of zeros has no scale of its own
+    relative = float(np.max([e / max(s, floor) for e, s in zip(errors, scales, strict=True)], initial=0.0))
     ok = bool(relative <= tolerance)  # NaN compares False
     reason = "" if ok else f"relative error {relative:.2e} exceeds {tolerance:g}"
-    return Parity(ok, relative, agreed / rows, samples, reason)
+    return Parity(ok, relative, agreed / rows if rows else 1.0, samples, reason)
 
 
 def predict(
@@ -131,9 +141,14 @@ def predict(
     return np.concatenate(outputs)
 
 
-def _outputs(value: Any) -> list[Array]:
-    """Tensors of a model's output in the order in which the exporter names them."""
-    if isinstance(value, torch.Tensor):
-        return [value.numpy()]
-    items = value.values() if isinstance(value, dict) else value
-    return [array for item in items for array in _outputs(item)]
+def _run(session: onnxruntime.InferenceSession, feed: dict[str, Array]) -> list[Array]:
+    try:
+        found: list[Array] = session.run(None, feed)
+    except Exception as error:  # onnxruntime's own exceptions share no base class
+        raise ExportError(f"ONNX Runtime cannot run the model: {error}") from error
+    return found
+
+
+def _largest(values: Array) -> float:
+    """Largest absolute value; 0 of nothing."""
+    return float(np.abs(values.astype(np.float64)).max(initial=0.0))

@@ -10,27 +10,17 @@ a rule, is frozen: unknown means "not pruned".
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
 from pruning.plan import BoolArray, ChannelGroup, IntArray, Member, PruningPlan
-from pruning.rules import Factor, Propagation, macs_of, written_by
-
-OPAQUE = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
-"""Modules that check tensor sizes against their constructor's: their own tensors are frozen."""
-
-
-class PruningError(ValueError):
-    """A model cannot be traced, pruned, saved or loaded; the message says what was expected and what came."""
+from pruning.rules import Rule, weight_name
+from pruning.tracer import PruningError, Tracer
 
 
 @dataclass(frozen=True)
@@ -80,6 +70,27 @@ class Lengths:
 
 
 @dataclass(frozen=True, eq=False)
+class Followed:
+    """A size that a module keeps as an attribute and that has to follow the widths.
+
+    Args:
+        module: path of the module.
+        name: its attribute.
+        index: position in the attribute, if that is a tuple or list.
+        value: the size in the unpruned network.
+        dim: position in ``Lengths`` of the dimension it follows.
+        length: length of that dimension in the unpruned network.
+    """
+
+    module: str
+    name: str
+    index: int | None
+    value: int
+    dim: int
+    length: int
+
+
+@dataclass(frozen=True, eq=False)
 class ChannelGraph:
     """What can be pruned in a network, what cannot and why.
 
@@ -91,8 +102,11 @@ class ChannelGraph:
         scaled_groups: convolution weights whose ``groups`` shrinks in proportion with dimension 0 (depthwise);
             for other convolutions ``groups`` stays constant.
         normalising: group name -> operators that normalise over its channels, so that removing some changes the rest.
+        mixed: whether an operator without weights sums, normalises or picks over channels of a group.
+        rules: the user's rules the model was traced with.
         unknown: operator without a rule -> the modules that called it on channels.
         batch: images in the example input; costs are divided by it.
+        followed: sizes kept by modules that follow the widths.
         lengths: dimension lengths the costs are made of.
         macs, params, activation_bytes: the costs, over the whole batch.
     """
@@ -103,41 +117,47 @@ class ChannelGraph:
     aliases: Mapping[str, str]
     scaled_groups: frozenset[str]
     normalising: Mapping[str, tuple[str, ...]]
+    mixed: bool
+    rules: Mapping[str, Rule] | None = field(repr=False)
     unknown: Mapping[str, tuple[str, ...]]
     batch: int
+    followed: tuple[Followed, ...]
     lengths: Lengths = field(repr=False)
     macs: Products = field(repr=False)
     params: Products = field(repr=False)
     activation_bytes: Products = field(repr=False)
 
     @classmethod
-    def trace(cls, model: nn.Module, *example_inputs: Any, **kwargs: Any) -> ChannelGraph:
+    def trace(
+        cls,
+        model: nn.Module,
+        *example_inputs: Any,
+        freeze: Iterable[str] = (),
+        rules: Mapping[str, Rule] | None = None,
+        **kwargs: Any,
+    ) -> ChannelGraph:
         """Run the model once in eval mode and find its channel groups. The model is left as it was.
+
+        Where the code states sizes, the network is also pruned and run on trial: sizes that do not follow the widths
+        are tied to those that do, or to an attribute of the module, or freeze what they touch (``pruning.trial``).
 
         Args:
             model: any module whose forward runs on the example.
             example_inputs: positional arguments of the forward; the first dimension of the first tensor is the batch.
+            freeze: layers whose output channels stay: names of modules or patterns (``head``, ``layer4.*.conv3``).
+            rules: rules for further operators, or instead of those of ``pruning.rules.RULES``, by operator name.
             kwargs: keyword arguments of the forward.
 
         Raises:
-            PruningError: the forward fails on the example; says in which module and with which shapes.
+            PruningError: the forward fails on the example (says in which module and with which shapes), or a name
+                in ``freeze`` matches no layer.
         """
-        tracer = _Tracer(model)
-        with undisturbed(model), _modules_entered(model) as entered:
-            try:
-                with _ChunkMode(tracer.labels), tracer:
-                    tracer.entered = entered
-                    outputs = model(*example_inputs, **kwargs)
-            except Exception as error:
-                shapes = ", ".join(f"{path} {tuple(t.shape)}" for path, t in named_tensors((example_inputs, kwargs)))
-                raise PruningError(
-                    f"the model fails on the example input, in module {entered.last!r} "
-                    f"({entered.last_type}), given {shapes or 'no tensor'}: {type(error).__name__}: {error}"
-                ) from error
-        for path, tensor in named_tensors(outputs):
-            for dim in tracer.labels.of(tensor):
-                tracer.labels.freeze(dim, f"reaches the model's output{path}")
-        return tracer.graph(batch_size(example_inputs, kwargs))
+        from pruning.trial import settle  # prunes, so it stands above this module
+
+        tracer = Tracer(model, rules)
+        tracer.run(example_inputs, kwargs)
+        freeze_layers(tracer, freeze)
+        return settle(tracer, example_inputs, kwargs)
 
     def group(self, name: str) -> ChannelGroup:
         """A group by name.
@@ -193,183 +213,84 @@ class ChannelGraph:
 
 def layer_of(tensor: str) -> str:
     """``layer1.0.conv1.weight`` -> ``layer1.0.conv1``; a parameter of the model itself keeps its name."""
-    return tensor.rpartition(".")[0] or tensor
+    return weight_name(tensor).rpartition(".")[0] or tensor
 
 
-def named_tensors(value: Any, path: str = "", above: tuple[int, ...] = ()) -> Iterator[tuple[str, Tensor]]:
-    """Tensors in nested lists, tuples, mappings and plain objects, with their paths (``[0]['boxes']``).
+def freeze_layers(tracer: Tracer, patterns: Iterable[str]) -> None:
+    """Freeze the output channels of the layers that match, or lie in a module that matches.
 
-    ``above`` holds the ids of the containers around ``value``, so that cycles end.
+    Raises:
+        PruningError: a pattern matches no layer with parameters.
     """
-    if id(value) in above:
-        return
-    above = (*above, id(value))
-    if isinstance(value, Tensor):
-        yield path, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from named_tensors(item, f"{path}[{key!r}]", above)
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            yield from named_tensors(item, f"{path}[{i}]", above)
-    elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)):
-        for key, item in vars(value).items():
-            yield from named_tensors(item, f"{path}.{key}", above)
+    reads = _read_places(tracer)
+    for pattern in patterns:
+        found = False
+        for i, (tensor, _, labels) in enumerate(tracer.places):
+            parts = tensor.split(".")
+            if any(fnmatchcase(".".join(parts[:n]), pattern) for n in range(1, len(parts) + 1)):
+                found = True
+                if i not in reads:
+                    tracer.labels.freeze(labels, f"frozen by name ({pattern})")
+        if not found:
+            layers = list(dict.fromkeys(layer_of(tensor) for tensor, _, _ in tracer.places))
+            raise PruningError(f"freeze: {pattern!r} matches no layer; the network has {', '.join(layers)}")
 
 
-def tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Parameters and buffers by their first name, and the further names of tied ones -> the first."""
-    first: dict[int, str] = {}
-    tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    for named in (model.named_parameters, model.named_buffers):
-        for name, tensor in named(remove_duplicate=False):
-            if id(tensor) in first:
-                aliases[name] = first[id(tensor)]
-            else:
-                first[id(tensor)] = name
-                tensors[name] = tensor
-    return tensors, aliases
+@dataclass(frozen=True, eq=False)
+class Assembly:
+    """A graph, and which channel each label of the tracer became.
 
-
-def batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """Images in the inputs of a forward: the length of a list of images, else the first tensor's first dimension."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, (list, tuple)) and value:
-            return len(value)
-        if isinstance(value, Tensor) and value.ndim > 0:
-            return max(1, value.shape[0])
-    return 1
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; modes, buffers and torch's random state are put back afterwards.
-
-    ``nn.MultiheadAttention`` runs as a composition of operators meanwhile, not as one fused operator.
+    Args:
+        graph: the graph.
+        group: shape ``(labels,)``; position of its group, -1 = frozen.
+        channel: shape ``(labels,)``; channel within the group.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone(), buffer._version) for buffer in model.buffers()]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng([d.index for d in devices]), torch.no_grad():
-        fused = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        for module, _ in modes:
-            module.training = False
-        try:
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fused)
-            for module, training in modes:
-                module.training = training
-            for buffer, before, version in buffers:
-                if buffer._version != version:
-                    buffer.copy_(before)
+
+    graph: ChannelGraph
+    group: IntArray
+    channel: IntArray
+
+    def kept(self, plan: PruningPlan) -> BoolArray:
+        """Which labels a plan keeps, shape ``(labels,)``."""
+        kept = np.ones(len(self.group), dtype=bool)
+        for g, group in enumerate(self.graph.groups):
+            inside = self.group == g
+            kept[inside] = plan.mask(group.name)[self.channel[inside]]
+        return kept
 
 
-class _Entered:
-    """The stack of running modules, and the last one entered."""
+def assemble(tracer: Tracer, batch: int, attributes: Sequence[Followed] = ()) -> Assembly:
+    """Put together what a run has shown.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.names = {module: name for name, module in model.named_modules()}
-        self.stack = [""]
-        self.last = ""
-        self.last_type = type(model).__name__
-
-
-@contextmanager
-def _modules_entered(model: nn.Module) -> Iterator[_Entered]:
-    entered = _Entered(model)
-
-    def enter(module: nn.Module, _: object) -> None:
-        if module in entered.names:
-            entered.last, entered.last_type = entered.names[module], type(module).__name__
-        entered.stack.append(entered.names.get(module, entered.stack[-1]))
-
-    def leave(_: nn.Module, __: object, ___: object) -> None:
-        entered.stack.pop()
-
-    handles = [
-        nn_module.register_module_forward_pre_hook(enter),
-        nn_module.register_module_forward_hook(leave, always_call=True),
-    ]
-    try:
-        yield entered
-    finally:
-        for handle in handles:
-            handle.remove()
+    Args:
+        batch: images in the example input.
+        attributes: sizes that modules keep, and the dimensions they follow.
+    """
+    return _Assembler(tracer).graph(batch, attributes)
 
 
-class _ChunkMode(TorchFunctionMode):
-    """Tells ``chunk(n)`` (parts follow the width) from ``split(size)`` (a number written in the code)."""
-
-    def __init__(self, labels: Propagation) -> None:
-        super().__init__()
-        self.labels = labels
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.labels.in_chunk = func in (torch.chunk, Tensor.chunk)
-        try:
-            return func(*args, **(kwargs or {}))
-        finally:
-            self.labels.in_chunk = False
+def _read_places(tracer: Tracer) -> set[int]:
+    """Positions in ``tracer.places`` of the dimensions that are summed over."""
+    starts = np.array([labels[0] for _, _, labels in tracer.places], dtype=np.int64)
+    read = [np.unique(np.searchsorted(starts, labels, side="right") - 1) for labels in tracer.labels.reads]
+    return set(np.concatenate(read).tolist()) if read else set()
 
 
-class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Runs a model with labels and turns what was recorded into a ``ChannelGraph``."""
+class _Assembler:
+    """Turns what a ``Tracer`` recorded into a ``ChannelGraph``."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.labels = Propagation()
-        self.tensors, self.aliases = tensors_of(model)
-        self.places = [
-            (name, d, labels)
-            for name, tensor in self.tensors.items()
-            for d, labels in enumerate(self.labels.register(name, tensor))
-            if labels is not None
-        ]
-        self.dims: list[IntArray] = [labels for _, _, labels in self.places]
-        self.dim_ids = {id(labels): i for i, labels in enumerate(self.dims)}
-        self.macs: list[tuple[int, list[int], str | None]] = []
-        self.bytes: list[tuple[int, list[int]]] = []
-        self.entered = _Entered(model)
-        self.model = model
+    def __init__(self, tracer: Tracer) -> None:
+        self.tracer = tracer
+        self.labels, self.places, self.dims = tracer.labels, tracer.places, tracer.dims
+        self.tensors, self.model, self.aliases = tracer.tensors, tracer.model, tracer.aliases
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.labels.where = self.entered.stack[-1]
-        arguments = self.labels.call(func, args, kwargs or {}, out)
-        for product in macs_of(func, arguments, out):
-            layer = next((s for t, _ in product if (s := self.labels.source(t)) is not None), None)
-            self.macs.append((*self._product(product), layer))
-        for tensor in written_by(func, out):
-            scale, factors = self._product([(tensor, d) for d in range(tensor.ndim)])
-            self.bytes.append((scale * tensor.element_size(), factors))
-        return out
-
-    def _product(self, factors: list[Factor]) -> tuple[int, list[int]]:
-        """Constant factor and the labelled dimensions (positions in ``dims``) of a product of lengths."""
-        scale, labelled = 1, []
-        for tensor, d in factors:
-            labels = self.labels.of(tensor)[d]
-            if labels is None:
-                scale *= tensor.shape[d]
-            else:
-                if id(labels) not in self.dim_ids:
-                    self.dim_ids[id(labels)] = len(self.dims)
-                    self.dims.append(labels)
-                labelled.append(self.dim_ids[id(labels)])
-        return scale, labelled
-
-    def graph(self, batch: int) -> ChannelGraph:
-        """What was recorded, put together."""
-        self._freeze_unused()
-        classes = components(self.labels.num_labels, self.labels.edges)
-        reasons = self._reasons(classes)
-        reads = self._read_places()
+    def graph(self, batch: int, attributes: Sequence[Followed]) -> Assembly:
+        classes, whole_groups, reasons = self._classes()
+        reads = _read_places(self.tracer)
         order = {name: i for i, name in enumerate(self.labels.used)}
         parameters = {name for name, _ in self.model.named_parameters()}
         rank = np.full(self.labels.num_labels, -1, dtype=np.int64)
+        own = rank.copy()
         place_classes = [classes[labels] for _, _, labels in self.places]
         prunable: list[tuple[tuple[int, int], str, _Family, tuple[Member, ...]]] = []
         frozen: list[tuple[tuple[int, int], Frozen]] = []
@@ -386,11 +307,10 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             channels = produced[np.sort(np.unique(produced, return_index=True)[1])]
             key = (order.get(tensor, len(order)), int(np.argmax(inside)))
             if family.reason is None and len(channels) > 1:
-                rank[channels] = np.arange(len(channels))
-                prunable.append(
-                    (key, tensor, family, tuple(self._member(i, rank[place_classes[i]], i in reads) for i in places))
-                )
-                rank[channels] = -1
+                rank[channels] = own[channels] = np.arange(len(channels))
+                members = tuple(self._member(i, own[place_classes[i]], i in reads) for i in places)
+                own[channels] = -1
+                prunable.append((key, tensor, family, members))
             else:
                 reason = family.reason or "its channels can only go all together"
                 frozen.append(
@@ -398,50 +318,70 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 )
         prunable.sort(key=lambda item: item[0])
         groups = _name_groups([(tensor, members) for _, tensor, _, members in prunable])
-        return ChannelGraph(
+        found = [family for _, _, family, _ in prunable]
+        group = np.full(self.labels.num_labels, -1, dtype=np.int64)
+        for g, family in enumerate(found):
+            group[family.classes] = g
+        graph = ChannelGraph(
             groups=groups,
             frozen=_merge_frozen([entry for _, entry in sorted(frozen, key=lambda item: item[0])]),
             shapes={name: tuple(tensor.shape) for name, tensor in self.tensors.items()},
             aliases=self.aliases,
-            scaled_groups=self._with_aliases(self.labels.scaled_groups),
-            normalising=self._normalising(groups, [family for _, _, family, _ in prunable], classes),
+            scaled_groups=self._with_aliases([*self.labels.scaled_groups, *map(weight_name, whole_groups)]),
+            normalising=self._normalising(groups, group, classes),
+            mixed=any((group[classes[labels]] >= 0).any() for labels in self.labels.mixed),
+            rules=self.tracer.rules,
             unknown={name: tuple(dict.fromkeys(where)) for name, where in self.labels.unknown.items()},
             batch=batch,
-            lengths=self._lengths(groups, [family for _, _, family, _ in prunable]),
-            macs=_products([(scale, factors) for scale, factors, _ in self.macs]),
-            params=_products([self._product([(p, d) for d in range(p.ndim)]) for p in self.model.parameters()]),
-            activation_bytes=_products(self.bytes),
+            followed=tuple(attributes),
+            lengths=self._lengths(groups, found),
+            macs=_products([(scale, factors) for scale, factors, _ in self.tracer.macs]),
+            params=_products([self.tracer.product([(p, d) for d in range(p.ndim)]) for p in self.model.parameters()]),
+            activation_bytes=_products(self.tracer.bytes),
         )
+        return Assembly(graph, group[classes], rank[classes])
 
-    def _freeze_unused(self) -> None:
-        for name, dim, unused in self.places:
-            if name not in self.labels.used:
-                self.labels.freeze(unused, "never used on the example input" if dim == 0 else "")
-        for path, module in self.model.named_modules():
-            if isinstance(module, OPAQUE):
-                for parameter in module.parameters():
-                    for labels in self.labels.of(parameter):
-                        self.labels.freeze(
-                            labels, f"{type(module).__name__} {path} takes its sizes from its constructor"
-                        )
+    def _classes(self) -> tuple[IntArray, list[str], dict[int, str]]:
+        """Class of each label, weights of convolutions that lose whole groups, and why classes are frozen.
 
-    def _reasons(self, classes: IntArray) -> dict[int, str]:
+        A grouped convolution with more groups than channels per group loses whole groups if nothing speaks against
+        it, otherwise the same places in every group.
+        """
+        whole = [g for g in self.labels.grouped if g.weight and g.inputs is not None and g.groups > g.num_per_group]
+        while True:
+            rows = [g for g in self.labels.grouped if g not in whole]
+            edges = [*self.labels.edges, *(edge for g in whole for edge in g.tie_groups())]
+            edges += [edge for g in rows for edge in g.tie_places()]
+            frozen = [*self.labels.frozen]
+            frozen += [(g.per_group, "") for g in whole if g.per_group is not None]
+            frozen += [
+                (g.per_group, f"the inputs of {g.weight} have a fixed number")
+                for g in rows
+                if g.per_group is not None and g.inputs is None
+            ]
+            classes = components(self.labels.num_labels, edges)
+            reasons = self._reasons(classes, frozen)
+            stuck = [
+                g
+                for g in whole
+                if len(found := set(classes[g.outputs])) < g.groups or not reasons.keys().isdisjoint(found)
+            ]
+            if not stuck:
+                return classes, [g.weight for g in whole if g.weight], reasons
+            whole = [g for g in whole if g not in stuck]
+
+    def _reasons(self, classes: IntArray, frozen: Sequence[tuple[IntArray, str]]) -> dict[int, str]:
         """Why a class is frozen: the first reason given for one of its labels."""
         reasons: dict[int, str] = {}
-        for labels, reason in self.labels.frozen:
-            for c in np.unique(classes[labels]).tolist():
+        for labels, reason in frozen:
+            for c in set(classes[labels].tolist()):
                 reasons[c] = reasons.get(c) or reason
         return reasons
-
-    def _read_places(self) -> set[int]:
-        starts = np.array([labels[0] for _, _, labels in self.places], dtype=np.int64)
-        read = [np.unique(np.searchsorted(starts, labels, side="right") - 1) for labels in self.labels.reads]
-        return set(np.concatenate(read).tolist()) if read else set()
 
     def _macs_by_tensor(self) -> dict[str, float]:
         """Fraction of the dense network's MACs per weight."""
         macs: dict[str, float] = defaultdict(float)
-        for scale, factors, tensor in self.macs:
+        for scale, factors, tensor in self.tracer.macs:
             macs[tensor or ""] += scale * float(np.prod([len(self.dims[i]) for i in factors]))
         total = sum(macs.values()) or 1.0
         return {name: value / total for name, value in macs.items()}
@@ -454,16 +394,12 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return Member(tensor, dim, by_channel.reshape(channel.max() + 1, -1), reads)
 
     def _normalising(
-        self, groups: Sequence[ChannelGroup], members: Sequence[_Family], classes: IntArray
+        self, groups: Sequence[ChannelGroup], group: IntArray, classes: IntArray
     ) -> dict[str, tuple[str, ...]]:
-        group_of = {
-            c: group.name for group, family in zip(groups, members, strict=True) for c in family.classes.tolist()
-        }
         found: dict[str, dict[str, None]] = defaultdict(dict)
         for labels, where in self.labels.normalising:
-            for c in np.unique(classes[labels]).tolist():
-                if c in group_of:
-                    found[group_of[c]].setdefault(where)
+            for g in set(group[classes[labels]].tolist()) - {-1}:
+                found[groups[g].name].setdefault(where)
         return {name: tuple(where) for name, where in found.items()}
 
     def _lengths(self, groups: Sequence[ChannelGroup], members: Sequence[_Family]) -> Lengths:
@@ -473,8 +409,9 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         dense = np.array([1, *(len(labels) for labels in self.dims)], dtype=np.int64)
         return Lengths(dense - per_width @ np.array([g.size for g in groups], dtype=np.int64), per_width)
 
-    def _with_aliases(self, names: Mapping[str, None]) -> frozenset[str]:
-        return frozenset(names) | {alias for alias, name in self.aliases.items() if name in names}
+    def _with_aliases(self, names: Iterable[str]) -> frozenset[str]:
+        own = frozenset(names)
+        return own | {alias for alias, name in self.aliases.items() if name in own}
 
 
 @dataclass(frozen=True, eq=False)

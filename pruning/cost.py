@@ -17,9 +17,10 @@ import numpy as np
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pruning.channels import ChannelGraph, Products, batch_size, undisturbed
+from pruning.channels import ChannelGraph, Products
 from pruning.plan import IntArray, PruningPlan
 from pruning.rules import bind, macs_of, written_by
+from pruning.tracer import batch_size, undisturbed
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ def costs(graph: ChannelGraph, plans: Sequence[PruningPlan] | IntArray) -> Costs
         for plan in plans:
             plan.validate(graph)
         names = [group.name for group in graph.groups]
-        plans = np.array([[plan.widths[n] for n in names] for plan in plans], dtype=np.int64).reshape(-1, len(names))
+        plans = np.array([[plan.widths[n] for n in names] for plan in plans], dtype=np.int64).reshape(
+            len(plans), len(names)
+        )
     lengths = graph.lengths.constant + plans @ graph.lengths.per_width.T
     return Costs(
         _evaluate(graph.macs, lengths) // graph.batch,

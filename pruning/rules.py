@@ -3,12 +3,14 @@
 Every index along a prunable dimension carries an integer label. A rule reads the labels of an operator's inputs,
 ties the labels that must be kept or removed together, and labels the outputs. To teach the tracer an operator, add
 its name to ``RULES`` (and to ``MACS`` if it multiplies and accumulates); an operator without a rule freezes every
-label it touches.
+label it touches. Where the code states a size (``view``, ``split``, a slice) a rule goes on as if the size followed
+the width and says so (``Propagation.state``); ``pruning.trial`` then finds out whether it does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from math import prod
 from typing import Any
@@ -24,29 +26,47 @@ Dim = IntArray | None
 """Labels along one dimension, shape ``(length,)``; None = a dimension of fixed length (batch, space, constants)."""
 
 Labels = tuple[Dim, ...]
+Edge = tuple[IntArray, IntArray]
+"""Labels that are tied pair by pair, each of shape ``(pairs,)``."""
+
 Arguments = Mapping[str, Any]
 """Arguments of an ATen call by the names in its schema, defaults filled in."""
 
 
 class Propagation:
-    """Labels of the live tensors, and what the operators seen so far say about them."""
+    """Labels of the live tensors, and what the operators seen so far say about them.
 
-    def __init__(self) -> None:
+    Args:
+        rules: further rules by operator name, or others than those of ``RULES``.
+    """
+
+    def __init__(self, rules: Mapping[str, Rule] | None = None) -> None:
         self.where = ""
         """Path of the module that is running."""
         self.operator = ""
-        self.in_chunk = False
-        """Whether the running split was asked for as "n equal parts"."""
+        self.function = ""
+        """Name of the torch function that runs this operator (``chunk`` and ``split`` both run ``split``)."""
+        self.inferred: int | None = None
+        """Position of the -1 in the sizes given to a view."""
         self.num_labels = 0
-        self.edges: list[tuple[IntArray, IntArray]] = []
+        self.edges: list[Edge] = []
+        self.grouped: list[Grouped] = []
         self.frozen: list[tuple[IntArray, str]] = []
+        self.stated: list[tuple[IntArray, str]] = []
         self.reads: list[IntArray] = []
         self.normalising: list[tuple[IntArray, str]] = []
+        self.mixed: list[IntArray] = []
+        """Labels over which an operator without weights sums, normalises or picks."""
         self.unknown: dict[str, list[str]] = {}
         self.scaled_groups: dict[str, None] = {}
         self.used: dict[str, None] = {}
+        self.relabelled: list[Tensor] = []
+        """Tensors that got labels after they were made, by the running operator."""
+        self.rules: Mapping[str, Rule] = RULES if rules is None else {**RULES, **rules}
         self._labels: Any = WeakIdKeyDictionary()
         self._sources: Any = WeakIdKeyDictionary()
+        self._positions: Any = WeakIdKeyDictionary()
+        self._parts: Any = WeakIdKeyDictionary()
 
     def fresh(self, size: int) -> IntArray:
         """New labels, shape ``(size,)``."""
@@ -87,6 +107,7 @@ class Propagation:
         if len(labelled) < len(dims):
             for dim in labelled:
                 self.freeze(dim, f"{self.here} joins it with a dimension of fixed size (an input or a constant)")
+            return None
         self.edges += [(labelled[0], dim) for dim in labelled[1:]]
         return labelled[0]
 
@@ -101,6 +122,41 @@ class Propagation:
         if dim is not None:
             self.frozen.append((dim, reason))
 
+    def state(self, dim: Dim) -> None:
+        """The code gives the length of this dimension (or a part of it) as a number that may not follow the width."""
+        if dim is not None:
+            self.stated.append((dim, f"{self.here} gets a size from the code"))
+
+    def depend(self, tensor: Tensor, dim: Dim) -> None:
+        """The tensor holds positions along ``dim``: whoever reads it freezes the labels."""
+        if dim is not None:
+            self._positions[tensor] = dim
+
+    def part(self, tensor: Tensor, whole: Tensor, dims: Sequence[int], where: int, positions: slice | int) -> None:
+        """The tensor is a view of ``whole``; its dimension i is ``dims[i]``, cut at ``positions`` of ``where``."""
+        self._parts[tensor] = (whole, tuple(dims), where, positions)
+
+    def written(self, tensor: Tensor) -> None:
+        """Labels written into a view reach the tensor it is a view of."""
+        if tensor not in self._parts:
+            return
+        whole, dims, where, positions = self._parts[tensor]
+        labels, new = list(self.of(whole)), self.of(tensor)
+        for d, dim in zip(dims, new, strict=True):
+            if dim is None:
+                continue
+            self.state(dim)
+            if d == where:
+                before = labels[d]
+                full = _fixed(self, whole.shape[d], "") if before is None else before.copy()
+                full[positions] = dim
+                labels[d] = full
+            else:
+                labels[d] = dim if labels[d] is None else self.tie(labels[d], dim)
+        self.set(whole, labels)
+        self.relabelled.append(whole)
+        self.written(whole)
+
     def read(self, tensor: Tensor, d: int) -> None:
         """Mark a dimension as summed over, if the tensor is a weight."""
         if (dim := self.of(tensor)[d]) is not None and self.source(tensor) is not None:
@@ -110,10 +166,13 @@ class Propagation:
         """Mark labels whose removal changes the values of the channels that stay (a mean over channels ...)."""
         if dim is not None:
             self.normalising.append((dim, self.here))
+            self.mixed.append(dim)
 
     def contract(self, a: Tensor, a_dim: int, b: Tensor, b_dim: int) -> None:
         """A dimension of ``a`` multiplied with one of ``b`` and summed over."""
-        self.tie(self.of(a)[a_dim], self.of(b)[b_dim])
+        dim = self.tie(self.of(a)[a_dim], self.of(b)[b_dim])
+        if dim is not None and self.source(a) is None and self.source(b) is None:
+            self.mixed.append(dim)
         self.read(a, a_dim)
         self.read(b, b_dim)
 
@@ -130,14 +189,25 @@ class Propagation:
         for source in sources:
             if source is not None:
                 self.used.setdefault(source)
+        for tensor in inputs:
+            if tensor in self._positions:
+                self.freeze(self._positions[tensor], f"{self.here} reads positions of channels")
         if any(map(self.is_labelled, inputs)):
-            rule = rule_for(func)
+            rule = self.rules.get(self.operator)
             if rule is not None:
                 rule(self, arguments, out)
+            elif torch.Tag.pointwise in func.tags:
+                elementwise(self, arguments, out)
             else:
                 self.unknown.setdefault(self.operator, []).append(self.where)
                 for dim in (dim for tensor in inputs for dim in self.of(tensor)):
                     self.freeze(dim, f"operator {self.here} has no rule")
+            if isinstance(out, Tensor) and inputs and out is inputs[0]:
+                self.written(out)
+        for tensor in tensors_in([out]):
+            if tensor.numel() == 0:
+                for dim in self.of(tensor):
+                    self.freeze(dim, f"{self.here} gives an empty tensor on the example input")
         if inputs and None not in sources:
             for tensor in tensors_in([out]):
                 self._sources.setdefault(tensor, sources[0])
@@ -145,6 +215,49 @@ class Propagation:
 
 
 Rule = Callable[[Propagation, Arguments, Any], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Grouped:
+    """A grouped convolution may lose whole groups, or the same places in every group.
+
+    Args:
+        weight: name of its weight, if it is a parameter or computed from one.
+        groups: how many.
+        inputs, outputs: labels of the channels, shape ``(in,)`` and ``(out,)``.
+        per_group: labels of the weight's dimension of input channels per group.
+    """
+
+    weight: str | None
+    groups: int
+    inputs: Dim
+    outputs: IntArray
+    per_group: Dim
+
+    @property
+    def num_per_group(self) -> int:
+        return 0 if self.inputs is None else len(self.inputs) // self.groups
+
+    def tie_groups(self) -> list[Edge]:
+        """Edges under which whole groups go."""
+        edges, firsts = [], []
+        for dim in (self.inputs, self.outputs):
+            assert dim is not None
+            parts = dim.reshape(self.groups, -1)
+            firsts.append(parts[:, 0])
+            edges.append((np.repeat(parts[:, 0], parts.shape[1] - 1), parts[:, 1:].ravel()))
+        return [*edges, (firsts[0], firsts[1])]
+
+    def tie_places(self) -> list[Edge]:
+        """Edges under which the same places go in every group."""
+        edges = []
+        for dim in (self.inputs, self.outputs):
+            if dim is not None:
+                parts = dim.reshape(self.groups, -1)
+                edges.append((np.tile(parts[0], self.groups - 1), parts[1:].ravel()))
+        if self.inputs is not None and self.per_group is not None:
+            edges.append((self.inputs, np.tile(self.per_group, self.groups)))
+        return edges
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -174,11 +287,6 @@ def bind(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Arguments
     bound.update(zip(bound.copy(), args, strict=False))
     bound.update(kwargs)
     return bound
-
-
-def rule_for(func: Any) -> Rule | None:
-    rule = RULES.get(operator_name(func))
-    return elementwise if rule is None and torch.Tag.pointwise in func.tags else rule
 
 
 # --- operators that keep the shape -------------------------------------------------------------------------------
@@ -220,7 +328,14 @@ def batch_norm(p: Propagation, a: Arguments, out: Any) -> None:
     x = list(p.of(a["input"]))
     per_channel = [a.get(name) for name in ("weight", "bias", "running_mean", "running_var")]
     x[1] = p.tie(x[1], *(p.of(t)[0] for t in per_channel if t is not None))
-    p.set(next(tensors_in([out])), x)
+    if a.get("training") or a.get("running_mean") is None:
+        for dim in (x[0], *x[2:]):
+            p.normalise(dim)
+    result, *statistics = tensors_in([out])
+    p.set(result, x)
+    for tensor in statistics:
+        if tensor.shape == (result.shape[1],):
+            p.set(tensor, (x[1],))
 
 
 def layer_norm(p: Propagation, a: Arguments, out: Any) -> None:
@@ -228,7 +343,7 @@ def layer_norm(p: Propagation, a: Arguments, out: Any) -> None:
     for d in range(-len(a["normalized_shape"]), 0):
         affine = [t for t in (a["weight"], a.get("bias")) if t is not None]
         if not affine:
-            p.freeze(x[d], f"{p.here} has a fixed size and no weight to follow")
+            p.state(x[d])
         p.normalise(x[d])
         x[d] = p.tie(x[d], *(p.of(t)[d] for t in affine))
     p.set(next(tensors_in([out])), x)
@@ -242,9 +357,13 @@ def group_norm(p: Propagation, a: Arguments, out: Any) -> None:
         p.tie_rows(x[1], groups)
         p.normalise(x[1])
     elif not affine:
-        p.freeze(x[1], f"{p.here} has a fixed size and no weight to follow")
+        p.state(x[1])
     x[1] = p.tie(x[1], *(p.of(t)[0] for t in affine))
-    p.set(next(tensors_in([out])), x)
+    result, *statistics = tensors_in([out])
+    p.set(result, x)
+    for tensor in statistics:
+        if groups == a["C"] and tensor.ndim == 2:
+            p.set(tensor, (None, x[1]))
 
 
 # --- operators that move dimensions ------------------------------------------------------------------------------
@@ -263,6 +382,10 @@ def transpose(p: Propagation, a: Arguments, out: Any) -> None:
     p.set(out, x)
 
 
+STATING = {"view", "reshape", "unflatten", "expand", "repeat", "multi_head_attention_forward"}
+"""Torch functions that are told sizes."""
+
+
 def view(p: Propagation, a: Arguments, out: Any) -> None:
     """Merging repeats labels; splitting ties what must stay rectangular; anything else freezes."""
     x, before, after = p.of(a["self"]), a["self"].shape, out.shape
@@ -271,32 +394,47 @@ def view(p: Propagation, a: Arguments, out: Any) -> None:
         for dim in x:
             p.freeze(dim, f"{p.here} gets an empty tensor")
         return
+    is_weight = p.source(a["self"]) is not None
     for ins, outs in _segments(before, after):
         labelled = [i for i in ins if x[i] is not None]
-        if not labelled:
-            continue
-        if len(labelled) > 1 or (len(ins) > 1 and len(outs) > 1):
+        if len(labelled) > 1 and is_weight:  # kernels are flattened with the channels they belong to
+            for i in (i for i in labelled if i > 1):
+                p.freeze(x[i], "")
+            labelled = [i for i in labelled if i <= 1] or labelled
+        if len(labelled) > 1:
             for i in labelled:
                 p.freeze(x[i], f"{p.here} mixes it with other dimensions")
+        if len(labelled) != 1:
             continue
         dim, place = x[labelled[0]], ins.index(labelled[0])
         assert dim is not None
-        shape = [-1 if k == place else 1 for k in range(len(ins))]
-        full = np.broadcast_to(dim.reshape(shape), [before[i] for i in ins]).reshape([after[o] for o in outs])
-        o, labels = _carrier(p, full)
-        result[outs[o]] = labels
+        if len(ins) == len(outs) == 1:
+            o = outs[0]
+            result[o] = dim
+        else:
+            shape = [-1 if k == place else 1 for k in range(len(ins))]
+            full = np.broadcast_to(dim.reshape(shape), [before[i] for i in ins]).reshape([after[o] for o in outs])
+            k, result_dim = _carrier(p, full, outs.index(p.inferred) if p.inferred in outs else None)
+            o = outs[k]
+            result[o] = result_dim
+        if p.function in STATING and p.inferred != o:
+            p.state(result[o])
     p.set(out, result)
 
 
-def _carrier(p: Propagation, full: IntArray) -> tuple[int, IntArray]:
-    """The axis of a labelled block that carries the labels: the only one they vary along, else the last, tied."""
+def _carrier(p: Propagation, full: IntArray, inferred: int | None) -> tuple[int, IntArray]:
+    """The axis of a labelled block that carries the labels, tied along all others.
+
+    The only axis they vary along; else the one whose size the code leaves open; else the longest (ties: the last).
+    """
     lines = [np.moveaxis(full, k, 0).reshape(full.shape[k], -1) for k in range(full.ndim)]
     for k, line in enumerate(lines):
         if (line == line[:, :1]).all():
             return k, line[:, 0].copy()
-    last = full.reshape(-1, full.shape[-1])
-    p.tie_rows(last.ravel(), len(last))
-    return full.ndim - 1, last[0].copy()
+    axis = max(range(full.ndim), key=lambda k: (full.shape[k], k)) if inferred is None else inferred
+    rows = np.moveaxis(full, axis, -1).reshape(-1, full.shape[axis])
+    p.tie_rows(rows.ravel(), len(rows))
+    return axis, rows[0].copy()
 
 
 def _segments(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
@@ -315,7 +453,15 @@ def _segments(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[lis
 
 def expand(p: Propagation, a: Arguments, out: Any) -> None:
     x = p.of(a["self"])
-    p.set(out, (None,) * (out.ndim - len(x)) + x)
+    for dim, n in zip(reversed(x), reversed(a["size"]), strict=False):
+        if n != -1:
+            p.state(dim)
+    dims = [*(None,) * (out.ndim - len(x)), *x]
+    if p.function in ("expand_as", "normalize"):
+        for d in range(-len(x), 0):
+            if a["self"].shape[d] == 1 < out.shape[d]:
+                dims[d] = p.fresh(out.shape[d])
+    p.set(out, dims)
 
 
 def repeat(p: Propagation, a: Arguments, out: Any) -> None:
@@ -339,11 +485,17 @@ def as_strided(p: Propagation, a: Arguments, out: Any) -> None:
 def pixel_shuffle(p: Propagation, a: Arguments, out: Any) -> None:
     """``(..., C r^2, H, W) -> (..., C, r H, r W)``: r^2 neighbours become one channel."""
     x = list(p.of(a["self"]))
-    if (dim := x[-3]) is not None:
-        blocks = dim.reshape(-1, a["upscale_factor"] ** 2)
-        p.tie_rows(blocks.T.ravel(), blocks.shape[1])
-        x[-3] = blocks[:, 0].copy()
+    x[-3] = _blocks(p, x[-3], out.shape[-3])
     p.set(out, x)
+
+
+def _blocks(p: Propagation, dim: Dim, number: int) -> Dim:
+    """Runs of neighbours become one index each; their labels are tied."""
+    if dim is None:
+        return None
+    blocks = dim.reshape(number, -1)
+    p.tie_rows(blocks.T.ravel(), blocks.shape[1])
+    return blocks[:, 0].copy()
 
 
 # --- operators that join and cut ---------------------------------------------------------------------------------
@@ -398,27 +550,66 @@ def pad(p: Propagation, a: Arguments, out: Any) -> None:
 
 
 def cut(p: Propagation, a: Arguments, out: Any) -> None:
-    """``slice``, ``select`` and ``split`` along one dimension; a real cut of labels freezes them."""
-    x, where = list(p.of(a["self"])), a["dim"] % a["self"].ndim
+    """``slice``, ``select``, ``split`` and ``unbind`` along one dimension; equal parts of a split are tied."""
+    whole = a["self"]
+    x, where = list(p.of(whole)), a["dim"] % whole.ndim
     dim, pieces = x[where], list(tensors_in([out]))
-    if dim is None:
-        parts: list[Dim] = [None] * len(pieces)
-    elif "index" in a or pieces[0].ndim < len(x):
+    if pieces[0].ndim < len(x):
         p.freeze(dim, f"{p.here} picks channels by position")
-        parts = [None] * len(pieces)
+        parts: list[Dim] = [None] * len(pieces)
+        places: list[slice | int] = [a["index"]] if "index" in a else list(range(len(pieces)))
     elif "step" in a:
-        parts = [dim[slice(a["start"], a["end"], a["step"])]]
-        if parts[0] is None or len(parts[0]) < len(dim):
-            p.freeze(dim, f"{p.here} cuts channels at a number written in the code")
+        places = [slice(a["start"], a["end"], a["step"])]
+        parts = [None if dim is None else dim[places[0]]]
+        if dim is not None and len(pieces) and pieces[0].shape[where] < len(dim):
+            p.state(dim)
     else:
         sizes = [piece.shape[where] for piece in pieces]
-        parts = list(np.split(dim, np.cumsum(sizes)[:-1]))
-        if p.in_chunk and len(set(sizes)) == 1:
-            p.tie_rows(dim, len(sizes))
-        elif len(pieces) > 1:
-            p.freeze(dim, f"{p.here} cuts channels at a number written in the code")
-    for piece, part in zip(pieces, parts, strict=True):
-        p.set(piece, x[:where] + ([part] if piece.ndim == len(x) else []) + x[where + 1 :])
+        ends = np.cumsum(sizes).tolist()
+        places = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+        parts = [None if dim is None else dim[place] for place in places]
+        if dim is not None and len(pieces) > 1:
+            if len(set(sizes)) == 1 and (p.function == "chunk" or "split_size" in a):
+                p.tie_rows(dim, len(sizes))
+            if p.function != "chunk" or len(set(sizes)) > 1:
+                p.state(dim)
+    for piece, part, place in zip(pieces, parts, places, strict=True):
+        kept = [d for d in range(len(x)) if d != where or piece.ndim == len(x)]
+        p.set(piece, [part if d == where else x[d] for d in kept])
+        p.part(piece, whole, kept, where, place)
+
+
+def copy_into(p: Propagation, a: Arguments, out: Any) -> None:
+    """``self`` takes the labels of what is copied into it."""
+    old, new, source = p.of(out), [], a["src"]
+    for d in range(-out.ndim, 0):
+        faces = source.ndim >= -d and source.shape[d] == out.shape[d] != 1
+        new.append(p.of(source)[d] if faces and p.of(source)[d] is not None else old[d])
+        if faces and p.of(source)[d] is None:
+            p.freeze(old[d], f"{p.here} overwrites it with a tensor of fixed size")
+    p.set(out, new)
+
+
+def index_put(p: Propagation, a: Arguments, out: Any) -> None:
+    """Rows written by an index: the other dimensions face each other."""
+    x, values = list(p.of(a["self"])), a["values"]
+    used = [d for d, idx in enumerate(a["indices"]) if idx is not None]
+    whole = [d for d in range(len(x)) if d not in used]
+    masks = any(idx is not None and idx.dtype in (torch.bool, torch.uint8) and idx.ndim > 1 for idx in a["indices"])
+    simple = not masks and used == list(range(len(used)))
+    for d in used if simple else range(len(x)):
+        p.freeze(x[d], f"{p.here} picks channels by position")
+    for d in range(values.ndim):
+        faces = len(x) - values.ndim + d
+        if not simple or faces not in whole:
+            p.freeze(p.of(values)[d], f"{p.here} picks channels by position")
+        elif (dim := p.of(values)[d]) is not None:
+            p.state(dim)
+            x[faces] = dim if x[faces] is None else p.tie(x[faces], dim)
+            p.relabelled.append(out)
+        elif values.shape[d] == out.shape[faces] != 1:
+            p.freeze(x[faces], f"{p.here} overwrites it with a tensor of fixed size")
+    p.set(out, x)
 
 
 def glu(p: Propagation, a: Arguments, out: Any) -> None:
@@ -466,13 +657,13 @@ def reduce(p: Propagation, a: Arguments, out: Any, *, order: bool = False) -> No
     """Reductions over ``dim``; over labels they normalise channels, or freeze them where the result is an index."""
     x = list(p.of(a["self"]))
     over = {d % len(x) for d in as_list(a.get("dim"))} if a.get("dim") not in (None, []) else set(range(len(x)))
-    for d in over:
-        if order:
-            p.freeze(x[d], f"{p.here} picks channels by position")
-        p.normalise(x[d])
     for result in tensors_in([out]):
         kept = [None if d in over else dim for d, dim in enumerate(x) if result.ndim == len(x) or d not in over]
         p.set(result, kept)
+        for d in over if order and not result.is_floating_point() else ():
+            p.depend(result, x[d])
+    for d in over:
+        p.normalise(x[d])
 
 
 def spatial(p: Propagation, a: Arguments, out: Any, *, num_dims: int) -> None:
@@ -482,6 +673,61 @@ def spatial(p: Propagation, a: Arguments, out: Any, *, num_dims: int) -> None:
         p.freeze(dim, f"{p.here} works along it")
     for result in tensors_in([out]):
         p.set(result, x[:-num_dims] + (None,) * num_dims)
+
+
+def unfold_windows(p: Propagation, a: Arguments, out: Any) -> None:
+    """``Tensor.unfold``: windows of one dimension become a last dimension."""
+    x = list(p.of(a["self"]))
+    p.freeze(x[a["dimension"]], f"{p.here} works along it")
+    x[a["dimension"]] = None
+    p.set(out, [*x, None])
+
+
+def im2col(p: Propagation, a: Arguments, out: Any) -> None:
+    """``(N, C, H, W) -> (N, C k, L)``: each channel becomes k neighbours."""
+    x = p.of(a["self"])
+    channels = x[-3]
+    k = out.shape[-2] // a["self"].shape[-3]
+    p.set(out, (*x[:-3], None if channels is None else np.repeat(channels, k), None))
+
+
+def col2im(p: Propagation, a: Arguments, out: Any) -> None:
+    """``(N, C k, L) -> (N, C, H, W)``: k neighbours become one channel."""
+    x = p.of(a["self"])
+    p.set(out, (*x[:-2], _blocks(p, x[-2], out.shape[-3]), None, None))
+
+
+def pixel_unshuffle(p: Propagation, a: Arguments, out: Any) -> None:
+    """``(..., C, r H, r W) -> (..., C r^2, H, W)``: each channel becomes r^2 neighbours."""
+    x = list(p.of(a["self"]))
+    x[-3] = None if (dim := x[-3]) is None else np.repeat(dim, a["downscale_factor"] ** 2)
+    p.set(out, x)
+
+
+def channel_shuffle(p: Propagation, a: Arguments, out: Any) -> None:
+    """Channel (g, c) moves to (c, g); each of the groups loses the same places."""
+    x = list(p.of(a["self"]))
+    if (dim := x[1]) is not None:
+        p.tie_rows(dim, a["groups"])
+        x[1] = dim.reshape(a["groups"], -1).T.ravel().copy()
+    p.set(out, x)
+
+
+def grid_sampler(p: Propagation, a: Arguments, out: Any) -> None:
+    x = p.of(a["input"])
+    for dim in (*x[2:], *p.of(a["grid"])):
+        p.freeze(dim, f"{p.here} works along it")
+    p.set(out, (x[0], x[1]) + (None,) * (out.ndim - 2))
+
+
+def weight_norm(p: Propagation, a: Arguments, out: Any) -> None:
+    """``g v / |v|``, the norm over all dimensions but ``dim``; zeros add nothing to it."""
+    v, g = p.of(a["v"]), p.of(a["g"])
+    dims = [dim if g_dim is None else p.tie(dim, g_dim) for dim, g_dim in zip(v, g, strict=True)]
+    p.mixed += [dim for dim in dims if dim is not None]
+    weight, norms = tensors_in([out])
+    p.set(weight, dims)
+    p.set(norms, g)
 
 
 def roi_align(p: Propagation, a: Arguments, out: Any) -> None:
@@ -512,9 +758,11 @@ def _direct(p: Propagation, x: Dim, weight: Tensor, groups: int, num_inputs: int
         _scale_groups(p, weight)
         p.tie(None if x is None else np.repeat(x, weight.shape[0] // groups), w[0])
         return w[0]
-    p.tie(x, None if w[1] is None else np.tile(w[1], groups))
-    p.tie_rows(x, groups)
-    p.tie_rows(w[0], groups)
+    if groups > 1 and w[0] is not None:
+        p.grouped.append(Grouped(p.source(weight), groups, x, w[0], w[1]))
+    else:
+        p.tie(x, None if w[1] is None else np.tile(w[1], groups))
+        p.tie_rows(x, groups)
     p.read(weight, 1)
     return w[0]
 
@@ -536,7 +784,18 @@ def _transposed(p: Propagation, x: Dim, weight: Tensor, groups: int, num_inputs:
 def _scale_groups(p: Propagation, weight: Tensor) -> None:
     source = p.source(weight)
     if source is not None:
-        p.scaled_groups.setdefault(source)
+        p.scaled_groups.setdefault(weight_name(source))
+
+
+def weight_name(parameter: str) -> str:
+    """Name of the weight a parameter makes: ``a.parametrizations.weight.original1``, ``a.weight_v`` -> ``a.weight``."""
+    layer, found, rest = parameter.partition(".parametrizations.")
+    if found:
+        return f"{layer}.{rest.partition('.')[0]}"
+    for ending in ("_v", "_g", "_orig"):
+        if parameter.endswith(f"weight{ending}"):
+            return parameter.removesuffix(ending)
+    return parameter
 
 
 def matmul(p: Propagation, a: Arguments, out: Any, *, left: str, right: str, bias: str | None = None) -> None:
@@ -551,6 +810,18 @@ def matmul(p: Propagation, a: Arguments, out: Any, *, left: str, right: str, bia
             if a[bias].shape[d] == out.shape[d] != 1:
                 dims[d] = p.tie(dims[d], add[d])
     p.set(out, dims)
+
+
+def dot(p: Propagation, a: Arguments, out: Any, *, right: str = "tensor") -> None:
+    p.contract(a["self"], 0, a[right], 0)
+
+
+def deform_conv(p: Propagation, a: Arguments, out: Any) -> None:
+    """A convolution at sampled places; the places themselves are no channels."""
+    for name in ("offset", "mask") if a["use_mask"] else ("offset",):
+        for dim in p.of(a[name]):
+            p.freeze(dim, f"{p.here} reads places from it")
+    convolution(p, {**a, "transposed": False}, out)
 
 
 def linear(p: Propagation, a: Arguments, out: Any) -> None:
@@ -575,7 +846,7 @@ def attention(p: Propagation, a: Arguments, out: Any) -> None:
 
 
 _CARRY = (
-    "clone detach alias lift_fresh lift_fresh_copy _to_copy contiguous copy fill zero masked_fill where dropout "
+    "clone detach alias lift_fresh lift_fresh_copy _to_copy contiguous fill zero masked_fill where dropout tril triu "
     "hardswish _prelu_kernel log_sigmoid_forward rrelu_with_noise"
 )
 _LIKE = "zeros_like ones_like full_like empty_like rand_like randn_like bernoulli native_dropout"
@@ -585,7 +856,7 @@ _SPATIAL = (
     "max_pool{}d max_pool{}d_with_indices avg_pool{}d adaptive_avg_pool{}d _adaptive_avg_pool{}d adaptive_max_pool{}d "
     "reflection_pad{}d replication_pad{}d upsample_nearest{}d _upsample_nearest_exact{}d upsample_linear{}d "
     "upsample_bilinear{}d upsample_bicubic{}d upsample_trilinear{}d _upsample_bilinear{}d_aa _upsample_bicubic{}d_aa "
-    "lp_pool{}d fractional_max_pool{}d"
+    "lp_pool{}d fractional_max_pool{}d max_unpool{}d"
 )
 _BATCH_NORM = (
     "batch_norm native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
@@ -602,7 +873,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_BATCH_NORM.split(), batch_norm),
     **dict.fromkeys(_ATTENTION.split(), attention),
     **dict.fromkeys(_REDUCE.split(), reduce),
-    **dict.fromkeys(("max", "min", "argmax", "argmin"), partial(reduce, order=True)),
+    **dict.fromkeys(("max", "min", "argmax", "argmin", "median", "mode"), partial(reduce, order=True)),
     **dict.fromkeys(("_softmax", "_log_softmax", "_safe_softmax"), partial(along, normalises=True)),
     **dict.fromkeys(("cumsum", "roll", "sort", "topk", "index_select"), along),
     **{name: partial(spatial, num_dims=n) for n in (1, 2, 3) for name in _SPATIAL.format(*(n,) * 20).split()},
@@ -610,7 +881,10 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("transpose", "t"), transpose),
     **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"), constant),
     "glu": glu,
+    "copy": copy_into,
+    **dict.fromkeys(("index_put", "_index_put_impl"), index_put),
     "native_layer_norm": layer_norm,
+    "_fused_rms_norm": layer_norm,
     "native_group_norm": group_norm,
     "permute": permute,
     "expand": expand,
@@ -618,6 +892,13 @@ RULES: dict[str, Rule] = {
     "flip": flip,
     "as_strided": as_strided,
     "pixel_shuffle": pixel_shuffle,
+    "pixel_unshuffle": pixel_unshuffle,
+    **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), channel_shuffle),
+    "unfold": unfold_windows,
+    "im2col": im2col,
+    "col2im": col2im,
+    **dict.fromkeys(("grid_sampler_2d", "grid_sampler_3d"), grid_sampler),
+    "_weight_norm_interface": weight_norm,
     "cat": cat,
     "stack": stack,
     "constant_pad_nd": pad,
@@ -625,11 +906,14 @@ RULES: dict[str, Rule] = {
     "embedding": embedding,
     "torchvision::roi_align": roi_align,
     "torchvision::roi_pool": roi_align,
+    "torchvision::deform_conv2d": deform_conv,
     "convolution": convolution,
     "linear": linear,
     "mm": partial(matmul, left="self", right="mat2"),
     "bmm": partial(matmul, left="self", right="mat2"),
     "mv": partial(matmul, left="self", right="vec"),
+    "dot": dot,
+    "vdot": partial(dot, right="other"),
     "addmm": partial(matmul, left="mat1", right="mat2", bias="self"),
     "baddbmm": partial(matmul, left="batch1", right="batch2", bias="self"),
 }
@@ -648,6 +932,7 @@ def _macs_matmul(left: str, right: str) -> Callable[[Arguments, Any], list[list[
 
 MACS: dict[str, Callable[[Arguments, Any], list[list[Factor]]]] = {
     "convolution": lambda a, out: [_all(a["input"] if a["transposed"] else out, but=(1,)) + _all(a["weight"])],
+    "torchvision::deform_conv2d": lambda a, out: [_all(out, but=(1,)) + _all(a["weight"])],
     "linear": lambda a, out: [[*_all(a["input"]), (a["weight"], 0)]],
     "mm": _macs_matmul("self", "mat2"),
     "bmm": _macs_matmul("self", "mat2"),

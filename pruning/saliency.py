@@ -10,8 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from pruning.channels import ChannelGraph, tensors_of
+from pruning.channels import ChannelGraph
 from pruning.plan import ChannelGroup, Member, PruningPlan
+from pruning.tracer import tensors_of
 
 FloatArray = npt.NDArray[np.float64]
 

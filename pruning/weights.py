@@ -6,9 +6,10 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from pruning.channels import ChannelGraph, PruningError
+from pruning.channels import ChannelGraph
 from pruning.plan import PruningPlan
 from pruning.surgery import check_model, cut, prune, rebuild
+from pruning.tracer import PruningError
 
 
 def inherit(
@@ -36,5 +37,6 @@ def inherit(
     return rebuild(
         model,
         graph,
+        plan,
         {n: cut(t, slices[n]) if n in slices else t.detach().clone() for n, t in source.items()},
     )

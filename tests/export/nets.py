@@ -85,6 +85,43 @@ class Attention(nn.Module):
         return self.head((x + self.mlp(x))[:, 0])
 
 
+class Follows(nn.Module):
+    """Computed weights (two widths in one reshape; depthwise), nearest upsampling, the middle third of a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.conv = nn.Conv2d(8, 12, 1)
+        self.depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+        self.qkv = nn.Linear(12, 24)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.conv.weight
+        flat = w.reshape(1, w.shape[0], w.shape[1])
+        w = (flat - flat.mean(2, keepdim=True)).reshape(w.shape)
+        x = nn.functional.conv2d(torch.relu(self.stem(x)), w, self.conv.bias)
+        x = nn.functional.conv2d(x, self.depthwise.weight * 2, padding=1, groups=self.depthwise.groups)
+        x = nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
+        q, k, v = self.qkv(x.mean((2, 3))).chunk(3, -1)
+        bias = self.qkv.bias[self.qkv.bias.numel() // 3 : 2 * (self.qkv.bias.numel() // 3)]
+        return self.head(q * torch.sigmoid(k + bias) + v)
+
+
+class Heads(nn.Module):
+    """Two images in, a mapping of lists out, as detectors have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.boxes = nn.Conv2d(8, 4, 1)
+        self.scores = nn.Conv2d(8, 2, 1)
+
+    def forward(self, images: list[Tensor], options: dict[str, Tensor]) -> dict[str, list[Tensor]]:
+        maps = [torch.relu(self.stem(image * options["scale"])) for image in images]
+        return {"scores": [self.scores(m) for m in maps], "boxes": [1000 * self.boxes(m).flatten(1) for m in maps]}
+
+
 class Picks(nn.Module):
     """Takes fixed channels: nothing that reads them can be cut from a template."""
 

@@ -11,11 +11,12 @@ import onnxruntime
 import pytest
 import torch
 import torchvision
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from export import TemplateError, export_onnx, open_session, verify_parity
-from export.shapes import _reshape_target, _segments
-from export.slicing import OnnxTemplate, candidate_onnx
+from export.shapes import _gather, _reshape_target, _segments, _Side, _slice
+from export.slicing import OnnxTemplate, _compare, candidate_onnx
 from pruning.channels import ChannelGraph
 from pruning.plan import PruningPlan
 from pruning.surgery import prune
@@ -45,7 +46,7 @@ def assert_slices_like_torch(model: nn.Module, x: torch.Tensor, graph: ChannelGr
         ).ok  # the template's own weights are the dense ones
 
 
-@pytest.mark.parametrize("name", ["Flat", "Mobile", "Shuffle", "Attention"])
+@pytest.mark.parametrize("name", ["Flat", "Mobile", "Shuffle", "Attention", "Follows"])
 def test_sliced_equals_pruned(name: str):
     assert_slices_like_torch(*traced(getattr(nets, name)()))
 
@@ -54,6 +55,21 @@ def test_sliced_equals_pruned(name: str):
 def test_sliced_equals_pruned_on_torchvision_networks(name: str):
     model = torchvision.models.get_model(name, weights=None, num_classes=10)
     assert_slices_like_torch(*traced(model, (1, 3, 32, 32)))
+
+
+def test_lists_and_mappings_in_and_several_outputs(tmp_path: Path):
+    model = prepared(nets.Heads())
+    example = ([torch.randn(SMALL), torch.randn(SMALL)], {"scale": torch.tensor(0.5)})
+    graph = ChannelGraph.trace(model, *example)
+    template = OnnxTemplate.export(model, example, graph)
+    plan = random_plan(graph)
+    pruned = prune(model, graph, plan)
+    assert template.check(plan, pruned, example).max_relative_error < 1e-5
+    assert len(candidate_onnx(template, pruned, example, plan, tmp_path / "c.onnx").outputs) == 4
+    with torch.no_grad():
+        pruned.scores.bias += 1e-2  # boxes are a thousand times larger and must not hide it
+    with pytest.raises(TemplateError, match="computes something else"):
+        _compare(template.slice(plan), pruned, example, 1e-5)
 
 
 def optimised_operators(data: bytes | Path, path: Path) -> Counter[str]:
@@ -102,7 +118,7 @@ def test_slices_are_independent_of_each_other(flat, tmp_path: Path):
     _, _, graph, template = flat
     first = template.slice(random_plan(graph, 1))
     template.slice(random_plan(graph, 2))
-    assert template.slice(random_plan(graph, 1), path=tmp_path / "a.onnx") == first
+    template.write(random_plan(graph, 1), tmp_path / "a.onnx")
     assert (tmp_path / "a.onnx").read_bytes() == first
 
 
@@ -237,6 +253,9 @@ def test_session_shape_is_the_pruned_one(flat):
         ((1, 9, 24), (1, 9, 18), (1, 9, 6, 4), [1, 9, 6, -1]),  # one channel in each of six heads
         ((1, 56, 56, 96), (1, 56, 56, 95), (1, 8, 7, 8, 7, 96), [1, 8, 7, 8, 7, -1]),  # windows, channels last
         ((4, 16, 5), (4, 15, 5), (4, 16, 5), [4, 0, 5]),
+        ((1, 9, 64), (1, 9, 48), (1, 9, 4, 16), [1, 9, -1, 16]),  # one of four heads, though 48 = 4 x 12 too
+        ((1008, 16, 2, 2), (992, 16, 2, 2), (1, 63, 256, 4), [1, -1, 256, 4]),  # patches unfolded: 62 channels
+        ((40, 30, 1, 1), (39, 29, 1, 1), (1, 40, 30), [1, -1, -1]),  # two widths: computed from the input's shape
     ],
 )
 def test_reshape_targets(s, s2, t, target):
@@ -250,3 +269,36 @@ def test_reshape_targets(s, s2, t, target):
 def test_segments():
     assert _segments((1, 512, 1, 1), (1, 512)) == [([0], [0]), ([1, 2, 3], [1])]
     assert _segments((1, 6, 4), (1, 4, 6)) == [([0], [0]), ([1, 2], [1, 2])]
+
+
+def side(**values: list[int]) -> _Side:
+    return _Side(20, {}, {name: np.array(value, dtype=np.int64) for name, value in values.items()})
+
+
+def test_gathering_everything_in_order_is_a_reshape():
+    node = onnx.helper.make_node("Gather", ["x", "i"], ["y"], axis=0)
+    constants = _gather(node, side(i=np.arange(8).reshape(1, 8, 1, 1)), (8,), (7,))  # type: ignore[arg-type]
+    assert (node.op_type, list(node.input)) == ("Reshape", ["x", "y_follow"])
+    assert onnx.numpy_helper.to_array(constants[0].attribute[0].t).tolist() == [1, -1, 1, 1]
+    with pytest.raises(TemplateError, match="picks fixed positions"):
+        _gather(onnx.helper.make_node("Gather", ["x", "i"], ["y"]), side(i=[1, 0, 2, 3, 4, 5, 6, 7]), (8,), (7,))
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "kept"), [(0, 24, (0, 21)), (0, 99, (0, 21)), (8, 16, (7, 14)), (-8, 24, (14, 21)), (2, 5, None)]
+)
+def test_slices_along_a_width(start: int, end: int, kept: tuple[int, int] | None):
+    """All of it, the second and the third of three parts, fixed positions; 24 channels shrink to 21."""
+    node = onnx.helper.make_node("Slice", ["x", "s", "e", "a"], ["y"])
+    constants = side(s=[start], e=[end], a=[1])
+    if kept is None:
+        with pytest.raises(TemplateError, match="takes fixed positions"):
+            _slice(node, constants, (1, 24), (1, 21))
+        return
+    nodes = [*_slice(node, constants, (1, 24), (1, 21)), node]
+    ports = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in "xy"]
+    given = [onnx.numpy_helper.from_array(value, name) for name, value in constants.values.items()]
+    graph = onnx.helper.make_graph(nodes, "slice", ports[:1], ports[1:], given)
+    x = np.arange(21, dtype=np.float32)[None]
+    found = ReferenceEvaluator(onnx.helper.make_model(graph)).run(None, {"x": x})[0]
+    assert found.tolist() == x[:, slice(*kept)].tolist()

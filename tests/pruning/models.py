@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torchvision.ops import FrozenBatchNorm2d
 
 from pruning.channels import ChannelGraph
 from pruning.plan import PruningPlan
 from pruning.saliency import uniform_plan
 from pruning.surgery import Certificate, certify, prune
 
+NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, FrozenBatchNorm2d)
+
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     """Random affine parameters and running statistics in every normalisation layer; returns the model."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
-        for name in ("running_mean", "bias"):
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                getattr(module, name).data.normal_(0, 0.5, generator=generator)
-        for name in ("running_var", "weight"):
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                getattr(module, name).data.uniform_(0.5, 1.5, generator=generator)
+        if isinstance(module, NORMS):
+            for name in ("running_mean", "bias"):
+                if getattr(module, name, None) is not None:
+                    getattr(module, name).data.normal_(0, 0.5, generator=generator)
+            for name in ("running_var", "weight"):
+                if getattr(module, name, None) is not None:
+                    getattr(module, name).data.uniform_(0.5, 1.5, generator=generator)
     return model
 
 
@@ -35,6 +43,22 @@ def certified(model: nn.Module, *inputs: Tensor, seed: int = 0) -> tuple[Channel
     graph = ChannelGraph.trace(model, *inputs)
     plan = half(graph, seed)
     return graph, certify(model, prune(model, graph, plan), graph, plan, *inputs)
+
+
+class Net(nn.Module):
+    """Named layers, parameters and buffers, and a function of them and of the inputs."""
+
+    def __init__(self, run: Callable[..., Any], **parts: Any) -> None:
+        super().__init__()
+        self.run = run
+        for name, part in parts.items():
+            if isinstance(part, Tensor) and not isinstance(part, nn.Parameter):
+                self.register_buffer(name, part)
+            else:
+                setattr(self, name, part)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(self, *args, **kwargs)
 
 
 class PlainCNN(nn.Module):

@@ -1,0 +1,305 @@
+"""One run of a foreign model with a label on every channel, and what it shows."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from pruning.plan import IntArray
+from pruning.rules import Factor, Labels, Propagation, Rule, macs_of, tensors_in, written_by
+
+OPAQUE = (nn.RNNBase, nn.RNNCellBase)
+"""Modules that check tensor sizes against their constructor's: their own tensors are frozen."""
+
+CallKey = tuple[str, str, int]
+"""Running module, torch function, how many times the module called it before."""
+
+
+class PruningError(ValueError):
+    """A model cannot be traced, pruned, saved or loaded; the message says what was expected and what came."""
+
+
+def named_tensors(value: Any, path: str = "", above: tuple[int, ...] = ()) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in nested lists, tuples, mappings and plain objects, with their paths (``[0]['boxes']``).
+
+    ``above`` holds the ids of the containers around ``value``, so that cycles end.
+    """
+    if id(value) in above:
+        return
+    above = (*above, id(value))
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from named_tensors(item, f"{path}[{key!r}]", above)
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from named_tensors(item, f"{path}[{i}]", above)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for item in fields(value):
+            yield from named_tensors(getattr(value, item.name), f"{path}.{item.name}", above)
+    elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)):
+        for key, item in vars(value).items():
+            yield from named_tensors(item, f"{path}.{key}", above)
+
+
+def tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Parameters and buffers by their first name, and the further names of tied ones -> the first."""
+    first: dict[int, str] = {}
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    for named in (model.named_parameters, model.named_buffers):
+        for name, tensor in named(remove_duplicate=False):
+            if id(tensor) in first:
+                aliases[name] = first[id(tensor)]
+            else:
+                first[id(tensor)] = name
+                tensors[name] = tensor
+    return tensors, aliases
+
+
+def batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """Images in the inputs of a forward: the length of a list of images, else the first tensor's first dimension."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, (list, tuple)) and value:
+            return len(value)
+        if isinstance(value, Tensor) and value.ndim > 0:
+            return max(1, value.shape[0])
+    return 1
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; modes, buffers and torch's random state are put back afterwards.
+
+    ``nn.MultiheadAttention`` runs as a composition of operators meanwhile, not as one fused operator.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone(), buffer._version) for buffer in model.buffers()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng([d.index for d in devices]), torch.no_grad():
+        fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        for module, _ in modes:
+            module.training = False
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
+            for module, training in modes:
+                module.training = training
+            for buffer, before, version in buffers:
+                if buffer._version != version:
+                    buffer.copy_(before)
+
+
+class Entered:
+    """The stack of running modules, and the last one entered."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.names = {module: name for name, module in model.named_modules()}
+        self.stack = [""]
+        self.last = ""
+        self.last_type = type(model).__name__
+
+
+@contextmanager
+def modules_entered(model: nn.Module) -> Iterator[Entered]:
+    """Follow which module of the model is running."""
+    entered = Entered(model)
+
+    def enter(module: nn.Module, _: object) -> None:
+        if module in entered.names:
+            entered.last, entered.last_type = entered.names[module], type(module).__name__
+        entered.stack.append(entered.names.get(module, entered.stack[-1]))
+
+    def leave(_: nn.Module, __: object, ___: object) -> None:
+        entered.stack.pop()
+
+    handles = [
+        nn_module.register_module_forward_pre_hook(enter),
+        nn_module.register_module_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield entered
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What one call of a torch function gave: per tensor its labels, shape, type and device."""
+
+    outputs: tuple[tuple[Labels, tuple[int, ...], torch.dtype, torch.device], ...]
+
+
+class Calls:
+    """Numbers the calls of torch functions, so that two runs of a model can be compared call by call."""
+
+    def __init__(self, entered: Entered) -> None:
+        self.entered = entered
+        self.counts: dict[tuple[str, str], int] = defaultdict(int)
+
+    def key(self, function: str) -> CallKey:
+        where = self.entered.stack[-1]
+        self.counts[where, function] += 1
+        return where, function, self.counts[where, function]
+
+
+class _Functions(TorchFunctionMode):
+    """Keeps what each torch function gave, and tells the rules what the code asked for."""
+
+    def __init__(self, tracer: Tracer, entered: Entered) -> None:
+        super().__init__()
+        self.tracer = tracer
+        self.calls = Calls(entered)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__
+        labels = self.tracer.labels
+        if name == "__get__":
+            return func(*args, **(kwargs or {}))
+        key = self.calls.key(name)
+        labels.function = name
+        labels.inferred = _open_size(args) if name in ("view", "reshape") else None
+        try:
+            out = func(*args, **(kwargs or {}))
+        finally:
+            labels.function, labels.inferred = "", None
+        if name == "instance_norm" and (channels := labels.of(args[0])[1]) is not None:
+            self.tracer.norms[key[0]] = channels
+        tensors = list(tensors_in([args[0] if name == "__setitem__" else out]))
+        if tensors and any(map(labels.is_labelled, (*tensors, *tensors_in([args, tuple((kwargs or {}).values())])))):
+            self.tracer.calls[key] = Call(tuple((labels.of(t), tuple(t.shape), t.dtype, t.device) for t in tensors))
+        return out
+
+
+def _open_size(args: Sequence[Any]) -> int | None:
+    """Position of the -1 among the sizes of a view."""
+    sizes = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
+    return next((i for i, n in enumerate(sizes) if isinstance(n, int) and n == -1), None)
+
+
+class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Runs a model with labels and keeps what the run shows.
+
+    Args:
+        rules: rules of the user, by operator name.
+    """
+
+    def __init__(self, model: nn.Module, rules: Mapping[str, Rule] | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.model = model
+        self.rules = rules
+        self.labels = Propagation(rules)
+        self.tensors, self.aliases = tensors_of(model)
+        self.places = [
+            (name, d, labels)
+            for name, tensor in self.tensors.items()
+            for d, labels in enumerate(self.labels.register(name, tensor))
+            if labels is not None
+        ]
+        self.dims: list[IntArray] = [labels for _, _, labels in self.places]
+        self.dim_ids = {id(labels): i for i, labels in enumerate(self.dims)}
+        self.macs: list[tuple[int, list[int], str | None]] = []
+        self.bytes: list[tuple[int, list[int]]] = []
+        self.calls: dict[CallKey, Call] = {}
+        self.norms: dict[str, IntArray] = {}
+        """Norms without tensors that were told a number of features, and the labels of the channels they see."""
+        self._allocated: Any = WeakIdKeyDictionary()
+        self.entered = Entered(model)
+
+    def run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Run the model once; what reaches its outputs is frozen.
+
+        Raises:
+            PruningError: the forward fails; says in which module and with which shapes.
+        """
+        with undisturbed(self.model), modules_entered(self.model) as entered:
+            self.entered = entered
+            try:
+                with _Functions(self, entered), self:
+                    outputs = self.model(*args, **kwargs)
+            except Exception as error:
+                shapes = ", ".join(f"{path} {tuple(t.shape)}" for path, t in named_tensors((args, dict(kwargs))))
+                raise PruningError(
+                    f"the model fails on the example input, in module {entered.last!r} "
+                    f"({entered.last_type}), given {shapes or 'no tensor'}: {type(error).__name__}: {error}"
+                ) from error
+        for path, tensor in named_tensors(outputs):
+            for dim in self.labels.of(tensor):
+                self.labels.freeze(dim, f"reaches the model's output{path}")
+
+        self._freeze_unused()
+        for path, module in self.model.named_modules():
+            if isinstance(module, nn.MultiheadAttention):
+                self._attention(path, module)
+            elif isinstance(module, OPAQUE):
+                self._opaque(path, module)
+
+    def _freeze_unused(self) -> None:
+        for name, dim, unused in self.places:
+            if name not in self.labels.used:
+                self.labels.freeze(unused, "never used on the example input" if dim == 0 else "")
+
+    def _opaque(self, path: str, module: nn.Module) -> None:
+        for parameter in module.parameters():
+            for labels in self.labels.of(parameter):
+                self.labels.freeze(labels, f"{type(module).__name__} {path} takes its sizes from its constructor")
+
+    def _attention(self, path: str, module: nn.MultiheadAttention) -> None:
+        """Heads together are as wide as the input, because the module has one ``embed_dim`` for both."""
+        if module.in_proj_weight is None or module.bias_k is not None:
+            self._opaque(path, module)
+            return
+        inputs, heads = self.labels.of(module.in_proj_weight)[1], self.labels.of(module.out_proj.weight)[1]
+        self.labels.tie(inputs, heads)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.labels.where = self.entered.stack[-1]
+        arguments = self.labels.call(func, args, kwargs or {}, out)
+        for product in macs_of(func, arguments, out):
+            layer = next((s for t, _ in product if (s := self.labels.source(t)) is not None), None)
+            self.macs.append((*self.product(product), layer))
+        for tensor in written_by(func, out):
+            self._allocated[tensor] = len(self.bytes)
+            self.bytes.append(self._bytes(tensor))
+        while self.labels.relabelled:
+            tensor = self.labels.relabelled.pop()
+            if tensor in self._allocated:
+                self.bytes[self._allocated[tensor]] = self._bytes(tensor)
+        return out
+
+    def _bytes(self, tensor: Tensor) -> tuple[int, list[int]]:
+        scale, factors = self.product([(tensor, d) for d in range(tensor.ndim)])
+        return scale * tensor.element_size(), factors
+
+    def product(self, factors: list[Factor]) -> tuple[int, list[int]]:
+        """Constant factor and the labelled dimensions (positions in ``dims``) of a product of lengths."""
+        scale, labelled = 1, []
+        for tensor, d in factors:
+            labels = self.labels.of(tensor)[d]
+            if labels is None:
+                scale *= tensor.shape[d]
+            else:
+                labelled.append(self.dim_id(labels))
+        return scale, labelled
+
+    def dim_id(self, labels: IntArray) -> int:
+        """Position of a dimension in ``dims``, where it is put if it is new."""
+        if id(labels) not in self.dim_ids:
+            self.dim_ids[id(labels)] = len(self.dims)
+            self.dims.append(labels)
+        return self.dim_ids[id(labels)]

@@ -1,0 +1,431 @@
+"""The tracer checks itself: prune on trial, run, and settle the sizes that the model's code states.
+
+A rule that meets a size written in the code (``view(b, n, heads, 32)``, ``split([12, 20])``, ``x[:, :8]``) goes on as
+if the size followed the width. Here the network is pruned at random widths and run beside the record of the traced run:
+every call must give the shapes that the labels promise. A call that does not is answered with a tensor of the promised
+shape, so that one run finds all of them. Sizes that the code reads off tensors and off modules are integers that know
+where they come from, and so tell what is to be done, mildest first:
+
+1. a size that is an attribute of a module follows the width (``ChannelGraph.followed``);
+2. a size that comes from the shape of a tensor: both dimensions are tied, rectangle by rectangle;
+3. anything else is a number written in the code: what it touches is frozen, with the line.
+"""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from pruning.channels import Assembly, ChannelGraph, Followed, assemble
+from pruning.plan import IntArray, PruningPlan
+from pruning.rules import Dim, Labels, tensors_in
+from pruning.surgery import certify, prune
+from pruning.tracer import Call, Calls, Entered, Tracer, batch_size, modules_entered, tensors_of, undisturbed
+
+ROUNDS = 16
+"""Trials before everything that is still in doubt is frozen; networks seen so far need at most six."""
+
+
+def settle(tracer: Tracer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ChannelGraph:
+    """The graph of a traced run, after trials until the pruned network runs as promised.
+
+    Args:
+        tracer: what the run has shown; ties and frozen labels are added.
+        args, kwargs: the example input.
+    """
+    batch = batch_size(args, kwargs)
+    findings = _Findings(tracer)
+    findings.followed += [
+        Followed(path, "num_features", None, len(channels), 1 + tracer.dim_id(channels), len(channels))
+        for path, channels in tracer.norms.items()
+        if getattr(tracer.model.get_submodule(path), "num_features", None) == len(channels)
+    ]
+    for attempt in range(ROUNDS + 1):
+        assembly = assemble(tracer, batch, findings.followed)
+        graph = assembly.graph
+        doubtful = [(labels, reason) for labels, reason in tracer.labels.stated if (assembly.group[labels] >= 0).any()]
+        if not doubtful:
+            return graph
+        if attempt == ROUNDS:
+            for labels, reason in doubtful:
+                tracer.labels.freeze(labels, f"{reason}, and {ROUNDS} trials did not settle it")
+            return settle(tracer, args, kwargs)
+        plan = trial_plan(graph, attempt)
+        pruned = prune(tracer.model, graph, plan)
+        trial = _Trial(tracer, assembly, plan, pruned)
+        trial.run(args, kwargs)
+        if findings.learn(trial):
+            continue
+        if not findings.changed:
+            return graph
+        fresh = prune(tracer.model, graph, plan)
+        certificate = certify(tracer.model, fresh, graph, plan, *args, tolerance=1e-2, **kwargs)
+        if certificate.ok:
+            return graph
+        findings.withdraw(certificate.reason)
+    raise AssertionError("the last round returns")
+
+
+def trial_plan(graph: ChannelGraph, seed: int) -> PruningPlan:
+    """Random channels at random widths, 40 to 80 % of every group."""
+    rng = np.random.default_rng(seed)
+    masks = {}
+    for group in graph.groups:
+        width = max(min(2, group.size - 1), round(group.size * rng.uniform(0.4, 0.8)))
+        masks[group.name] = np.isin(np.arange(group.size), rng.permutation(group.size)[:width])
+    return PruningPlan.from_masks(masks)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an integer comes from: an attribute of a module, or a dimension of a tensor."""
+
+    module: str = ""
+    name: str = ""
+    index: int | None = None
+    value: int = 0
+    labels: Dim = None
+
+
+class Number(int):
+    """An integer that knows where it comes from; arithmetic keeps the sources and loses ``exact``."""
+
+    sources: tuple[Source, ...]
+    exact: bool
+
+    @classmethod
+    def of(cls, value: int, sources: tuple[Source, ...], exact: bool = True) -> Number:
+        number = cls(value)
+        number.sources, number.exact = sources, exact
+        return number
+
+
+def _keep_sources(name: str) -> None:
+    operation = getattr(int, name)
+
+    def method(self: Number, other: Any) -> Any:
+        result = operation(self, other)
+        more = other.sources if isinstance(other, Number) else ()
+        return result if result is NotImplemented else Number.of(result, self.sources + more, exact=False)
+
+    setattr(Number, name, method)
+
+
+for _name in ("add", "sub", "mul", "floordiv", "mod"):
+    _keep_sources(f"__{_name}__")
+    _keep_sources(f"__r{_name}__")
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A call that did not give what the labels promise.
+
+    Args:
+        needs: numbers given to it, and the labels whose kept number each should be.
+        labels: labelled dimensions of its inputs and outputs.
+        line: line of the model's code.
+    """
+
+    needs: tuple[tuple[int, Dim], ...]
+    labels: tuple[IntArray, ...]
+    line: str
+
+
+class _Trial(TorchFunctionMode):
+    """Runs a pruned network beside the record of the traced one."""
+
+    def __init__(self, tracer: Tracer, assembly: Assembly, plan: PruningPlan, pruned: nn.Module) -> None:
+        super().__init__()
+        self.tracer = tracer
+        self.kept = assembly.kept(plan)
+        self.pruned = pruned
+        self.mismatches: list[Mismatch] = []
+        self.lost = False
+        """Whether a tensor of another shape than promised could not be replaced: the rest of the run tells nothing."""
+        self.failure: tuple[str, Exception, str] | None = None
+        self.labels: Any = WeakIdKeyDictionary()
+        self.astray: Any = WeakIdKeyDictionary()
+        for name, tensor in tensors_of(pruned)[0].items():
+            self.labels[tensor] = tracer.labels.of(tracer.tensors[name])
+        self.calls = Calls(Entered(pruned))
+
+    def run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Run; afterwards ``mismatches`` and ``failure`` say what was found."""
+        for path, module in self.pruned.named_modules():
+            _mark_attributes(path, module)
+        with undisturbed(self.pruned), modules_entered(self.pruned) as entered:
+            self.calls = Calls(entered)
+            try:
+                with self:
+                    self.pruned(*args, **kwargs)
+            except Exception as error:  # noqa: BLE001 - a foreign forward may raise anything
+                self.failure = (entered.last, error, _line_of(error))
+
+    def length(self, labels: IntArray) -> int:
+        return int(self.kept[labels].sum())
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.__name__
+        if name == "__get__":
+            return self._sized(args[0], func(*args, **kwargs))
+        key = self.calls.key(name)
+        call = None if self.lost else self.tracer.calls.get(key)
+        try:
+            out = func(*args, **kwargs)
+        except Exception:
+            if call is None:
+                raise
+            self._note(call, name, args, kwargs)
+            return self._promised(call, name)
+        if name == "size":
+            return self._sized(args[0], out, *args[1:], **kwargs)
+        if call is None:
+            return out
+        tensors = list(tensors_in([args[0] if name == "__setitem__" else out]))
+        if len(tensors) != len(call.outputs) or self._differs(call, tensors, args, kwargs):
+            self._note(call, name, args, kwargs)
+            return self._promised(call, name)
+        for tensor, (labels, *_) in zip(tensors, call.outputs, strict=True):
+            self.labels[tensor] = labels
+        return out
+
+    def _differs(self, call: Call, tensors: Sequence[Tensor], args: Any, kwargs: Any) -> bool:
+        """Whether labelled dimensions are not as promised, or others changed although nothing led them astray."""
+        astray = any(t in self.astray for t in tensors_in([*args, *kwargs.values()]))
+        for tensor, (labels, shape, *_) in zip(tensors, call.outputs, strict=True):
+            if tensor.ndim != len(shape):
+                return True
+            for n, dim, dense in zip(tensor.shape, labels, shape, strict=True):
+                if dim is not None and n != self.length(dim):
+                    return True
+                if dim is None and n != dense:
+                    if not astray and self._follows_data(args):
+                        astray = True
+                    if not astray:
+                        return True
+                    self.astray[tensor] = True
+        return False
+
+    @staticmethod
+    def _follows_data(args: Any) -> bool:
+        """Whether a call picks entries by the values of a tensor."""
+        return any(t.dtype in (torch.bool, torch.int64, torch.int32) for t in tensors_in(_flat(args)))
+
+    def _promised(self, call: Call, name: str) -> Any:
+        """Tensors of the promised shapes."""
+        if name == "__setitem__":
+            self.lost = True
+            return None
+        made = []
+        for labels, shape, dtype, device in call.outputs:
+            sizes = [n if dim is None else self.length(dim) for n, dim in zip(shape, labels, strict=True)]
+            tensor = torch.zeros(sizes, dtype=dtype, device=device)
+            self.labels[tensor] = labels
+            made.append(tensor)
+        return made[0] if len(made) == 1 else tuple(made)
+
+    def _sized(self, tensor: Any, value: Any, *where: int, **named: int) -> Any:
+        """Sizes that know the dimension they come from."""
+        labels = self.labels.get(tensor) if isinstance(tensor, Tensor) else None
+        if labels is None:
+            return value
+        if isinstance(value, torch.Size):
+            return torch.Size(
+                n if dim is None else Number.of(n, (Source(labels=dim),)) for n, dim in zip(value, labels, strict=True)
+            )
+        if type(value) is int and (where or named):
+            dim = labels[where[0] if where else named["dim"]]
+            return value if dim is None else Number.of(value, (Source(labels=dim),))
+        return value
+
+    def _note(self, call: Call, name: str, args: Any, kwargs: Any) -> None:
+        inputs = list(tensors_in(_flat([*args, *kwargs.values()])))
+        dims = [dim for t in inputs for dim in self.labels.get(t) or ()] + [d for out in call.outputs for d in out[0]]
+        touched = {id(dim): dim for dim in dims if dim is not None and self.length(dim) != len(dim)}
+        needs = _needs(self, call, name, args, kwargs)
+        wrong = tuple((n, dim) for n, dim in needs if dim is None or n != self.length(dim))
+        self.mismatches.append(Mismatch(wrong, tuple(touched.values()), _line()))
+
+
+def _mark_attributes(path: str, module: nn.Module) -> None:
+    """Turn the integers of a module into ``Number``."""
+    if type(module).__module__.startswith("torch.nn.") or isinstance(module, torch.jit.ScriptModule):
+        return
+    for name, value in list(vars(module).items()):
+        if name.startswith("_") or name == "training":
+            continue
+        if type(value) is int and value > 1:
+            vars(module)[name] = Number.of(value, (Source(path, name, None, value),))
+        elif type(value) in (tuple, list) and value and all(type(n) is int for n in value):
+            vars(module)[name] = type(value)(Number.of(n, (Source(path, name, i, n),)) for i, n in enumerate(value))
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    """Items of nested lists, tuples and slices."""
+    if isinstance(values, (list, tuple)):
+        for value in values:
+            yield from _flat(value)
+    elif isinstance(values, slice):
+        yield from (values.start, values.stop)
+    else:
+        yield values
+
+
+def _needs(trial: _Trial, call: Call, name: str, args: Any, kwargs: Any) -> list[tuple[int, Dim]]:
+    """Numbers given to a call, and the labels whose kept number each should be."""
+    first = call.outputs[0][0]
+    if name in ("view", "reshape", "expand"):
+        sizes = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
+        return [(n, dim) for n, dim in zip(sizes, first, strict=False) if isinstance(n, int) and n != -1]
+    if name == "unflatten":
+        dim, sizes = (args[1], args[2]) if len(args) > 2 else (kwargs.get("dim", args[1]), kwargs["sizes"])
+        ndim = len(first) - len(sizes) + 1
+        return [(n, first[dim % ndim + i]) for i, n in enumerate(sizes) if n != -1]
+    if name in ("split", "split_with_sizes") and len(args) > 1:
+        where = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+        sizes = args[1] if isinstance(args[1], (tuple, list)) else [args[1]]
+        return [(n, out[0][where]) for n, out in zip(sizes, call.outputs, strict=False)]
+    if name == "__getitem__" and (labels := trial.labels.get(args[0])) is not None:
+        return _bounds(labels, args[1])
+    dims = [dim for out in call.outputs for dim in out[0] if dim is not None]
+    dims += [d for t in tensors_in(_flat(args)) for d in trial.labels.get(t) or () if d is not None]
+    numbers = [n for n in _flat([*args, *kwargs.values()]) if isinstance(n, Number)]
+    return [(n, dim) for n in numbers for dim in dims if len(dim) == n][:4]
+
+
+def _bounds(labels: Labels, index: Any) -> list[tuple[int, Dim]]:
+    """Bounds of slices of labelled dimensions: each should count the labels kept before it."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    missing = len(labels) - sum(item is not None and item is not Ellipsis for item in items)
+    dims: list[Dim] = list(labels)
+    found: list[tuple[int, Dim]] = []
+    d = 0
+    for item in items:
+        if item is Ellipsis:
+            d += missing
+        elif item is not None:
+            dim = dims[d] if d < len(dims) else None
+            if isinstance(item, slice) and dim is not None:
+                found += [(n, dim[:n]) for n in (item.start, item.stop) if isinstance(n, int) and n != 0]
+            d += 1
+    return found
+
+
+class _Findings:
+    """What the trials have taught."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        self.tracer = tracer
+        self.followed: list[Followed] = []
+        self.tried: set[tuple[Any, ...]] = set()
+        self.settled: list[tuple[IntArray, str]] = []
+
+    @property
+    def changed(self) -> bool:
+        return bool(self.settled)
+
+    def learn(self, trial: _Trial) -> bool:
+        """Act on a trial; False if there is nothing left to do."""
+        needs = [(n, dim, m) for m in trial.mismatches for n, dim in m.needs if isinstance(n, Number)]
+        for exact in (True, False):
+            if any([self._settle(n, dim, m) for n, dim, m in needs if n.exact == exact]):
+                return True
+        if trial.mismatches:
+            for m in trial.mismatches:
+                for dim in m.labels:
+                    self.tracer.labels.freeze(dim, f"a size written in the code: {m.line}")
+            if not any(m.labels for m in trial.mismatches):
+                self.withdraw(f"{len(trial.mismatches)} calls with other shapes than promised")
+            return True
+        if trial.failure is None:
+            return False
+        module, error, line = trial.failure
+        reason = f"the pruned network raised {type(error).__name__} in {module or 'the model itself'}: {line}"
+        touched = [
+            dim for key, call in self.tracer.calls.items() if key[0] == module for o in call.outputs for dim in o[0]
+        ]
+        touched += [labels for name, _, labels in self.tracer.places if name.startswith(f"{module}.")]
+        fresh = [dim for dim in touched if dim is not None and not trial.kept[dim].all()]
+        if not fresh:
+            fresh = [labels for _, _, labels in self.tracer.places]
+        for dim in fresh:
+            self.tracer.labels.freeze(dim, reason)
+        return True
+
+    def _settle(self, number: Number, dim: Dim, mismatch: Mismatch) -> bool:
+        """Tie the sources of a number to the dimension it should follow; False if nothing new can be done."""
+        if dim is None:
+            return False
+        done = False
+        attributes = [s for s in number.sources if s.labels is None]
+        distinct = len(np.unique(dim))
+        attributes.sort(key=lambda s: (s.value not in (len(dim), distinct), -s.value))
+        for source in (s for s in number.sources if s.labels is not None):
+            assert source.labels is not None
+            key = (id(source.labels), id(dim))
+            small, big = sorted((source.labels, dim), key=len)
+            if key in self.tried or len(big) % len(small):
+                continue
+            self.tried.add(key)
+            self.tracer.labels.edges.append((np.tile(small, len(big) // len(small)), big))
+            self.settled.append((dim, mismatch.line))
+            return True
+        for source in attributes:
+            key = (source.module, source.name, source.index)
+            if key in self.tried:
+                continue
+            self.tried.add(key)
+            self.followed.append(Followed(*key, source.value, 1 + self.tracer.dim_id(dim), len(dim)))
+            self.settled.append((dim, mismatch.line))
+            return True
+        return done
+
+    def withdraw(self, reason: str) -> None:
+        """Freeze everything that was settled by ties and attributes: the certificate failed."""
+        for dim, line in self.settled:
+            self.tracer.labels.freeze(dim, f"sizes that could not be proven right ({reason}): {line}")
+        self.settled.clear()
+        self.followed = [size for size in self.followed if size.name == "num_features"]
+
+
+def _line() -> str:
+    """The line of the model's code that is running."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and _foreign(frame.f_code.co_filename):
+        frame = frame.f_back
+    return "" if frame is None else _describe(frame.f_code.co_filename, frame.f_lineno)
+
+
+def _line_of(error: Exception) -> str:
+    """The innermost line of the model's code in a traceback."""
+    trace, found = error.__traceback__, ""
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if not _foreign(code.co_filename):
+            found = _describe(code.co_filename, trace.tb_lineno)
+        trace = trace.tb_next
+    return f"{found} ({error})"
+
+
+HERE = f"{Path(__file__).parent}/"
+TORCH = f"{Path(torch.__file__).parent}/"
+
+
+def _foreign(filename: str) -> bool:
+    """Whether a file is torch's or ours, not the model's."""
+    return filename.startswith((HERE, TORCH, "<"))
+
+
+def _describe(filename: str, line: int) -> str:
+    return f"{Path(filename).name}:{line} `{linecache.getline(filename, line).strip()}`"
