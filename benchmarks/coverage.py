@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks._output import parser
 from benchmarks._zoo import TIMM, build, torchvision_names
+import pruning.trial  # noqa: F401 - before the forks
 from pruning import ChannelGraph, certify, cost, prune, uniform_plan
 from pruning.cost import count
 from pruning.tracer import named_tensors

@@ -60,6 +60,8 @@ class Propagation:
         self.unknown: dict[str, list[str]] = {}
         self.scaled_groups: dict[str, None] = {}
         self.used: dict[str, None] = {}
+        self.unread: list[Unread] = []
+        """Empty tensors that no operator has read: what would follow did not run on the example."""
         self.relabelled: list[Tensor] = []
         """Tensors that got labels after they were made, by the running operator."""
         self.rules: Mapping[str, Rule] = RULES if rules is None else {**RULES, **rules}
@@ -67,6 +69,7 @@ class Propagation:
         self._sources: Any = WeakIdKeyDictionary()
         self._positions: Any = WeakIdKeyDictionary()
         self._parts: Any = WeakIdKeyDictionary()
+        self._unread: Any = WeakIdKeyDictionary()
 
     def fresh(self, size: int) -> IntArray:
         """New labels, shape ``(size,)``."""
@@ -137,15 +140,20 @@ class Propagation:
         self._parts[tensor] = (whole, tuple(dims), where, positions)
 
     def written(self, tensor: Tensor) -> None:
-        """Labels written into a view reach the tensor it is a view of."""
+        """Labels written into a tensor; those written into a view reach the tensor it is a view of."""
+        for dim in self.of(tensor):
+            self.state(dim)
         if tensor not in self._parts:
             return
         whole, dims, where, positions = self._parts[tensor]
         labels, new = list(self.of(whole)), self.of(tensor)
+        if len(dims) != tensor.ndim:
+            for dim in new:
+                self.freeze(dim, f"{self.here} writes it into a view")
+            return
         for d, dim in zip(dims, new, strict=True):
             if dim is None:
                 continue
-            self.state(dim)
             if d == where:
                 before = labels[d]
                 full = _fixed(self, whole.shape[d], "") if before is None else before.copy()
@@ -173,8 +181,10 @@ class Propagation:
         dim = self.tie(self.of(a)[a_dim], self.of(b)[b_dim])
         if dim is not None and self.source(a) is None and self.source(b) is None:
             self.mixed.append(dim)
-        self.read(a, a_dim)
-        self.read(b, b_dim)
+        if self.source(b) is None:
+            self.read(a, a_dim)
+        if self.source(a) is None:
+            self.read(b, b_dim)
 
     @property
     def here(self) -> str:
@@ -192,7 +202,8 @@ class Propagation:
         for tensor in inputs:
             if tensor in self._positions:
                 self.freeze(self._positions[tensor], f"{self.here} reads positions of channels")
-        if any(map(self.is_labelled, inputs)):
+        if self.operator in ALWAYS or any(map(self.is_labelled, inputs)):
+            before = self.of(inputs[0])
             rule = self.rules.get(self.operator)
             if rule is not None:
                 rule(self, arguments, out)
@@ -202,12 +213,17 @@ class Propagation:
                 self.unknown.setdefault(self.operator, []).append(self.where)
                 for dim in (dim for tensor in inputs for dim in self.of(tensor)):
                     self.freeze(dim, f"operator {self.here} has no rule")
-            if isinstance(out, Tensor) and inputs and out is inputs[0]:
+            if out is inputs[0] and any(a is not b for a, b in zip(before, self.of(out), strict=True)):
                 self.written(out)
+        elif is_view(func) and isinstance(out, Tensor):
+            self._parts[out] = (inputs[0], (), -1, -1)
+        for tensor in inputs:
+            if tensor in self._unread:
+                self.unread.remove(self._unread.pop(tensor))
         for tensor in tensors_in([out]):
-            if tensor.numel() == 0:
-                for dim in self.of(tensor):
-                    self.freeze(dim, f"{self.here} gives an empty tensor on the example input")
+            if tensor.numel() == 0 and self.is_labelled(tensor) and tensor not in self._unread:
+                self._unread[tensor] = Unread(self.of(tensor), self.here)
+                self.unread.append(self._unread[tensor])
         if inputs and None not in sources:
             for tensor in tensors_in([out]):
                 self._sources.setdefault(tensor, sources[0])
@@ -215,6 +231,14 @@ class Propagation:
 
 
 Rule = Callable[[Propagation, Arguments, Any], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Unread:
+    """Labels of an empty tensor, and the operator that made it."""
+
+    labels: Labels
+    here: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,6 +298,13 @@ def operator_name(func: Any) -> str:
     """``relu`` for ``aten::relu_``; operators of other libraries keep their prefix (``torchvision::nms``)."""
     name = str(func._schema.name).removeprefix("aten::")
     return name if name.endswith("__") else name.removesuffix("_")
+
+
+@cache
+def is_view(func: Any) -> bool:
+    """Whether an operator's output shares memory with its input and is not written by it."""
+    returns = func._schema.returns
+    return bool(returns) and returns[0].alias_info is not None and not returns[0].alias_info.is_write
 
 
 @cache
@@ -482,6 +513,24 @@ def as_strided(p: Propagation, a: Arguments, out: Any) -> None:
             p.freeze(dim, f"{p.here} reads memory at positions written in the code")
 
 
+def rot90(p: Propagation, a: Arguments, out: Any) -> None:
+    x = list(p.of(a["self"]))
+    for d in a["dims"]:
+        p.freeze(x[d], f"{p.here} works along it")
+        x[d] = None
+    p.set(out, x)
+
+
+def view_as_real(p: Propagation, a: Arguments, out: Any) -> None:
+    p.set(out, (*p.of(a["self"]), None))
+
+
+def view_as_complex(p: Propagation, a: Arguments, out: Any) -> None:
+    *dims, parts = p.of(a["self"])
+    p.freeze(parts, f"{p.here} works along it")
+    p.set(out, dims)
+
+
 def pixel_shuffle(p: Propagation, a: Arguments, out: Any) -> None:
     """``(..., C r^2, H, W) -> (..., C, r H, r W)``: r^2 neighbours become one channel."""
     x = list(p.of(a["self"]))
@@ -593,10 +642,9 @@ def copy_into(p: Propagation, a: Arguments, out: Any) -> None:
 def index_put(p: Propagation, a: Arguments, out: Any) -> None:
     """Rows written by an index: the other dimensions face each other."""
     x, values = list(p.of(a["self"])), a["values"]
-    used = [d for d, idx in enumerate(a["indices"]) if idx is not None]
+    used = _indexed(a["indices"])
     whole = [d for d in range(len(x)) if d not in used]
-    masks = any(idx is not None and idx.dtype in (torch.bool, torch.uint8) and idx.ndim > 1 for idx in a["indices"])
-    simple = not masks and used == list(range(len(used)))
+    simple = used == list(range(len(used)))
     for d in used if simple else range(len(x)):
         p.freeze(x[d], f"{p.here} picks channels by position")
     for d in range(values.ndim):
@@ -624,11 +672,7 @@ def glu(p: Propagation, a: Arguments, out: Any) -> None:
 def index(p: Propagation, a: Arguments, out: Any) -> None:
     """Advanced indexing of unlabelled dimensions; labels among the indexed ones are frozen."""
     x, indices = list(p.of(a["self"])), a["indices"]
-    used, d = [], 0
-    for idx in indices:
-        width = idx.ndim if idx is not None and idx.dtype in (torch.bool, torch.uint8) else 1
-        used += list(range(d, d + width)) if idx is not None else []
-        d += width
+    used = _indexed(indices)
     touched = [x[i] for i in used] + [dim for idx in indices if idx is not None for dim in p.of(idx)]
     for dim in touched:
         p.freeze(dim, f"{p.here} picks channels by position")
@@ -638,6 +682,17 @@ def index(p: Propagation, a: Arguments, out: Any) -> None:
     else:
         for dim in x:
             p.freeze(dim, f"{p.here} moves dimensions")
+
+
+def _indexed(indices: Sequence[Tensor | None]) -> list[int]:
+    """Dimensions that indices pick from; a mask picks from as many as it has itself."""
+    used: list[int] = []
+    d = 0
+    for idx in indices:
+        width = idx.ndim if idx is not None and idx.dtype in (torch.bool, torch.uint8) else 1
+        used += range(d, d + width) if idx is not None else ()
+        d += width
+    return used
 
 
 def embedding(p: Propagation, a: Arguments, out: Any) -> None:
@@ -812,6 +867,18 @@ def matmul(p: Propagation, a: Arguments, out: Any, *, left: str, right: str, bia
     p.set(out, dims)
 
 
+def index_add(p: Propagation, a: Arguments, out: Any) -> None:
+    """Rows added at places; the other dimensions face each other."""
+    dims = list(p.of(a["self"]))
+    for d, dim in enumerate(p.of(a["source"])):
+        if d == a["dim"] % out.ndim:
+            p.freeze(dims[d], f"{p.here} picks channels by position")
+            p.freeze(dim, f"{p.here} picks channels by position")
+        else:
+            dims[d] = p.tie(dims[d], dim)
+    p.set(out, dims)
+
+
 def dot(p: Propagation, a: Arguments, out: Any, *, right: str = "tensor") -> None:
     p.contract(a["self"], 0, a[right], 0)
 
@@ -867,6 +934,12 @@ _ATTENTION = (
     "_scaled_dot_product_efficient_attention _scaled_dot_product_attention_math _scaled_dot_product_cudnn_attention"
 )
 
+CUTS = frozenset({"slice", "select", "split", "split_with_sizes", "unbind"})
+"""Operators whose outputs are views that labels can be written through."""
+
+ALWAYS = CUTS | {"expand"}
+"""Operators whose rules have something to say on tensors without labels."""
+
 RULES: dict[str, Rule] = {
     **dict.fromkeys(f"{_CARRY} {_LIKE}".split(), elementwise),
     **dict.fromkeys(_VIEW.split(), view),
@@ -875,9 +948,10 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_REDUCE.split(), reduce),
     **dict.fromkeys(("max", "min", "argmax", "argmin", "median", "mode"), partial(reduce, order=True)),
     **dict.fromkeys(("_softmax", "_log_softmax", "_safe_softmax"), partial(along, normalises=True)),
+    **dict.fromkeys(("_fft_r2c", "_fft_c2r", "_fft_c2c"), along),
     **dict.fromkeys(("cumsum", "roll", "sort", "topk", "index_select"), along),
     **{name: partial(spatial, num_dims=n) for n in (1, 2, 3) for name in _SPATIAL.format(*(n,) * 20).split()},
-    **dict.fromkeys(("slice", "select", "split", "split_with_sizes", "unbind"), cut),
+    **dict.fromkeys(CUTS, cut),
     **dict.fromkeys(("transpose", "t"), transpose),
     **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"), constant),
     "glu": glu,
@@ -891,6 +965,9 @@ RULES: dict[str, Rule] = {
     "repeat": repeat,
     "flip": flip,
     "as_strided": as_strided,
+    "rot90": rot90,
+    "view_as_real": view_as_real,
+    "view_as_complex": view_as_complex,
     "pixel_shuffle": pixel_shuffle,
     "pixel_unshuffle": pixel_unshuffle,
     **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), channel_shuffle),
@@ -912,6 +989,7 @@ RULES: dict[str, Rule] = {
     "mm": partial(matmul, left="self", right="mat2"),
     "bmm": partial(matmul, left="self", right="mat2"),
     "mv": partial(matmul, left="self", right="vec"),
+    "index_add": index_add,
     "dot": dot,
     "vdot": partial(dot, right="other"),
     "addmm": partial(matmul, left="mat1", right="mat2", bias="self"),

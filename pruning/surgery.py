@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized
 
 from pruning.channels import ChannelGraph
 from pruning.plan import IntArray, PlanError, PruningPlan
@@ -101,9 +102,11 @@ def _follow(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> None:
 
 
 def _weight(module: Any) -> Tensor:
-    """Weight of a layer, or what old-style weight and spectral norm make it from."""
-    for name in ("weight_v", "weight_orig", "weight"):
-        if isinstance(found := getattr(module, name, None), Tensor):
+    """Weight of a layer, or the parameter that a parametrization, weight norm or spectral norm makes it from."""
+    if is_parametrized(module, "weight"):
+        return max(module.parametrizations.weight.parameters(recurse=False), key=Tensor.numel)
+    for name in ("weight_orig", "weight_v", "weight"):
+        if isinstance(found := module._parameters.get(name), Tensor):
             return found
     raise AttributeError(f"{type(module).__name__} has no weight")
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
@@ -20,6 +22,12 @@ from pruning.rules import Factor, Labels, Propagation, Rule, macs_of, tensors_in
 
 OPAQUE = (nn.RNNBase, nn.RNNCellBase)
 """Modules that check tensor sizes against their constructor's: their own tensors are frozen."""
+
+SIZED = {"layer_norm", "rms_norm", "group_norm"} | {f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)}
+"""Torch functions that are told numbers of channels or groups ..."""
+
+KNOWS_ITS_SIZE = (_ConvNd, _NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+"""... and the modules that surgery tells the new ones."""
 
 CallKey = tuple[str, str, int]
 """Running module, torch function, how many times the module called it before."""
@@ -179,6 +187,9 @@ class _Functions(TorchFunctionMode):
             labels.function, labels.inferred = "", None
         if name == "instance_norm" and (channels := labels.of(args[0])[1]) is not None:
             self.tracer.norms[key[0]] = channels
+        if name in SIZED and not isinstance(self.tracer.model.get_submodule(key[0]), KNOWS_ITS_SIZE):
+            for dim in (dim for t in tensors_in([out]) for dim in labels.of(t)):
+                labels.state(dim)
         tensors = list(tensors_in([args[0] if name == "__setitem__" else out]))
         if tensors and any(map(labels.is_labelled, (*tensors, *tensors_in([args, tuple((kwargs or {}).values())])))):
             self.tracer.calls[key] = Call(tuple((labels.of(t), tuple(t.shape), t.dtype, t.device) for t in tensors))
@@ -241,6 +252,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for dim in self.labels.of(tensor):
                 self.labels.freeze(dim, f"reaches the model's output{path}")
 
+        for unread in self.labels.unread:
+            for dim in unread.labels:
+                self.labels.freeze(dim, f"{unread.here} gives an empty tensor, so that nothing after it was seen")
         self._freeze_unused()
         for path, module in self.model.named_modules():
             if isinstance(module, nn.MultiheadAttention):
