@@ -337,7 +337,7 @@ def prove_graph(run: Run, model: nn.Module, graph: ChannelGraph, space: SearchSp
     halves = uniform_plan(graph, 0.5, model=model, saliency="random", seed=run.config.seed)
     plan = space.full.replace({name: halves.kept[name] for name in space.names})
     certificate = certify(model, prune(model, graph, plan), graph, plan, run.workload.example_input())
-    if not certificate.ok and certificate.comparable:
+    if not certificate.ok:
         raise UserError(
             f"this network cannot be pruned safely: {certificate.reason}. "
             f"Freeze the layers concerned with search.frozen.\n{graph.report()}"
@@ -349,7 +349,6 @@ def _certificate_facts(certificate: Certificate) -> dict[str, Any]:
     error = certificate.max_relative_error
     return {
         "ok": certificate.ok,
-        "comparable": certificate.comparable,
         "max_relative_error": None if math.isnan(error) else error,
         "reason": certificate.reason,
     }
@@ -451,10 +450,8 @@ def gate(run: Run, facts: Facts, models: Mapping[str, Mapping[str, Any]]) -> lis
             }
         )
 
-    certificate = facts["export"]["certificate"]
-    if certificate["comparable"]:
-        found = certificate["max_relative_error"]
-        check("certificate of the cut", math.nan if found is None else found, "<=", 1e-4)
+    found = facts["export"]["certificate"]["max_relative_error"]
+    check("certificate of the cut", math.nan if found is None else found, "<=", 1e-4)
     for name in ("baseline", "compact"):
         error = facts["export"][name]["parity"]["max_relative_error"]
         check(f"parity of {name}", error, "<=", run.config.export.tolerance)

@@ -189,6 +189,19 @@ class ChannelGraph:
         result = {name: {d: np.flatnonzero(mask) for d, mask in dims.items()} for name, dims in kept.items()}
         return result | {alias: result[name] for alias, name in self.aliases.items() if name in result}
 
+    def _unknown_row(self, name: str, where: Sequence[str]) -> tuple[str, ...]:
+        entries = {f.layer: f for f in self.frozen if f.reason.startswith(f"operator {name} in ")}
+        share = sum(f.macs_share for f in entries.values())
+        macs = share * float((self.macs.scale * np.prod(self._dense(self.macs), axis=1)).sum()) / self.batch
+        called = ", ".join(path or "the model itself" for path in where)
+        return name, called, ", ".join(entries) or "none", f"{share:.1%} ({macs:,.0f})"
+
+    def _dense(self, products: Products) -> IntArray:
+        """Lengths in the unpruned network, shape ``(terms, most factors)``."""
+        sizes = np.array([group.size for group in self.groups], dtype=np.int64)
+        lengths: IntArray = self.lengths.constant + self.lengths.per_width @ sizes
+        return lengths[products.factors]
+
     def report(self) -> str:
         """The groups, what is frozen and why, and operators without a rule, as plain text."""
         lines = [f"{len(self.groups)} channel groups, {sum(g.size for g in self.groups)} channels"]
@@ -204,7 +217,8 @@ class ChannelGraph:
         lines += _table(("layer", "channels", "MACs", "why"), rows) if rows else []
         if self.unknown:
             lines += ["", "operators without a rule (what they touch is frozen):"]
-            lines += [f"  {name}: in {', '.join(where)}" for name, where in self.unknown.items()]
+            rows = [self._unknown_row(name, where) for name, where in self.unknown.items()]
+            lines += _table(("operator", "called in", "layers frozen", "MACs kept from pruning"), rows)
         if self.normalising:
             lines += ["", "normalised over channels (removal changes the channels that stay):"]
             lines += [f"  {name}: {', '.join(where)}" for name, where in self.normalising.items()]

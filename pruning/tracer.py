@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -87,8 +87,8 @@ def batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; modes, buffers and torch's random state are put back afterwards.
+def undisturbed(model: nn.Module, *, training: bool = False) -> Iterator[None]:
+    """Eval (or training) mode without gradients; modes, buffers and torch's random state are put back afterwards.
 
     ``nn.MultiheadAttention`` runs as a composition of operators meanwhile, not as one fused operator.
     """
@@ -99,13 +99,13 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         fused = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         for module, _ in modes:
-            module.training = False
+            module.training = training
         try:
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fused)
-            for module, training in modes:
-                module.training = training
+            for module, mode in modes:
+                module.training = mode
             for buffer, before, version in buffers:
                 if buffer._version != version:
                     buffer.copy_(before)
@@ -177,7 +177,11 @@ class _Functions(TorchFunctionMode):
         name = func.__name__
         labels = self.tracer.labels
         if name == "__get__":
+            if func.__self__ is torch.Tensor.shape:
+                self._reads_sizes(args[0])
             return func(*args, **(kwargs or {}))
+        if name == "size":
+            self._reads_sizes(*args)
         key = self.calls.key(name)
         labels.function = name
         labels.inferred = _open_size(args) if name in ("view", "reshape") else None
@@ -191,9 +195,23 @@ class _Functions(TorchFunctionMode):
             for dim in (dim for t in tensors_in([out]) for dim in labels.of(t)):
                 labels.state(dim)
         tensors = list(tensors_in([args[0] if name == "__setitem__" else out]))
-        if tensors and any(map(labels.is_labelled, (*tensors, *tensors_in([args, tuple((kwargs or {}).values())])))):
+        if (
+            self.tracer.recording
+            and tensors
+            and any(map(labels.is_labelled, (*tensors, *tensors_in([args, tuple((kwargs or {}).values())]))))
+        ):
             self.tracer.calls[key] = Call(tuple((labels.of(t), tuple(t.shape), t.dtype, t.device) for t in tensors))
         return out
+
+    def _reads_sizes(self, tensor: Tensor, *dims: int) -> None:
+        """The model's own code asks for a number of channels, and may have written down which one it expects."""
+        labels = self.tracer.labels
+        asked = [labels.of(tensor)[d] for d in dims] if dims else labels.of(tensor)
+        if any(dim is not None for dim in asked):
+            module = self.tracer.model.get_submodule(self.calls.entered.stack[-1])
+            if not type(module).__module__.startswith("torch.nn."):
+                for dim in asked:
+                    labels.state(dim)
 
 
 def _open_size(args: Sequence[Any]) -> int | None:
@@ -229,6 +247,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.norms: dict[str, IntArray] = {}
         """Norms without tensors that were told a number of features, and the labels of the channels they see."""
         self._allocated: Any = WeakIdKeyDictionary()
+        self.recording = True
         self.entered = Entered(model)
 
     def run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -237,7 +256,24 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         Raises:
             PruningError: the forward fails; says in which module and with which shapes.
         """
-        with undisturbed(self.model), modules_entered(self.model) as entered:
+        for path, module in self.model.named_modules():
+            if isinstance(module, OPAQUE):
+                self._opaque(path, module)
+        self._forward(args, kwargs)
+        if any(name not in self.labels.used for name, _ in self.model.named_parameters()):
+            self.recording = False  # auxiliary heads run in training only; they must be cut all the same
+            with suppress(PruningError):
+                self._forward(args, kwargs, training=True)
+        for unread in self.labels.unread:
+            for dim in unread.labels:
+                self.labels.freeze(dim, f"{unread.here} gives an empty tensor, so that nothing after it was seen")
+        self._freeze_unused()
+        for path, module in self.model.named_modules():
+            if isinstance(module, nn.MultiheadAttention):
+                self._attention(path, module)
+
+    def _forward(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, training: bool = False) -> None:
+        with undisturbed(self.model, training=training), modules_entered(self.model) as entered:
             self.entered = entered
             try:
                 with _Functions(self, entered), self:
@@ -251,16 +287,6 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for path, tensor in named_tensors(outputs):
             for dim in self.labels.of(tensor):
                 self.labels.freeze(dim, f"reaches the model's output{path}")
-
-        for unread in self.labels.unread:
-            for dim in unread.labels:
-                self.labels.freeze(dim, f"{unread.here} gives an empty tensor, so that nothing after it was seen")
-        self._freeze_unused()
-        for path, module in self.model.named_modules():
-            if isinstance(module, nn.MultiheadAttention):
-                self._attention(path, module)
-            elif isinstance(module, OPAQUE):
-                self._opaque(path, module)
 
     def _freeze_unused(self) -> None:
         for name, dim, unused in self.places:
@@ -284,6 +310,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **(kwargs or {}))
         self.labels.where = self.entered.stack[-1]
         arguments = self.labels.call(func, args, kwargs or {}, out)
+        if not self.recording:
+            return out
         for product in macs_of(func, arguments, out):
             layer = next((s for t, _ in product if (s := self.labels.source(t)) is not None), None)
             self.macs.append((*self.product(product), layer))

@@ -89,7 +89,6 @@ def test_training(name: str) -> None:
     assert all(torch.equal(p, before[n]) for n, p in dense.named_parameters())
 
 
-@pytest.mark.xfail(strict=True, reason="layers that only training uses are frozen as never used, not cut")
 def test_a_head_that_only_training_uses() -> None:
     def run(m: Net, x: Tensor) -> list[Tensor]:
         y = m.trunk(x)

@@ -1,0 +1,219 @@
+"""Sizes written into a model's code: they follow the widths, are tied, or freeze what they touch with the line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from pruning import rules
+from pruning.channels import ChannelGraph, PruningError
+from pruning.cost import cost, count
+from pruning.surgery import certify, load_pruned, prune, save_pruned
+from pruning.trial import Number, Source
+from tests.pruning.models import Net, certified, half, randomise
+
+TOKENS = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(1))
+IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+class Attention(nn.Module):
+    """Self-attention that keeps its sizes as attributes, as most libraries write it."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = heads, width // heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        x = (q * self.head_dim**-0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.out(x.transpose(1, 2).reshape(b, n, self.num_heads * self.head_dim))
+
+
+class WidthFromInput(Attention):
+    """The same, with the head's width computed from the input's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
+        x = (q * (c // self.num_heads) ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.out(x.transpose(1, 2).reshape(b, n, c))
+
+
+def transformer(attention: nn.Module) -> nn.Module:
+    return randomise(
+        Net(
+            lambda m, x: m.head((y := m.stem(x)) + m.attention(m.norm(y))),
+            stem=nn.Linear(6, 12),
+            norm=nn.LayerNorm(12),
+            attention=attention,
+            head=nn.Linear(12, 2),
+        )
+    )
+
+
+def test_an_attribute_follows_the_width() -> None:
+    model = transformer(Attention(12, 2))
+    graph, certificate = certified(model, TOKENS)
+    assert {g.name: g.size for g in graph.groups} == {"stem": 12, "attention.qkv": 6}
+    assert certificate.ok, certificate
+    pruned = prune(model, graph, half(graph))
+    assert (pruned.attention.head_dim, pruned.attention.num_heads) == (3, 2)
+    assert model.attention.head_dim == 6 and type(pruned.attention.head_dim) is int
+    assert cost(graph, half(graph)) == count(pruned, TOKENS)
+
+
+def test_a_size_taken_from_an_input_ties_the_two() -> None:
+    model = transformer(WidthFromInput(12, 2))
+    graph, certificate = certified(model, TOKENS)
+    assert {g.name: g.size for g in graph.groups} == {"stem": 6}
+    assert graph.slices(half(graph))["attention.qkv.weight"][0].shape == (18,)
+    assert certificate.ok, certificate
+
+
+def test_followed_sizes_survive_saving(tmp_path: Any) -> None:
+    model = transformer(Attention(12, 2))
+    graph = ChannelGraph.trace(model, TOKENS)
+    plan = half(graph)
+    pruned = prune(model, graph, plan).eval()
+    save_pruned(tmp_path, pruned, plan)
+    fresh = transformer(Attention(12, 2))
+    loaded, _ = load_pruned(tmp_path, fresh, ChannelGraph.trace(fresh, TOKENS))
+    assert torch.equal(loaded.eval()(TOKENS), pruned(TOKENS))
+
+
+class Parts(nn.Module):
+    """Splits channels at sizes kept in a tuple, a list, or one number."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form, self.sizes, self.listed, self.first = form, (3, 5), [3, 5], 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.form == "slice":
+            a, b = x[:, : self.first], x[:, self.first :]
+        else:
+            a, b = x.split(self.sizes if self.form == "tuple" else self.listed, dim=1)
+        return torch.cat([b, a.tanh()], 1)
+
+
+@pytest.mark.parametrize("form", ["tuple", "list", "slice"])
+def test_parts_follow_the_width(form: str) -> None:
+    model = randomise(nn.Sequential(nn.Conv2d(3, 8, 1), Parts(form), nn.Conv2d(8, 4, 1)))
+    graph, certificate = certified(model, IMAGES)
+    assert sum(g.size for g in graph.groups) == 8
+    assert certificate.ok, certificate
+
+
+LITERALS: dict[str, Callable[[Tensor], Tensor]] = {
+    "view": lambda x: x.view(2, 8, 64).view(2, 8, 8, 8),
+    "split": lambda x: torch.cat(x.split([3, 5], 1), 1),
+    "slice": lambda x: torch.cat([x[:, :3], x[:, 3:]], 1),
+    "group norm of a function": lambda x: F.layer_norm(x.permute(0, 2, 3, 1), (8,)).permute(0, 3, 1, 2),
+    "groups of a function": lambda x: F.conv2d(x, torch.ones(8, 1, 1, 1), groups=8),
+    "checked by the code": lambda x: x if x.view(2, 8, -1).shape[1] == 8 else None,  # type: ignore[return-value]
+}
+
+
+@pytest.mark.parametrize("name", LITERALS)
+def test_a_number_in_the_code_freezes_what_it_touches(name: str) -> None:
+    model = Net(
+        lambda m, x: m.last(m.run_between(m.first(m.stem(x)))),
+        stem=nn.Conv2d(3, 6, 1),
+        first=nn.Conv2d(6, 8, 1),
+        last=nn.Conv2d(8, 4, 1),
+        run_between=LITERALS[name],
+    )
+    graph, certificate = certified(randomise(model), IMAGES)
+    assert [g.name for g in graph.groups] == ["stem"]
+    assert certificate.ok, certificate
+    if name in ("view", "split", "slice"):
+        assert "test_trial.py:" in next(f.reason for f in graph.frozen if f.layer == "first")
+
+
+def test_a_check_in_the_code_freezes_its_module() -> None:
+    class Strict(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.width, self.conv = 8, nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x).reshape(2, -1, 8, 8)
+            if y.shape[1] != 8:
+                raise ValueError(f"expected 8 channels, got {y.shape[1]}")
+            return y
+
+    strict = Strict()
+    model = randomise(nn.Sequential(nn.Conv2d(3, 8, 1), strict, nn.Conv2d(8, 6, 1), nn.Conv2d(6, 4, 1)))
+    graph, certificate = certified(model, IMAGES)
+    assert "2" in [g.name for g in graph.groups] and certificate.ok, certificate
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["swin_t", "swin_v2_t", "vit_b_16", "maxvit_t", "convnext_tiny"])
+def test_transformers_of_torchvision(name: str) -> None:
+    torch.manual_seed(0)
+    model = randomise(torchvision.models.get_model(name, weights=None, num_classes=10))
+    x = torch.randn(1, 3, 224, 224)
+    graph, certificate = certified(model, x)
+    assert certificate.ok, certificate
+    assert sum({f.layer: f.macs_share for f in graph.frozen}.values()) < 0.02
+    plan = half(graph)
+    assert cost(graph, plan) == count(prune(model, graph, plan), x)
+
+
+def test_numbers_know_their_sources() -> None:
+    width, heads = Number.of(12, (Source("a", "width", None, 12),)), Number.of(3, (Source("a", "heads", None, 3),))
+    head = 2 * (width // heads)
+    assert head == 8 and isinstance(head, Number)
+    assert [s.name for s in head.sources] == ["width", "heads"] and not head.exact and width.exact
+
+
+def two_layers() -> nn.Module:
+    return randomise(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 4, 1)))
+
+
+def test_layers_are_frozen_by_name_or_pattern() -> None:
+    assert [g.name for g in ChannelGraph.trace(two_layers(), IMAGES, freeze=["1"]).groups] == ["0"]
+    graph = ChannelGraph.trace(two_layers(), IMAGES, freeze=("[01]",))
+    assert graph.groups == ()
+    assert {f.layer: f.reason for f in graph.frozen}["0"] == "frozen by name ([01])"
+    with pytest.raises(PruningError, match="'head' matches no layer; the network has 0, 1, 2"):
+        ChannelGraph.trace(two_layers(), IMAGES, freeze=("head",))
+
+
+def test_a_user_adds_a_rule_without_touching_the_table() -> None:
+    def cummax(p: rules.Propagation, a: rules.Arguments, out: Any) -> None:
+        for result in out:
+            p.set(result, p.of(a["self"]))
+
+    model = randomise(Net(lambda m, x: m.b(torch.cummax(m.a(x), 2).values), a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(8, 4, 1)))
+    assert ChannelGraph.trace(model, IMAGES).groups == ()
+    graph = ChannelGraph.trace(model, IMAGES, rules={"cummax": cummax})
+    plan = half(graph)
+    assert [g.name for g in graph.groups] == ["a"] and not graph.unknown
+    assert certify(model, prune(model, graph, plan), graph, plan, IMAGES).ok
+    assert "cummax" not in rules.RULES
+
+
+def test_a_grouped_convolution_loses_whole_groups_where_that_is_finer() -> None:
+    def grouped(groups: int) -> ChannelGraph:
+        layers = (nn.Conv2d(3, 16, 1), nn.Conv2d(16, 32, 3, groups=groups), nn.Conv2d(32, 4, 1))
+        model = randomise(nn.Sequential(*layers))
+        graph, certificate = certified(model, IMAGES)
+        assert certificate.ok, certificate
+        assert cost(graph, half(graph)) == count(prune(model, graph, half(graph)), IMAGES)
+        return graph
+
+    many, few = grouped(8), grouped(2)
+    assert {g.name: g.size for g in many.groups} == {"0": 8}
+    assert {g.name: g.size for g in few.groups} == {"0": 8, "1": 16}
+    assert np.array_equal(many.groups[0].members[0].index[1], [2, 3])
