@@ -459,14 +459,20 @@ def families(classes: IntArray, dims: Sequence[IntArray], reasons: Mapping[int, 
     pairs, counts = np.unique(pairs, return_counts=True)
     owner, touched = np.divmod(pairs, len(dims))
     starts = np.flatnonzero(np.r_[True, owner[1:] != owner[:-1]])
-    found: dict[tuple[bytes, bytes, str | None], list[int]] = defaultdict(list)
-    for start, end in zip(starts, np.r_[starts[1:], len(owner)], strict=True):
-        signature = (touched[start:end].tobytes(), counts[start:end].tobytes(), reasons.get(int(owner[start])))
-        found[signature].append(int(owner[start]))
-    return [
-        _Family(np.array(owners), np.frombuffer(d, dtype=np.int64), np.frombuffer(k, dtype=np.int64), reason)
-        for (d, k, reason), owners in found.items()
-    ]
+    owners = owner[starts]
+    codes = {reason: i for i, reason in enumerate({None: None, **dict.fromkeys(reasons.values())})}
+    random = np.random.default_rng(0).integers(1 << 63, size=(2, len(dims)), dtype=np.uint64)
+    signature = np.empty((3, len(owners)), dtype=np.uint64)  # equal sums of random numbers: equal dimensions and counts
+    signature[0] = [codes[reasons.get(c)] for c in owners.tolist()]
+    signature[1:] = np.add.reduceat(random[:, touched] * counts.astype(np.uint64), starts, axis=1)
+    order = np.lexsort(signature)
+    fresh = np.flatnonzero(np.r_[True, (np.diff(signature[:, order].astype(np.int64)) != 0).any(axis=0)])
+    ends = np.r_[starts[1:], len(owner)]
+    found = []
+    for members in np.split(order, fresh[1:]):
+        one = slice(starts[members[0]], ends[members[0]])
+        found.append(_Family(np.sort(owners[members]), touched[one], counts[one], reasons.get(int(owners[members[0]]))))
+    return sorted(found, key=lambda family: int(family.classes[0]))
 
 
 def components(size: int, edges: Sequence[tuple[IntArray, IntArray]]) -> IntArray:

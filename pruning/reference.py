@@ -40,7 +40,7 @@ Numbers = dict[CallKey, tuple[float, ...]]
 
 def run_pruned(pruned: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Numbers]:
     """The output of a pruned model in eval mode, and the numbers its code computed with. It is left as it was."""
-    with undisturbed(pruned), modules_entered(pruned) as entered, _Arithmetic(Calls(entered)) as seen:
+    with undisturbed(pruned), modules_entered(pruned) as entered, Arithmetic(Calls(entered)) as seen:
         return pruned(*args, **kwargs), seen.numbers
 
 
@@ -63,7 +63,7 @@ def run_masked(
     """
     masked = masked_tensors(model, graph, plan)
     reference = _Reference(model, graph, plan, masked) if graph.mixed else nullcontext()
-    with undisturbed(model), modules_entered(model) as entered, _Arithmetic(Calls(entered), numbers), reference:
+    with undisturbed(model), modules_entered(model) as entered, Arithmetic(Calls(entered), numbers), reference:
         return functional_call(model, masked, tuple(args), dict(kwargs))
 
 
@@ -83,7 +83,7 @@ def masked_tensors(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> 
     return masked
 
 
-class _Arithmetic(TorchFunctionMode):
+class Arithmetic(TorchFunctionMode):
     """Keeps the numbers given to calls, or gives calls the numbers kept from another run."""
 
     def __init__(self, calls: Calls, given: Numbers | None = None) -> None:

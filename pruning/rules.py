@@ -13,12 +13,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from math import prod
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from pruning.plan import IntArray
 
@@ -31,6 +30,30 @@ Edge = tuple[IntArray, IntArray]
 
 Arguments = Mapping[str, Any]
 """Arguments of an ATen call by the names in its schema, defaults filled in."""
+
+
+T = TypeVar("T")
+
+
+class TensorMap(Generic[T]):
+    """Values of live tensors, by identity."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, tuple[Any, T]] = {}
+
+    def __setitem__(self, tensor: Tensor, value: T) -> None:
+        self._entries[id(tensor)] = (torch._C._WeakTensorRef(tensor), value)
+
+    def get(self, tensor: Tensor) -> T | None:
+        """The value, or None."""
+        entry = self._entries.get(id(tensor))
+        return None if entry is None or entry[0].expired() else entry[1]
+
+    def pop(self, tensor: Tensor) -> T | None:
+        """The value, which is forgotten, or None."""
+        value = self.get(tensor)
+        self._entries.pop(id(tensor), None)
+        return value
 
 
 class Propagation:
@@ -65,11 +88,11 @@ class Propagation:
         self.relabelled: list[Tensor] = []
         """Tensors that got labels after they were made, by the running operator."""
         self.rules: Mapping[str, Rule] = RULES if rules is None else {**RULES, **rules}
-        self._labels: Any = WeakIdKeyDictionary()
-        self._sources: Any = WeakIdKeyDictionary()
-        self._positions: Any = WeakIdKeyDictionary()
-        self._parts: Any = WeakIdKeyDictionary()
-        self._unread: Any = WeakIdKeyDictionary()
+        self._labels: TensorMap[Labels] = TensorMap()
+        self._sources: TensorMap[str] = TensorMap()
+        self._positions: TensorMap[IntArray] = TensorMap()
+        self._parts: TensorMap[tuple[Tensor, tuple[int, ...], int, slice | int]] = TensorMap()
+        self._unread: TensorMap[Unread] = TensorMap()
 
     def fresh(self, size: int) -> IntArray:
         """New labels, shape ``(size,)``."""
@@ -86,11 +109,10 @@ class Propagation:
 
     def source(self, tensor: Tensor) -> str | None:
         """Name of the parameter a tensor is computed from, if it is computed from parameters only."""
-        name: str | None = self._sources.get(tensor)
-        return name
+        return self._sources.get(tensor)
 
     def of(self, tensor: Tensor) -> Labels:
-        labels: Labels | None = self._labels.get(tensor)
+        labels = self._labels.get(tensor)
         return labels if labels is not None else (None,) * tensor.ndim
 
     def is_labelled(self, tensor: Tensor) -> bool:
@@ -143,9 +165,9 @@ class Propagation:
         """Labels written into a tensor; those written into a view reach the tensor it is a view of."""
         for dim in self.of(tensor):
             self.state(dim)
-        if tensor not in self._parts:
+        if (part := self._parts.get(tensor)) is None:
             return
-        whole, dims, where, positions = self._parts[tensor]
+        whole, dims, where, positions = part
         labels, new = list(self.of(whole)), self.of(tensor)
         if len(dims) != tensor.ndim:
             for dim in new:
@@ -200,8 +222,7 @@ class Propagation:
             if source is not None:
                 self.used.setdefault(source)
         for tensor in inputs:
-            if tensor in self._positions:
-                self.freeze(self._positions[tensor], f"{self.here} reads positions of channels")
+            self.freeze(self._positions.get(tensor), f"{self.here} reads positions of channels")
         if self.operator in ALWAYS or any(map(self.is_labelled, inputs)):
             before = self.of(inputs[0])
             rule = self.rules.get(self.operator)
@@ -218,15 +239,16 @@ class Propagation:
         elif is_view(func) and isinstance(out, Tensor):
             self._parts[out] = (inputs[0], (), -1, -1)
         for tensor in inputs:
-            if tensor in self._unread:
-                self.unread.remove(self._unread.pop(tensor))
+            if (unread := self._unread.pop(tensor)) is not None:
+                self.unread.remove(unread)
         for tensor in tensors_in([out]):
-            if tensor.numel() == 0 and self.is_labelled(tensor) and tensor not in self._unread:
-                self._unread[tensor] = Unread(self.of(tensor), self.here)
-                self.unread.append(self._unread[tensor])
+            if tensor.numel() == 0 and self.is_labelled(tensor):
+                self._unread[tensor] = unread = Unread(self.of(tensor), self.here)
+                self.unread.append(unread)
         if inputs and None not in sources:
             for tensor in tensors_in([out]):
-                self._sources.setdefault(tensor, sources[0])
+                if self.source(tensor) is None and sources[0] is not None:
+                    self._sources[tensor] = sources[0]
         return arguments
 
 

@@ -327,22 +327,32 @@ def certify(
     running = "pruned"
     try:
         found, numbers = run_pruned(pruned, example_inputs, kwargs)
-        small = dict(named_tensors(found))
         running = "dense"
-        dense = dict(named_tensors(run_masked(model, graph, plan, example_inputs, kwargs, numbers)))
+        expected = run_masked(model, graph, plan, example_inputs, kwargs, numbers)
     except Exception as error:  # noqa: BLE001 - any failure of a foreign forward is the answer
         return Certificate(False, nan, f"the {running} model's forward raised {type(error).__name__}: {error}")
+    return compare_outputs(found, expected, tolerance)
+
+
+def compare_outputs(found: Any, expected: Any, tolerance: float | None = None) -> Certificate:
+    """Compare what a pruned model gives with what it should.
+
+    Args:
+        found, expected: outputs of a forward: tensors in nested lists, mappings and objects.
+        tolerance: as for ``certify``.
+    """
+    small, dense = (dict(named_tensors(outputs)) for outputs in (found, expected))
     if tolerance is None:
         tolerance = max((TOLERANCE.get(t.dtype, 1e-4) for t in dense.values()), default=1e-4)
-    errors = output_errors(small, dense, tolerance)
-    shapes, expected = ({path: tuple(t.shape) for path, t in found.items()} for found in (small, dense))
+    shapes, wanted = ({path: tuple(t.shape) for path, t in outputs.items()} for outputs in (small, dense))
     wrong = [
-        f"output{p} is {shapes.get(p)} instead of {expected.get(p)}"
-        for p in shapes | expected
-        if shapes.get(p) != expected.get(p)
+        f"output{p} is {shapes.get(p)} instead of {wanted.get(p)}"
+        for p in shapes | wanted
+        if shapes.get(p) != wanted.get(p)
     ]
     if wrong:
-        return Certificate(False, nan, "shapes differ: " + "; ".join(wrong[:5]))
+        return Certificate(False, float("nan"), "shapes differ: " + "; ".join(wrong[:5]))
+    errors = output_errors(small, dense, tolerance)
     where = max(errors, key=errors.__getitem__, default="")
     worst = errors.get(where, 0.0)
     if worst <= tolerance:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -15,10 +16,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from pruning.plan import IntArray
-from pruning.rules import Factor, Labels, Propagation, Rule, macs_of, tensors_in, written_by
+from pruning.rules import Factor, Labels, Propagation, Rule, TensorMap, macs_of, tensors_in, written_by
 
 OPAQUE = (nn.RNNBase, nn.RNNCellBase)
 """Modules that check tensor sizes against their constructor's: their own tensors are frozen."""
@@ -195,11 +195,7 @@ class _Functions(TorchFunctionMode):
             for dim in (dim for t in tensors_in([out]) for dim in labels.of(t)):
                 labels.state(dim)
         tensors = list(tensors_in([args[0] if name == "__setitem__" else out]))
-        if (
-            self.tracer.recording
-            and tensors
-            and any(map(labels.is_labelled, (*tensors, *tensors_in([args, tuple((kwargs or {}).values())]))))
-        ):
+        if self.tracer.recording and tensors:
             self.tracer.calls[key] = Call(tuple((labels.of(t), tuple(t.shape), t.dtype, t.device) for t in tensors))
         return out
 
@@ -246,8 +242,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.calls: dict[CallKey, Call] = {}
         self.norms: dict[str, IntArray] = {}
         """Norms without tensors that were told a number of features, and the labels of the channels they see."""
-        self._allocated: Any = WeakIdKeyDictionary()
+        self._allocated: TensorMap[int] = TensorMap()
         self.recording = True
+        self.seconds = 0.0
+        """How long the labelled run took."""
         self.entered = Entered(model)
 
     def run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -259,7 +257,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for path, module in self.model.named_modules():
             if isinstance(module, OPAQUE):
                 self._opaque(path, module)
+        started = time.perf_counter()
         self._forward(args, kwargs)
+        self.seconds = time.perf_counter() - started
         if any(name not in self.labels.used for name, _ in self.model.named_parameters()):
             self.recording = False  # auxiliary heads run in training only; they must be cut all the same
             with suppress(PruningError):
@@ -320,8 +320,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.bytes.append(self._bytes(tensor))
         while self.labels.relabelled:
             tensor = self.labels.relabelled.pop()
-            if tensor in self._allocated:
-                self.bytes[self._allocated[tensor]] = self._bytes(tensor)
+            if (place := self._allocated.get(tensor)) is not None:
+                self.bytes[place] = self._bytes(tensor)
         return out
 
     def _bytes(self, tensor: Tensor) -> tuple[int, list[int]]:
