@@ -239,9 +239,8 @@ class _Trial(TorchFunctionMode):
         except Exception as error:
             if self.shapes_only and _wants_values(error):
                 raise _NeedsValuesError from error
-            if call is None:
+            if call is None or not self._note(call, name, args, kwargs):
                 raise
-            self._note(call, name, args, kwargs)
             return self._promised(call, name)
         if name == "size":
             return self._sized(args[0], out, *args[1:], **kwargs)
@@ -249,8 +248,11 @@ class _Trial(TorchFunctionMode):
             return out
         tensors = list(tensors_in([args[0] if name == "__setitem__" else out]))
         if len(tensors) != len(call.outputs) or self._differs(call, tensors, args, kwargs):
-            self._note(call, name, args, kwargs)
-            return self._promised(call, name)
+            if self._note(call, name, args, kwargs):
+                return self._promised(call, name)
+            for tensor in tensors:  # nothing with channels in it: the data led the run elsewhere
+                self.astray[tensor] = True
+            return out
         for tensor, (labels, *_) in zip(tensors, call.outputs, strict=True):
             self.labels[tensor] = labels
         return out
@@ -304,15 +306,19 @@ class _Trial(TorchFunctionMode):
             return value if dim is None else Number.of(value, (Source(labels=dim),))
         return value
 
-    def _note(self, call: Call, name: str, args: Any, kwargs: Any) -> None:
+    def _note(self, call: Call, name: str, args: Any, kwargs: Any) -> bool:
+        """Keep a mismatch; False if no channels that the trial removed are in it."""
         inputs = list(tensors_in(_flat([*args, *kwargs.values()])))
         dims = [dim for t in inputs for dim in self.labels.get(t) or ()] + [d for out in call.outputs for d in out[0]]
         numbers = [n for n in _flat([*args, *kwargs.values()]) if isinstance(n, Number)]
         dims += [source.labels for n in numbers for source in n.sources]
         touched = {id(dim): dim for dim in dims if dim is not None and self.length(dim) != len(dim)}
+        if not touched:
+            return False
         needs = _needs(self, call, name, args, kwargs)
         wrong = tuple((n, dim) for n, dim in needs if dim is None or n != self.length(dim))
         self.mismatches.append(Mismatch(wrong, tuple(touched.values()), _line()))
+        return True
 
 
 def _wants_values(error: Exception) -> bool:
