@@ -8,39 +8,30 @@ scale of an attention, ``(dim // heads) ** -0.5``) are taken as the pruned netwo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pruning.channels import ChannelGraph
-from pruning.plan import PruningPlan
-from pruning.rules import Propagation, tensors_in
-from pruning.tracer import CallKey, Calls, modules_entered, tensors_of, undisturbed
+from pruning.plan import IntArray, PruningPlan
+from pruning.rules import Propagation, TensorMap, operator_name, tensors_in
+from pruning.tracer import Entered, modules_entered, tensors_of, undisturbed
 
-ARITHMETIC = frozenset(
-    """
-    mul mul_ multiply div div_ divide true_divide add add_ sub sub_ rsub pow pow_ tensor
-    scaled_dot_product_attention __mul__ __rmul__ __imul__ __truediv__ __rtruediv__ __div__ __rdiv__ __itruediv__
-    __idiv__ __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __pow__ __rpow__ __ipow__
-""".split()
-)
-"""Torch functions that compute with the numbers they are given."""
-
-Numbers = dict[CallKey, tuple[float, ...]]
-"""Numbers given to the calls of ``ARITHMETIC``."""
+Numbers = dict[tuple[str, str], list[tuple[float, ...]]]
+"""Numbers given to the operators of a module: running module and operator -> one entry per call."""
 
 
 def run_pruned(pruned: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Numbers]:
     """The output of a pruned model in eval mode, and the numbers its code computed with. It is left as it was."""
-    with undisturbed(pruned), modules_entered(pruned) as entered, Arithmetic(Calls(entered)) as seen:
+    with undisturbed(pruned), modules_entered(pruned) as entered, Arithmetic(entered) as seen, Scales(seen):
         return pruned(*args, **kwargs), seen.numbers
 
 
@@ -54,6 +45,8 @@ def run_masked(
 ) -> Any:
     """The output of the dense model whose removed channels are masked, in eval mode. The model is left as it was.
 
+    Weights are masked when an operator reads them, so that no second set of them is in memory.
+
     Args:
         model: the traced model.
         graph: its channel groups.
@@ -61,83 +54,171 @@ def run_masked(
         args, kwargs: the input.
         numbers: what the pruned network computes with, where its code computes numbers from widths.
     """
-    masked = masked_tensors(model, graph, plan)
-    reference = _Reference(model, graph, plan, masked) if graph.mixed else nullcontext()
-    with undisturbed(model), modules_entered(model) as entered, Arithmetic(Calls(entered), numbers), reference:
-        return functional_call(model, masked, tuple(args), dict(kwargs))
+    with undisturbed(model), modules_entered(model) as entered:
+        reference = _Reference(entered, model, graph, plan, numbers or {})
+        with reference, Scales(reference):
+            return model(*args, **kwargs)
 
 
 def masked_tensors(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> dict[str, Tensor]:
     """Parameters of the dense model that lose entries, zero at the removed positions."""
     tensors = tensors_of(model)[0]
-    masked = {}
-    for name, dims in graph.slices(plan).items():
-        tensor = tensors.get(name)
-        if not isinstance(tensor, nn.Parameter):
-            continue
-        masked[name] = tensor.detach().clone()
-        for dim, kept in dims.items():
-            gone = torch.ones(tensor.shape[dim], dtype=torch.bool, device=tensor.device)
-            gone[torch.from_numpy(kept)] = False
-            masked[name].index_fill_(dim, gone.nonzero()[:, 0], 0)
+    return {
+        name: _masked(tensors[name], dims)
+        for name, dims in graph.slices(plan).items()
+        if isinstance(tensors.get(name), nn.Parameter)
+    }
+
+
+def _masked(tensor: Tensor, kept: Mapping[int, IntArray]) -> Tensor:
+    """A copy that is zero at all positions but the kept ones."""
+    masked = tensor.detach().clone()
+    for dim, positions in kept.items():
+        gone = torch.ones(tensor.shape[dim], dtype=torch.bool, device=tensor.device)
+        gone[torch.from_numpy(positions)] = False
+        masked.index_fill_(dim, gone.nonzero()[:, 0], 0)
     return masked
 
 
-class Arithmetic(TorchFunctionMode):
-    """Keeps the numbers given to calls, or gives calls the numbers kept from another run."""
+class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps the numbers that operators are given."""
 
-    def __init__(self, calls: Calls, given: Numbers | None = None) -> None:
+    def __init__(self, entered: Entered) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.entered = entered
+        self.numbers: Numbers = defaultdict(list)
+        self.made: TensorMap[bool] = TensorMap()
+
+    def scale(self, own: float) -> float:
+        """Keep the scale of an attention."""
+        self.numbers[self.entered.stack[-1], "scale"].append((own,))
+        return own
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if is_arithmetic(func):
+            self.numbers[self.entered.stack[-1], operator_name(func)].append(_numbers_in(func, args, self.made))
+        out = func(*args, **(kwargs or {}))
+        _note_scalars(out, self.made)
+        return out
+
+
+class Scales(TorchFunctionMode):
+    """Keeps the scales of attentions, or gives those of the pruned network: kernels hide them, each in its way."""
+
+    def __init__(self, run: Arithmetic | _Reference) -> None:
         super().__init__()
-        self.calls, self.given = calls, given
-        self.numbers: Numbers = {}
+        self.run = run
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.__name__ not in ARITHMETIC:
-            return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention and kwargs.get("scale") is None:
             query = args[0] if args else kwargs["query"]
-            kwargs = {**kwargs, "scale": query.shape[-1] ** -0.5}
-        key = self.calls.key(func.__name__)
-        own = tuple(v for v in (*args, *kwargs.values()) if _is_number(v))
-        self.numbers[key] = own
-        new = (self.given or {}).get(key, own)
-        if new != own and len(new) == len(own):
-            values = iter(new)
-            args = [next(values) if _is_number(v) else v for v in args]
-            kwargs = {k: next(values) if _is_number(v) else v for k, v in kwargs.items()}
+            kwargs = {**kwargs, "scale": self.run.scale(query.shape[-1] ** -0.5)}
         return func(*args, **kwargs)
 
 
-def _is_number(value: Any) -> bool:
+@cache
+def is_arithmetic(func: Any) -> bool:
+    """Whether an operator may compute with numbers: elementwise ones, and ``lift_fresh`` (``torch.tensor(3.0)``)."""
+    return torch.Tag.pointwise in func.tags or operator_name(func) == "lift_fresh"
+
+
+def _note_scalars(out: Any, made: TensorMap[bool]) -> None:
+    """Remember tensors without dimensions that an operator made; all others are numbers that torch has wrapped."""
+    for tensor in tensors_in([out]):
+        if tensor.ndim == 0:
+            made[tensor] = True
+
+
+def _numbers_in(func: Any, args: Sequence[Any], made: TensorMap[bool]) -> tuple[float, ...]:
+    if operator_name(func) == "lift_fresh":
+        constant = args[0]
+        is_number = constant.numel() == 1 and constant.device.type != "meta" and not constant.is_complex()
+        return (float(constant),) if is_number else ()
+    return tuple(float(v) for v in args if _is_number(v, made))
+
+
+def _is_number(value: Any, made: TensorMap[bool]) -> bool:
+    if isinstance(value, Tensor):
+        is_wrapped = value.ndim == 0 and type(value) is Tensor and made.get(value) is None
+        return is_wrapped and value.device.type == "cpu" and value.is_floating_point()
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 class _Reference(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self, model: nn.Module, graph: ChannelGraph, plan: PruningPlan, masked: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, entered: Entered, model: nn.Module, graph: ChannelGraph, plan: PruningPlan, numbers: Numbers
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.entered, self.numbers = entered, numbers
+        self.seen: dict[tuple[str, str], int] = defaultdict(int)
+        self.made: TensorMap[bool] = TensorMap()
+        for buffer in model.buffers():
+            _note_scalars(buffer, self.made)
         self.labels = Propagation(graph.rules)
+        self.slices: TensorMap[Mapping[int, IntArray]] = TensorMap()
         slices = graph.slices(plan)
         removed = []
         for name, tensor in tensors_of(model)[0].items():
-            labels = self.labels.register(name, masked.get(name, tensor))
+            labels = self.labels.register(name, tensor)
             for d, kept in slices.get(name, {}).items():
                 dim = labels[d]
                 assert dim is not None
                 removed.append(np.delete(dim, kept))
+            if name in slices and isinstance(tensor, nn.Parameter):
+                self.slices[tensor] = slices[name]
         self.gone = np.zeros(self.labels.num_labels, dtype=bool)
         self.gone[np.concatenate(removed) if removed else []] = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        args = self._as_pruned(func, args)
+        real = [self._mask(v) for v in args]
+        out = func(*real, **{name: self._mask(v) for name, v in kwargs.items()})
+        if real and out is real[0]:
+            out = args[0]
+        _note_scalars(out, self.made)
         seen = len(self.labels.mixed)
-        arguments = self.labels.call(func, args, kwargs or {}, out)
+        self.labels.where = self.entered.stack[-1]
+        arguments = self.labels.call(func, args, kwargs, out)
         if any(self._loses(labels) for labels in self.labels.mixed[seen:]):
             results = list(tensors_in([func(**self._cut(arguments))]))
             for result, tensor in zip(results, tensors_in([out]), strict=True):
                 tensor.zero_()
                 self._kept_part(tensor, result)
         return out
+
+    def _as_pruned(self, func: Any, args: Any) -> Any:
+        """The arguments, with the numbers that the pruned network gave in the same place."""
+        if not is_arithmetic(func):
+            return args
+        key = (self.entered.stack[-1], operator_name(func))
+        given, own = self.numbers.get(key, []), _numbers_in(func, args, self.made)
+        place = self.seen[key]
+        self.seen[key] += 1
+        if place >= len(given) or given[place] == own or len(given[place]) != len(own):
+            return args
+        if operator_name(func) == "lift_fresh":
+            return (torch.full_like(args[0], given[place][0]),)
+        values = iter(given[place])
+        return tuple(self._number_like(v, values) if _is_number(v, self.made) else v for v in args)
+
+    @staticmethod
+    def _number_like(old: Any, values: Iterator[float]) -> Any:
+        return torch.full_like(old, next(values)) if isinstance(old, Tensor) else next(values)
+
+    def scale(self, own: float) -> float:
+        """The scale that the pruned network's attention has in the same place."""
+        key = (self.entered.stack[-1], "scale")
+        given, place = self.numbers.get(key, []), self.seen[key]
+        self.seen[key] += 1
+        return given[place][0] if place < len(given) else own
+
+    def _mask(self, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(self._mask, value))
+        kept = self.slices.get(value) if isinstance(value, Tensor) else None
+        return value if kept is None else _masked(value, kept)
 
     def _loses(self, labels: Any) -> bool:
         """Whether some of these labels are removed; labels made after the parameters' never are."""

@@ -149,7 +149,7 @@ def modules_entered(model: nn.Module) -> Iterator[Entered]:
 class Call:
     """What one call of a torch function gave: per tensor its labels, shape, type and device."""
 
-    outputs: tuple[tuple[Labels, tuple[int, ...], torch.dtype, torch.device], ...]
+    outputs: list[tuple[Labels, tuple[int, ...], torch.dtype, torch.device]]
 
 
 class Calls:
@@ -196,7 +196,11 @@ class _Functions(TorchFunctionMode):
                 labels.state(dim)
         tensors = list(tensors_in([args[0] if name == "__setitem__" else out]))
         if self.tracer.recording and tensors:
-            self.tracer.calls[key] = Call(tuple((labels.of(t), tuple(t.shape), t.dtype, t.device) for t in tensors))
+            outputs = [(labels.of(t), tuple(t.shape), t.dtype, t.device) for t in tensors]
+            self.tracer.calls[key] = call = Call(outputs)
+            if call.outputs and not any(map(labels.is_labelled, tensors)):
+                for i, tensor in enumerate(tensors):
+                    self.tracer.made_by[tensor] = (call, i)
         return out
 
     def _reads_sizes(self, tensor: Tensor, *dims: int) -> None:
@@ -243,6 +247,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.norms: dict[str, IntArray] = {}
         """Norms without tensors that were told a number of features, and the labels of the channels they see."""
         self._allocated: TensorMap[int] = TensorMap()
+        self.made_by: TensorMap[tuple[Call, int]] = TensorMap()
+        """Calls that made tensors without labels, which may get some later."""
         self.recording = True
         self.seconds = 0.0
         """How long the labelled run took."""
@@ -322,6 +328,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             tensor = self.labels.relabelled.pop()
             if (place := self._allocated.get(tensor)) is not None:
                 self.bytes[place] = self._bytes(tensor)
+            if (made := self.made_by.get(tensor)) is not None:
+                call, i = made
+                call.outputs[i] = (self.labels.of(tensor), *call.outputs[i][1:])
         return out
 
     def _bytes(self, tensor: Tensor) -> tuple[int, list[int]]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import linecache
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from torch.utils._pytree import tree_map_only
 
 from pruning.channels import Assembly, ChannelGraph, Followed, assemble
 from pruning.plan import IntArray, PruningPlan
-from pruning.reference import Arithmetic, run_masked
+from pruning.reference import Arithmetic, Scales, run_masked
 from pruning.rules import Dim, Labels, TensorMap, tensors_in
 from pruning.surgery import compare_outputs, kept_shape, prune, rebuild
 from pruning.tracer import Call, Calls, Entered, Tracer, batch_size, modules_entered, tensors_of, undisturbed
@@ -190,7 +189,7 @@ class _Trial(TorchFunctionMode):
         """Whether a tensor of another shape than promised could not be replaced: the rest of the run tells nothing."""
         self.failure: tuple[str, Exception, str] | None = None
         self.outputs: Any = None
-        self.arithmetic = Arithmetic(Calls(Entered(self.pruned)))
+        self.arithmetic = Arithmetic(Entered(self.pruned))
         self.labels: TensorMap[Labels] = TensorMap()
         self.astray: TensorMap[bool] = TensorMap()
         for name, tensor in tensors_of(self.pruned)[0].items():
@@ -208,9 +207,9 @@ class _Trial(TorchFunctionMode):
         if self.shapes_only:
             args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (tuple(args), dict(kwargs)))
         with undisturbed(self.pruned), modules_entered(self.pruned) as entered:
-            self.calls, self.arithmetic = Calls(entered), Arithmetic(Calls(entered))
+            self.calls, self.arithmetic = Calls(entered), Arithmetic(entered)
             try:
-                with nullcontext() if self.shapes_only else self.arithmetic, self:
+                with self.arithmetic, self, Scales(self.arithmetic):
                     self.outputs = self.pruned(*args, **kwargs)
             except _NeedsValuesError:
                 raise
