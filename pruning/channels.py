@@ -20,7 +20,7 @@ from torch import nn
 
 from pruning.plan import BoolArray, ChannelGroup, IntArray, Member, PruningPlan
 from pruning.rules import Rule, weight_name
-from pruning.tracer import PruningError, Tracer
+from pruning.tracer import NeedsValuesError, PruningError, Tracer
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,12 @@ class ChannelGraph:
         """
         from pruning.trial import settle  # prunes, so it stands above this module
 
-        tracer = Tracer(model, rules)
-        tracer.run(example_inputs, kwargs)
+        try:
+            tracer = Tracer(model, rules, values=False)
+            tracer.run(example_inputs, kwargs)
+        except NeedsValuesError:
+            tracer = Tracer(model, rules)
+            tracer.run(example_inputs, kwargs)
         freeze_layers(tracer, freeze)
         return settle(tracer, example_inputs, kwargs)
 

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 from torch.nn.modules import module as nn_module
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from pruning.plan import IntArray
-from pruning.rules import Factor, Labels, Propagation, Rule, TensorMap, macs_of, tensors_in, written_by
+from pruning.rules import Factor, Labels, Propagation, Rule, TensorMap, macs_of, operator_name, tensors_in, written_by
 
 OPAQUE = (nn.RNNBase, nn.RNNCellBase)
 """Modules that check tensor sizes against their constructor's: their own tensors are frozen."""
@@ -145,6 +147,76 @@ def modules_entered(model: nn.Module) -> Iterator[Entered]:
             handle.remove()
 
 
+class NeedsValuesError(Exception):
+    """A run without arithmetic met an operator that looks at values."""
+
+
+HEAVY = frozenset(
+    "convolution addmm mm bmm baddbmm linear _scaled_dot_product_flash_attention_for_cpu "
+    "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention".split()
+)
+"""Operators that take nearly all of a forward pass."""
+
+PRODUCTS = frozenset(("addmm", "mm", "bmm", "baddbmm"))
+"""Heavy operators whose shapes are quickly told."""
+
+LOOKING = frozenset("torchvision::nms torchvision::roi_align torchvision::roi_pool torchvision::ps_roi_align".split())
+"""Operators of other libraries that look at values, or follow those that do."""
+
+
+def without_arithmetic(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The output of an operator; of a heavy one its shape, filled with zeros.
+
+    Raises:
+        NeedsValuesError: the operator looks at values.
+    """
+    name = operator_name(func)
+    if name in PRODUCTS and not kwargs:
+        return _product(*args[-2:], bias=args[0] if len(args) == 3 else None)
+    if name in HEAVY:
+        device = next(tensors_in(args)).device
+        formats = {suggest_memory_format(t) for t in tensors_in(args[:2])} if name == "convolution" else set()
+        layout = next(iter(formats - {torch.contiguous_format}), None)
+        args, kwargs = tree_map_only(Tensor, _on_meta, (tuple(args), dict(kwargs)))
+        return tree_map_only(Tensor, lambda t: _zeros_like(t, device, layout), func(*args, **kwargs))
+    if _looks(func) and (name != "index" or any(t.dtype in (torch.bool, torch.uint8) for t in tensors_in([args[1]]))):
+        raise NeedsValuesError(name)
+    return func(*args, **kwargs)
+
+
+def _product(x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+    """Zeros in the shape of a matrix product, shapes ``(..., m, k)`` and ``(..., k, n)``, plus a broadcast bias."""
+    if x.shape[-1] != y.shape[-2] or x.shape[:-2] != y.shape[:-2]:
+        raise RuntimeError(f"matrices of shapes {tuple(x.shape)} and {tuple(y.shape)} cannot be multiplied")
+    if bias is not None and bias.ndim and bias.shape[-1] not in (1, y.shape[-1]):
+        raise RuntimeError(f"a bias of shape {tuple(bias.shape)} cannot be added to {y.shape[-1]} columns")
+    return x.new_zeros(*x.shape[:-1], y.shape[-1])
+
+
+@cache
+def _looks(func: Any) -> bool:
+    tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+    return operator_name(func) in LOOKING or not tags.isdisjoint(func.tags)
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _zeros_like(tensor: Tensor, device: torch.device, layout: torch.memory_format | None) -> Tensor:
+    """Zeros for a tensor on the meta device, in its own memory layout or the given one."""
+    if layout is not None:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device, memory_format=layout).zero_()
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device).zero_()
+
+
+class NoArithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Runs a model for its shapes: heavy operators give zeros."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return without_arithmetic(func, args, kwargs or {})
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
     """What one call of a torch function gave: per tensor its labels, shape, type and device."""
@@ -225,12 +297,13 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         rules: rules of the user, by operator name.
+        values: compute everything; otherwise heavy operators give zeros, which most models never notice.
     """
 
-    def __init__(self, model: nn.Module, rules: Mapping[str, Rule] | None = None) -> None:
+    def __init__(self, model: nn.Module, rules: Mapping[str, Rule] | None = None, *, values: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.model = model
-        self.rules = rules
+        self.rules, self.values = rules, values
         self.labels = Propagation(rules)
         self.tensors, self.aliases = tensors_of(model)
         self.places = [
@@ -250,8 +323,6 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.made_by: TensorMap[tuple[Call, int]] = TensorMap()
         """Calls that made tensors without labels, which may get some later."""
         self.recording = True
-        self.seconds = 0.0
-        """How long the labelled run took."""
         self.entered = Entered(model)
 
     def run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -259,16 +330,15 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         Raises:
             PruningError: the forward fails; says in which module and with which shapes.
+            NeedsValuesError: it looks at values that were not computed.
         """
         for path, module in self.model.named_modules():
             if isinstance(module, OPAQUE):
                 self._opaque(path, module)
-        started = time.perf_counter()
         self._forward(args, kwargs)
-        self.seconds = time.perf_counter() - started
         if any(name not in self.labels.used for name, _ in self.model.named_parameters()):
             self.recording = False  # auxiliary heads run in training only; they must be cut all the same
-            with suppress(PruningError):
+            with suppress(PruningError, NeedsValuesError):
                 self._forward(args, kwargs, training=True)
         for unread in self.labels.unread:
             for dim in unread.labels:
@@ -284,6 +354,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             try:
                 with _Functions(self, entered), self:
                     outputs = self.model(*args, **kwargs)
+            except NeedsValuesError:
+                raise
             except Exception as error:
                 shapes = ", ".join(f"{path} {tuple(t.shape)}" for path, t in named_tensors((args, dict(kwargs))))
                 raise PruningError(
@@ -313,7 +385,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.labels.tie(inputs, heads)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {})) if self.values else without_arithmetic(func, args, kwargs or {})
         self.labels.where = self.entered.stack[-1]
         arguments = self.labels.call(func, args, kwargs or {}, out)
         if not self.recording:

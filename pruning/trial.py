@@ -24,23 +24,30 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
 from pruning.channels import Assembly, ChannelGraph, Followed, assemble
 from pruning.plan import IntArray, PruningPlan
 from pruning.reference import Arithmetic, Scales, run_masked
 from pruning.rules import Dim, Labels, TensorMap, tensors_in
 from pruning.surgery import compare_outputs, kept_shape, prune, rebuild
-from pruning.tracer import Call, Calls, Entered, Tracer, batch_size, modules_entered, tensors_of, undisturbed
+from pruning.tracer import (
+    Call,
+    Calls,
+    Entered,
+    NeedsValuesError,
+    NoArithmetic,
+    Tracer,
+    batch_size,
+    modules_entered,
+    tensors_of,
+    undisturbed,
+)
 
 ROUNDS = 16
 """Trials before everything that is still in doubt is frozen; networks seen so far need at most six."""
 
 TRIAL_TOLERANCE = 1e-2
 """Relative error of a trial: wrong channels differ by more, half precision by less."""
-
-LONG_S = 1.0
-"""Seconds of a labelled run above which trials on shapes alone are faster than real ones."""
 
 CLEAN = 2
 """Trials in a row, at different widths, that must find nothing."""
@@ -62,7 +69,7 @@ def settle(tracer: Tracer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Ch
     ]
     assembly = assemble(tracer, batch, findings.followed)
     clean = 0
-    shapes_only = tracer.seconds > LONG_S
+    shapes_only = not tracer.values
     for attempt in range(ROUNDS):
         graph = assembly.graph
         if not any((assembly.group[labels] >= 0).any() for labels, _ in tracer.labels.stated):
@@ -72,7 +79,7 @@ def settle(tracer: Tracer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Ch
         try:
             trial = _Trial(tracer, assembly, plan, shapes_only=shapes_only and not to_be_proven)
             trial.run(args, kwargs)
-        except _NeedsValuesError:
+        except NeedsValuesError:
             shapes_only = False
             continue
         if findings.learn(trial):
@@ -109,10 +116,6 @@ def trial_plan(graph: ChannelGraph, seed: int) -> PruningPlan:
         width = min(group.size, max(2 if group.size > 2 else 1, width))
         masks[group.name] = np.isin(np.arange(group.size), rng.permutation(group.size)[:width])
     return PruningPlan.from_masks(masks)
-
-
-class _NeedsValuesError(Exception):
-    """The model's code or an operator wants the values of tensors that have only shapes."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,7 @@ class _Trial(TorchFunctionMode):
     """Runs a pruned network beside the record of the traced one.
 
     Args:
-        shapes_only: run on tensors without values (torch's meta device), which takes hardly any time.
+        shapes_only: run without arithmetic, which takes hardly any time.
     """
 
     def __init__(self, tracer: Tracer, assembly: Assembly, plan: PruningPlan, *, shapes_only: bool) -> None:
@@ -200,22 +203,18 @@ class _Trial(TorchFunctionMode):
         """Run; afterwards ``mismatches`` and ``failure`` say what was found.
 
         Raises:
-            _NeedsValuesError: the run has shapes only and something asked for values.
+            NeedsValuesError: the run has shapes only and something asked for values.
         """
         for path, module in self.pruned.named_modules():
             _mark_attributes(path, module)
-        if self.shapes_only:
-            args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (tuple(args), dict(kwargs)))
         with undisturbed(self.pruned), modules_entered(self.pruned) as entered:
             self.calls, self.arithmetic = Calls(entered), Arithmetic(entered)
             try:
-                with self.arithmetic, self, Scales(self.arithmetic):
+                with NoArithmetic() if self.shapes_only else self.arithmetic, self, Scales(self.arithmetic):
                     self.outputs = self.pruned(*args, **kwargs)
-            except _NeedsValuesError:
+            except NeedsValuesError:
                 raise
-            except Exception as error:
-                if self.shapes_only and _wants_values(error):
-                    raise _NeedsValuesError from error
+            except Exception as error:  # noqa: BLE001 - a foreign forward may raise anything
                 self.failure = (_module_of(error, entered), error, _line_of(error))
 
     def differs_from_masked(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
@@ -235,9 +234,9 @@ class _Trial(TorchFunctionMode):
         call = None if self.lost else self.tracer.calls.get(key)
         try:
             out = func(*args, **kwargs)
-        except Exception as error:
-            if self.shapes_only and _wants_values(error):
-                raise _NeedsValuesError from error
+        except NeedsValuesError:
+            raise
+        except Exception:
             if call is None or not self._note(call, name, args, kwargs):
                 raise
             return self._promised(call, name)
@@ -320,15 +319,11 @@ class _Trial(TorchFunctionMode):
         return True
 
 
-def _wants_values(error: Exception) -> bool:
-    return isinstance(error, NotImplementedError) or "meta" in str(error)
-
-
 def _without_values(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:
-    """The pruned network on torch's meta device."""
+    """The pruned network with zeros for weights."""
     slices = graph.slices(plan)
     tensors = {
-        name: torch.empty(kept_shape(tensor.shape, slices.get(name, {})), dtype=tensor.dtype, device="meta")
+        name: tensor.new_zeros(kept_shape(tensor.shape, slices.get(name, {})))
         for name, tensor in tensors_of(model)[0].items()
     }
     return rebuild(model, graph, plan, tensors)
