@@ -30,13 +30,14 @@ from pipeline.report import write_report
 from pipeline.study import Study, describe, to_candidate, to_dict, to_evaluation
 from pipeline.training import VERSION, TrainingError, fit, load_weights, save_weights, sha256_of
 from pipeline.workloads import Split
-from pruning.channels import ChannelGraph, PruningError
+from pruning.channels import ChannelGraph
 from pruning.cost import cost
 from pruning.plan import PruningPlan, SearchSpace
 from pruning.saliency import uniform_plan
 from pruning.search.protocol import Candidate, Entry, Evaluation
 from pruning.search.support import SearchError
 from pruning.surgery import Certificate, certify, prune
+from pruning.tracer import PruningError
 
 Facts = Mapping[str, Any]
 TEST_CHUNK = 2048

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pruning.channels import ChannelGraph as ChannelGraph
     from pruning.channels import Frozen as Frozen
-    from pruning.channels import PruningError as PruningError
     from pruning.cost import Cost as Cost
     from pruning.cost import Costs as Costs
     from pruning.cost import cost as cost
@@ -32,14 +31,16 @@ if TYPE_CHECKING:
     from pruning.surgery import prune as prune
     from pruning.surgery import save_pruned as save_pruned
     from pruning.surgery import scatter as scatter
+    from pruning.tracer import PruningError as PruningError
     from pruning.weights import inherit as inherit
 
 _HOME = {
     "plan": ("ChannelGroup", "Member", "PlanError", "PruningPlan", "SearchSpace"),
-    "channels": ("ChannelGraph", "Frozen", "PruningError"),
+    "channels": ("ChannelGraph", "Frozen"),
     "cost": ("Cost", "Costs", "costs", "count"),
     "saliency": ("channel_saliency", "uniform_plan"),
     "surgery": ("Certificate", "certify", "load_pruned", "prune", "save_pruned", "scatter"),
+    "tracer": ("PruningError",),
     "weights": ("inherit",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

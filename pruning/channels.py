@@ -99,8 +99,8 @@ class ChannelGraph:
         frozen: producing layers whose channels stay, in network order.
         shapes: every parameter and buffer of the traced model, by name.
         aliases: further names of tied tensors -> the name that ``groups`` uses.
-        scaled_groups: convolution weights whose ``groups`` shrinks in proportion with dimension 0 (depthwise);
-            for other convolutions ``groups`` stays constant.
+        scaled_groups: convolution weights whose ``groups`` shrinks in proportion with dimension 0 (depthwise ones, and
+            those that lose whole groups); for other convolutions ``groups`` stays constant.
         normalising: group name -> operators that normalise over its channels, so that removing some changes the rest.
         mixed: whether an operator without weights sums, normalises or picks over channels of a group.
         rules: the user's rules the model was traced with.

@@ -3,8 +3,9 @@
 Every index along a prunable dimension carries an integer label. A rule reads the labels of an operator's inputs,
 ties the labels that must be kept or removed together, and labels the outputs. To teach the tracer an operator, add
 its name to ``RULES`` (and to ``MACS`` if it multiplies and accumulates); an operator without a rule freezes every
-label it touches. Where the code states a size (``view``, ``split``, a slice) a rule goes on as if the size followed
-the width and says so (``Propagation.state``); ``pruning.trial`` then finds out whether it does.
+label it touches, unless torch marks it as elementwise. Where the code states a size (``view``, ``split``, a slice) a
+rule goes on as if the size followed the width and says so (``Propagation.state``); ``pruning.trial`` then finds out
+whether it does.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class TensorMap(Generic[T]):
         self._entries: dict[int, tuple[Any, T]] = {}
 
     def __setitem__(self, tensor: Tensor, value: T) -> None:
-        self._entries[id(tensor)] = (torch._C._WeakTensorRef(tensor), value)
+        reference = torch._C._WeakTensorRef(tensor)  # type: ignore[attr-defined]
+        self._entries[id(tensor)] = (reference, value)
 
     def get(self, tensor: Tensor) -> T | None:
         """The value, or None."""
@@ -731,7 +733,7 @@ def as_list(value: Any) -> list[int]:
 
 
 def reduce(p: Propagation, a: Arguments, out: Any, *, order: bool = False) -> None:
-    """Reductions over ``dim``; over labels they normalise channels, or freeze them where the result is an index."""
+    """Reductions over ``dim``; over labels they normalise channels, and a result that is an index freezes when read."""
     x = list(p.of(a["self"]))
     over = {d % len(x) for d in as_list(a.get("dim"))} if a.get("dim") not in (None, []) else set(range(len(x)))
     for result in tensors_in([out]):

@@ -104,7 +104,8 @@ def _follow(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> None:
 def _weight(module: Any) -> Tensor:
     """Weight of a layer, or the parameter that a parametrization, weight norm or spectral norm makes it from."""
     if is_parametrized(module, "weight"):
-        return max(module.parametrizations.weight.parameters(recurse=False), key=Tensor.numel)
+        sources: list[Tensor] = list(module.parametrizations.weight.parameters(recurse=False))
+        return max(sources, key=Tensor.numel)
     for name in ("weight_orig", "weight_v", "weight"):
         if isinstance(found := module._parameters.get(name), Tensor):
             return found

@@ -172,7 +172,7 @@ def without_arithmetic(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
     """
     name = operator_name(func)
     if name in PRODUCTS and not kwargs:
-        return _product(*args[-2:], bias=args[0] if len(args) == 3 else None)
+        return _product(args[-2], args[-1], args[0] if len(args) == 3 else None)
     if name in HEAVY:
         device = next(tensors_in(args)).device
         formats = {suggest_memory_format(t) for t in tensors_in(args[:2])} if name == "convolution" else set()
@@ -212,6 +212,9 @@ def _zeros_like(tensor: Tensor, device: torch.device, layout: torch.memory_forma
 
 class NoArithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs a model for its shapes: heavy operators give zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return without_arithmetic(func, args, kwargs or {})

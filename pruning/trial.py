@@ -4,10 +4,10 @@ A rule that meets a size written in the code (``view(b, n, heads, 32)``, ``split
 if the size followed the width. Here the network is pruned at random widths and run beside the record of the traced run:
 every call must give the shapes that the labels promise. A call that does not is answered with a tensor of the promised
 shape, so that one run finds all of them. Sizes that the code reads off tensors and off modules are integers that know
-where they come from, and so tell what is to be done, mildest first:
+where they come from, and so tell what is to be done:
 
-1. a size that is an attribute of a module follows the width (``ChannelGraph.followed``);
-2. a size that comes from the shape of a tensor: both dimensions are tied, rectangle by rectangle;
+1. a size that comes from the shape of a tensor: both dimensions are tied, rectangle by rectangle;
+2. a size that is an attribute of a module follows the width (``ChannelGraph.followed``);
 3. anything else is a number written in the code: what it touches is frozen, with the line.
 """
 
@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from pruning.channels import Assembly, ChannelGraph, Followed, assemble
 from pruning.plan import IntArray, PruningPlan
-from pruning.reference import Arithmetic, Scales, run_masked
+from pruning.reference import Arithmetic, Numbers, Scales, run_masked
 from pruning.rules import Dim, Labels, TensorMap, tensors_in
 from pruning.surgery import compare_outputs, kept_shape, prune, rebuild
 from pruning.tracer import (
@@ -62,11 +62,6 @@ def settle(tracer: Tracer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Ch
     """
     batch = batch_size(args, kwargs)
     findings = _Findings(tracer)
-    findings.followed += [
-        Followed(path, "num_features", None, len(channels), 1 + tracer.dim_id(channels), len(channels))
-        for path, channels in tracer.norms.items()
-        if getattr(tracer.model.get_submodule(path), "num_features", None) == len(channels)
-    ]
     assembly = assemble(tracer, batch, findings.followed)
     clean = 0
     shapes_only = not tracer.values
@@ -104,14 +99,14 @@ def trial_plan(graph: ChannelGraph, seed: int) -> PruningPlan:
     """Random channels at random widths.
 
     Sizes that should be tied and are not show only where their groups keep other shares, so the groups with most
-    members (residual streams) keep 70 to 90 % and the others 35 to 65 %; groups of up to four channels may stay whole.
+    members (residual streams) keep 45 to 60 % and the others 15 to 40 %; groups of up to four channels may stay whole.
     A width of 1 is avoided, because broadcasting hides it.
     """
     rng = np.random.default_rng(seed)
     many = np.quantile([len(group.members) for group in graph.groups], 0.75)
     masks = {}
     for i, group in enumerate(graph.groups):
-        low, high = (0.7, 0.9) if len(group.members) > many else (0.35, 0.65)
+        low, high = (0.45, 0.6) if len(group.members) > many else (0.15, 0.4)
         width = 1 + (seed + i) % group.size if group.size <= 4 else round(group.size * rng.uniform(low, high))
         width = min(group.size, max(2 if group.size > 2 else 1, width))
         masks[group.name] = np.isin(np.arange(group.size), rng.permutation(group.size)[:width])
@@ -185,19 +180,15 @@ class _Trial(TorchFunctionMode):
         self.tracer, self.graph, self.plan = tracer, assembly.graph, plan
         self.kept = assembly.kept(plan)
         self.shapes_only = shapes_only
-        make = _without_values if shapes_only else prune
-        self.pruned = make(tracer.model, self.graph, plan)
         self.mismatches: list[Mismatch] = []
         self.lost = False
         """Whether a tensor of another shape than promised could not be replaced: the rest of the run tells nothing."""
-        self.failure: tuple[str, Exception, str] | None = None
+        self.failure: tuple[str, str, str] | None = None
+        """Module, what it raised, and the line."""
         self.outputs: Any = None
-        self.arithmetic = Arithmetic(Entered(self.pruned))
+        self.numbers: Numbers = {}
         self.labels: TensorMap[Labels] = TensorMap()
         self.astray: TensorMap[bool] = TensorMap()
-        for name, tensor in tensors_of(self.pruned)[0].items():
-            self.labels[tensor] = tracer.labels.of(tracer.tensors[name])
-        self.calls = Calls(Entered(self.pruned))
 
     def run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Run; afterwards ``mismatches`` and ``failure`` say what was found.
@@ -205,21 +196,27 @@ class _Trial(TorchFunctionMode):
         Raises:
             NeedsValuesError: the run has shapes only and something asked for values.
         """
-        for path, module in self.pruned.named_modules():
+        make = _without_values if self.shapes_only else prune
+        pruned = make(self.tracer.model, self.graph, self.plan)
+        for path, module in pruned.named_modules():
             _mark_attributes(path, module)
-        with undisturbed(self.pruned), modules_entered(self.pruned) as entered:
-            self.calls, self.arithmetic = Calls(entered), Arithmetic(entered)
+        for name, tensor in tensors_of(pruned)[0].items():
+            self.labels[tensor] = self.tracer.labels.of(self.tracer.tensors[name])
+        with undisturbed(pruned), modules_entered(pruned) as entered:
+            self.calls, arithmetic = Calls(entered), Arithmetic(entered)
             try:
-                with NoArithmetic() if self.shapes_only else self.arithmetic, self, Scales(self.arithmetic):
-                    self.outputs = self.pruned(*args, **kwargs)
+                with NoArithmetic() if self.shapes_only else arithmetic, self, Scales(arithmetic):
+                    self.outputs = pruned(*args, **kwargs)
             except NeedsValuesError:
                 raise
             except Exception as error:  # noqa: BLE001 - a foreign forward may raise anything
-                self.failure = (_module_of(error, entered), error, _line_of(error))
+                self.failure = (_module_of(error, entered), type(error).__name__, _line_of(error))
+        self.numbers = arithmetic.numbers
+        entered.names.clear()  # nothing shall keep the pruned network in memory
 
     def differs_from_masked(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
         """How the outputs of a run differ from those of the masked dense network; empty if they do not."""
-        expected = run_masked(self.tracer.model, self.graph, self.plan, args, kwargs, self.arithmetic.numbers)
+        expected = run_masked(self.tracer.model, self.graph, self.plan, args, kwargs, self.numbers)
         return compare_outputs(self.outputs, expected, TRIAL_TOLERANCE).reason
 
     def length(self, labels: IntArray) -> int:
@@ -320,12 +317,13 @@ class _Trial(TorchFunctionMode):
 
 
 def _without_values(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:
-    """The pruned network with zeros for weights."""
+    """The pruned network with zeros for weights; those of plain layers, which nobody looks into, share one zero."""
     slices = graph.slices(plan)
-    tensors = {
-        name: tensor.new_zeros(kept_shape(tensor.shape, slices.get(name, {})))
-        for name, tensor in tensors_of(model)[0].items()
-    }
+    plain = {f"{path}.weight" for path, m in model.named_modules() if type(m) in (nn.Linear, nn.Conv2d)}
+    tensors = {}
+    for name, tensor in tensors_of(model)[0].items():
+        shape = kept_shape(tensor.shape, slices.get(name, {}))
+        tensors[name] = tensor.new_zeros(()).expand(shape) if name in plain else tensor.new_zeros(shape)
     return rebuild(model, graph, plan, tensors)
 
 
@@ -353,7 +351,7 @@ def _flat(values: Any) -> Iterator[Any]:
         yield values
 
 
-def _needs(trial: _Trial, call: Call, name: str, args: Any, kwargs: Any) -> list[tuple[int, Dim]]:
+def _needs(trial: _Trial, call: Call, name: str, args: Any, kwargs: Any) -> Sequence[tuple[int, Dim]]:
     """Numbers given to a call, and the labels whose kept number each should be."""
     first = call.outputs[0][0]
     if name in ("view", "reshape", "expand"):
@@ -375,7 +373,7 @@ def _needs(trial: _Trial, call: Call, name: str, args: Any, kwargs: Any) -> list
     return [(n, dim) for n in numbers for dim in dims if len(dim) == n][:4]
 
 
-def _bounds(labels: Labels, index: Any) -> list[tuple[int, Dim]]:
+def _bounds(labels: Labels, index: Any) -> Sequence[tuple[int, Dim]]:
     """Bounds of slices of labelled dimensions: each should count the labels kept before it."""
     items = list(index) if isinstance(index, tuple) else [index]
     missing = len(labels) - sum(item is not None and item is not Ellipsis for item in items)
@@ -398,7 +396,12 @@ class _Findings:
 
     def __init__(self, tracer: Tracer) -> None:
         self.tracer = tracer
-        self.followed: list[Followed] = []
+        self.norms = [
+            Followed(path, "num_features", None, len(channels), 1 + tracer.dim_id(channels), len(channels))
+            for path, channels in tracer.norms.items()
+            if getattr(tracer.model.get_submodule(path), "num_features", None) == len(channels)
+        ]
+        self.followed = list(self.norms)
         self.tried: set[tuple[Any, ...]] = set()
         self.settled: list[tuple[IntArray, str]] = []
 
@@ -422,7 +425,7 @@ class _Findings:
         if trial.failure is None:
             return False
         module, error, line = trial.failure
-        reason = f"the pruned network raised {type(error).__name__} in {module or 'the model itself'}: {line}"
+        reason = f"the pruned network raised {error} in {module or 'the model itself'}: {line}"
         fresh = self._seen_in(module, trial)
         while module and not fresh:
             module = module.rpartition(".")[0]
@@ -445,39 +448,40 @@ class _Findings:
         return [dim for dim in dims if dim is not None and not trial.kept[dim].all()]
 
     def _settle(self, number: Number, dim: Dim, mismatch: Mismatch) -> bool:
-        """Tie the sources of a number to the dimension it should follow; False if nothing new can be done."""
+        """Make one source of a number follow the dimension it should; False if nothing new can be done."""
         if dim is None:
             return False
-        done = False
-        attributes = [s for s in number.sources if s.labels is None]
-        distinct = len(np.unique(dim))
-        attributes.sort(key=lambda s: (s.value not in (len(dim), distinct), -s.value))
-        for source in (s for s in number.sources if s.labels is not None):
-            assert source.labels is not None
-            key = (id(source.labels), id(dim))
-            small, big = sorted((source.labels, dim), key=len)
-            if key in self.tried or len(big) % len(small):
-                continue
-            self.tried.add(key)
-            self.tracer.labels.edges.append((np.tile(small, len(big) // len(small)), big))
-            self.settled.append((dim, mismatch.line))
-            return True
-        for source in attributes:
-            key = (source.module, source.name, source.index)
-            if key in self.tried:
-                continue
-            self.tried.add(key)
-            self.followed.append(Followed(*key, source.value, 1 + self.tracer.dim_id(dim), len(dim)))
-            self.settled.append((dim, mismatch.line))
-            return True
-        return done
+        for source in number.sources:
+            if source.labels is not None and self._tie(source.labels, dim):
+                self.settled.append((dim, mismatch.line))
+                return True
+        attributes = [source for source in number.sources if source.labels is None]
+        likely = (len(dim), len(np.unique(dim)))
+        for source in sorted(attributes, key=lambda s: (s.value not in likely, -s.value)):
+            place = (source.module, source.name, source.index)
+            if place not in self.tried:
+                self.tried.add(place)
+                self.followed.append(Followed(*place, source.value, 1 + self.tracer.dim_id(dim), len(dim)))
+                self.settled.append((dim, mismatch.line))
+                return True
+        return False
+
+    def _tie(self, labels: IntArray, dim: IntArray) -> bool:
+        """Tie two dimensions, the longer one in parts as long as the shorter; False if that cannot be or was tried."""
+        pair = (id(labels), id(dim))
+        small, big = sorted((labels, dim), key=len)
+        if pair in self.tried or len(big) % len(small):
+            return False
+        self.tried.add(pair)
+        self.tracer.labels.edges.append((np.tile(small, len(big) // len(small)), big))
+        return True
 
     def withdraw(self, reason: str) -> None:
         """Freeze everything that was settled by ties and attributes: the certificate failed."""
         for dim, line in self.settled:
             self.tracer.labels.freeze(dim, f"sizes that could not be proven right ({reason}): {line}")
         self.settled.clear()
-        self.followed = [size for size in self.followed if size.name == "num_features"]
+        self.followed = list(self.norms)
 
 
 def _line() -> str:

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruning.channels import ChannelGraph, PruningError, components
+from pruning.channels import ChannelGraph, components
 from pruning.cost import cost, count
 from pruning.plan import PlanError, PruningPlan
 from pruning.surgery import prune
+from pruning.tracer import PruningError
 from tests.pruning.models import CifarResNet, PlainCNN, Tied, TwoBranches, certified, half
 
 

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from pruning.channels import ChannelGraph, PruningError
+from pruning.channels import ChannelGraph
 from pruning.cost import cost, count
 from pruning.plan import PruningPlan
 from pruning.saliency import uniform_plan
 from pruning.surgery import certify, load_pruned, prune, save_pruned, scatter
+from pruning.tracer import PruningError
 from pruning.weights import inherit
 from tests.pruning.models import CifarResNet, PlainCNN, Tied, TwoBranches, certified, half, randomise
 

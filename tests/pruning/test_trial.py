@@ -13,9 +13,10 @@ import torchvision
 from torch import Tensor, nn
 
 from pruning import rules
-from pruning.channels import ChannelGraph, PruningError
+from pruning.channels import ChannelGraph
 from pruning.cost import cost, count
 from pruning.surgery import certify, load_pruned, prune, save_pruned
+from pruning.tracer import PruningError
 from pruning.trial import Number, Source
 from tests.pruning.models import Net, certified, half, randomise
 
