@@ -69,9 +69,7 @@ def ours(model: nn.Module, example: Example) -> Row:
     row: Row = {"status": "refused"}
     try:
         row["forward_s"] = forward_seconds(model, example)
-        first, graph = timed(lambda: ChannelGraph.trace(model, *example))
-        again = [timed(lambda: ChannelGraph.trace(model, *example))[0] for _ in range(2 if first < 2 else 0)]
-        row |= {"trace_s": statistics.median([first, *again]), "first_trace_s": first}
+        row["trace_s"], graph = timed(lambda: ChannelGraph.trace(model, *example))
     except Exception as error:  # noqa: BLE001 - the table says what happened
         return row | {"why": f"{type(error).__name__}: {error}"}
     row["groups"] = len(graph.groups)
@@ -95,6 +93,8 @@ def proven(model: nn.Module, example: Example, graph: ChannelGraph) -> Row:
         return row
     predicted, counted = cost(graph, plan), count(pruned, *example)
     row["macs_left"] = predicted.macs / max(1, cost(graph, PruningPlan.full(graph.groups)).macs)
+    if row["macs_left"] >= 1:
+        return row | {"status": "refused", "why": "nothing was pruned"}
     if predicted != counted:  # the number of boxes follows the values: compare on those of the masked network
         masked = copy.deepcopy(model)
         masked.load_state_dict(masked_tensors(model, graph, plan), strict=False)
@@ -269,13 +269,13 @@ def figures_of(rows: Sequence[Row]) -> list[Figure]:
     if tasks:
         add("detection_and_segmentation_ok_share", share(tasks), 1, share(tasks) == 1)
     traced = [row for row in rows if "trace_s" in row]
-    over = statistics.median(row["trace_s"] / row["forward_s"] for row in traced)
+    over = statistics.median([row["trace_s"] / row["forward_s"] for row in traced] or [float("nan")])
     add("trace_over_forward_median", over, 2, over <= 2)
     late = sum(row["trace_s"] > 5 * row["forward_s"] + 1 for row in traced)
     add("traces_above_5_forwards_and_1_s", late, 0, late == 0)
     both = [row for row in rows if row["status"] == row.get("peer") == "ok"]
     if both:
-        gain = statistics.median(row["peer_s"] / (row["first_trace_s"] + row["prune_s"]) for row in both)
+        gain = statistics.median(row["peer_s"] / (row["trace_s"] + row["prune_s"]) for row in both)
         add("speedup_vs_torch_pruning", gain, 3, gain >= 3)
     for row in rows:
         if "prune_speedup" in row:
@@ -319,7 +319,7 @@ def _line(row: Row, with_peer: bool) -> str:
     cells += [number("forward_s", ".3f"), trace, number("prune_s", ".2f")]
     if with_peer:
         ran = row["status"] == row.get("peer") == "ok"
-        gain = f"{row['peer_s'] / (row['first_trace_s'] + row['prune_s']):.1f}x" if ran else ""
+        gain = f"{row['peer_s'] / (row['trace_s'] + row['prune_s']):.1f}x" if ran else ""
         cells += [row.get("peer", ""), number("peer_macs_left", ".0%"), gain]
     why = row.get("why", "") if row["status"] != "ok" else row.get("peer_why", "") and f"peer: {row['peer_why']}"
     return f"| {' | '.join(cells)} | {' '.join(why.split())[:120].replace('|', '/')} |"
@@ -365,17 +365,20 @@ def main() -> None:
             row |= in_process(memory, job, limits)
         cells = (f"{row[k]:.3g}" if isinstance(row.get(k), float) else str(row.get(k, "-"))[:200] for k in BARE)
         print(*cells, sep="  ", flush=True)
+        rows[job] = row
+        if options.json:  # a run that is killed has lost the networks it was at
+            found = [rows[job] for job in jobs if job in rows]
+            content = {"figures": [asdict(f) for f in figures_of(found)], "rows": found}
+            options.json.write_text(json.dumps(content, indent=1) + "\n")
         return row
 
+    rows: dict[tuple[str, str], Row] = {}
     with ThreadPoolExecutor(options.jobs) as pool:
-        rows = list(pool.map(run, jobs))
-    figures = figures_of(rows)
-    present(f"coverage; torch {torch.__version__}", [{k: row.get(k, "") for k in BARE} for row in rows], figures, None)
-    if options.json:
-        content = {"figures": [asdict(f) for f in figures], "rows": rows}
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
+        done = list(pool.map(run, jobs))
+    figures = figures_of(done)
+    present(f"coverage; torch {torch.__version__}", [{k: row.get(k, "") for k in BARE} for row in done], figures, None)
     if options.write:
-        write(options.write, rows, figures, " ".join(["python benchmarks/coverage.py", *sys.argv[1:]]))
+        write(options.write, done, figures, " ".join(["python benchmarks/coverage.py", *sys.argv[1:]]))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pruning.channels import Assembly, ChannelGraph, Followed, assemble
+from pruning.channels import Assembly, ChannelGraph, Followed, assemble, layer_of
 from pruning.plan import IntArray, PruningPlan
 from pruning.reference import Arithmetic, Numbers, Scales, run_masked
 from pruning.rules import Dim, Labels, TensorMap, tensors_in
@@ -183,8 +183,8 @@ class _Trial(TorchFunctionMode):
         self.mismatches: list[Mismatch] = []
         self.lost = False
         """Whether a tensor of another shape than promised could not be replaced: the rest of the run tells nothing."""
-        self.failure: tuple[str, str, str] | None = None
-        """Module, what it raised, and the line."""
+        self.failure: tuple[tuple[str, str], str, str] | None = None
+        """The module that ran last and the one that raised, what, and the line."""
         self.outputs: Any = None
         self.numbers: Numbers = {}
         self.labels: TensorMap[Labels] = TensorMap()
@@ -210,7 +210,8 @@ class _Trial(TorchFunctionMode):
             except NeedsValuesError:
                 raise
             except Exception as error:  # noqa: BLE001 - a foreign forward may raise anything
-                self.failure = (_module_of(error, entered), type(error).__name__, _line_of(error))
+                modules = (entered.last, _module_of(error, entered))
+                self.failure = (modules, type(error).__name__, _line_of(error))
         self.numbers = arithmetic.numbers
         entered.names.clear()  # nothing shall keep the pruned network in memory
 
@@ -424,9 +425,10 @@ class _Findings:
             return True
         if trial.failure is None:
             return False
-        module, error, line = trial.failure
+        (last, module), error, line = trial.failure
         reason = f"the pruned network raised {error} in {module or 'the model itself'}: {line}"
-        fresh = self._seen_in(module, trial)
+        fresh = self._seen_in(last, trial, below=False) or self._seen_in(module, trial, below=False)
+        fresh = fresh or self._seen_in(module, trial)
         while module and not fresh:
             module = module.rpartition(".")[0]
             fresh = self._seen_in(module, trial)
@@ -434,17 +436,21 @@ class _Findings:
             self.tracer.labels.freeze(dim, reason)
         return True
 
-    def _seen_in(self, module: str, trial: _Trial) -> list[IntArray]:
-        """Dimensions of tensors in a module that the trial made smaller."""
+    def _seen_in(self, module: str, trial: _Trial, *, below: bool = True) -> list[IntArray]:
+        """Dimensions of tensors in a module (and the modules below it) that the trial made smaller."""
         inside = f"{module}." if module else ""
         dims = [
             dim
             for (path, _, _), call in self.tracer.calls.items()
-            if path == module or path.startswith(inside)
+            if path == module or (below and path.startswith(inside))
             for labels, *_ in call.outputs
             for dim in labels
         ]
-        dims += [labels for name, _, labels in self.tracer.places if name.startswith(inside)]
+        dims += [
+            labels
+            for name, _, labels in self.tracer.places
+            if name.startswith(inside) and (below or layer_of(name) == module)
+        ]
         return [dim for dim in dims if dim is not None and not trial.kept[dim].all()]
 
     def _settle(self, number: Number, dim: Dim, mismatch: Mismatch) -> bool:
