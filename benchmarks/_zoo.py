@@ -90,6 +90,8 @@ def _spread_scores(model: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight)
     if hasattr(model, "roi_heads"):
         model.roi_heads.score_thresh = -1.0
+        model.roi_heads.detections_per_img = 20
+        model.rpn._post_nms_top_n = {"training": 100, "testing": 100}
 
 
 def calibrate(model: nn.Module, example: tuple[Any, ...]) -> None:
