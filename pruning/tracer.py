@@ -173,12 +173,12 @@ def without_arithmetic(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
     name = operator_name(func)
     if name in PRODUCTS and not kwargs:
         return _product(args[-2], args[-1], args[0] if len(args) == 3 else None)
+    if name == "convolution" and not kwargs and args[0].ndim == args[1].ndim:
+        return _convolution(*args)
     if name in HEAVY:
         device = next(tensors_in(args)).device
-        formats = {suggest_memory_format(t) for t in tensors_in(args[:2])} if name == "convolution" else set()
-        layout = next(iter(formats - {torch.contiguous_format}), None)
         args, kwargs = tree_map_only(Tensor, _on_meta, (tuple(args), dict(kwargs)))
-        return tree_map_only(Tensor, lambda t: _zeros_like(t, device, layout), func(*args, **kwargs))
+        return tree_map_only(Tensor, lambda t: _zeros_like(t, device), func(*args, **kwargs))
     if _looks(func) and (name != "index" or any(t.dtype in (torch.bool, torch.uint8) for t in tensors_in([args[1]]))):
         raise NeedsValuesError(name)
     return func(*args, **kwargs)
@@ -203,11 +203,39 @@ def _on_meta(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
-def _zeros_like(tensor: Tensor, device: torch.device, layout: torch.memory_format | None) -> Tensor:
-    """Zeros for a tensor on the meta device, in its own memory layout or the given one."""
-    if layout is not None:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device, memory_format=layout).zero_()
+def _zeros_like(tensor: Tensor, device: torch.device) -> Tensor:
+    """Zeros for a tensor on the meta device."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device).zero_()
+
+
+def _convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Zeros in the shape of a convolution, ``x`` of shape ``(batch, in, ...)``."""
+    first, second = weight.shape[:2]
+    inputs, outputs = (first, second * groups) if transposed else (second * groups, first)
+    if x.shape[1] != inputs or outputs % groups or (bias is not None and bias.shape != (outputs,)):
+        raise RuntimeError(
+            f"convolution with {groups} groups and weight {tuple(weight.shape)}: input has {x.shape[1]} channels"
+        )
+    space = []
+    for i, (n, k) in enumerate(zip(x.shape[2:], weight.shape[2:], strict=True)):
+        s, p, d, extra = (v[i] if len(v) > 1 else v[0] for v in (stride, padding, dilation, output_padding))
+        reach = d * (k - 1) + 1
+        space.append((n - 1) * s - 2 * p + reach + extra if transposed else (n + 2 * p - reach) // s + 1)
+    if min(space) < 1:
+        raise RuntimeError(f"convolution: an input of {tuple(x.shape[2:])} is smaller than the kernel")
+    formats = {suggest_memory_format(x), suggest_memory_format(weight)} - {torch.contiguous_format}
+    layout = next(iter(formats), torch.contiguous_format)
+    return torch.empty(x.shape[0], outputs, *space, dtype=x.dtype, device=x.device, memory_format=layout).zero_()
 
 
 class NoArithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
