@@ -150,7 +150,7 @@ class _Reference(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, entered: Entered, model: nn.Module, graph: ChannelGraph, plan: PruningPlan, numbers: Numbers
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.entered, self.numbers = entered, numbers
+        self.entered, self.numbers, self.mixed = entered, numbers, graph.mixed
         self.seen: dict[tuple[str, str], int] = defaultdict(int)
         self.made: TensorMap[bool] = TensorMap()
         for buffer in model.buffers():
@@ -178,6 +178,8 @@ class _Reference(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if real and out is real[0]:
             out = args[0]
         _note_scalars(out, self.made)
+        if not self.mixed:  # masked weights say it all, labels are not needed
+            return out
         seen = len(self.labels.mixed)
         self.labels.where = self.entered.stack[-1]
         arguments = self.labels.call(func, args, kwargs, out)

@@ -234,7 +234,7 @@ class _Trial(TorchFunctionMode):
             out = func(*args, **kwargs)
         except NeedsValuesError:
             raise
-        except Exception:
+        except Exception:  # whatever an operator raises at a size that does not fit; else it goes on to the model
             if call is None or not self._note(call, name, args, kwargs):
                 raise
             return self._promised(call, name)
@@ -420,8 +420,6 @@ class _Findings:
             for m in trial.mismatches:
                 for dim in m.labels:
                     self.tracer.labels.freeze(dim, f"a size written in the code: {m.line}")
-            if not any(m.labels for m in trial.mismatches):
-                self.withdraw(f"{len(trial.mismatches)} calls with other shapes than promised")
             return True
         if trial.failure is None:
             return False

@@ -15,7 +15,7 @@ from pruning.channels import ChannelGraph
 from pruning.cost import cost, count
 from pruning.plan import PruningPlan
 from pruning.saliency import uniform_plan
-from pruning.surgery import certify, load_pruned, prune, save_pruned, scatter
+from pruning.surgery import certify, compare_outputs, load_pruned, prune, save_pruned, scatter
 from pruning.tracer import PruningError
 from pruning.weights import inherit
 from tests.pruning.models import CifarResNet, PlainCNN, Tied, TwoBranches, certified, half, randomise
@@ -214,6 +214,19 @@ def test_the_certificate_says_which_sizes_written_in_the_code_fail() -> None:
     baked.load_state_dict(model.state_dict())
     certificate = certify(baked, prune(baked, graph, half(graph)), graph, half(graph), IMAGES)
     assert not certificate.ok and "the pruned model's forward raised" in certificate.reason
+
+
+def test_rows_that_belong_together_are_compared_as_a_set() -> None:
+    boxes, scores = torch.rand(5, 4), torch.rand(5)
+    order = torch.tensor([2, 0, 1, 4, 3])
+    expected = [{"boxes": boxes, "scores": scores}]
+    assert compare_outputs([{"boxes": boxes[order], "scores": scores[order]}], expected).max_relative_error == 0
+    assert not compare_outputs([{"boxes": boxes[order], "scores": scores}], expected).ok  # scores of other boxes
+    moved = boxes[order].clone()
+    moved[0, 0] += 0.1
+    assert not compare_outputs([{"boxes": moved, "scores": scores[order]}], expected).ok
+    assert "shapes differ" in compare_outputs([{"boxes": boxes[:4], "scores": scores[:4]}], expected).reason
+    assert not compare_outputs(scores[order], scores).ok  # a tensor alone keeps its order
 
 
 @pytest.mark.parametrize("norm", [nn.GroupNorm(2, 8), nn.LayerNorm([8, 16, 16]), nn.Softmax(1)])
