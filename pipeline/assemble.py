@@ -29,11 +29,11 @@ from pipeline.study import to_evaluation
 from pipeline.tracking import Tracker
 from pipeline.workloads import Workload
 from pruning.channels import ChannelGraph
-from pruning.cost import cost
-from pruning.plan import PlanError, SearchSpace
+from pruning.cost import costs
+from pruning.plan import IntArray, PlanError, SearchSpace
 from pruning.reward import Reward, make_reward
 from pruning.search import load as load_method
-from pruning.search.protocol import Evaluation, Problem, Strategy
+from pruning.search.protocol import Evaluation, FloatArray, Problem, Strategy
 from pruning.search.protocol import Target as SearchTarget
 
 
@@ -180,13 +180,23 @@ class Run:
             space,
             reference,
             reward,
-            lambda plan: float(cost(graph, plan).macs),
+            lambda widths: widths_costs(graph, space, widths),
             SearchTarget(section.target.macs_ratio, section.target.latency_ratio),
             np.random.default_rng(self.config.seed),
+            metric=self.workload.metric,
         )
         method = load_method(section.method)
         strategy: Strategy = method.search(problem, method_options(section))
         return strategy
+
+
+def widths_costs(graph: ChannelGraph, space: SearchSpace, widths: IntArray) -> dict[str, FloatArray]:
+    """``Problem.costs``: groups outside the space keep their full width."""
+    names = [group.name for group in graph.groups]
+    whole = np.repeat([[group.size for group in graph.groups]], len(widths), axis=0)
+    whole[:, [names.index(name) for name in space.names]] = widths
+    found = costs(graph, whole)
+    return {name: getattr(found, name).astype(float) for name in ("macs", "params", "activation_bytes")}
 
 
 def compute_device(name: str) -> torch.device:

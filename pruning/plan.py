@@ -279,6 +279,10 @@ class SearchSpace:
         """The largest allowed width smaller than ``width``, or ``width`` itself if it is the smallest."""
         return max((w for w in self.allowed[name] if w < width), default=width)
 
+    def above(self, name: str, width: int) -> int:
+        """The smallest allowed width larger than ``width``, or ``width`` itself if it is the full one."""
+        return min((w for w in self.allowed[name] if w > width), default=width)
+
     def smallest(self) -> PruningPlan:
         """Every group at its smallest allowed width (its first channels): the bound of what a search can reach."""
         return self.full.replace({name: range(self.allowed[name][0]) for name in self.names})

@@ -1,6 +1,6 @@
 """What a search strategy and the study say to each other.
 
-A strategy is a *generator of requests*: it yields ``Evaluate``, ``FineTune`` or ``Score`` and receives the answer
+A strategy is a *generator of requests*: it yields ``Evaluate``, ``FineTune``, ``Score`` ... and receives the answer
 to each, in ask order; at its end it returns its archive. It draws every random number from ``problem.rng`` and
 its requests depend on nothing but that generator and earlier answers, so replaying the answers from a journal is
 resuming the search. It never sees a model, a file, a tracker or a clock.
@@ -18,10 +18,14 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from pruning.plan import PruningPlan, SearchSpace
+from pruning.plan import IntArray, PruningPlan, SearchSpace
+
+FloatArray = npt.NDArray[np.float64]
 
 DENSE = ""
 """``base`` of a candidate whose weights are cut from the unpruned baseline."""
+RANDOM = "random"
+"""``base`` of a candidate that begins with fresh random weights, drawn under the run's seed."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ class Candidate:
         plan: what to keep.
         origin: how the method came to propose it (``init``, ``mutation``, ``splice`` ...).
         parents: ids of the candidates it was derived from.
-        base: whose weights are inherited: ``DENSE`` or the ``base`` of an earlier ``FineTuned``.
+        base: whose weights are inherited: ``DENSE``, ``RANDOM``, or the ``base`` of an earlier ``FineTuned`` or
+            ``Learned``.
     """
 
     id: int
@@ -69,18 +74,34 @@ class Evaluate:
 
     Args:
         latency: also time each candidate on the device (about a second each).
+        floor: accuracy (fraction); a candidate that can no longer reach it is given up as ``infeasible`` before all
+            images are seen. None = see all.
     """
 
     candidates: tuple[Candidate, ...]
     latency: bool = False
+    floor: float | None = None
 
 
 @dataclass(frozen=True)
 class FineTune:
-    """Request: train the network of ``candidate`` for ``epochs``. Answer: ``FineTuned``."""
+    """Request: train the network of ``candidate`` for ``epochs``. Answer: ``FineTuned``.
+
+    Args:
+        part: which part of the recipe's learning-rate schedule this training is, as fractions of its whole: (0, 1) = a
+            training of its own; a training shared by many candidates gives each its part.
+        write_back: the trained channels are written back into the weights they were cut from, so that the new base
+            still has every channel (weight inheritance); else the new base has the candidate's channels only.
+        distill: teach with the unpruned network; None = as the run file says.
+        latency: also time the trained network on the device.
+    """
 
     candidate: Candidate
     epochs: float
+    part: tuple[float, float] = (0.0, 1.0)
+    write_back: bool = False
+    distill: bool | None = None
+    latency: bool = True
 
 
 @dataclass(frozen=True)
@@ -89,7 +110,7 @@ class FineTuned:
 
     Args:
         base: name of the trained weights, to be used as ``Candidate.base``.
-        evaluation: metrics on the search split after training, with latency.
+        evaluation: metrics on the search split after training.
     """
 
     base: str
@@ -98,14 +119,109 @@ class FineTuned:
 
 @dataclass(frozen=True)
 class Score:
-    """Request: saliency of every channel under a criterion. Answer: group name -> shape ``(size,)``, higher = keep."""
+    """Request: a saliency of every channel. Answer: group name -> shape ``(size,)``, higher = keep.
+
+    Args:
+        criterion: a name of ``pruning.saliency``. ``feature_distance`` answers cosine distances between the channels'
+            mean feature maps instead, shape ``(size, size)``.
+        base: whose weights are looked at.
+        plan: the network is cut to this plan first (channels outside score -inf, distances to them are inf); None =
+            the whole network.
+        options: further arguments of the criterion (``images``, ``batches`` ...).
+    """
 
     criterion: str
     base: str = DENSE
+    plan: PruningPlan | None = None
+    options: Mapping[str, float | str] = field(default_factory=dict)
 
 
-Request = Evaluate | FineTune | Score
-Answer = tuple[Evaluation, ...] | FineTuned | Mapping[str, npt.NDArray[np.float64]]
+@dataclass(frozen=True)
+class Probe:
+    """Request: mean loss of masked networks that are no candidates: any masks, not tracked. Answer: shape ``(plans,)``.
+
+    Args:
+        base: whose weights are masked.
+        images: of the search split; None = as many as the run file gives candidates.
+    """
+
+    plans: tuple[PruningPlan, ...]
+    base: str = DENSE
+    images: int | None = None
+
+
+@dataclass(frozen=True)
+class Distort:
+    """Request: how much the next layers' outputs change when channels go. Answer: group -> shape ``(batches,)``.
+
+    Batch by batch of training images, the network of ``plan`` runs once as it is; for each group of ``removed[batch]``
+    the outputs O of the layers that read the group are compared with the outputs O' they would have without those
+    channels (alone, all other groups as they are): mean over images of ``|O - O'|^2 / |O|^2``, the largest over the
+    layers. NaN where a group is not asked for in a batch.
+
+    Args:
+        plan: channels that are there.
+        removed: per batch, group name -> channels of ``plan`` that go.
+        base: whose weights are looked at.
+        batch_size: training images per batch.
+    """
+
+    plan: PruningPlan
+    removed: tuple[Mapping[str, tuple[int, ...]], ...]
+    base: str = DENSE
+    batch_size: int = 64
+
+
+@dataclass(frozen=True)
+class Learn:
+    """Request: train the whole network with something added that learns about its channels. Answer: ``Learned``.
+
+    Args:
+        kind: a module of ``pipeline.learning``: what is added (``pruning_net``, ``shared``, ``indicators``,
+            ``sparsity`` ...).
+        epochs: of the training split.
+        base: whose weights training begins with.
+        options: further arguments of the kind.
+    """
+
+    kind: str
+    epochs: float
+    base: str = DENSE
+    options: Mapping[str, float | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Answer to ``Learn``.
+
+    Args:
+        base: name of the weights, to be used as ``Candidate.base``; has every channel.
+        scores: group name -> shape ``(size,)``, what was learned about each channel; empty for some kinds.
+        evaluation: the unpruned network with these weights, on the search split.
+    """
+
+    base: str
+    scores: Mapping[str, FloatArray]
+    evaluation: Evaluation
+
+
+@dataclass(frozen=True)
+class Time:
+    """Request: time plans on the device, without weights or accuracy. Answer: latency ratios, shape ``(plans,)``."""
+
+    plans: tuple[PruningPlan, ...]
+
+
+Request = Evaluate | FineTune | Score | Probe | Distort | Learn | Time
+Answer = tuple[Evaluation, ...] | FineTuned | Learned | Mapping[str, FloatArray] | FloatArray
+
+
+class BudgetSpent(Exception):  # noqa: N818 - a signal, like StopIteration
+    """Thrown into a strategy, at its ``yield``, when the run's budget allows no further request of that kind.
+
+    A strategy may catch it and return the archive it has; where it passes, everything evaluated so far is the archive.
+    A further request after it is answered by the same exception.
+    """
 
 
 @dataclass(frozen=True)
@@ -138,6 +254,21 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What a search may spend; None = no such limit. It is enforced outside the strategy (``BudgetSpent``).
+
+    Args:
+        evaluations: candidates evaluated (fine-tuned ones included).
+        seconds: spent answering requests.
+        epochs: of training, in passes over the training split.
+    """
+
+    evaluations: int | None = None
+    seconds: float | None = None
+    epochs: float | None = None
+
+
+@dataclass(frozen=True)
 class Problem:
     """What a strategy is given.
 
@@ -145,17 +276,26 @@ class Problem:
         space: groups and allowed widths.
         reference: evaluation of the unpruned network under the same protocol.
         reward: evaluation -> fitness, higher = better.
-        macs: MACs of a plan at batch 1, without building it.
+        costs: width vectors of shape ``(plans, groups)``, groups as in ``space.names`` -> ``macs``, ``params`` and
+            ``activation_bytes`` at batch 1, each of shape ``(plans,)``, without building a network.
         target: when to stop.
         rng: the only source of randomness.
+        budget: what may be spent.
+        metric: the accuracy metric of the workload (a fraction, higher = better).
     """
 
     space: SearchSpace
     reference: Evaluation
     reward: Callable[[Evaluation], float]
-    macs: Callable[[PruningPlan], float]
+    costs: Callable[[IntArray], Mapping[str, FloatArray]]
     target: Target
     rng: np.random.Generator
+    budget: Budget = Budget()
+    metric: str = "top1"
+
+    def macs(self, plan: PruningPlan) -> float:
+        """MACs of a plan at batch 1."""
+        return float(self.costs(self.space.encode(plan)[None])["macs"][0])
 
 
 Strategy = Generator[Request, Answer, Archive]

@@ -1,4 +1,4 @@
-"""The random control: widths drawn uniformly from the allowed ones, inside the MACs window.
+"""The random control: widths drawn uniformly from the allowed ones, inside the target's window.
 
 Random search is the yardstick of Li and Talwalkar (UAI 2019, arXiv 1902.07638); rejecting the draws outside a MACs
 window follows MetaPruning (ICCV 2019, arXiv 1903.10258).
@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pruning.search.protocol import Candidate, Evaluation, Problem, Strategy
-from pruning.search.support import SearchError, best_first, check_ranges, check_reachable, evaluate, score
+from pruning.search.protocol import Candidate, Evaluation, Problem, Strategy, Target
+from pruning.search.support import Limit, SearchError, best_first, check_ranges, evaluate, limit_of, score
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,9 @@ class Options:
 
     Args:
         num_plans: plans to evaluate (our choice).
-        tolerance: width of the MACs window below the target, as a fraction of the target, in 0..1: a plan is evaluated
-            if its MACs lie in [target * (1 - tolerance), target]. Without a MACs target every draw is evaluated.
+        tolerance: width of the window below the target, as a fraction of the target, in 0..1: a plan is evaluated if
+            its MACs (or predicted latency) lie in [target * (1 - tolerance), target]. Without a target every draw is
+            evaluated.
         max_draws: draws per plan before the window counts as out of reach (our choice).
         saliency: which channels stay: ``random``, or a criterion that ranks them (``l1`` ...).
         batch: plans asked for in one request; does not change what is found.
@@ -43,11 +44,11 @@ def search(problem: Problem, options: Options) -> Strategy:
     """Draw every plan first (an empty window costs no evaluation), evaluate with latency; best reward first.
 
     Raises:
-        SearchError: the MACs target is out of reach, or too few draws fall into the window.
+        SearchError: the target is out of reach, or too few draws fall into the window.
     """
     space, rng = problem.space, problem.rng
-    check_reachable(problem)
-    widths = [_draw(problem, options) for _ in range(options.num_plans)]
+    limit = None if problem.target == Target() else (yield from limit_of(problem))
+    widths = [_draw(problem, options, limit) for _ in range(options.num_plans)]
     ranking = None if options.saliency == "random" else (yield from score(options.saliency))
     candidates = []
     for i, drawn in enumerate(widths):
@@ -59,20 +60,18 @@ def search(problem: Problem, options: Options) -> Strategy:
     return best_first(problem, candidates, evaluations)
 
 
-def _draw(problem: Problem, options: Options) -> list[int]:
-    """One width vector, shape ``(groups,)``, whose MACs lie in the window."""
-    space, target = problem.space, problem.target.macs_ratio
-    if target is None:
+def _draw(problem: Problem, options: Options, limit: Limit | None) -> list[int]:
+    """One width vector, shape ``(groups,)``, whose cost lies in the window."""
+    if limit is None:
         return _uniform(problem)
-    lowest, seen = target * (1 - options.tolerance), []
+    lowest, seen = limit.bound * (1 - options.tolerance), []
     for _ in range(options.max_draws):
         widths = _uniform(problem)
-        plan = space.full.replace({name: range(width) for name, width in zip(space.names, widths, strict=True)})
-        seen.append(problem.macs(plan) / problem.reference["macs"])
-        if lowest <= seen[-1] <= target:
+        seen.append(limit.of(widths))
+        if lowest <= seen[-1] <= limit.bound:
             return widths
     raise SearchError(
-        f"none of {options.max_draws} uniform draws keeps {lowest:.3f}..{target:.3f} of the MACs; they kept "
+        f"none of {options.max_draws} uniform draws has a {limit.name} of {lowest:.3f}..{limit.bound:.3f}; they had "
         f"{min(seen):.3f}..{max(seen):.3f}. Widen tolerance, move the target into that range, narrow the space "
         "(min_keep_ratio), or raise max_draws."
     )

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from pruning.plan import IntArray, PruningPlan
 from pruning.search.protocol import (
     DENSE,
     Answer,
     Archive,
     Candidate,
+    Distort,
     Entry,
     Evaluate,
     Evaluation,
     FineTune,
     FineTuned,
+    FloatArray,
+    Learn,
+    Learned,
+    Probe,
     Problem,
     Request,
     Score,
+    Time,
 )
 
 
@@ -29,25 +37,59 @@ class SearchError(ValueError):
 
 
 def evaluate(
-    candidates: Sequence[Candidate], *, latency: bool = False
+    candidates: Sequence[Candidate], *, latency: bool = False, floor: float | None = None
 ) -> Generator[Request, Answer, tuple[Evaluation, ...]]:
     """``evaluations = yield from evaluate(candidates)``: ask for evaluations, in the order of the candidates."""
-    answer = yield Evaluate(tuple(candidates), latency)
+    answer = yield Evaluate(tuple(candidates), latency, floor)
     assert isinstance(answer, tuple) and len(answer) == len(candidates), answer
     return answer
 
 
-def fine_tune(candidate: Candidate, epochs: float) -> Generator[Request, Answer, FineTuned]:
+def fine_tune(candidate: Candidate, epochs: float, **options: Any) -> Generator[Request, Answer, FineTuned]:
     """``tuned = yield from fine_tune(candidate, epochs)``: ask for trained weights."""
-    answer = yield FineTune(candidate, epochs)
+    answer = yield FineTune(candidate, epochs, **options)
     assert isinstance(answer, FineTuned), answer
     return answer
 
 
-def score(criterion: str, base: str = DENSE) -> Generator[Request, Answer, Mapping[str, npt.NDArray[np.float64]]]:
+def score(
+    criterion: str, base: str = DENSE, plan: PruningPlan | None = None, **options: float | str
+) -> Generator[Request, Answer, Mapping[str, FloatArray]]:
     """``saliency = yield from score(criterion)``: ask for shape ``(size,)`` per group, higher = keep."""
-    answer = yield Score(criterion, base)
+    answer = yield Score(criterion, base, plan, options)
     assert isinstance(answer, Mapping), answer
+    return answer
+
+
+def probe(
+    plans: Sequence[PruningPlan], base: str = DENSE, images: int | None = None
+) -> Generator[Request, Answer, FloatArray]:
+    """``losses = yield from probe(plans)``: ask for the mean loss of masked networks, shape ``(plans,)``."""
+    answer = yield Probe(tuple(plans), base, images)
+    assert isinstance(answer, np.ndarray) and answer.shape == (len(plans),), answer
+    return answer
+
+
+def distort(
+    plan: PruningPlan, removed: Sequence[Mapping[str, tuple[int, ...]]], base: str = DENSE, batch_size: int = 64
+) -> Generator[Request, Answer, Mapping[str, FloatArray]]:
+    """``damage = yield from distort(plan, removed)``: ask for shape ``(batches,)`` per group."""
+    answer = yield Distort(plan, tuple(removed), base, batch_size)
+    assert isinstance(answer, Mapping), answer
+    return answer
+
+
+def learn(kind: str, epochs: float, base: str = DENSE, **options: float | str) -> Generator[Request, Answer, Learned]:
+    """``learned = yield from learn(kind, epochs)``: ask for a training that learns about channels."""
+    answer = yield Learn(kind, epochs, base, options)
+    assert isinstance(answer, Learned), answer
+    return answer
+
+
+def time_plans(plans: Sequence[PruningPlan]) -> Generator[Request, Answer, FloatArray]:
+    """``ratios = yield from time_plans(plans)``: ask for latency ratios measured on the device, shape ``(plans,)``."""
+    answer = yield Time(tuple(plans))
+    assert isinstance(answer, np.ndarray) and answer.shape == (len(plans),), answer
     return answer
 
 
@@ -83,6 +125,188 @@ def check_reachable(problem: Problem) -> None:
             f"network keeps {reachable:.3f} of its MACs. Raise the target to {reachable:.3f} or more, lower "
             "min_keep_ratio or the channel multiple, or freeze fewer groups."
         )
+
+
+Ratios = Callable[[IntArray], FloatArray]
+"""Width vectors of shape ``(plans, groups)`` -> cost of each, shape ``(plans,)``, as a ratio to the unpruned one's."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A cost and the ratio it may reach: the MACs target, or the latency target with predicted latencies.
+
+    Args:
+        name: ``macs_ratio`` or ``latency_ratio``.
+        ratios: the cost of width vectors.
+        bound: the largest ratio that meets the target.
+    """
+
+    name: str
+    ratios: Ratios
+    bound: float
+
+    def of(self, widths: Sequence[int] | IntArray) -> float:
+        """Cost ratio of one width vector, shape ``(groups,)``."""
+        return float(self.ratios(np.asarray(widths, dtype=np.int64)[None])[0])
+
+
+def macs_ratios(problem: Problem) -> Ratios:
+    """MACs of width vectors as ratios to the unpruned network's."""
+    whole = problem.costs(problem.space.encode(problem.space.full)[None])["macs"][0]
+    return lambda widths: problem.costs(widths)["macs"] / whole
+
+
+def limit_of(problem: Problem, points: int = 3) -> Generator[Request, Answer, Limit]:
+    """``limit = yield from limit_of(problem)``: the run's target as something to project width vectors onto.
+
+    A latency target is turned into a prediction from a few measured plans (``latency_table``); a MACs target is exact.
+    Where both are set, the cost is the larger of the two ratios, each relative to its own bound.
+
+    Args:
+        points: widths measured per group for the prediction of latency.
+
+    Raises:
+        SearchError: no target is set, or the smallest plan does not meet it.
+    """
+    target = problem.target
+    if target.macs_ratio is None and target.latency_ratio is None:
+        raise SearchError("this method needs a target: set search.target.macs_ratio or search.target.latency_ratio")
+    check_reachable(problem)
+    macs = macs_ratios(problem)
+    if target.latency_ratio is None:
+        assert target.macs_ratio is not None
+        return Limit("macs_ratio", macs, target.macs_ratio)
+    latency = yield from latency_table(problem, points)
+    smallest = float(latency(problem.space.encode(problem.space.smallest())[None])[0])
+    if smallest > target.latency_ratio:
+        raise SearchError(
+            f"target latency_ratio {target.latency_ratio:g} is out of reach: with every group at its smallest allowed "
+            f"width the network takes {smallest:.3f} of the unpruned latency. Raise the target, lower min_keep_ratio "
+            "or the channel multiple, or freeze fewer groups."
+        )
+    if target.macs_ratio is None:
+        return Limit("latency_ratio", latency, target.latency_ratio)
+    both = target.latency_ratio, target.macs_ratio
+    return Limit("latency_ratio", lambda w: np.maximum(latency(w), macs(w) * both[0] / both[1]), both[0])
+
+
+def latency_table(problem: Problem, points: int = 3) -> Generator[Request, Answer, Ratios]:
+    """``ratios = yield from latency_table(problem)``: latency of width vectors, predicted from measured plans.
+
+    Each group alone is timed at ``points`` widths between its smallest and its full one; what it saves is interpolated
+    linearly and never falls as it gets narrower (latency is a staircase in the width, its upper envelope is kept). The
+    savings add up, scaled so that the smallest plan of the space gets its measured latency.
+    """
+    space = problem.space
+    grids = {name: _spread(space.allowed[name][:-1], points) for name in space.names}
+    single = [space.full.replace({name: range(width)}) for name, grid in grids.items() for width in grid]
+    measured = yield from time_plans([*single, space.smallest()])
+    savings, at = {}, 0
+    for name, grid in grids.items():
+        saved = np.maximum(0.0, 1 - measured[at : at + len(grid)])
+        at += len(grid)
+        widths = np.array([*grid, space.sizes[name]])
+        envelope = np.maximum.accumulate(np.append(saved, 0.0)[::-1])[::-1]  # narrower never saves less
+        savings[name] = widths, envelope
+    summed = sum(saved[0] for _, saved in savings.values())
+    scale = max(0.0, 1 - measured[-1]) / summed if summed > 0 else 0.0
+
+    def ratios(widths: IntArray) -> FloatArray:
+        total = np.zeros(len(widths))
+        for column, name in enumerate(space.names):
+            total += np.interp(widths[:, column], *savings[name])
+        return 1 - scale * total
+
+    return ratios
+
+
+def _spread(widths: Sequence[int], points: int) -> list[int]:
+    """Up to ``points`` of the widths, evenly spread, the smallest among them."""
+    chosen = np.linspace(0, len(widths) - 1, min(points, len(widths))).round().astype(int)
+    return [widths[i] for i in dict.fromkeys(chosen.tolist())]
+
+
+def meet(
+    problem: Problem, limit: Limit, cut: Callable[[Limit], PruningPlan], rounds: int = 4
+) -> Generator[Request, Answer, PruningPlan]:
+    """``plan = yield from meet(problem, limit, cut)``: the plan of ``cut(limit)``, tightened until it measures within.
+
+    A MACs limit is exact and asks nothing. A predicted latency is measured, and where it is missed the bound given to
+    ``cut`` is lowered by the miss, up to ``rounds`` times; the last plan comes back if none meets the target.
+    """
+    plan, bound = cut(limit), limit.bound
+    if limit.name == "macs_ratio":
+        return plan
+    smallest = limit.of(problem.space.encode(problem.space.smallest()))
+    for _ in range(rounds):
+        (measured,) = yield from time_plans([plan])
+        if measured <= limit.bound or bound <= smallest:
+            break
+        bound = max(smallest, bound - (measured - limit.bound))
+        plan = cut(replace(limit, bound=bound))
+    return plan
+
+
+def project(
+    problem: Problem,
+    limit: Limit,
+    saliency: Mapping[str, FloatArray],
+    start: Sequence[int] | None = None,
+    *,
+    per_cost: bool = True,
+) -> list[int]:
+    """Widths that meet a limit: channels go step by step, those first that are worth least (methods.md 10.1).
+
+    A step takes one group to its next allowed width below; its worth is the summed saliency of the channels that go,
+    per cost saved if ``per_cost``, else per channel. At the end steps that still fit are taken back, the best first.
+
+    Args:
+        saliency: group -> shape ``(size,)``, finite, higher = keep; comparable across groups.
+        start: width per group to begin with, shape ``(groups,)``; None = the full widths.
+
+    Returns:
+        Allowed width per group, in the order of ``space.names``.
+
+    Raises:
+        SearchError: not even the smallest allowed widths meet the limit.
+    """
+    space = problem.space
+    widths = space.encode(space.full) if start is None else np.asarray(start, dtype=np.int64)
+    ranked = [np.concatenate([[0.0], np.cumsum(np.sort(saliency[name])[::-1])]) for name in space.names]
+
+    def moved(current: IntArray, step: Callable[[str, int], int]) -> tuple[IntArray, IntArray, IntArray]:
+        """Groups that can move, their new widths, and the width vectors after each move alone."""
+        steps = np.array([step(name, int(w)) for name, w in zip(space.names, current, strict=True)])
+        groups = np.flatnonzero(steps != current)
+        after = np.repeat(current[None], len(groups), axis=0)
+        after[np.arange(len(groups)), groups] = steps[groups]
+        return groups, steps, after
+
+    def worth(groups: IntArray, current: IntArray, steps: IntArray, costs: FloatArray) -> FloatArray:
+        gone = np.array([abs(ranked[g][current[g]] - ranked[g][steps[g]]) for g in groups])
+        by = np.maximum(costs, 1e-12) if per_cost else np.abs(current[groups] - steps[groups])
+        return gone / by
+
+    now, removed = limit.of(widths), 0
+    while now > limit.bound:
+        groups, steps, after = moved(widths, space.below)
+        if len(groups) == 0:
+            raise SearchError(
+                f"no plan of the space meets {limit.name} {limit.bound:g}: the smallest reaches {now:.3f}. Raise the "
+                "target, lower min_keep_ratio or the channel multiple, or freeze fewer groups."
+            )
+        costs = limit.ratios(after)
+        least = int(np.argmin(worth(groups, widths, steps, now - costs)))
+        widths, now, removed = after[least], float(costs[least]), removed + 1
+    for _ in range(removed):
+        groups, steps, after = moved(widths, space.above)
+        costs = limit.ratios(after)
+        fits = np.flatnonzero(costs <= limit.bound)
+        if len(fits) == 0:
+            break
+        best = fits[int(np.argmax(worth(groups[fits], widths, steps, costs[fits] - now)))]
+        widths, now = after[best], float(costs[best])
+    return [int(w) for w in widths]
 
 
 def check_ranges(options: object, **ranges: tuple[float, float]) -> None:

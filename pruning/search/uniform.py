@@ -10,9 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pruning.plan import PruningPlan
-from pruning.search.protocol import Candidate, Problem, Strategy
-from pruning.search.support import SearchError, best_first, check_reachable, evaluate, score
+from pruning.search.protocol import Candidate, Problem, Strategy, Target
+from pruning.search.support import Limit, SearchError, best_first, evaluate, limit_of, meet, score
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Options:
 
     Args:
         keep_ratios: kept / width, each in 0..1; one plan per ratio (0 = the smallest allowed width). None = the largest
-            ratio that meets the run's MACs target.
+            ratio that meets the run's target.
         criterion: saliency that ranks the channels (source: ``l1``).
     """
 
@@ -40,37 +39,36 @@ def search(problem: Problem, options: Options) -> Strategy:
     """Rank once, cut every group to the same keep ratio, evaluate with latency; best reward first.
 
     Raises:
-        SearchError: the MACs target is out of reach, or neither ``keep_ratios`` nor a MACs target is given.
+        SearchError: the target is out of reach, or neither ``keep_ratios`` nor a target is given.
     """
     space = problem.space
-    if options.keep_ratios is None:
-        if problem.target.macs_ratio is None:
-            raise SearchError(
-                "uniform needs keep_ratios (for example [0.75, 0.5]) or a target macs_ratio; neither is set"
-            )
-        check_reachable(problem)
+    if options.keep_ratios is None and problem.target == Target():
+        raise SearchError("uniform needs keep_ratios (for example [0.75, 0.5]) or a search.target; neither is set")
+    limit = None if options.keep_ratios is not None else (yield from limit_of(problem))
     saliency = yield from score(options.criterion)
 
-    def cut(ratio: float) -> PruningPlan:
-        return space.decode([space.snap(name, ratio * space.sizes[name]) for name in space.names], saliency)
+    def widths(ratio: float) -> list[int]:
+        return [space.snap(name, ratio * space.sizes[name]) for name in space.names]
 
-    ratios = options.keep_ratios or (_largest_ratio(problem, cut),)
-    candidates = [Candidate(i, cut(ratio), "uniform") for i, ratio in enumerate(ratios)]
+    if limit is None:
+        plans = [space.decode(widths(ratio), saliency) for ratio in options.keep_ratios or ()]
+    else:
+        plan = yield from meet(problem, limit, lambda within: space.decode(_largest(widths, within), saliency))
+        plans = [plan]
+    candidates = [Candidate(i, plan, "uniform") for i, plan in enumerate(plans)]
     evaluations = yield from evaluate(candidates, latency=True)
     return best_first(problem, candidates, evaluations)
 
 
-def _largest_ratio(problem: Problem, cut: Callable[[float], PruningPlan]) -> float:
-    """The largest keep ratio (to 2^-30) that meets the MACs target: MACs never fall as the ratio grows, so bisect."""
-    assert problem.target.macs_ratio is not None
-    budget = problem.target.macs_ratio * problem.reference["macs"]
-    meets, fails = 0.0, 1.0  # ratio 0 is the smallest plan of the space, which check_reachable has passed
-    if problem.macs(cut(fails)) <= budget:
-        return fails
+def _largest(widths: Callable[[float], list[int]], limit: Limit) -> list[int]:
+    """Widths of the largest keep ratio (to 2^-30) within the limit: costs never fall as the ratio grows, so bisect."""
+    meets, fails = 0.0, 1.0  # ratio 0 is the smallest plan of the space, which limit_of has passed
+    if limit.of(widths(fails)) <= limit.bound:
+        return widths(fails)
     for _ in range(30):
         middle = (meets + fails) / 2
-        if problem.macs(cut(middle)) <= budget:
+        if limit.of(widths(middle)) <= limit.bound:
             meets = middle
         else:
             fails = middle
-    return meets
+    return widths(meets)

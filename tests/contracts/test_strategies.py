@@ -12,7 +12,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from pruning.search import load, methods
-from pruning.search.protocol import DENSE, Evaluate, FineTune, FineTuned, Target
+from pruning.search.protocol import DENSE, RANDOM, Evaluate, FineTune, FineTuned, Learned, Target
 from tests.search.fakes import FakeStudy, drive, study
 
 METHODS = sorted(methods())
@@ -97,13 +97,15 @@ def test_every_plan_lies_in_the_space(method, space):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_base_was_trained_before_and_has_every_channel(method, space):
     fake, _ = first_run(method, space)
-    plans = {DENSE: fake.space.full}
+    plans = {DENSE: fake.space.full, RANDOM: fake.space.full}
     for request, answer in fake.log:
         asked = request.candidates if isinstance(request, Evaluate) else ()
         asked = (request.candidate,) if isinstance(request, FineTune) else asked
         assert all(c.plan.is_within(plans[c.base]) for c in asked)
         if isinstance(answer, FineTuned):
-            plans[answer.base] = request.candidate.plan
+            plans[answer.base] = plans[request.candidate.base] if request.write_back else request.candidate.plan
+        elif isinstance(answer, Learned):
+            plans[answer.base] = fake.space.full
 
 
 @pytest.mark.parametrize("space", SPACES)
@@ -124,6 +126,23 @@ def test_the_archive_holds_evaluated_plans(method, space):
         assert dataclasses.replace(asked[entry.candidate.id], base=entry.candidate.base) == entry.candidate
         assert entry.evaluation.status == "ok"
         assert not np.isnan(fake.problem().reward(entry.evaluation))
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_best_plan_meets_the_macs_target(method, space):
+    fake, archive = first_run(method, space)
+    within = TARGET.macs_ratio * fake.macs(fake.space.full)
+    assert min(entry.evaluation["macs"] for entry in archive) <= within
+    assert max(archive, key=lambda entry: entry.evaluation["macs"] <= within).evaluation["macs"] > 0.2 * within
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_latency_target_alone_is_met(method):
+    fake, module = make("fine"), load(method)
+    target = Target(latency_ratio=0.8)
+    archive = drive(module.search(fake.problem(target), module.Options()), fake)
+    assert min((fake.macs(e.candidate.plan) / fake.macs(fake.space.full)) ** 0.5 for e in archive) <= 0.8
 
 
 @pytest.mark.parametrize("space", SPACES)

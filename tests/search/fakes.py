@@ -11,17 +11,25 @@ import numpy as np
 from pruning.plan import ChannelGroup, PruningPlan, SearchSpace
 from pruning.search.protocol import (
     DENSE,
+    RANDOM,
     Answer,
     Archive,
+    Budget,
     Candidate,
+    Distort,
     Evaluate,
     Evaluation,
     FineTune,
     FineTuned,
+    Learn,
+    Learned,
+    Probe,
     Problem,
     Request,
+    Score,
     Strategy,
     Target,
+    Time,
 )
 
 BASELINE = 0.9
@@ -37,7 +45,8 @@ class FakeStudy:
     """Answers the requests of a strategy.
 
     Accuracy of a candidate = accuracy of its base less the value of the channels it removes from the base's plan;
-    fine-tuning wins back half of what is lost. Latency falls with the square root of the MACs.
+    fine-tuning wins back half of what is lost. Latency falls with the square root of the MACs. Every criterion scores a
+    channel by its value; feature maps are as far apart as the channels' values.
     """
 
     space: SearchSpace
@@ -49,11 +58,20 @@ class FakeStudy:
         rng = np.random.default_rng(7)
         for name, size in self.space.full.sizes.items():
             self.value.setdefault(name, rng.random(size) * BASELINE / len(self.space.full.sizes) / size)
-        self.bases = {DENSE: (self.space.full, BASELINE)}
+        self.bases = {DENSE: (self.space.full, BASELINE), RANDOM: (self.space.full, 0.1)}
 
     def macs(self, plan: PruningPlan) -> float:
         widths = [3, *plan.widths.values(), 10]
         return 100.0 * sum(a * b for a, b in pairwise(widths))
+
+    def costs(self, widths: np.ndarray) -> dict[str, np.ndarray]:
+        """Costs of width vectors of the space, shape (plans, groups)."""
+        macs = np.array([self.macs(self.plan_of(row)) for row in widths], dtype=float)
+        return {"macs": macs, "params": macs / 100, "activation_bytes": 4.0 * widths.sum(axis=1)}
+
+    def plan_of(self, widths: Sequence[int]) -> PruningPlan:
+        """The plan that keeps the first channels of every group."""
+        return self.space.full.replace({n: range(int(w)) for n, w in zip(self.space.names, widths, strict=True)})
 
     def top1(self, candidate: Candidate) -> float:
         plan, accuracy = self.bases[candidate.base]
@@ -86,9 +104,38 @@ class FakeStudy:
                 return FineTuned("", Evaluation("failed", "the fake says so"))
             top1 = (self.top1(request.candidate) + BASELINE) / 2
             base = f"tuned-{request.candidate.id}"
-            self.bases[base] = request.candidate.plan, top1
-            return FineTuned(base, self.metrics(request.candidate.plan, top1, latency=True))
-        return self.value
+            plan = self.bases[request.candidate.base][0] if request.write_back else request.candidate.plan
+            self.bases[base] = plan, top1
+            return FineTuned(base, self.metrics(request.candidate.plan, top1, latency=request.latency))
+        if isinstance(request, Probe):
+            return np.array([1 - self.top1(Candidate(0, plan, "probe", (), request.base)) for plan in request.plans])
+        if isinstance(request, Distort):
+            names = dict.fromkeys(name for removed in request.removed for name in removed)
+            return {name: np.array([self.damage(name, removed) for removed in request.removed]) for name in names}
+        if isinstance(request, Time):
+            full = self.macs(self.space.full)
+            return np.array([(self.macs(plan) / full) ** 0.5 for plan in request.plans])
+        if isinstance(request, Learn):
+            base = f"learned-{len(self.bases)}"
+            self.bases[base] = self.space.full, BASELINE - 0.05
+            return Learned(base, self.value, self.metrics(self.space.full, BASELINE - 0.05, latency=False))
+        return self.scores(request)
+
+    def damage(self, name: str, removed: dict[str, tuple[int, ...]]) -> float:
+        return float(self.value[name][list(removed[name])].sum()) if name in removed else float("nan")
+
+    def scores(self, request: Score) -> dict[str, np.ndarray]:
+        plan = request.plan or self.space.full
+        scores = {}
+        for name, value in self.value.items():
+            gone = ~plan.mask(name)
+            answer = np.abs(value[:, None] - value[None]) if request.criterion == "feature_distance" else value.copy()
+            if request.criterion == "feature_distance":
+                answer[gone], answer[:, gone] = np.inf, np.inf
+            else:
+                answer[gone] = -np.inf
+            scores[name] = answer
+        return scores
 
     @property
     def requests(self) -> list[Request]:
@@ -105,14 +152,15 @@ class FakeStudy:
                 asked.append(request.candidate)
         return asked
 
-    def problem(self, target: Target = Target(), seed: int = 0) -> Problem:  # noqa: B008
+    def problem(self, target: Target = Target(), seed: int = 0, budget: Budget = Budget()) -> Problem:  # noqa: B008
         return Problem(
             self.space,
             reference=self.metrics(self.space.full, BASELINE, latency=True),
             reward=lambda e: e["top1"] - 0.1 * e["macs"] / self.macs(self.space.full),
-            macs=self.macs,
+            costs=self.costs,
             target=target,
             rng=np.random.default_rng(seed),
+            budget=budget,
         )
 
 
