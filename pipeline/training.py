@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ def fit(
     device: torch.device,
     teacher: nn.Module | None = None,
     distill: Distillation | None = None,
+    penalty: Callable[[float], Tensor] | None = None,
+    part: tuple[float, float] = (0.0, 1.0),
     report: Report = silent,
 ) -> nn.Module:
     """Train ``model`` in place by ``recipe`` and return it in eval mode.
@@ -49,6 +52,8 @@ def fit(
         split: the training images.
         checkpoint: file for the state after each epoch; removed at the end.
         teacher: the unpruned baseline, for distillation (Hinton et al. 2015, arXiv 1503.02531).
+        penalty: called in every step with the share of training that is done (0..1); its scalar is added to the loss.
+        part: which part of the learning-rate schedule this training is, as fractions of its whole.
         report: told (step, steps, note) as it goes.
 
     Raises:
@@ -59,7 +64,8 @@ def fit(
         move(teacher, device).eval()
     steps_per_epoch = math.ceil(len(split) / recipe.batch_size)
     steps = max(1, round(recipe.epochs * steps_per_epoch))
-    warmup = max(1.0, min(recipe.warmup_epochs * steps_per_epoch, steps / 2))
+    start, whole = part[0] * steps / (part[1] - part[0]), steps / (part[1] - part[0])
+    warmup = max(1.0, min(recipe.warmup_epochs * steps_per_epoch, whole / 2))
     optimizer = torch.optim.SGD(
         model.parameters(),
         lr=recipe.lr,
@@ -80,7 +86,7 @@ def fit(
         first = step % steps_per_epoch
         for batch in range(first, min(steps_per_epoch, steps - epoch * steps_per_epoch)):
             for group in optimizer.param_groups:
-                group["lr"] = recipe.lr * _schedule(step, steps, warmup)
+                group["lr"] = recipe.lr * _schedule(start + step, whole, warmup)
             indices = order[batch * recipe.batch_size : (batch + 1) * recipe.batch_size]
             images, targets = workload.batch(split, indices, train=True, generator=generator, device=device)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -92,6 +98,8 @@ def fit(
                     loss = (1 - distill.weight) * loss + distill.weight * distillation_loss(
                         outputs, taught, distill.temperature
                     )
+            if penalty is not None:
+                loss = loss + penalty(step / steps)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             if recipe.clip_norm is not None:
@@ -132,7 +140,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
     return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
-def _schedule(step: int, steps: int, warmup: float) -> float:
+def _schedule(step: float, steps: float, warmup: float) -> float:
     """Factor on the learning rate: linear warm-up, then cosine to zero."""
     if step < warmup:
         return (step + 1) / warmup
