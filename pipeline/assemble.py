@@ -33,7 +33,7 @@ from pruning.cost import costs
 from pruning.plan import IntArray, PlanError, SearchSpace
 from pruning.reward import Reward, make_reward
 from pruning.search import load as load_method
-from pruning.search.protocol import Evaluation, FloatArray, Problem, Strategy
+from pruning.search.protocol import Budget, Evaluation, FloatArray, Problem, Strategy
 from pruning.search.protocol import Target as SearchTarget
 
 
@@ -173,6 +173,10 @@ class Run:
         self.tracker.reward = of
         return reward
 
+    def budget(self) -> Budget:
+        """What the search may spend."""
+        return Budget(**self.config.search.budget.model_dump())
+
     def strategy(self, graph: ChannelGraph, space: SearchSpace, reference: Evaluation, reward: Reward) -> Strategy:
         """The search method, ready to be asked for its first request."""
         section = self.config.search
@@ -183,7 +187,8 @@ class Run:
             lambda widths: widths_costs(graph, space, widths),
             SearchTarget(section.target.macs_ratio, section.target.latency_ratio),
             np.random.default_rng(self.config.seed),
-            metric=self.workload.metric,
+            self.budget(),
+            self.workload.metric,
         )
         method = load_method(section.method)
         strategy: Strategy = method.search(problem, method_options(section))

@@ -74,12 +74,24 @@ class TargetSection(Section):
     latency_ratio: Fraction | None = None
 
 
+class BudgetSection(Section):
+    """What the search may spend; None = no such limit. The search ends with what it has found by then."""
+
+    evaluations: Annotated[int, Field(gt=0)] | None = None
+    """Candidates evaluated, fine-tuned ones included."""
+    seconds: Annotated[float, Field(gt=0)] | None = None
+    """No evaluation or training begins after so many seconds of search (the last one is finished)."""
+    epochs: Annotated[float, Field(ge=0)] | None = None
+    """Epochs of training during the search."""
+
+
 class SearchSection(Section):
     """The search: method, its options, its limits, and how candidates are evaluated."""
 
     method: str = "ccep"
     options: dict[str, Any] = Field(default_factory=dict)
     target: TargetSection = TargetSection()
+    budget: BudgetSection = BudgetSection()
     min_keep_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     frozen: tuple[str, ...] = ()
     """Channel groups that are left alone; ``*`` and ``?`` match as in file names."""

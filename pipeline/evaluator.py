@@ -7,8 +7,11 @@ reference's latency. A plan seen before is answered from memory.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import math
 import time
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,24 +21,40 @@ from torch import Tensor, nn
 from device_profiles import BenchmarkResult, DeviceProfile, Ratio, Target, measure
 from export.errors import TemplateError
 from export.slicing import OnnxTemplate, candidate_onnx
-from pipeline.config import FinetuneSection, SearchSection
+from pipeline import learning
+from pipeline.bases import Bases
+from pipeline.config import Distillation, FinetuneSection, SearchSection
 from pipeline.errors import UserError
 from pipeline.progress import ProgressView, Silent
-from pipeline.training import TrainingError, fit, load_weights, move, save_weights, sha256_of
+from pipeline.training import TrainingError, fit, move
 from pipeline.workloads import Split, Workload
 from pruning.channels import ChannelGraph
 from pruning.cost import cost
 from pruning.plan import PruningPlan
 from pruning.saliency import channel_saliency
-from pruning.search.protocol import DENSE, Candidate, Evaluation, FineTuned
-from pruning.surgery import scatter
-from pruning.weights import inherit
+from pruning.search.protocol import (
+    DENSE,
+    Candidate,
+    Distort,
+    Evaluation,
+    FineTune,
+    FineTuned,
+    Learn,
+    Learned,
+    Probe,
+    Request,
+    Score,
+    Time,
+)
+from pruning.weights import inherit, silence
 
 MAX_BATCH = 256
 CACHED_BYTES = 2 << 30
 """Search images are kept on the compute device as float32 up to this size."""
 
 
+SUPERNET_IMAGES = 1000
+"""Training images for re-estimating batch-norm statistics of a supernet's candidate, where the run file names none."""
 LATENCIES = ("latency_ratio", "latency_ratio_low", "latency_ratio_high", "p50_ms", "p95_ms", "size_bytes")
 
 
@@ -78,7 +97,8 @@ class Evaluator:
         self.split: Split = workload.search.first(settings.images)
         dense_bytes = cost(graph, PruningPlan.full(graph.groups)).activation_bytes
         self._batch_size = max(1, min(MAX_BATCH, (settings.memory_mb << 20) // max(1, dense_bytes)))
-        self._states: dict[str, dict[str, Tensor] | None] = {DENSE: None}
+        self.bases = Bases(self.model, graph, self._fresh, folder / "weights", self.device)
+        self.spent = Counter({"images_forwarded": 0, "images_trained": 0, "measurements": 0})
         self._accuracies: dict[tuple[str, str], Mapping[str, float]] = {}
         self._latencies: dict[str, Mapping[str, float]] = {}
         self._batches: list[tuple[Tensor, Tensor]] | None = None
@@ -91,7 +111,7 @@ class Evaluator:
 
     # -- the Oracle of a study ---------------------------------------------------------------------------------------
 
-    def evaluate(self, candidate: Candidate, latency: bool) -> Evaluation:
+    def evaluate(self, candidate: Candidate, latency: bool, floor: float | None = None) -> Evaluation:
         """Accuracy on the search split, MACs and params; with ``latency`` also file size and time on the device."""
         started = time.perf_counter()
         plan = candidate.plan
@@ -99,20 +119,25 @@ class Evaluator:
         totals = cost(self.graph, plan)
         metrics: dict[str, float] = {"macs": float(totals.macs), "params": float(totals.params)}
         try:
-            metrics |= self._accuracy(candidate.base, plan, started)
+            metrics |= self._accuracy(candidate.base, plan, started, floor)
+            if not all(math.isfinite(value) for value in metrics.values()):
+                return Evaluation("failed", "the network's outputs are not finite numbers (NaN)", metrics)
             if latency:
                 metrics |= {name: self.latency(plan)[name] for name in LATENCIES}
+        except _HopelessError as error:
+            return Evaluation("infeasible", str(error), metrics)
         except (_OutOfTimeError, torch.OutOfMemoryError) as error:
             return Evaluation("failed", str(error).splitlines()[0], metrics)
         metrics["seconds"] = time.perf_counter() - started
         return Evaluation("ok", "", metrics)
 
-    def finetune(self, candidate: Candidate, epochs: float) -> tuple[FineTuned, dict[str, str]]:
-        """Train the candidate's network with the baseline as teacher; its weights become a new base."""
-        base = f"{candidate.id}-{candidate.plan.digest}"
+    def finetune(self, request: FineTune) -> tuple[FineTuned, dict[str, str]]:
+        """Train the candidate's network, by default with the baseline as teacher; its weights become a new base."""
+        candidate, base = request.candidate, _name(f"{request.candidate.id}-tuned", request)
         student = self.network(candidate.plan, candidate.base)
-        recipe = self.recipe.model_copy(update={"epochs": epochs})
-        path = self.folder / "weights" / f"{base}.safetensors"
+        recipe = self.recipe.model_copy(update={"epochs": request.epochs})
+        distill = (recipe.distill or Distillation()) if request.distill else recipe.distill
+        distill = None if request.distill is False else distill
         started = time.perf_counter()
         with self.progress.stage(f"  fine-tune {candidate.origin} {candidate.id}") as report:
             try:
@@ -122,60 +147,128 @@ class Evaluator:
                     self.workload.train,
                     recipe,
                     seed=self.seed,
-                    checkpoint=path.with_suffix(".ckpt"),
+                    checkpoint=self.bases.path(base).with_suffix(".ckpt"),
                     device=self.device,
-                    teacher=self.model if recipe.distill else None,
-                    distill=recipe.distill,
+                    teacher=self.model if distill else None,
+                    distill=distill,
+                    part=request.part,
                     report=report,
                 )
             except TrainingError as error:
                 return FineTuned(candidate.base, Evaluation("failed", str(error))), {}
-        digest = save_weights(path, student.state_dict())
-        self._adopt(base, candidate.plan, student.state_dict())
+        self.spent["images_trained"] += round(request.epochs * len(self.workload.train))
+        digest = self.bases.tuned(base, candidate.base, candidate.plan, student.state_dict(), request.write_back)
         tuned = Candidate(candidate.id, candidate.plan, candidate.origin, candidate.parents, base)
-        evaluation = self.evaluate(tuned, latency=True)
+        evaluation = self.evaluate(tuned, request.latency)
         seconds = {"seconds": time.perf_counter() - started}
         evaluation = Evaluation(evaluation.status, evaluation.reason, {**evaluation.metrics, **seconds})
-        return FineTuned(base, evaluation), {"path": f"weights/{path.name}", "sha256": digest}
+        return FineTuned(base, evaluation), {"sha256": digest}
 
-    def restore(self, base: str, plan: PruningPlan, checkpoint: Mapping[str, str]) -> bool:
-        """Load the weights of a journalled fine-tuning; False if the file is gone or altered."""
-        if not checkpoint:  # the training failed; nothing was saved, nothing is needed
-            return True
-        path = self.folder / checkpoint["path"]
-        if not path.is_file() or sha256_of(path) != checkpoint["sha256"]:
-            return False
-        self._adopt(base, plan, load_weights(path))
-        return True
+    def learn(self, request: Learn) -> tuple[Learned, dict[str, str]]:
+        """Train the unpruned network with something added; what it leaves becomes a new base."""
+        full, base = PruningPlan.full(self.graph.groups), _name(request.kind, request)
+        recipe = self.recipe.model_copy(update={"epochs": request.epochs})
+        with self.progress.stage(f"  learn {request.kind}") as report:
+            try:
+                kind = learning.load(request.kind)
+                lesson = learning.Lesson(
+                    move(inherit(self.model, self.graph, full, self.bases.state(request.base, full)), self.device),
+                    self.graph,
+                    self.workload,
+                    recipe,
+                    self.seed,
+                    self.device,
+                    self.bases.path(base).with_suffix(".ckpt"),
+                    report,
+                    request.options,
+                )
+                outcome = kind.learn(lesson)
+            except (TrainingError, ValueError) as error:
+                raise UserError(f"search: learning {request.kind}: {error}") from error
+        self.spent["images_trained"] += outcome.images or round(request.epochs * len(self.workload.train))
+        digest = self.bases.learned(base, request.kind, outcome.state)
+        evaluation = self.evaluate(Candidate(0, full, request.kind, (), base), latency=False)
+        return Learned(base, outcome.scores, evaluation), {"sha256": digest}
 
-    def score(self, criterion: str, base: str) -> Mapping[str, np.ndarray]:
-        """Saliency of every channel of every group, from the weights of ``base``."""
-        dense = self.network(PruningPlan.full(self.graph.groups), base)
+    def restore(self, request: FineTune | Learn, base: str, checkpoint: Mapping[str, str]) -> bool:
+        """Make the weights of a journalled training usable again; False if the file is gone or altered."""
+        if isinstance(request, Learn):
+            return self.bases.restore_learned(base, request.kind, checkpoint)
+        return self.bases.restore_tuned(base, request.candidate.plan, request.write_back, checkpoint)
+
+    def score(self, request: Score) -> Mapping[str, np.ndarray]:
+        """Saliency of every channel of every group, or the distances between them."""
+        from pruning.feature_maps import feature_distance
+
+        full = PruningPlan.full(self.graph.groups)
+        plan = request.plan or full
+        state = self.bases.state(request.base, full)
+        dense = move(inherit(self.model, self.graph, full, state), self.device).eval()
+        silence(dense, self.graph, plan)
         try:
-            return channel_saliency(dense, self.graph, criterion, self.seed)
+            if request.criterion == "feature_distance":
+                options = {**request.options}
+                batches = self._train_batches(request, int(options.pop("images", 200)))
+                scores = feature_distance(dense, self.graph, [images for images, _ in batches], **options)
+            else:
+                batches = self._train_batches(request, int(request.options.get("images", 128)))
+                scores = channel_saliency(
+                    dense,
+                    self.graph,
+                    request.criterion,
+                    self.seed,
+                    batches=batches,
+                    loss=self.workload.loss,
+                    options=request.options,
+                )
         except ValueError as error:  # an unknown criterion: it lists the known ones
             raise UserError(f"search.options: {error}") from error
+        return {name: _outside(values, plan.mask(name)) for name, values in scores.items()}
+
+    def probe(self, request: Probe) -> np.ndarray:
+        """Mean loss of each masked network, shape ``(plans,)``."""
+        images = min(request.images or len(self.split), len(self.split))
+        losses = []
+        for plan in request.plans:
+            outputs, targets = [], []
+            for (_, labels), batch in zip(self._images(), self._forward(request.base, plan), strict=False):
+                outputs.append(batch)
+                targets.append(labels)
+                self.spent["images_forwarded"] += len(labels)
+                if sum(map(len, targets)) >= images:
+                    break
+            found = self.workload.metrics(torch.cat(outputs)[:images], torch.cat(targets)[:images])
+            losses.append(found["loss"])
+        return np.array(losses)
+
+    def distort(self, request: Distort) -> Mapping[str, np.ndarray]:
+        """Change of the next layers' outputs, per group of shape ``(batches,)``."""
+        from pruning.distortion import distortions
+
+        batches = self._train_batches(request, len(request.removed) * request.batch_size, request.batch_size)
+        full = PruningPlan.full(self.graph.groups)
+        state = self.bases.state(request.base, full)
+        images = [images for images, _ in batches]
+        try:
+            return distortions(self.model, self.graph, request.plan, request.removed, images, state)
+        except ValueError as error:
+            raise UserError(f"search: {error}") from error
+
+    def time(self, request: Time) -> np.ndarray:
+        """Latency ratios of plans, shape ``(plans,)``."""
+        return np.array([self.latency(plan)["latency_ratio"] for plan in request.plans])
 
     # -- the parts ---------------------------------------------------------------------------------------------------
 
     def network(self, plan: PruningPlan, base: str = DENSE) -> nn.Module:
         """The pruned network with weights cut from ``base``, on the compute device, in eval mode."""
-        return move(inherit(self.model, self.graph, plan, self._states[base]), self.device).eval()
+        return move(inherit(self.model, self.graph, plan, self.bases.state(base, plan)), self.device).eval()
 
-    def outputs(self, network: nn.Module, started: float | None = None) -> tuple[Tensor, Tensor]:
-        """Outputs and targets of the search images, in batches within the memory and time bounds."""
-        started = time.perf_counter() if started is None else started
-        results, targets = [], []
+    def outputs(self, network: nn.Module) -> tuple[Tensor, Tensor]:
+        """Outputs and targets of the search images."""
         with torch.inference_mode():
-            for images, labels in self._images():
-                results.append(network(images).float())
-                targets.append(labels)
-                if time.perf_counter() - started > self.settings.seconds_per_candidate:
-                    raise _OutOfTimeError(
-                        f"more than {self.settings.seconds_per_candidate:g} s for one candidate; lower search.images "
-                        "or raise search.seconds_per_candidate"
-                    )
-        return torch.cat(results), torch.cat(targets)
+            pairs = [(network(images).float(), labels) for images, labels in self._images()]
+        return torch.cat([outputs for outputs, _ in pairs]), torch.cat([labels for _, labels in pairs])
 
     def latency(self, plan: PruningPlan) -> Mapping[str, float]:
         """Time the plan's ONNX on the device, interleaved with the unpruned network's.
@@ -187,14 +280,63 @@ class Evaluator:
             self._latencies[plan.digest] = self._time(plan)
         return self._latencies[plan.digest]
 
-    def _accuracy(self, base: str, plan: PruningPlan, started: float) -> Mapping[str, float]:
+    def _accuracy(self, base: str, plan: PruningPlan, started: float, floor: float | None) -> Mapping[str, float]:
+        """Metrics on the search split, from memory where the plan was met before."""
         key = (base, plan.digest)
-        if key not in self._accuracies:
-            network = self.network(plan, base)
-            if self.settings.recalibrate_images:
-                recalibrate(network, self.workload, self.settings.recalibrate_images, self.device)
-            self._accuracies[key] = self.workload.metrics(*self.outputs(network, started))
+        if key in self._accuracies:
+            return self._accuracies[key]
+        outputs, targets, seen = [], [], 0
+        for (_, labels), batch in zip(self._images(), self._forward(base, plan), strict=True):
+            outputs.append(batch)
+            targets.append(labels)
+            seen += len(labels)
+            self.spent["images_forwarded"] += len(labels)
+            if time.perf_counter() - started > self.settings.seconds_per_candidate:
+                raise _OutOfTimeError(
+                    f"more than {self.settings.seconds_per_candidate:g} s for one candidate; lower search.images "
+                    "or raise search.seconds_per_candidate"
+                )
+            if floor is not None and seen < len(self.split):
+                best = self.workload.bound(torch.cat(outputs), torch.cat(targets), len(self.split) - seen)
+                if best < floor:
+                    raise _HopelessError(
+                        f"{self.workload.metric} cannot reach {floor:.4f}: given up after {seen} of {len(self.split)} "
+                        "images"
+                    )
+        self._accuracies[key] = self.workload.metrics(torch.cat(outputs), torch.cat(targets))
         return self._accuracies[key]
+
+    def _forward(self, base: str, plan: PruningPlan) -> Iterator[Tensor]:
+        """Outputs of a candidate for each batch of search images."""
+        network = self.network(plan, base)
+        num_images = self.settings.recalibrate_images
+        if self.bases.is_supernet(base):
+            num_images = num_images or SUPERNET_IMAGES
+        if num_images:
+            recalibrate(network, self.workload, num_images, self.device)
+            self.spent["images_forwarded"] += num_images
+        for images, _ in self._images():
+            with torch.inference_mode():
+                outputs: Tensor = network(images).float()
+            yield outputs
+
+    def _fresh(self) -> nn.Module:
+        """The network with random weights, the same for the same seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return self.workload.fresh_model()
+
+    def _train_batches(self, request: Request, num_images: int, batch_size: int = 64) -> list[tuple[Tensor, Tensor]]:
+        """Random training images without augmentation, the same for the same request."""
+        split, generator = self.workload.train, torch.Generator().manual_seed(_seed(self.seed, request))
+        order = torch.cat(
+            [torch.randperm(len(split), generator=generator) for _ in range(1 + (num_images - 1) // len(split))]
+        )[:num_images]
+        self.spent["images_forwarded"] += num_images
+        return [
+            self.workload.batch(split, indices, train=False, generator=None, device=self.device)
+            for indices in torch.split(order, batch_size)
+        ]
 
     def _time(self, plan: PruningPlan) -> Mapping[str, float]:
         full = PruningPlan.full(self.graph.groups)
@@ -218,6 +360,7 @@ class Evaluator:
     def _measure(self, models: Mapping[str, Path], plan: PruningPlan) -> BenchmarkResult:
         """Measure at the search tier and keep every raw latency in ``latencies.jsonl``."""
         result = measure(self.target, self.profile, models, "search")
+        self.spent["measurements"] += 1
         with (self.folder / "latencies.jsonl").open("a", encoding="utf-8") as file:
             file.write(f'{{"plan":"{plan.digest}","result":{result.to_json()}}}\n')
         return result
@@ -262,13 +405,32 @@ class Evaluator:
         self._batches = list(batches)
         return self._batches
 
-    def _adopt(self, base: str, plan: PruningPlan, state: Mapping[str, Tensor]) -> None:
-        moved = {name: tensor.to(self.device) for name, tensor in state.items()}
-        self._states[base] = scatter(self.model, self.graph, plan, moved)
+
+def _name(prefix: str, request: Request) -> str:
+    """A name for what a request leaves behind; the same request gives the same name."""
+    return f"{prefix}-{hashlib.sha256(repr(request).encode()).hexdigest()[:12]}"
+
+
+def _seed(seed: int, request: Request) -> int:
+    return seed ^ int(hashlib.sha256(repr(request).encode()).hexdigest()[:12], 16)
+
+
+def _outside(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Scores with the channels outside the mask as ``Score`` wants them: -inf, or inf where they are distances."""
+    values = values.copy()
+    if values.ndim == 1:
+        values[~mask] = -np.inf
+    else:
+        values[~mask], values[:, ~mask] = np.inf, np.inf
+    return values
 
 
 class _OutOfTimeError(RuntimeError):
     """A candidate took longer than the run file allows."""
+
+
+class _HopelessError(RuntimeError):
+    """A candidate cannot reach the accuracy that was asked for."""
 
 
 def recalibrate(network: nn.Module, workload: Workload, num_images: int, device: torch.device) -> None:

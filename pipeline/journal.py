@@ -19,7 +19,7 @@ from typing import Any
 
 from pipeline.errors import JournalError
 
-FORMAT = 1
+FORMAT = 2
 Record = Mapping[str, Any]
 
 

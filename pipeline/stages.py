@@ -27,14 +27,14 @@ from pipeline.config import home
 from pipeline.errors import TrackingError, UserError
 from pipeline.evaluator import Evaluator
 from pipeline.report import write_report
-from pipeline.study import Study, describe, to_candidate, to_dict, to_evaluation
+from pipeline.study import Study, describe, request_of, to_candidate, to_dict, to_evaluation
 from pipeline.training import VERSION, TrainingError, fit, load_weights, save_weights, sha256_of
 from pipeline.workloads import Split
 from pruning.channels import ChannelGraph
 from pruning.cost import cost
 from pruning.plan import PruningPlan, SearchSpace
 from pruning.saliency import uniform_plan
-from pruning.search.protocol import Candidate, Entry, Evaluation
+from pruning.search.protocol import BudgetSpent, Candidate, Entry, Evaluation, FineTune, Learn
 from pruning.search.support import SearchError
 from pruning.surgery import Certificate, certify, prune
 from pruning.tracer import PruningError
@@ -121,16 +121,17 @@ def search(run: Run, facts: Facts) -> dict[str, Any]:
             saved = 1 - metrics.get("macs", float("nan")) / reference["macs"]
             report(count, 0, f"{run.workload.metric} {accuracy:.3f}, MACs -{saved:.0%}")
 
-        study = Study(run.journal, oracle, notify)
+        study = Study(run.journal, oracle, notify, budget=run.budget())
         try:
             archive = study.run(run.strategy(graph, space, reference, reward))
-        except SearchError as error:
+        except (SearchError, BudgetSpent) as error:
             raise UserError(f"search.{run.config.search.method}: {error}") from error
     ranked = sorted(archive, key=lambda entry: -reward(entry.evaluation))
     return {
         "reference": to_dict(reference),
         "archive": [{"candidate": describe(e.candidate), "evaluation": to_dict(e.evaluation)} for e in ranked],
         "num_candidates": count,
+        "spent": study.spent,
         "certificate": certificate,
         "graph": graph.report(),
         "files": {},
@@ -156,7 +157,7 @@ def finetune(run: Run, facts: Facts) -> dict[str, Any]:
     finals: list[Entry] = []
     for i, old in enumerate(list(chosen.values())[: run.config.finetune.top]):
         candidate = Candidate(i, old.plan, "final", (old.id,), old.base)
-        answer = study.finetune(candidate, run.config.finetune.epochs)
+        answer = study.finetune(FineTune(candidate, run.config.finetune.epochs))
         final = Candidate(candidate.id, candidate.plan, candidate.origin, candidate.parents, answer.base)
         finals.append(Entry(final, answer.evaluation))
     best = max(finals, key=lambda entry: reward(entry.evaluation))
@@ -405,10 +406,11 @@ def reject_impossible(run: Run, oracle: Evaluator, smallest: PruningPlan, refere
 def revive_bases(run: Run, oracle: Evaluator) -> None:
     """Make the weights of the search's own fine-tunings usable in this process."""
     for record in run.journal.records:
-        if record["kind"] == "finetune" and record.get("stage") == "search" and record["checkpoint"]:
-            plan = PruningPlan.from_json(record["candidate"]["plan"])
-            if not oracle.restore(record["base"], plan, record["checkpoint"]):
-                oracle.finetune(to_candidate(record["candidate"]), record["epochs"])
+        if record.get("stage") != "search" or not record.get("checkpoint"):
+            continue
+        request = request_of(record)
+        if not oracle.restore(request, record["base"], record["checkpoint"]):
+            oracle.learn(request) if isinstance(request, Learn) else oracle.finetune(request)
 
 
 def _cut(run: Run, oracle: Evaluator, best: Entry) -> nn.Module:

@@ -6,7 +6,12 @@ the same strategy again and answering from the journal until the journal ends.
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,29 +22,54 @@ from pruning.plan import PruningPlan
 from pruning.search.protocol import (
     Answer,
     Archive,
+    Budget,
+    BudgetSpent,
     Candidate,
+    Distort,
+    Entry,
     Evaluate,
     Evaluation,
     FineTune,
     FineTuned,
+    Learn,
+    Learned,
+    Probe,
     Request,
     Score,
     Strategy,
+    Time,
 )
+
+PATIENCE = 1000
+"""How often a strategy may ask again for what the budget refuses."""
 
 
 class Oracle(Protocol):
-    """Who answers requests that are not in the journal yet: the evaluator."""
+    """Who answers requests that are not in the journal yet: the evaluator.
 
-    def evaluate(self, candidate: Candidate, latency: bool) -> Evaluation: ...
+    Answers that leave weights behind come with their checkpoint (``{"sha256"}``; empty = nothing was saved).
+    """
 
-    def finetune(self, candidate: Candidate, epochs: float) -> tuple[FineTuned, Mapping[str, str]]:
-        """Returns the answer, and the checkpoint as ``{"path", "sha256"}``."""
+    @property
+    def spent(self) -> Mapping[str, int]:
+        """Running totals: ``images_forwarded``, ``images_trained``, ``measurements``."""
 
-    def restore(self, base: str, plan: PruningPlan, checkpoint: Mapping[str, str]) -> bool:
-        """Make a journalled fine-tuning's weights usable again; False if its checkpoint is gone or altered."""
+    def evaluate(self, candidate: Candidate, latency: bool, floor: float | None = None) -> Evaluation: ...
 
-    def score(self, criterion: str, base: str) -> Mapping[str, np.ndarray]: ...
+    def finetune(self, request: FineTune) -> tuple[FineTuned, Mapping[str, str]]: ...
+
+    def learn(self, request: Learn) -> tuple[Learned, Mapping[str, str]]: ...
+
+    def restore(self, request: FineTune | Learn, base: str, checkpoint: Mapping[str, str]) -> bool:
+        """Make a journalled training's weights usable again; False if its checkpoint is gone or altered."""
+
+    def score(self, request: Score) -> Mapping[str, np.ndarray]: ...
+
+    def probe(self, request: Probe) -> np.ndarray: ...
+
+    def distort(self, request: Distort) -> Mapping[str, np.ndarray]: ...
+
+    def time(self, request: Time) -> np.ndarray: ...
 
 
 class Study:
@@ -50,64 +80,154 @@ class Study:
         oracle: who answers what is not recorded.
         notify: called with every record of a candidate, replayed or new.
         stage: name under which this study's records are filed.
+        budget: what the strategy may spend, counted over replayed and new answers alike.
     """
 
     def __init__(
-        self, journal: Journal, oracle: Oracle, notify: Callable[[Record], None] = lambda _: None, stage: str = "search"
+        self,
+        journal: Journal,
+        oracle: Oracle,
+        notify: Callable[[Record], None] = lambda _: None,
+        stage: str = "search",
+        budget: Budget = Budget(),  # noqa: B008 - frozen
     ) -> None:
-        self.journal, self.oracle, self.notify, self.stage = journal, oracle, notify, stage
+        self.journal, self.oracle, self.notify, self.stage, self.budget = journal, oracle, notify, stage, budget
         self._replay: Iterator[Record] = iter([r for r in journal.records if r.get("stage") == stage])
+        self.spent = {"evaluations": 0.0, "epochs": 0.0, "seconds": 0.0}
+        self._found: list[Entry] = []
 
     def run(self, strategy: Strategy) -> Archive:
-        """Drive a strategy to its end."""
+        """Drive a strategy to its end, or to the end of the budget.
+
+        Raises:
+            BudgetSpent: it ended before anything was evaluated.
+        """
+        thrown = 0
         try:
             request = next(strategy)
             while True:
-                request = strategy.send(self.answer(request))
+                spent = self._over(request)
+                if not spent:
+                    request = strategy.send(self.answer(request))
+                elif (thrown := thrown + 1) > PATIENCE:
+                    strategy.close()
+                    raise BudgetSpent(spent)
+                else:
+                    request = strategy.throw(BudgetSpent(spent))
         except StopIteration as end:
             archive: Archive = end.value
             return archive
+        except BudgetSpent:
+            if not self._found:
+                raise
+            return tuple(self._found)
 
     def answer(self, request: Request) -> Answer:
         """Answer one request, from the journal where it is recorded."""
         match request:
-            case Evaluate(candidates, latency):
-                return tuple(self.evaluate(candidate, latency) for candidate in candidates)
-            case FineTune(candidate, epochs):
-                return self.finetune(candidate, epochs)
-            case Score(criterion, base):
-                return self._score(criterion, base)
+            case Evaluate(candidates, latency, floor):
+                return tuple(self._evaluate_within(candidate, latency, floor) for candidate in candidates)
+            case FineTune():
+                return self.finetune(request)
+            case Learn():
+                return self._learn(request)
+            case Score():
+                asked = {"kind": "score", "request": digest_of(request), "criterion": request.criterion}
+                return self._arrays(asked, lambda: self.oracle.score(request))
+            case Distort():
+                asked = {"kind": "distort", "request": digest_of(request)}
+                return self._arrays(asked, lambda: self.oracle.distort(request))
+            case Probe():
+                asked = {"kind": "probe", "request": digest_of(request)}
+                return self._arrays(asked, lambda: {"": self.oracle.probe(request)})[""]
+            case Time():
+                asked = {"kind": "time", "request": digest_of(request)}
+                return self._arrays(asked, lambda: {"": self.oracle.time(request)})[""]
 
-    def evaluate(self, candidate: Candidate, latency: bool) -> Evaluation:
+    def evaluate(self, candidate: Candidate, latency: bool, floor: float | None = None) -> Evaluation:
         """One candidate's evaluation, journalled before it is returned."""
-        asked = {"kind": "evaluation", "stage": self.stage, "latency": latency, "candidate": describe(candidate)}
-        record = self._recorded(asked)
-        if record is None:
-            evaluation = self.oracle.evaluate(candidate, latency)
-            record = self.journal.append({**asked, "evaluation": to_dict(evaluation)})
+        asked = {"kind": "evaluation", "latency": latency, "candidate": describe(candidate)}
+        record = self._record(asked, lambda: {"evaluation": to_dict(self.oracle.evaluate(candidate, latency, floor))})
+        self.spent["evaluations"] += 1
+        evaluation = to_evaluation(record["evaluation"])
+        self._keep(candidate, evaluation)
         self.notify(record)
-        return to_evaluation(record["evaluation"])
+        return evaluation
 
-    def finetune(self, candidate: Candidate, epochs: float) -> FineTuned:
+    def finetune(self, request: FineTune) -> FineTuned:
         """One candidate trained and evaluated, journalled before it is returned."""
-        asked = {"kind": "finetune", "stage": self.stage, "epochs": epochs, "candidate": describe(candidate)}
-        record = self._recorded(asked)
-        if record is None:
-            answer, checkpoint = self.oracle.finetune(candidate, epochs)
-            facts = {"base": answer.base, "checkpoint": dict(checkpoint), "evaluation": to_dict(answer.evaluation)}
-            record = self.journal.append({**asked, **facts})
-        elif not self.oracle.restore(record["base"], candidate.plan, record["checkpoint"]):
-            self.oracle.finetune(candidate, epochs)  # the file is gone: train it again, deterministically
-        self.notify(record)
-        return FineTuned(record["base"], to_evaluation(record["evaluation"]))
 
-    def _score(self, criterion: str, base: str) -> Mapping[str, np.ndarray]:
-        asked = {"kind": "score", "stage": self.stage, "criterion": criterion, "base": base}
+        def train() -> dict[str, Any]:
+            answer, checkpoint = self.oracle.finetune(request)
+            evaluation = to_dict(answer.evaluation)
+            return {"base": answer.base, "checkpoint": dict(checkpoint), "evaluation": evaluation}
+
+        candidate = request.candidate
+        told = {"epochs": request.epochs, "part": list(request.part), "write_back": request.write_back}
+        asked = {"kind": "finetune", **told, "distill": request.distill, "latency": request.latency}
+        record = self._record({**asked, "candidate": describe(candidate)}, train, request)
+        self.spent["evaluations"] += 1
+        self.spent["epochs"] += request.epochs
+        tuned = FineTuned(record["base"], to_evaluation(record["evaluation"]))
+        self._keep(replace(candidate, base=tuned.base), tuned.evaluation)
+        self.notify(record)
+        return tuned
+
+    def _learn(self, request: Learn) -> Learned:
+        def train() -> dict[str, Any]:
+            answer, checkpoint = self.oracle.learn(request)
+            facts = {"base": answer.base, "checkpoint": dict(checkpoint), "evaluation": to_dict(answer.evaluation)}
+            return {**facts, "scores": pack(answer.scores)}
+
+        asked = {"kind": "learn", "learning": request.kind, "epochs": request.epochs, "base_of": request.base}
+        record = self._record({**asked, "options": dict(request.options)}, train, request)
+        self.spent["epochs"] += request.epochs
+        return Learned(record["base"], unpack(record["scores"]), to_evaluation(record["evaluation"]))
+
+    def _arrays(
+        self, asked: Mapping[str, Any], ask: Callable[[], Mapping[str, np.ndarray]]
+    ) -> Mapping[str, np.ndarray]:
+        return unpack(self._record(asked, lambda: {"scores": pack(ask())})["scores"])
+
+    def _evaluate_within(self, candidate: Candidate, latency: bool, floor: float | None) -> Evaluation:
+        """An evaluation, if the budget has one left."""
+        spent = self._over(Evaluate((candidate,)))
+        return Evaluation("infeasible", spent) if spent else self.evaluate(candidate, latency, floor)
+
+    def _over(self, request: Request) -> str:
+        """Why the budget allows no such request any more; empty while it does."""
+        budget, spent = self.budget, self.spent
+        if budget.seconds is not None and spent["seconds"] >= budget.seconds:
+            return f"the budget of {budget.seconds:g} s is spent"
+        evaluates, trains = isinstance(request, Evaluate | FineTune), isinstance(request, FineTune | Learn)
+        if evaluates and budget.evaluations is not None and spent["evaluations"] >= budget.evaluations:
+            return f"the budget of {budget.evaluations} evaluations is spent"
+        if trains and budget.epochs is not None and spent["epochs"] + request.epochs > budget.epochs + 1e-9:
+            left = budget.epochs - spent["epochs"]
+            return f"{request.epochs:g} epochs of training exceed what is left of the budget ({left:g} epochs)"
+        return ""
+
+    def _record(
+        self, asked: Mapping[str, Any], ask: Callable[[], dict[str, Any]], weights: FineTune | Learn | None = None
+    ) -> Record:
+        """The recorded answer to a request, or a new one, recorded; weights it left behind are made usable again."""
+        asked = {"stage": self.stage, **asked}
         record = self._recorded(asked)
         if record is None:
-            scores = {name: values.tolist() for name, values in self.oracle.score(criterion, base).items()}
-            record = self.journal.append({**asked, "scores": scores})
-        return {name: np.array(values, dtype=np.float64) for name, values in record["scores"].items()}
+            before, started = dict(self.oracle.spent), time.perf_counter()
+            facts = ask()
+            spent: dict[str, float] = {name: total - before[name] for name, total in self.oracle.spent.items()}
+            spent["seconds"] = round(time.perf_counter() - started, 4)
+            record = self.journal.append({**asked, **facts, "spent": spent})
+        elif weights is not None and not self.oracle.restore(weights, record["base"], record["checkpoint"]):
+            ask()  # the file is gone: train it again, deterministically
+        for name, amount in record["spent"].items():
+            self.spent[name] = self.spent.get(name, 0) + amount
+        return record
+
+    def _keep(self, candidate: Candidate, evaluation: Evaluation) -> None:
+        if evaluation.status == "ok" and not candidate.plan.is_full:
+            self._found.append(Entry(candidate, evaluation))
 
     def _recorded(self, asked: Mapping[str, Any]) -> Record | None:
         """The next record of this stage, if there is one; it must be the answer to this very request."""
@@ -122,6 +242,36 @@ class Study:
                 "another version of Secateur, of the data or of the model; start a new run"
             )
         return record
+
+
+def request_of(record: Record) -> FineTune | Learn:
+    """The request that a record of a training answers."""
+    if record["kind"] == "learn":
+        return Learn(record["learning"], record["epochs"], record["base_of"], record["options"])
+    start, end = record["part"]
+    more = {name: record[name] for name in ("write_back", "distill", "latency")}
+    return FineTune(to_candidate(record["candidate"]), record["epochs"], (start, end), **more)
+
+
+def digest_of(request: Request) -> str:
+    """16 hexadecimal digits that name a request's content."""
+    return hashlib.sha256(repr(request).encode()).hexdigest()[:16]
+
+
+def pack(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Arrays as JSON: shape, and zlib-compressed float32 in base64."""
+    return {
+        name: [list(array.shape), base64.b64encode(zlib.compress(array.astype("<f4").tobytes())).decode()]
+        for name, array in arrays.items()
+    }
+
+
+def unpack(data: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The inverse of ``pack``, as float64."""
+    return {
+        name: np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype="<f4").reshape(shape).astype(np.float64)
+        for name, (shape, text) in data.items()
+    }
 
 
 def describe(candidate: Candidate) -> dict[str, Any]:

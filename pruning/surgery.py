@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ from pruning.tracer import PruningError, named_tensors, tensors_of
 
 PLAN_FILE = "plan.json"
 WEIGHTS_FILE = "weights.safetensors"
+
+EMPTY = (dict, OrderedDict, set)
+"""Containers that modules have many of, most of them without items."""
 
 Slices = Mapping[str, Mapping[int, IntArray]]
 
@@ -64,10 +68,12 @@ def rebuild(model: nn.Module, graph: ChannelGraph, plan: PruningPlan, tensors: M
         if name in tensors:
             new = tensors[name]
             memo[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-    for module in model.modules():  # results of old-style weight norm and the like are no leaves and cannot be copied
+    for module in model.modules():
         for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
+            if isinstance(value, Tensor) and not value.is_leaf:  # made by old-style weight norm and the like
                 memo[id(value)] = value.detach().clone()
+            elif type(value) in EMPTY and not value:  # most of what deepcopy would spend its time on
+                memo[id(value)] = type(value)()
     try:
         result = copy.deepcopy(model, memo)
     except (RuntimeError, TypeError) as error:
@@ -189,15 +195,20 @@ def _check_shapes(found: Mapping[str, object], expected: Mapping[str, object], w
 
 
 def scatter(
-    model: nn.Module, graph: ChannelGraph, plan: PruningPlan, pruned_state: Mapping[str, Tensor]
+    model: nn.Module,
+    graph: ChannelGraph,
+    plan: PruningPlan,
+    pruned_state: Mapping[str, Tensor],
+    into: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Put the weights of a pruned network back into dense shapes: the inverse of slicing.
 
     Args:
-        model: the dense model; its values stand where channels were removed.
+        model: the dense model.
         graph: its channel groups.
         plan: what was kept.
         pruned_state: state dict of the pruned network.
+        into: dense-shaped weights whose values stand where channels were removed; None = the model's own.
 
     Returns:
         A state dict of the dense model's shapes; slicing it by ``plan`` gives ``pruned_state`` back exactly.
@@ -207,7 +218,7 @@ def scatter(
     """
     check_model(model, graph)
     slices = graph.slices(plan)
-    dense = model.state_dict()
+    dense = model.state_dict() if into is None else into
     expected = {name: kept_shape(tensor.shape, slices.get(name, {})) for name, tensor in dense.items()}
     _check_shapes(
         {n: tuple(t.shape) for n, t in pruned_state.items()}, expected, "the pruned state does not belong to the plan"

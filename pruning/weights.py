@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from pruning.channels import ChannelGraph
 from pruning.plan import PruningPlan
+from pruning.reference import masked_tensors
 from pruning.surgery import check_model, cut, prune, rebuild
 from pruning.tracer import PruningError
 
@@ -40,3 +42,16 @@ def inherit(
         plan,
         {n: cut(t, slices[n]) if n in slices else t.detach().clone() for n, t in source.items()},
     )
+
+
+def silence(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> None:
+    """Zero, in place, everything a plan removes: the model keeps its shapes and computes what the pruned one would.
+
+    (But for operators that normalise over channels, which see the zeros.)
+    """
+    if plan.is_full:
+        return
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, tensor in masked_tensors(model, graph, plan).items():
+            parameters[name].copy_(tensor)

@@ -63,6 +63,9 @@ class Workload(Protocol):
     def build_model(self) -> nn.Module:
         """The unpruned network, with pretrained weights where the run file names some."""
 
+    def fresh_model(self) -> nn.Module:
+        """The unpruned network with random weights, drawn from torch's global generator."""
+
     @property
     def pretrained(self) -> bool:
         """Whether ``build_model`` loads trained weights, so that no baseline training is needed."""
@@ -79,3 +82,6 @@ class Workload(Protocol):
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> Mapping[str, float]:
         """Metrics of all outputs of a split at once (``top1``, ``loss``)."""
+
+    def bound(self, outputs: Tensor, targets: Tensor, num_unseen: int) -> float:
+        """The largest value ``metric`` can still take when ``num_unseen`` images follow these."""

@@ -114,8 +114,12 @@ class Classification:
         content |= {"data": opened.fingerprint, "weights": None if weights is None else _file_digest(weights)}
         self.fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
+    def fresh_model(self) -> nn.Module:
+        model = self.options.model
+        return build_network(model.name, self.num_classes, self.shape[0], model.options).eval()
+
     def build_model(self) -> nn.Module:
-        model = build_network(self.options.model.name, self.num_classes, self.shape[0], self.options.model.options)
+        model = self.fresh_model()
         if self._state is not None:
             _fit_weights(model, self._state, self.options.model)
         return model.eval()
@@ -143,6 +147,10 @@ class Classification:
             "top1": (outputs.argmax(1) == targets).float().mean().item(),
             "loss": F.cross_entropy(outputs.float(), targets).item(),
         }
+
+    def bound(self, outputs: Tensor, targets: Tensor, num_unseen: int) -> float:
+        right = int((outputs.argmax(1) == targets).sum())
+        return (right + num_unseen) / (len(targets) + num_unseen)
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and deviation per channel in pixel units, shape (1, channels, 1, 1)."""

@@ -18,7 +18,7 @@ from pruning.channels import ChannelGraph
 from pruning.cost import count
 from pruning.plan import PruningPlan
 from pruning.saliency import uniform_plan
-from pruning.search.protocol import DENSE, Candidate
+from pruning.search.protocol import DENSE, RANDOM, Candidate, Distort, FineTune, Probe, Score
 from pruning.surgery import prune
 
 from .helpers import digits, quick_device
@@ -107,7 +107,7 @@ def test_a_plan_seen_before_is_neither_run_nor_timed_again(network: Any, make: A
     evaluator = make()
     chosen = candidate(network)
     first = evaluator.evaluate(chosen, latency=True)
-    monkeypatch.setattr(evaluator, "outputs", None)
+    monkeypatch.setattr(evaluator, "_forward", None)
     monkeypatch.setattr(evaluator, "_time", None)
     again = evaluator.evaluate(Candidate(9, chosen.plan, "again"), latency=True)
     without = ("seconds",)
@@ -138,30 +138,105 @@ def test_memory_bounds_the_batch_but_not_the_result(network: Any, make: Any) -> 
 def test_fine_tuned_weights_are_inherited_by_narrower_plans_and_restored(network: Any, make: Any) -> None:
     evaluator = make()
     wide = candidate(network, ratio=0.75)
-    answer, checkpoint = evaluator.finetune(wide, 1)
+    request = FineTune(wide, 1)
+    answer, checkpoint = evaluator.finetune(request)
     assert answer.base != DENSE
     kept = {name: k[: max(1, len(k) - 2)] for name, k in wide.plan.kept.items()}
     narrow = Candidate(5, wide.plan.replace(kept), "narrower", (), answer.base)
     before = evaluator.evaluate(narrow, latency=False)
     other = make()
-    assert other.restore(answer.base, wide.plan, checkpoint)
+    assert other.restore(request, answer.base, checkpoint)
     assert other.evaluate(narrow, latency=False)["loss"] == before["loss"]
-    file = evaluator.folder / checkpoint["path"]
+    assert evaluator.spent["images_trained"] == len(WORKLOAD.train)
+    file = evaluator.bases.path(answer.base)
     file.write_bytes(file.read_bytes()[:-1])
-    assert not make().restore(answer.base, wide.plan, checkpoint)
+    assert not make().restore(request, answer.base, checkpoint)
+
+
+def test_weights_written_back_leave_every_other_channel_as_it_was(network: Any, make: Any) -> None:
+    evaluator, graph = make(), network[1]
+    first = candidate(network, seed=1)
+    answer, checkpoint = evaluator.finetune(FineTune(first, 1, write_back=True, latency=False))
+    full = PruningPlan.full(graph.groups)
+    dense, written = network[0].state_dict(), evaluator.bases.state(answer.base, full)
+    trained = evaluator.network(first.plan, answer.base).state_dict()
+    slices = graph.slices(first.plan)
+    for name, tensor in written.items():
+        inside = torch.zeros(tensor.shape, dtype=torch.bool)
+        rows = [torch.as_tensor(slices.get(name, {}).get(d, range(n))) for d, n in enumerate(tensor.shape)]
+        inside[torch.meshgrid(*rows, indexing="ij")] = True
+        assert torch.equal(tensor[~inside], dense[name][~inside])
+        assert torch.equal(tensor[inside], trained[name].flatten())
+    assert not torch.equal(written["linear.weight"], dense["linear.weight"])
+    second = candidate(network, seed=2, base=answer.base)  # channels that the first plan removed are there
+    again = evaluator.finetune(FineTune(second, 1, write_back=True, latency=False))[0]
+    other = make()
+    assert other.restore(FineTune(first, 1, write_back=True, latency=False), answer.base, checkpoint)
+    assert other.evaluate(second, latency=False)["loss"] == evaluator.evaluate(second, latency=False)["loss"]
+    assert "latency_ratio" not in again.evaluation.metrics
+
+
+def test_weights_pushed_out_of_memory_are_read_again(network: Any, make: Any) -> None:
+    evaluator = make()
+    evaluator.bases.memory_bytes = 1
+    tuned = [candidate(network, seed=i, ratio=0.75) for i in (1, 2)]
+    answers = [evaluator.finetune(FineTune(c, 1))[0] for c in tuned]
+    full = PruningPlan.full(network[1].groups)
+    states = [evaluator.bases.state(a.base, full) for a in [*answers, *answers]]
+    assert len(evaluator.bases._loaded) == 1
+    assert all(torch.equal(states[0][n], states[2][n]) for n in states[0])
+    assert not torch.equal(states[0]["linear.weight"], states[1]["linear.weight"])
+
+
+def test_random_weights_are_the_same_for_the_same_seed_and_not_the_trained_ones(network: Any, make: Any) -> None:
+    state = torch.random.get_rng_state()
+    first, second = (make().network(PruningPlan.full(network[1].groups), RANDOM).state_dict() for _ in range(2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["linear.weight"], network[0].linear.weight)
 
 
 def test_fine_tuning_learns_and_a_diverging_one_is_a_failed_evaluation(network: Any, make: Any) -> None:
     evaluator = make()
     chosen = candidate(network, ratio=0.75)
     raw = evaluator.evaluate(chosen, latency=False)
-    answer, _ = evaluator.finetune(chosen, 2)
+    answer, _ = evaluator.finetune(FineTune(chosen, 2))
     assert answer.evaluation["loss"] < raw["loss"]
     evaluator.recipe = evaluator.recipe.model_copy(update={"lr": 1e9, "warmup_epochs": 0.0})
-    failed, checkpoint = evaluator.finetune(Candidate(7, chosen.plan, "x"), 8)
+    failed, checkpoint = evaluator.finetune(FineTune(Candidate(7, chosen.plan, "x"), 8))
     assert failed.evaluation.status == "failed"
     assert "lower lr" in failed.evaluation.reason
     assert checkpoint == {}
+
+
+def test_a_candidate_that_cannot_reach_the_floor_is_given_up_and_no_other_is(network: Any, make: Any) -> None:
+    evaluator, twin = make(memory_mb=1), make(memory_mb=1)
+    chosen = candidate(network, ratio=0.3)
+    top1 = twin.evaluate(chosen, latency=False)["top1"]
+    hopeless = evaluator.evaluate(chosen, False, top1 + 0.011)
+    assert hopeless.status == "infeasible"
+    assert "cannot reach" in hopeless.reason
+    assert evaluator.spent["images_forwarded"] < twin.spent["images_forwarded"]
+    assert evaluator.evaluate(chosen, False, top1)["top1"] == top1
+
+
+def test_outputs_that_are_no_numbers_fail_with_a_reason(network: Any, make: Any) -> None:
+    evaluator = make()
+    full = PruningPlan.full(network[1].groups)
+    broken = {**network[0].state_dict(), "linear.bias": torch.full((10,), float("nan"))}
+    evaluator.bases.learned("broken", "sparsity", broken)
+    evaluation = evaluator.evaluate(Candidate(0, full, "x", (), "broken"), latency=False)
+    assert evaluation.status == "failed"
+    assert "NaN" in evaluation.reason
+
+
+def test_probes_are_losses_of_masked_networks_on_the_first_images(network: Any, make: Any) -> None:
+    evaluator = make()
+    chosen = candidate(network)
+    whole, part = evaluator.probe(Probe((chosen.plan,))), evaluator.probe(Probe((chosen.plan,), images=40))
+    assert whole[0] == pytest.approx(evaluator.evaluate(chosen, latency=False)["loss"], rel=1e-4)
+    outputs, targets = evaluator.outputs(evaluator.network(chosen.plan))
+    assert part[0] == pytest.approx(WORKLOAD.metrics(outputs[:40], targets[:40])["loss"], rel=1e-4)
 
 
 def test_recalibrated_statistics_are_those_of_the_training_images(network: Any) -> None:
@@ -177,7 +252,26 @@ def test_recalibrated_statistics_are_those_of_the_training_images(network: Any) 
     assert model.bn1.momentum == 0.1
 
 
-def test_scores_are_of_the_asked_base(network: Any, make: Any) -> None:
+def test_scores_are_of_the_asked_base_and_plan(network: Any, make: Any) -> None:
     evaluator = make()
-    scores = evaluator.score("l1", DENSE)
+    scores = evaluator.score(Score("l1"))
     assert {name: len(v) for name, v in scores.items()} == {g.name: g.size for g in network[1].groups}
+    plan = candidate(network).plan
+    inside = evaluator.score(Score("l1", plan=plan))
+    for name, kept in plan.kept.items():
+        assert set(np.flatnonzero(np.isfinite(inside[name]))) == set(kept)
+        assert (inside[name] <= scores[name] + 1e-9).all()  # removed inputs no longer count
+    distances = evaluator.score(Score("feature_distance", plan=plan, options={"images": 20}))
+    for name, kept in plan.kept.items():
+        assert distances[name].shape == (plan.sizes[name],) * 2
+        assert np.isfinite(distances[name]).sum() == len(kept) ** 2
+    assert not np.array_equal(evaluator.score(Score("l1", RANDOM))["conv1"], scores["conv1"])
+
+
+def test_distortions_are_repeatable_and_grow_with_what_is_removed(network: Any, make: Any) -> None:
+    plan = PruningPlan.full(network[1].groups)
+    name = next(g.name for g in network[1].groups if g.name.endswith("conv1") and "layer" in g.name)
+    request = Distort(plan, ({name: (0,)}, {name: tuple(range(8))}), batch_size=32)
+    first, second = make().distort(request)[name], make().distort(request)[name]
+    assert np.array_equal(first, second)
+    assert 0 <= first[0] < first[1]

@@ -14,7 +14,26 @@ from pipeline.journal import Journal
 from pipeline.study import Study
 from pruning.plan import ChannelGroup, PruningPlan, SearchSpace
 from pruning.search import ccep
-from pruning.search.protocol import Archive, Candidate, Evaluation, FineTuned, Problem, Target
+from pruning.search.protocol import (
+    Archive,
+    Budget,
+    BudgetSpent,
+    Candidate,
+    Distort,
+    Entry,
+    Evaluate,
+    Evaluation,
+    FineTune,
+    FineTuned,
+    Learn,
+    Learned,
+    Probe,
+    Problem,
+    Score,
+    Strategy,
+    Target,
+    Time,
+)
 
 GROUPS = (ChannelGroup("a", 8), ChannelGroup("b", 12))
 WORTH = {"a": np.linspace(1, 2, 8), "b": np.linspace(2, 1, 12)}
@@ -30,7 +49,11 @@ class FakeOracle:
     def __init__(self, lives: float = float("inf"), keeps_checkpoints: bool = True) -> None:
         self.lives, self.keeps, self.asked, self.trained = lives, keeps_checkpoints, 0, 0
 
-    def evaluate(self, candidate: Candidate, latency: bool) -> Evaluation:
+    @property
+    def spent(self) -> Mapping[str, int]:
+        return {"images_forwarded": 10 * self.asked, "images_trained": 100 * self.trained, "measurements": 0}
+
+    def evaluate(self, candidate: Candidate, latency: bool, floor: float | None = None) -> Evaluation:
         if self.asked >= self.lives:
             raise KilledError
         self.asked += 1
@@ -38,22 +61,36 @@ class FakeOracle:
         macs = float(sum(candidate.plan.widths.values()))
         return Evaluation(metrics={"top1": worth / 100, "macs": macs, "params": macs, "latency_ratio": macs / 20})
 
-    def finetune(self, candidate: Candidate, epochs: float) -> tuple[FineTuned, Mapping[str, str]]:
+    def finetune(self, request: FineTune) -> tuple[FineTuned, Mapping[str, str]]:
         self.trained += 1
-        return FineTuned(f"base-{candidate.id}", self.evaluate(candidate, True)), {"path": "x", "sha256": "y"}
+        return FineTuned(f"base-{request.candidate.id}", self.evaluate(request.candidate, True)), {"sha256": "y"}
 
-    def restore(self, base: str, plan: PruningPlan, checkpoint: Mapping[str, str]) -> bool:
+    def learn(self, request: Learn) -> tuple[Learned, Mapping[str, str]]:
+        self.trained += 1
+        return Learned(f"learned-{request.kind}", WORTH, Evaluation(metrics={"top1": 0.5})), {"sha256": "z"}
+
+    def restore(self, request: FineTune | Learn, base: str, checkpoint: Mapping[str, str]) -> bool:
         return self.keeps
 
-    def score(self, criterion: str, base: str) -> Mapping[str, np.ndarray]:
+    def score(self, request: Score) -> Mapping[str, np.ndarray]:
         return WORTH
+
+    def probe(self, request: Probe) -> np.ndarray:
+        self.asked += 1
+        return np.array([float(sum(plan.widths.values())) for plan in request.plans])
+
+    def distort(self, request: Distort) -> Mapping[str, np.ndarray]:
+        return {"a": np.array([0.5, np.nan])}
+
+    def time(self, request: Time) -> np.ndarray:
+        return np.array([0.1 * i for i, _ in enumerate(request.plans)])
 
 
 def run(folder: Path, oracle: FakeOracle, seed: int = 0, told: list[Any] | None = None) -> Archive:
     space = SearchSpace.of(GROUPS)
     reference = FakeOracle().evaluate(Candidate(0, space.full, "reference"), True)
-    macs = lambda plan: float(sum(plan.widths.values()))  # noqa: E731
-    problem = Problem(space, reference, lambda e: e["top1"], macs, Target(), np.random.default_rng(seed))
+    costs = lambda widths: {"macs": widths.sum(axis=1).astype(float)}  # noqa: E731
+    problem = Problem(space, reference, lambda e: e["top1"], costs, Target(), np.random.default_rng(seed))
     options = ccep.Options(outer_iterations=2, population=3, generations=2, finetune_epochs=1)
     with Journal(folder / "journal.jsonl", "run", "config") as journal:
         study = Study(journal, oracle, (told if told is not None else []).append)
@@ -100,3 +137,124 @@ def test_a_lost_checkpoint_is_trained_again(tmp_path: Path) -> None:
     oracle = FakeOracle(keeps_checkpoints=False)
     assert digests(run(tmp_path, oracle)) == expected
     assert oracle.trained == 2
+
+
+def plan(width: int) -> PruningPlan:
+    full = PruningPlan.full(GROUPS)
+    return full.replace({"a": range(width)})
+
+
+def everything(heard: list[Any]) -> Strategy:
+    """Asks one request of every kind."""
+    one = Candidate(0, plan(4), "x")
+    heard.append((yield Evaluate((one,), latency=True, floor=0.1)))
+    heard.append((yield FineTune(one, 2.0, (0.25, 0.5), write_back=True, distill=False, latency=False)))
+    heard.append((yield Learn("indicators", 3.0, options={"target": 0.5})))
+    heard.append((yield Score("l1", "learned-indicators", plan(3), {"images": 5})))
+    heard.append((yield Probe((plan(1), plan(2)))))
+    heard.append((yield Distort(plan(5), ({"a": (0, 1)},))))
+    heard.append((yield Time((plan(1), plan(2)))))
+    return (Entry(one, heard[0][0]),)
+
+
+def plain(value: Any) -> Any:
+    """An answer as comparable values."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return {n: plain(v) for n, v in value.items()} if isinstance(value, Mapping) else value
+
+
+def test_every_kind_of_answer_comes_back_from_the_journal_as_it_was_given(tmp_path: Path) -> None:
+    heard: list[list[Any]] = [[], []]
+    totals = []
+    for i, oracle in enumerate((FakeOracle(), FakeOracle(lives=0))):
+        with Journal(tmp_path / "journal.jsonl", "run", "config") as journal:
+            study = Study(journal, oracle)
+            study.run(everything(heard[i]))
+            totals.append(study.spent)
+    first, second = ([plain(a) for a in answers] for answers in heard)
+    assert first[:2] == second[:2]
+    assert first[2].base == second[2].base and plain(first[2].scores) == plain(second[2].scores)
+    np.testing.assert_equal(first[3:], second[3:])
+    assert first[4] == [13.0, 14.0]
+    assert totals[0] == totals[1]
+    assert totals[0]["epochs"] == 5 and totals[0]["evaluations"] == 2
+    assert totals[0]["images_trained"] == 200 and totals[0]["images_forwarded"] == 30
+
+
+def test_a_request_that_differs_in_any_part_is_not_answered_from_the_journal(tmp_path: Path) -> None:
+    def asks(request: Any) -> Strategy:
+        yield request
+        return ()
+
+    pairs = [
+        (Probe((plan(1),)), Probe((plan(2),))),
+        (Learn("a", 1.0), Learn("a", 1.0, options={"x": 1.0})),
+        (Score("l1"), Score("l1", plan=plan(2))),
+        (FineTune(Candidate(0, plan(2), "x"), 1.0), FineTune(Candidate(0, plan(2), "x"), 1.0, write_back=True)),
+    ]
+    for i, (first, second) in enumerate(pairs):
+        (tmp_path / str(i)).mkdir()
+        with Journal(tmp_path / str(i) / "journal.jsonl", "run", "config") as journal:
+            Study(journal, FakeOracle()).run(asks(first))
+        with (
+            Journal(tmp_path / str(i) / "journal.jsonl", "run", "config") as journal,
+            pytest.raises(JournalError, match="start a new run"),
+        ):
+            Study(journal, FakeOracle()).run(asks(second))
+
+
+def greedy(asked: list[int], catch: bool = False) -> Strategy:
+    """Never stops asking by itself; three candidates at a time."""
+    try:
+        for i in range(1_000_000):
+            found = yield Evaluate(tuple(Candidate(3 * i + j, plan(1 + j), "x") for j in range(3)))
+            asked += [e.status == "ok" for e in found]  # type: ignore[union-attr]
+            yield FineTune(Candidate(3 * i + 2, plan(2), "x"), 1.5)
+    except BudgetSpent:
+        if not catch:
+            raise
+    return ()
+
+
+@pytest.mark.parametrize(
+    ("budget", "evaluations", "epochs"),
+    [(Budget(evaluations=10), 10, 3.0), (Budget(evaluations=3), 3, 0), (Budget(epochs=4), 11, 3.0)],
+)
+def test_a_budget_is_never_exceeded_and_everything_found_by_then_is_the_archive(
+    tmp_path: Path, budget: Budget, evaluations: int, epochs: float
+) -> None:
+    oracle, asked = FakeOracle(), []  # type: ignore[var-annotated]
+    with Journal(tmp_path / "journal.jsonl", "run", "config") as journal:
+        study = Study(journal, oracle, budget=budget)
+        archive = study.run(greedy(asked))
+    assert oracle.asked == len(archive) == evaluations
+    assert study.spent["epochs"] == epochs
+    assert sum(bool(e.candidate.base) for e in archive) == oracle.trained  # tuned ones come with their weights
+    assert sum(asked) == evaluations - oracle.trained
+    with Journal(tmp_path / "other.jsonl", "run", "config") as journal:
+        assert Study(journal, FakeOracle(), budget=budget).run(greedy([], catch=True)) == ()
+
+
+def test_seconds_are_counted_over_replayed_answers(tmp_path: Path) -> None:
+    class Slow(FakeOracle):
+        def evaluate(self, candidate: Candidate, latency: bool, floor: float | None = None) -> Evaluation:
+            import time
+
+            time.sleep(0.02)
+            return super().evaluate(candidate, latency, floor)
+
+    counts = []
+    for oracle in (Slow(), FakeOracle(lives=0)):
+        with Journal(tmp_path / "journal.jsonl", "run", "config") as journal:
+            counts.append(len(Study(journal, oracle, budget=Budget(seconds=0.1)).run(greedy([]))))
+    assert counts[0] == counts[1] <= 5
+
+
+def test_a_budget_spent_before_anything_was_evaluated_is_said(tmp_path: Path) -> None:
+    def only_trains() -> Strategy:
+        yield Learn("indicators", 5.0)
+        return ()
+
+    with Journal(tmp_path / "journal.jsonl", "run", "config") as journal, pytest.raises(BudgetSpent, match="5 epochs"):
+        Study(journal, FakeOracle(), budget=Budget(epochs=2)).run(only_trains())
