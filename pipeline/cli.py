@@ -89,6 +89,42 @@ def validate(file: Annotated[Path, typer.Argument(help="The run file (YAML).")],
     out.print(f"{file} is valid: {config.search.method} for device {profile.name}; images: {sizes}.")
 
 
+@app.command(name="rescore")
+def rescore_(
+    run_dir: Annotated[Path, typer.Argument(help="The run directory printed by `secateur run`.")],
+    reward: Annotated[
+        str, typer.Option(help="The reward to rank by: device, rewarded_v2, mnasnet, tunas_abs, amc ...")
+    ],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the reward, e.g. alpha=1.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many candidates to show and keep.")] = 10,
+) -> None:
+    """Rank a run's candidates by another reward, from its journal: nothing is evaluated again.
+
+    Example: secateur rescore .secateur/runs/digits-... --reward mnasnet --set target_ratio=0.7
+    """
+    import yaml
+
+    from pipeline.rescore import rescore, shown, write_ranking
+
+    options = {}
+    for text in set_ or []:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise errors.UserError(f"--set {text!r}: write it as parameter=value, for example --set alpha=1")
+        options[key] = yaml.safe_load(value)
+    ranking = rescore(run_dir, reward, options)
+    table = Table(title=f"{run_dir.name} by reward {reward}", title_justify="left")
+    for title in ("", "candidate", "weights", "accuracy", "MACs ratio", "latency ratio", "reward", ""):
+        table.add_column(title, justify="right" if title.endswith(("ratio", "reward", "accuracy")) else "left")
+    for row in shown(ranking, top):
+        table.add_row(*row)
+    out.print(table)
+    file = write_ranking(run_dir, reward, options, ranking, top)
+    out.print(f"Written: {file} and the winner's plan, {file.with_suffix('.plan.json').name}", soft_wrap=True)
+
+
 @app.command(name="list")
 def list_(
     what: Annotated[str, typer.Argument(metavar="methods|workloads|devices", help="What to list.")],

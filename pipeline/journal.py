@@ -56,13 +56,7 @@ class Journal:
 
     def _load(self, run_id: str, config_digest: str) -> None:
         content = self.path.read_bytes()
-        good, start = 0, 0
-        for number, line in enumerate(content.split(b"\n"), start=1):
-            end = start + len(line) + 1
-            if end > len(content):  # no newline: the write was cut short
-                break
-            self.records.append(_decode(line, self.path, number))
-            good = start = end
+        self.records, good = _parse(content, self.path)
         if good < len(content):
             os.ftruncate(self._fd, good)
         if not self.records:
@@ -112,6 +106,34 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def read_journal(path: Path) -> list[Record]:
+    """The records of a journal, without opening it for writing; a run may be going on in it.
+
+    Raises:
+        JournalError: it cannot be read, is damaged, or is of another format.
+    """
+    try:
+        records, _ = _parse(path.read_bytes(), path)
+    except OSError as error:
+        raise JournalError(f"cannot read journal {path}: {error.strerror}") from error
+    if not records or records[0].get("kind") != "run" or records[0].get("format") != FORMAT:
+        raise JournalError(f"{path} is not a Secateur journal of format {FORMAT}")
+    return records
+
+
+def _parse(content: bytes, path: Path) -> tuple[list[Record], int]:
+    """The whole records of a journal, and where the last of them ends."""
+    records: list[Record] = []
+    good = start = 0
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        end = start + len(line) + 1
+        if end > len(content):  # no newline: the write was cut short
+            break
+        records.append(_decode(line, path, number))
+        good = start = end
+    return records, good
 
 
 def _encode(record: Record) -> bytes:

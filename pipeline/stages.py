@@ -27,6 +27,7 @@ from pipeline.config import home
 from pipeline.errors import TrackingError, UserError
 from pipeline.evaluator import Evaluator
 from pipeline.report import write_report
+from pipeline.rescore import front_rows
 from pipeline.study import Study, describe, request_of, to_candidate, to_dict, to_evaluation
 from pipeline.training import VERSION, TrainingError, fit, load_weights, save_weights, sha256_of
 from pipeline.workloads import Split
@@ -285,6 +286,9 @@ def register(run: Run, facts: Facts) -> dict[str, Any]:
 
 def report(run: Run, facts: Facts) -> dict[str, Any]:
     """The device profiling report, as one HTML page and as JSON; also kept with the run in MLflow."""
+    front = run.directory / "front.json"
+    rows = front_rows(run.journal.records, run.workload.metric)
+    front.write_text(json.dumps({"format": 1, "candidates": rows}, indent=1) + "\n", encoding="utf-8")
     html, data = write_report(run.directory, run.config, run.profile, facts, run.journal.records)
     compact = facts["judge"]["models"]["compact"]
     metrics = {f"final.{k}": float(v) for k, v in compact.items() if v is not None}
@@ -292,8 +296,8 @@ def report(run: Run, facts: Facts) -> dict[str, Any]:
     names = ("benchmark.json", "compact.plan.json", "compact.safetensors", "run.yaml")
     extra = [run.directory / name for name in names]
     if "register" in facts:
-        run.tracker.finish(metrics, [html, data, *extra, _candidate_table(run)])
-    return {"html": html.name, "files": {html.name: sha256_of(html), data.name: sha256_of(data)}}
+        run.tracker.finish(metrics, [html, data, front, *extra, _candidate_table(run)])
+    return {"html": html.name, "front": len(rows), "files": {f.name: sha256_of(f) for f in (html, data, front)}}
 
 
 STAGES = (

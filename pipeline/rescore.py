@@ -1,0 +1,140 @@
+"""Other winners of a finished or running search, from its journal alone: nothing is evaluated again.
+
+Metrics are stored and rewards derived, so another reward is another ranking of the same candidates.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.assemble import open_run_directory
+from pipeline.errors import UserError
+from pipeline.journal import Record, read_journal
+from pipeline.study import describe, to_candidate, to_dict, to_evaluation
+from pruning.front import pareto_front
+from pruning.reward import make_reward
+from pruning.search.protocol import Candidate, Evaluation
+
+STAGES = ("search", "final")
+
+
+@dataclass(frozen=True)
+class Past:
+    """A candidate of a journal.
+
+    Args:
+        stage: ``search``, or ``final`` = fine-tuned after the search.
+        candidate: with the weights it was evaluated with as its base.
+    """
+
+    stage: str
+    candidate: Candidate
+    evaluation: Evaluation
+    tuned: bool
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Candidates under one reward, best first; ``front`` marks those on the Pareto front."""
+
+    rows: tuple[tuple[float, Past], ...]
+    front: frozenset[int]
+    reference: Evaluation
+
+
+def history(records: Sequence[Record]) -> list[Past]:
+    """Every pruned candidate of a journal that was evaluated, in order."""
+    found = []
+    for record in records:
+        if record.get("stage") in STAGES and record["kind"] in ("evaluation", "finetune"):
+            tuned = record["kind"] == "finetune"
+            candidate = to_candidate({**record["candidate"], **({"base": record["base"]} if tuned else {})})
+            if not candidate.plan.is_full:
+                found.append(Past(record["stage"], candidate, to_evaluation(record["evaluation"]), tuned))
+    return found
+
+
+def front_rows(records: Sequence[Record], metric: str) -> list[dict[str, Any]]:
+    """The Pareto archive over accuracy, latency and MACs of a journal, as JSON; highest accuracy first."""
+    past = history(records)
+    chosen = [past[i] for i in pareto_front([p.evaluation for p in past], metric)]
+    return [{"stage": p.stage, "candidate": describe(p.candidate), "evaluation": to_dict(p.evaluation)} for p in chosen]
+
+
+def rescore(directory: Path, preset: str, options: Mapping[str, Any]) -> Ranking:
+    """Rank a run's candidates by another reward.
+
+    Args:
+        directory: a run directory; the run may still be going on.
+        preset: name of a reward.
+        options: its parameters.
+
+    Raises:
+        UserError: no run directory, no evaluated candidate in it, or an unknown reward or parameter.
+        JournalError: the journal is damaged.
+    """
+    open_run_directory(directory)
+    records = read_journal(directory / "journal.jsonl")
+    measured = [r for r in records if r.get("stage") == "reference" and r["kind"] == "evaluation"]
+    past = history(records)
+    if not measured or not any(p.evaluation.status == "ok" for p in past):
+        raise UserError(f"{directory} holds no evaluated candidate yet; continue it with: secateur resume {directory}")
+    reference = to_evaluation(measured[0]["evaluation"])
+    try:
+        reward = make_reward(preset, reference, **options)
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from error
+    front = {id(past[i]) for i in pareto_front([p.evaluation for p in past], _metric(reference))}
+    scored = sorted(((reward(p.evaluation), p) for p in past if p.evaluation.status == "ok"), key=lambda row: -row[0])
+    on_front = frozenset(i for i, (_, p) in enumerate(scored) if id(p) in front)
+    return Ranking(tuple(scored), on_front, reference)
+
+
+def write_ranking(directory: Path, preset: str, options: Mapping[str, Any], ranking: Ranking, top: int) -> Path:
+    """Write the best ``top`` rows as ``rescore-PRESET.json`` and the winner's plan beside it; returns the first."""
+    rows = [
+        {
+            "reward": reward,
+            "stage": past.stage,
+            "front": i in ranking.front,
+            "candidate": describe(past.candidate),
+            "evaluation": to_dict(past.evaluation),
+        }
+        for i, (reward, past) in enumerate(ranking.rows[:top])
+    ]
+    path = directory / f"rescore-{preset}.json"
+    data = {"format": 1, "reward": {"preset": preset, "options": dict(options)}, "candidates": rows}
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    plan = directory / f"rescore-{preset}.plan.json"
+    plan.write_text(ranking.rows[0][1].candidate.plan.to_json() + "\n", encoding="utf-8")
+    return path
+
+
+def _metric(reference: Evaluation) -> str:
+    return "map50" if "map50" in reference.metrics else "top1"
+
+
+def shown(ranking: Ranking, top: int) -> list[tuple[str, ...]]:
+    """Rows of the printed table: rank, candidate, weights, accuracy, MACs, latency, reward, on the front."""
+    metric, reference = _metric(ranking.reference), ranking.reference
+    rows: list[tuple[str, ...]] = []
+    for i, (reward, past) in enumerate(ranking.rows[:top]):
+        found = past.evaluation
+        latency = found["latency_ratio"]
+        rows.append(
+            (
+                str(i + 1),
+                f"{past.stage} {past.candidate.origin} {past.candidate.id}",
+                "tuned" if past.tuned else "as cut",
+                f"{found[metric]:.2%}",
+                f"{found['macs'] / reference['macs']:.3f}",
+                "-" if latency != latency else f"{latency:.3f}",
+                f"{reward:.4g}",
+                "front" if i in ranking.front else "",
+            )
+        )
+    return rows
