@@ -22,22 +22,24 @@ The EA of a group with n filters:
 
 Our choices, where the source leaves room: ties left after step 4 fall to the bit string (determinism); crossover makes
 offspring, which are scored, and never touches the population; a mask met before in its group is not evaluated again;
-a group whose pruned individuals all lose too much can be frozen (``freeze_drop``); the search stops at its target.
+an individual is given up once it can no longer survive; a group whose pruned individuals all lose too much can be
+frozen (``freeze_drop``); the search stops at its target, and the round that oversteps it is taken back where it costs
+most accuracy. With ``latency_aware``, equally accurate individuals are ordered by the latency they save on the device.
 Where the device restricts widths, see ``Subproblem``; with every width allowed, the algorithm is the paper's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import count
 from typing import ClassVar
 
 import numpy as np
 
-from pruning.plan import BoolArray, IntArray, SearchSpace
+from pruning.plan import BoolArray, IntArray, PruningPlan, SearchSpace
 from pruning.search.protocol import (
     DENSE,
     Answer,
@@ -49,7 +51,7 @@ from pruning.search.protocol import (
     Request,
     Strategy,
 )
-from pruning.search.support import SearchError, check_ranges, evaluate, fine_tune
+from pruning.search.support import Ratios, SearchError, check_ranges, evaluate, fine_tune, latency_table, macs_ratios
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,18 @@ class Options:
         finetune_epochs: epochs after each splice; 0 = none (CIFAR-10 100, ImageNet 60; ours 30).
         freeze_drop: fraction in 0..1; a group is left alone for good once its best pruned individual loses more
             ``fitness`` than this, for example 0.03. None = never (authors).
+        latency_aware: time every group on the device once, before the search (``latency_table``); among equally
+            accurate individuals the one that saves most latency survives, and a group in whose reach nothing gets
+            faster is skipped for the round (authors: off).
+        accuracy_step: fraction in 0..1; accuracies are compared in steps of this size, the noise of the images, for
+            example 0.001 = 0.1 percentage points. 0 = exactly (authors).
+        adaptive_bound: give every group its own r, 1 - r in proportion to its share of the latency (``latency_aware``)
+            or of the MACs, at most twice the common one, so that cheap groups are not eroded in vain (authors: off).
         fitness: metric that ranks individuals, higher = better (authors: ``top1``; ``map50`` for detection).
         include: name patterns (``*``, ``?``) of the groups to prune. The authors prune inner widths of residual blocks
             only: ``["*.conv1"]`` in a ResNet of basic blocks.
-        paper_compat: mutate bits in index order as the authors do; it removes low indices slightly more often, so the
-            default is a random order.
+        paper_compat: mutate bits in index order as the authors do (it removes low indices slightly more often, so the
+            default is a random order); evaluate hopeless individuals to the end; keep the last round as it overstepped.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -86,13 +95,16 @@ class Options:
     crossover_rate: float = 0.0
     finetune_epochs: float = 30
     freeze_drop: float | None = None
+    latency_aware: bool = False
+    accuracy_step: float = 0.0
+    adaptive_bound: bool = False
     fitness: str = "top1"
     include: tuple[str, ...] = ("*",)
     paper_compat: bool = False
 
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("outer_iterations", "population", "generations"), (1.0, math.inf))
-        chances = ("mutation_rate", "initial_keep", "ratio_bound", "crossover_rate", "freeze_drop")
+        chances = ("mutation_rate", "initial_keep", "ratio_bound", "crossover_rate", "freeze_drop", "accuracy_step")
         check_ranges(self, **counts, **dict.fromkeys(chances, (0.0, 1.0)), finetune_epochs=(0, math.inf))
 
 
@@ -105,6 +117,7 @@ def search(problem: Problem, options: Options) -> Strategy:
         SearchError: the reference has no metric ``fitness``, ``include`` matches no group, or nothing was spliced.
     """
     space, active = problem.space, _included(problem, options)
+    latency = (yield from latency_table(problem)) if options.latency_aware else None
     ids = count()
     plan, base = space.full, DENSE
     parents: tuple[int, ...] = ()
@@ -116,20 +129,23 @@ def search(problem: Problem, options: Options) -> Strategy:
         snapshot = Candidate(next(ids), plan, "snapshot", parents, base)
         (evaluation,) = yield from evaluate([snapshot])
         whole_fitness = _fitness(evaluation, options)
-        selected: dict[str, Individual] = {}
-        for name in tuple(active):
-            part = Subproblem.of(space, snapshot, name, options.ratio_bound)
-            best = yield from evolve(problem, options, ids, part, whole_fitness)
-            if best is None:
+        parts = _divided(problem, options, snapshot, active, latency)
+        selected: dict[str, list[Individual]] = {}
+        for part in parts:
+            ranked = yield from evolve(problem, options, ids, part, whole_fitness)
+            if not ranked:
                 continue
-            if options.freeze_drop is not None and whole_fitness - best.fitness > options.freeze_drop:
-                active.remove(name)
+            if options.freeze_drop is not None and whole_fitness - ranked[0].fitness > options.freeze_drop:
+                active.remove(part.name)
             else:
-                selected[name] = best
+                selected[part.name] = ranked
         if not selected:
             continue
-        kept = {name: np.array(plan.kept[name])[best.bits] for name, best in selected.items()}
-        splice = Candidate(next(ids), plan.replace(kept), "splice", tuple(i.id for i in selected.values()), base)
+        chosen = {name: ranked[0] for name, ranked in selected.items()}
+        if not options.paper_compat:
+            chosen = _within_target(problem, plan, selected, chosen)
+        kept = {name: np.array(plan.kept[name])[best.bits] for name, best in chosen.items()}
+        splice = Candidate(next(ids), plan.replace(kept), "splice", tuple(i.id for i in chosen.values()), base)
         tuned = yield from _tune(splice, options)
         if tuned.evaluation.status != "ok":
             continue
@@ -155,18 +171,29 @@ class Individual:
 
     Args:
         bits: shape ``(n,)``, over the filters the snapshot still has, True = keep.
-        fitness: accuracy on the search split; -inf where it could not be evaluated.
+        fitness: accuracy on the search split; -inf where it could not be evaluated or cannot survive.
         id: of the candidate that was evaluated for it.
+        step: accuracies are compared in steps of this size; 0 = exactly.
+        saved: predicted latency saved, as a ratio to the unpruned network's; 0 where latency does not count.
     """
 
     bits: BoolArray
     fitness: float
     id: int
+    step: float = 0.0
+    saved: float = 0.0
 
     @property
-    def rank(self) -> tuple[float, int, bytes]:
-        """Smaller = better: accuracy descending, then kept filters ascending (step 4), then the bits."""
-        return -self.fitness, int(self.bits.sum()), self.bits.tobytes()
+    def level(self) -> float:
+        """Accuracy, rounded down to a whole step."""
+        if self.step == 0 or math.isinf(self.fitness):
+            return self.fitness
+        return math.floor(self.fitness / self.step + 1e-9) * self.step
+
+    @property
+    def rank(self) -> tuple[float, float, int, bytes]:
+        """Smaller = better: accuracy and latency saved descending, kept filters ascending (step 4), then the bits."""
+        return -self.level, -self.saved, int(self.bits.sum()), self.bits.tobytes()
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,6 +211,7 @@ class Subproblem:
         alive: shape ``(n,)``, channel indices the snapshot still has.
         bound: a filter is removed only while at least this many are kept.
         widths: allowed widths from ``bound - 1`` to n, increasing.
+        saved: width -> predicted latency saved (ratio to the unpruned network's); empty where latency does not count.
     """
 
     snapshot: Candidate
@@ -191,6 +219,7 @@ class Subproblem:
     alive: IntArray
     bound: int
     widths: tuple[int, ...]
+    saved: Mapping[int, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, space: SearchSpace, snapshot: Candidate, name: str, ratio_bound: float) -> Subproblem:
@@ -206,13 +235,15 @@ class Subproblem:
 
 def evolve(
     problem: Problem, options: Options, ids: count[int], part: Subproblem, whole_fitness: float
-) -> Generator[Request, Answer, Individual | None]:
-    """The EA of one group; returns its best pruned individual, None if no pruned one was drawn and evaluated."""
+) -> Generator[Request, Answer, list[Individual]]:
+    """The EA of one group; returns its pruned individuals that were evaluated, best first (step 6 takes the first)."""
     rng, m, snapshot = problem.rng, options.population, part.snapshot
-    whole = Individual(np.ones(part.n, dtype=bool), whole_fitness, snapshot.id)
+    whole = Individual(np.ones(part.n, dtype=bool), whole_fitness, snapshot.id, options.accuracy_step)
     known = {whole.bits.tobytes(): whole}
 
-    def scored(drafts: list[Draft], origin: str) -> Generator[Request, Answer, list[Individual]]:
+    def scored(
+        drafts: list[Draft], origin: str, floor: float | None = None
+    ) -> Generator[Request, Answer, list[Individual]]:
         """The drafts as individuals; masks not met before are asked for in one request."""
         fresh: dict[bytes, tuple[BoolArray, Candidate]] = {}
         for bits, parents in drafts:
@@ -221,9 +252,11 @@ def evolve(
                 plan = snapshot.plan.replace({part.name: part.alive[bits]})
                 fresh[key] = bits, Candidate(next(ids), plan, origin, parents, snapshot.base)
         if fresh:
-            evaluations = yield from evaluate([candidate for _, candidate in fresh.values()])
+            evaluations = yield from evaluate([candidate for _, candidate in fresh.values()], floor=floor)
             for (key, (bits, candidate)), evaluation in zip(fresh.items(), evaluations, strict=True):
-                known[key] = Individual(bits, _fitness(evaluation, options), candidate.id)
+                saved = part.saved.get(int(bits.sum()), 0.0)
+                fitness = _fitness(evaluation, options)
+                known[key] = Individual(bits, fitness, candidate.id, options.accuracy_step, saved)
         return [known[bits.tobytes()] for bits, _ in drafts]
 
     drafts: list[Draft] = [(initial(part, options, rng), (whole.id,)) for _ in range(m - 1)]
@@ -233,11 +266,86 @@ def evolve(
         for _ in range(m):
             bits, parents = _parent(population, part, options, rng)
             drafts.append((mutate(bits, part, options, rng), parents))
-        offspring = yield from scored(drafts, "mutation")
+        offspring = yield from scored(drafts, "mutation", _floor(problem, population, options))
         population = sorted(population + offspring, key=lambda i: i.rank)[:m]  # step 4
     # Step 6. Survivors are the best ever scored, so this is the best pruned member of the population, if it has one.
-    pruned = [i for i in known.values() if not i.bits.all() and i.fitness > -math.inf]
-    return min(pruned, key=lambda i: i.rank, default=None)
+    return sorted((i for i in known.values() if not i.bits.all() and i.fitness > -math.inf), key=lambda i: i.rank)
+
+
+def _floor(problem: Problem, population: list[Individual], options: Options) -> float | None:
+    """The accuracy below which an individual neither survives nor becomes the result; None = there is none yet.
+
+    Worse than all m members it is not among the best m; and a pruned member that is better outranks it in step 6.
+    """
+    worst = min(individual.level for individual in population)
+    if options.paper_compat or options.fitness != problem.metric or math.isinf(worst):
+        return None
+    return worst if any(not individual.bits.all() for individual in population) else None
+
+
+def _divided(
+    problem: Problem, options: Options, snapshot: Candidate, active: list[str], latency: Ratios | None
+) -> list[Subproblem]:
+    """The groups' subproblems of one round, in network order."""
+    space, plan = problem.space, snapshot.plan
+    bounds = dict.fromkeys(active, options.ratio_bound)
+    if options.adaptive_bound:
+        shares = _shares(problem, plan, active, latency)
+        mean = sum(shares.values()) / len(shares)
+        factors = {name: min(2.0, share / mean) if mean > 0 else 1.0 for name, share in shares.items()}
+        bounds = {name: max(0.0, 1 - factor * (1 - options.ratio_bound)) for name, factor in factors.items()}
+    parts = [Subproblem.of(space, snapshot, name, bounds[name]) for name in active]
+    if latency is None:
+        return parts
+    timed = [replace(part, saved=_saved(problem, part, latency)) for part in parts]
+    return [part for part in timed if max(part.saved.values()) > 0] or timed
+
+
+def _shares(problem: Problem, plan: PruningPlan, active: list[str], latency: Ratios | None) -> dict[str, float]:
+    """Cost that goes with each group alone when it falls to its smallest allowed width: its share of the network."""
+    cost, space = latency or macs_ratios(problem), problem.space
+    widths = np.repeat(space.encode(plan)[None], len(active) + 1, axis=0)
+    for row, name in enumerate(active):
+        widths[row, space.names.index(name)] = space.allowed[name][0]
+    costs = cost(widths)
+    return {name: max(0.0, float(costs[-1] - costs[row])) for row, name in enumerate(active)}
+
+
+def _saved(problem: Problem, part: Subproblem, latency: Ratios) -> dict[int, float]:
+    """Width -> latency that goes with it, all other groups as they are in the snapshot."""
+    space = problem.space
+    widths = np.repeat(space.encode(part.snapshot.plan)[None], len(part.widths) + 1, axis=0)
+    widths[:-1, space.names.index(part.name)] = part.widths
+    costs = latency(widths)
+    return {width: max(0.0, float(costs[-1] - cost)) for width, cost in zip(part.widths, costs, strict=False)}
+
+
+def _within_target(
+    problem: Problem, plan: PruningPlan, ranked: Mapping[str, list[Individual]], chosen: Mapping[str, Individual]
+) -> dict[str, Individual]:
+    """The choice of a round that oversteps the MACs target, taken back as far as the target allows.
+
+    Group by group, the one that lost most accuracy first, the most accurate individual is taken that still meets it;
+    a group that may stay whole is left out of the splice.
+    """
+    target, result = problem.target.macs_ratio, dict(chosen)
+    if target is None:
+        return result
+
+    def macs(choice: Mapping[str, Individual]) -> float:
+        return problem.macs(plan.replace({n: np.array(plan.kept[n])[i.bits] for n, i in choice.items()}))
+
+    budget = target * problem.reference["macs"]
+    if macs(result) > budget:
+        return result
+    for name in sorted(chosen, key=lambda n: chosen[n].fitness):
+        without = {n: i for n, i in result.items() if n != name}
+        if without and macs(without) <= budget:
+            result = without
+            continue
+        meeting = [i for i in ranked[name] if macs({**without, name: i}) <= budget]
+        result[name] = min(meeting, key=lambda i: (-i.fitness, i.rank))
+    return result
 
 
 def initial(part: Subproblem, options: Options, rng: np.random.Generator) -> BoolArray:

@@ -86,9 +86,11 @@ class FakeStudy:
         ratio = (macs / self.macs(self.space.full)) ** 0.5
         return Evaluation(metrics=metrics | ({"latency_ratio": ratio, "p50_ms": 5 * ratio} if latency else {}))
 
-    def evaluate(self, candidate: Candidate, *, latency: bool) -> Evaluation:
+    def evaluate(self, candidate: Candidate, *, latency: bool, floor: float | None = None) -> Evaluation:
         if self.fails(candidate):
             return Evaluation("failed", "the fake says so")
+        if floor is not None and self.top1(candidate) < floor:
+            return Evaluation("infeasible", "cannot reach the floor")
         return self.metrics(candidate.plan, self.top1(candidate), latency=latency)
 
     def __call__(self, request: Request) -> Answer:
@@ -98,7 +100,7 @@ class FakeStudy:
 
     def answer(self, request: Request) -> Answer:
         if isinstance(request, Evaluate):
-            return tuple(self.evaluate(c, latency=request.latency) for c in request.candidates)
+            return tuple(self.evaluate(c, latency=request.latency, floor=request.floor) for c in request.candidates)
         if isinstance(request, FineTune):
             if self.fails(request.candidate):
                 return FineTuned("", Evaluation("failed", "the fake says so"))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -9,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pruning.search.ccep import Options, Subproblem, _fit, crossover, initial, mutate, search
-from pruning.search.protocol import Candidate, Evaluate, FineTune, Target
+from pruning.search.ccep import Individual, Options, Subproblem, _fit, crossover, initial, mutate, search
+from pruning.search.protocol import Candidate, Evaluate, FineTune, Target, Time
 from pruning.search.support import SearchError
 from tests.search.fakes import FakeStudy, drive, study
 
@@ -309,6 +310,85 @@ def test_the_same_seed_asks_the_same(seed):
     archives = [drive(search(fake.problem(seed=seed), replace(FAST, generations=2)), fake) for fake in runs]
     assert runs[0].requests == runs[1].requests
     assert archives[0] == archives[1]
+
+
+def tie(fake, worth):
+    """Every channel of the fake is worth the same, so that accuracy never decides between equal widths."""
+    for name in fake.value:
+        fake.value[name] = np.full(fake.space.full.sizes[name], worth)
+    return fake
+
+
+def test_hopeless_individuals_are_given_up_and_the_result_is_the_same():
+    options = {"outer_iterations": 4, "finetune_epochs": 1}
+    fast, slow = study(), study()
+    slow.evaluate = functools.partial(ignore_floor, slow)
+    found = drive(search(fast.problem(), Options(**options)), fast)
+    expected = drive(search(slow.problem(), Options(**options)), slow)
+    assert [e.candidate for e in found] == [e.candidate for e in expected]
+    given_up = [a for r, a in fast.log if isinstance(r, Evaluate) for a in a if a.status == "infeasible"]
+    assert len(given_up) > 50
+    compat = study()
+    drive(search(compat.problem(), Options(**options, paper_compat=True)), compat)
+    assert all(r.floor is None for r in compat.requests if isinstance(r, Evaluate))
+
+
+def ignore_floor(fake, candidate, *, latency, floor=None):
+    return FakeStudy.evaluate(fake, candidate, latency=latency)
+
+
+def test_accuracy_counts_in_steps_and_latency_decides_within_one():
+    bits = np.array([True, True, False])
+    better = Individual(bits, 0.9014, 1, step=0.01, saved=0.0)
+    faster = Individual(bits, 0.9001, 2, step=0.01, saved=0.1)
+    worse = Individual(bits, 0.8999, 3, step=0.01, saved=0.5)
+    assert sorted([worse, better, faster], key=lambda i: i.rank) == [faster, better, worse]
+    exact = [replace(i, step=0.0) for i in (better, faster, worse)]
+    assert sorted(exact, key=lambda i: i.rank) == exact
+
+
+def test_latency_aware_groups_without_gain_are_skipped():
+    fake = tie(study((16, 16, 16)), 1e-6)
+    time = {"layer0.conv1": 0.2, "layer1.conv1": 0.0, "layer2.conv1": 0.2}
+    flat = "layer1.conv1"
+
+    def ratio(plan):
+        return 1 - sum(gain * (1 - plan.widths[name] / 16) for name, gain in time.items())
+
+    def answer(request):
+        return np.array([ratio(p) for p in request.plans]) if isinstance(request, Time) else fake(request)
+
+    options = Options(outer_iterations=3, finetune_epochs=1, latency_aware=True)
+    archive = drive(search(fake.problem(), options), answer)
+    assert all(entry.candidate.plan.widths[flat] == 16 for entry in archive)
+    assert all(archive[-1].candidate.plan.widths[n] < 16 for n in time if n != flat)
+    blind = study((16, 16, 16))
+    every = drive(search(blind.problem(), replace(options, latency_aware=False)), blind)
+    assert every[-1].candidate.plan.widths[flat] < 16
+    assert not any(isinstance(request, Time) for request in blind.requests)
+
+
+def test_an_adaptive_bound_shrinks_dear_groups_faster():
+    fake = tie(study((64, 64, 8, 64)), -1e-9)  # fewer is better; MACs grow with the neighbours' widths
+    options = Options(outer_iterations=1, finetune_epochs=1, generations=30)
+    plans = [
+        drive(search(fake.problem(), replace(options, adaptive_bound=a)), fake)[0].candidate.plan.widths
+        for a in (False, True)
+    ]
+    assert plans[1]["layer0.conv1"] < plans[0]["layer0.conv1"]
+    assert plans[1]["layer3.conv1"] > plans[0]["layer3.conv1"]
+
+
+def test_the_round_that_oversteps_the_target_is_taken_back_where_it_hurts_most():
+    target = Target(macs_ratio=0.7)
+    kept = {}
+    for compat in (False, True):
+        fake = study((32, 32, 32))
+        options = Options(outer_iterations=20, finetune_epochs=1, ratio_bound=0.5, paper_compat=compat, accuracy_step=1)
+        last = drive(search(fake.problem(target), options), fake)[-1]
+        kept[compat] = last.evaluation["macs"] / fake.macs(fake.space.full)
+    assert kept[True] < kept[False] <= 0.7
+    assert kept[False] > 0.6
 
 
 def test_errors_name_the_way_out():
