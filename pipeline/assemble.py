@@ -109,7 +109,9 @@ class Run:
         self._resources = contextlib.ExitStack()
         self._resources.callback(self.journal.close)
         params = flatten(self.config.model_dump(mode="json"))
-        self.tracker = Tracker(self.config.tracking, home(), self.run_id, self.run_id, params)
+        compat = bool(self.config.search.options.get("paper_compat"))
+        labels = {"secateur.method": self.config.search.method, "secateur.paper_compat": str(compat).lower()}
+        self.tracker = Tracker(self.config.tracking, home(), self.run_id, self.run_id, params, labels)
 
     def __enter__(self) -> Run:
         return self

@@ -118,6 +118,8 @@ class FinetuneSection(Recipe):
     top: Annotated[int, Field(ge=1)] = 2
     """How many plans of the archive are fine-tuned; the best by reward becomes the compact model."""
     distill: Distillation | None = Distillation()
+    from_scratch: bool = False
+    """Train the chosen plans from random weights instead of the search's: the control for every method."""
 
 
 class ExportSection(Section):

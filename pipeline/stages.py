@@ -35,7 +35,7 @@ from pruning.channels import ChannelGraph
 from pruning.cost import cost
 from pruning.plan import PruningPlan, SearchSpace
 from pruning.saliency import uniform_plan
-from pruning.search.protocol import BudgetSpent, Candidate, Entry, Evaluation, FineTune, Learn
+from pruning.search.protocol import RANDOM, BudgetSpent, Candidate, Entry, Evaluation, FineTune, Learn
 from pruning.search.support import SearchError
 from pruning.surgery import Certificate, certify, prune
 from pruning.tracer import PruningError
@@ -157,7 +157,8 @@ def finetune(run: Run, facts: Facts) -> dict[str, Any]:
     study = Study(run.journal, oracle, run.tracker.candidate, stage="final")
     finals: list[Entry] = []
     for i, old in enumerate(list(chosen.values())[: run.config.finetune.top]):
-        candidate = Candidate(i, old.plan, "final", (old.id,), old.base)
+        base = RANDOM if run.config.finetune.from_scratch else old.base
+        candidate = Candidate(i, old.plan, "final", (old.id,), base)
         answer = study.finetune(FineTune(candidate, run.config.finetune.epochs))
         final = Candidate(candidate.id, candidate.plan, candidate.origin, candidate.parents, answer.base)
         finals.append(Entry(final, answer.evaluation))

@@ -74,9 +74,16 @@ class Tracker:
     """
 
     def __init__(
-        self, section: TrackingSection, home: Path, run_id: str, run_name: str, params: Mapping[str, Any]
+        self,
+        section: TrackingSection,
+        home: Path,
+        run_id: str,
+        run_name: str,
+        params: Mapping[str, Any],
+        labels: Mapping[str, str] | None = None,
     ) -> None:
         self.section, self.home, self.run_id, self.run_name, self.params = section, home, run_id, run_name, params
+        self.labels = dict(labels or {})
         self.uri = section.uri or f"sqlite:///{(home / 'mlflow.db').absolute()}"
         self.reward: Callable[[Record], float | None] = lambda _: None
         self.failure = ""
@@ -132,7 +139,7 @@ class Tracker:
             if found:
                 self._parent = found[0].info.run_id
             else:
-                tags = {RUN_TAG: self.run_id}
+                tags = {**self.labels, RUN_TAG: self.run_id}
                 self._parent = client.create_run(experiment_id, tags=tags, run_name=self.run_name).info.run_id
                 params = [Param(key, str(value)[:MAX_TEXT]) for key, value in self.params.items()]
                 client.log_batch(self._parent, params=params)

@@ -162,6 +162,8 @@ def test_weights_written_back_leave_every_other_channel_as_it_was(network: Any, 
     trained = evaluator.network(first.plan, answer.base).state_dict()
     slices = graph.slices(first.plan)
     for name, tensor in written.items():
+        if tensor.ndim == 0:  # a counter
+            continue
         inside = torch.zeros(tensor.shape, dtype=torch.bool)
         rows = [torch.as_tensor(slices.get(name, {}).get(d, range(n))) for d, n in enumerate(tensor.shape)]
         inside[torch.meshgrid(*rows, indexing="ij")] = True
@@ -213,7 +215,7 @@ def test_a_candidate_that_cannot_reach_the_floor_is_given_up_and_no_other_is(net
     evaluator, twin = make(memory_mb=1), make(memory_mb=1)
     chosen = candidate(network, ratio=0.3)
     top1 = twin.evaluate(chosen, latency=False)["top1"]
-    hopeless = evaluator.evaluate(chosen, False, top1 + 0.011)
+    hopeless = evaluator.evaluate(chosen, False, min(1.0, top1 + 0.3))
     assert hopeless.status == "infeasible"
     assert "cannot reach" in hopeless.reason
     assert evaluator.spent["images_forwarded"] < twin.spent["images_forwarded"]
