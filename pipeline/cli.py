@@ -138,6 +138,28 @@ def list_(
     out.print(table)
 
 
+@app.command()
+def explain(
+    method: Annotated[str, typer.Argument(help="A search method; `secateur list methods` names them.")],
+) -> None:
+    """Explain a search method: its source, its steps, where we chose, and every option with its default."""
+    import inspect
+    from dataclasses import fields
+
+    import yaml
+
+    from pruning import search
+
+    try:
+        module = search.load(method)
+    except ValueError as error:
+        raise errors.UserError(str(error)) from error
+    options = {f.name: list(f.default) if isinstance(f.default, tuple) else f.default for f in fields(module.Options)}
+    section = {"search": {"method": method, "options": options}}
+    for text in (inspect.getdoc(module), yaml.safe_dump(section, sort_keys=False), inspect.getdoc(module.Options)):
+        out.print(f"{text}\n", markup=False, soft_wrap=True)
+
+
 def _listing(what: str) -> dict[str, str]:
     match what:
         case "methods":

@@ -25,6 +25,7 @@ from pipeline import learning
 from pipeline.bases import Bases
 from pipeline.config import Distillation, FinetuneSection, SearchSection
 from pipeline.errors import UserError
+from pipeline.inference import Inference
 from pipeline.progress import ProgressView, Silent
 from pipeline.training import TrainingError, fit, move
 from pipeline.workloads import Split, Workload
@@ -98,12 +99,21 @@ class Evaluator:
         dense_bytes = cost(graph, PruningPlan.full(graph.groups)).activation_bytes
         self._batch_size = max(1, min(MAX_BATCH, (settings.memory_mb << 20) // max(1, dense_bytes)))
         self.bases = Bases(self.model, graph, self._fresh, folder / "weights", self.device)
+        self.inference = Inference(
+            self.model,
+            graph,
+            lambda: (images for images, _ in self._images()),
+            self._template_once,
+            device=self.device,
+            cache_bytes=settings.memory_mb << 20,
+        )
         self.spent = Counter({"images_forwarded": 0, "images_trained": 0, "measurements": 0})
         self._accuracies: dict[tuple[str, str], Mapping[str, float]] = {}
         self._latencies: dict[str, Mapping[str, float]] = {}
         self._batches: list[tuple[Tensor, Tensor]] | None = None
         self._template: OnnxTemplate | None = None
         self._template_tried = False
+        self._baseline_written = False
 
     def calibrate(self, reference: Evaluation) -> None:
         """Take the unpruned network's latency from an earlier evaluation, so that all candidates share one scale."""
@@ -119,7 +129,7 @@ class Evaluator:
         totals = cost(self.graph, plan)
         metrics: dict[str, float] = {"macs": float(totals.macs), "params": float(totals.params)}
         try:
-            metrics |= self._accuracy(candidate.base, plan, started, floor)
+            metrics |= self._accuracy(candidate.base, plan, started, floor, exact=latency)
             if not all(math.isfinite(value) for value in metrics.values()):
                 return Evaluation("failed", "the network's outputs are not finite numbers (NaN)", metrics)
             if latency:
@@ -280,13 +290,15 @@ class Evaluator:
             self._latencies[plan.digest] = self._time(plan)
         return self._latencies[plan.digest]
 
-    def _accuracy(self, base: str, plan: PruningPlan, started: float, floor: float | None) -> Mapping[str, float]:
+    def _accuracy(
+        self, base: str, plan: PruningPlan, started: float, floor: float | None, *, exact: bool
+    ) -> Mapping[str, float]:
         """Metrics on the search split, from memory where the plan was met before."""
         key = (base, plan.digest)
         if key in self._accuracies:
             return self._accuracies[key]
         outputs, targets, seen = [], [], 0
-        for (_, labels), batch in zip(self._images(), self._forward(base, plan), strict=True):
+        for (_, labels), batch in zip(self._images(), self._forward(base, plan, exact), strict=True):
             outputs.append(batch)
             targets.append(labels)
             seen += len(labels)
@@ -306,15 +318,21 @@ class Evaluator:
         self._accuracies[key] = self.workload.metrics(torch.cat(outputs), torch.cat(targets))
         return self._accuracies[key]
 
-    def _forward(self, base: str, plan: PruningPlan) -> Iterator[Tensor]:
-        """Outputs of a candidate for each batch of search images."""
-        network = self.network(plan, base)
+    def _forward(self, base: str, plan: PruningPlan, exact: bool = False) -> Iterator[Tensor]:
+        """Outputs of a candidate for each batch of search images; ``exact`` = in float32."""
         num_images = self.settings.recalibrate_images
         if self.bases.is_supernet(base):
             num_images = num_images or SUPERNET_IMAGES
-        if num_images:
-            recalibrate(network, self.workload, num_images, self.device)
-            self.spent["images_forwarded"] += num_images
+        if not num_images:
+            tried = self.inference.trials
+            yield from self.inference.outputs(plan, base, self.bases.state(base, plan), exact=exact)
+            if self.inference.trials is not tried:
+                with self.progress.stage("  Find the fastest forward pass") as report:
+                    report(1, 1, self.inference.describe().partition("\n")[0])
+            return
+        network = self.network(plan, base)
+        recalibrate(network, self.workload, num_images, self.device)
+        self.spent["images_forwarded"] += num_images
         for images, _ in self._images():
             with torch.inference_mode():
                 outputs: Tensor = network(images).float()
@@ -341,8 +359,9 @@ class Evaluator:
     def _time(self, plan: PruningPlan) -> Mapping[str, float]:
         full = PruningPlan.full(self.graph.groups)
         baseline = self.folder / "baseline.onnx"
-        if not self._template_tried:
+        if not self._baseline_written:
             self._onnx(full, baseline.name)
+            self._baseline_written = True
         if plan.is_full:
             alone = self._measure({"baseline": baseline}, plan)
             times = {"p50_ms": alone.p50_ms("baseline"), "p95_ms": alone.p95_ms("baseline")}
@@ -368,12 +387,17 @@ class Evaluator:
     def _onnx(self, plan: PruningPlan, name: str) -> Path:
         """The ONNX file of a plan: cut from the run's one exported template, or exported afresh where it cannot be."""
         example = self.workload.example_input()
+        template = self._template_once()
+        pruned = inherit(self.model, self.graph, plan).cpu()
+        candidate_onnx(template, pruned, example, plan, self.folder / name)
+        return self.folder / name
+
+    def _template_once(self) -> OnnxTemplate | None:
+        """The run's template, opened when first needed."""
         if not self._template_tried:
             self._template_tried = True
-            self._template = self._open_template(example)
-        pruned = inherit(self.model, self.graph, plan).cpu()
-        candidate_onnx(self._template, pruned, example, plan, self.folder / name)
-        return self.folder / name
+            self._template = self._open_template(self.workload.example_input())
+        return self._template
 
     def _open_template(self, example: Tensor) -> OnnxTemplate | None:
         """The run's template, exported once and kept as a file; None where the network's cannot be cut."""

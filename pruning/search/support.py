@@ -261,7 +261,7 @@ def project(
     per cost saved if ``per_cost``, else per channel. At the end steps that still fit are taken back, the best first.
 
     Args:
-        saliency: group -> shape ``(size,)``, finite, higher = keep; comparable across groups.
+        saliency: group -> shape ``(size,)``, finite and >= 0, higher = keep; comparable across groups.
         start: width per group to begin with, shape ``(groups,)``; None = the full widths.
 
     Returns:

@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from pydantic import TypeAdapter
 
 from device_profiles import DeviceError
 from export import ExportError
 from pipeline import cli, errors
+from pruning import search
 
 from .helpers import quick_device, write_tiny
 
@@ -137,3 +140,19 @@ def test_a_run_that_fails_its_gate_says_why_and_ends_with_3(
     text = capsys.readouterr().out
     assert "1.50x" in text
     assert ("drop in top1 is 0.05, must be <= 0.02" in text) is not passed
+
+
+@pytest.mark.parametrize("method", sorted(search.methods()))
+def test_every_method_is_explained_with_options_that_can_be_pasted_into_a_run_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured, method: str
+) -> None:
+    assert call(monkeypatch, "explain", method) == 0
+    text = capsys.readouterr().out
+    section = yaml.safe_load(text[text.index("search:\n") :].partition("\n\n")[0])["search"]
+    options = search.load(method).Options
+    assert TypeAdapter(options).validate_python(section["options"]) == options()
+
+
+def test_an_unknown_method_is_explained_by_the_known_ones(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    assert call(monkeypatch, "explain", "ccepp") == errors.EXIT_USER
+    assert "did you mean 'ccep'" in capsys.readouterr().err
