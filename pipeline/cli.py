@@ -154,7 +154,8 @@ def explain(
         module = search.load(method)
     except ValueError as error:
         raise errors.UserError(str(error)) from error
-    options = {f.name: list(f.default) if isinstance(f.default, tuple) else f.default for f in fields(module.Options)}
+    defaults = {field.name: getattr(module.Options(), field.name) for field in fields(module.Options)}
+    options = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
     section = {"search": {"method": method, "options": options}}
     for text in (inspect.getdoc(module), yaml.safe_dump(section, sort_keys=False), inspect.getdoc(module.Options)):
         out.print(f"{text}\n", markup=False, soft_wrap=True)

@@ -1,0 +1,232 @@
+"""Optuna: any of its samplers over the keep ratios of groups, or of blocks of groups.
+
+Akiba et al., "Optuna: A Next-generation Hyperparameter Optimization Framework" (KDD 2019, arXiv 1907.10902). It is told
+the reward. The default sampler, TPE, draws where good plans are dense and bad ones are rare (Bergstra et al., NeurIPS
+2011). It is a yardstick for the methods made for pruning: what a general optimiser finds with as many evaluations.
+
+Our choices: with a target, what is sampled is a *profile*, keep ratios relative to each other, and the plan is the
+largest multiple of it within the target, so that every evaluation is spent at the target and all plans compare. Latency
+predictions are corrected by the mean difference of the plans measured so far. The first plan keeps the same share of
+every group. A plan met again is not evaluated again; its reward is told once more.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any, ClassVar
+
+import numpy as np
+import optuna
+
+from pruning.plan import SearchSpace
+from pruning.search.protocol import Candidate, Evaluation, Problem, Strategy, Target
+from pruning.search.support import Limit, SearchError, best_first, check_ranges, evaluate, limit_of, score
+
+SAMPLERS: dict[str, tuple[Callable[..., Any], Mapping[str, object]]] = {
+    "tpe": (optuna.samplers.TPESampler, {}),
+    "random": (optuna.samplers.RandomSampler, {}),
+    "cmaes": (optuna.samplers.CmaEsSampler, {"warn_independent_sampling": False}),
+    "nsga2": (optuna.samplers.NSGAIISampler, {"population_size": 10}),
+    "nsga3": (optuna.samplers.NSGAIIISampler, {"population_size": 10}),
+    "gp": (optuna.samplers.GPSampler, {"deterministic_objective": True, "warn_independent_sampling": False}),
+    "qmc": (
+        optuna.samplers.QMCSampler,
+        {"scramble": True, "warn_independent_sampling": False, "warn_asynchronous_seeding": False},
+    ),
+}
+"""Name -> Optuna's sampler and our defaults for its arguments (Optuna's populations of 50 are for longer searches)."""
+
+NEEDS = {"cmaes": "cmaes", "gp": "torch"}
+"""Packages that a sampler needs and Optuna does not bring."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the Optuna search.
+
+    Args:
+        num_plans: plans to evaluate (our choice).
+        sampler: ``tpe``, ``random``, ``cmaes`` (needs the package cmaes), ``nsga2``, ``nsga3``, ``gp`` or ``qmc``.
+        sampler_options: arguments of Optuna's sampler (``{n_startup_trials: 20}`` ...).
+        blocks: the groups are split into so many runs of neighbours, each with one keep ratio; None = every group has
+            its own.
+        saliency: which channels stay: a criterion that ranks them.
+        batch: plans asked for in one request; the sampler learns of all of them at once.
+        max_repeats: proposals in a row that lead to plans met before, after which the search ends.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    num_plans: int = 100
+    sampler: str = "tpe"
+    sampler_options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    blocks: int | None = None
+    saliency: str = "l1"
+    batch: int = 1
+    max_repeats: int = 30
+
+    def __post_init__(self) -> None:
+        counts = ("num_plans", "blocks", "batch", "max_repeats")
+        check_ranges(self, **dict.fromkeys(counts, (1.0, math.inf)))
+        if self.sampler not in SAMPLERS:
+            close = difflib.get_close_matches(self.sampler, SAMPLERS, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else "."
+            raise ValueError(f"unknown sampler {self.sampler!r}{hint} Known samplers: {', '.join(sorted(SAMPLERS))}")
+        known = sorted(inspect.signature(SAMPLERS[self.sampler][0]).parameters.keys() - {"seed"})
+        if unknown := sorted(self.sampler_options.keys() - set(known)):
+            raise ValueError(f"sampler {self.sampler!r} has no options {unknown}; it has {known}")
+
+
+def search(problem: Problem, options: Options) -> Strategy:
+    """Ask, evaluate with latency, tell; best reward first.
+
+    Raises:
+        SearchError: the target is out of reach, the sampler needs a package that is missing, or nothing was evaluated.
+    """
+    needed = NEEDS.get(options.sampler)
+    if needed and find_spec(needed) is None:
+        raise SearchError(f"sampler {options.sampler!r} needs the package {needed}: pip install {needed}")
+    limit = None if problem.target == Target() else (yield from limit_of(problem))
+    saliency = yield from score(options.saliency)
+    blocks = blocks_of(problem.space, options.blocks)
+    ratios = _distributions(problem.space, blocks)
+    study = _study(options, int(problem.rng.integers(2**31)), ratios)
+    candidates: list[Candidate] = []
+    evaluations: list[Evaluation] = []
+    rewards: dict[str, float] = {}
+    misses: list[float] = []
+    repeats = 0
+    while len(candidates) < options.num_plans and repeats < options.max_repeats:
+        within = None if limit is None else _tightened(problem, limit, misses)
+        asked: list[tuple[Any, str]] = []
+        fresh: dict[str, Candidate] = {}
+        for _ in range(min(options.batch, options.num_plans - len(candidates))):
+            with quiet():
+                trial = study.ask(ratios)
+            profile = [trial.params[block] for block in blocks]
+            plan = problem.space.decode(fitted(problem.space, profile, within), saliency)
+            asked.append((trial, plan.digest))
+            if plan.digest not in rewards:
+                fresh.setdefault(plan.digest, Candidate(len(candidates) + len(fresh), plan, options.sampler))
+        if fresh:
+            answers = yield from evaluate([*fresh.values()], latency=True)
+            rewards |= {digest: _reward(problem, e) for digest, e in zip(fresh, answers, strict=True)}
+            candidates += fresh.values()
+            evaluations += answers
+            misses += [] if limit is None else _misses(problem, limit, [*fresh.values()], answers)
+        repeats = 0 if fresh else repeats + len(asked)
+        for trial, digest in asked:
+            with quiet():
+                _tell(study, trial, rewards[digest])
+    usable = [i for i, c in enumerate(candidates) if math.isfinite(rewards[c.plan.digest])] or range(len(candidates))
+    return best_first(problem, [candidates[i] for i in usable], [evaluations[i] for i in usable])
+
+
+def blocks_of(space: SearchSpace, blocks: int | None) -> list[str]:
+    """Per group the first group of its block, shape ``(groups,)``; blocks are runs of neighbours, nearly equally long.
+
+    With as many blocks as groups, or more, every group is its own.
+    """
+    names, number = space.names, len(space.names)
+    starts = np.arange(number) * min(blocks or number, number) // number
+    return [names[int(np.flatnonzero(starts == start)[0])] for start in starts]
+
+
+def fitted(space: SearchSpace, profile: Sequence[float], limit: Limit | None) -> list[int]:
+    """Allowed widths, shape ``(groups,)``, of the largest multiple of a profile within the limit; none: as it is.
+
+    Args:
+        profile: keep ratio per group, shape ``(groups,)``, positive.
+    """
+
+    def widths(scale: float) -> list[int]:
+        ratios = zip(space.names, profile, strict=True)
+        return [space.snap(name, min(1.0, scale * ratio) * space.sizes[name]) for name, ratio in ratios]
+
+    if limit is None:
+        return widths(1.0)
+    meets, fails = 0.0, 1 / min(profile)  # the smallest plan of the space, which meets the limit, and the whole network
+    if limit.of(widths(fails)) <= limit.bound:
+        return widths(fails)
+    for _ in range(30):
+        middle = (meets + fails) / 2
+        if limit.of(widths(middle)) <= limit.bound:
+            meets = middle
+        else:
+            fails = middle
+    return widths(meets)
+
+
+def _distributions(space: SearchSpace, blocks: Sequence[str]) -> dict[str, Any]:
+    """Per block the keep ratios to draw from: from the smallest allowed one of its groups to 1."""
+    least: dict[str, float] = {}
+    for name, block in zip(space.names, blocks, strict=True):
+        least[block] = min(least.get(block, 1.0), space.allowed[name][0] / space.sizes[name])
+    return {block: optuna.distributions.FloatDistribution(low, 1.0) for block, low in least.items()}
+
+
+def _study(options: Options, seed: int, ratios: Mapping[str, Any]) -> Any:
+    """A study in memory, whose first trial is the uniform profile."""
+    sampler, defaults = SAMPLERS[options.sampler]
+    with quiet():
+        study = optuna.create_study(
+            sampler=sampler(**{**defaults, **options.sampler_options, "seed": seed}),
+            study_name="secateur",
+            direction="maximize",
+        )
+        study.enqueue_trial(dict.fromkeys(ratios, 1.0))
+    return study
+
+
+def _tell(study: Any, trial: Any, reward: float) -> None:
+    if math.isfinite(reward):
+        study.tell(trial, reward)
+    else:
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+
+
+def _reward(problem: Problem, evaluation: Evaluation) -> float:
+    """The reward, NaN for what could not be evaluated."""
+    return problem.reward(evaluation) if evaluation.status == "ok" else math.nan
+
+
+def _tightened(problem: Problem, limit: Limit, misses: Sequence[float]) -> Limit:
+    """The limit less the mean miss of the predictions, never below the smallest plan of the space.
+
+    With a MACs target as well it is never raised, since its cost is then not latency alone.
+    """
+    smallest = limit.of(problem.space.encode(problem.space.smallest()))
+    miss = float(np.mean(misses or [0.0]))
+    bound = limit.bound - (miss if problem.target.macs_ratio is None else max(0.0, miss))
+    return Limit(limit.name, limit.ratios, max(smallest, bound))
+
+
+def _misses(
+    problem: Problem, limit: Limit, candidates: Sequence[Candidate], evaluations: Sequence[Evaluation]
+) -> list[float]:
+    """Measured less predicted latency ratios; MACs are never missed."""
+    if problem.target.latency_ratio is None:
+        return []
+    pairs = zip(candidates, evaluations, strict=True)
+    misses = [e["latency_ratio"] - limit.of(problem.space.encode(c.plan)) for c, e in pairs]
+    return [miss for miss in misses if math.isfinite(miss)]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Optuna says nothing meanwhile: neither of its trials nor that a sampler is experimental."""
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            yield
+    finally:
+        optuna.logging.set_verbosity(level)
