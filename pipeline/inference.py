@@ -61,6 +61,8 @@ CHUNKS = (16, 8, 32)
 CHECK_IMAGES = 64
 RANKED_PLANS = 12
 REMEMBERED_PLANS = 32
+SERVED = 4
+"""Candidates that a cut must have served before the next group of the same plan is cut for its first."""
 
 
 @dataclass(frozen=True)
@@ -115,12 +117,13 @@ class Inference:
         self._patience_s, self._cache_bytes = patience_s, cache_bytes
         threads = threads or torch.get_num_threads()
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
+        self._clock = time.process_time if threads == 1 and device.type == "cpu" else time.perf_counter
         self._fast: Way = self._plain
         self._exact: Way = self._plain
         self._pairs: list[tuple[str, str]] = []
         self._block, self._chunk = 1, CHUNKS[0]
-        tangled = graph.mixed or bool(graph.aliases)
-        self._not_zeroed = {g.name for g in graph.groups if tangled or g.name in graph.normalising}
+        zeros_will_do = not graph.mixed and not graph.aliases
+        self._not_zeroed = set() if zeros_will_do else {group.name for group in graph.groups}
         """Groups whose removed channels cannot be replaced by zeros."""
         self._not_cut = set(self._not_zeroed)
         self._seen: OrderedDict[tuple[str, str], PruningPlan] = OrderedDict()
@@ -205,6 +208,8 @@ class Inference:
             raise TemplateError("the network has no template")
         rounded = self._rounded(plan)
         weights, own = dict(state or {}), self.model.state_dict()
+        if state is not None and not own.keys() <= state.keys():
+            raise TemplateError("the state dict is not of the unpruned network")
         for group in self.graph.groups:
             added = rounded.mask(group.name) & ~plan.mask(group.name)
             for member in (m for m in group.members if m.reads and added.any()):
@@ -221,7 +226,7 @@ class Inference:
         return plan.replace(kept)
 
     def _parts(self, images: Tensor) -> list[Array]:
-        return [part.float().contiguous().numpy() for part in images.split(self._chunk)]
+        return [part.float().contiguous().numpy() for part in torch.split(images, self._chunk)]
 
     def _spread(self, session: onnxruntime.InferenceSession, feeds: Sequence[Mapping[str, Array]]) -> list[list[Array]]:
         """One thread per chunk: the operators are too small to be shared by several."""
@@ -242,9 +247,9 @@ class Inference:
         def attempt(name: str, way: Way, exact: bool = True) -> tuple[Trial, Way]:
             try:
                 with torch.inference_mode():
-                    prepared, run = _timed(lambda: way(plan, None))
-                    _, found = _timed(lambda: run(0, images))
-                    once = min(_timed(lambda: run(0, images))[0] for _ in range(2))
+                    prepared, run = self._timed(lambda: way(plan, None))
+                    found = run(0, images)
+                    once = min(self._timed(lambda: run(0, images))[0] for _ in range(3))
                 certificate = compare_outputs(found, expected, TOLERANCE if exact else math.inf)
                 reason = certificate.reason
                 if not exact and not reason and not self._orders_alike(way, images, rng):
@@ -294,11 +299,19 @@ class Inference:
         plans = [self._random_plan(rng) for _ in range(RANKED_PLANS)]
         scores = [[_distance(self._result(w, plan, images), dense) for plan in plans] for w in (self._plain, way)]
         ranks = np.argsort(np.argsort(scores, axis=1), axis=1)
-        return bool(np.corrcoef(ranks)[0, 1] >= RANK_AGREEMENT)
+        return bool(np.corrcoef(ranks).min() >= RANK_AGREEMENT)
 
     def _result(self, way: Way, plan: PruningPlan, images: Tensor) -> Any:
         with torch.inference_mode():
             return way(plan, None)(0, images)
+
+    def _timed(self, action: Callable[[], Any]) -> tuple[float, Any]:
+        """Seconds and result; CPU time of a single thread, so that other load on the machine decides nothing."""
+        started = self._clock()
+        result = action()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return self._clock() - started, result
 
     def _random_plan(self, rng: np.random.Generator) -> PruningPlan:
         masks = {}
@@ -310,11 +323,14 @@ class Inference:
     # -- candidates that differ in one group -------------------------------------------------------------------------
 
     def _from_branch(self, plan: PruningPlan, base: str, state: State | None) -> Run | None:
-        """From kept activations on, once a plan seen before has a second neighbour in the same group."""
+        """From kept activations on, where a plan seen before gets a second neighbour in a group.
+
+        A neighbour in the next group is enough if the last cut of that plan served several candidates.
+        """
         if self._template is None:
             return None
         branch = self._branch
-        if branch is None or branch.base != base or not branch.covers(plan):
+        if branch is None or branch.seen[0] != base or not branch.covers(plan):
             found = self._neighbour(plan, base)
             if found is None:
                 self._seen[base, plan.digest] = plan
@@ -324,13 +340,15 @@ class Inference:
             key, name = found
             self._seen.move_to_end(key)
             self._neighbours[(*key, name)] += 1
-            if self._neighbours[(*key, name)] < 2:
+            usual = branch is not None and branch.seen == key and branch.served >= SERVED
+            if self._neighbours[(*key, name)] < 2 and not usual:
                 return None
-            self._branch = None  # its activations go before new ones come
-            branch = self._branch = self._cut(self._seen[key], name, plan, base, state)
+            self._branch = branch = None  # its activations go before new ones come
+            self._branch = branch = self._cut(key, name, plan, state)
             if branch is None:
                 self._not_cut.add(name)
                 return None
+        branch.served += 1
         masks = branch.masks(plan)
         return lambda number, images: self._continue(branch, masks, number, images)
 
@@ -343,15 +361,16 @@ class Inference:
                     return key, different[0]
         return None
 
-    def _cut(self, seen: PruningPlan, name: str, plan: PruningPlan, base: str, state: State | None) -> _Branch | None:
+    def _cut(self, key: tuple[str, str], name: str, plan: PruningPlan, state: State | None) -> _Branch | None:
         """The network of a plan seen, cut where the group is read; None where that computes something else."""
+        seen = self._seen[key]
         if not plan.is_within(seen):
             seen = seen.replace({name: range(seen.sizes[name])})
         images = next(iter(self.images()))[: self._chunk]
         try:
             readers = [member for member in self.graph.group(name).members if member.reads]
             slices = self.graph.slices(self._rounded(seen))
-            branch = _Branch(self._model(seen, state), name, seen, base, readers, slices, self._parts(images)[0])
+            branch = _Branch(self._model(seen, state), key, name, seen, readers, slices, self._parts(images)[0])
             expected = self._onnx(plan, state)(0, images)
             found = self._continue(branch, branch.masks(plan), None, images)
         except Exception:  # noqa: BLE001 - such a group is evaluated like any other plan
@@ -381,9 +400,9 @@ class _Branch:
 
     Args:
         model: the network of ``plan``, for any batch size.
+        seen: base and digest of the plan that candidates are neighbours of.
         name: the group.
         plan: what is kept; candidates keep a part of it in the group, and the same everywhere else.
-        base: names the weights.
         readers: the group's members that are summed over.
         slices: tensor name -> dimension -> positions of the unpruned network that are in ``model``.
         sample: some images, shape ``(n, channels, height, width)``.
@@ -395,14 +414,14 @@ class _Branch:
     def __init__(
         self,
         model: onnx.ModelProto,
+        seen: tuple[str, str],
         name: str,
         plan: PruningPlan,
-        base: str,
         readers: Sequence[Member],
         slices: Mapping[str, Mapping[int, npt.NDArray[np.int64]]],
         sample: Array,
     ) -> None:
-        self.name, self.plan, self.base = name, plan, base
+        self.seen, self.name, self.plan, self.served = seen, name, plan, 0
         self.port: str = model.graph.input[0].name
         self.kept: dict[int, list[dict[str, Array]]] = {}
         self.num_bytes = 0
@@ -558,14 +577,6 @@ def _distance(found: Any, expected: Any) -> float:
     pairs = zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True)
     differences = [(a - b).abs().mean().item() for a, b in pairs if isinstance(a, Tensor) and a.is_floating_point()]
     return float(np.mean(differences))
-
-
-def _timed(action: Callable[[], Any]) -> tuple[float, Any]:
-    started = time.perf_counter()
-    result = action()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started, result
 
 
 def _first_line(failure: Exception) -> str:
