@@ -99,13 +99,13 @@ CONTROLS = ("uniform", "global", "random", "optuna", "scratch")
 class Bench:
     """The network, its data and its device, opened once."""
 
-    def __init__(self, scale: Scale, threads: int) -> None:
+    def __init__(self, scale: Scale, threads: int, channel_multiple: int = 4) -> None:
         torch.set_num_threads(threads)
         self.scale, self.config = scale, _config(scale)
         self.workload = open_workload(self.config)
         self.model = self.workload.build_model()
         self.graph = ChannelGraph.trace(self.model, self.workload.example_input())
-        self.space = SearchSpace.of(self.graph.groups, channel_multiple=4, min_keep_ratio=0.1)
+        self.space = SearchSpace.of(self.graph.groups, channel_multiple=channel_multiple, min_keep_ratio=0.1)
         self.profile = load_profile("local")
         self.target = open_target(self.profile)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,8 @@ from pipeline.training import TrainingError, fit, move
 from pipeline.workloads import Split, Workload
 from pruning.channels import ChannelGraph
 from pruning.cost import cost
+from pruning.distortion import distortions
+from pruning.feature_maps import feature_distance
 from pruning.plan import PruningPlan
 from pruning.saliency import channel_saliency
 from pruning.search.protocol import (
@@ -49,7 +52,7 @@ from pruning.search.protocol import (
 )
 from pruning.weights import inherit, silence
 
-MAX_BATCH = 256
+MAX_BATCH = 128
 CACHED_BYTES = 2 << 30
 """Search images are kept on the compute device as float32 up to this size."""
 
@@ -108,7 +111,7 @@ class Evaluator:
             cache_bytes=settings.memory_mb << 20,
         )
         self.spent = Counter({"images_forwarded": 0, "images_trained": 0, "measurements": 0})
-        self._accuracies: dict[tuple[str, str], Mapping[str, float]] = {}
+        self._accuracies: dict[tuple[str, str, bool], Mapping[str, float]] = {}
         self._latencies: dict[str, Mapping[str, float]] = {}
         self._batches: list[tuple[Tensor, Tensor]] | None = None
         self._template: OnnxTemplate | None = None
@@ -193,7 +196,9 @@ class Evaluator:
                     request.options,
                 )
                 outcome = kind.learn(lesson)
-            except (TrainingError, ValueError) as error:
+            except TrainingError as error:
+                return Learned("", {}, Evaluation("failed", str(error))), {}
+            except ValueError as error:
                 raise UserError(f"search: learning {request.kind}: {error}") from error
         self.spent["images_trained"] += outcome.images or round(request.epochs * len(self.workload.train))
         digest = self.bases.learned(base, request.kind, outcome.state)
@@ -208,8 +213,6 @@ class Evaluator:
 
     def score(self, request: Score) -> Mapping[str, np.ndarray]:
         """Saliency of every channel of every group, or the distances between them."""
-        from pruning.feature_maps import feature_distance
-
         full = PruningPlan.full(self.graph.groups)
         plan = request.plan or full
         state = self.bases.state(request.base, full)
@@ -217,7 +220,7 @@ class Evaluator:
         silence(dense, self.graph, plan)
         try:
             if request.criterion == "feature_distance":
-                options = {**request.options}
+                options: dict[str, Any] = {**request.options}
                 batches = self._train_batches(request, int(options.pop("images", 200)))
                 scores = feature_distance(dense, self.graph, [images for images, _ in batches], **options)
             else:
@@ -237,24 +240,17 @@ class Evaluator:
 
     def probe(self, request: Probe) -> np.ndarray:
         """Mean loss of each masked network, shape ``(plans,)``."""
-        images = min(request.images or len(self.split), len(self.split))
-        losses = []
+        batches, losses = list(self._batches_of(request.images or len(self.split))), []
         for plan in request.plans:
-            outputs, targets = [], []
-            for (_, labels), batch in zip(self._images(), self._forward(request.base, plan), strict=False):
-                outputs.append(batch)
-                targets.append(labels)
-                self.spent["images_forwarded"] += len(labels)
-                if sum(map(len, targets)) >= images:
-                    break
-            found = self.workload.metrics(torch.cat(outputs)[:images], torch.cat(targets)[:images])
+            state = self.bases.state(request.base, plan)
+            outputs = self.inference.outputs(plan, request.base, state, images=[images for images, _ in batches])
+            found = self.workload.metrics(torch.cat(list(outputs)), torch.cat([labels for _, labels in batches]))
             losses.append(found["loss"])
+            self.spent["images_forwarded"] += sum(len(labels) for _, labels in batches)
         return np.array(losses)
 
     def distort(self, request: Distort) -> Mapping[str, np.ndarray]:
         """Change of the next layers' outputs, per group of shape ``(batches,)``."""
-        from pruning.distortion import distortions
-
         batches = self._train_batches(request, len(request.removed) * request.batch_size, request.batch_size)
         full = PruningPlan.full(self.graph.groups)
         state = self.bases.state(request.base, full)
@@ -294,15 +290,17 @@ class Evaluator:
         self, base: str, plan: PruningPlan, started: float, floor: float | None, *, exact: bool
     ) -> Mapping[str, float]:
         """Metrics on the search split, from memory where the plan was met before."""
-        key = (base, plan.digest)
+        key = (base, plan.digest, exact or self.inference.is_exact)
         if key in self._accuracies:
             return self._accuracies[key]
-        outputs, targets, seen = [], [], 0
+        outputs, targets, seen, tried = [], [], 0, self.inference.trials
         for (_, labels), batch in zip(self._images(), self._forward(base, plan, exact), strict=True):
             outputs.append(batch)
             targets.append(labels)
             seen += len(labels)
             self.spent["images_forwarded"] += len(labels)
+            if self.inference.trials is not tried:  # trying ways is nobody's candidate's time
+                started, tried = time.perf_counter(), self.inference.trials
             if time.perf_counter() - started > self.settings.seconds_per_candidate:
                 raise _OutOfTimeError(
                     f"more than {self.settings.seconds_per_candidate:g} s for one candidate; lower search.images "
@@ -415,19 +413,31 @@ class Evaluator:
                 return None
 
     def _images(self) -> Iterable[tuple[Tensor, Tensor]]:
-        """Batches of the search images, preprocessed; kept if they are small enough."""
+        """Batches of the search images, preprocessed; kept if they are small enough.
+
+        Kept ones are in the order in which the unpruned network finds them difficult, the worst first: a candidate that
+        cannot reach an accuracy any more shows it soon.
+        """
         if self._batches is not None:
             return self._batches
-        chosen = torch.split(torch.arange(len(self.split)), self._batch_size)
-        batches = (
-            self.workload.batch(self.split, indices, train=False, generator=None, device=self.device)
-            for indices in chosen
-        )
         one = self.workload.example_input()
         if one.numel() * one.element_size() * len(self.split) > CACHED_BYTES:
-            return batches
-        self._batches = list(batches)
+            return self._batches_of(len(self.split))
+        batches = list(self._batches_of(len(self.split)))
+        with torch.inference_mode():
+            outputs = torch.cat([self.model(images).float() for images, _ in batches])
+        images, labels = torch.cat([i for i, _ in batches]), torch.cat([t for _, t in batches])
+        order = torch.argsort(self.workload.ease(outputs, labels), stable=True)
+        channels_last = images[order].contiguous(memory_format=torch.channels_last)
+        self._batches = list(
+            zip(torch.split(channels_last, self._batch_size), torch.split(labels[order], self._batch_size), strict=True)
+        )
         return self._batches
+
+    def _batches_of(self, num_images: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of the first search images, preprocessed, in the order of the split."""
+        for indices in torch.split(torch.arange(min(num_images, len(self.split))), self._batch_size):
+            yield self.workload.batch(self.split, indices, train=False, generator=None, device=self.device)
 
 
 def _name(prefix: str, request: Request) -> str:

@@ -131,7 +131,13 @@ class Inference:
         self._branch: _Branch | None = None
 
     def outputs(
-        self, plan: PruningPlan, base: str = DENSE, state: State | None = None, *, exact: bool = False
+        self,
+        plan: PruningPlan,
+        base: str = DENSE,
+        state: State | None = None,
+        *,
+        exact: bool = False,
+        images: Iterable[Tensor] | None = None,
     ) -> Iterator[Any]:
         """What the plan's network gives for each batch, in order; floating-point numbers as float32.
 
@@ -139,23 +145,29 @@ class Inference:
             base: names the weights.
             state: the weights in the unpruned network's shapes; None = the model's own.
             exact: not in bfloat16, even where that orders plans alike.
+            images: other batches than the usual ones.
         """
         started = time.perf_counter()
         if not self.trials and self._patience_s <= 0:
             self._try_ways()
-        run = self._from_branch(plan, base, state) or self._prepared(plan, state, exact)
-        for number, images in enumerate(self.images()):
+        run = (self._from_branch(plan, base, state) if images is None else None) or self._prepared(plan, state, exact)
+        for number, batch in enumerate(self.images() if images is None else images):
             with torch.inference_mode():
                 try:
-                    result = run(number, images)
+                    result = run(number, batch)
                 except Exception as error:
                     if not self.trials or isinstance(error, torch.OutOfMemoryError | MemoryError):
                         raise
                     run = self._plain(plan, state)
-                    result = run(number, images)
+                    result = run(number, batch)
             self._patience_s -= time.perf_counter() - started
             yield result
             started = time.perf_counter()
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether what is used computes in float32."""
+        return self._fast == self._exact
 
     def describe(self) -> str:
         """The ways that were tried, fastest first, one line each."""

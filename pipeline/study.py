@@ -199,12 +199,12 @@ class Study:
         budget, spent = self.budget, self.spent
         if budget.seconds is not None and spent["seconds"] >= budget.seconds:
             return f"the budget of {budget.seconds:g} s is spent"
-        evaluates, trains = isinstance(request, Evaluate | FineTune), isinstance(request, FineTune | Learn)
+        evaluates, epochs = isinstance(request, Evaluate | FineTune), getattr(request, "epochs", 0.0)
         if evaluates and budget.evaluations is not None and spent["evaluations"] >= budget.evaluations:
             return f"the budget of {budget.evaluations} evaluations is spent"
-        if trains and budget.epochs is not None and spent["epochs"] + request.epochs > budget.epochs + 1e-9:
+        if epochs and budget.epochs is not None and spent["epochs"] + epochs > budget.epochs + 1e-9:
             left = budget.epochs - spent["epochs"]
-            return f"{request.epochs:g} epochs of training exceed what is left of the budget ({left:g} epochs)"
+            return f"{epochs:g} epochs of training exceed what is left of the budget ({left:g} epochs)"
         return ""
 
     def _record(

@@ -83,5 +83,8 @@ class Workload(Protocol):
     def metrics(self, outputs: Tensor, targets: Tensor) -> Mapping[str, float]:
         """Metrics of all outputs of a split at once (``top1``, ``loss``)."""
 
+    def ease(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """How easy each image is, shape (n,): those that are likely to go wrong first come first."""
+
     def bound(self, outputs: Tensor, targets: Tensor, num_unseen: int) -> float:
         """The largest value ``metric`` can still take when ``num_unseen`` images follow these."""

@@ -237,8 +237,19 @@ def test_probes_are_losses_of_masked_networks_on_the_first_images(network: Any, 
     chosen = candidate(network)
     whole, part = evaluator.probe(Probe((chosen.plan,))), evaluator.probe(Probe((chosen.plan,), images=40))
     assert whole[0] == pytest.approx(evaluator.evaluate(chosen, latency=False)["loss"], rel=1e-4)
-    outputs, targets = evaluator.outputs(evaluator.network(chosen.plan))
-    assert part[0] == pytest.approx(WORKLOAD.metrics(outputs[:40], targets[:40])["loss"], rel=1e-4)
+    cpu = torch.device("cpu")
+    first = WORKLOAD.batch(WORKLOAD.search, torch.arange(40), train=False, generator=None, device=cpu)
+    with torch.inference_mode():
+        outputs = evaluator.network(chosen.plan)(first[0])
+    assert part[0] == pytest.approx(WORKLOAD.metrics(outputs, first[1])["loss"], rel=1e-4)
+
+
+def test_images_the_unpruned_network_gets_wrong_are_seen_first(network: Any, make: Any) -> None:
+    evaluator = make(memory_mb=1)
+    outputs, targets = evaluator.outputs(network[0])
+    right = (outputs.argmax(1) == targets).int()
+    assert 0 < int(right.sum()) < len(right)
+    assert torch.equal(right, right.sort().values)
 
 
 def test_recalibrated_statistics_are_those_of_the_training_images(network: Any) -> None:
