@@ -18,6 +18,7 @@ alone; it is ok if the pruned network runs, keeps its output shapes and has fewe
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
 import multiprocessing
@@ -383,6 +384,7 @@ def main() -> None:
     if options.peer:
         import torch_pruning  # noqa: F401
     warm_up()
+    gc.freeze()  # a collection in a fork would look through all that torch has loaded, and copy it
 
     def run(job: tuple[str, str]) -> Row:
         limits = (options.limit, options.peer_limit)

@@ -13,10 +13,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from itertools import pairwise
+from math import prod
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from pruning.plan import BoolArray, ChannelGroup, IntArray, Member, PruningPlan
 from pruning.rules import Rule, weight_name
@@ -271,9 +273,11 @@ class Assembly:
     def kept(self, plan: PruningPlan) -> BoolArray:
         """Which labels a plan keeps, shape ``(labels,)``."""
         kept = np.ones(len(self.group), dtype=bool)
-        for g, group in enumerate(self.graph.groups):
-            inside = self.group == g
-            kept[inside] = plan.mask(group.name)[self.channel[inside]]
+        if self.graph.groups:
+            masks = [plan.mask(group.name) for group in self.graph.groups]
+            starts = np.cumsum([0, *map(len, masks)])
+            inside = self.group >= 0
+            kept[inside] = np.concatenate(masks)[starts[self.group[inside]] + self.channel[inside]]
         return kept
 
 
@@ -306,60 +310,60 @@ class _Assembler:
         classes, whole_groups, reasons = self._classes()
         reads = _read_places(self.tracer)
         order = {name: i for i, name in enumerate(self.labels.used)}
-        parameters = {name for name, _ in self.model.named_parameters()}
+        parameters = self.tracer.parameters
         rank = np.full(self.labels.num_labels, -1, dtype=np.int64)
-        own = rank.copy()
-        place_classes = [classes[labels] for _, _, labels in self.places]
-        prunable: list[tuple[tuple[int, int], str, _Family, tuple[Member, ...]]] = []
+        prunable: list[tuple[tuple[int, int], str, _Family]] = []
         frozen: list[tuple[tuple[int, int], Frozen]] = []
         macs = self._macs_by_tensor()
-        for family in families(classes, self.dims, reasons):
-            places = [int(i) for i in family.dims if i < len(self.places)]
-            producers = [i for i in places if i not in reads and self.places[i][0] in parameters]
+        sorted_out, family_of = families(classes, self.dims, reasons)
+        for f, family in enumerate(sorted_out):
+            producers = [i for i in self._places_of(family) if i not in reads and self.places[i][0] in parameters]
             if not producers or family.reason == "":
                 continue
             first = min(producers, key=lambda i: (order.get(self.places[i][0], len(order)), i))
-            tensor, dim, _ = self.places[first]
-            inside = np.isin(place_classes[first], family.classes)
-            produced = place_classes[first][inside]
-            channels = produced[np.sort(np.unique(produced, return_index=True)[1])]
+            tensor, dim, labels = self.places[first]
+            place_classes = classes[labels]
+            inside = family_of[place_classes] == f
+            channels = place_classes[inside]
+            if len(channels) > len(family.classes):
+                channels = channels[np.sort(np.unique(channels, return_index=True)[1])]
             key = (order.get(tensor, len(order)), int(np.argmax(inside)))
             if family.reason is None and len(channels) > 1:
-                rank[channels] = own[channels] = np.arange(len(channels))
-                members = tuple(self._member(i, own[place_classes[i]], i in reads) for i in places)
-                own[channels] = -1
-                prunable.append((key, tensor, family, members))
+                rank[channels] = np.arange(len(channels))
+                prunable.append((key, tensor, family))
             else:
                 reason = family.reason or "its channels can only go all together"
                 frozen.append(
                     (key, Frozen(layer_of(tensor), tensor, dim, int(inside.sum()), reason, macs.get(tensor, 0)))
                 )
         prunable.sort(key=lambda item: item[0])
-        groups = _name_groups([(tensor, members) for _, tensor, _, members in prunable])
-        found = [family for _, _, family, _ in prunable]
+        found = [family for _, _, family in prunable]
         group = np.full(self.labels.num_labels, -1, dtype=np.int64)
         for g, family in enumerate(found):
             group[family.classes] = g
+        group, rank = group[classes], rank[classes]
+        members = self._members(found, group, rank, reads)
+        groups = _name_groups([(tensor, own) for (_, tensor, _), own in zip(prunable, members, strict=True)])
         graph = ChannelGraph(
             groups=groups,
             frozen=_merge_frozen([entry for _, entry in sorted(frozen, key=lambda item: item[0])]),
             shapes={name: tuple(tensor.shape) for name, tensor in self.tensors.items()},
             aliases=self.aliases,
             scaled_groups=self._with_aliases([*self.labels.scaled_groups, *map(weight_name, whole_groups)]),
-            normalising=self._normalising(groups, group, classes),
-            mixed=any((group[classes[labels]] >= 0).any() for labels in self.labels.mixed),
+            normalising=self._normalising(groups, group),
+            mixed=any((group[labels] >= 0).any() for labels in self.labels.mixed),
             rules=self.tracer.rules,
             unknown={name: tuple(dict.fromkeys(where)) for name, where in self.labels.unknown.items()},
             batch=batch,
             followed=tuple(attributes),
             lengths=self._lengths(groups, found),
             macs=_products([(scale, factors) for scale, factors, _ in self.tracer.macs]),
-            params=_products([self.tracer.product([(p, d) for d in range(p.ndim)]) for p in self.model.parameters()]),
+            params=_products([self._numel(self.tensors[name]) for name in self.tensors if name in parameters]),
             activation_bytes=_products(self.tracer.bytes),
         )
-        return Assembly(graph, group[classes], rank[classes])
+        return Assembly(graph, group, rank)
 
-    def _classes(self) -> tuple[IntArray, list[str], dict[int, str]]:
+    def _classes(self) -> tuple[IntArray, list[str], _Reasons]:
         """Class of each label, weights of convolutions that lose whole groups, and why classes are frozen.
 
         A grouped convolution with more groups than channels per group loses whole groups if nothing speaks against
@@ -378,45 +382,56 @@ class _Assembler:
                 if g.per_group is not None and g.inputs is None
             ]
             classes = components(self.labels.num_labels, edges)
-            reasons = self._reasons(classes, frozen)
+            reasons = _reasons(classes, frozen)
             stuck = [
                 g
                 for g in whole
-                if len(found := set(classes[g.outputs])) < g.groups or not reasons.keys().isdisjoint(found)
+                if len(found := np.unique(classes[g.outputs])) < g.groups or (reasons.code[found] >= 0).any()
             ]
             if not stuck:
                 return classes, [g.weight for g in whole if g.weight], reasons
             whole = [g for g in whole if g not in stuck]
 
-    def _reasons(self, classes: IntArray, frozen: Sequence[tuple[IntArray, str]]) -> dict[int, str]:
-        """Why a class is frozen: the first reason given for one of its labels."""
-        reasons: dict[int, str] = {}
-        for labels, reason in frozen:
-            for c in set(classes[labels].tolist()):
-                reasons[c] = reasons.get(c) or reason
-        return reasons
+    def _numel(self, tensor: Tensor) -> tuple[int, list[int]]:
+        return self.tracer.product([(tensor, d) for d in range(tensor.ndim)])
 
     def _macs_by_tensor(self) -> dict[str, float]:
         """Fraction of the dense network's MACs per weight."""
         macs: dict[str, float] = defaultdict(float)
         for scale, factors, tensor in self.tracer.macs:
-            macs[tensor or ""] += scale * float(np.prod([len(self.dims[i]) for i in factors]))
+            macs[tensor or ""] += scale * float(prod(len(self.dims[i]) for i in factors))
         total = sum(macs.values()) or 1.0
         return {name: value / total for name, value in macs.items()}
 
-    def _member(self, place: int, channel: IntArray, reads: bool) -> Member:
-        """One member; ``channel``, shape ``(length,)``, is the channel each position belongs to or -1."""
-        tensor, dim, _ = self.places[place]
-        positions = np.flatnonzero(channel >= 0)
-        by_channel = positions[np.argsort(channel[positions], kind="stable")]
-        return Member(tensor, dim, by_channel.reshape(channel.max() + 1, -1), reads)
+    def _places_of(self, family: _Family) -> list[int]:
+        return [i for i in family.dims.tolist() if i < len(self.places)]
 
-    def _normalising(
-        self, groups: Sequence[ChannelGroup], group: IntArray, classes: IntArray
-    ) -> dict[str, tuple[str, ...]]:
+    def _members(
+        self, found: Sequence[_Family], group: IntArray, rank: IntArray, reads: set[int]
+    ) -> list[tuple[Member, ...]]:
+        """Members of each group.
+
+        Args:
+            group, rank: shape ``(labels,)``; position in ``found`` (-1 = frozen), and channel within the group.
+            reads: places that are summed over.
+        """
+        members: list[list[Member]] = [[] for _ in found]
+        for i in sorted({i for family in found for i in self._places_of(family)}):
+            tensor, dim, labels = self.places[i]
+            owner = group[labels]
+            by_channel = np.argsort(owner * len(group) + rank[labels], kind="stable")
+            owner = owner[by_channel]
+            cuts = [0, *(np.flatnonzero(owner[1:] != owner[:-1]) + 1).tolist(), len(owner)]
+            for start, end in pairwise(cuts):
+                if (g := owner[start]) >= 0:
+                    positions = by_channel[start:end].reshape(len(found[g].classes), -1)
+                    members[g].append(Member(tensor, dim, positions, i in reads))
+        return [tuple(own) for own in members]
+
+    def _normalising(self, groups: Sequence[ChannelGroup], group: IntArray) -> dict[str, tuple[str, ...]]:
         found: dict[str, dict[str, None]] = defaultdict(dict)
         for labels, where in self.labels.normalising:
-            for g in set(group[classes[labels]].tolist()) - {-1}:
+            for g in set(group[labels].tolist()) - {-1}:
                 found[groups[g].name].setdefault(where)
         return {name: tuple(where) for name, where in found.items()}
 
@@ -449,34 +464,73 @@ class _Family:
     reason: str | None
 
 
-def families(classes: IntArray, dims: Sequence[IntArray], reasons: Mapping[int, str]) -> list[_Family]:
+@dataclass(frozen=True, eq=False)
+class _Reasons:
+    """Why classes are frozen.
+
+    Args:
+        code: shape ``(labels,)``; per class a position in ``texts``, -1 = not frozen.
+        texts: the reasons.
+    """
+
+    code: IntArray
+    texts: tuple[str, ...]
+
+
+def _reasons(classes: IntArray, frozen: Sequence[tuple[IntArray, str]]) -> _Reasons:
+    """Why a class is frozen: the first reason given for one of its labels, empty ones last."""
+    texts = {text: i for i, text in enumerate(dict.fromkeys(text for _, text in frozen))}
+    code = np.full(len(classes), -1, dtype=np.int64)
+    entries = sorted(frozen, key=lambda entry: entry[1] == "")
+    if entries:
+        labels = np.concatenate([labels for labels, _ in entries])
+        codes = np.repeat([texts[text] for _, text in entries], [len(labels) for labels, _ in entries])
+        code[classes[labels[::-1]]] = codes[::-1]  # of several values for one class the last one stays
+    return _Reasons(code, tuple(texts))
+
+
+def families(classes: IntArray, dims: Sequence[IntArray], reasons: _Reasons) -> tuple[list[_Family], IntArray]:
     """Sort classes by the dimensions they touch.
 
     Args:
         classes: shape ``(labels,)``; class of each label.
         dims: labels of each dimension.
-        reasons: frozen classes.
+        reasons: why classes are frozen.
+
+    Returns:
+        The families, by their smallest class, and the family of each class, shape ``(labels,)``, -1 = none.
     """
+    family_of = np.full(len(classes), -1, dtype=np.int64)
     if not dims:
-        return []
-    pairs = np.concatenate([classes[labels] * len(dims) + d for d, labels in enumerate(dims)])
-    pairs, counts = np.unique(pairs, return_counts=True)
-    owner, touched = np.divmod(pairs, len(dims))
-    starts = np.flatnonzero(np.r_[True, owner[1:] != owner[:-1]])
-    owners = owner[starts]
-    codes = {reason: i for i, reason in enumerate({None: None, **dict.fromkeys(reasons.values())})}
+        return [], family_of
+    owner = classes[np.concatenate(dims)]
+    touched = np.repeat(np.arange(len(dims)), [len(labels) for labels in dims])
     random = np.random.default_rng(0).integers(1 << 63, size=(2, len(dims)), dtype=np.uint64)
-    signature = np.empty((3, len(owners)), dtype=np.uint64)  # equal sums of random numbers: equal dimensions and counts
-    signature[0] = [codes[reasons.get(c)] for c in owners.tolist()]
-    signature[1:] = np.add.reduceat(random[:, touched] * counts.astype(np.uint64), starts, axis=1)
-    order = np.lexsort(signature)
-    fresh = np.flatnonzero(np.r_[True, (np.diff(signature[:, order].astype(np.int64)) != 0).any(axis=0)])
-    ends = np.r_[starts[1:], len(owner)]
+    signature = np.zeros(
+        (2, len(classes)), dtype=np.uint64
+    )  # equal sums of random numbers: equal dimensions and counts
+    for sums, numbers in zip(signature, random, strict=True):
+        np.add.at(sums, owner, numbers[touched])
+    present = np.zeros(len(classes), dtype=bool)
+    present[owner] = True
+    owners = np.flatnonzero(present)
+    keys = np.stack([*signature[:, owners].astype(np.int64), reasons.code[owners]])
+    order = np.lexsort(keys)
+    fresh = np.flatnonzero((np.diff(keys[:, order]) != 0).any(axis=0)) + 1
+    owners = owners[order]
+    members = sorted((owners[start:end] for start, end in pairwise([0, *fresh, len(order)])), key=lambda own: own[0])
+    family_of[[own[0] for own in members]] = np.arange(len(members))  # one class tells the dimensions of all
+    telling = np.flatnonzero(family_of[owner] >= 0)
+    pairs, counts = np.unique(family_of[owner[telling]] * len(dims) + touched[telling], return_counts=True)
+    number, place = np.divmod(pairs, len(dims))
+    cuts = np.searchsorted(number, np.arange(len(members) + 1))
     found = []
-    for members in np.split(order, fresh[1:]):
-        one = slice(starts[members[0]], ends[members[0]])
-        found.append(_Family(np.sort(owners[members]), touched[one], counts[one], reasons.get(int(owners[members[0]]))))
-    return sorted(found, key=lambda family: int(family.classes[0]))
+    for f, own in enumerate(members):
+        family_of[own] = f
+        one = slice(cuts[f], cuts[f + 1])
+        code = reasons.code[own[0]]
+        found.append(_Family(own, place[one], counts[one], reasons.texts[code] if code >= 0 else None))
+    return found, family_of
 
 
 def components(size: int, edges: Sequence[tuple[IntArray, IntArray]]) -> IntArray:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pruning.channels import ChannelGraph, Products
 from pruning.plan import IntArray, PruningPlan
-from pruning.rules import bind, macs_of, written_by
+from pruning.rules import macs_of, operator_of, written_by
 from pruning.tracer import batch_size, undisturbed
 
 
@@ -112,7 +112,8 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        products = macs_of(func, bind(func, args, kwargs or {}), out)
+        operator = operator_of(func)
+        products = macs_of(operator, operator.bind(args, kwargs or {}), out)
         self.macs += sum(prod(tensor.shape[d] for tensor, d in product) for product in products)
-        self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in written_by(func, out))
+        self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in written_by(operator, out))
         return out

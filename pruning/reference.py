@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pruning.channels import ChannelGraph
 from pruning.plan import IntArray, PruningPlan
-from pruning.rules import Propagation, TensorMap, operator_name, tensors_in
+from pruning.rules import Propagation, TensorMap, operator_of, tensors_in
 from pruning.tracer import Entered, modules_entered, tensors_of, undisturbed
 
 Numbers = dict[tuple[str, str], list[tuple[float, ...]]]
@@ -72,12 +72,12 @@ def masked_tensors(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> 
 
 def _masked(tensor: Tensor, kept: Mapping[int, IntArray]) -> Tensor:
     """A copy that is zero at all positions but the kept ones."""
-    masked = tensor.detach().clone()
+    stays = torch.ones((1,) * tensor.ndim, dtype=torch.bool, device=tensor.device)
     for dim, positions in kept.items():
-        gone = torch.ones(tensor.shape[dim], dtype=torch.bool, device=tensor.device)
-        gone[torch.from_numpy(positions)] = False
-        masked.index_fill_(dim, gone.nonzero()[:, 0], 0)
-    return masked
+        along = torch.zeros(tensor.shape[dim], dtype=torch.bool, device=tensor.device)
+        along[torch.from_numpy(positions)] = True
+        stays = stays & along.view([-1 if d == dim else 1 for d in range(tensor.ndim)])
+    return torch.where(stays, tensor.detach(), 0)
 
 
 class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -96,7 +96,7 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if is_arithmetic(func):
-            self.numbers[self.entered.stack[-1], operator_name(func)].append(_numbers_in(func, args, self.made))
+            self.numbers[self.entered.stack[-1], operator_of(func).name].append(_numbers_in(func, args, self.made))
         out = func(*args, **(kwargs or {}))
         _note_scalars(out, self.made)
         return out
@@ -120,18 +120,18 @@ class Scales(TorchFunctionMode):
 @cache
 def is_arithmetic(func: Any) -> bool:
     """Whether an operator may compute with numbers: elementwise ones, and ``lift_fresh`` (``torch.tensor(3.0)``)."""
-    return torch.Tag.pointwise in func.tags or operator_name(func) == "lift_fresh"
+    return torch.Tag.pointwise in func.tags or operator_of(func).name == "lift_fresh"
 
 
 def _note_scalars(out: Any, made: TensorMap[bool]) -> None:
     """Remember tensors without dimensions that an operator made; all others are numbers that torch has wrapped."""
-    for tensor in tensors_in([out]):
+    for tensor in tensors_in((out,)):
         if tensor.ndim == 0:
             made[tensor] = True
 
 
 def _numbers_in(func: Any, args: Sequence[Any], made: TensorMap[bool]) -> tuple[float, ...]:
-    if operator_name(func) == "lift_fresh":
+    if operator_of(func).name == "lift_fresh":
         constant = args[0]
         is_number = constant.numel() == 1 and constant.device.type != "meta" and not constant.is_complex()
         return (float(constant),) if is_number else ()
@@ -157,6 +157,7 @@ class _Reference(TorchDispatchMode):  # type: ignore[no-untyped-call]
             _note_scalars(buffer, self.made)
         self.labels = Propagation(graph.rules)
         self.slices: TensorMap[Mapping[int, IntArray]] = TensorMap()
+        self.positions: dict[int, tuple[Tensor | None, IntArray]] = {}
         slices = graph.slices(plan)
         removed = []
         for name, tensor in tensors_of(model)[0].items():
@@ -167,7 +168,7 @@ class _Reference(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 removed.append(np.delete(dim, kept))
             if name in slices and isinstance(tensor, nn.Parameter):
                 self.slices[tensor] = slices[name]
-        self.gone = np.zeros(self.labels.num_labels, dtype=bool)
+        self.gone = np.zeros(self.labels.num_labels + 1, dtype=bool)  # the last one stands for labels made later
         self.gone[np.concatenate(removed) if removed else []] = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -184,23 +185,22 @@ class _Reference(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.labels.where = self.entered.stack[-1]
         arguments = self.labels.call(func, args, kwargs, out)
         if any(self._loses(labels) for labels in self.labels.mixed[seen:]):
-            results = list(tensors_in([func(**self._cut(arguments))]))
-            for result, tensor in zip(results, tensors_in([out]), strict=True):
-                tensor.zero_()
-                self._kept_part(tensor, result)
+            results = tensors_in((func(**self._cut(arguments)),))
+            for result, tensor in zip(results, tensors_in((out,)), strict=True):
+                tensor.copy_(self._put_back(result, tensor))
         return out
 
     def _as_pruned(self, func: Any, args: Any) -> Any:
         """The arguments, with the numbers that the pruned network gave in the same place."""
         if not is_arithmetic(func):
             return args
-        key = (self.entered.stack[-1], operator_name(func))
+        key = (self.entered.stack[-1], operator_of(func).name)
         given, own = self.numbers.get(key, []), _numbers_in(func, args, self.made)
         place = self.seen[key]
         self.seen[key] += 1
         if place >= len(given) or given[place] == own or len(given[place]) != len(own):
             return args
-        if operator_name(func) == "lift_fresh":
+        if operator_of(func).name == "lift_fresh":
             return (torch.full_like(args[0], given[place][0]),)
         values = iter(given[place])
         return tuple(self._number_like(v, values) if _is_number(v, self.made) else v for v in args)
@@ -222,20 +222,22 @@ class _Reference(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kept = self.slices.get(value) if isinstance(value, Tensor) else None
         return value if kept is None else _masked(value, kept)
 
-    def _loses(self, labels: Any) -> bool:
+    def _loses(self, labels: IntArray) -> bool:
         """Whether some of these labels are removed; labels made after the parameters' never are."""
-        return bool(self.gone[labels[labels < len(self.gone)]].any())
+        return self._positions(labels) is not None
+
+    def _positions(self, labels: IntArray) -> Tensor | None:
+        """Positions that are kept, or None if all are."""
+        if id(labels) not in self.positions:
+            gone = self.gone[np.minimum(labels, len(self.gone) - 1)]
+            kept = torch.from_numpy(np.flatnonzero(~gone)) if gone.any() else None
+            self.positions[id(labels)] = kept, labels  # the array is kept, so that no other gets its id
+        return self.positions[id(labels)][0]
 
     def _kept(self, tensor: Tensor) -> list[tuple[int, Tensor]]:
         """Dimensions of a tensor that lose entries, and the positions they keep."""
-        found = []
-        for d, labels in enumerate(self.labels.of(tensor)):
-            if labels is not None and self._loses(labels):
-                known = labels < len(self.gone)
-                keep = ~known
-                keep[known] = ~self.gone[labels[known]]
-                found.append((d, torch.from_numpy(np.flatnonzero(keep)).to(tensor.device)))
-        return found
+        found = [(d, self._positions(labels)) for d, labels in enumerate(self.labels.of(tensor)) if labels is not None]
+        return [(d, positions.to(tensor.device)) for d, positions in found if positions is not None]
 
     def _cut(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         cut = {name: self._cut_tensor(v) if isinstance(v, Tensor) else v for name, v in arguments.items()}
@@ -253,11 +255,9 @@ class _Reference(TorchDispatchMode):  # type: ignore[no-untyped-call]
             result = result.index_select(d, positions)
         return result
 
-    def _kept_part(self, tensor: Tensor, values: Tensor) -> None:
-        """Write values into the kept positions of a tensor."""
-        positions = dict(self._kept(tensor))
-        if not positions:
-            tensor.copy_(values)
-            return
-        index = [positions.get(d, torch.arange(n, device=tensor.device)) for d, n in enumerate(tensor.shape)]
-        tensor.index_put_(torch.meshgrid(*index, indexing="ij"), values.to(tensor.dtype))
+    def _put_back(self, values: Tensor, tensor: Tensor) -> Tensor:
+        """Values of the kept positions of a tensor, with zeros at the others."""
+        for d, positions in self._kept(tensor):
+            full = values.new_zeros(*values.shape[:d], tensor.shape[d], *values.shape[d + 1 :])
+            values = full.index_copy_(d, positions, values)
+        return values

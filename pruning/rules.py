@@ -37,25 +37,26 @@ T = TypeVar("T")
 
 
 class TensorMap(Generic[T]):
-    """Values of live tensors, by identity."""
+    """Values of live tensors, by identity; those of dead ones are dropped soon, because they may hold tensors."""
+
+    SLACK = 64
+    """Entries that may be added before dead ones are looked for."""
 
     def __init__(self) -> None:
         self._entries: dict[int, tuple[Any, T]] = {}
+        self._limit = self.SLACK
 
     def __setitem__(self, tensor: Tensor, value: T) -> None:
         reference = torch._C._WeakTensorRef(tensor)  # type: ignore[attr-defined]
         self._entries[id(tensor)] = (reference, value)
+        if len(self._entries) >= self._limit:
+            self._entries = {key: entry for key, entry in self._entries.items() if not entry[0].expired()}
+            self._limit = len(self._entries) + self.SLACK
 
     def get(self, tensor: Tensor) -> T | None:
         """The value, or None."""
         entry = self._entries.get(id(tensor))
         return None if entry is None or entry[0].expired() else entry[1]
-
-    def pop(self, tensor: Tensor) -> T | None:
-        """The value, which is forgotten, or None."""
-        value = self.get(tensor)
-        self._entries.pop(id(tensor), None)
-        return value
 
 
 class Propagation:
@@ -90,11 +91,7 @@ class Propagation:
         self.relabelled: list[Tensor] = []
         """Tensors that got labels after they were made, by the running operator."""
         self.rules: Mapping[str, Rule] = RULES if rules is None else {**RULES, **rules}
-        self._labels: TensorMap[Labels] = TensorMap()
-        self._sources: TensorMap[str] = TensorMap()
-        self._positions: TensorMap[IntArray] = TensorMap()
-        self._parts: TensorMap[tuple[Tensor, tuple[int, ...], int, slice | int]] = TensorMap()
-        self._unread: TensorMap[Unread] = TensorMap()
+        self._notes: TensorMap[_Note] = TensorMap()
 
     def fresh(self, size: int) -> IntArray:
         """New labels, shape ``(size,)``."""
@@ -105,26 +102,38 @@ class Propagation:
     def register(self, name: str, tensor: Tensor) -> Labels:
         """Label every dimension of a parameter or buffer that has more than one entry."""
         labels = tuple(self.fresh(n) if n > 1 else None for n in tensor.shape)
-        self._labels[tensor] = labels
-        self._sources[tensor] = name
+        self.set(tensor, labels)
+        self._note(tensor).source = name
         return labels
+
+    def _note(self, tensor: Tensor) -> _Note:
+        """What is known about a tensor, to be added to."""
+        note = self._notes.get(tensor)
+        if note is None:
+            self._notes[tensor] = note = _Note((None,) * tensor.ndim)
+        return note
 
     def source(self, tensor: Tensor) -> str | None:
         """Name of the parameter a tensor is computed from, if it is computed from parameters only."""
-        return self._sources.get(tensor)
+        note = self._notes.get(tensor)
+        return None if note is None else note.source
 
     def of(self, tensor: Tensor) -> Labels:
-        labels = self._labels.get(tensor)
-        return labels if labels is not None else (None,) * tensor.ndim
+        note = self._notes.get(tensor)
+        return (None,) * tensor.ndim if note is None else note.labels
 
     def is_labelled(self, tensor: Tensor) -> bool:
-        return any(dim is not None for dim in self.of(tensor))
+        note = self._notes.get(tensor)
+        return note is not None and note.is_labelled
 
     def set(self, tensor: Tensor, labels: Iterable[Dim]) -> None:
-        labels = tuple(labels)
-        assert len(labels) == tensor.ndim, (self.operator, tensor.shape)
-        assert all(dim is None or len(dim) == n for dim, n in zip(labels, tensor.shape, strict=True)), self.operator
-        self._labels[tensor] = labels
+        labels, shape = tuple(labels), tensor.shape
+        assert len(labels) == len(shape), (self.operator, shape)
+        for dim, n in zip(labels, shape, strict=True):
+            assert dim is None or len(dim) == n, self.operator
+        note = self._note(tensor)
+        note.labels = labels
+        note.is_labelled = any(dim is not None for dim in labels)
 
     def tie(self, *dims: Dim) -> Dim:
         """Dimensions that face each other index by index. One of fixed length among them freezes the others."""
@@ -135,7 +144,7 @@ class Propagation:
             for dim in labelled:
                 self.freeze(dim, f"{self.here} joins it with a dimension of fixed size (an input or a constant)")
             return None
-        self.edges += [(labelled[0], dim) for dim in labelled[1:]]
+        self.edges += [(labelled[0], dim) for dim in labelled[1:] if dim is not labelled[0]]
         return labelled[0]
 
     def tie_rows(self, dim: Dim, rows: int) -> None:
@@ -157,17 +166,17 @@ class Propagation:
     def depend(self, tensor: Tensor, dim: Dim) -> None:
         """The tensor holds positions along ``dim``: whoever reads it freezes the labels."""
         if dim is not None:
-            self._positions[tensor] = dim
+            self._note(tensor).positions = dim
 
     def part(self, tensor: Tensor, whole: Tensor, dims: Sequence[int], where: int, positions: slice | int) -> None:
         """The tensor is a view of ``whole``; its dimension i is ``dims[i]``, cut at ``positions`` of ``where``."""
-        self._parts[tensor] = (whole, tuple(dims), where, positions)
+        self._note(tensor).part = (whole, tuple(dims), where, positions)
 
     def written(self, tensor: Tensor) -> None:
         """Labels written into a tensor; those written into a view reach the tensor it is a view of."""
         for dim in self.of(tensor):
             self.state(dim)
-        if (part := self._parts.get(tensor)) is None:
+        if (part := self._note(tensor).part) is None:
             return
         whole, dims, where, positions = part
         labels, new = list(self.of(whole)), self.of(tensor)
@@ -216,21 +225,31 @@ class Propagation:
 
     def call(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Arguments:
         """Carry labels through one ATen call; returns its arguments by name."""
-        self.operator = operator_name(func)
-        arguments = bind(func, args, kwargs)
-        inputs = list(tensors_in(arguments.values()))
-        sources = [self.source(tensor) for tensor in inputs]
-        for source in sources:
-            if source is not None:
-                self.used.setdefault(source)
+        operator = operator_of(func)
+        self.operator = operator.name
+        arguments = operator.bind(args, kwargs)
+        inputs = tensors_in(args)
+        if kwargs:
+            inputs += tensors_in(kwargs.values())
+        labelled, source, made_of_parameters = False, None, bool(inputs)
         for tensor in inputs:
-            self.freeze(self._positions.get(tensor), f"{self.here} reads positions of channels")
-        if self.operator in ALWAYS or any(map(self.is_labelled, inputs)):
+            if (note := self._notes.get(tensor)) is None:
+                made_of_parameters = False
+                continue
+            labelled = labelled or note.is_labelled
+            if note.source is None:
+                made_of_parameters = False
+            else:
+                self.used.setdefault(note.source)
+                source = source or note.source
+            if note.positions is not None:
+                self.freeze(note.positions, f"{self.here} reads positions of channels")
+        if labelled or self.operator in ALWAYS:
             before = self.of(inputs[0])
             rule = self.rules.get(self.operator)
             if rule is not None:
                 rule(self, arguments, out)
-            elif torch.Tag.pointwise in func.tags:
+            elif operator.is_pointwise:
                 elementwise(self, arguments, out)
             else:
                 self.unknown.setdefault(self.operator, []).append(self.where)
@@ -238,23 +257,44 @@ class Propagation:
                     self.freeze(dim, f"operator {self.here} has no rule")
             if out is inputs[0] and any(a is not b for a, b in zip(before, self.of(out), strict=True)):
                 self.written(out)
-        elif is_view(func) and isinstance(out, Tensor):
-            self._parts[out] = (inputs[0], (), -1, -1)
-        for tensor in inputs:
-            if (unread := self._unread.pop(tensor)) is not None:
-                self.unread.remove(unread)
-        for tensor in tensors_in([out]):
+        elif operator.is_view and isinstance(out, Tensor):
+            self._note(out).part = (inputs[0], (), -1, -1)
+        if self.unread:
+            for tensor in inputs:
+                if (note := self._notes.get(tensor)) is not None and note.unread is not None:
+                    self.unread.remove(note.unread)
+                    note.unread = None
+        for tensor in tensors_in((out,)):
             if tensor.numel() == 0 and self.is_labelled(tensor):
-                self._unread[tensor] = unread = Unread(self.of(tensor), self.here)
+                unread = self._note(tensor).unread = Unread(self.of(tensor), self.here)
                 self.unread.append(unread)
-        if inputs and None not in sources:
-            for tensor in tensors_in([out]):
-                if self.source(tensor) is None and sources[0] is not None:
-                    self._sources[tensor] = sources[0]
+            if made_of_parameters and self.source(tensor) is None:
+                self._note(tensor).source = source
         return arguments
 
 
 Rule = Callable[[Propagation, Arguments, Any], None]
+
+
+@dataclass(eq=False, slots=True)
+class _Note:
+    """What is known about a tensor.
+
+    Args:
+        labels: per dimension.
+        is_labelled: whether some dimension has labels.
+        source: name of the parameter it is computed from, if it is computed from parameters only.
+        positions: labels of the dimension along which its values are positions.
+        part: what it is a view of (``Propagation.part``).
+        unread: set while it is empty and nothing has read it.
+    """
+
+    labels: Labels
+    is_labelled: bool = False
+    source: str | None = None
+    positions: Dim = None
+    part: tuple[Tensor, tuple[int, ...], int, slice | int] | None = None
+    unread: Unread | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -308,40 +348,57 @@ class Grouped:
         return edges
 
 
-def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
     """Tensors among values and in their lists and tuples, in order."""
+    found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
-            yield value
+            found.append(value)
         elif isinstance(value, (list, tuple)):
-            yield from tensors_in(value)
+            found += tensors_in(value)
+    return found
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Operator:
+    """What the schema of an ATen operator says.
+
+    Args:
+        name: ``relu`` for ``aten::relu_``; operators of other libraries keep their prefix (``torchvision::nms``).
+        arguments: names of its arguments.
+        defaults: the same names, with their default values or None.
+        is_pointwise: whether PyTorch tags it as elementwise.
+        is_view: whether its output shares memory with its input and is not written by it.
+        allocates: whether its outputs are new memory, neither views nor in-place results.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    defaults: Arguments
+    is_pointwise: bool
+    is_view: bool
+    allocates: bool
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Arguments:
+        """Arguments of a call by name, defaults filled in."""
+        return {**self.defaults, **dict(zip(self.arguments, args, strict=False)), **kwargs}
 
 
 @cache
-def operator_name(func: Any) -> str:
-    """``relu`` for ``aten::relu_``; operators of other libraries keep their prefix (``torchvision::nms``)."""
-    name = str(func._schema.name).removeprefix("aten::")
-    return name if name.endswith("__") else name.removesuffix("_")
-
-
-@cache
-def is_view(func: Any) -> bool:
-    """Whether an operator's output shares memory with its input and is not written by it."""
-    returns = func._schema.returns
-    return bool(returns) and returns[0].alias_info is not None and not returns[0].alias_info.is_write
-
-
-@cache
-def _parameters(func: Any) -> tuple[tuple[str, Any], ...]:
-    return tuple((a.name, a.default_value if a.has_default_value() else None) for a in func._schema.arguments)
-
-
-def bind(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Arguments:
-    """Arguments of an ATen call by name."""
-    bound = dict(_parameters(func))
-    bound.update(zip(bound.copy(), args, strict=False))
-    bound.update(kwargs)
-    return bound
+def operator_of(func: Any) -> Operator:
+    schema = func._schema
+    name = str(schema.name).removeprefix("aten::")
+    name = name if name.endswith("__") else name.removesuffix("_")
+    defaults = {a.name: a.default_value if a.has_default_value() else None for a in schema.arguments}
+    alias = schema.returns[0].alias_info if schema.returns else None
+    return Operator(
+        name,
+        tuple(defaults),
+        defaults,
+        is_pointwise=torch.Tag.pointwise in func.tags,
+        is_view=alias is not None and not alias.is_write,
+        allocates=bool(schema.returns) and alias is None and name != "_unsafe_view",
+    )
 
 
 # --- operators that keep the shape -------------------------------------------------------------------------------
@@ -349,12 +406,12 @@ def bind(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Arguments
 
 def elementwise(p: Propagation, a: Arguments, out: Any) -> None:
     """Broadcast: dimensions that face each other are tied."""
-    inputs = list(tensors_in(a.values()))
-    for result in tensors_in([out]):
+    inputs = [(tuple(x.shape), p.of(x)) for x in tensors_in(a.values())]
+    for result in tensors_in((out,)):
         dims = []
-        for d in range(-result.ndim, 0):
-            n = result.shape[d]
-            dims.append(None if n == 1 else p.tie(*(p.of(x)[d] for x in inputs if x.ndim >= -d and x.shape[d] == n)))
+        for d, n in zip(range(-result.ndim, 0), result.shape, strict=True):
+            facing = [x[d] for shape, x in inputs if n != 1 and len(shape) >= -d and shape[d] == n]
+            dims.append(p.tie(*facing))
         p.set(result, dims)
 
 
@@ -367,7 +424,7 @@ def along(p: Propagation, a: Arguments, out: Any, *, normalises: bool = False) -
             p.normalise(dims[d])
         else:
             p.freeze(dims[d], f"{p.here} works along it")
-    for result in tensors_in([out]):
+    for result in tensors_in((out,)):
         p.set(result, [x if n == m else None for x, n, m in zip(dims, a["self"].shape, result.shape, strict=True)])
 
 
@@ -386,7 +443,7 @@ def batch_norm(p: Propagation, a: Arguments, out: Any) -> None:
     if a.get("training") or a.get("running_mean") is None:
         for dim in (x[0], *x[2:]):
             p.normalise(dim)
-    result, *statistics = tensors_in([out])
+    result, *statistics = tensors_in((out,))
     p.set(result, x)
     for tensor in statistics:
         if tensor.shape == (result.shape[1],):
@@ -401,7 +458,7 @@ def layer_norm(p: Propagation, a: Arguments, out: Any) -> None:
             p.state(x[d])
         p.normalise(x[d])
         x[d] = p.tie(x[d], *(p.of(t)[d] for t in affine))
-    p.set(next(tensors_in([out])), x)
+    p.set(tensors_in((out,))[0], x)
 
 
 def group_norm(p: Propagation, a: Arguments, out: Any) -> None:
@@ -414,7 +471,7 @@ def group_norm(p: Propagation, a: Arguments, out: Any) -> None:
     elif not affine:
         p.state(x[1])
     x[1] = p.tie(x[1], *(p.of(t)[0] for t in affine))
-    result, *statistics = tensors_in([out])
+    result, *statistics = tensors_in((out,))
     p.set(result, x)
     for tensor in statistics:
         if groups == a["C"] and tensor.ndim == 2:
@@ -626,7 +683,7 @@ def cut(p: Propagation, a: Arguments, out: Any) -> None:
     """``slice``, ``select``, ``split`` and ``unbind`` along one dimension; equal parts of a split are tied."""
     whole = a["self"]
     x, where = list(p.of(whole)), a["dim"] % whole.ndim
-    dim, pieces = x[where], list(tensors_in([out]))
+    dim, pieces = x[where], tensors_in((out,))
     if pieces[0].ndim < len(x):
         p.freeze(dim, f"{p.here} picks channels by position")
         parts: list[Dim] = [None] * len(pieces)
@@ -736,7 +793,7 @@ def reduce(p: Propagation, a: Arguments, out: Any, *, order: bool = False) -> No
     """Reductions over ``dim``; over labels they normalise channels, and a result that is an index freezes when read."""
     x = list(p.of(a["self"]))
     over = {d % len(x) for d in as_list(a.get("dim"))} if a.get("dim") not in (None, []) else set(range(len(x)))
-    for result in tensors_in([out]):
+    for result in tensors_in((out,)):
         kept = [None if d in over else dim for d, dim in enumerate(x) if result.ndim == len(x) or d not in over]
         p.set(result, kept)
         for d in over if order and not result.is_floating_point() else ():
@@ -750,7 +807,7 @@ def spatial(p: Propagation, a: Arguments, out: Any, *, num_dims: int) -> None:
     x = p.of(a["self"] if "self" in a else a["input"])
     for dim in x[-num_dims:]:
         p.freeze(dim, f"{p.here} works along it")
-    for result in tensors_in([out]):
+    for result in tensors_in((out,)):
         p.set(result, x[:-num_dims] + (None,) * num_dims)
 
 
@@ -804,13 +861,13 @@ def weight_norm(p: Propagation, a: Arguments, out: Any) -> None:
     v, g = p.of(a["v"]), p.of(a["g"])
     dims = [dim if g_dim is None else p.tie(dim, g_dim) for dim, g_dim in zip(v, g, strict=True)]
     p.mixed += [dim for dim in dims if dim is not None]
-    weight, norms = tensors_in([out])
+    weight, norms = tensors_in((out,))
     p.set(weight, dims)
     p.set(norms, g)
 
 
 def roi_align(p: Propagation, a: Arguments, out: Any) -> None:
-    for result in tensors_in([out]):
+    for result in tensors_in((out,)):
         p.set(result, (None, p.of(a["input"])[1], None, None))
 
 
@@ -823,8 +880,9 @@ def convolution(p: Propagation, a: Arguments, out: Any) -> None:
     w = p.of(weight)
     for dim in w[2:]:
         p.freeze(dim, "")
-    for dim in x[2:]:
-        p.freeze(dim, f"{p.here} slides along it")
+    if any(dim is not None for dim in x[2:]):
+        for dim in x[2:]:
+            p.freeze(dim, f"{p.here} slides along it")
     channels = (_transposed if a["transposed"] else _direct)(p, x[1], weight, groups, a["input"].shape[1])
     if a["bias"] is not None:
         p.tie(channels, p.of(a["bias"])[0])
@@ -835,15 +893,20 @@ def _direct(p: Propagation, x: Dim, weight: Tensor, groups: int, num_inputs: int
     w = p.of(weight)
     if groups > 1 and groups == num_inputs:
         _scale_groups(p, weight)
-        p.tie(None if x is None else np.repeat(x, weight.shape[0] // groups), w[0])
+        p.tie(_repeated(x, weight.shape[0] // groups), w[0])
         return w[0]
     if groups > 1 and w[0] is not None:
         p.grouped.append(Grouped(p.source(weight), groups, x, w[0], w[1]))
     else:
-        p.tie(x, None if w[1] is None else np.tile(w[1], groups))
+        p.tie(x, w[1] if w[1] is None or groups == 1 else np.tile(w[1], groups))
         p.tie_rows(x, groups)
     p.read(weight, 1)
     return w[0]
+
+
+def _repeated(dim: Dim, times: int) -> Dim:
+    """Each label several times in a row."""
+    return dim if dim is None or times == 1 else np.repeat(dim, times)
 
 
 def _transposed(p: Propagation, x: Dim, weight: Tensor, groups: int, num_inputs: int) -> Dim:
@@ -930,7 +993,7 @@ def attention(p: Propagation, a: Arguments, out: Any) -> None:
     p.normalise(p.tie(q[3], k[3]))
     p.normalise(p.tie(k[2], v[2]))
     heads = p.tie(q[1], k[1], v[1])
-    for result in tensors_in([out]):
+    for result in tensors_in((out,)):
         if result.shape == (*query.shape[:3], value.shape[3]):
             p.set(result, (p.tie(q[0], k[0], v[0]), heads, q[2], v[3]))
             return
@@ -1052,17 +1115,11 @@ MACS: dict[str, Callable[[Arguments, Any], list[list[Factor]]]] = {
 """Operator -> products of dimension lengths that sum to its MACs."""
 
 
-def macs_of(func: Any, arguments: Arguments, out: Any) -> list[list[Factor]]:
-    products = MACS.get(operator_name(func))
+def macs_of(operator: Operator, arguments: Arguments, out: Any) -> list[list[Factor]]:
+    products = MACS.get(operator.name)
     return [] if products is None else products(arguments, out)
 
 
-def written_by(func: Any, out: Any) -> list[Tensor]:
+def written_by(operator: Operator, out: Any) -> list[Tensor]:
     """Tensors an operator allocates: its outputs without views and in-place results."""
-    if (
-        operator_name(func) == "_unsafe_view"
-        or not func._schema.returns
-        or func._schema.returns[0].alias_info is not None
-    ):
-        return []
-    return list(tensors_in([out]))
+    return tensors_in((out,)) if operator.allocates else []

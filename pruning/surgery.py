@@ -27,8 +27,8 @@ from pruning.tracer import PruningError, named_tensors, tensors_of
 PLAN_FILE = "plan.json"
 WEIGHTS_FILE = "weights.safetensors"
 
-EMPTY = (dict, OrderedDict, set)
-"""Containers that modules have many of, most of them without items."""
+ATOMS = frozenset((bool, int, float, str, type(None)))
+"""Types of values that are never copied."""
 
 Slices = Mapping[str, Mapping[int, IntArray]]
 
@@ -72,25 +72,50 @@ def rebuild(model: nn.Module, graph: ChannelGraph, plan: PruningPlan, tensors: M
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:  # made by old-style weight norm and the like
                 memo[id(value)] = value.detach().clone()
-            elif type(value) in EMPTY and not value:  # most of what deepcopy would spend its time on
-                memo[id(value)] = type(value)()
     try:
-        result = copy.deepcopy(model, memo)
+        result = copied(model, memo)
     except (RuntimeError, TypeError) as error:
         raise PruningError(f"the model cannot be copied: {error}") from error
     names = set(tensors) | {alias for alias, name in graph.aliases.items() if name in tensors}
     owners = {weight_name(name).rpartition(".")[0] for name in names}
-    for path, module in result.named_modules():
+    for (path, module), dense in zip(result.named_modules(), model.modules(), strict=True):
         if path not in owners:
             continue
         weight = f"{path}.weight" if path else "weight"
         if weight in graph.scaled_groups and hasattr(module, "groups"):
-            module.groups = module.groups * _weight(module).shape[0] // _weight(model.get_submodule(path)).shape[0]
+            module.groups = module.groups * _weight(module).shape[0] // _weight(dense).shape[0]
         for kind, adapt in ADAPTERS.items():
             if isinstance(module, kind):
                 adapt(module)
     _follow(result, graph, plan)
     return result
+
+
+def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """``copy.deepcopy(model, memo)``, which would spend most of its time on the settings and empty hooks of modules."""
+    plain = [module for module in model.modules() if id(module) not in memo and _is_plain(type(module))]
+    for module in plain:
+        memo[id(module)] = type(module).__new__(type(module))
+    for module in plain:
+        attributes = vars(memo[id(module)])
+        for name, value in module.__getstate__().items():  # type: ignore[no-untyped-call]
+            if type(value) in ATOMS:
+                attributes[name] = value
+            elif type(value) in (dict, OrderedDict) and id(value) not in memo:
+                memo[id(value)] = attributes[name] = type(value)()
+                for key, item in value.items():
+                    attributes[name][copy.deepcopy(key, memo)] = copy.deepcopy(item, memo)
+            else:
+                attributes[name] = copy.deepcopy(value, memo)
+    result: nn.Module = copy.deepcopy(model, memo)
+    return result
+
+
+def _is_plain(kind: type[nn.Module]) -> bool:
+    """Whether modules of a class are copied attribute by attribute: the class does not say otherwise."""
+    ways = ("__reduce__", "__reduce_ex__", "__getstate__", "__deepcopy__")
+    is_own = any(getattr(kind, way, None) is not getattr(nn.Module, way, None) for way in ways)
+    return not is_own and kind.__setstate__.__module__.startswith("torch.nn.modules.")
 
 
 def _follow(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> None:

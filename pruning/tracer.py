@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from pruning.plan import IntArray
-from pruning.rules import Factor, Labels, Propagation, Rule, TensorMap, macs_of, operator_name, tensors_in, written_by
+from pruning.rules import Factor, Labels, Propagation, Rule, TensorMap, macs_of, operator_of, tensors_in, written_by
 
 OPAQUE = (nn.RNNBase, nn.RNNCellBase)
 """Modules that check tensor sizes against their constructor's: their own tensors are frozen."""
@@ -68,13 +69,17 @@ def tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     first: dict[int, str] = {}
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
-    for named in (model.named_parameters, model.named_buffers):
-        for name, tensor in named(remove_duplicate=False):
-            if id(tensor) in first:
-                aliases[name] = first[id(tensor)]
-            else:
-                first[id(tensor)] = name
-                tensors[name] = tensor
+    modules = [(f"{path}." if path else "", m) for path, m in model.named_modules(remove_duplicate=False)]
+    parameters = ((path + name, p) for path, module in modules for name, p in module._parameters.items())
+    buffers = ((path + name, b) for path, module in modules for name, b in module._buffers.items())
+    for name, tensor in chain(parameters, buffers):
+        if tensor is None:
+            continue
+        if id(tensor) in first:
+            aliases[name] = first[id(tensor)]
+        else:
+            first[id(tensor)] = name
+            tensors[name] = tensor
     return tensors, aliases
 
 
@@ -95,32 +100,48 @@ def undisturbed(model: nn.Module, *, training: bool = False) -> Iterator[None]:
     ``nn.MultiheadAttention`` runs as a composition of operators meanwhile, not as one fused operator.
     """
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone(), buffer._version) for buffer in model.buffers()]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    registered = [b for module, _ in modes for b in module._buffers.values() if b is not None]
+    buffers = [(buffer, buffer.clone(), buffer._version) for buffer in registered]
+    parameters = (p for module, _ in modes for p in module._parameters.values() if p is not None)
+    devices = {p.device for p in parameters if p.is_cuda}
     with torch.random.fork_rng([d.index for d in devices]), torch.no_grad():
         fused = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
-        for module, _ in modes:
-            module.training = training
+        _set_modes([(module, training) for module, _ in modes])
         try:
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fused)
-            for module, mode in modes:
-                module.training = mode
+            _set_modes(modes)
             for buffer, before, version in buffers:
                 if buffer._version != version:
                     buffer.copy_(before)
+
+
+def _set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+    for module, training in modes:
+        if module.training != training:
+            module.training = training
 
 
 class Entered:
     """The stack of running modules, and the last one entered."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.names = {module: name for name, module in model.named_modules()}
+        self.modules: dict[str, nn.Module] = dict(model.named_modules())
+        self.names = {module: name for name, module in self.modules.items()}
         self.stack = [""]
         self.last = ""
         self.last_type = type(model).__name__
+
+    @property
+    def running(self) -> nn.Module:
+        return self.modules[self.stack[-1]]
+
+    def forget(self) -> None:
+        """Let go of the model."""
+        self.modules.clear()
+        self.names.clear()
 
 
 @contextmanager
@@ -129,9 +150,10 @@ def modules_entered(model: nn.Module) -> Iterator[Entered]:
     entered = Entered(model)
 
     def enter(module: nn.Module, _: object) -> None:
-        if module in entered.names:
-            entered.last, entered.last_type = entered.names[module], type(module).__name__
-        entered.stack.append(entered.names.get(module, entered.stack[-1]))
+        name = entered.names.get(module)
+        if name is not None:
+            entered.last, entered.last_type = name, type(module).__name__
+        entered.stack.append(entered.stack[-1] if name is None else name)
 
     def leave(_: nn.Module, __: object, ___: object) -> None:
         entered.stack.pop()
@@ -170,13 +192,13 @@ def without_arithmetic(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
     Raises:
         NeedsValuesError: the operator looks at values.
     """
-    name = operator_name(func)
+    name = operator_of(func).name
     if name in PRODUCTS and not kwargs:
         return _product(args[-2], args[-1], args[0] if len(args) == 3 else None)
     if name == "convolution" and not kwargs and args[0].ndim == args[1].ndim:
         return _convolution(*args)
     if name in HEAVY:
-        device = next(tensors_in(args)).device
+        device = tensors_in(args)[0].device
         args, kwargs = tree_map_only(Tensor, _on_meta, (tuple(args), dict(kwargs)))
         return tree_map_only(Tensor, lambda t: _zeros_like(t, device), func(*args, **kwargs))
     if _looks(func) and (name != "index" or any(t.dtype in (torch.bool, torch.uint8) for t in tensors_in([args[1]]))):
@@ -196,7 +218,7 @@ def _product(x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
 @cache
 def _looks(func: Any) -> bool:
     tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-    return operator_name(func) in LOOKING or not tags.isdisjoint(func.tags)
+    return operator_of(func).name in LOOKING or not tags.isdisjoint(func.tags)
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
@@ -233,8 +255,10 @@ def _convolution(
         space.append((n - 1) * s - 2 * p + reach + extra if transposed else (n + 2 * p - reach) // s + 1)
     if min(space) < 1:
         raise RuntimeError(f"convolution: an input of {tuple(x.shape[2:])} is smaller than the kernel")
-    formats = {suggest_memory_format(x), suggest_memory_format(weight)} - {torch.contiguous_format}
-    layout = next(iter(formats), torch.contiguous_format)
+    layout = torch.contiguous_format
+    if not (x.is_contiguous() and weight.is_contiguous()):
+        formats = {suggest_memory_format(x), suggest_memory_format(weight)} - {layout}
+        layout = next(iter(formats), layout)
     return torch.empty(x.shape[0], outputs, *space, dtype=x.dtype, device=x.device, memory_format=layout).zero_()
 
 
@@ -248,7 +272,7 @@ class NoArithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return without_arithmetic(func, args, kwargs or {})
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Call:
     """What one call of a torch function gave: per tensor its labels, shape, type and device."""
 
@@ -294,10 +318,10 @@ class _Functions(TorchFunctionMode):
             labels.function, labels.inferred = "", None
         if name == "instance_norm" and (channels := labels.of(args[0])[1]) is not None:
             self.tracer.norms[key[0]] = channels
-        if name in SIZED and not isinstance(self.tracer.model.get_submodule(key[0]), KNOWS_ITS_SIZE):
+        if name in SIZED and not isinstance(self.calls.entered.running, KNOWS_ITS_SIZE):
             for dim in (dim for t in tensors_in([out]) for dim in labels.of(t)):
                 labels.state(dim)
-        tensors = list(tensors_in([args[0] if name == "__setitem__" else out]))
+        tensors = tensors_in((args[0] if name == "__setitem__" else out,))
         if self.tracer.recording and tensors:
             outputs = [(labels.of(t), tuple(t.shape), t.dtype, t.device) for t in tensors]
             self.tracer.calls[key] = call = Call(outputs)
@@ -310,11 +334,10 @@ class _Functions(TorchFunctionMode):
         """The model's own code asks for a number of channels, and may have written down which one it expects."""
         labels = self.tracer.labels
         asked = [labels.of(tensor)[d] for d in dims] if dims else labels.of(tensor)
-        if any(dim is not None for dim in asked):
-            module = self.tracer.model.get_submodule(self.calls.entered.stack[-1])
-            if not type(module).__module__.startswith("torch.nn."):
-                for dim in asked:
-                    labels.state(dim)
+        running = type(self.calls.entered.running)
+        if not running.__module__.startswith("torch.nn."):
+            for dim in asked:
+                labels.state(dim)
 
 
 def _open_size(args: Sequence[Any]) -> int | None:
@@ -337,6 +360,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.rules, self.values = rules, values
         self.labels = Propagation(rules)
         self.tensors, self.aliases = tensors_of(model)
+        self.parameters = {name for name, tensor in self.tensors.items() if isinstance(tensor, nn.Parameter)}
         self.places = [
             (name, d, labels)
             for name, tensor in self.tensors.items()
@@ -363,11 +387,11 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             PruningError: the forward fails; says in which module and with which shapes.
             NeedsValuesError: it looks at values that were not computed.
         """
-        for path, module in self.model.named_modules():
+        for path, module in self.entered.modules.items():
             if isinstance(module, OPAQUE):
                 self._opaque(path, module)
         self._forward(args, kwargs)
-        if any(name not in self.labels.used for name, _ in self.model.named_parameters()):
+        if not self.parameters <= self.labels.used.keys():
             self.recording = False  # auxiliary heads run in training only; they must be cut all the same
             with suppress(PruningError, NeedsValuesError):
                 self._forward(args, kwargs, training=True)
@@ -375,7 +399,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for dim in unread.labels:
                 self.labels.freeze(dim, f"{unread.here} gives an empty tensor, so that nothing after it was seen")
         self._freeze_unused()
-        for path, module in self.model.named_modules():
+        for path, module in self.entered.modules.items():
             if isinstance(module, nn.MultiheadAttention):
                 self._attention(path, module)
 
@@ -421,10 +445,11 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         arguments = self.labels.call(func, args, kwargs or {}, out)
         if not self.recording:
             return out
-        for product in macs_of(func, arguments, out):
+        operator = operator_of(func)
+        for product in macs_of(operator, arguments, out):
             layer = next((s for t, _ in product if (s := self.labels.source(t)) is not None), None)
             self.macs.append((*self.product(product), layer))
-        for tensor in written_by(func, out):
+        for tensor in written_by(operator, out):
             self._allocated[tensor] = len(self.bytes)
             self.bytes.append(self._bytes(tensor))
         while self.labels.relabelled:
@@ -443,8 +468,12 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def product(self, factors: list[Factor]) -> tuple[int, list[int]]:
         """Constant factor and the labelled dimensions (positions in ``dims``) of a product of lengths."""
         scale, labelled = 1, []
+        last: Tensor | None = None
+        dims: Labels = ()
         for tensor, d in factors:
-            labels = self.labels.of(tensor)[d]
+            if tensor is not last:
+                last, dims = tensor, self.labels.of(tensor)
+            labels = dims[d]
             if labels is None:
                 scale *= tensor.shape[d]
             else:
@@ -453,7 +482,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def dim_id(self, labels: IntArray) -> int:
         """Position of a dimension in ``dims``, where it is put if it is new."""
-        if id(labels) not in self.dim_ids:
-            self.dim_ids[id(labels)] = len(self.dims)
+        place = self.dim_ids.get(id(labels))
+        if place is None:
+            place = self.dim_ids[id(labels)] = len(self.dims)
             self.dims.append(labels)
-        return self.dim_ids[id(labels)]
+        return place

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import linecache
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,11 @@ class Source:
     value: int = 0
     labels: Dim = None
 
+    @property
+    def place(self) -> tuple[str, str, int | None]:
+        """The attribute."""
+        return self.module, self.name, self.index
+
 
 class Number(int):
     """An integer that knows where it comes from; arithmetic keeps the sources and loses ``exact``."""
@@ -187,6 +193,9 @@ class _Trial(TorchFunctionMode):
         """The module that ran last and the one that raised, what, and the line."""
         self.outputs: Any = None
         self.numbers: Numbers = {}
+        self.followed = {(f.module, f.name, f.index): tracer.dims[f.dim - 1] for f in self.graph.followed}
+        """The dimensions that attributes of modules follow."""
+        self.lengths: dict[int, tuple[int, IntArray]] = {}
         self.labels: TensorMap[Labels] = TensorMap()
         self.astray: TensorMap[bool] = TensorMap()
 
@@ -204,8 +213,9 @@ class _Trial(TorchFunctionMode):
             self.labels[tensor] = self.tracer.labels.of(self.tracer.tensors[name])
         with undisturbed(pruned), modules_entered(pruned) as entered:
             self.calls, arithmetic = Calls(entered), Arithmetic(entered)
+            scales = nullcontext() if self.shapes_only else Scales(arithmetic)
             try:
-                with NoArithmetic() if self.shapes_only else arithmetic, self, Scales(arithmetic):
+                with NoArithmetic() if self.shapes_only else arithmetic, self, scales:
                     self.outputs = pruned(*args, **kwargs)
             except NeedsValuesError:
                 raise
@@ -213,7 +223,7 @@ class _Trial(TorchFunctionMode):
                 modules = (entered.last, _module_of(error, entered))
                 self.failure = (modules, type(error).__name__, _line_of(error))
         self.numbers = arithmetic.numbers
-        entered.names.clear()  # nothing shall keep the pruned network in memory
+        entered.forget()
 
     def differs_from_masked(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
         """How the outputs of a run differ from those of the masked dense network; empty if they do not."""
@@ -221,7 +231,11 @@ class _Trial(TorchFunctionMode):
         return compare_outputs(self.outputs, expected, TRIAL_TOLERANCE).reason
 
     def length(self, labels: IntArray) -> int:
-        return int(self.kept[labels].sum())
+        """How many of these labels the trial keeps."""
+        known = self.lengths.get(id(labels))
+        if known is None:  # the array is kept, so that no other gets its id
+            known = self.lengths[id(labels)] = int(np.count_nonzero(self.kept[labels])), labels
+        return known[0]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -242,7 +256,7 @@ class _Trial(TorchFunctionMode):
             return self._sized(args[0], out, *args[1:], **kwargs)
         if call is None:
             return out
-        tensors = list(tensors_in([args[0] if name == "__setitem__" else out]))
+        tensors = tensors_in((args[0] if name == "__setitem__" else out,))
         if len(tensors) != len(call.outputs) or self._differs(call, tensors, args, kwargs):
             if self._note(call, name, args, kwargs):
                 return self._promised(call, name)
@@ -304,17 +318,21 @@ class _Trial(TorchFunctionMode):
 
     def _note(self, call: Call, name: str, args: Any, kwargs: Any) -> bool:
         """Keep a mismatch; False if no channels that the trial removed are in it."""
-        inputs = list(tensors_in(_flat([*args, *kwargs.values()])))
+        inputs = tensors_in(_flat([*args, *kwargs.values()]))
         dims = [dim for t in inputs for dim in self.labels.get(t) or ()] + [d for out in call.outputs for d in out[0]]
         numbers = [n for n in _flat([*args, *kwargs.values()]) if isinstance(n, Number)]
         dims += [source.labels for n in numbers for source in n.sources]
-        touched = {id(dim): dim for dim in dims if dim is not None and self.length(dim) != len(dim)}
+        touched = self._smaller(dims) or self._smaller(self.followed.get(s.place) for n in numbers for s in n.sources)
         if not touched:
             return False
         needs = _needs(self, call, name, args, kwargs)
         wrong = tuple((n, dim) for n, dim in needs if dim is None or n != self.length(dim))
-        self.mismatches.append(Mismatch(wrong, tuple(touched.values()), _line()))
+        self.mismatches.append(Mismatch(wrong, touched, _line()))
         return True
+
+    def _smaller(self, dims: Iterable[Dim]) -> tuple[IntArray, ...]:
+        """Those of which the trial removes something, each once."""
+        return tuple({id(dim): dim for dim in dims if dim is not None and self.length(dim) != len(dim)}.values())
 
 
 def _without_values(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:
@@ -462,10 +480,9 @@ class _Findings:
         attributes = [source for source in number.sources if source.labels is None]
         likely = (len(dim), len(np.unique(dim)))
         for source in sorted(attributes, key=lambda s: (s.value not in likely, -s.value)):
-            place = (source.module, source.name, source.index)
-            if place not in self.tried:
-                self.tried.add(place)
-                self.followed.append(Followed(*place, source.value, 1 + self.tracer.dim_id(dim), len(dim)))
+            if source.place not in self.tried:
+                self.tried.add(source.place)
+                self.followed.append(Followed(*source.place, source.value, 1 + self.tracer.dim_id(dim), len(dim)))
                 self.settled.append((dim, mismatch.line))
                 return True
         return False

@@ -16,7 +16,7 @@ SEEDS = range(20)
 CLUSTERING = ("acp", "icp")
 SHORT = {
     "acp": {"cycles": 2},
-    "ccep": {"outer_iterations": 5, "population": 3, "generations": 2, "finetune_epochs": 0, "ratio_bound": 0.8},
+    "ccep": {"outer_iterations": 8, "generations": 3, "finetune_epochs": 0},
     "evofc": {"generations": 8, "start": "pretrained"},
     "filter_ensemble": {"rounds": 1},
     "meta": {"iterations": 4, "population": 20},

@@ -183,8 +183,9 @@ def test_steps_draw_allowed_widths_uniformly_from_the_seed_and_the_step():
     net, x = supernet()
     net.train()
     plans = [net.draw(step) for step in range(400)]
-    assert plans == [supernet()[0].draw(step) for step in range(400)]
-    assert plans != [supernet(seed=4)[0].draw(step) for step in range(400)]
+    again, other = supernet()[0], supernet(seed=4)[0]
+    assert plans[:20] == [again.draw(step) for step in range(20)]
+    assert plans[:20] != [other.draw(step) for step in range(20)]
     for name, allowed in net.space.allowed.items():
         drawn, counts = np.unique([plan.widths[name] for plan in plans], return_counts=True)
         assert tuple(drawn) == allowed

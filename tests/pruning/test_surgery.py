@@ -15,7 +15,7 @@ from pruning.channels import ChannelGraph
 from pruning.cost import cost, count
 from pruning.plan import PruningPlan
 from pruning.saliency import uniform_plan
-from pruning.surgery import certify, compare_outputs, load_pruned, prune, save_pruned, scatter
+from pruning.surgery import certify, compare_outputs, copied, load_pruned, prune, save_pruned, scatter
 from pruning.tracer import PruningError
 from pruning.weights import inherit
 from tests.pruning.models import CifarResNet, PlainCNN, Tied, TwoBranches, certified, half, randomise
@@ -93,6 +93,28 @@ def test_pruned_copy_is_independent_and_trains() -> None:
         p.grad is not None and p.grad.shape == p.shape for n, p in pruned.named_parameters() if n != "conv1.weight"
     )
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_copy_is_what_deepcopy_would_make() -> None:
+    class Own(nn.Identity):
+        copies = 0
+
+        def __deepcopy__(self, memo: object) -> Own:
+            new = Own()
+            new.copies = self.copies + 1
+            return new
+
+    shared, calls = nn.Linear(3, 3), []
+    shared.register_forward_hook(lambda *_: calls.append(1))
+    model = nn.Sequential(shared, Own(), shared)
+    model.settings = {"layers": [shared], "sizes": (3, 3)}  # type: ignore[assignment]
+    new = copied(model, {})
+    assert new[0] is new[2] is new.settings["layers"][0] and new[0] is not shared
+    assert torch.equal(new[0].weight, shared.weight) and new[0].weight is not shared.weight
+    assert new[1].copies == 1 and new.settings["sizes"] == (3, 3)
+    shared._forward_hooks.clear()
+    new(torch.zeros(1, 3))
+    assert calls == [1, 1] and vars(new).keys() == vars(model).keys()
 
 
 def test_tied_weights_stay_tied() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -158,6 +159,25 @@ def test_a_check_in_the_code_freezes_its_module() -> None:
     assert "2" in [g.name for g in graph.groups] and certificate.ok, certificate
 
 
+def test_an_attribute_that_has_to_follow_and_to_stay_freezes_what_it_followed() -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.width = 4
+            self.free, self.fixed, self.other = nn.Conv2d(6, 8, 1), nn.Conv2d(6, 8, 1), nn.Conv2d(6, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            fixed = self.fixed(x) + torch.ones(8, 1, 1)
+            a, b = self.free(x).split([self.width, self.width], 1)
+            c, d = fixed.split([self.width, self.width], 1)
+            return torch.cat([a * b, c * d, self.other(x)], 1)
+
+    model = randomise(nn.Sequential(nn.Conv2d(3, 6, 1), Halves(), nn.Conv2d(16, 4, 1)))
+    graph, certificate = certified(model, IMAGES)
+    assert {g.name: g.size for g in graph.groups} == {"0": 6, "1.other": 8}
+    assert certificate.ok, certificate
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["swin_t", "swin_v2_t", "vit_b_16", "maxvit_t", "convnext_tiny"])
 def test_transformers_of_torchvision(name: str) -> None:
@@ -169,6 +189,18 @@ def test_transformers_of_torchvision(name: str) -> None:
     assert sum({f.layer: f.macs_share for f in graph.frozen}.values()) < 0.02
     plan = half(graph)
     assert cost(graph, plan) == count(prune(model, graph, plan), x)
+
+
+def test_nothing_is_kept_of_tensors_that_are_gone() -> None:
+    known: rules.TensorMap[Tensor] = rules.TensorMap()
+    last = weakref.ref(whole := torch.zeros(3))
+    known[view := whole[1:]] = whole
+    del whole, view
+    for _ in range(2):
+        kept = [torch.zeros(1) for _ in range(rules.TensorMap.SLACK)]
+        for tensor in kept:
+            known[tensor] = tensor
+    assert last() is None and known.get(kept[0]) is kept[0]
 
 
 def test_numbers_know_their_sources() -> None:
