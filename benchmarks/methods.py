@@ -84,10 +84,37 @@ class Scale:
 
 
 CPU: dict[str, Mapping[str, Any]] = {
-    "ccep": {"outer_iterations": 3, "population": 3, "generations": 2, "ratio_bound": 0.6, "finetune_epochs": 0.15},
+    "acp": {"population": 4, "cycles": 2, "fitness_epochs": 0.01},
+    "aofp": {"batches": 8, "threshold": 0.05, "finetune_epochs": 0},
+    "ccep": {
+        "outer_iterations": 4,
+        "population": 3,
+        "generations": 1,
+        "initial_keep": 0.6,
+        "ratio_bound": 0.4,
+        "accuracy_step": 0.02,
+        "finetune_epochs": 0.03,
+    },
+    "dafp": {"epochs": 0.15},
+    "dais": {"epochs": 0.15},
+    "evofc": {
+        "population": 4,
+        "offspring": 4,
+        "generations": 3,
+        "epochs": 0.15,
+        "criteria_on": "inherited",
+        "start": "pretrained",
+        "final": "inherit",
+    },
+    "filter_ensemble": {"bundle": 8, "min_masks": 1, "max_masks": 1, "images": 200},
+    "icp": {"rounds": 2, "finetune_epochs": 0.07},
+    "meta": {"weights": "shared", "epochs": 0.15, "population": 8, "parents": 3, "iterations": 3, "top": 4},
+    "optuna": {"num_plans": 20},
+    "random": {"num_plans": 20},
+    "rewarded_meta": {"weights": "shared", "epochs": 0.15, "population": 8, "parents": 3, "iterations": 3, "top": 4},
 }
 SCALES = {
-    "cpu": Scale((0.5,), 1000, 100.0, 0.5, 0.5, 0.02, CPU),
+    "cpu": Scale((0.5,), 500, 60.0, 0.15, 0.25, 0.02, CPU),
     "gpu": Scale((0.5, 0.37), 5000, 1800.0, 60.0, 60.0, 0.05),
 }
 METHODS = (
