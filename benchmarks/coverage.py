@@ -297,8 +297,10 @@ def figures_of(rows: Sequence[Row]) -> list[Figure]:
     if tasks:
         add("detection_and_segmentation_ok_share", share(tasks), 1, share(tasks) == 1)
     traced = [row for row in rows if "trace_s" in row]
-    over = statistics.median([row["trace_s"] / row["forward_s"] for row in traced] or [float("nan")])
-    add("trace_over_forward_median", over, 2, over <= 2)
+    for source in (None, *dict.fromkeys(row["source"] for row in traced)):
+        ratios = [row["trace_s"] / row["forward_s"] for row in traced if source in (None, row["source"])]
+        over = statistics.median(ratios or [float("nan")])
+        add("trace_over_forward_median" + (f"_{source}" if source else ""), over, 2, over <= 2)
     late = sum(row["trace_s"] > 5 * row["forward_s"] + 1 for row in traced)
     add("traces_above_5_forwards_and_1_s", late, 0, late == 0)
     both = [row for row in rows if row["status"] == row.get("peer") == "ok"]
