@@ -290,10 +290,11 @@ def report(run: Run, facts: Facts) -> dict[str, Any]:
     front = run.directory / "front.json"
     rows = front_rows(run.journal.records, run.workload.metric)
     front.write_text(json.dumps({"format": 1, "candidates": rows}, indent=1) + "\n", encoding="utf-8")
-    html, data = write_report(run.directory, run.config, run.profile, facts, run.journal.records)
+    html, data = write_report(run.directory, run.config, run.profile, facts, run.journal.records, rows)
     compact = facts["judge"]["models"]["compact"]
     metrics = {f"final.{k}": float(v) for k, v in compact.items() if v is not None}
     metrics["final.speedup"] = facts["benchmark"]["speedup"]["value"]
+    metrics |= {f"search.{name}": float(amount) for name, amount in facts["search"]["spent"].items()}
     names = ("benchmark.json", "compact.plan.json", "compact.safetensors", "run.yaml")
     extra = [run.directory / name for name in names]
     if "register" in facts:

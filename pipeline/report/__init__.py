@@ -15,6 +15,7 @@ from pipeline.report.charts import cloud, histogram
 
 Facts = Mapping[str, Any]
 Row = tuple[str, str, str, str]
+MAX_FRONT = 15
 
 
 def final_table(facts: Facts) -> list[Row]:
@@ -56,9 +57,19 @@ def final_table_markdown(facts: Facts) -> str:
 
 
 def write_report(
-    directory: Path, config: RunFile, profile: DeviceProfile, facts: Facts, records: Sequence[Mapping[str, Any]]
+    directory: Path,
+    config: RunFile,
+    profile: DeviceProfile,
+    facts: Facts,
+    records: Sequence[Mapping[str, Any]],
+    front: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[Path, Path]:
-    """Write ``report.html`` and ``report.json`` into the run directory; returns both paths."""
+    """Write ``report.html`` and ``report.json`` into the run directory; returns both paths.
+
+    Args:
+        records: the journal's.
+        front: the Pareto front, as ``pipeline.rescore.front_rows`` gives it.
+    """
     result = BenchmarkResult.from_json((directory / "benchmark.json").read_text(encoding="utf-8"))
     points = _points(config, facts, records)
     page = Environment(loader=PackageLoader("pipeline.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -76,6 +87,7 @@ def write_report(
         ),
         search_chart=cloud(points, "MACs, share of the baseline", f"{config.name}: accuracy on the search split"),
         num_points=len(points),
+        front=[_front_row(row, facts) for row in front[:MAX_FRONT]],
         widths=_widths(facts),
     )
     html_file, json_file = directory / "report.html", directory / "report.json"
@@ -84,6 +96,18 @@ def write_report(
     data["environment"] = dict(result.environment)
     json_file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     return html_file, json_file
+
+
+def _front_row(row: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
+    """One line of the front's table."""
+    candidate, found = row["candidate"], row["evaluation"]["metrics"]
+    return {
+        "name": f"{row['stage']} {candidate['origin']} {candidate['id']}",
+        "weights": candidate["base"] or "as cut",
+        "accuracy": found.get("map50", found.get("top1")),
+        "macs": found["macs"] / facts["search"]["reference"]["metrics"]["macs"],
+        "latency": found.get("latency_ratio"),
+    }
 
 
 def _points(config: RunFile, facts: Facts, records: Sequence[Mapping[str, Any]]) -> list[tuple[float, float, str, str]]:
