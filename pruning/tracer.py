@@ -101,7 +101,7 @@ def undisturbed(model: nn.Module, *, training: bool = False) -> Iterator[None]:
     """
     modes = [(module, module.training) for module in model.modules()]
     registered = [b for module, _ in modes for b in module._buffers.values() if b is not None]
-    buffers = [(buffer, buffer.clone(), buffer._version) for buffer in registered]
+    buffers = [(buffer, buffer.clone()) for buffer in registered]
     parameters = (p for module, _ in modes for p in module._parameters.values() if p is not None)
     devices = {p.device for p in parameters if p.is_cuda}
     with torch.random.fork_rng([d.index for d in devices]), torch.no_grad():
@@ -113,8 +113,8 @@ def undisturbed(model: nn.Module, *, training: bool = False) -> Iterator[None]:
         finally:
             torch.backends.mha.set_fastpath_enabled(fused)
             _set_modes(modes)
-            for buffer, before, version in buffers:
-                if buffer._version != version:
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):  # batch norm writes without raising a tensor's version
                     buffer.copy_(before)
 
 

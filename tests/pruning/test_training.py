@@ -202,3 +202,15 @@ def test_distributed_data_parallel(tmp_path: Path) -> None:
     for name, parameter in pruned.named_parameters():
         assert parameter.grad is not None
         assert same(torch.tensor(first[name]), parameter.grad.double().flatten(), 1e-4), name
+
+
+def test_looking_at_what_runs_in_training_only_leaves_running_statistics_as_they_were() -> None:
+    def run(m: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+        y = m.norm(m.trunk(x)).relu()
+        return [m.head(y), m.auxiliary(y)] if m.training else [m.head(y)]
+
+    parts = {"trunk": nn.Conv2d(3, 8, 1), "norm": nn.BatchNorm2d(8), "head": nn.Conv2d(8, 2, 1)}
+    model = Net(run, **parts, auxiliary=nn.Conv2d(8, 2, 1)).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ChannelGraph.trace(model, torch.randn(2, 3, 4, 4))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
