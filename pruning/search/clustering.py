@@ -22,7 +22,7 @@ from scipy.spatial.distance import squareform
 
 from pruning.plan import BoolArray, IntArray
 from pruning.search.protocol import FloatArray
-from pruning.search.support import Limit
+from pruning.search.support import Limit, bisect
 
 Clusterer = Literal["dbscan", "agglomerative", "dbs"]
 
@@ -212,16 +212,7 @@ def calibrate(clusters: Mapping[str, Clusters], limit: Limit, widths: Callable[[
         clusters: of every group.
         widths: radius -> shape ``(groups,)``.
     """
-    fails, meets = 0.0, max(c.top for c in clusters.values())
-    if limit.of(widths(fails)) <= limit.bound:
-        return fails
-    for _ in range(40):
-        middle = (fails + meets) / 2
-        if limit.of(widths(middle)) <= limit.bound:
-            meets = middle
-        else:
-            fails = middle
-    return meets
+    return bisect(limit, widths, meets=max(c.top for c in clusters.values()), fails=0.0)
 
 
 # -- databionic swarm --------------------------------------------------------------------------------------------------

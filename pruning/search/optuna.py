@@ -27,7 +27,7 @@ import optuna
 
 from pruning.plan import SearchSpace
 from pruning.search.protocol import Candidate, Evaluation, Problem, Strategy, Target
-from pruning.search.support import Limit, SearchError, best_first, check_ranges, evaluate, limit_of, score
+from pruning.search.support import Limit, SearchError, best_first, bisect, check_ranges, evaluate, limit_of, score
 
 SAMPLERS: dict[str, tuple[Callable[..., Any], Mapping[str, object]]] = {
     "tpe": (optuna.samplers.TPESampler, {}),
@@ -152,16 +152,8 @@ def fitted(space: SearchSpace, profile: Sequence[float], limit: Limit | None) ->
 
     if limit is None:
         return widths(1.0)
-    meets, fails = 0.0, 1 / min(profile)  # the smallest plan of the space, which meets the limit, and the whole network
-    if limit.of(widths(fails)) <= limit.bound:
-        return widths(fails)
-    for _ in range(30):
-        middle = (meets + fails) / 2
-        if limit.of(widths(middle)) <= limit.bound:
-            meets = middle
-        else:
-            fails = middle
-    return widths(meets)
+    whole = 1 / min(profile)  # and 0 is the smallest plan of the space, which meets the limit
+    return widths(bisect(limit, widths, meets=0.0, fails=whole))
 
 
 def _distributions(space: SearchSpace, blocks: Sequence[str]) -> dict[str, Any]:

@@ -150,6 +150,25 @@ class Limit:
         return float(self.ratios(np.asarray(widths, dtype=np.int64)[None])[0])
 
 
+def bisect(limit: Limit, widths: Callable[[float], list[int]], meets: float, fails: float) -> float:
+    """The number nearest to ``fails`` (to 2^-40 of the range) whose widths meet a limit.
+
+    Args:
+        widths: number -> width per group, shape ``(groups,)``; costs rise from ``meets`` to ``fails``.
+        meets: a number whose widths meet the limit; not checked.
+        fails: where to go as near as possible; comes back if its widths meet the limit after all.
+    """
+    if limit.of(widths(fails)) <= limit.bound:
+        return fails
+    for _ in range(40):
+        middle = (meets + fails) / 2
+        if limit.of(widths(middle)) <= limit.bound:
+            meets = middle
+        else:
+            fails = middle
+    return meets
+
+
 def macs_ratios(problem: Problem) -> Ratios:
     """MACs of width vectors as ratios to the unpruned network's."""
     whole = problem.costs(problem.space.encode(problem.space.full)[None])["macs"][0]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pruning.search.protocol import Candidate, Problem, Strategy, Target
-from pruning.search.support import Limit, SearchError, best_first, evaluate, limit_of, meet, score
+from pruning.search.support import Limit, SearchError, best_first, bisect, evaluate, limit_of, meet, score
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,5 @@ def search(problem: Problem, options: Options) -> Strategy:
 
 
 def _largest(widths: Callable[[float], list[int]], limit: Limit) -> list[int]:
-    """Widths of the largest keep ratio (to 2^-30) within the limit: costs never fall as the ratio grows, so bisect."""
-    meets, fails = 0.0, 1.0  # ratio 0 is the smallest plan of the space, which limit_of has passed
-    if limit.of(widths(fails)) <= limit.bound:
-        return widths(fails)
-    for _ in range(30):
-        middle = (meets + fails) / 2
-        if limit.of(widths(middle)) <= limit.bound:
-            meets = middle
-        else:
-            fails = middle
-    return widths(meets)
+    """Widths of the largest keep ratio within the limit; ratio 0 is the smallest plan, which ``limit_of`` has passed."""
+    return widths(bisect(limit, widths, meets=0.0, fails=1.0))
