@@ -61,5 +61,5 @@ def search(problem: Problem, options: Options) -> Strategy:
 
 
 def _largest(widths: Callable[[float], list[int]], limit: Limit) -> list[int]:
-    """Widths of the largest keep ratio within the limit; ratio 0 is the smallest plan, which ``limit_of`` has passed."""
+    """Widths of the largest keep ratio within the limit; ratio 0, the smallest plan, meets it (``limit_of``)."""
     return widths(bisect(limit, widths, meets=0.0, fails=1.0))
