@@ -477,7 +477,7 @@ def recalibrate(network: nn.Module, workload: Workload, num_images: int, device:
         norm.train()
     split = workload.train.first(num_images)
     with torch.inference_mode():
-        for chosen in torch.split(torch.arange(len(split)), MAX_BATCH):
+        for chosen in torch.tensor_split(torch.arange(len(split)), math.ceil(len(split) / MAX_BATCH)):  # equal ones
             network(workload.batch(split, chosen, train=False, generator=None, device=device)[0])
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
