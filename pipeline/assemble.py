@@ -175,6 +175,11 @@ class Run:
         self.tracker.reward = of
         return reward
 
+    @property
+    def search_target(self) -> SearchTarget:
+        """What the search aims at; nothing meets it if none is set."""
+        return SearchTarget(self.config.search.target.macs_ratio, self.config.search.target.latency_ratio)
+
     def budget(self) -> Budget:
         """What the search may spend."""
         return Budget(**self.config.search.budget.model_dump())
@@ -187,7 +192,7 @@ class Run:
             reference,
             reward,
             lambda widths: widths_costs(graph, space, widths),
-            SearchTarget(section.target.macs_ratio, section.target.latency_ratio),
+            self.search_target,
             np.random.default_rng(self.config.seed),
             self.budget(),
             self.workload.metric,

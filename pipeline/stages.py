@@ -34,6 +34,7 @@ from pipeline.workloads import Split
 from pruning.channels import ChannelGraph
 from pruning.cost import cost
 from pruning.plan import PruningPlan, SearchSpace
+from pruning.reward import Reward
 from pruning.saliency import uniform_plan
 from pruning.search.protocol import RANDOM, BudgetSpent, Candidate, Entry, Evaluation, FineTune, Learn
 from pruning.search.support import SearchError
@@ -127,7 +128,7 @@ def search(run: Run, facts: Facts) -> dict[str, Any]:
             archive = study.run(run.strategy(graph, space, reference, reward))
         except (SearchError, BudgetSpent) as error:
             raise UserError(f"search.{run.config.search.method}: {error}") from error
-    ranked = sorted(archive, key=lambda entry: -reward(entry.evaluation))
+    ranked = sorted(archive, key=lambda entry: merit(run, reward, entry.evaluation, reference), reverse=True)
     return {
         "reference": to_dict(reference),
         "archive": [{"candidate": describe(e.candidate), "evaluation": to_dict(e.evaluation)} for e in ranked],
@@ -162,7 +163,7 @@ def finetune(run: Run, facts: Facts) -> dict[str, Any]:
         answer = study.finetune(FineTune(candidate, run.config.finetune.epochs))
         final = Candidate(candidate.id, candidate.plan, candidate.origin, candidate.parents, answer.base)
         finals.append(Entry(final, answer.evaluation))
-    best = max(finals, key=lambda entry: reward(entry.evaluation))
+    best = max(finals, key=lambda entry: merit(run, reward, entry.evaluation, reference))
     if best.evaluation.status != "ok":
         raise UserError(f"fine-tuning failed for every plan: {best.evaluation.reason}")
     weights = save_weights(run.directory / "compact.safetensors", _cut(run, oracle, best).state_dict())
@@ -407,6 +408,11 @@ def reject_impossible(run: Run, oracle: Evaluator, smallest: PruningPlan, refere
             f"nobody can meet this:\n  {listing}\nLoosen it, lower search.min_keep_ratio or device.channel_multiple, "
             "or start from a smaller network"
         )
+
+
+def merit(run: Run, reward: Reward, evaluation: Evaluation, reference: Evaluation) -> tuple[bool, float]:
+    """What ranks plans: whether the search's targets are met, then the reward."""
+    return run.search_target.met(evaluation, reference), reward(evaluation)
 
 
 def revive_bases(run: Run, oracle: Evaluator) -> None:
