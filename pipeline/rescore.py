@@ -128,7 +128,7 @@ def shown(ranking: Ranking, top: int) -> list[tuple[str, ...]]:
         rows.append(
             (
                 str(i + 1),
-                f"{past.stage} {past.candidate.origin} {past.candidate.id}",
+                " ".join(dict.fromkeys((past.stage, past.candidate.origin, str(past.candidate.id)))),
                 "tuned" if past.tuned else "as cut",
                 f"{found[metric]:.2%}",
                 f"{found['macs'] / reference['macs']:.3f}",

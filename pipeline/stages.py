@@ -123,7 +123,9 @@ def search(run: Run, facts: Facts) -> dict[str, Any]:
             saved = 1 - metrics.get("macs", float("nan")) / reference["macs"]
             report(count, 0, f"{run.workload.metric} {accuracy:.3f}, MACs -{saved:.0%}")
 
-        study = Study(run.journal, oracle, notify, budget=run.budget())
+        study = Study(
+            run.journal, oracle, notify, budget=run.budget(), watch=lambda work: report(count, 0, f"{work} ...")
+        )
         try:
             archive = study.run(run.strategy(graph, space, reference, reward))
         except (SearchError, BudgetSpent) as error:

@@ -81,6 +81,7 @@ class Study:
         notify: called with every record of a candidate, replayed or new.
         stage: name under which this study's records are filed.
         budget: what the strategy may spend, counted over replayed and new answers alike.
+        watch: told what is being worked on, where that is no candidate.
     """
 
     def __init__(
@@ -90,8 +91,10 @@ class Study:
         notify: Callable[[Record], None] = lambda _: None,
         stage: str = "search",
         budget: Budget = Budget(),  # noqa: B008 - frozen
+        watch: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.journal, self.oracle, self.notify, self.stage, self.budget = journal, oracle, notify, stage, budget
+        self.watch = watch
         self._replay: Iterator[Record] = iter([r for r in journal.records if r.get("stage") == stage])
         self.spent = {"evaluations": 0.0, "epochs": 0.0, "seconds": 0.0}
         self._found: list[Entry] = []
@@ -124,6 +127,8 @@ class Study:
 
     def answer(self, request: Request) -> Answer:
         """Answer one request, from the journal where it is recorded."""
+        if work := work_of(request):
+            self.watch(work)
         match request:
             case Evaluate(candidates, latency, floor):
                 return tuple(self._evaluate_within(candidate, latency, floor) for candidate in candidates)
@@ -242,6 +247,20 @@ class Study:
                 "another version of Secateur, of the data or of the model; start a new run"
             )
         return record
+
+
+def work_of(request: Request) -> str:
+    """What a user reads while a request that is no candidate's is answered; empty for those of candidates."""
+    match request:
+        case Score(criterion):
+            return f"score channels by {criterion}"
+        case Probe(plans):
+            return f"try {len(plans)} masks"
+        case Distort(_, removed):
+            return f"look at the next layers in {len(removed)} batches"
+        case Time(plans):
+            return f"time {len(plans)} plans"
+    return ""
 
 
 def request_of(record: Record) -> FineTune | Learn:

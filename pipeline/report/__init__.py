@@ -102,7 +102,7 @@ def _front_row(row: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
     """One line of the front's table."""
     candidate, found = row["candidate"], row["evaluation"]["metrics"]
     return {
-        "name": f"{row['stage']} {candidate['origin']} {candidate['id']}",
+        "name": " ".join(dict.fromkeys((row["stage"], candidate["origin"], str(candidate["id"])))),
         "weights": candidate["base"] or "as cut",
         "accuracy": found.get("map50", found.get("top1")),
         "macs": found["macs"] / facts["search"]["reference"]["metrics"]["macs"],
