@@ -80,7 +80,7 @@ class BudgetSection(Section):
     evaluations: Annotated[int, Field(gt=0)] | None = None
     """Candidates evaluated, fine-tuned ones included."""
     seconds: Annotated[float, Field(gt=0)] | None = None
-    """No evaluation or training begins after so many seconds of search (the last one is finished)."""
+    """Nothing begins after so many seconds of search (what is under way is finished, and one plan is evaluated)."""
     epochs: Annotated[float, Field(ge=0)] | None = None
     """Epochs of training during the search."""
 

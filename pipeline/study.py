@@ -202,7 +202,8 @@ class Study:
     def _over(self, request: Request) -> str:
         """Why the budget allows no such request any more; empty while it does."""
         budget, spent = self.budget, self.spent
-        if budget.seconds is not None and spent["seconds"] >= budget.seconds:
+        closing = not self._found and isinstance(request, Evaluate | Score | Time)  # what was learned must not be lost
+        if budget.seconds is not None and spent["seconds"] >= budget.seconds and not closing:
             return f"the budget of {budget.seconds:g} s is spent"
         evaluates, epochs = isinstance(request, Evaluate | FineTune), getattr(request, "epochs", 0.0)
         if evaluates and budget.evaluations is not None and spent["evaluations"] >= budget.evaluations:

@@ -258,3 +258,23 @@ def test_a_budget_spent_before_anything_was_evaluated_is_said(tmp_path: Path) ->
 
     with Journal(tmp_path / "journal.jsonl", "run", "config") as journal, pytest.raises(BudgetSpent, match="5 epochs"):
         Study(journal, FakeOracle(), budget=Budget(epochs=2)).run(only_trains())
+
+
+def test_what_was_learned_beyond_the_seconds_is_still_evaluated_once(tmp_path: Path) -> None:
+    class Slow(FakeOracle):
+        def learn(self, request: Learn) -> tuple[Learned, Mapping[str, str]]:
+            import time
+
+            time.sleep(0.05)
+            return super().learn(request)
+
+    def learns() -> Strategy:
+        yield Learn("indicators", 1.0)
+        found: Any = yield Evaluate((Candidate(0, plan(3), "x"), Candidate(1, plan(4), "x")))
+        assert [e.status for e in found] == ["ok", "infeasible"]
+        yield Learn("indicators", 1.0)
+        return ()
+
+    with Journal(tmp_path / "journal.jsonl", "run", "config") as journal:
+        archive = Study(journal, Slow(), budget=Budget(seconds=0.01)).run(learns())
+    assert [entry.candidate.id for entry in archive] == [0]
