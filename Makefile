@@ -21,7 +21,7 @@ lint: $(STAMP) ## Style, types and import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(STAMP) ## Run every benchmark; each prints a table and writes JSON beside it
+bench: $(STAMP) ## Run every benchmark (hours; SECATEUR_DATA as in the CIFAR run file); tables, and JSON beside each
 	@for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script --json $${script%.py}.json || exit 1; done
 
 lock: ## Write requirements.lock anew from pyproject.toml (needs uv)
