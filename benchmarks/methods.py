@@ -232,7 +232,7 @@ def table(rows: list[dict[str, Any]], command: str, unpruned: float, scale: Scal
     )
     names = list(rows[0])
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    for row in sorted(rows, key=lambda row: (row["target"], -row["fine-tuned %"])):
+    for row in sorted(rows, key=lambda row: (row["target"], row["MACs kept"] > row["target"], -row["fine-tuned %"])):
         cells = [
             f"{v:.3f}" if "ratio" in k or "kept" in k else f"{v:.2f}" if isinstance(v, float) else str(v)
             for k, v in row.items()
