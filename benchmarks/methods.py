@@ -283,7 +283,8 @@ def main() -> None:
     ]
     present(f"ResNet-56 on CIFAR-10, profile {options.profile}", rows, figures, options.json)
     if options.write:
-        command = f"SECATEUR_DATA=... python benchmarks/methods.py --profile {options.profile} --write {options.write}"
+        settings = f"--profile {options.profile} --threads {options.threads} --write {options.write}"
+        command = f"SECATEUR_DATA=... python benchmarks/methods.py {settings}"
         options.write.write_text(table(rows, command, 100 * bench.test(bench.model), scale), encoding="utf-8")
 
 

@@ -7,7 +7,6 @@ reference's latency. A plan seen before is answered from memory.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import time
 from collections import Counter
@@ -28,6 +27,7 @@ from pipeline.config import Distillation, FinetuneSection, SearchSection
 from pipeline.errors import UserError
 from pipeline.inference import Inference
 from pipeline.progress import ProgressView, Silent
+from pipeline.study import digest_of
 from pipeline.training import TrainingError, fit, move
 from pipeline.workloads import Split, Workload
 from pruning.channels import ChannelGraph
@@ -442,11 +442,11 @@ class Evaluator:
 
 def _name(prefix: str, request: Request) -> str:
     """A name for what a request leaves behind; the same request gives the same name."""
-    return f"{prefix}-{hashlib.sha256(repr(request).encode()).hexdigest()[:12]}"
+    return f"{prefix}-{digest_of(request)[:12]}"
 
 
 def _seed(seed: int, request: Request) -> int:
-    return seed ^ int(hashlib.sha256(repr(request).encode()).hexdigest()[:12], 16)
+    return seed ^ int(digest_of(request)[:12], 16)
 
 
 def _outside(values: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -125,7 +125,8 @@ class Inference:
         zeros_will_do = not graph.mixed and not graph.aliases
         self._not_zeroed = set() if zeros_will_do else {group.name for group in graph.groups}
         """Groups whose removed channels cannot be replaced by zeros."""
-        self._not_cut = set(self._not_zeroed)
+        self._not_cut = dict.fromkeys(self._not_zeroed, "its removed channels cannot be replaced by zeros")
+        """Groups whose candidates run from the first layer on, and why."""
         self._seen: OrderedDict[tuple[str, str], PruningPlan] = OrderedDict()
         self._neighbours: Counter[tuple[str, str, str]] = Counter()
         self._branch: _Branch | None = None
@@ -170,14 +171,14 @@ class Inference:
         return self._fast == self._exact
 
     def describe(self) -> str:
-        """The ways that were tried, fastest first, one line each."""
+        """The ways that were tried, fastest first, one line each; then the groups that are never cut at, and why."""
         if not self.trials:
             return "plain PyTorch; nothing else tried yet"
         lines = [
             f"{t.name}: {t.reason or f'{t.seconds:.3g} s for a candidate, relative error {t.error:.0e}'}"
             for t in sorted(self.trials, key=lambda t: (bool(t.reason), t.seconds))
         ]
-        return "\n".join(lines)
+        return "\n".join(lines + [f"not cut at {name}: {reason}" for name, reason in self._not_cut.items()])
 
     # -- ways --------------------------------------------------------------------------------------------------------
 
@@ -358,7 +359,6 @@ class Inference:
             self._branch = branch = None  # its activations go before new ones come
             self._branch = branch = self._cut(key, name, plan, state)
             if branch is None:
-                self._not_cut.add(name)
                 return None
         branch.served += 1
         masks = branch.masks(plan)
@@ -374,7 +374,7 @@ class Inference:
         return None
 
     def _cut(self, key: tuple[str, str], name: str, plan: PruningPlan, state: State | None) -> _Branch | None:
-        """The network of a plan seen, cut where the group is read; None where that computes something else."""
+        """The network of a plan seen, cut where the group is read; None, and why, where that cannot be done right."""
         seen = self._seen[key]
         if not plan.is_within(seen):
             seen = seen.replace({name: range(seen.sizes[name])})
@@ -385,9 +385,14 @@ class Inference:
             branch = _Branch(self._model(seen, state), key, name, seen, readers, slices, self._parts(images)[0])
             expected = self._onnx(plan, state)(0, images)
             found = self._continue(branch, branch.masks(plan), None, images)
-        except Exception:  # noqa: BLE001 - such a group is evaluated like any other plan
+        except Exception as failure:  # noqa: BLE001 - it runs like any other plan; ``describe`` says why
+            self._not_cut[name] = _first_line(failure)
             return None
-        return branch if relative_error(found, expected) <= TOLERANCE else None
+        error = relative_error(found, expected)
+        if error > TOLERANCE:
+            self._not_cut[name] = f"relative error {error:.0e}"
+            return None
+        return branch
 
     def _continue(self, branch: _Branch, masks: Mapping[str, Array], number: int | None, images: Tensor) -> Tensor:
         """Outputs of a batch, from the activations kept for it; they are computed and kept if there is room.

@@ -31,10 +31,9 @@ from torch.func import functional_call
 
 from pruning.channels import ChannelGraph
 from pruning.plan import IntArray, PruningPlan, SearchSpace
+from pruning.search.width_evolution import SCALES
 from pruning.surgery import check_model, kept_shape, rebuild
 
-SCALES: npt.NDArray[np.float64] = np.round(np.linspace(0.10, 1.00, 31), 2)
-"""The source's 31 keep ratios 0.10, 0.13, ... 1.00."""
 START = 0.1
 """Size of a generator's width-dependent part at the start, relative to the weights (rms)."""
 
