@@ -3,7 +3,8 @@
 from device_profiles.errors import DeviceError
 from device_profiles.measure import BenchmarkResult, Ratio, measure
 from device_profiles.profile import Budgets, DeviceProfile, Tier, known_profiles, load_profile
-from device_profiles.target import LocalTarget, Target, open_target
+from device_profiles.target import Target, open_target
+from device_profiles.targets.local import LocalTarget
 
 __all__ = [
     "BenchmarkResult",

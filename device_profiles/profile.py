@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,7 +20,8 @@ class Tier(BaseModel):
 
     Args:
         processes: fresh processes; process-to-process offsets outlast any number of iterations.
-        warmup: untimed calls per model.
+        warmup: untimed calls per model, at least; more follow until calls are steady.
+        max_warmup_seconds: seconds of warm-up after which timing begins anyway.
         min_repeats: timed calls per model, at least.
         min_seconds: seconds of interleaved timed calls per process, at least.
         max_seconds: seconds after which a process stops even if ``min_repeats`` is not reached.
@@ -33,6 +34,7 @@ class Tier(BaseModel):
     min_repeats: int = Field(ge=3)
     min_seconds: float = Field(ge=0)
     max_seconds: float = Field(default=60.0, gt=0)
+    max_warmup_seconds: float = Field(default=5.0, ge=0)
 
 
 class Budgets(BaseModel):
@@ -46,30 +48,61 @@ class Budgets(BaseModel):
     peak_rss_bytes: int | None = Field(default=None, gt=0)
 
 
+class Multiples(BaseModel):
+    """Per kind of layer, the multiple that its widths should have; in between, latency rises for nothing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    conv: int = Field(default=8, ge=1)
+    pointwise: int = Field(default=8, ge=1)
+    depthwise: int = Field(default=8, ge=1)
+    linear: int = Field(default=8, ge=1)
+
+
 class DeviceProfile(BaseModel):
     """A target and the rules of measuring on it.
 
     Args:
+        target: how the device is reached: a module of ``device_profiles.targets``.
+        connect: that target's settings (``host`` ...); checked by its module's ``Settings``.
         provider: ONNX Runtime execution provider; a fallback to another one is an error, never silent.
         threads: intra-op threads; with one thread on a CPU, ratios come from CPU time (see ``measure``).
-        channel_multiple: widths that are no multiple of it cost as much as the next multiple.
+        channel_multiple: widths that are no multiple of it cost as much as the next multiple: one number, or one per
+            kind of layer. ``secateur devices probe`` finds it.
         timing: False where times mean nothing (an emulator); such a device proves parity only.
+        max_temperature_c: degrees Celsius above which a measurement does not count; None = the kernel's throttling
+            signs alone decide.
+        cool_down_s: seconds of rest before each process of the final tier.
+        facts: what is known of the device (``cpu``, ``ram_mb``, ``isa`` ...), for people.
+        sources: where the facts come from; ``unverified`` for those nobody has looked up.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     description: str = ""
-    target: Literal["local"] = "local"
+    target: str = "local"
+    connect: dict[str, Any] = Field(default_factory=dict)
     provider: str = "CPUExecutionProvider"
     threads: int = Field(default=1, ge=1)
     batch: int = Field(default=1, ge=1)
     precision: Literal["fp32", "int8"] = "fp32"
-    channel_multiple: int = Field(default=8, ge=1)
+    channel_multiple: Annotated[int, Field(ge=1)] | Multiples = 8
     timing: bool = True
+    max_temperature_c: float | None = Field(default=None, gt=0)
+    cool_down_s: float = Field(default=0.0, ge=0)
+    facts: dict[str, Any] = Field(default_factory=dict)
+    sources: tuple[str, ...] = ()
     search: Tier = Tier(processes=1, warmup=8, min_repeats=20, min_seconds=0.4)
     final: Tier = Tier(processes=7, warmup=8, min_repeats=50, min_seconds=0.5)
     budgets: Budgets = Budgets()
+
+    @property
+    def multiples(self) -> Multiples:
+        """``channel_multiple`` per kind of layer."""
+        if isinstance(self.channel_multiple, Multiples):
+            return self.channel_multiple
+        return Multiples(**dict.fromkeys(Multiples.model_fields, self.channel_multiple))
 
     def tier(self, name: Literal["search", "final"]) -> Tier:
         return self.search if name == "search" else self.final

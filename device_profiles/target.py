@@ -1,122 +1,88 @@
-"""How to reach a device: a port of three methods, and the local machine behind it."""
+"""How to reach a device: a port of five methods. Each kind of target is one module of ``device_profiles.targets``.
+
+The module's file name is the ``target`` of a profile; it has ``Settings`` (a pydantic model: the profile's ``connect``
+section) and ``open_target(profile, settings)``.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Mapping
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
+from pydantic import ValidationError
+
+from device_profiles import targets
 from device_profiles.errors import DeviceError
 from device_profiles.profile import DeviceProfile
 
 AGENT = Path(__file__).with_name("agent.py")
+Progress = Callable[[Mapping[str, Any]], None]
 
 
 class Target(Protocol):
-    """A device that can hold model files and run the agent."""
+    """A device that can hold files and run the agent. Every method raises ``DeviceError``, never anything else."""
 
-    def put(self, path: Path) -> str:
-        """Bring a file to the device; returns its path there."""
+    def prepare(self) -> Mapping[str, Any]:
+        """Reach the device, bring the agent, sweep what dead sessions left; returns the agent's answer to ``probe``."""
         ...
 
-    def run(self, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+    def put(self, path: Path) -> str:
+        """Bring a file to the device, unless one of the same sha256 is there; returns its path on the device."""
+        ...
+
+    def run(self, request: Mapping[str, Any], timeout_s: float, progress: Progress | None = None) -> dict[str, Any]:
         """Run the agent with one request (see ``agent.py``) in a fresh process and return its answer.
+
+        Args:
+            progress: called with each event the agent reports before its answer.
 
         Raises:
             DeviceError: the agent reports an error, dies, is busy or takes longer than ``timeout_s``.
         """
         ...
 
+    def fetch(self, path: str, to: Path) -> None:
+        """Bring a file that the agent left (an answer names it) from the device; it appears whole or not at all."""
+        ...
+
     def close(self) -> None: ...
 
 
-def open_target(profile: DeviceProfile) -> Target:
-    """The target a profile names."""
-    return LocalTarget()
+def target_names() -> list[str]:
+    """The kinds of target a profile can name."""
+    return sorted(module.name for module in pkgutil.iter_modules(targets.__path__))
 
 
-class LocalTarget:
-    """This machine: the agent runs in a fresh process of this Python.
-
-    Args:
-        busy_wait_s: seconds to wait while another process measures on this machine.
-        env: environment variables added to the agent's.
-    """
-
-    def __init__(self, busy_wait_s: float = 120.0, env: Mapping[str, str] | None = None) -> None:
-        self.busy_wait_s = busy_wait_s
-        self.env = {**os.environ, **(env or {})}
-
-    def put(self, path: Path) -> str:
-        if not path.is_file():
-            raise DeviceError(f"no model file at {path}; export it first", "model-load")
-        return str(path.resolve())
-
-    def run(self, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
-        give_up = time.monotonic() + self.busy_wait_s
-        while True:
-            try:
-                return self._run_once(request, timeout_s)
-            except DeviceError as error:
-                if error.code != "busy":
-                    raise
-                if time.monotonic() >= give_up:
-                    waited = f"waited {self.busy_wait_s:g} s. End that process or try again later."
-                    raise DeviceError(f"{error}; {waited}", "busy") from error
-            time.sleep(min(1.0, max(0.05, self.busy_wait_s / 20)))
-
-    def close(self) -> None:
-        pass
-
-    def _run_once(self, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
-        line = json.dumps({**request, "parent_pid": os.getpid()}) + "\n"
-        with subprocess.Popen(
-            [sys.executable, str(AGENT)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            env=self.env,
-            start_new_session=True,  # its own process group, so that a time-out ends all of it
-        ) as agent:
-            try:
-                out, err = agent.communicate(line, timeout=timeout_s)
-            except subprocess.TimeoutExpired as error:
-                raise DeviceError(
-                    f"the agent gave no answer within {timeout_s:g} s and was ended; "
-                    "lower the tier's min_repeats or raise the time-out",
-                    "timeout",
-                ) from error
-            finally:  # also on KeyboardInterrupt
-                if agent.poll() is None:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(agent.pid, signal.SIGKILL)
-        return read_answer(out, err, agent.returncode)
-
-
-def read_answer(out: str, err: str, returncode: int) -> dict[str, Any]:
-    """The agent's answer: the last JSON object on its stdout; other lines are noise of the shell or a library.
+def target_module(name: str) -> ModuleType:
+    """The module of a kind of target.
 
     Raises:
-        DeviceError: the answer is an error, or there is none.
+        DeviceError: there is none; lists the known ones.
     """
-    answer: dict[str, Any] | None = None
-    for line in out.splitlines():
-        with contextlib.suppress(ValueError):
-            value = json.loads(line)
-            answer = value if isinstance(value, dict) else answer
-    if answer is not None and "error" in answer:
-        raise DeviceError(f"the device reports {answer['error']}: {answer.get('detail', '')}", str(answer["error"]))
-    if answer is None or returncode != 0:
-        cause = f"signal {signal.Signals(-returncode).name}" if returncode < 0 else f"exit code {returncode}"
-        tail = " | ".join(err.strip().splitlines()[-3:]) or "nothing on stderr"
-        raise DeviceError(f"the agent died without an answer ({cause}): {tail}", "agent-died")
-    return answer
+    known = target_names()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise DeviceError(f"unknown target {name!r}.{hint} Known: {', '.join(known)}.", "profile")
+    return importlib.import_module(f"device_profiles.targets.{name}")
+
+
+def open_target(profile: DeviceProfile) -> Target:
+    """The target a profile names; nothing is reached before its first use.
+
+    Raises:
+        DeviceError: the profile's ``connect`` section does not fit its kind of target.
+    """
+    module = target_module(profile.target)
+    try:
+        settings = module.Settings(**profile.connect)
+    except ValidationError as error:
+        faults = "; ".join(f"connect.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise DeviceError(f"device profile {profile.name}: {faults}", "profile") from error
+    target: Target = module.open_target(profile, settings)
+    return target

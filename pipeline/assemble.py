@@ -157,7 +157,7 @@ class Run:
         if unmatched:
             raise UserError(f"search.frozen: {unmatched} match no channel group; the network has {', '.join(names)}")
         frozen = [n for n in names if any(fnmatchcase(n, p) for p in section.frozen)]
-        multiple = self.config.device.channel_multiple or self.profile.channel_multiple
+        multiple = self.config.device.channel_multiple or self.profile.multiples.conv
         try:
             return SearchSpace.of(
                 graph.groups, channel_multiple=multiple, min_keep_ratio=section.min_keep_ratio, frozen=frozen

@@ -18,7 +18,8 @@ import pytest
 
 from device_profiles import DeviceError, LocalTarget, measure, open_target
 from device_profiles.agent import EXIT_CODES, PROTOCOL
-from device_profiles.target import AGENT, read_answer
+from device_profiles.target import AGENT
+from device_profiles.targets.local import read_answer
 from tests.device_profiles.tiny import quick_profile, write_conv
 
 
