@@ -1,10 +1,21 @@
 """The one file that runs on the device: Python >= 3.8, standard library + numpy + onnxruntime, nothing of ours.
 
-Reads one JSON request line on stdin, writes JSON lines on stdout; the last one is the answer. Protocol version 1:
+Reads one JSON request line on stdin, writes JSON lines on stdout; the last one is the answer. Protocol version 2:
 
-    {"protocol": 1, "op": "benchmark", "models": [{"name", "path", "sha256"}], "provider", "threads", "warmup",
-     "min_repeats", "min_seconds", "max_seconds", "seed", "parent_pid" (optional)}
-    {"protocol": 1, "op": "probe"}
+    {"protocol": 2, "op": "probe"}
+    {"protocol": 2, "op": "benchmark", "models": [{"name", "path", "sha256"}], "provider", "threads", "warmup",
+     "min_repeats", "min_seconds", "max_seconds", "seed"; optional: "max_warmup_seconds" (0), "profile" (false),
+     "energy" (false), "cpu_share" (of one core), "allow_busy" (false)}
+    {"protocol": 2, "op": "infer", "models": [one], "provider", "threads"; optional: "seed" (0), "inputs" (.npz)}
+    {"protocol": 2, "op": "sweep"; optional: "keep_s" (3600), "part_age_s" (600), "max_store_bytes" (4 GiB)}
+
+Any request may have "timeout_s", "run_id", "work" (folder for files this call leaves), "python" (command that starts
+the worker's Python) and "parent_pid" (the client, where it runs on this machine).
+
+This process supervises; what is measured runs in a fresh worker process (``--worker``), a session of its own, which
+the kernel kills when this process dies. **stdin is the dead-man switch**: its end means that the client is gone, and
+the line ``{"cancel": true}`` ends the work too. The worker is killed and the work folder removed before anything is
+printed. Events, ``{"event": "started" | "progress", ...}``, come before the answer.
 
 Models are timed in turn, A B A B ..., so that whatever the machine does to one it does to the other. Every latency is
 reported, wall and CPU time. An error is ``{"error": code, "detail": text}`` and an exit code of its own. What cannot
@@ -16,28 +27,56 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import gc
 import glob
 import hashlib
 import json
 import os
 import platform
+import re
 import resource
+import select
+import shutil
+import signal
+import statistics
+import subprocess
 import sys
 import tempfile
+import threading
 import time
-from typing import Any, Dict, List, Optional, Tuple
+import zipfile
+from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional, Tuple
 
-PROTOCOL = 1
+PROTOCOL = 2
 EXIT_CODES = {
     "bad-request": 64,
     "sha256-mismatch": 65,
     "model-load": 66,
+    "unknown-operator": 67,
+    "runtime-crashes-on-import": 68,
     "missing-runtime": 69,
     "model-run": 70,
+    "no-memory": 71,
+    "worker-died": 72,
+    "runtime-too-old": 73,
+    "disk-full": 74,
     "busy": 75,  # EX_TEMPFAIL: try again later
+    "device-error": 76,
+    "not-allowed": 77,
+    "timeout": 124,
+    "wrong-arch": 126,
+    "no-python": 127,
+    "cancelled": 130,
 }
 SYSROOT = os.environ.get("EDGE_SYSROOT", "/")
+SAMPLE_S = 0.5  # between two readings of the sensors
+HEARTBEAT_S = 5.0  # between two events that say that the work goes on
+STEADY = 0.02  # relative change of the median from one window of calls to the next
+STEADY_FLOOR_MS = 0.002  # smaller changes are the clock's
+CPU_PERIOD_US = 10000
+SLOWED = 0.95  # share of the highest clock below which a device counts as slowed down
+CRASHES = (signal.SIGILL, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV)
 DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -48,6 +87,7 @@ DTYPES = {
     "tensor(int64)": "int64",
     "tensor(bool)": "bool",
 }
+Request = Dict[str, Any]
 
 
 class AgentError(Exception):
@@ -59,25 +99,30 @@ class AgentError(Exception):
 
 
 def main() -> int:
-    _die_with_parent()
     try:
-        request = _read_request(sys.stdin.readline())
-        if request.get("parent_pid", os.getppid()) != os.getppid():
-            return 1  # the parent died before we asked the kernel to be told
-        if request["op"] == "probe":
-            answer: Dict[str, Any] = {"device": describe_device(), "runtime": describe_runtime(_import_runtime())}
-        else:
-            lock = take_lock()
-            try:
-                answer = benchmark(request)
-            finally:
-                os.close(lock)
-    except AgentError as error:
-        print(json.dumps({"error": error.code, "detail": str(error)}), flush=True)
-        return EXIT_CODES[error.code]
-    answer["protocol"] = PROTOCOL
-    print(json.dumps(answer), flush=True)
-    return 0
+        control = Control()
+        request = _read_request(control.first_line())
+        if request.get("parent_pid") == os.getppid():
+            _die_with_parent()
+        reply = OPS[request["op"]](request, control)
+    except (AgentError, OSError) as error:
+        reply = _error_reply(error)
+    emit(dict(reply, protocol=PROTOCOL))
+    return EXIT_CODES[reply["error"]] if "error" in reply else 0
+
+
+def _error_reply(error: Exception) -> Dict[str, Any]:
+    known = _os_error(error) if isinstance(error, OSError) else error
+    code = known.code if isinstance(known, AgentError) else "device-error"
+    return {"error": code, "detail": str(known)}
+
+
+def emit(line: Dict[str, Any]) -> None:
+    """Write one JSON line on stdout; a client that reads no more is told nothing and stops nothing."""
+    data = (json.dumps(line) + "\n").encode("ascii")
+    with contextlib.suppress(OSError):
+        while data:
+            data = data[os.write(1, data) :]
 
 
 def _die_with_parent() -> None:
@@ -86,89 +131,910 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, 9)
 
 
-def _read_request(line: str) -> Dict[str, Any]:
+def _os_error(error: OSError) -> AgentError:
+    place = "%s: " % error.filename if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return AgentError("disk-full", "%s%s; free some space or set connect.folder" % (place, error.strerror))
+    if error.errno == errno.ENOMEM:
+        return AgentError("no-memory", "%s%s; %s" % (place, error.strerror, MEMORY_FIX))
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        fix = "let this user write there, or set connect.folder (SECATEUR_AGENT_STORE)"
+        return AgentError("not-allowed", "%s%s; %s" % (place, error.strerror, fix))
+    return AgentError("device-error", "%s%s" % (place, error))
+
+
+MEMORY_FIX = "end other programs on the device, add swap, or measure fewer or smaller models at once"
+
+
+# ---- requests and the line to the client ----
+
+
+class Control:
+    """What may end the work from outside: the client's lines on stdin, their end, and signals."""
+
+    def __init__(self) -> None:
+        self.lines = Lines()
+        self.ended: Optional[str] = None
+        self.wake, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            signal.signal(number, lambda *_: None)  # the wake-up pipe tells
+
+    def first_line(self) -> str:
+        """The request.
+
+        Raises:
+            AgentError: ``bad-request``: stdin ended; ``cancelled``: a signal came.
+        """
+        while True:
+            ready, _, _ = select.select([0, self.wake], [], [])
+            if self.wake in ready:
+                self._signalled()
+            data = os.read(0, 65536)
+            lines = self.lines.feed(data)
+            if lines:
+                for line in lines[1:]:
+                    self._obey(line)
+                return lines[0]
+            if not data:
+                return self.lines.rest.decode("utf-8", "replace")
+
+    def wait(self, sources: List[int], timeout: float) -> List[int]:
+        """Those of ``sources`` (file descriptors) that can be read, after at most ``timeout`` seconds.
+
+        Raises:
+            AgentError: ``cancelled``.
+        """
+        ready, _, _ = select.select([0, self.wake, *sources], [], [], max(0.0, timeout))
+        if self.wake in ready:
+            self._signalled()
+        if 0 in ready:
+            data = os.read(0, 65536)
+            for line in self.lines.feed(data):
+                self._obey(line)
+            if not data:
+                raise AgentError("cancelled", "the client is gone (stdin ended)")
+        if self.ended:
+            raise AgentError("cancelled", self.ended)
+        return [source for source in ready if source not in (0, self.wake)]
+
+    def _obey(self, line: str) -> None:
+        value = parse_object(line)
+        if value and value.get("cancel"):
+            self.ended = "as the client asked"
+
+    def _signalled(self) -> NoReturn:
+        number = os.read(self.wake, 1)[0]
+        raise AgentError("cancelled", "ended by %s" % signal.Signals(number).name)
+
+
+class Lines:
+    """Cuts a stream of bytes into lines."""
+
+    def __init__(self) -> None:
+        self.rest = b""
+
+    def feed(self, data: bytes) -> List[str]:
+        parts = (self.rest + data).split(b"\n")
+        self.rest = parts.pop()
+        return [part.decode("utf-8", "replace") for part in parts]
+
+
+def parse_object(line: str) -> Optional[Dict[str, Any]]:
+    """A JSON object, or None for anything else: noise of a library or a login shell."""
     try:
-        request = json.loads(line)
+        value = json.loads(line)
     except ValueError:
-        raise AgentError("bad-request", "the request is not one line of JSON: %r" % line[:80]) from None
-    if not isinstance(request, dict) or request.get("protocol") != PROTOCOL:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _read_request(line: str) -> Request:
+    request = parse_object(line)
+    if request is None:
+        raise AgentError("bad-request", "the request is not one line of JSON: %r" % line[:80])
+    if request.get("protocol") != PROTOCOL:
         raise AgentError("bad-request", "this agent speaks protocol %d" % PROTOCOL)
-    if request.get("op") == "probe":
-        return request
-    if request.get("op") != "benchmark":
-        raise AgentError("bad-request", "op must be 'benchmark' or 'probe', got %r" % (request.get("op"),))
-    kinds: Dict[str, Any] = {
-        "models": list, "provider": str, "threads": int, "warmup": int, "min_repeats": int,
-        "min_seconds": (int, float), "max_seconds": (int, float), "seed": int,
+    op = request.get("op")
+    if op not in OPS:
+        raise AgentError("bad-request", "op must be one of %s, got %r" % (", ".join(sorted(OPS)), op))
+    number = (int, float)
+    kinds: Dict[str, Any] = {"models": list, "provider": str, "threads": int}
+    if op == "benchmark":
+        kinds.update(warmup=int, min_repeats=int, min_seconds=number, max_seconds=number, seed=int)
+    optional: Dict[str, Any] = {
+        "timeout_s": number, "run_id": str, "work": str, "python": list, "parent_pid": int, "seed": int,
+        "max_warmup_seconds": number, "cpu_share": number, "inputs": str, "keep_s": number, "part_age_s": number,
+        "max_store_bytes": number, "profile": bool, "energy": bool, "allow_busy": bool,
     }  # fmt: skip
-    wrong = [key for key, kind in kinds.items() if not isinstance(request.get(key), kind)]
-    models = request["models"] if "models" not in wrong else []
-    if not models or not all(isinstance(m, dict) and {"name", "path", "sha256"} <= set(m) for m in models):
-        wrong.append("models[].name/path/sha256")
-    if "threads" not in wrong and request["threads"] < 1:
-        wrong.append("threads >= 1")
+    wrong = [key for key, kind in optional.items() if request.get(key) is not None and not _is(request[key], kind)]
+    if op in ("benchmark", "infer"):
+        wrong += [key for key, kind in kinds.items() if not _is(request.get(key), kind)]
+        wrong += _wrong_models(request) if "models" not in wrong else ["models[].name/path/sha256"]
+        if "threads" not in wrong and request["threads"] < 1:
+            wrong.append("threads >= 1")
+    if "cpu_share" not in wrong and not 0 < (request.get("cpu_share") or 1) <= (os.cpu_count() or 1):
+        wrong.append("cpu_share between 0 and the number of cores")
     if wrong:
         raise AgentError("bad-request", "missing or of the wrong type: " + ", ".join(wrong))
-    return request
+    return {key: value for key, value in request.items() if value is not None}
 
 
-def take_lock() -> int:
-    """Lock this device, or fail at once; the kernel lets go when the process dies, so no lock is ever stale."""
-    import fcntl
+def _is(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
-    path = os.path.join(tempfile.gettempdir(), "secateur-device.lock")
-    try:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    except PermissionError:  # another user's file: flock needs no write permission
-        lock = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+
+def _wrong_models(request: Request) -> List[str]:
+    models = request["models"]
+    if not models or not all(isinstance(m, dict) and {"name", "path", "sha256"} <= set(m) for m in models):
+        return ["models[].name/path/sha256"]
+    if len({m["name"] for m in models}) < len(models):
+        return ["models[].name (each once)"]
+    return ["models (infer takes one)"] if request["op"] == "infer" and len(models) > 1 else []
+
+
+# ---- what is asked for ----
+
+
+def probe(request: Request, control: Control) -> Dict[str, Any]:
+    """What this device is, has and allows; the runtime is imported in a process of its own, which it may crash."""
+    with Monitor() as monitor:
+        runtime = supervise(request, "import", control, monitor)
+    return {"device": describe_device(), "runtime": runtime, "limits": describe_limits()}
+
+
+def benchmark(request: Request, control: Control) -> Dict[str, Any]:
+    """Time models in turn; see ``measure_models`` for what the worker does."""
+    with contextlib.ExitStack() as stack:
+        lock = take_lock(request)
+        if lock is not None:
+            stack.callback(os.close, lock)
+        job = dict(request)
+        if request.get("profile") or "work" in request:
+            work = stack.enter_context(WorkFolder(request))
+            job["work"] = work.path
+        cgroup = None
+        if "cpu_share" in request:
+            cgroup = stack.enter_context(CpuShare(request["cpu_share"]))
+            job["cgroup"] = cgroup.path
+        job["cores"] = pick_cores(request["threads"])
+        monitor = stack.enter_context(Monitor(job["cores"], cgroup.path if cgroup else None))
+        environment = describe_device()
+        answer = supervise(job, "benchmark", control, monitor)
+        environment.update(answer["environment"])
+        environment.update(monitor.facts())
+        answer["environment"] = environment
+    return answer
+
+
+def infer(request: Request, control: Control) -> Dict[str, Any]:
+    """Run a model once; the outputs are left in a file."""
+    with contextlib.ExitStack() as stack:
+        lock = take_lock(request)
+        if lock is not None:
+            stack.callback(os.close, lock)
+        work = stack.enter_context(WorkFolder(request))
+        job = dict(request, work=work.path, cores=pick_cores(request["threads"]))
+        answer = supervise(job, "infer", control, stack.enter_context(Monitor()))
+        work.keep()
+    return dict(answer, work=work.path)
+
+
+def sweep(request: Request, control: Control) -> Dict[str, Any]:
+    """Remove what dead sessions left, and the models that were used longest ago if the store is too large."""
+    removed = _sweep_work(float(request.get("keep_s", 3600)))
+    removed += _sweep_parts(float(request.get("part_age_s", 600)))
+    sweep_cgroups()
+    models, kept = _sweep_models(request)
+    return {"removed": removed + models, "kept_bytes": kept}
+
+
+OPS: Dict[str, Callable[[Request, Control], Dict[str, Any]]] = {
+    "probe": probe,
+    "benchmark": benchmark,
+    "infer": infer,
+    "sweep": sweep,
+}
+
+
+def take_lock(request: Request) -> Optional[int]:
+    """Lock this device, or fail at once; the kernel lets go when the process dies, so no lock is ever stale.
+
+    Returns the lock's file descriptor, or None where the request allows a busy device and it is busy.
+    """
+    lock = _open_lock()
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
             raise
-        holder = os.pread(lock, 32, 0).decode("ascii", "replace").strip() or "unknown"
-        raise AgentError("busy", "the device is measuring for another process; holder pid %s" % holder) from None
+        holder = _holder(lock)
+        os.close(lock)
+        if request.get("allow_busy"):
+            return None
+        who = "pid %s" % holder.get("pid", "unknown") + (", run %s" % holder["run_id"] if "run_id" in holder else "")
+        detail = "the device is measuring for another process; holder %s" % who
+        raise AgentError("busy", detail) from None
     with contextlib.suppress(OSError):
+        run = re.sub(r"\s+", " ", request.get("run_id", ""))[:80]
         os.ftruncate(lock, 0)
-        os.pwrite(lock, b"%d\n" % os.getpid(), 0)
+        os.pwrite(lock, ("%d %s\n" % (os.getpid(), run)).encode("utf-8", "replace"), 0)
     return lock
 
 
-def benchmark(request: Dict[str, Any]) -> Dict[str, Any]:
-    """Load all models, warm up, then time them in turn."""
+def _open_lock() -> int:
+    path = os.path.join(tempfile.gettempdir(), "secateur-device.lock")
+    with contextlib.suppress(FileExistsError):
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+        with contextlib.suppress(OSError):
+            os.fchmod(lock, 0o666)  # whatever the umask: other users measure on this device too
+        return lock
+    try:
+        return os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    except PermissionError:  # another user's file: flock needs no write permission
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+
+
+def _holder(lock: int) -> Dict[str, Any]:
+    """Who wrote the lock file: ``pid`` and ``run_id``."""
+    pid, _, run = os.pread(lock, 512, 0).decode("utf-8", "replace").strip().partition(" ")
+    facts: Dict[str, Any] = {"pid": int(pid)} if pid.isdigit() else {}
+    if run:
+        facts["run_id"] = run
+    return facts
+
+
+# ---- the store and work folders ----
+
+
+def store_path() -> str:
+    return os.environ.get("SECATEUR_AGENT_STORE") or os.path.join(os.path.expanduser("~"), ".cache", "secateur")
+
+
+class WorkFolder:
+    """A folder for the files of one call, removed at its end unless ``keep`` was called.
+
+    A locked file ``.alive`` in it tells a sweep that the call goes on. A folder that the client names is removed only
+    if it lies directly in the store's ``work`` folder; elsewhere only this call's own files are.
+    """
+
+    FILES = ("outputs.npz", "outputs.npz.part", ".alive")
+
+    def __init__(self, request: Request) -> None:
+        home = os.path.join(store_path(), "work")
+        if "work" in request:
+            self.path = os.path.abspath(request["work"])
+            os.makedirs(self.path, mode=0o700, exist_ok=True)
+        else:
+            os.makedirs(home, mode=0o700, exist_ok=True)
+            self.path = tempfile.mkdtemp(prefix="run-", dir=home)
+        self.ours = os.path.dirname(os.path.realpath(self.path)) == os.path.realpath(home)
+        self.kept = False
+        mine = os.path.join(self.path, ".alive.%d" % os.getpid())
+        self.lock = os.open(mine, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(self.lock, fcntl.LOCK_EX)
+        os.rename(mine, os.path.join(self.path, ".alive"))  # so it is never seen unlocked
+
+    def __enter__(self) -> WorkFolder:
+        return self
+
+    def keep(self) -> None:
+        """Leave the folder for the client to fetch from; a later sweep removes it."""
+        self.kept = True
+
+    def __exit__(self, *_: object) -> None:
+        if self.ours and not self.kept:
+            shutil.rmtree(self.path, ignore_errors=True)
+        for name in (".alive",) if self.kept else self.FILES:
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(self.path, name))
+        for trace in glob.glob(os.path.join(glob.escape(self.path), "trace-*.json")):
+            with contextlib.suppress(OSError):
+                os.unlink(trace)
+        os.close(self.lock)
+
+
+def _sweep_work(keep_s: float) -> List[str]:
+    """Remove folders whose agent died, and those that nobody has touched for ``keep_s`` seconds."""
+    removed = []
+    for folder in _entries(os.path.join(store_path(), "work")):
+        alive = os.path.join(folder, ".alive")
+        if not _locked(alive) if os.path.exists(alive) else _age(folder) > keep_s:
+            shutil.rmtree(folder, ignore_errors=True)
+            removed.append(folder)
+    return removed
+
+
+def _sweep_parts(age_s: float) -> List[str]:
+    """Remove uploads that were broken off: ``.part`` files which have not grown for ``age_s`` seconds."""
+    removed = []
+    for folder in (store_path(), os.path.join(store_path(), "models")):
+        for path in _entries(folder):
+            if path.endswith(".part") and os.path.isfile(path) and _age(path) > age_s:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+                    removed.append(path)
+    return removed
+
+
+def _sweep_models(request: Request) -> Tuple[List[str], int]:
+    """Paths removed, and bytes of models left; none goes while another process measures."""
+    limit = request.get("max_store_bytes", 4 << 30)
+    found = []
+    for path in _entries(os.path.join(store_path(), "models")):
+        with contextlib.suppress(OSError):
+            facts = os.stat(path)
+            if not path.endswith(".part"):
+                found.append((max(facts.st_atime, facts.st_mtime), path, facts.st_size))
+    left = sum(size for _, _, size in found)
+    removed: List[str] = []
+    if left > limit and not _lock_state()["held"]:
+        for _, path, size in sorted(found):
+            if left <= limit:
+                break
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+                removed.append(path)
+                left -= size
+    return removed, left
+
+
+def _entries(folder: str) -> List[str]:
+    try:
+        return sorted(os.path.join(folder, name) for name in os.listdir(folder))
+    except OSError:
+        return []
+
+
+def _age(path: str) -> float:
+    """Seconds since the newest change of a file, or of a folder and the files in it."""
+    newest = 0.0
+    for entry in [path, *_entries(path)]:
+        with contextlib.suppress(OSError):
+            newest = max(newest, os.stat(entry).st_mtime)
+    return time.time() - newest
+
+
+def _locked(path: str) -> bool:
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(file)
+    return False
+
+
+# ---- the supervisor ----
+
+
+def supervise(job: Request, op: str, control: Control, monitor: Monitor) -> Dict[str, Any]:
+    """Run ``op`` in a worker process and return its answer; the worker and all it started are gone afterwards.
+
+    Raises:
+        AgentError: the worker's own error, ``worker-died``, ``runtime-crashes-on-import``, ``timeout``, ``cancelled``,
+            ``no-python`` or ``wrong-arch``.
+    """
+    end = time.monotonic() + job["timeout_s"] if "timeout_s" in job else float("inf")
+    worker = Worker(job, op)
+    try:
+        emit({"event": "started", "pid": os.getpid(), "worker_pid": worker.process.pid})
+        _leave_cores(job.get("cores"))
+        while worker.reply is None:
+            now = time.monotonic()
+            if now >= end:
+                fix = "lower the tier's min_repeats or raise the time-out"
+                raise AgentError("timeout", "no result within %g s (%s); %s" % (job["timeout_s"], worker.phase, fix))
+            pause = min(monitor.tick(worker.phase), end - now)
+            for event in worker.take(control.wait(worker.sources(), pause)):
+                monitor.tick(worker.phase, due=True)
+                emit(event)
+            if worker.reply is None and not worker.sources():
+                raise worker.death(monitor)
+    finally:
+        worker.end()
+    if "error" in worker.reply:
+        raise AgentError(worker.reply["error"], worker.reply["detail"])
+    return worker.reply
+
+
+class Worker:
+    """The process that does the measured work, seen from the supervisor."""
+
+    def __init__(self, job: Request, op: str) -> None:
+        command = [str(part) for part in job.get("python") or [sys.executable]]
+        environment = dict(os.environ)
+        environment.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads would only take memory
+        try:
+            self.process = subprocess.Popen(
+                [*command, os.path.abspath(__file__), "--worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+                env=environment,
+            )
+        except OSError as error:
+            code = "wrong-arch" if error.errno == errno.ENOEXEC else "no-python"
+            detail = "cannot start %s: %s; set connect.python" % (command[0], error.strerror)
+            raise AgentError(code, detail) from error
+        assert self.process.stdin and self.process.stdout and self.process.stderr
+        self.out, self.err = self.process.stdout.fileno(), self.process.stderr.fileno()
+        self.open = [self.out, self.err]
+        self.lines = Lines()
+        self.errors = b""
+        self.phase = "start"
+        self.reply: Optional[Dict[str, Any]] = None
+        with contextlib.suppress(OSError):  # its death shows when we read
+            self.process.stdin.write((json.dumps(dict(job, op=op)) + "\n").encode("ascii"))
+            self.process.stdin.flush()
+
+    def sources(self) -> List[int]:
+        """File descriptors that may still bring something; none when the worker has ended."""
+        return self.open
+
+    def take(self, ready: List[int]) -> Iterator[Dict[str, Any]]:
+        """Read what is there; yields the events in it."""
+        for source in ready:
+            data = os.read(source, 65536)
+            if not data:
+                self.open = [other for other in self.open if other != source]
+            elif source == self.err:
+                self.errors = (self.errors + data)[-20000:]
+            else:
+                for line in self.lines.feed(data):
+                    value = parse_object(line) or {}
+                    if value.get("event"):
+                        self.phase = value.get("text", self.phase)
+                        yield value
+                    elif "reply" in value:
+                        self.reply = value["reply"]
+
+    def death(self, monitor: Monitor) -> AgentError:
+        """Why a worker that left no answer is gone."""
+        try:
+            code = self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            return AgentError("worker-died", "the worker closed its output during %s" % self.phase)
+        text = self.errors.decode("utf-8", "replace").strip()
+        said = ": " + " | ".join(text.splitlines()[-3:]) if text else ""
+        number = -code if code < 0 else code - 128  # a shell around it says 128 + signal
+        if number in CRASHES and self.phase in ("start", "import"):
+            fix = "it was built for another CPU or system; install the build for this %s" % platform.machine()
+            detail = "importing onnxruntime ended with %s; %s%s" % (signal.Signals(number).name, fix, said)
+            return AgentError("runtime-crashes-on-import", detail)
+        if self.phase == "start" and code in (126, 127):
+            return AgentError("no-python" if code == 127 else "wrong-arch", "set connect.python%s" % said)
+        if number == signal.SIGKILL:
+            return AgentError("worker-died", "killed by SIGKILL during %s; %s" % (self.phase, monitor.killer()))
+        cause = "exit code %d" % code
+        with contextlib.suppress(ValueError):
+            cause = signal.Signals(number).name
+        return AgentError("worker-died", "%s during %s%s" % (cause, self.phase, said or "; nothing on stderr"))
+
+    def end(self) -> None:
+        """Kill the worker's process group and wait."""
+        with contextlib.suppress(OSError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(10)
+        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
+            with contextlib.suppress(OSError):
+                if pipe:
+                    pipe.close()
+
+
+def pick_cores(threads: int) -> List[int]:
+    """As many of the allowed cores as threads, the fastest ones first; empty where they cannot be read."""
+    try:
+        allowed = os.sched_getaffinity(0)
+    except (AttributeError, OSError):
+        return []
+    speed = {core: _read_int("sys/devices/system/cpu/cpu%d/cpufreq/cpuinfo_max_freq" % core) or 0 for core in allowed}
+    return sorted(sorted(allowed, key=lambda core: (-speed[core], -core))[:threads])
+
+
+def _leave_cores(cores: Optional[List[int]]) -> None:
+    """The supervisor keeps off the measured cores, if there are others."""
+    with contextlib.suppress(AttributeError, OSError):
+        others = os.sched_getaffinity(0) - set(cores or ())
+        if cores and others:
+            os.sched_setaffinity(0, others)
+
+
+class Monitor:
+    """Reads the sensors before, during and after the work, twice a second.
+
+    Args:
+        cores: the measured cores; the slowest one's clock counts.
+        cgroup: folder of the cgroup that limits the work; None = the one we are in.
+    """
+
+    def __init__(self, cores: Optional[List[int]] = None, cgroup: Optional[str] = None) -> None:
+        self.cores = cores or [0]
+        folders = [cgroup] if cgroup else cgroup_folders()
+        self.throttle_files = [os.path.join(folder, "cpu.stat") for folder in folders]
+        self.samples: List[Dict[str, Any]] = []
+        self.wall, self.begin = time.time(), time.monotonic()
+        self.phase, self.next, self.beat = "start", self.begin, self.begin + HEARTBEAT_S
+        self.kills = self._oom_kills()
+        self.counters = self._counters()
+        self.least_memory: Optional[int] = None
+        self.old_bits: Optional[int] = None
+
+    def __enter__(self) -> Monitor:
+        self.tick("before", due=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def tick(self, phase: str, due: bool = False) -> float:
+        """Take a sample if one is due; returns the seconds until the next."""
+        now = time.monotonic()
+        if due or now >= self.next:
+            self.samples.append(self._sample(now, phase))
+            self.next = now + SAMPLE_S
+        if now >= self.beat:
+            self.beat = now + HEARTBEAT_S
+            emit({"event": "progress", "text": phase, "elapsed_s": round(now - self.begin, 1)})
+        return self.next - time.monotonic()
+
+    def facts(self) -> Dict[str, Any]:
+        """What the samples say, for the answer's ``environment``."""
+        after = self._counters()
+        self.tick("end", due=True)
+        facts: Dict[str, Any] = {"telemetry": self.samples, "clock_jump_s": self._clock_jump()}
+        heat = [sample["temperature_c"] for sample in self.samples if "temperature_c" in sample]
+        if heat:
+            facts["temperature_c"] = {"start": heat[0], "max": max(heat), "end": heat[-1]}
+        if "nr_throttled" in after and "nr_throttled" in self.counters:
+            facts["nr_throttled"] = after["nr_throttled"] - self.counters["nr_throttled"]
+        throttled = was_throttled(self.samples)
+        if throttled is not None:
+            facts["throttled"] = throttled
+        return facts
+
+    def killer(self) -> str:
+        """The likely cause of a SIGKILL."""
+        kills = self._oom_kills()
+        if kills is not None and self.kills is not None and kills > self.kills:
+            return "the kernel ran out of memory and killed a process; " + MEMORY_FIX
+        total = memory("MemTotal")
+        least = min((m for m in (self.least_memory, memory("MemAvailable")) if m is not None), default=None)
+        if total and least is not None and least < max(0.05 * total, 32 << 20):
+            return "memory was short (%d MB left), so probably for lack of it; %s" % (least >> 20, MEMORY_FIX)
+        return "by somebody or by a limit on its memory (see dmesg); try again"
+
+    def _sample(self, now: float, phase: str) -> Dict[str, Any]:
+        sample: Dict[str, Any] = {"t_s": round(now - self.begin, 3), "phase": phase}
+        sample.update(read_sensors(self.cores), **self._counters())
+        if "throttled" in sample:  # what happened before we came does not count
+            self.old_bits = sample["throttled"] if self.old_bits is None else self.old_bits
+            sample["throttled"] &= 0xF | (0xF0000 & ~self.old_bits)
+        left = memory("MemAvailable")
+        if left is not None:
+            self.least_memory = min(left, self.least_memory or left)
+        return sample
+
+    def _counters(self) -> Dict[str, Any]:
+        counters: Dict[str, Any] = {}
+        for path in self.throttle_files:
+            for line in (_read(path) or "").splitlines():
+                if line.startswith("nr_throttled ") and "nr_throttled" not in counters:
+                    counters["nr_throttled"] = int(line.split()[1])
+        return counters
+
+    def _clock_jump(self) -> float:
+        """Seconds that the wall clock was set forwards meanwhile."""
+        return round((time.time() - self.wall) - (time.monotonic() - self.begin), 3)
+
+    def _oom_kills(self) -> Optional[int]:
+        found = re.search(r"^oom_kill (\d+)$", _read("proc/vmstat") or "", re.MULTILINE)
+        return int(found.group(1)) if found else None
+
+
+def read_sensors(cores: List[int]) -> Dict[str, Any]:
+    """Temperature (degrees Celsius), clock (MHz, of the slowest core), governor, throttling and load, if readable."""
+    clocks = [_read_int("sys/devices/system/cpu/cpu%d/cpufreq/scaling_cur_freq" % core) for core in cores]
+    known = [clock for clock in clocks if clock is not None]
+    readings: Dict[str, Any] = {
+        "temperature_c": _temperature(),
+        "freq_mhz": min(known) / 1000 if known else None,
+        "governor": _read("sys/devices/system/cpu/cpu%d/cpufreq/scaling_governor" % cores[0]),
+        "cooling": _cooling(),
+        "throttled": _pi_throttled(),
+        "cpu_pressure_us": _pressure(),
+        "loadavg": _loadavg(),
+    }
+    return {key: value for key, value in readings.items() if value is not None}
+
+
+def _cooling() -> Optional[int]:
+    """The highest state of the cooling devices that slow a CPU down; 0 = none does."""
+    states = []
+    for folder in glob.glob(os.path.join(glob.escape(SYSROOT), "sys/class/thermal/cooling_device*")):
+        kind = (_read(os.path.join(folder, "type")) or "").lower()
+        state = _read_int(os.path.join(folder, "cur_state"))
+        if state is not None and ("cpu" in kind or "processor" in kind or "powerclamp" in kind):
+            states.append(max(state, 0))  # powerclamp says -1 when it is off
+    return max(states, default=None)
+
+
+def _pi_throttled() -> Optional[int]:
+    """The Raspberry Pi firmware's bits: 0-3 under-voltage, capped, throttled, hot; 16-19 the same since the start."""
+    for path in glob.glob(os.path.join(glob.escape(SYSROOT), "sys/devices/platform/soc*/soc*:firmware/get_throttled")):
+        with contextlib.suppress(ValueError):
+            return int(_read(path) or "", 16)
+    return None
+
+
+def _pressure() -> Optional[int]:
+    """Microseconds in which some process waited for a CPU, since the start of the machine."""
+    for line in (_read("proc/pressure/cpu") or "").splitlines():
+        if line.startswith("some") and "total=" in line:
+            return int(line.rsplit("total=", 1)[1])
+    return None
+
+
+def _loadavg() -> Optional[float]:
+    try:
+        return float((_read("proc/loadavg") or "").split()[0])
+    except (IndexError, ValueError):
+        return None
+
+
+def was_throttled(samples: List[Dict[str, Any]]) -> Optional[bool]:
+    """Whether heat or voltage slowed the device down meanwhile; None where no sensor tells.
+
+    Signs: a Raspberry Pi's bits that are set now or were set meanwhile, a cooling device at work, or a clock that was
+    below 95 % of its highest value in more than a quarter of the samples taken while timing.
+    """
+    bits = [sample["throttled"] for sample in samples if "throttled" in sample]
+    cooling = [sample["cooling"] for sample in samples if "cooling" in sample]
+    timing = [i for i, sample in enumerate(samples) if sample.get("phase") == "timing"]
+    timed = samples[timing[0] : timing[-1] + 2] if timing else []  # and the one at its end
+    clocks = [sample["freq_mhz"] for sample in timed if "freq_mhz" in sample]
+    if not bits and not cooling and not clocks:
+        return None
+    slow = sum(clock < SLOWED * max(clocks) for clock in clocks)
+    return any(bits) or any(cooling) or slow > len(clocks) / 4
+
+
+def memory(key: str) -> Optional[int]:
+    """A line of /proc/meminfo in bytes."""
+    found = re.search(r"^%s:\s+(\d+) kB" % key, _read("proc/meminfo") or "", re.MULTILINE)
+    return int(found.group(1)) * 1024 if found else None
+
+
+# ---- a share of a core ----
+
+
+def cgroup_folders() -> List[str]:
+    """The cgroups we are in that may have a cpu controller (v1 first), and those above them, nearest first."""
+    mounts: Dict[str, str] = {}
+    for line in (_read("proc/mounts") or "").splitlines():
+        _, place, kind, options = (line.split(" ") + [""] * 4)[:4]
+        if kind == "cgroup" and "cpu" in options.split(","):
+            mounts["v1"] = place.replace("\\040", " ")
+        elif kind == "cgroup2":
+            mounts["v2"] = place.replace("\\040", " ")
+    folders: List[str] = []
+    for line in (_read("proc/self/cgroup") or "").splitlines():
+        _, controllers, path = (line.split(":", 2) + [""] * 3)[:3]
+        version = "v1" if "cpu" in controllers.split(",") else "v2" if not controllers else ""
+        if version in mounts:
+            found = _upwards(os.path.join(SYSROOT, mounts[version].lstrip("/")), path)
+            folders = found + folders if version == "v1" else folders + found
+    return folders
+
+
+def _upwards(root: str, path: str) -> List[str]:
+    """The folders from ``root/path`` up to ``root`` that exist; in a container the path may mean nothing."""
+    parts = [part for part in path.split("/") if part]
+    tries = [os.path.join(root, *parts[:n]) for n in range(len(parts), -1, -1)]
+    return [folder for folder in tries if os.path.isdir(folder)]
+
+
+class CpuShare:
+    """A cgroup that gives its processes a share of one core's time, in periods of 10 ms; removed at the end."""
+
+    def __init__(self, share: float) -> None:
+        sweep_cgroups()
+        self.quota = max(1000, round(share * CPU_PERIOD_US))  # the kernel grants no less than 1 ms
+        self.period = round(self.quota / share)
+        refusals = []
+        for base in cgroup_folders():
+            self.path = os.path.join(base, "secateur-%d" % os.getpid())
+            try:
+                self._make(base)
+                return
+            except OSError as error:
+                refusals.append("%s: %s" % (error.filename or base, error.strerror))
+                with contextlib.suppress(OSError):
+                    os.rmdir(self.path)
+        fix = "run the agent as root or under `systemd-run --user --scope -p Delegate=yes`, or leave cpu_share out"
+        tried = "; ".join(refusals) or "no cgroup with a cpu controller is mounted"
+        raise AgentError("not-allowed", "cpu_share needs a cgroup it can write to (%s); %s" % (tried, fix))
+
+    def _make(self, base: str) -> None:
+        version1 = os.path.exists(os.path.join(base, "cpu.cfs_quota_us"))
+        if not version1 and "cpu" not in (_read(os.path.join(base, "cgroup.subtree_control")) or "").split():
+            _write(os.path.join(base, "cgroup.subtree_control"), "+cpu")
+        os.mkdir(self.path)
+        if version1:
+            _write(os.path.join(self.path, "cpu.cfs_period_us"), str(self.period))
+            _write(os.path.join(self.path, "cpu.cfs_quota_us"), str(self.quota))
+        else:
+            _write(os.path.join(self.path, "cpu.max"), "%d %d" % (self.quota, self.period))
+
+    def __enter__(self) -> CpuShare:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for _attempt in range(100):  # the kernel needs a moment after the last process died
+            try:
+                os.rmdir(self.path)
+                return
+            except FileNotFoundError:
+                return
+            except OSError:
+                time.sleep(0.02)
+
+
+def sweep_cgroups() -> None:
+    """Remove cgroups of dead agents; the kernel refuses for those in use."""
+    for base in cgroup_folders():
+        for folder in glob.glob(os.path.join(glob.escape(base), "secateur-*")):
+            pid = folder.rpartition("-")[2]
+            if pid.isdigit() and not os.path.exists("/proc/" + pid):
+                with contextlib.suppress(OSError):
+                    os.rmdir(folder)
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+
+
+# ---- the worker ----
+
+
+def worker_main() -> int:
+    """Do one job, written as one JSON line on stdin; the answer is ``{"reply": {...}}`` on stdout."""
+    _die_with_parent()
+    with contextlib.suppress(OSError):
+        _write("/proc/self/oom_score_adj", "500")  # if memory runs out, the supervisor lives to tell
+    job = parse_object(sys.stdin.buffer.readline().decode("utf-8", "replace"))
+    if job is None:
+        return 1  # the supervisor died first
+    threading.Thread(target=_die_with_stdin, daemon=True).start()
+    try:
+        if "cgroup" in job:
+            _write(os.path.join(job["cgroup"], "cgroup.procs"), str(os.getpid()))
+        reply = JOBS[job["op"]](job)
+    except (AgentError, OSError) as error:
+        reply = _error_reply(error)
+    except MemoryError:
+        reply = {"error": "no-memory", "detail": "the worker ran out of memory; " + MEMORY_FIX}
+    emit({"reply": reply})
+    return 0
+
+
+def _die_with_stdin() -> None:
+    """A second string to the kernel's signal, which an emulator or a wrapper script may keep from us."""
+    with contextlib.suppress(OSError):
+        while os.read(0, 4096):
+            pass
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _phase(text: str) -> None:
+    emit({"event": "progress", "text": text})
+
+
+def import_only(job: Request) -> Dict[str, Any]:
+    """Versions and providers of the runtime."""
+    ort, import_ms = _import_runtime()
+    return dict(describe_runtime(ort), import_ms=import_ms)
+
+
+def measure_models(job: Request) -> Dict[str, Any]:
+    """Load all models, warm up, then time them in turn; energy and single nodes afterwards, each model alone."""
     started = time.time()
-    for model in request["models"]:
+    _phase("check")
+    for model in job["models"]:
         _verify(model)
-    cores = _pin(request["threads"])
-    ort = _import_runtime()
+    pinned = _pin(job.get("cores"))
+    ort, import_ms = _import_runtime()
     base_rss = _status_bytes("VmRSS")
-    runners = [Runner(ort, model, request) for model in request["models"]]
-    for runner in runners:
-        for _ in range(request["warmup"]):
-            runner.call()
+    _phase("load")
+    runners = [Runner(ort, model, job) for model in job["models"]]
+    _phase("warm-up")
+    warm_ups = warm_up(runners, job)
+    _phase("timing")
     before = _load_signals()
     gc.disable()
-    wall, cpu = _interleave(runners, request)
+    wall, cpu = _interleave(runners, job)
     gc.enable()
-    environment = describe_device()
-    environment.update(describe_runtime(ort))
+    environment = describe_runtime(ort)
     environment.update(_load_during(before, _load_signals()))
-    environment["provider"] = runners[0].provider
-    environment["threads"] = request["threads"]
-    if cores:
-        environment["cores"] = cores
+    environment.update(provider=runners[0].provider, threads=job["threads"])
+    if pinned:
+        environment["cores"] = pinned
     models = {}
     for i, runner in enumerate(runners):
-        models[runner.name] = dict(runner.facts, wall_ms=wall[i], cpu_ms=cpu[i])
-        if base_rss and "peak_rss_bytes" in runner.facts:
-            models[runner.name]["peak_rss_bytes"] += base_rss
+        facts = dict(runner.facts, **warm_ups[i], wall_ms=wall[i], cpu_ms=cpu[i], import_ms=import_ms)
+        if base_rss and "peak_rss_bytes" in facts:
+            facts["peak_rss_bytes"] += base_rss
+        models[runner.name] = facts
+    _measure_energy(runners, job, models)
+    _profile_nodes(ort, runners, job, models)
+    _phase("done")
     answer = {"models": models, "environment": environment, "started": started, "ended": time.time()}
     if base_rss:
         answer["runtime_rss_bytes"] = base_rss
     return answer
 
 
-def _interleave(runners: "List[Runner]", request: Dict[str, Any]) -> Tuple[List[List[float]], List[List[float]]]:
+def run_once(job: Request) -> Dict[str, Any]:
+    """Run one model on its seeded or given inputs and write the outputs to ``outputs.npz`` in the work folder."""
+    model = job["models"][0]
+    _verify(model)
+    _pin(job.get("cores"))
+    ort, _ = _import_runtime()
+    _phase("load")
+    runner = Runner(ort, model, dict(job, seed=job.get("seed", 0)), warm=False)
+    if "inputs" in job:
+        runner.feed = _given_inputs(job["inputs"], runner)
+    _phase("infer")
+    outputs = runner.first_call()
+    path = os.path.join(job["work"], "outputs.npz")
+    named = {output.name: outputs[i] for i, output in enumerate(runner.session.get_outputs())}
+    sha256 = _write_npz(path, named)
+    return {"outputs": path, "output_sha256": runner.facts["output_sha256"], "sha256": sha256}
+
+
+JOBS: Dict[str, Callable[[Request], Dict[str, Any]]] = {
+    "import": import_only,
+    "benchmark": measure_models,
+    "infer": run_once,
+}
+
+
+def warm_up(runners: List[Runner], job: Request) -> List[Dict[str, Any]]:
+    """Call the models in turn until they are steady; returns ``warmup_calls`` and ``steady`` of each model."""
+    on_cpu = job["threads"] == 1 and job["provider"] == "CPUExecutionProvider"
+    clock = time.process_time_ns if on_cpu else time.perf_counter_ns
+    times: List[List[float]] = [[] for _ in runners]
+    end = time.monotonic() + job.get("max_warmup_seconds", 0)
+    while True:
+        if len(times[0]) >= job["warmup"]:
+            steady = [is_steady(calls) for calls in times]
+            if all(steady) or time.monotonic() >= end:
+                return [{"warmup_calls": len(times[0]), "steady": still} for still in steady]
+        for i, runner in enumerate(runners):
+            begin = clock()
+            runner.call()
+            times[i].append((clock() - begin) / 1e6)
+
+
+def is_steady(calls: List[float]) -> bool:
+    """Whether the medians of the last two windows of calls (ms) differ by less than 2 %."""
+    window = min(50, max(4, len(calls) // 3))
+    if len(calls) < 2 * window:
+        return False
+    earlier = statistics.median(calls[-2 * window : -window])
+    later = statistics.median(calls[-window:])
+    return abs(later - earlier) <= max(STEADY * earlier, STEADY_FLOOR_MS)
+
+
+def _interleave(runners: List[Runner], request: Request) -> Tuple[List[List[float]], List[List[float]]]:
     """Milliseconds per model and iteration: wall and CPU."""
     wall: List[List[float]] = [[] for _ in runners]
     cpu: List[List[float]] = [[] for _ in runners]
@@ -191,59 +1057,92 @@ def _interleave(runners: "List[Runner]", request: Dict[str, Any]) -> Tuple[List[
 
 
 class Runner:
-    """One model, loaded, with its input."""
+    """One model, loaded, with its input; called once unless ``warm`` is False."""
 
-    def __init__(self, ort: Any, model: Dict[str, str], request: Dict[str, Any]) -> None:
-        self.name = model["name"]
+    def __init__(self, ort: Any, model: Dict[str, str], request: Request, warm: bool = True) -> None:
+        self.name, self.path = model["name"], model["path"]
+        self.facts: Dict[str, Any] = {}
         rss = _reset_peak()
         t0 = time.perf_counter_ns()
         try:
-            self.session = self._open(ort, model["path"], request)
+            self.session = open_session(ort, self.path, request)
             t1 = time.perf_counter_ns()
             self.feed = {i.name: _random_input(i, request["seed"]) for i in self.session.get_inputs()}
         except AgentError:
             raise
         except Exception as error:  # onnxruntime's own exceptions share no base class
-            raise AgentError("model-load", "%s: %s: %s" % (self.name, type(error).__name__, error)) from error
+            raise model_error("model-load", self.name, error, ort.__version__) from error
         self.provider = self.session.get_providers()[0]
         if self.provider != request["provider"]:
             detail = "%s runs on %s, not on %s" % (self.name, self.provider, request["provider"])
             raise AgentError("model-load", detail)
-        t2 = time.perf_counter_ns()
+        self.facts["load_ms"] = (t1 - t0) / 1e6
+        if warm:
+            self.first_call()
+        peak = _status_bytes("VmHWM")
+        if peak and rss:
+            self.facts["peak_rss_bytes"] = peak - rss  # the caller adds what the runtime itself takes
+
+    def first_call(self) -> List[Any]:
+        """Call, time and digest; returns the outputs."""
+        begin = time.perf_counter_ns()
         try:
             outputs = self.call()
         except Exception as error:
-            raise AgentError("model-run", "%s: %s: %s" % (self.name, type(error).__name__, error)) from error
-        t3 = time.perf_counter_ns()
+            raise model_error("model-run", self.name, error, "") from error
+        self.facts["first_ms"] = (time.perf_counter_ns() - begin) / 1e6
         digest = hashlib.sha256()
         for output in outputs:
             digest.update(output.tobytes() if hasattr(output, "tobytes") else repr(output).encode())
-        self.facts: Dict[str, Any] = {
-            "load_ms": (t1 - t0) / 1e6,
-            "first_ms": (t3 - t2) / 1e6,
-            "output_sha256": digest.hexdigest(),
-        }
-        peak = _status_bytes("VmHWM")
-        if peak and rss:
-            self.facts["peak_rss_bytes"] = peak - rss  # benchmark() adds what the runtime itself takes
-
-    def _open(self, ort: Any, path: str, request: Dict[str, Any]) -> Any:
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = request["threads"]
-        options.inter_op_num_threads = 1
-        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-        if request["threads"] > 1:  # spinning workers on shared cores spoil wall and CPU time alike
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        known = ort.get_available_providers()
-        if request["provider"] not in known:
-            detail = "no execution provider %s; this onnxruntime has %s" % (request["provider"], ", ".join(known))
-            raise AgentError("missing-runtime", detail)
-        return ort.InferenceSession(path, options, providers=[request["provider"]])
+        self.facts["output_sha256"] = digest.hexdigest()
+        return outputs
 
     def call(self) -> List[Any]:
         return self.session.run(None, self.feed)  # type: ignore[no-any-return]
+
+
+def open_session(ort: Any, path: str, request: Request, trace: Optional[str] = None) -> Any:
+    """A session with our settings; with ``trace`` (a file name's beginning) it profiles."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = request["threads"]
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    if request["threads"] > 1:  # spinning workers on shared cores spoil wall and CPU time alike
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if trace:
+        options.enable_profiling = True
+        options.profile_file_prefix = trace
+    known = ort.get_available_providers()
+    if request["provider"] not in known:
+        detail = "no execution provider %s; this onnxruntime has %s" % (request["provider"], ", ".join(known))
+        raise AgentError("missing-runtime", detail)
+    return ort.InferenceSession(path, options, providers=[request["provider"]])
+
+
+def model_error(code: str, name: str, error: Exception, version: str) -> AgentError:
+    """What onnxruntime means by an exception, with the fix; ``code`` where it is none of the known causes."""
+    text = " ".join(str(error).split())
+    opset = re.search(r"Opset (\d+) is under development.*for domain (\S+) is till opset (\d+)", text)
+    version_of_file = re.search(r"model IR version: (\d+), max supported IR version: (\d+)", text)
+    if isinstance(error, MemoryError) or re.search(r"bad_alloc|Failed to allocate memory|Cannot allocate", text):
+        return AgentError("no-memory", "%s: %s; %s" % (name, text, MEMORY_FIX))
+    if opset:
+        needs = "opset %s of %s, this onnxruntime %s knows up to %s" % (opset[1], opset[2], version, opset[3])
+        return AgentError("runtime-too-old", "%s needs %s; install a newer one or export a lower opset" % (name, needs))
+    if version_of_file:
+        needs = "IR version %s, this onnxruntime %s knows up to %s" % (version_of_file[1], version, version_of_file[2])
+        fix = "install a newer one or export with an older IR version"
+        return AgentError("runtime-too-old", "%s needs %s; %s" % (name, needs, fix))
+    unknown = "NOT_IMPLEMENTED|No Op registered for|is not a registered function/op|Could not find an implementation"
+    if re.search(unknown, text):
+        fix = "replace this operator, export another opset, or install an onnxruntime that has it"
+        return AgentError("unknown-operator", "%s: %s; %s" % (name, text, fix))
+    fix = ""
+    if re.search("INVALID_PROTOBUF|No graph was found", text):
+        fix = "; the file is damaged or no ONNX model: export it again"
+    return AgentError(code, "%s: %s: %s%s" % (name, type(error).__name__, text, fix))
 
 
 def _random_input(spec: Any, seed: int) -> Any:
@@ -259,42 +1158,251 @@ def _random_input(spec: Any, seed: int) -> Any:
     return np.ascontiguousarray(values.astype(kind))
 
 
+def _given_inputs(path: str, runner: Runner) -> Dict[str, Any]:
+    import numpy as np
+
+    wanted = list(runner.feed)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: np.ascontiguousarray(file[name]) for name in file.files}
+    except (ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise AgentError("bad-request", "%s is no .npz of arrays: %s" % (path, error)) from error
+    except FileNotFoundError as error:
+        raise AgentError("bad-request", "no inputs at %s; bring them first" % path) from error
+    if set(found) != set(wanted):
+        detail = "%s holds %s; the inputs of %s are %s"
+        raise AgentError("bad-request", detail % (path, ", ".join(found) or "nothing", runner.name, ", ".join(wanted)))
+    return found
+
+
+def _write_npz(path: str, arrays: Dict[str, Any]) -> str:
+    """Write arrays as numpy does, whole or not at all (whatever their names); returns the file's sha256."""
+    import numpy as np
+
+    with zipfile.ZipFile(path + ".part", "w", zipfile.ZIP_STORED) as archive:
+        for name, array in arrays.items():
+            if not isinstance(array, np.ndarray):
+                raise AgentError("model-run", "output %s is no tensor; only tensors can be fetched" % name)
+            with archive.open(name + ".npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
+    digest = _sha256(path + ".part")
+    os.replace(path + ".part", path)
+    return digest
+
+
+def _measure_energy(runners: List[Runner], job: Request, models: Dict[str, Dict[str, Any]]) -> None:
+    """Add ``energy_mj`` per call, of the whole device while it runs one model, where something counts it."""
+    if not job.get("energy") or not (_energy_counters() or _power_w() is not None):
+        return
+    _phase("energy")
+    for runner in runners:
+        used = energy_per_call(runner.call)
+        if used is not None:
+            models[runner.name]["energy_mj"] = used
+
+
+def energy_per_call(call: Callable[[], Any], seconds: float = 1.0) -> Optional[float]:
+    """Millijoules; from counters of energy if there are any, else from the mean of a power sensor."""
+    before, powers, calls = _energy_counters(), [], 0
+    begin = due = time.monotonic()
+    while time.monotonic() - begin < seconds or calls < 3:
+        call()
+        calls += 1
+        if not before and time.monotonic() >= due:
+            powers.append(_power_w() or 0.0)
+            due = time.monotonic() + 0.02
+    elapsed = time.monotonic() - begin
+    if before:
+        used = _microjoules(before, _energy_counters())
+        return used / 1e3 / calls if used > 0 else None
+    mean = statistics.mean(powers)
+    return mean * elapsed * 1e3 / calls if mean > 0 else None
+
+
+def _energy_counters() -> Dict[str, int]:
+    """Microjoules by file: of the CPU packages (powercap), else of the energy sensors (hwmon)."""
+    packages = [
+        path
+        for path in glob.glob(os.path.join(glob.escape(SYSROOT), "sys/class/powercap/*:*/energy_uj"))
+        if os.path.dirname(path).count(":") == 1 and _read(os.path.join(os.path.dirname(path), "name")) != "psys"
+    ]
+    sensors = glob.glob(os.path.join(glob.escape(SYSROOT), "sys/class/hwmon/hwmon*/energy*_input"))
+    for group in (packages, sensors):
+        found = {path: _read_int(path) for path in group}
+        known = {path: value for path, value in found.items() if value is not None}
+        if known:
+            return known
+    return {}
+
+
+def _microjoules(before: Dict[str, int], after: Dict[str, int]) -> float:
+    """Energy between two readings; packages add up, of sensors (which may overlap) the largest counts."""
+    used = []
+    for path, start in before.items():
+        change = after.get(path, start) - start
+        if change < 0:  # the counter began anew
+            change += (_read_int(os.path.join(os.path.dirname(path), "max_energy_range_uj")) or 0) + 1
+        used.append(max(change, 0))
+    return sum(used) if any("powercap" in path for path in before) else max(used, default=0)
+
+
+def _power_w() -> Optional[float]:
+    """The largest of the power sensors (hwmon): watts, or volts times amperes where a board gives those (INA3221)."""
+    watts = []
+    for folder in glob.glob(os.path.join(glob.escape(SYSROOT), "sys/class/hwmon/hwmon*")):
+        for path in glob.glob(os.path.join(glob.escape(folder), "power*_input")):
+            micro = _read_int(path)
+            if micro is not None:
+                watts.append(micro / 1e6)
+        for path in glob.glob(os.path.join(glob.escape(folder), "curr*_input")):
+            milliamperes, millivolts = _read_int(path), _read_int(path.replace("curr", "in"))
+            if milliamperes is not None and millivolts is not None:
+                watts.append(milliamperes * millivolts / 1e6)
+    return max(watts, default=None)
+
+
+def _profile_nodes(ort: Any, runners: List[Runner], job: Request, models: Dict[str, Dict[str, Any]]) -> None:
+    """Add ``nodes``: the time of each node, from sessions opened for that purpose."""
+    if not job.get("profile"):
+        return
+    _phase("profile")
+    for i, runner in enumerate(runners):
+        session = open_session(ort, runner.path, job, os.path.join(job["work"], "trace-%d" % i))
+        begin, calls = time.monotonic(), 0
+        while calls < 3 or (calls < 30 and time.monotonic() - begin < 1.0):
+            session.run(None, runner.feed)
+            calls += 1
+        path = session.end_profiling()
+        try:
+            with open(path) as file:
+                models[runner.name]["nodes"] = parse_trace(json.load(file))
+        except ValueError as error:
+            detail = "onnxruntime wrote no readable profile to %s (%s); is the disk full?" % (path, error)
+            raise AgentError("disk-full", detail) from error
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+
+def parse_trace(events: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """The nodes of an onnxruntime profile in the order they ran, each with its least time over the calls."""
+    nodes: Dict[Tuple[str, str], Dict[str, Any]] = {}
+    for event in events:
+        name, facts = str(event.get("name", "")), event.get("args") or {}
+        if event.get("cat") != "Node" or not name.endswith("_kernel_time"):
+            continue
+        name, index = name[: -len("_kernel_time")], str(facts.get("node_index", ""))
+        ms = event["dur"] / 1e3
+        node = nodes.get((name, index))
+        if node is None:
+            node = nodes[(name, index)] = {"name": name, "op": facts.get("op_name", ""), "ms": ms, "calls": 0}
+            if index.isdigit():
+                node["index"] = int(index)
+            for side in ("input", "output"):
+                tensors = [pair for entry in facts.get(side + "_type_shape") or [] for pair in entry.items()]
+                node[side + "_shapes"] = [shape for _, shape in tensors]
+                node[side + "_types"] = [kind for kind, _ in tensors]
+        node["ms"] = min(node["ms"], ms)
+        node["calls"] += 1
+    return list(nodes.values())
+
+
 def _verify(model: Dict[str, str]) -> None:
     try:
-        with open(model["path"], "rb") as file:
-            found = hashlib.sha256(file.read()).hexdigest()
+        found = _sha256(model["path"])
     except OSError as error:
         raise AgentError("model-load", "%s: %s" % (model["path"], error.strerror)) from error
     if found != model["sha256"]:
         raise AgentError("sha256-mismatch", "%s: expected %s, found %s" % (model["name"], model["sha256"], found))
+    if os.path.dirname(model["path"]) == os.path.join(store_path(), "models"):
+        with contextlib.suppress(OSError):
+            os.utime(model["path"])  # a sweep removes those that were used longest ago
 
 
-def _import_runtime() -> Any:
+def _sha256(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _import_runtime() -> Tuple[Any, float]:
+    """The onnxruntime module, and the milliseconds its import took."""
+    _phase("import")
+    begin = time.perf_counter_ns()
     try:
+        import numpy  # noqa: F401
         import onnxruntime
     except ImportError as error:
-        raise AgentError("missing-runtime", "%s; run: pip install onnxruntime numpy" % error) from error
-    return onnxruntime
+        text = " ".join(str(error).rpartition("Original error was:")[2].split())  # numpy writes a page around it
+        if re.search("failed to map segment|[Cc]annot allocate memory", text):
+            raise AgentError("no-memory", "%s; %s" % (text, MEMORY_FIX)) from error
+        here = "this is Python %s on %s" % (platform.python_version(), platform.machine())
+        if re.search("wrong ELF class|invalid ELF header|seem incompatible|cannot open shared object", str(error)):
+            here = "what is installed was built for another Python or machine; " + here
+        detail = "%s; run: pip install onnxruntime numpy (%s)" % (text[:300], here)
+        raise AgentError("missing-runtime", detail) from error
+    return onnxruntime, (time.perf_counter_ns() - begin) / 1e6
 
 
-def _pin(threads: int) -> Optional[List[int]]:
-    """Pin to as many cores as threads, the fastest ones first; None where that is not allowed."""
+def _pin(cores: Optional[List[int]]) -> Optional[List[int]]:
+    """Pin to these cores; None where that is not allowed."""
     try:
-        allowed = os.sched_getaffinity(0)
-        speed = {
-            core: _read_int("sys/devices/system/cpu/cpu%d/cpufreq/cpuinfo_max_freq" % core) or 0 for core in allowed
-        }
-        cores = sorted(allowed, key=lambda core: (-speed[core], -core))[:threads]
-        os.sched_setaffinity(0, cores)
-        return sorted(cores)
+        if cores:
+            os.sched_setaffinity(0, cores)
+        return cores or None
     except (AttributeError, OSError):
         return None
+
+
+# ---- descriptions and readings ----
 
 
 def describe_runtime(ort: Any) -> Dict[str, Any]:
     import numpy as np
 
     return {"onnxruntime": ort.__version__, "numpy": np.__version__, "providers": ort.get_available_providers()}
+
+
+def describe_limits() -> Dict[str, Any]:
+    """What there is room for: the store, memory, cores, the lock, and what can be read and limited."""
+    store = store_path()
+    there = store
+    while not os.path.isdir(there) and os.path.dirname(there) != there:
+        there = os.path.dirname(there)
+    limits: Dict[str, Any] = {
+        "store": store,
+        "store_writable": os.access(there, os.W_OK | os.X_OK),
+        "lock": _lock_state(),
+        "sensors": sorted(read_sensors([0])),
+        "cgroup": [folder for folder in cgroup_folders() if os.access(folder, os.W_OK)],
+        "energy": "counter" if _energy_counters() else "power" if _power_w() is not None else "none",
+        "memory_total_bytes": memory("MemTotal"),
+        "memory_available_bytes": memory("MemAvailable"),
+    }
+    with contextlib.suppress(OSError):
+        limits["free_bytes"] = shutil.disk_usage(there).free
+    with contextlib.suppress(AttributeError, OSError):
+        limits["cores"] = sorted(os.sched_getaffinity(0))
+    with contextlib.suppress(ValueError, OSError):
+        limits["libc"] = os.confstr("CS_GNU_LIBC_VERSION")
+    return {key: value for key, value in limits.items() if value is not None}
+
+
+def _lock_state() -> Dict[str, Any]:
+    """Whether somebody measures now, and who."""
+    try:
+        lock = _open_lock()
+    except OSError:
+        return {"held": False}
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return dict(_holder(lock), held=True)
+    finally:
+        os.close(lock)
+    return {"held": False}
 
 
 def describe_device() -> Dict[str, Any]:
@@ -332,9 +1440,12 @@ def _load_signals() -> Dict[str, float]:
     """Counters that tell whether somebody else uses the device."""
     signals: Dict[str, float] = {"time_s": time.monotonic()}
     signals["nivcsw"] = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-    for line in (_read("proc/pressure/cpu") or "").splitlines():
-        if line.startswith("some") and "total=" in line:
-            signals["psi_us"] = float(line.rsplit("total=", 1)[1])
+    pressure = _pressure()
+    if pressure is not None:
+        signals["psi_us"] = pressure
+    ticks = ((_read("proc/stat") or "").splitlines() or [""])[0].split()[1:9]
+    if len(ticks) == 8:
+        signals["ticks"], signals["stolen"] = sum(map(int, ticks)), int(ticks[7])
     return signals
 
 
@@ -343,6 +1454,8 @@ def _load_during(before: Dict[str, float], after: Dict[str, float]) -> Dict[str,
     facts: Dict[str, Any] = {"elapsed_s": elapsed, "nivcsw": int(after["nivcsw"] - before["nivcsw"])}
     if "psi_us" in before and "psi_us" in after:
         facts["cpu_pressure"] = (after["psi_us"] - before["psi_us"]) / 1e6 / elapsed
+    if "ticks" in before and "ticks" in after:
+        facts["steal"] = (after["stolen"] - before["stolen"]) / max(after["ticks"] - before["ticks"], 1)
     with contextlib.suppress(OSError):
         facts["loadavg"] = list(os.getloadavg())
     return facts
@@ -390,4 +1503,4 @@ def _scaled(value: Optional[int], factor: float) -> Optional[float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(worker_main() if "--worker" in sys.argv[1:] else main())

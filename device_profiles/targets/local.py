@@ -1,16 +1,17 @@
-"""The local machine: the agent runs in a fresh process of this Python."""
+"""The local machine: the agent runs in a fresh process of this Python, or of an emulator."""
 
 from __future__ import annotations
 
 import contextlib
-import json
+import errno
 import os
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from device_profiles.agent import PROTOCOL
 from device_profiles.errors import DeviceError
 from device_profiles.profile import DeviceProfile
+from device_profiles.protocol import CANCEL_LINE, Reader, hung, request_line
 from device_profiles.target import AGENT, Progress, Target
+
+GRACE_S = 5.0  # after its time-out, for the agent to say so and to clean up
+PREPARE_S = 180.0  # an emulator needs long to import the runtime
 
 
 class Settings(BaseModel):
@@ -38,7 +43,7 @@ class Settings(BaseModel):
 
 def open_target(profile: DeviceProfile, settings: Settings) -> Target:
     """This machine."""
-    return LocalTarget()
+    return LocalTarget(python=settings.python, cpu_share=settings.cpu_share)
 
 
 class LocalTarget:
@@ -47,25 +52,44 @@ class LocalTarget:
     Args:
         busy_wait_s: seconds to wait while another process measures on this machine.
         env: environment variables added to the agent's.
+        python: command that starts the agent's Python; empty = this one.
+        cpu_share: share of one core's time the measured process may use; None = all of it.
     """
 
-    def __init__(self, busy_wait_s: float = 120.0, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        busy_wait_s: float = 120.0,
+        env: Mapping[str, str] | None = None,
+        python: Sequence[str] = (),
+        cpu_share: float | None = None,
+    ) -> None:
         self.busy_wait_s = busy_wait_s
         self.env = {**os.environ, **(env or {})}
+        self.python = tuple(python)
+        self.cpu_share = cpu_share
+        self._left: set[str] = set()  # folders that answers named
 
     def prepare(self) -> Mapping[str, Any]:
-        return self.run({"protocol": PROTOCOL, "op": "probe"}, 60)
+        """Sweep what dead sessions left; returns the agent's answer to ``probe``."""
+        self.run({"protocol": PROTOCOL, "op": "sweep"}, PREPARE_S)
+        return self.run({"protocol": PROTOCOL, "op": "probe"}, PREPARE_S)
 
     def put(self, path: Path) -> str:
+        """The file where it is; nothing is copied.
+
+        Raises:
+            DeviceError: there is no such file.
+        """
         if not path.is_file():
             raise DeviceError(f"no model file at {path}; export it first", "model-load")
         return str(path.resolve())
 
     def run(self, request: Mapping[str, Any], timeout_s: float, progress: Progress | None = None) -> dict[str, Any]:
+        """See ``Target.run``; waits up to ``busy_wait_s`` while another process measures."""
         give_up = time.monotonic() + self.busy_wait_s
         while True:
             try:
-                return self._run_once(request, timeout_s)
+                return self._run_once(request, timeout_s, Reader(progress))
             except DeviceError as error:
                 if error.code != "busy":
                     raise
@@ -75,53 +99,99 @@ class LocalTarget:
             time.sleep(min(1.0, max(0.05, self.busy_wait_s / 20)))
 
     def fetch(self, path: str, to: Path) -> None:
-        shutil.copyfile(path, to)
+        """Copy a file that the agent left; it appears whole or not at all.
+
+        Raises:
+            DeviceError: it cannot be read or written.
+        """
+        part = to.with_name(to.name + ".part")
+        try:
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, part)
+            part.replace(to)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            code = "disk-full" if error.errno == errno.ENOSPC else "transfer"
+            raise DeviceError(f"cannot copy {path} to {to}: {error.strerror}", code) from error
 
     def close(self) -> None:
-        pass
+        """Remove what answers left to be fetched."""
+        while self._left:
+            shutil.rmtree(self._left.pop(), ignore_errors=True)
 
-    def _run_once(self, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
-        line = json.dumps({**request, "parent_pid": os.getpid()}) + "\n"
-        with subprocess.Popen(
-            [sys.executable, str(AGENT)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            env=self.env,
-            start_new_session=True,  # its own process group, so that a time-out ends all of it
-        ) as agent:
-            try:
-                out, err = agent.communicate(line, timeout=timeout_s)
-            except subprocess.TimeoutExpired as error:
-                raise DeviceError(
-                    f"the agent gave no answer within {timeout_s:g} s and was ended; "
-                    "lower the tier's min_repeats or raise the time-out",
-                    "timeout",
-                ) from error
-            finally:  # also on KeyboardInterrupt
-                if agent.poll() is None:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(agent.pid, signal.SIGKILL)
-        return read_answer(out, err, agent.returncode)
+    def _run_once(self, request: Mapping[str, Any], timeout_s: float, reader: Reader) -> dict[str, Any]:
+        share = self.cpu_share if request.get("op") == "benchmark" else None
+        extra = {"parent_pid": os.getpid(), "python": list(self.python) or None}
+        line = request_line({"timeout_s": timeout_s, "cpu_share": share, **request}, **extra)
+        agent = self._start()
+        try:
+            _talk(agent, line, reader, timeout_s + GRACE_S)
+        except BaseException:  # also KeyboardInterrupt, also what ``progress`` raises
+            _cancel(agent)
+            raise
+        finally:
+            _end(agent)
+        answer = reader.answer(agent.returncode)
+        if "work" in answer and "work" not in request:
+            self._left.add(str(answer["work"]))
+        return answer
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        command = [*(self.python or (sys.executable,)), str(AGENT)]
+        try:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=self.env,
+                start_new_session=True,  # its own process group, so that a time-out ends all of it
+            )
+        except OSError as error:
+            code = "wrong-arch" if error.errno == errno.ENOEXEC else "no-python"
+            detail = f"cannot start {command[0]}: {error.strerror}; set connect.python of the device profile"
+            raise DeviceError(detail, code) from error
 
 
-def read_answer(out: str, err: str, returncode: int) -> dict[str, Any]:
-    """The agent's answer: the last JSON object on its stdout; other lines are noise of the shell or a library.
+def _talk(agent: subprocess.Popen[bytes], line: str, reader: Reader, timeout_s: float) -> None:
+    """Send the request and read until the agent has closed its output; stdin stays open, or it would stop."""
+    assert agent.stdin and agent.stdout and agent.stderr
+    with contextlib.suppress(OSError):  # an agent that died at once; its exit tells
+        agent.stdin.write(line.encode("ascii"))
+        agent.stdin.flush()
+    end = time.monotonic() + timeout_s
+    sources = {agent.stdout.fileno(): reader.feed, agent.stderr.fileno(): reader.feed_stderr}
+    while sources:
+        ready, _, _ = select.select(list(sources), [], [], max(0.0, end - time.monotonic()))
+        if not ready:
+            raise hung(timeout_s)
+        for source in ready:
+            data = os.read(source, 65536)
+            if data:
+                sources[source](data)
+            else:
+                del sources[source]
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        agent.wait(GRACE_S)
 
-    Raises:
-        DeviceError: the answer is an error, or there is none.
-    """
-    answer: dict[str, Any] | None = None
-    for line in out.splitlines():
-        with contextlib.suppress(ValueError):
-            value = json.loads(line)
-            answer = value if isinstance(value, dict) else answer
-    if answer is not None and "error" in answer:
-        raise DeviceError(f"the device reports {answer['error']}: {answer.get('detail', '')}", str(answer["error"]))
-    if answer is None or returncode != 0:
-        cause = f"signal {signal.Signals(-returncode).name}" if returncode < 0 else f"exit code {returncode}"
-        tail = " | ".join(err.strip().splitlines()[-3:]) or "nothing on stderr"
-        raise DeviceError(f"the agent died without an answer ({cause}): {tail}", "agent-died")
-    return answer
+
+def _cancel(agent: subprocess.Popen[bytes]) -> None:
+    """Ask the agent to clean up and end, for at most 2 seconds."""
+    assert agent.stdin
+    with contextlib.suppress(OSError):
+        os.set_blocking(agent.stdin.fileno(), False)
+        agent.stdin.write(CANCEL_LINE.encode("ascii"))
+        agent.stdin.flush()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        agent.wait(2.0)
+
+
+def _end(agent: subprocess.Popen[bytes]) -> None:
+    """Kill the agent's process group (the worker dies with the agent) and close the pipes."""
+    with contextlib.suppress(OSError):
+        os.killpg(agent.pid, signal.SIGKILL)
+    agent.wait()
+    for pipe in (agent.stdin, agent.stdout, agent.stderr):
+        with contextlib.suppress(OSError):
+            if pipe:
+                pipe.close()
