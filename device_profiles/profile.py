@@ -1,4 +1,8 @@
-"""What a device is: one YAML file per device, the file name is its name."""
+"""What a device is: one YAML file per device, the file name is its name.
+
+A profile may be based on another one, ``extends: NAME``: what it says itself wins, nested settings merge, facts and
+sources are inherited.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from device_profiles.errors import DeviceError
 
 HERE = Path(__file__).parent
+NOT_SETTINGS = ("extends",)
+"""Keys of a file that say where its settings come from."""
 
 
 class Tier(BaseModel):
@@ -25,6 +31,8 @@ class Tier(BaseModel):
         min_repeats: timed calls per model, at least.
         min_seconds: seconds of interleaved timed calls per process, at least.
         max_seconds: seconds after which a process stops even if ``min_repeats`` is not reached.
+        strict: whether a busy or drifting device spoils a process, as throttling always does.
+        retries: spoiled processes that are measured again, at most.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,6 +43,8 @@ class Tier(BaseModel):
     min_seconds: float = Field(ge=0)
     max_seconds: float = Field(default=60.0, gt=0)
     max_warmup_seconds: float = Field(default=5.0, ge=0)
+    strict: bool = False
+    retries: int = Field(default=2, ge=0)
 
 
 class Budgets(BaseModel):
@@ -59,6 +69,16 @@ class Multiples(BaseModel):
     linear: int = Field(default=8, ge=1)
 
 
+def _number_or_mapping(value: object) -> str:
+    return "per kind" if isinstance(value, Mapping | Multiples) else "number"
+
+
+ChannelMultiple = Annotated[
+    Annotated[int, Field(ge=1), Tag("number")] | Annotated[Multiples, Tag("per kind")],
+    Discriminator(_number_or_mapping),
+]
+
+
 class DeviceProfile(BaseModel):
     """A target and the rules of measuring on it.
 
@@ -73,8 +93,9 @@ class DeviceProfile(BaseModel):
         max_temperature_c: degrees Celsius above which a measurement does not count; None = the kernel's throttling
             signs alone decide.
         cool_down_s: seconds of rest before each process of the final tier.
-        facts: what is known of the device (``cpu``, ``ram_mb``, ``isa`` ...), for people.
-        sources: where the facts come from; ``unverified`` for those nobody has looked up.
+        facts: what is known of the device (``arch``, ``cpu``, ``ram_mb``, ``isa`` ...), for people; only ``arch`` is
+            compared with the device. ``unverified`` lists those that nobody has looked up.
+        sources: where the facts come from.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -87,14 +108,14 @@ class DeviceProfile(BaseModel):
     threads: int = Field(default=1, ge=1)
     batch: int = Field(default=1, ge=1)
     precision: Literal["fp32", "int8"] = "fp32"
-    channel_multiple: Annotated[int, Field(ge=1)] | Multiples = 8
+    channel_multiple: ChannelMultiple = 8
     timing: bool = True
     max_temperature_c: float | None = Field(default=None, gt=0)
     cool_down_s: float = Field(default=0.0, ge=0)
     facts: dict[str, Any] = Field(default_factory=dict)
     sources: tuple[str, ...] = ()
     search: Tier = Tier(processes=1, warmup=8, min_repeats=20, min_seconds=0.4)
-    final: Tier = Tier(processes=7, warmup=8, min_repeats=50, min_seconds=0.5)
+    final: Tier = Tier(processes=7, warmup=8, min_repeats=50, min_seconds=0.5, strict=True, retries=5)
     budgets: Budgets = Budgets()
 
     @property
@@ -104,40 +125,104 @@ class DeviceProfile(BaseModel):
             return self.channel_multiple
         return Multiples(**dict.fromkeys(Multiples.model_fields, self.channel_multiple))
 
+    @property
+    def is_template(self) -> bool:
+        """Whether it describes a kind of board but no board: its target needs a host and it names none."""
+        return self.target == "ssh" and not self.connect.get("host")
+
+    def require_host(self) -> None:
+        """Refuse a template.
+
+        Raises:
+            DeviceError: it has no host; says how to make a device of it.
+        """
+        if self.is_template:
+            raise DeviceError(
+                f"device profile {self.name} needs a host: "
+                f"secateur devices add NAME --from {self.name} --host user@address",
+                "profile",
+            )
+
     def tier(self, name: Literal["search", "final"]) -> Tier:
         return self.search if name == "search" else self.final
 
 
 def known_profiles(extra_dirs: Iterable[str | Path] = ()) -> dict[str, Path]:
     """Name -> file of every profile: the shipped ones, then ``extra_dirs`` (a later one of the same name wins)."""
-    folders = [HERE, *(Path(folder) for folder in extra_dirs)]
-    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+    return {name: paths[-1] for name, paths in _all_profiles(extra_dirs).items()}
 
 
 def load_profile(name: str | Path, extra_dirs: Iterable[str | Path] = ()) -> DeviceProfile:
     """Read the profile called ``name``, or the file at ``name`` if it ends in ``.yaml``.
 
     Raises:
-        DeviceError: no such profile (lists the known ones), or its file is not valid; lists every fault with its line.
+        DeviceError: no such profile (lists the known ones), its file or one it extends is not valid (lists every fault
+            with its line), or profiles extend each other in a circle.
     """
-    known = known_profiles(extra_dirs)
-    path = Path(name) if str(name).endswith((".yaml", ".yml")) else known.get(str(name))
-    if path is None:
-        close = difflib.get_close_matches(str(name), known, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise DeviceError(
-            f"unknown device profile {str(name)!r}.{hint} Known: {', '.join(sorted(known))}. "
-            "A new device is a new YAML file; its file name is its name.",
-            "profile",
-        )
+    if not str(name).endswith((".yaml", ".yml")):
+        found = _all_profiles(extra_dirs)
+        if str(name) not in found:
+            raise DeviceError(
+                f"unknown device profile {_unknown(str(name), found)} "
+                "A new device is a new YAML file; its file name is its name.",
+                "profile",
+            )
+        return _load(found[str(name)][-1], found, ())
+    path = Path(name)
+    return _load(path, _all_profiles([*extra_dirs, path.parent]), ())
+
+
+def _all_profiles(folders: Iterable[str | Path]) -> dict[str, list[Path]]:
+    """Name -> every file of that name, in the order in which later ones hide earlier ones."""
+    found: dict[str, list[Path]] = {}
+    for folder in dict.fromkeys([HERE, *(Path(f).absolute() for f in folders)]):
+        for path in sorted(folder.glob("*.yaml")):
+            found.setdefault(path.stem, []).append(path)
+    return found
+
+
+def _unknown(name: str, known: Iterable[str], what: str = "Known") -> str:
+    """``'lokal'. Did you mean 'local'? Known: ...``"""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"{name!r}.{hint} {what}: {', '.join(names)}."
+
+
+def _load(path: Path, found: Mapping[str, list[Path]], chain: tuple[Path, ...]) -> DeviceProfile:
+    """Read a file and those it extends; ``chain`` are the files that led to it."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise DeviceError(f"cannot read the device profile {path}: {error.strerror}", "profile") from error
-    return _parse(text, path)
+    except UnicodeDecodeError as error:
+        raise DeviceError(f"{path} is not a text file in UTF-8: {error}", "profile") from error
+    data, lines, faults = _read(text, path)
+    base = None
+    if "extends" in data:
+        try:
+            base = _base(data.pop("extends"), path, found, (*chain, path.absolute()))
+        except DeviceError as error:
+            faults.append(f"line {lines['extends']}: extends: {error}")
+            raise _invalid(path, faults) from error
+    settings = _inherited(base, data) if base else data
+    profile = None
+    try:
+        profile = DeviceProfile(**{**settings, "name": path.stem})
+    except ValidationError as error:
+        faults += [_fault(detail, lines) for detail in error.errors()]
+    faults += _connect_faults(settings, lines)
+    if faults or profile is None:
+        raise _invalid(path, faults)
+    return profile
 
 
-def _parse(text: str, path: Path) -> DeviceProfile:
+def _invalid(path: Path, faults: list[str]) -> DeviceError:
+    return DeviceError(f"invalid device profile {path}:\n  " + "\n  ".join(faults), "profile")
+
+
+def _read(text: str, path: Path) -> tuple[dict[str, Any], dict[str, int], list[str]]:
+    """The settings of a file, the line of every key, and what is wrong with the keys themselves."""
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         data = yaml.safe_load(text)
@@ -154,13 +239,63 @@ def _parse(text: str, path: Path) -> DeviceProfile:
         faults.append(
             f"line {lines['name']}: name: must be the file name, {path.stem!r}; leave it out or rename the file"
         )
+    return {str(key): value for key, value in data.items()}, lines, faults
+
+
+def _base(name: object, path: Path, found: Mapping[str, list[Path]], chain: tuple[Path, ...]) -> DeviceProfile:
+    """The profile that ``path`` extends. One that extends its own name means the one that it hides."""
+    files = found.get(str(name), [])
+    if str(name) == path.stem:
+        hidden = [file.absolute() for file in files]
+        files = files[: hidden.index(path.absolute())] if path.absolute() in hidden else files
+        if not files:
+            raise DeviceError(f"the profile {str(name)!r} extends itself; name another one", "profile")
+    if not files:
+        raise DeviceError(f"unknown device profile {_unknown(str(name), found)}", "profile")
+    if files[-1].absolute() in chain:
+        circle = " -> ".join(file.stem for file in (*chain[chain.index(files[-1].absolute()) :], files[-1]))
+        raise DeviceError(f"{circle} is a circle; one of them must stand on its own", "profile")
+    return _load(files[-1], found, chain)
+
+
+def _inherited(base: DeviceProfile, own: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of ``base`` with those of a profile that extends it."""
+    settings = base.model_dump()
+    if isinstance(own.get("channel_multiple"), Mapping):
+        settings["channel_multiple"] = base.multiples.model_dump()
+    if own.get("target", base.target) != base.target:  # one target's settings mean nothing to another
+        settings["connect"] = {}
+    merged = _merged(settings, own)
+    if isinstance(own.get("sources"), list):
+        merged["sources"] = [*base.sources, *(s for s in own["sources"] if s not in base.sources)]
+    return merged
+
+
+def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in own.items():
+        nested = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = _merged(result[key], value) if nested else value
+    return result
+
+
+def _connect_faults(settings: Mapping[str, Any], lines: Mapping[str, int]) -> list[str]:
+    """What the module of the target has against the ``connect`` section."""
+    from device_profiles.target import target_module, target_names  # which imports this module
+
+    target, connect = settings.get("target", "local"), settings.get("connect", {})
+    if not isinstance(target, str) or not isinstance(connect, Mapping):
+        return []  # said elsewhere
+    if target not in target_names():
+        return [_at("target", f"unknown target {_unknown(target, target_names())}", lines)]
+    model: type[BaseModel] = target_module(target).Settings
     try:
-        profile = DeviceProfile(name=path.stem, **{str(key): value for key, value in data.items()})
+        model.model_validate(dict(connect))
     except ValidationError as error:
-        faults += [_fault(detail, lines) for detail in error.errors()]
-    if faults:
-        raise DeviceError(f"invalid device profile {path}:\n  " + "\n  ".join(faults), "profile")
-    return profile
+        details = [detail for detail in error.errors() if (detail["type"], detail["loc"]) != ("missing", ("host",))]
+        known = list(model.model_fields)
+        return [_fault({**detail, "loc": ("connect", *detail["loc"])}, lines, known) for detail in details]
+    return []
 
 
 def _keys(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
@@ -172,19 +307,42 @@ def _keys(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]
             yield from _keys(value, f"{name}.")
 
 
-def _fault(detail: Mapping[str, Any], lines: Mapping[str, int]) -> str:
+def _fault(detail: Mapping[str, Any], lines: Mapping[str, int], known: Iterable[str] | None = None) -> str:
+    """One fault of pydantic's in our words.
+
+    Args:
+        known: the settings of the section the fault is in; None = those of the profile's own sections.
+    """
     loc = [str(part) for part in detail["loc"]]
-    key = ".".join(loc)
-    line = lines.get(key) or lines.get(".".join(loc[:-1]))  # a missing key: the line of its section
+    if loc[0] == "channel_multiple":
+        return _at(".".join([loc[0], *loc[2:]]), _multiple_fault(detail), lines)
     if detail["type"] == "extra_forbidden":
-        section = DeviceProfile.model_fields if len(loc) == 1 else _section_fields(loc[0])
-        close = difflib.get_close_matches(loc[-1], section, n=1)
-        message = "unknown setting" + (f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(section)}")
+        names = list(_section_fields(loc) if known is None else known)
+        close = difflib.get_close_matches(loc[-1], names, n=1)
+        message = "unknown setting" + (f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}")
     else:
-        got = detail.get("input")
-        message = str(detail["msg"]) + ("" if detail["type"] == "missing" else f", got {got!r}")
+        message = str(detail["msg"]) + ("" if detail["type"] == "missing" else f", got {detail.get('input')!r}")
+    return _at(".".join(loc), message, lines)
+
+
+def _at(key: str, message: str, lines: Mapping[str, int]) -> str:
+    line = lines.get(key) or lines.get(key.rpartition(".")[0])  # a missing key: the line of its section
     return f"line {line}: {key}: {message}" if line else f"{key}: {message}"
 
 
-def _section_fields(section: str) -> Iterable[str]:
-    return (Budgets if section == "budgets" else Tier).model_fields
+def _multiple_fault(detail: Mapping[str, Any]) -> str:
+    kinds = list(Multiples.model_fields)
+    if detail["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(str(detail["loc"][-1]), kinds, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(kinds)}"
+        return f"unknown kind of layer; {hint}"
+    whole = "" if len(detail["loc"]) > 2 else f", or one per kind of layer ({', '.join(kinds)})"
+    return f"must be a whole number from 1{whole}, got {detail.get('input')!r}"
+
+
+def _section_fields(loc: list[str]) -> Iterable[str]:
+    """The names a key at this place can have."""
+    sections: dict[str, type[BaseModel]] = {"budgets": Budgets, "search": Tier, "final": Tier}
+    if len(loc) == 1:
+        return [*DeviceProfile.model_fields, *NOT_SETTINGS]
+    return sections[loc[0]].model_fields

@@ -78,6 +78,7 @@ def open_target(profile: DeviceProfile) -> Target:
     Raises:
         DeviceError: the profile's ``connect`` section does not fit its kind of target.
     """
+    profile.require_host()
     module = target_module(profile.target)
     try:
         settings = module.Settings(**profile.connect)

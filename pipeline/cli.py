@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import errors
+from pipeline import devices_cli, errors
 
 app = typer.Typer(
     name="secateur",
@@ -27,6 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+app.add_typer(devices_cli.app, name="devices")
+app.command(name="benchmark")(devices_cli.benchmark)
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and Prefect's log.")]
 SET_HELP = (
     "Override a value of the run file, e.g. --set search.method=random "
@@ -172,22 +174,8 @@ def _listing(what: str) -> dict[str, str]:
 
             return {name: _first_line(f"pipeline.workloads.{name}") for name in workload_names()}
         case "devices":
-            from device_profiles import known_profiles
-            from pipeline.config import home
-
-            found = known_profiles([home() / "devices"])
-            return {name: _description(path) for name, path in sorted(found.items())}
+            return devices_cli.descriptions()
     raise errors.UserError(f"cannot list {what!r}; choose methods, workloads or devices")
-
-
-def _description(profile: Path) -> str:
-    """What a device profile says it is; a broken file is listed with its fault."""
-    from device_profiles import DeviceError, load_profile
-
-    try:
-        return load_profile(profile).description
-    except DeviceError as error:
-        return f"unusable: {str(error).splitlines()[0]}"
 
 
 def _first_line(module: str) -> str:

@@ -1,0 +1,652 @@
+"""``secateur devices``: which devices there are, whether one is ready, and how fast a model is on it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+
+from pipeline import errors
+
+if TYPE_CHECKING:
+    from device_profiles import BenchmarkResult, DeviceProfile, Target
+    from device_profiles.check import Check
+    from device_profiles.measure import FloatArray
+
+app = typer.Typer(
+    name="devices",
+    help="The devices a model can be timed on: list, add and check them, probe their steps, time a model.",
+    epilog="A new board: 'secateur devices add kitchen --from raspberry-pi-5 --host pi@192.168.1.20', "
+    "then 'secateur devices probe kitchen', then device: {profile: kitchen} in the run file.",
+    no_args_is_help=True,
+)
+out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A device profile; `secateur devices list` names them.")]
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+HOST = re.compile(r"(?:(?P<user>[^@\s]+)@)?(?P<host>\[[0-9a-fA-F:.%\w]+\]|[^\s:@/\[\]]+)(?::(?P<port>\d+))?")
+PARITY_TOLERANCE = 1e-4
+PARITY_TIMEOUT_S = 900.0
+"""An emulator takes minutes where the device takes milliseconds."""
+LONG = 120
+MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "missing": "[bold red]missing[/]"}
+FLAGS = {
+    "contended": "other programs used the processor: ratios hold, milliseconds are too long",
+    "drift": "the device became slower or faster meanwhile: let it rest and measure again",
+    "throttled": "the device slowed its clocks down or was too hot: cool it, or give it a better power supply",
+    "clock-jump": "the device's clock was set meanwhile: latencies hold, dates do not",
+    "unstable": "measured again as often as the tier allows, and still disturbed",
+}
+
+
+# ---------------------------------------------------------------------------------------------------- list and show
+
+
+@app.command(name="list")
+def list_(json_: Json = False) -> None:
+    """List the devices that can be used, and the templates a device can be made of.
+
+    Example: secateur devices list --json
+    """
+    entries = [_entry(name, path) for name, path in sorted(_known().items())]
+    if json_:
+        typer.echo(json.dumps(entries, indent=2))
+        return
+    columns = ("name", "target", "host", "provider", "threads", "calibrated")
+    devices = [entry for entry in entries if not entry["template"]]
+    rows = [columns, *(_cells(entry) for entry in devices)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    for i, row in enumerate(rows):
+        line = "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        out.print(line, style="bold" if i == 0 else None, markup=False, soft_wrap=True)
+        if i:
+            out.print(Padding(escape(_describe(devices[i - 1])), (0, 0, 0, 4)))
+    templates = [entry for entry in entries if entry["template"]]
+    if templates:
+        out.print("\ntemplates, each needs a host: secateur devices add NAME --from THIS --host ...", style="bold")
+        table = Table(box=None, show_header=False)
+        for entry in templates:
+            table.add_row(escape(entry["name"]), escape(entry["description"]))
+        out.print(table)
+
+
+def _cells(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """A device's line in ``devices list``."""
+    if entry["fault"]:
+        return (entry["name"], *("-" * 5))
+    provider, threads = entry["provider"].removesuffix("ExecutionProvider"), str(entry["threads"])
+    calibrated = "yes" if entry["calibrated"] else "no"
+    return entry["name"], entry["target"], entry["host"] or "-", provider, threads, calibrated
+
+
+@app.command()
+def show(name: Name) -> None:
+    """Show a device profile with all its settings, those it inherits included, as YAML.
+
+    Example: secateur devices show raspberry-pi-5
+    """
+    import yaml
+
+    profile, path = _load(name), _known().get(name, Path(name))
+    notes = [f"# {path}"]
+    if profile.is_template:
+        notes.append(f"# needs a host: secateur devices add NAME --from {name} --host user@address")
+    if _calibrated(profile.name):
+        notes.append(f"# calibrated: {_probe_file(profile.name)}")
+    else:
+        notes.append(f"# not calibrated: secateur devices probe {name} finds channel_multiple")
+    text = yaml.safe_dump(profile.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+    out.print("\n".join([*notes, text]), markup=False, soft_wrap=True)
+
+
+# -------------------------------------------------------------------------------------------------- check, add, remove
+
+
+@app.command()
+def check(name: Name, json_: Json = False) -> None:
+    """Check that a device is ready to be measured on, and say how to put right what is not.
+
+    Ends with 0 if all is well or there are only warnings, with 4 if something is missing.
+
+    Example: secateur devices check kitchen
+    """
+    checks = _check(_load(name))
+    if json_:
+        typer.echo(json.dumps([vars(c) for c in checks], indent=2))
+    else:
+        _print_checks(name, checks)
+    if any(c.status == "missing" for c in checks):
+        raise typer.Exit(errors.EXIT_SURROUNDINGS)
+
+
+@app.command()
+def add(
+    name: Annotated[str, typer.Argument(help="How the device shall be called.")],
+    base: Annotated[str, typer.Option("--from", metavar="BASE", help="The profile it is based on.")],
+    host: Annotated[
+        str, typer.Option(metavar="USER@HOST:PORT", help="Where it is; user and port may be left out.")
+    ] = "",
+    python: Annotated[str, typer.Option(metavar="COMMAND", help="The Python there that has onnxruntime.")] = "",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of ONNX Runtime, instead of the base's.")] = None,
+    emulated: Annotated[bool, typer.Option("--emulated", help="An emulator: compare outputs, never times.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace your profile of that name, or hide a shipped one.")
+    ] = False,
+    no_check: Annotated[bool, typer.Option("--no-check", help="Only write the profile.")] = False,
+) -> None:
+    """Add a device of your own, based on a template or on another device, and check it.
+
+    Writes SECATEUR_HOME/devices/NAME.yaml, where every other setting can be changed.
+
+    Example: secateur devices add kitchen --from raspberry-pi-5 --host pi@192.168.1.20
+
+    Example: secateur devices add lab --from generic-arm64 --host lab.example:2222 --python /opt/ort/bin/python
+    """
+    _check_name(name, base, force)
+    parent = _load(base)
+    settings: dict[str, Any] = {"extends": base}
+    connect = _connect(parent, host, python)
+    settings |= {"connect": connect} if connect else {}
+    settings |= {"threads": threads} if threads else {}
+    settings |= {"timing": False} if emulated else {}
+    path = _write(name, settings)
+    out.print(f"Written: {path}", soft_wrap=True, markup=False)
+    if no_check:
+        out.print(f"Next: secateur devices check {name}")
+        return
+    checks = _check(_load(name))
+    _print_checks(name, checks)
+    if any(c.status == "missing" for c in checks):
+        out.print(f"Put that right, then: secateur devices check {name}")
+        raise typer.Exit(errors.EXIT_SURROUNDINGS)
+    following = f"benchmark MODEL.onnx --device {name} --parity" if emulated else f"probe {name}"
+    out.print(f"Next: secateur devices {following}")
+
+
+@app.command()
+def remove(name: Annotated[str, typer.Argument(help="A device of your own.")]) -> None:
+    """Remove a device of your own, and what a probe found out about it. Shipped profiles stay.
+
+    Example: secateur devices remove kitchen
+    """
+    path = _folder() / f"{name}.yaml"
+    if not NAME.fullmatch(name) or not path.is_file():
+        own = ", ".join(sorted(p.stem for p in _folder().glob("*.yaml"))) or "none"
+        shipped = f"{name} is shipped with Secateur and stays. " if name in _known() else ""
+        raise errors.UserError(f"{shipped}no device {name!r} of your own; your own are: {own}")
+    heirs = [p.stem for p in sorted(_folder().glob("*.yaml")) if p != path and _extends(p) == name]
+    if heirs:
+        raise errors.UserError(
+            f"{', '.join(heirs)} extends {name}; remove that first, or let it extend another profile"
+        )
+    path.unlink()
+    _probe_file(name).unlink(missing_ok=True)
+    out.print(f"Removed: {path}", soft_wrap=True, markup=False)
+
+
+# -------------------------------------------------------------------------------------------------- benchmark and probe
+
+
+@app.command()
+def benchmark(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The model to time.")],
+    device: Annotated[str, typer.Option("--device", metavar="NAME", help="A device profile.")] = "local",
+    against: Annotated[
+        Path | None, typer.Option(metavar="BASELINE.onnx", help="Time this one in turn with it, and give the ratio.")
+    ] = None,
+    tier: Annotated[str, typer.Option(metavar="search|final", help="How long: briefly, or as a run's last timing.")] = (
+        "final"
+    ),
+    seconds: Annotated[float | None, typer.Option(min=0.01, help="Seconds of timed calls in each process.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write every single latency to this file.")
+    ] = None,
+    parity: Annotated[
+        bool, typer.Option("--parity", help="Compare the outputs with this machine's instead of timing.")
+    ] = False,
+) -> None:
+    """Time an ONNX file on a device, or compare its outputs there with those of this machine.
+
+    Example: secateur devices benchmark compact.onnx --against baseline.onnx --device kitchen
+
+    Example: secateur devices benchmark compact.onnx --device emulated-a72 --parity
+    """
+    if tier not in ("search", "final"):
+        raise errors.UserError(f"unknown tier {tier!r}; choose search (brief) or final (several processes)")
+    for file in (model, against):
+        if file is not None and not file.is_file():
+            raise errors.UserError(
+                f"no model file at {file}; give an ONNX file, such as compact.onnx of a run directory"
+            )
+    profile = _usable(device)
+    if parity:
+        _parity(profile, model)
+        return
+    _require_timing(
+        profile, f"; compare its outputs instead: secateur devices benchmark {model} --device {device} --parity"
+    )
+    models = {against.name: against} if against else {}
+    models[model.name if model.name not in models else str(model)] = model
+    result = _measure(profile, models, "search" if tier == "search" else "final", seconds)
+    if json_file:
+        json_file.write_text(result.to_json() + "\n", encoding="utf-8")
+    _print_result(result, models)
+    if json_file:
+        out.print(f"Written: {json_file}", soft_wrap=True, markup=False)
+
+
+@app.command()
+def probe(
+    name: Name,
+    seconds: Annotated[
+        float, typer.Option(min=1, help="Seconds of timed calls, at most; loading comes on top.")
+    ] = 90.0,
+) -> None:
+    """Find the channel steps of a device: which widths cost no more than the next smaller ones.
+
+    Times small networks of neighbouring widths. What it finds is kept beside your profiles and used by every run on
+    this device until its runtime or clocks change.
+
+    Example: secateur devices probe kitchen
+    """
+    from device_profiles import calibration, staircase
+    from pipeline.progress import RichProgress
+
+    profile = _usable(name)
+    _require_timing(profile, "")
+    with _opened(profile) as target, RichProgress(err).stage(f"probe {name}") as report:
+        found = staircase.probe(target, profile, seconds=seconds, progress=report)
+    path = calibration.save(_folder(), profile, found)
+    table = Table(box=None, show_header=False)
+    for kind, text in found.summary():
+        table.add_row(escape(kind), escape(text))
+    out.print(table)
+    multiples = ", ".join(f"{kind}: {value}" for kind, value in found.multiples.model_dump().items())
+    out.print(f"channel_multiple: {{{multiples}}}", markup=False, soft_wrap=True)
+    out.print(f"Written: {path}", markup=False, soft_wrap=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- helpers
+
+
+def descriptions() -> dict[str, str]:
+    """Name -> description of every device profile; a broken file is listed with its fault."""
+    return {name: _describe(_entry(name, path)) for name, path in sorted(_known().items())}
+
+
+def _describe(entry: Mapping[str, Any]) -> str:
+    if entry["fault"]:
+        return f"unusable: {entry['fault']}"
+    remarks = [" (needs a host)"] * entry["template"] + [" (emulated: no times, only parity)"] * (not entry["timing"])
+    return str(entry["description"]) + "".join(remarks)
+
+
+def _folder() -> Path:
+    from pipeline.config import home
+
+    return home() / "devices"
+
+
+def _known() -> dict[str, Path]:
+    from device_profiles import known_profiles
+
+    return known_profiles([_folder()])
+
+
+def _load(name: str) -> DeviceProfile:
+    """The profile, a template or not.
+
+    Raises:
+        UserError: there is none of that name, or it is not valid.
+    """
+    from device_profiles import DeviceError, load_profile
+
+    try:
+        return load_profile(name, [_folder()])
+    except DeviceError as error:
+        raise errors.UserError(str(error)) from error
+
+
+def _usable(name: str) -> DeviceProfile:
+    """The profile of a device that can be reached.
+
+    Raises:
+        UserError: as ``_load``, or it is a template.
+    """
+    from device_profiles import DeviceError
+
+    profile = _load(name)
+    try:
+        profile.require_host()
+    except DeviceError as error:
+        raise errors.UserError(str(error)) from error
+    return profile
+
+
+def _require_timing(profile: DeviceProfile, instead: str) -> None:
+    if not profile.timing:
+        raise errors.UserError(
+            f"{profile.name} is emulated (timing: false): times of an emulator mean nothing{instead}"
+        )
+
+
+@contextmanager
+def _opened(profile: DeviceProfile) -> Iterator[Target]:
+    from device_profiles import open_target
+
+    target = open_target(profile)
+    try:
+        yield target
+    finally:
+        target.close()
+
+
+def _entry(name: str, path: Path) -> dict[str, Any]:
+    """What ``devices list`` tells of a profile."""
+    from device_profiles import DeviceError, load_profile
+
+    entry: dict[str, Any] = {"name": name, "fault": "", "template": False, "file": str(path)}
+    try:
+        profile = load_profile(path, [_folder()])
+    except DeviceError as error:
+        lines = str(error).splitlines()
+        return entry | {"fault": lines[0] if len(lines) == 1 else f"{path.name}: {lines[1].strip()}"}
+    return entry | {
+        "target": profile.target,
+        "host": _host_text(profile.connect),
+        "provider": profile.provider,
+        "threads": profile.threads,
+        "timing": profile.timing,
+        "template": profile.is_template,
+        "calibrated": _calibrated(name),
+        "description": profile.description,
+    }
+
+
+def _host_text(connect: Mapping[str, Any]) -> str:
+    if not connect.get("host"):
+        return ""
+    user = f"{connect['user']}@" if connect.get("user") else ""
+    port = f":{connect['port']}" if connect.get("port") else ""
+    return f"{user}{connect['host']}{port}"
+
+
+def _probe_file(name: str) -> Path:
+    return _folder() / f"{name}.probe.json"
+
+
+def _calibrated(name: str) -> bool:
+    return _probe_file(name).is_file()
+
+
+def _check(profile: DeviceProfile) -> tuple[Check, ...]:
+    """Ask the device and judge its answer."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from device_profiles import DeviceError
+    from device_profiles.check import judge
+    from pipeline.progress import RichProgress
+
+    newest = {}
+    for package in ("onnxruntime", "numpy"):
+        try:
+            newest[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    answer: Mapping[str, Any] | DeviceError
+    try:
+        profile.require_host()
+        with _opened(profile) as target, RichProgress(err).stage(f"asking {profile.name}"):
+            answer = target.prepare()
+    except DeviceError as error:
+        answer = error
+    return judge(profile, answer, newest)
+
+
+def _print_checks(name: str, checks: tuple[Check, ...]) -> None:
+    table = Table(box=None, header_style="bold")
+    for column in ("check", "", "found"):
+        table.add_column(column, overflow="fold")
+    long = [entry for entry in checks if len(entry.found) > LONG]  # a command in it could not be copied from a table
+    for entry in checks:
+        found = "see below" if entry in long else escape(entry.found)
+        table.add_row(
+            entry.name, MARKS[entry.status], found + (f"\n[bold]fix:[/] {escape(entry.fix)}" * bool(entry.fix))
+        )
+    out.print(table)
+    for entry in long:
+        out.print(f"\n{entry.name}: {entry.found}\n", markup=False, soft_wrap=True)
+    missing, warnings = (sum(c.status == status for c in checks) for status in ("missing", "warning"))
+    mind = f", {warnings} warning{'s' if warnings > 1 else ''}" if warnings else ""
+    out.print(f"{name} is not ready: {missing} missing{mind}" if missing else f"{name} is ready{mind}")
+
+
+def _check_name(name: str, base: str, force: bool) -> None:
+    """Refuse a name that is no file name, or one that is taken."""
+    if not NAME.fullmatch(name) or name.endswith((".yaml", ".yml", ".probe")):
+        raise errors.UserError(f"{name!r} cannot be a device's name: use letters, digits, '-', '_' and '.'")
+    taken = _known().get(name)
+    if taken is None or force:
+        return
+    if taken.parent == _folder():
+        raise errors.UserError(f"you have a device {name} ({taken}); choose another name, or replace it with --force")
+    if base != name:
+        raise errors.UserError(f"{name} is a shipped profile; choose another name, or hide it with --force")
+
+
+def _connect(base: DeviceProfile, host: str, python: str) -> dict[str, Any]:
+    """The ``connect`` section of a new profile."""
+    from device_profiles.target import target_module
+
+    known = target_module(base.target).Settings.model_fields
+    if host and "host" not in known:
+        raise errors.UserError(
+            f"{base.name} is a target of kind {base.target}, which has no host; "
+            "for a machine reached over SSH use --from generic-arm64 or another template (secateur devices list)"
+        )
+    if base.is_template and not host:
+        raise errors.UserError(f"{base.name} is a template: say where the device is with --host user@address")
+    connect = _address(host, set(known)) if host else {}
+    if python:
+        try:
+            connect["python"] = shlex.split(python)
+        except ValueError as error:
+            raise errors.UserError(f"--python {python!r}: {error}") from error
+    return connect
+
+
+def _address(text: str, known: set[str]) -> dict[str, Any]:
+    """``user@host:port`` as settings of the target."""
+    match = HOST.fullmatch(text)
+    if match is None or (match["port"] and not 0 < int(match["port"]) < 65536):
+        raise errors.UserError(f"--host {text!r} is no address; write user@host:port, for example pi@192.168.1.20")
+    parts: dict[str, Any] = {"host": match["host"].strip("[]"), "user": match["user"]}
+    parts["port"] = int(match["port"]) if match["port"] else None
+    unknown = [key for key, value in parts.items() if value is not None and key not in known]
+    if unknown:
+        raise errors.UserError(f"--host {text!r}: this kind of target has no setting {', '.join(unknown)}")
+    return {key: value for key, value in parts.items() if value is not None}
+
+
+def _write(name: str, settings: Mapping[str, Any]) -> Path:
+    """Write a profile of the user's own; one that turns out not to be valid is taken back.
+
+    Raises:
+        UserError: it is not valid.
+        SurroundingsError: the file cannot be written.
+    """
+    import yaml
+
+    path = _folder() / f"{name}.yaml"
+    comment = (
+        "# Written by `secateur devices add`. `secateur devices show NAME` prints every setting that can stand here.\n"
+    )
+    before = path.read_text(encoding="utf-8") if path.is_file() else None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(comment + yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    except OSError as error:
+        raise errors.SurroundingsError(f"cannot write {path}: {error.strerror}") from error
+    try:
+        _load(name)
+    except errors.UserError:
+        if before is None:
+            path.unlink()
+        else:
+            path.write_text(before, encoding="utf-8")
+        raise
+    return path
+
+
+def _extends(path: Path) -> str | None:
+    """The profile that a file names as its base; None where it names none or cannot be read."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    return str(data["extends"]) if isinstance(data, dict) and "extends" in data else None
+
+
+def _measure(
+    profile: DeviceProfile, models: Mapping[str, Path], tier: Literal["search", "final"], seconds: float | None
+) -> BenchmarkResult:
+    from device_profiles import calibration, measure
+    from pipeline.progress import RichProgress
+
+    rules = profile.tier(tier)
+    if seconds is not None:
+        most = max(seconds, rules.max_seconds)
+        rules = rules.model_copy(update={"min_seconds": seconds, "max_seconds": most})
+        profile = profile.model_copy(update={tier: rules})
+    probed = calibration.load(_folder(), profile)
+    floor = probed.noise_floor if probed else None
+    with _opened(profile) as target, RichProgress(err).stage(f"timing on {profile.name}") as report:
+        return measure(target, profile, models, tier, progress=report, noise_floor=floor)
+
+
+def _print_result(result: BenchmarkResult, models: Mapping[str, Path]) -> None:
+    """The table of a measurement, the ratio, and what speaks against the numbers."""
+    count = len(result.processes)
+    title = f"{count} {'process' if count == 1 else 'processes'} on {result.profile}, tier {result.tier}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("one warm call")
+    for name in models:
+        table.add_column(escape(name), justify="right", overflow="fold")
+    for label, cells in _rows(result, models):
+        table.add_row(label, *cells)
+    out.print(table)
+    if len(result.names) > 1:
+        reference, name = result.names[0], result.names[1]
+        kind = "CPU time" if result.statistic == "cpu" else "wall time"
+        ratio, speedup = result.ratio(name, reference), result.speedup(name, reference)
+        out.print(f"Ratio: {ratio} of the baseline's {kind}, 95 % interval", markup=False)
+        out.print(f"Speed-up: {speedup.value:.2f}x, 95 % {speedup.low:.2f} to {speedup.high:.2f}")
+    for flag in result.flags:
+        out.print(f"[yellow]{flag}[/]: {escape(FLAGS.get(flag, 'see docs/devices.md'))}", soft_wrap=True)
+
+
+def _rows(result: BenchmarkResult, models: Mapping[str, Path]) -> Iterator[tuple[str, list[str]]]:
+    for q in (50, 90, 95, 99):
+        yield f"p{q} latency", [_ms(result.percentile_ms(name, q)) for name in models]
+    yield "undisturbed call", [_ms(result.calibrated_ms(name)) for name in models]
+    yield "p50 CPU time", [_ms(result.cpu_p50_ms(name)) for name in models]
+    yield "timed calls", [f"{len(result.wall_ms(name)):,}" for name in models]
+    yield "first call", [_ms(result.first_ms(name)) for name in models]
+    yield "loading", [_ms(result.load_ms(name)) for name in models]
+    yield "peak memory", [_bytes(result.peak_rss_bytes(name)) for name in models]
+    yield "file size", [_bytes(path.stat().st_size) for path in models.values()]
+
+
+def _ms(value: float) -> str:
+    return f"{value:,.3f} ms"
+
+
+def _bytes(value: int | None) -> str:
+    if value is None:
+        return "not told"
+    return f"{value / 1e6:,.2f} MB" if value >= 1e6 else f"{value / 1e3:,.2f} kB"
+
+
+def _parity(profile: DeviceProfile, model: Path) -> None:
+    """Print how far the device's outputs are from this machine's; ends with 3 if that is more than rounding."""
+    from device_profiles import DeviceError, LocalTarget
+    from pipeline.progress import RichProgress
+
+    local = profile.model_copy(update={"provider": "CPUExecutionProvider", "threads": 1})
+    try:
+        with RichProgress(err).stage(f"outputs of {model.name} on {profile.name}"):
+            with _opened(profile) as target:
+                there = _outputs(target, profile, model)
+            with closing(LocalTarget()) as this_machine:
+                here = _outputs(this_machine, local, model)
+    except DeviceError as error:
+        if error.code != "bad-request":
+            raise
+        raise errors.SurroundingsError(f"the agent there cannot give outputs back: {error}") from error
+    table = Table(title=f"{model.name}: outputs on {profile.name} and here", title_justify="left")
+    for column in ("output", "shape", "largest difference", "same argmax"):
+        table.add_column(column, overflow="fold")
+    worst = 0.0
+    for name, ours in here.items():
+        difference, agreement = compare(there.get(name), ours)
+        worst = max(worst, difference)
+        table.add_row(escape(name), escape(str(ours.shape)), f"{difference:.1e} of the largest value", agreement)
+    out.print(table)
+    if worst > PARITY_TOLERANCE:
+        out.print(f"Not the same: {worst:.1e} is more than rounding ({PARITY_TOLERANCE:.0e}).")
+        raise typer.Exit(errors.EXIT_GATE)
+    out.print(f"The same, but for rounding (at most {PARITY_TOLERANCE:.0e}).")
+
+
+def _outputs(target: Target, profile: DeviceProfile, model: Path) -> dict[str, Any]:
+    """The outputs on the seeded input, name -> array."""
+    import hashlib
+    import tempfile
+
+    import numpy as np
+
+    place = {"name": model.name, "path": target.put(model), "sha256": hashlib.sha256(model.read_bytes()).hexdigest()}
+    request = {"op": "infer", "models": [place], "provider": profile.provider, "threads": profile.threads, "seed": 0}
+    answer = target.run(request, timeout_s=PARITY_TIMEOUT_S)
+    with tempfile.TemporaryDirectory(prefix="secateur-parity-") as folder:
+        file = Path(folder) / "outputs.npz"
+        target.fetch(answer["outputs"], file)
+        with np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+
+
+def compare(there: FloatArray | None, here: FloatArray) -> tuple[float, str]:
+    """Largest difference as a fraction of the largest finite value here, and where the largest entries agree.
+
+    Args:
+        there: an output of any shape, as the device computed it; None = it has none of that name.
+        here: the same output, as this machine computed it.
+
+    Returns:
+        The difference is infinite where one side is not a number or infinite and the other is something else.
+    """
+    import numpy as np
+
+    if there is None or there.shape != here.shape:
+        return float("inf"), "no such output there" if there is None else f"shape there: {there.shape}"
+    a, b = there.astype(np.float64), here.astype(np.float64)
+    differ = ~((a == b) | (np.isnan(a) & np.isnan(b)))
+    scale = float(np.abs(b[np.isfinite(b)]).max(initial=0.0)) or 1.0
+    distance = np.abs(a[differ] - b[differ])
+    worst = float(np.where(np.isnan(distance), np.inf, distance).max(initial=0.0)) / scale
+    if b.ndim < 2:
+        return worst, "-"
+    same = float(np.mean(a.reshape(len(a), -1).argmax(1) == b.reshape(len(b), -1).argmax(1)))
+    return worst, f"{same:.0%}"
