@@ -2,7 +2,7 @@
 
 from device_profiles.errors import DeviceError
 from device_profiles.measure import BenchmarkResult, Ratio, measure
-from device_profiles.profile import Budgets, DeviceProfile, Tier, known_profiles, load_profile
+from device_profiles.profile import Budgets, DeviceProfile, Multiples, Tier, known_profiles, load_profile
 from device_profiles.target import Target, open_target
 from device_profiles.targets.local import LocalTarget
 
@@ -12,6 +12,7 @@ __all__ = [
     "DeviceError",
     "DeviceProfile",
     "LocalTarget",
+    "Multiples",
     "Ratio",
     "Target",
     "Tier",

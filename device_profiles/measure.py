@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, Literal, Self
@@ -20,7 +22,7 @@ import numpy.typing as npt
 
 from device_profiles.agent import PROTOCOL
 from device_profiles.errors import DeviceError
-from device_profiles.profile import DeviceProfile
+from device_profiles.profile import DeviceProfile, Tier
 from device_profiles.target import Target
 
 FloatArray = npt.NDArray[np.float64]
@@ -31,6 +33,8 @@ INNER_RESAMPLES = 200
 MAX_PRESSURE = 0.05  # share of time in which some process waited for a CPU
 MAX_WALL_OVER_CPU = 1.05
 MAX_DRIFT = 0.03
+MAX_CLOCK_LOSS = 0.05
+CLEAN = 1.05  # wall over CPU time of a call that nobody interrupted
 # Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
@@ -56,6 +60,25 @@ class Ratio:
 
 
 @dataclass(frozen=True)
+class Node:
+    """One operator of a model as the runtime ran it (after its own fusions).
+
+    Args:
+        name: the runtime's name for it.
+        op: its type (``Conv`` ...).
+        ms: the shortest of its calls.
+        input_shapes: of its inputs, weights included; the runtime may report them padded to its blocks.
+        output_shapes: of its outputs.
+    """
+
+    name: str
+    op: str
+    ms: float
+    input_shapes: tuple[tuple[int, ...], ...] = ()
+    output_shapes: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True)
 class ModelSamples:
     """One model's raw numbers in one process.
 
@@ -67,6 +90,10 @@ class ModelSamples:
         output_sha256: of the outputs on the seeded input.
         peak_rss_bytes: highest resident memory while this model was loaded and first called, the runtime's own
             included, other models not; None where unreadable.
+        warmup_calls: untimed calls before the first timed one.
+        steady: whether the warm-up ended because calls had become steady.
+        energy_mj: millijoules of one call, alone; None where the device counts no energy.
+        nodes: per operator, where a profile was asked for.
     """
 
     wall_ms: tuple[float, ...]
@@ -75,6 +102,10 @@ class ModelSamples:
     first_ms: float
     output_sha256: str
     peak_rss_bytes: int | None = None
+    warmup_calls: int | None = None
+    steady: bool | None = None
+    energy_mj: float | None = None
+    nodes: tuple[Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,6 +117,35 @@ class Process:
     started: float
     ended: float
 
+    def drift(self, name: str, kind: str) -> float:
+        """Relative change of a model's latency from the first third of its calls to the last.
+
+        Args:
+            kind: ``wall_ms`` or ``cpu_ms``.
+        """
+        calls = np.asarray(getattr(self.models[name], kind))
+        third = max(1, len(calls) // 3)
+        return float(np.median(calls[-third:]) / np.median(calls[:third]) - 1)
+
+    @property
+    def pressure(self) -> float | None:
+        """Share of the time in which some process of the device waited for a CPU; None where it is not told."""
+        return self.environment.get("cpu_pressure")
+
+    @property
+    def temperature_c(self) -> float | None:
+        """The highest temperature seen, degrees Celsius; None where no sensor can be read."""
+        found = self.environment.get("temperature_c")
+        return found.get("max") if isinstance(found, Mapping) else found
+
+    @property
+    def throttled(self) -> bool:
+        """The device said that it slowed itself down, or its clock fell by more than 5 % while models were timed."""
+        samples = [s for s in self.environment.get("telemetry", ()) if isinstance(s, Mapping)]
+        clocks = [s["freq_mhz"] for s in samples if s.get("phase") == "timing" and s.get("freq_mhz")]
+        slower = len(clocks) > 1 and clocks[-1] < (1 - MAX_CLOCK_LOSS) * max(clocks)
+        return bool(self.environment.get("throttled")) or slower
+
 
 @dataclass(frozen=True)
 class BenchmarkResult:
@@ -93,21 +153,28 @@ class BenchmarkResult:
 
     Args:
         profile: the profile's name.
-        tier: ``search`` or ``final``.
+        tier: ``search``, ``final`` or ``custom``.
         names: the models in the order they were timed; the first is the one that drift is judged by.
         sha256: file digest per model.
         statistic: ``cpu`` (ratio of medians of CPU time) or ``wall`` (median of paired wall ratios).
         processes: one entry per fresh process.
         seed: of the inputs and of the bootstrap.
+        noise_floor: half-width (fraction, 95 %) of a model against itself in one process, as the device's probe found
+            it; widens intervals from one process, which cannot see what differs between processes.
+        max_temperature_c: the profile's limit.
+        spoiled: what was wrong with each process that was thrown away and measured again.
     """
 
     profile: str
-    tier: TierName
+    tier: str
     names: tuple[str, ...]
     sha256: Mapping[str, str]
     statistic: Literal["cpu", "wall"]
     processes: tuple[Process, ...]
     seed: int = 0
+    noise_floor: float | None = None
+    max_temperature_c: float | None = None
+    spoiled: tuple[str, ...] = ()
 
     def wall_ms(self, name: str) -> FloatArray:
         """Every wall latency of a model, all processes one after another."""
@@ -131,6 +198,18 @@ class BenchmarkResult:
         """Median CPU time of a call: the latency this model would have on an idle device, at one thread."""
         return float(np.median(self.cpu_ms(name)))
 
+    def calibrated_ms(self, name: str) -> float:
+        """What a call takes on an idle device: the median wall time of calls that nobody interrupted.
+
+        On one CPU thread those are the calls whose wall time is within 5 % of their CPU time; where they are fewer
+        than one in ten, the median CPU time stands for them. Otherwise the median wall time.
+        """
+        wall, cpu = self.wall_ms(name), self.cpu_ms(name)
+        if self.statistic != "cpu":
+            return float(np.median(wall))
+        clean = wall[wall <= CLEAN * cpu]
+        return float(np.median(clean)) if len(clean) >= 0.1 * len(wall) else float(np.median(cpu))
+
     def load_ms(self, name: str) -> float:
         """Median over processes of the time to open the session."""
         return float(np.median([p.models[name].load_ms for p in self.processes]))
@@ -143,6 +222,12 @@ class BenchmarkResult:
         """Highest peak over processes; None where the device does not tell."""
         peaks = [p.models[name].peak_rss_bytes for p in self.processes]
         return max((peak for peak in peaks if peak is not None), default=None)
+
+    def energy_mj(self, name: str) -> float | None:
+        """Median over processes of the energy of one call, millijoules; None where the device counts none."""
+        found = [p.models[name].energy_mj for p in self.processes]
+        known = [value for value in found if value is not None]
+        return float(np.median(known)) if known else None
 
     @property
     def environment(self) -> Mapping[str, Any]:
@@ -166,6 +251,7 @@ class BenchmarkResult:
         if len(pairs) == 1:
             draws = self._resampled(*pairs[0], RESAMPLES, rng)
             low, high = np.quantile(draws, [0.025, 0.975])
+            low, high = (value * np.exp(-self._with_floor(value, low)), value * np.exp(self._with_floor(value, high)))
         else:
             inner = np.log(np.stack([self._resampled(a, b, INNER_RESAMPLES, rng) for a, b in pairs]))
             processes = rng.integers(len(pairs), size=(RESAMPLES, len(pairs)))
@@ -182,7 +268,7 @@ class BenchmarkResult:
     @property
     def contended(self) -> bool:
         """Other work used the CPU: processes waited > 5 % of the time, or one-thread wall exceeds CPU time by 5 %."""
-        pressures = [p.environment["cpu_pressure"] for p in self.processes if "cpu_pressure" in p.environment]
+        pressures = [p.pressure for p in self.processes if p.pressure is not None]
         waiting = bool(pressures) and float(np.median(pressures)) > MAX_PRESSURE
         if self.statistic != "cpu":
             return waiting
@@ -195,12 +281,7 @@ class BenchmarkResult:
 
         The median over processes; what differs between processes is no drift.
         """
-        changes = []
-        for process in self.processes:
-            calls = self._samples(process, self.names[0])
-            third = max(1, len(calls) // 3)
-            changes.append(float(np.median(calls[-third:]) / np.median(calls[:third]) - 1))
-        return float(np.median(changes))
+        return float(np.median([p.drift(self.names[0], f"{self.statistic}_ms") for p in self.processes]))
 
     @property
     def drifted(self) -> bool:
@@ -208,9 +289,33 @@ class BenchmarkResult:
         return abs(self.drift) > MAX_DRIFT
 
     @property
+    def throttled(self) -> bool:
+        """The device slowed itself down in a process, or was hotter than its profile allows."""
+        limit = self.max_temperature_c
+        hot = limit is not None and any((p.temperature_c or 0.0) > limit for p in self.processes)
+        return hot or any(p.throttled for p in self.processes)
+
+    @property
+    def clock_jumped(self) -> bool:
+        """The device's wall clock was set meanwhile; latencies do not depend on it, dates do."""
+        return any(abs(p.environment.get("clock_jump_s", 0.0)) > 1.0 for p in self.processes)
+
+    @property
+    def unstable(self) -> bool:
+        """Processes were measured again until the bound was reached, and what is left is still disturbed."""
+        return bool(self.spoiled) and (self.contended or self.drifted or self.throttled)
+
+    @property
     def flags(self) -> tuple[str, ...]:
-        """What speaks against the absolute times (ratios survive both)."""
-        return tuple(name for name, raised in (("contended", self.contended), ("drift", self.drifted)) if raised)
+        """What speaks against the absolute times (ratios survive all but ``throttled``)."""
+        named = {
+            "contended": self.contended,
+            "drift": self.drifted,
+            "throttled": self.throttled,
+            "clock-jump": self.clock_jumped,
+            "unstable": self.unstable,
+        }
+        return tuple(name for name, raised in named.items() if raised)
 
     def to_json(self) -> str:
         """One line with every raw number."""
@@ -227,8 +332,9 @@ class BenchmarkResult:
             data = json.loads(text)
             if data.pop("format") != 1:
                 raise ValueError("unknown format")
-            processes = tuple(_process(p) for p in data.pop("processes"))
-            return cls(**{**data, "names": tuple(data["names"]), "processes": processes})
+            processes = tuple(_process(p, data["names"]) for p in data.pop("processes"))
+            lists = {key: tuple(data[key]) for key in ("names", "spoiled") if key in data}
+            return cls(**{**data, **lists, "processes": processes})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DeviceError(f"not a benchmark result written by BenchmarkResult.to_json: {error!r}") from error
 
@@ -236,6 +342,10 @@ class BenchmarkResult:
         if name not in process.models:
             raise DeviceError(f"model {name!r} was not measured; measured: {', '.join(self.names)}")
         return np.asarray(getattr(process.models[name], kind or f"{self.statistic}_ms"), dtype=np.float64)
+
+    def _with_floor(self, value: float, bound: float) -> float:
+        """Distance of a bound from the value in logarithms, with the noise floor added."""
+        return float(np.hypot(np.log(bound / value), self.noise_floor or 0.0))
 
     def _estimate(self, a: FloatArray, b: FloatArray) -> float:
         """Paired samples, shape ``(repeats,)`` each -> latency ratio a / b."""
@@ -269,24 +379,45 @@ def measure(
     target: Target,
     profile: DeviceProfile,
     models: Mapping[str, Path],
-    tier: TierName = "search",
+    tier: TierName | Tier = "search",
     progress: Callable[[int, int], None] | None = None,
     seed: int = 0,
+    *,
+    nodes: bool = False,
+    energy: bool = False,
+    noise_floor: float | None = None,
+    half_width: float | None = None,
+    seconds: float | None = None,
 ) -> BenchmarkResult:
     """Time ONNX files on a device, interleaved, in as many fresh processes as the tier asks for.
+
+    A process in which the device slowed itself down (and, at a strict tier, was busy or drifted) is thrown away and
+    measured again, up to ``retries`` times in all; after that the result says ``unstable``.
 
     Args:
         models: name -> file; put the reference first.
         progress: called with (processes done, processes in all).
+        nodes: also time every operator of every model.
+        energy: also take the energy of a call, where the device counts it.
+        noise_floor: see ``BenchmarkResult``.
+        half_width: go on until the 95 % interval of every ratio to the first model is no wider than +- this fraction,
+            three processes at least, instead of the tier's number of processes.
+        seconds: with ``half_width``: when to stop anyway.
 
     Raises:
-        DeviceError: no models, a missing file, or whatever the target reports.
+        DeviceError: no models, a missing file, a device whose times mean nothing, or whatever the target reports.
     """
     if not models:
-        raise DeviceError("nothing to measure: give at least one model")
-    rules = profile.tier(tier)
+        raise DeviceError("nothing to measure: give at least one model", "bad-request")
+    if not profile.timing:
+        raise DeviceError(
+            f"device profile {profile.name} is emulated (timing: false): its times say nothing about a device",
+            "profile",
+        )
+    rules = tier if isinstance(tier, Tier) else profile.tier(tier)
     places = {name: target.put(Path(path)) for name, path in models.items()}
     digests = {name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for name, path in models.items()}
+    limit_s = 120 + 3 * (rules.max_seconds + rules.max_warmup_seconds) * (2 if nodes or energy else 1)
     request = {
         "protocol": PROTOCOL,
         "op": "benchmark",
@@ -294,33 +425,93 @@ def measure(
         "provider": profile.provider,
         "threads": profile.threads,
         "warmup": rules.warmup,
+        "max_warmup_seconds": rules.max_warmup_seconds,
         "min_repeats": rules.min_repeats,
         "min_seconds": rules.min_seconds,
         "max_seconds": rules.max_seconds,
         "seed": seed,
+        "profile": nodes,
+        "energy": energy,
+        "timeout_s": limit_s,
     }
-    processes = []
-    for done in range(rules.processes):
-        answer = target.run(request, timeout_s=120 + 3 * rules.max_seconds)
-        processes.append(_process(answer))
-        if progress:
-            progress(done + 1, rules.processes)
     cpu_time_tells = profile.threads == 1 and profile.provider == "CPUExecutionProvider"
-    return BenchmarkResult(
+    result = BenchmarkResult(
         profile=profile.name,
-        tier=tier,
+        tier="custom" if isinstance(tier, Tier) else tier,
         names=tuple(models),
         sha256=digests,
         statistic="cpu" if cpu_time_tells else "wall",
-        processes=tuple(processes),
+        processes=(),
         seed=seed,
+        noise_floor=noise_floor,
+        max_temperature_c=profile.max_temperature_c,
     )
+    begin = time.monotonic()
+    while not _enough(result, rules, half_width, seconds, time.monotonic() - begin):
+        if profile.cool_down_s and (result.processes or result.spoiled):
+            time.sleep(profile.cool_down_s)
+        process = _process(target.run(request, timeout_s=limit_s + 30), result.names)
+        faults = _faults(replace(result, processes=(process,)), rules)
+        if faults and len(result.spoiled) < rules.retries:
+            result = replace(result, spoiled=(*result.spoiled, ", ".join(faults)))
+            continue
+        result = replace(result, processes=(*result.processes, process))
+        if progress:
+            progress(len(result.processes), max(rules.processes, len(result.processes)))
+    return result
 
 
-def _process(data: Mapping[str, Any]) -> Process:
-    """From the agent's answer or from JSON."""
-    models = {
-        name: ModelSamples(**{**raw, "wall_ms": tuple(raw["wall_ms"]), "cpu_ms": tuple(raw["cpu_ms"])})
-        for name, raw in data["models"].items()
-    }
-    return Process(models, data["environment"], data["started"], data["ended"])
+def _enough(
+    result: BenchmarkResult, rules: Tier, half_width: float | None, seconds: float | None, elapsed_s: float
+) -> bool:
+    """Whether a measurement can end."""
+    count = len(result.processes)
+    if half_width is None:
+        return count >= rules.processes
+    if count and elapsed_s >= (seconds or math.inf):
+        return True
+    if count < 3:
+        return False
+    ratios = [result.ratio(name, result.names[0]) for name in result.names[1:]]
+    return all(ratio.half_width / ratio.value <= half_width for ratio in ratios)
+
+
+def _faults(alone: BenchmarkResult, rules: Tier) -> list[str]:
+    """Why a process does not count, given as a result of its own."""
+    checks = {"throttled": alone.throttled}
+    if rules.strict:
+        checks |= {"contended": alone.contended, "drift": alone.drifted}
+    return [name for name, raised in checks.items() if raised]
+
+
+def _process(data: Mapping[str, Any], names: Sequence[str]) -> Process:
+    """From the agent's answer or from JSON.
+
+    Raises:
+        DeviceError: the answer is not about these models, or its latencies are no positive numbers.
+    """
+    try:
+        models = {name: _samples_of(data["models"][name]) for name in names}
+        return Process(models, dict(data["environment"]), float(data["started"]), float(data["ended"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DeviceError(f"the device gave an answer that is none: {error!r}", "bad-answer") from error
+
+
+def _samples_of(raw: Mapping[str, Any]) -> ModelSamples:
+    known = {key: value for key, value in raw.items() if key in ModelSamples.__dataclass_fields__}
+    wall, cpu = (tuple(float(value) for value in raw[kind]) for kind in ("wall_ms", "cpu_ms"))
+    if not wall or len(wall) != len(cpu):
+        raise ValueError(f"{len(wall)} wall and {len(cpu)} CPU times")
+    if not (all(math.isfinite(v) and v > 0 for v in wall) and all(math.isfinite(v) and v >= 0 for v in cpu)):
+        raise ValueError("latencies must be positive numbers")
+    nodes = tuple(
+        Node(
+            str(n["name"]),
+            str(n["op"]),
+            float(n["ms"]),
+            tuple(tuple(int(d) for d in shape) for shape in n.get("input_shapes", ())),
+            tuple(tuple(int(d) for d in shape) for shape in n.get("output_shapes", ())),
+        )
+        for n in raw.get("nodes") or ()
+    )
+    return ModelSamples(**{**known, "wall_ms": wall, "cpu_ms": cpu, "nodes": nodes})

@@ -6,7 +6,8 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from datetime import datetime
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -19,8 +20,9 @@ import torch
 import yaml
 from torch import nn
 
-from device_profiles import DeviceError, DeviceProfile, Target, load_profile, open_target
+from device_profiles import DeviceError, DeviceProfile, Multiples, Target, load_profile, open_target
 from pipeline.config import RunFile, home, method_options, parse_run_file, workload_options
+from pipeline.device import InTurn, RunDevice, group_multiples, meet
 from pipeline.errors import SurroundingsError, UserError
 from pipeline.evaluator import Evaluator
 from pipeline.journal import Journal, Record
@@ -106,6 +108,8 @@ class Run:
         self.workload = open_workload(self.config)
         check_forward(self.workload.build_model(), self.workload.example_input())
         self.journal = Journal(self.directory / "journal.jsonl", self.run_id, self.config.digest)
+        self.turn: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+        """Entered around every use of the device: a scheduler's way to keep other flows off it meanwhile."""
         self._resources = contextlib.ExitStack()
         self._resources.callback(self.journal.close)
         params = flatten(self.config.model_dump(mode="json"))
@@ -127,10 +131,23 @@ class Run:
         """The device, opened."""
         target = open_target(self.profile)
         self._resources.callback(target.close)
-        return target
+        return InTurn(target, lambda: self.turn())
 
-    def evaluator(self, baseline: nn.Module, graph: ChannelGraph) -> Evaluator:
-        """An evaluator for the trained baseline."""
+    @cached_property
+    def device_facts(self) -> RunDevice:
+        """What is known of the device; probed now if that is asked for and was never done."""
+        section = self.config.device
+        return meet(
+            self.target,
+            self.profile,
+            self.directory,
+            home(),
+            probing=section.probe and section.channel_multiple is None,
+            progress=self.progress,
+        )
+
+    def evaluator(self, baseline: nn.Module, graph: ChannelGraph, space: SearchSpace | None = None) -> Evaluator:
+        """An evaluator for the trained baseline; ``space`` is where its latency model may draw plans from."""
         return Evaluator(
             baseline,
             graph,
@@ -143,9 +160,11 @@ class Run:
             seed=self.config.seed,
             device=self.device,
             progress=self.progress,
+            space=space,
+            noise_floor=self.device_facts.noise_floor,
         )
 
-    def space(self, graph: ChannelGraph) -> SearchSpace:
+    def space(self, graph: ChannelGraph, model: nn.Module) -> SearchSpace:
         """The widths the search may choose from, on this device.
 
         Raises:
@@ -157,7 +176,9 @@ class Run:
         if unmatched:
             raise UserError(f"search.frozen: {unmatched} match no channel group; the network has {', '.join(names)}")
         frozen = [n for n in names if any(fnmatchcase(n, p) for p in section.frozen)]
-        multiple = self.config.device.channel_multiple or self.profile.multiples.conv
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        probed = group_multiples(graph, shapes, Multiples(**self.device_facts.multiples))
+        multiple = self.config.device.channel_multiple or probed
         try:
             return SearchSpace.of(
                 graph.groups, channel_multiple=multiple, min_keep_ratio=section.min_keep_ratio, frozen=frozen

@@ -64,7 +64,10 @@ class DeviceSection(Section):
 
     profile: str = "local"
     channel_multiple: Annotated[int, Field(ge=1)] | None = None
-    """Overrides the profile's width granularity."""
+    """Overrides the width granularity that a probe of the device found, or the profile's."""
+    probe: bool = True
+    """Probe a device that was never probed, at the start of the run: where its latency steps with width (under a minute
+    on a PC); False = use a kept probe, or else the profile's ``channel_multiple``."""
 
 
 class TargetSection(Section):
@@ -85,6 +88,20 @@ class BudgetSection(Section):
     """Epochs of training during the search."""
 
 
+class LatencySection(Section):
+    """How candidates' latency is known."""
+
+    mode: Literal["auto", "measure"] = "auto"
+    """auto = predicted by a model of this network on this device where that proves good enough, measured otherwise;
+    measure = every candidate is measured. What is fine-tuned is measured in any case."""
+    measurements: Annotated[int, Field(ge=6)] = 15
+    """Measurements the model may ask for; those of candidates count too."""
+    max_error: Annotated[float, Field(gt=0)] = 0.05
+    """Largest median error (fraction) of plans left out, for the model to be trusted."""
+    min_spearman: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Smallest rank correlation of plans left out, for the model to be trusted."""
+
+
 class SearchSection(Section):
     """The search: method, its options, its limits, and how candidates are evaluated."""
 
@@ -92,6 +109,7 @@ class SearchSection(Section):
     options: dict[str, Any] = Field(default_factory=dict)
     target: TargetSection = TargetSection()
     budget: BudgetSection = BudgetSection()
+    latency: LatencySection = LatencySection()
     min_keep_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     frozen: tuple[str, ...] = ()
     """Channel groups that are left alone; ``*`` and ``?`` match as in file names."""

@@ -19,13 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from device_profiles import BenchmarkResult, DeviceProfile, Ratio, Target, measure
+from device_profiles.layers import LayerTable
 from export.errors import TemplateError
+from export.layers import layer_table
 from export.slicing import OnnxTemplate, candidate_onnx
 from pipeline import learning
 from pipeline.bases import Bases
 from pipeline.config import Distillation, FinetuneSection, SearchSection
 from pipeline.errors import UserError
 from pipeline.inference import Inference
+from pipeline.latency import Latencies
 from pipeline.progress import ProgressView, Silent
 from pipeline.study import digest_of
 from pipeline.training import TrainingError, fit, move
@@ -34,7 +37,7 @@ from pruning.channels import ChannelGraph
 from pruning.cost import cost
 from pruning.distortion import distortions
 from pruning.feature_maps import feature_distance
-from pruning.plan import PruningPlan
+from pruning.plan import PruningPlan, SearchSpace
 from pruning.saliency import channel_saliency
 from pruning.search.protocol import (
     DENSE,
@@ -45,6 +48,7 @@ from pruning.search.protocol import (
     FineTuned,
     Learn,
     Learned,
+    Predict,
     Probe,
     Request,
     Score,
@@ -59,7 +63,10 @@ CACHED_BYTES = 2 << 30
 
 SUPERNET_IMAGES = 1000
 """Training images for re-estimating batch-norm statistics of a supernet's candidate, where the run file names none."""
-LATENCIES = ("latency_ratio", "latency_ratio_low", "latency_ratio_high", "p50_ms", "p95_ms", "size_bytes")
+LATENCIES = (
+    *("latency_ratio", "latency_ratio_low", "latency_ratio_high", "p50_ms", "p95_ms", "size_bytes"),
+    "latency_measured",
+)
 
 
 class Evaluator:
@@ -76,6 +83,8 @@ class Evaluator:
         recipe: how ``FineTune`` requests are trained (``epochs`` comes with the request).
         seed: of fine-tuning.
         device: where networks are trained and evaluated.
+        space: where a latency model may draw plans to measure from; None = it gets none of its own.
+        noise_floor: of the device (see ``BenchmarkResult``).
     """
 
     def __init__(
@@ -92,6 +101,8 @@ class Evaluator:
         seed: int = 0,
         device: torch.device | None = None,
         progress: ProgressView | None = None,
+        space: SearchSpace | None = None,
+        noise_floor: float | None = None,
     ) -> None:
         self.device = device or torch.device("cpu")
         self.model, self.graph, self.workload = model.to(self.device).eval(), graph, workload
@@ -112,20 +123,36 @@ class Evaluator:
         )
         self.spent = Counter({"images_forwarded": 0, "images_trained": 0, "measurements": 0})
         self._accuracies: dict[tuple[str, str, bool], Mapping[str, float]] = {}
-        self._latencies: dict[str, Mapping[str, float]] = {}
+        self.noise_floor = noise_floor
+        self.latencies = Latencies(
+            self._layers,
+            self._time,
+            folder / "latencies.jsonl",
+            settings.latency,
+            space,
+            seed,
+        )
         self._batches: list[tuple[Tensor, Tensor]] | None = None
         self._template: OnnxTemplate | None = None
         self._template_tried = False
+        self._table: LayerTable | None = None
+        self._table_tried = False
         self._baseline_written = False
 
     def calibrate(self, reference: Evaluation) -> None:
         """Take the unpruned network's latency from an earlier evaluation, so that all candidates share one scale."""
-        self._latencies[PruningPlan.full(self.graph.groups).digest] = reference.metrics
+        self.latencies.measured[PruningPlan.full(self.graph.groups).digest] = reference.metrics
 
     # -- the Oracle of a study ---------------------------------------------------------------------------------------
 
-    def evaluate(self, candidate: Candidate, latency: bool, floor: float | None = None) -> Evaluation:
-        """Accuracy on the search split, MACs and params; with ``latency`` also file size and time on the device."""
+    def evaluate(
+        self, candidate: Candidate, latency: bool, floor: float | None = None, *, exact: bool = False
+    ) -> Evaluation:
+        """Accuracy on the search split, MACs and params; with ``latency`` also file size and latency on the device.
+
+        Args:
+            exact: measure the latency, even where a model would do.
+        """
         started = time.perf_counter()
         plan = candidate.plan
         plan.validate(self.graph)
@@ -136,7 +163,8 @@ class Evaluator:
             if not all(math.isfinite(value) for value in metrics.values()):
                 return Evaluation("failed", "the network's outputs are not finite numbers (NaN)", metrics)
             if latency:
-                metrics |= {name: self.latency(plan)[name] for name in LATENCIES}
+                found = self.latency(plan, exact=exact)
+                metrics |= {name: found[name] for name in LATENCIES if name in found}
         except _HopelessError as error:
             return Evaluation("infeasible", str(error), metrics)
         except (_OutOfTimeError, torch.OutOfMemoryError) as error:
@@ -172,7 +200,7 @@ class Evaluator:
         self.spent["images_trained"] += round(request.epochs * len(self.workload.train))
         digest = self.bases.tuned(base, candidate.base, candidate.plan, student.state_dict(), request.write_back)
         tuned = Candidate(candidate.id, candidate.plan, candidate.origin, candidate.parents, base)
-        evaluation = self.evaluate(tuned, request.latency)
+        evaluation = self.evaluate(tuned, request.latency, exact=True)
         seconds = {"seconds": time.perf_counter() - started}
         evaluation = Evaluation(evaluation.status, evaluation.reason, {**evaluation.metrics, **seconds})
         return FineTuned(base, evaluation), {"sha256": digest}
@@ -264,6 +292,18 @@ class Evaluator:
         """Latency ratios of plans, shape ``(plans,)``."""
         return np.array([self.latency(plan)["latency_ratio"] for plan in request.plans])
 
+    def predict(self, request: Predict) -> Mapping[str, np.ndarray]:
+        """The latency model's arrays, if it is trusted; measures plans for it first."""
+        del request
+        with self.progress.stage(f"  Model the latency on {self.profile.name}") as report:
+            self.latencies.watch = lambda done, total: report(done, total, "")
+            model = self.latencies.model()
+            trust = self.latencies.report()
+            if "median_error" in trust:
+                used = "" if model else "; not trusted, plans are measured"
+                report(trust["samples"], trust["samples"], f"median error {trust['median_error']:.1%}{used}")
+        return model.to_arrays() if model else {}
+
     # -- the parts ---------------------------------------------------------------------------------------------------
 
     def network(self, plan: PruningPlan, base: str = DENSE) -> nn.Module:
@@ -276,15 +316,19 @@ class Evaluator:
             pairs = [(network(images).float(), labels) for images, labels in self._images()]
         return torch.cat([outputs for outputs, _ in pairs]), torch.cat([labels for _, labels in pairs])
 
-    def latency(self, plan: PruningPlan) -> Mapping[str, float]:
+    def latency(self, plan: PruningPlan, *, exact: bool = True) -> Mapping[str, float]:
         """Time the plan's ONNX on the device, interleaved with the unpruned network's.
 
-        Returns ``latency_ratio`` (with ``_low`` and ``_high``, 95 %), ``p50_ms`` and ``p95_ms`` (ratio times the
-        reference's milliseconds) and ``size_bytes``.
+        Args:
+            exact: False = a model that has proven good may answer instead.
+
+        Returns:
+            ``latency_ratio`` (with ``_low`` and ``_high``, 95 %), ``p50_ms`` and ``p95_ms`` (ratio times the
+            reference's milliseconds), ``size_bytes``, and ``latency_measured`` (1, or 0 where it was predicted).
         """
-        if plan.digest not in self._latencies:
-            self._latencies[plan.digest] = self._time(plan)
-        return self._latencies[plan.digest]
+        found = self.latencies.of(plan, exact=exact)
+        template = self._template_once() if "size_bytes" not in found else None
+        return found if template is None else {**found, "size_bytes": float(len(template.slice(plan)))}
 
     def _accuracy(
         self, base: str, plan: PruningPlan, started: float, floor: float | None, *, exact: bool
@@ -354,32 +398,43 @@ class Evaluator:
             for indices in torch.split(order, batch_size)
         ]
 
-    def _time(self, plan: PruningPlan) -> Mapping[str, float]:
+    def _layers(self) -> LayerTable | None:
+        """The network's layers, read once; None where there is no template to read them from."""
+        if not self._table_tried:
+            self._table_tried = True
+            template = self._template_once()
+            self._table = None if template is None else layer_table(template)
+        return self._table
+
+    def _time(self, plan: PruningPlan) -> tuple[dict[str, float], BenchmarkResult]:
+        """One measurement at the search tier: figures, and the raw result."""
         full = PruningPlan.full(self.graph.groups)
         baseline = self.folder / "baseline.onnx"
         if not self._baseline_written:
             self._onnx(full, baseline.name)
             self._baseline_written = True
         if plan.is_full:
-            alone = self._measure({"baseline": baseline}, plan)
-            times = {"p50_ms": alone.p50_ms("baseline"), "p95_ms": alone.p95_ms("baseline")}
+            result = self._measure({"baseline": baseline})
+            tail = result.p95_ms("baseline") / result.p50_ms("baseline")
+            idle = result.calibrated_ms("baseline")
+            times = {"p50_ms": idle, "p95_ms": idle * tail}
             ratio, size = Ratio(1.0, 1.0, 1.0), baseline.stat().st_size
         else:
             dense = self.latency(full)
             path = self._onnx(plan, "candidate.onnx")
-            ratio = self._measure({"baseline": baseline, "candidate": path}, plan).ratio("candidate", "baseline")
+            result = self._measure({"baseline": baseline, "candidate": path})
+            ratio = result.ratio("candidate", "baseline")
             times = {name: ratio.value * dense[name] for name in ("p50_ms", "p95_ms")}
             size = path.stat().st_size
             path.unlink()
         ratios = {"latency_ratio": ratio.value, "latency_ratio_low": ratio.low, "latency_ratio_high": ratio.high}
-        return {**ratios, **times, "size_bytes": float(size)}
+        return {**ratios, **times, "size_bytes": float(size)}, result
 
-    def _measure(self, models: Mapping[str, Path], plan: PruningPlan) -> BenchmarkResult:
-        """Measure at the search tier and keep every raw latency in ``latencies.jsonl``."""
-        result = measure(self.target, self.profile, models, "search")
+    def _measure(self, models: Mapping[str, Path]) -> BenchmarkResult:
+        """Measure at the search tier, with a profile of the operators where a model can learn from it."""
+        nodes = len(models) > 1 and self.settings.latency.mode != "measure" and self._layers() is not None
+        result = measure(self.target, self.profile, models, "search", nodes=nodes, noise_floor=self.noise_floor)
         self.spent["measurements"] += 1
-        with (self.folder / "latencies.jsonl").open("a", encoding="utf-8") as file:
-            file.write(f'{{"plan":"{plan.digest}","result":{result.to_json()}}}\n')
         return result
 
     def _onnx(self, plan: PruningPlan, name: str) -> Path:

@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +105,9 @@ def search(run: Run, facts: Facts) -> dict[str, Any]:
     """Trace, certify, search; the archive, best by reward first."""
     del facts
     model, graph = load_baseline(run)
-    space = run.space(graph)
+    space = run.space(graph, model)
     certificate = prove_graph(run, model, graph, space)
-    oracle = run.evaluator(model, graph)
+    oracle = run.evaluator(model, graph, space)
     reference = measure_reference(run, oracle, graph)
     reward = run.reward(reference)
     reject_impossible(run, oracle, space.smallest(), reference)
@@ -136,6 +136,8 @@ def search(run: Run, facts: Facts) -> dict[str, Any]:
         "archive": [{"candidate": describe(e.candidate), "evaluation": to_dict(e.evaluation)} for e in ranked],
         "num_candidates": count,
         "spent": study.spent,
+        "latency": oracle.latencies.report(),
+        "device": asdict(run.device_facts),
         "certificate": certificate,
         "graph": graph.report(),
         "files": {},
@@ -211,7 +213,9 @@ def benchmark(run: Run, facts: Facts) -> dict[str, Any]:
     del facts
     models = {name: run.directory / f"{name}.onnx" for name in ("baseline", "compact")}
     with run.progress.stage(f"Time on {run.profile.name}") as report:
-        result = measure(run.target, run.profile, models, "final", lambda done, total: report(done, total, ""))
+        result = measure(
+            run.target, run.profile, models, "final", lambda done, total: report(done, total, ""), energy=True
+        )
         speedup = result.speedup("compact", "baseline")
         report(len(result.processes), len(result.processes), f"speed-up {speedup.value:.2f}x")
     file = run.directory / "benchmark.json"
@@ -224,6 +228,7 @@ def benchmark(run: Run, facts: Facts) -> dict[str, Any]:
             "load_ms": result.load_ms(name),
             "first_ms": result.first_ms(name),
             "peak_rss_bytes": result.peak_rss_bytes(name),
+            **({} if (energy := result.energy_mj(name)) is None else {"energy_mj": energy}),
         }
         for name in models
     }
@@ -307,7 +312,7 @@ def report(run: Run, facts: Facts) -> dict[str, Any]:
 
 STAGES = (
     Stage("baseline", "Baseline", baseline),
-    Stage("search", "Search", search, retry_on=(DeviceError,)),
+    Stage("search", "Search", search, version=2, retry_on=(DeviceError,)),
     Stage("finetune", "Fine-tune", finetune, retry_on=(DeviceError,)),
     Stage("export", "Export", export),
     Stage("benchmark", "Benchmark", benchmark, retry_on=(DeviceError,)),

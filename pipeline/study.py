@@ -33,6 +33,7 @@ from pruning.search.protocol import (
     FineTuned,
     Learn,
     Learned,
+    Predict,
     Probe,
     Request,
     Score,
@@ -70,6 +71,8 @@ class Oracle(Protocol):
     def distort(self, request: Distort) -> Mapping[str, np.ndarray]: ...
 
     def time(self, request: Time) -> np.ndarray: ...
+
+    def predict(self, request: Predict) -> Mapping[str, np.ndarray]: ...
 
 
 class Study:
@@ -148,6 +151,8 @@ class Study:
             case Time():
                 asked = {"kind": "time", "request": digest_of(request)}
                 return self._arrays(asked, lambda: {"": self.oracle.time(request)})[""]
+            case Predict():
+                return self._arrays({"kind": "predict"}, lambda: self.oracle.predict(request))
 
     def evaluate(self, candidate: Candidate, latency: bool, floor: float | None = None) -> Evaluation:
         """One candidate's evaluation, journalled before it is returned."""
@@ -202,7 +207,9 @@ class Study:
     def _over(self, request: Request) -> str:
         """Why the budget allows no such request any more; empty while it does."""
         budget, spent = self.budget, self.spent
-        closing = not self._found and isinstance(request, Evaluate | Score | Time)  # what was learned must not be lost
+        closing = not self._found and isinstance(
+            request, Evaluate | Score | Time | Predict
+        )  # what was learned must not be lost
         if budget.seconds is not None and spent["seconds"] >= budget.seconds and not closing:
             return f"the budget of {budget.seconds:g} s is spent"
         evaluates, epochs = isinstance(request, Evaluate | FineTune), getattr(request, "epochs", 0.0)
@@ -261,6 +268,8 @@ def work_of(request: Request) -> str:
             return f"look at the next layers in {len(removed)} batches"
         case Time(plans):
             return f"time {len(plans)} plans"
+        case Predict():
+            return "model the latency"
     return ""
 
 

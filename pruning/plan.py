@@ -218,7 +218,7 @@ class SearchSpace:
         cls,
         groups: Sequence[ChannelGroup],
         *,
-        channel_multiple: int = 1,
+        channel_multiple: int | Mapping[str, int] = 1,
         min_keep_ratio: float = 0.0,
         frozen: Iterable[str] = (),
     ) -> SearchSpace:
@@ -226,6 +226,9 @@ class SearchSpace:
 
         A group too small for two steps of the multiple uses the multiple halved until it has two
         (16 channels, multiple 16 -> widths 8 and 16), so that no group is left out by rounding.
+
+        Args:
+            channel_multiple: for all groups, or per group (1 where it names none).
 
         Raises:
             PlanError: ``frozen`` names a group that does not exist, or nothing is left to prune.
@@ -238,7 +241,7 @@ class SearchSpace:
         for group in groups:
             if group.name in set(frozen):
                 continue
-            step = channel_multiple
+            step = channel_multiple if isinstance(channel_multiple, int) else channel_multiple.get(group.name, 1)
             while step > 1 and 2 * step > group.size:
                 step //= 2
             least = max(1, min_keep_ratio * group.size)

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader
 
 from device_profiles import BenchmarkResult, DeviceProfile
 from pipeline.config import RunFile
-from pipeline.report.charts import cloud, histogram
+from pipeline.report.charts import cloud, histogram, lines
 
 Facts = Mapping[str, Any]
 Row = tuple[str, str, str, str]
@@ -78,7 +78,9 @@ def write_report(
         profile=profile,
         facts=facts,
         table=final_table(facts),
-        environment=result.environment,
+        environment={key: value for key, value in result.environment.items() if key != "telemetry"},
+        energy={name: result.energy_mj(name) for name in ("baseline", "compact")},
+        spoiled=result.spoiled,
         statistic=result.statistic,
         num_processes=len(result.processes),
         num_calls=len(result.wall_ms("compact")),
@@ -89,6 +91,8 @@ def write_report(
         num_points=len(points),
         front=[_front_row(row, facts) for row in front[:MAX_FRONT]],
         widths=_widths(facts),
+        device=(device := facts["search"]["device"]),
+        stairs=lines(device["curves"], "channels", "time, narrowest = 1", 16) if device["curves"] else "",
     )
     html_file, json_file = directory / "report.html", directory / "report.json"
     html_file.write_text(html, encoding="utf-8")

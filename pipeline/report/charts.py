@@ -27,6 +27,30 @@ def cloud(points: Sequence[tuple[float, float, str, str]], x_title: str, y_title
     return frame.svg("".join(marks), x_title, y_title, kinds)
 
 
+def lines(curves: Mapping[str, Mapping[int, float]], x_title: str, y_title: str, grid: int = 0) -> Markup:
+    """Lines through (x, y) points, each scaled to its own smallest y; a dashed rule at every multiple of ``grid``."""
+    scaled = {
+        name: [(float(x), y / min(curve.values())) for x, y in sorted(curve.items())] for name, curve in curves.items()
+    }
+    every = [point for points in scaled.values() for point in points]
+    frame = _Frame([x for x, _ in every], [0.0, *(y for _, y in every)])
+    marks = [
+        f'<line x1="{frame.x(x):.1f}" x2="{frame.x(x):.1f}" y1="28" y2="{HEIGHT - BOTTOM}" stroke="#b3bac8" '
+        'stroke-dasharray="3 3"/>'
+        for x in sorted({x for x, _ in every})
+        if grid and x % grid == 0
+    ]
+    for colour, (name, points) in zip(COLOURS, scaled.items(), strict=False):
+        path = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in points)
+        marks.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
+        marks += [
+            f'<circle cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="2.5" fill="{colour}">'
+            f"<title>{escape(name)}: {x:g} channels, {y:.2f}x</title></circle>"
+            for x, y in points
+        ]
+    return frame.svg("".join(marks), x_title, y_title, list(scaled))
+
+
 def histogram(samples: Mapping[str, npt.NDArray[np.float64]], x_title: str) -> Markup:
     """Overlaid histograms of samples, up to the 99th percentile of all."""
     top = max(float(np.percentile(values, 99)) for values in samples.values())

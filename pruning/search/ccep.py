@@ -51,7 +51,15 @@ from pruning.search.protocol import (
     Request,
     Strategy,
 )
-from pruning.search.support import Ratios, SearchError, check_ranges, evaluate, fine_tune, latency_table, macs_ratios
+from pruning.search.support import (
+    Ratios,
+    SearchError,
+    check_ranges,
+    evaluate,
+    fine_tune,
+    macs_ratios,
+    predicted_latency,
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ class Options:
         finetune_epochs: epochs after each splice; 0 = none (CIFAR-10 100, ImageNet 60; ours 30).
         freeze_drop: fraction in 0..1; a group is left alone for good once its best pruned individual loses more
             ``fitness`` than this, for example 0.03. None = never (authors).
-        latency_aware: time every group on the device once, before the search (``latency_table``); among equally
+        latency_aware: predict latency from a few plans timed before the search (``predicted_latency``); among equally
             accurate individuals the one that saves most latency survives, and a group in whose reach nothing gets
             faster is skipped for the round (authors: off).
         accuracy_step: fraction in 0..1; accuracies are compared in steps of this size, the noise of the images, for
@@ -117,7 +125,7 @@ def search(problem: Problem, options: Options) -> Strategy:
         SearchError: the reference has no metric ``fitness``, ``include`` matches no group, or nothing was spliced.
     """
     space, active = problem.space, _included(problem, options)
-    latency = (yield from latency_table(problem)) if options.latency_aware else None
+    latency = (yield from predicted_latency(problem)) if options.latency_aware else None
     ids = count()
     plan, base = space.full, DENSE
     parents: tuple[int, ...] = ()

@@ -212,7 +212,16 @@ class Time:
     plans: tuple[PruningPlan, ...]
 
 
-Request = Evaluate | FineTune | Score | Probe | Distort | Learn | Time
+@dataclass(frozen=True)
+class Predict:
+    """Request: a model of the network's latency on the device, fitted to a few measurements.
+
+    Answer: the arrays of ``device_profiles.latency_model.LatencyModel`` (over all groups of ``Problem.space.full``), or
+    none where no model has proven good enough and plans must be measured.
+    """
+
+
+Request = Evaluate | FineTune | Score | Probe | Distort | Learn | Time | Predict
 Answer = tuple[Evaluation, ...] | FineTuned | Learned | Mapping[str, FloatArray] | FloatArray
 
 

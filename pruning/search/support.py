@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from device_profiles.latency_model import LatencyModel
 from pruning.plan import IntArray, PruningPlan
 from pruning.search.protocol import (
     DENSE,
@@ -24,6 +25,7 @@ from pruning.search.protocol import (
     FloatArray,
     Learn,
     Learned,
+    Predict,
     Probe,
     Problem,
     Request,
@@ -178,11 +180,12 @@ def macs_ratios(problem: Problem) -> Ratios:
 def limit_of(problem: Problem, points: int = 3) -> Generator[Request, Answer, Limit]:
     """``limit = yield from limit_of(problem)``: the run's target as something to project width vectors onto.
 
-    A latency target is turned into a prediction from a few measured plans (``latency_table``); a MACs target is exact.
+    A latency target is turned into a prediction from a few measured plans (``predicted_latency``); a MACs target is
+    exact.
     Where both are set, the cost is the larger of the two ratios, each relative to its own bound.
 
     Args:
-        points: widths measured per group for the prediction of latency.
+        points: widths measured per group where no latency model can be trusted.
 
     Raises:
         SearchError: no target is set, or the smallest plan does not meet it.
@@ -195,7 +198,7 @@ def limit_of(problem: Problem, points: int = 3) -> Generator[Request, Answer, Li
     if target.latency_ratio is None:
         assert target.macs_ratio is not None
         return Limit("macs_ratio", macs, target.macs_ratio)
-    latency = yield from latency_table(problem, points)
+    latency = yield from predicted_latency(problem, points)
     smallest = float(latency(problem.space.encode(problem.space.smallest())[None])[0])
     if smallest > target.latency_ratio:
         raise SearchError(
@@ -207,6 +210,28 @@ def limit_of(problem: Problem, points: int = 3) -> Generator[Request, Answer, Li
         return Limit("latency_ratio", latency, target.latency_ratio)
     both = target.latency_ratio, target.macs_ratio
     return Limit("latency_ratio", lambda w: np.maximum(latency(w), macs(w) * both[0] / both[1]), both[0])
+
+
+def predicted_latency(problem: Problem, points: int = 3) -> Generator[Request, Answer, Ratios]:
+    """``ratios = yield from predicted_latency(problem)``: latency of width vectors, from a few measured plans.
+
+    By the device's latency model of this network where it has proven good (``device_profiles.latency_model``), else by
+    ``latency_table``.
+    """
+    answer = yield Predict()
+    assert isinstance(answer, Mapping), answer
+    if not answer:
+        return (yield from latency_table(problem, points))
+    model, full = LatencyModel.from_arrays(answer), problem.space.full
+    columns = [list(full.sizes).index(name) for name in problem.space.names]
+    whole = np.array(list(full.widths.values()), dtype=np.int64)
+
+    def ratios(widths: IntArray) -> FloatArray:
+        every = np.repeat(whole[None], len(widths), axis=0)
+        every[:, columns] = widths
+        return model.ratios(every)
+
+    return ratios
 
 
 def latency_table(problem: Problem, points: int = 3) -> Generator[Request, Answer, Ratios]:

@@ -144,8 +144,7 @@ def test_json_of_something_else(text: str):
         BenchmarkResult.from_json(text)
 
 
-def test_json_with_an_unknown_field():
+def test_a_newer_agent_may_tell_more():
     data = json.loads(synthetic().to_json())
     data["processes"][0]["models"]["a"]["p50"] = 1
-    with pytest.raises(DeviceError, match="p50"):
-        BenchmarkResult.from_json(json.dumps(data))
+    assert BenchmarkResult.from_json(json.dumps(data)) == synthetic()

@@ -1,0 +1,317 @@
+"""Predicts the latency of plans of one network on one device from few measurements, and knows when not to be trusted.
+
+Every measurement brings a time for every operator (the runtime's profile), so that a handful of them holds hundreds of
+samples of how a layer's time follows its input and output channels. Per kind of layer that is a sum of non-negative
+terms (work, traffic and calls, each with channels as they are or rounded up to blocks, each for channel counts of one
+alignment), fitted by non-negative least squares; a factor per layer and one line through the measured ratios correct
+the sum. What the model is worth is found by leaving measurements out.
+
+A table of isolated operators would be biased (layout changes and fusions happen between operators, not in them), and
+multiply-accumulates know nothing of blocks; see docs/devices.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import nnls
+from scipy.stats import spearmanr
+
+from device_profiles.layers import KINDS, IntArray, LayerTable
+from device_profiles.measure import BenchmarkResult, Node
+
+FloatArray = npt.NDArray[np.float64]
+BLOCKS = (1, 4, 8, 16)
+LINEAR_OPS = ("Gemm", "MatMul", "FusedMatMul", "FusedGemm")
+CONV_OPS = ("Conv", "FusedConv", "NhwcFusedConv")
+MIN_SAMPLES = 5
+FOLDS = 8
+SHRINKAGE = 5.0
+"""A layer's own factor counts as much as the kind's formula once so many measurements speak for it."""
+RIDGE = 1e-2
+LINE_WEIGHTS = (1.5, 0.5)
+"""How strongly the line through the measured ratios is held to offset 0 and slope 1."""
+WEIGHT_POWER = 0.75
+"""Layers are weighed by their time to this power: between absolute (0) and relative errors (1)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One measured plan.
+
+    Args:
+        widths: shape ``(groups,)``.
+        ratio: latency, relative to the unpruned network.
+        layer_ms: time of every layer of the table and of the operators between it and the next, shape ``(layers,)``;
+            NaN where it was not found in the profile.
+    """
+
+    widths: IntArray
+    ratio: float
+    layer_ms: FloatArray
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What a model is worth, found on measurements left out of it.
+
+    Args:
+        median_error: median relative error (fraction).
+        spearman: rank correlation of predicted and measured ratios.
+        half_width: 95 % of the errors are smaller than this (fraction).
+        samples: measurements.
+    """
+
+    median_error: float
+    spearman: float
+    half_width: float
+    samples: int
+
+
+@dataclass(frozen=True, eq=False)
+class LatencyModel:
+    """A fitted model; ``ratios`` and ``predict`` take width vectors in the order of ``table.groups``.
+
+    Args:
+        coefficients: ms per feature, shape ``(kinds, features)``.
+        factors: of every layer, shape ``(layers,)``.
+        line: offset and slope from summed layers to the ratio.
+    """
+
+    table: LayerTable
+    coefficients: FloatArray
+    factors: FloatArray
+    line: FloatArray
+    trust: Trust | None = None
+
+    @classmethod
+    def fit(cls, table: LayerTable, samples: Sequence[Sample], *, judge: bool = True) -> Self | None:
+        """The model of some measurements; None where there are fewer than ``MIN_SAMPLES``.
+
+        Args:
+            judge: also find out what it is worth, on measurements left out.
+        """
+        if len(samples) < MIN_SAMPLES:
+            return None
+        widths = np.array([sample.widths for sample in samples])
+        ratios = np.array([sample.ratio for sample in samples])
+        features, times = _features(table, table.channels(widths)), _times(samples)
+        coefficients = _coefficients(table, features, times)
+        found = cls(table, coefficients, np.ones(len(table.names)), np.array([0.0, 1.0]))
+        predicted = found._layers(features)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            errors = np.log(times / predicted)
+        known = np.isfinite(errors)
+        factors = np.exp(np.where(known, errors, 0).sum(axis=0) / (known.sum(axis=0) + SHRINKAGE))
+        sums = (predicted * factors).sum(axis=1)
+        rows = np.stack([np.ones_like(sums), sums], axis=1) / ratios[:, None]
+        held = np.diag(LINE_WEIGHTS)
+        line = np.linalg.lstsq(
+            np.vstack([rows, held]), np.concatenate([np.ones(len(ratios)), [0.0, LINE_WEIGHTS[1]]]), rcond=None
+        )[0]
+        trust = _trust(table, samples) if judge else None
+        return cls(table, coefficients, factors, line, trust)
+
+    def ratios(self, widths: IntArray) -> FloatArray:
+        """Latency of plans relative to the unpruned network, shape ``(plans,)``.
+
+        Args:
+            widths: shape ``(plans, groups)``.
+        """
+        layers = self._layers(_features(self.table, self.table.channels(widths)))
+        found = self.line[0] + self.line[1] * (layers @ self.factors)
+        ratios: FloatArray = np.maximum(found, 1e-6)
+        return ratios
+
+    def to_arrays(self) -> dict[str, FloatArray]:
+        """Everything ``from_arrays`` needs, as arrays of numbers."""
+        table = self.table
+        layers = np.stack([[KINDS.index(k) for k in table.kinds], table.taps, table.pixels, table.in_pixels])
+        return {
+            "layers": layers.astype(np.float64),
+            "constant": table.constant.astype(np.float64),
+            "per_width": table.per_width.astype(np.float64),
+            "coefficients": self.coefficients,
+            "factors": self.factors,
+            "line": self.line,
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, FloatArray]) -> Self:
+        """Read what ``to_arrays`` gave (names of layers and groups are not kept)."""
+        kinds, taps, pixels, in_pixels = arrays["layers"].astype(np.int64)
+        constant, per_width = (arrays[key].astype(np.int64) for key in ("constant", "per_width"))
+        names = tuple(str(i) for i in range(len(kinds)))
+        groups = tuple(str(i) for i in range(per_width.shape[2]))
+        table = LayerTable(names, tuple(KINDS[k] for k in kinds), taps, pixels, in_pixels, groups, constant, per_width)
+        return cls(table, arrays["coefficients"], arrays["factors"], arrays["line"])
+
+    def _layers(self, features: FloatArray) -> FloatArray:
+        """Time of every layer by its kind's formula, shape ``(plans, layers)``."""
+        found: FloatArray = np.einsum("plf,lf->pl", features, self.coefficients[_kind_numbers(self.table)])
+        return found
+
+
+def sample_of(table: LayerTable, widths: IntArray, result: BenchmarkResult, name: str, reference: str) -> Sample:
+    """What a measurement with a profile says about a plan.
+
+    Args:
+        widths: of the plan, shape ``(groups,)``.
+        name: of the plan's model in the measurement.
+        reference: of the unpruned network's model there.
+    """
+    channels = table.channels(widths[None])[0]
+    found = [layer_times(table, channels, process.models[name].nodes) for process in result.processes]
+    return Sample(np.asarray(widths), result.ratio(name, reference).value, np.min(found, axis=0))
+
+
+def layer_times(table: LayerTable, channels: IntArray, nodes: Sequence[Node]) -> FloatArray:
+    """A profile as one time per layer of the table, shape ``(layers,)``; NaN where a layer is not in it.
+
+    Operators between two layers (layout changes, sums, pools) count with the layer before them. A node belongs to the
+    first layer not yet found that has its kernel, its output size and its channels, which a runtime may report rounded
+    up to its blocks.
+
+    Args:
+        channels: of the plan, shape ``(layers, 2)``.
+    """
+    times = np.full(len(table.names), np.nan)
+    between, last = np.zeros(len(table.names)), -1
+    for node in nodes:
+        hit = next((i for i in np.flatnonzero(np.isnan(times)) if _fits(table, int(i), channels[i], node)), None)
+        if hit is not None:
+            last = int(hit)
+            times[last] = node.ms
+        else:
+            between[max(last, 0)] += node.ms
+    return times + between
+
+
+def _fits(table: LayerTable, i: int, channels: IntArray, node: Node) -> bool:
+    """Whether an operator can be layer ``i``."""
+    if len(node.input_shapes) < 2 or not node.output_shapes:
+        return False
+    if table.kinds[i] == "linear":
+        return node.op in LINEAR_OPS and node.output_shapes[0][-1] == channels[1]
+    weight, out = node.input_shapes[1], node.output_shapes[0]
+    if node.op not in CONV_OPS or len(weight) < 3 or len(out) < 3:
+        return False
+    sizes = int(np.prod(weight[2:])), int(np.prod(out[2:]))
+    padded = max(BLOCKS)
+    return sizes == (table.taps[i], table.pixels[i]) and channels[1] <= weight[0] < channels[1] + padded
+
+
+def choose(table: LayerTable, pool: IntArray, chosen: IntArray) -> int:
+    """Which plan of a pool to measure next: the one the measured ones say least about.
+
+    Plans are compared by the shares of each feature in their layers; the next one has the largest variance left under a
+    linear model of those (a greedy D-optimal design).
+
+    Args:
+        pool: width vectors, shape ``(plans, groups)``.
+        chosen: those measured so far, shape ``(n, groups)``, ``n >= 0``.
+
+    Returns:
+        Its index in the pool.
+    """
+    every = np.concatenate([pool, chosen]) if len(chosen) else pool
+    features = _features(table, table.channels(every))
+    kinds = _kind_numbers(table)
+    sums = np.concatenate([features[:, kinds == kind].sum(axis=1) for kind in np.unique(kinds)], axis=1)
+    spread = sums.std(axis=0)
+    values = (sums[:, spread > 0] - sums[:, spread > 0].mean(axis=0)) / spread[spread > 0]
+    values /= np.sqrt(max(1, values.shape[1]))
+    values = np.concatenate([values, np.ones((len(values), 1))], axis=1)
+    seen = values[len(pool) :]
+    precision = 0.05 * np.eye(values.shape[1]) + seen.T @ seen
+    left = np.einsum("pf,fg,pg->p", values[: len(pool)], np.linalg.inv(precision), values[: len(pool)])
+    return int(np.argmax(left))
+
+
+def _trust(table: LayerTable, samples: Sequence[Sample]) -> Trust:
+    """Measurements predicted by models of the others, ``FOLDS`` times (or as often as there are measurements)."""
+    ratios, predicted = np.array([sample.ratio for sample in samples]), np.full(len(samples), np.nan)
+    folds = min(FOLDS, len(samples))
+    for fold in range(folds):
+        model = LatencyModel.fit(table, [s for i, s in enumerate(samples) if i % folds != fold], judge=False)
+        if model is not None:
+            predicted[fold::folds] = model.ratios(np.array([sample.widths for sample in samples[fold::folds]]))
+    errors = np.abs(predicted / ratios - 1)
+    if not np.isfinite(errors).all() or np.ptp(ratios) == 0 or np.ptp(predicted) == 0:
+        return Trust(float("inf"), 0.0, float("inf"), len(samples))
+    spearman = float(spearmanr(predicted, ratios).statistic)
+    return Trust(float(np.median(errors)), spearman, float(1.96 * np.sqrt(np.mean(errors**2))), len(samples))
+
+
+def _times(samples: Sequence[Sample]) -> FloatArray:
+    """Layers' shares of the measured ratios, shape ``(samples, layers)``: a profile's own clock does not matter."""
+    shares = np.array([sample.layer_ms for sample in samples])
+    ratios = np.array([sample.ratio for sample in samples])
+    found: FloatArray = shares / np.nansum(shares, axis=1, keepdims=True) * ratios[:, None]
+    return found
+
+
+def _coefficients(table: LayerTable, features: FloatArray, times: FloatArray) -> FloatArray:
+    """Non-negative least squares per kind of layer, shape ``(kinds, features)``."""
+    kinds, found = _kind_numbers(table), np.zeros((len(KINDS), features.shape[2]))
+    floor = 0.2 * float(np.nanmedian(times))
+    for kind in np.unique(kinds):
+        rows = features[:, kinds == kind].reshape(-1, features.shape[2])
+        wanted = times[:, kinds == kind].ravel()
+        known = np.isfinite(wanted)
+        if not known.any():
+            continue
+        rows, wanted = rows[known], wanted[known]
+        scale = rows.max(axis=0)
+        scale[scale == 0] = 1.0
+        weights = 1 / np.maximum(wanted, floor) ** WEIGHT_POWER
+        weighed = rows / scale * weights[:, None]
+        ridge = RIDGE * np.linalg.norm(weighed, axis=0).max() * np.eye(features.shape[2])
+        target = np.concatenate([wanted * weights, np.zeros(len(ridge))])
+        solution, _ = nnls(np.vstack([weighed, ridge]), target, maxiter=100 * features.shape[2])
+        found[kind] = solution / scale
+    return found
+
+
+def _features(table: LayerTable, channels: IntArray) -> FloatArray:
+    """Non-negative terms a layer's time may be made of, shape ``(plans, layers, features)``.
+
+    Args:
+        channels: shape ``(plans, layers, 2)``.
+    """
+    depthwise = _kind_numbers(table) == KINDS.index("depthwise")
+    outputs = channels[..., 1].astype(np.float64)
+    inputs = np.where(depthwise, outputs, channels[..., 0])
+    per_filter = np.where(depthwise, 1.0, channels[..., 0])
+    taps, pixels, in_pixels = (array.astype(np.float64) for array in (table.taps, table.pixels, table.in_pixels))
+
+    def padded(values: FloatArray, block: int) -> FloatArray:
+        return np.ceil(values / block) * block
+
+    def work(block_in: int, block_out: int) -> FloatArray:
+        return taps * pixels * np.where(depthwise, 1.0, padded(per_filter, block_in)) * padded(outputs, block_out)
+
+    small, odd_in, odd_out = inputs < max(BLOCKS), inputs % 4 != 0, outputs % 4 != 0
+    classes = (
+        np.ones_like(small),
+        small,
+        ~small & odd_in,
+        ~small & ~odd_in,
+        odd_out,
+        (~small & odd_in) | odd_out,
+    )
+    works = [work(block, block) for block in BLOCKS] + [work(1, max(BLOCKS))]
+    block = max(BLOCKS)
+    traffic = [pixels * outputs, pixels * padded(outputs, block), in_pixels * inputs, in_pixels * padded(inputs, block)]
+    calls = [np.broadcast_to(pixels, outputs.shape), np.broadcast_to(in_pixels, outputs.shape), np.ones_like(outputs)]
+    weights = [taps * per_filter * outputs, taps * padded(per_filter, block) * padded(outputs, block)]
+    terms = [term * chosen for term in (*works, *traffic, *calls) for chosen in classes]
+    return np.stack([*terms, *weights], axis=-1)
+
+
+def _kind_numbers(table: LayerTable) -> npt.NDArray[np.int64]:
+    return np.array([KINDS.index(kind) for kind in table.kinds], dtype=np.int64)

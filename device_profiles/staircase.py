@@ -1,0 +1,234 @@
+"""How latency steps with width on a device: found by timing small networks, one channel more at a time.
+
+Kernels work on blocks of channels. A width between two blocks costs as much as the next one, or more: on x86 with
+AVX-512 a 3 x 3 convolution of 17 channels takes twice the time of one of 16. Where the steps lie depends on the device,
+the runtime, the thread count and the precision, so they are measured, and the search is given only widths that pay.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from device_profiles.errors import DeviceError
+from device_profiles.layers import KINDS, LayerKind
+from device_profiles.measure import BenchmarkResult, measure
+from device_profiles.profile import DeviceProfile, Multiples, Tier
+from device_profiles.target import Target
+
+WIDTHS = tuple(range(33, 65))
+"""Wide enough that a layer takes longer than its call, and two blocks of the largest multiple."""
+MULTIPLES = (1, 2, 4, 8, 16, 32)
+SLACK = 0.02
+"""A larger multiple is preferred where rounding up to it costs no more than this on the mean."""
+PIXELS = {"conv": 14, "pointwise": 28, "depthwise": 28, "linear": 14}
+DEPTH = {"conv": 3, "pointwise": 4, "depthwise": 6, "linear": 4}
+FINGERPRINT_KEYS = ("board", "cpu", "machine", "cpus", "onnxruntime", "freq_max_mhz")
+
+
+@dataclass(frozen=True)
+class Staircase:
+    """What a probe found.
+
+    Args:
+        profile: the profile's name.
+        fingerprint: of device, runtime and settings (``fingerprint_of``); another one needs another probe.
+        multiples: per kind of layer, the multiple its widths should have.
+        curves: kind -> width -> median ms of a small network of such layers.
+        losses: kind -> multiple -> mean extra latency (fraction) of rounding a width up to it, against the best width
+            that is at least as large.
+        noise_floor: half-width of the 95 % interval of a network against itself; None = not taken.
+        environment: the device as the agent described it.
+        created: seconds since 1970.
+    """
+
+    profile: str
+    fingerprint: str
+    multiples: Multiples
+    curves: Mapping[LayerKind, Mapping[int, float]]
+    losses: Mapping[LayerKind, Mapping[int, float]]
+    noise_floor: float | None
+    environment: Mapping[str, Any]
+    created: float
+
+    def summary(self) -> list[tuple[str, str]]:
+        """Rows (kind, what was found) for people."""
+        rows: list[tuple[str, str]] = []
+        for kind, curve in self.curves.items():
+            multiple, losses = getattr(self.multiples, kind), self.losses[kind]
+            worst = max(curve, key=lambda width: curve[width] / _best(curve)[width])
+            excess = curve[worst] / _best(curve)[worst]
+            cheap = min(width for width in curve if width >= worst and curve[width] <= _best(curve)[worst] * 1.0001)
+            text = f"multiples of {multiple}"
+            if excess > 1 + SLACK:
+                text += f"; {worst} channels take {excess:.2f}x the time of {cheap}"
+            if multiple > 1:
+                text += f"; any width costs {losses[1]:.0%} more than the best at least as wide"
+            rows.append((kind, text))
+        if self.noise_floor is not None:
+            rows.append(("noise", f"a network against itself: +-{self.noise_floor:.1%} in one measurement"))
+        return rows
+
+    def to_json(self) -> str:
+        return json.dumps({"format": 1, **asdict(self), "multiples": self.multiples.model_dump()})
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            DeviceError: the text is something else.
+        """
+        try:
+            data = json.loads(text)
+            if data.pop("format") != 1:
+                raise ValueError("unknown format")
+            numbered = {
+                key: {kind: {int(n): float(v) for n, v in row.items()} for kind, row in data.pop(key).items()}
+                for key in ("curves", "losses")
+            }
+            return cls(**{**data, **numbered, "multiples": Multiples(**data["multiples"])})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DeviceError(f"not a probe written by Staircase.to_json: {error!r}", "profile") from error
+
+
+def fingerprint_of(profile: DeviceProfile, answer: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits that name device, runtime and settings.
+
+    Args:
+        answer: of ``Target.prepare`` (``device`` and ``runtime``), or the environment of a measurement.
+    """
+    facts = {**answer.get("device", {}), **answer.get("runtime", {}), **answer}
+    known = {key: facts[key] for key in FINGERPRINT_KEYS if key in facts}
+    settings = [profile.provider, profile.threads, profile.precision, profile.batch, profile.target]
+    return hashlib.sha256(json.dumps([known, settings], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def probe(
+    target: Target,
+    profile: DeviceProfile,
+    *,
+    seconds: float = 90.0,
+    progress: Callable[[int, int, str], None] | None = None,
+    kinds: Sequence[LayerKind] = KINDS,
+    widths: Sequence[int] = WIDTHS,
+) -> Staircase:
+    """Time small networks of every kind of layer at neighbouring widths, interleaved, and read the steps off.
+
+    Args:
+        seconds: of timed calls on the device, at most; loading comes on top.
+        progress: called with (steps done, steps in all, what was found).
+
+    Raises:
+        DeviceError: the profile is an emulator's, or whatever the target reports.
+    """
+    if not profile.timing:
+        raise DeviceError(f"device profile {profile.name} is emulated (timing: false): it has no latency", "profile")
+    answer = target.prepare()
+    share = seconds / (len(kinds) + 1)
+    tier = Tier(processes=1, warmup=3, min_repeats=30, min_seconds=min(2.0, share), max_seconds=share)
+    curves: dict[LayerKind, dict[int, float]] = {}
+    steps = len(kinds) + 1
+    with tempfile.TemporaryDirectory(prefix="secateur-probe-") as folder:
+        for done, kind in enumerate(kinds):
+            files = {}
+            for width in widths:
+                files[str(width)] = Path(folder, f"{kind}-{width}.onnx")
+                files[str(width)].write_bytes(chain(kind, width).SerializeToString())
+            result = measure(target, profile, files, tier)
+            curves[kind] = {width: _typical_ms(result, str(width)) for width in widths}
+            if progress:
+                progress(done + 1, steps, f"{kind}: multiples of {step_of(curves[kind])}")
+        floor = noise_floor(target, profile, Path(folder, f"{kinds[0]}-{max(widths)}.onnx"))
+    if progress:
+        progress(steps, steps, f"noise +-{floor:.1%}")
+    found = dict.fromkeys(Multiples.model_fields, 1) | {kind: step_of(curve) for kind, curve in curves.items()}
+    losses = {kind: losses_of(curve) for kind, curve in curves.items()}
+    return Staircase(
+        profile.name,
+        fingerprint_of(profile, answer),
+        Multiples(**found),
+        curves,
+        losses,
+        floor,
+        {**answer.get("device", {}), **answer.get("runtime", {})},
+        time.time(),
+    )
+
+
+def noise_floor(target: Target, profile: DeviceProfile, model: Path, copies: int = 4, processes: int = 3) -> float:
+    """Half-width (fraction, 95 %) of the ratio of a network to itself in one measurement of the search tier.
+
+    The network is timed beside copies of itself in several processes; how their medians scatter within a process is
+    what a real difference must exceed.
+    """
+    tier = profile.search.model_copy(update={"processes": processes})
+    result = measure(target, profile, {f"copy {i}": model for i in range(copies)}, tier)
+    kind = f"{result.statistic}_ms"
+    medians = np.log([[np.median(getattr(p.models[n], kind)) for n in result.names] for p in result.processes])
+    variance = float(medians.var(axis=1, ddof=1).mean())
+    return float(1.96 * np.sqrt(2 * variance))
+
+
+def step_of(curve: Mapping[int, float]) -> int:
+    """The multiple that widths should have: the largest one that loses no more than the best one (and ``SLACK``)."""
+    losses = losses_of(curve)
+    least = min(losses.values())
+    return max(multiple for multiple, loss in losses.items() if loss <= least + SLACK)
+
+
+def losses_of(curve: Mapping[int, float]) -> dict[int, float]:
+    """Multiple -> mean extra latency of rounding every width up to it, against the best width at least as wide.
+
+    Args:
+        curve: neighbouring widths -> latency; the largest width is a multiple of the largest multiple considered.
+    """
+    top, best = max(curve), _best(curve)
+    return {
+        m: float(np.mean([curve[-(-width // m) * m] / best[width] for width in curve])) - 1
+        for m in MULTIPLES
+        if top % m == 0
+    }
+
+
+def _best(curve: Mapping[int, float]) -> dict[int, float]:
+    """Width -> the lowest latency of a width at least as large."""
+    widths = sorted(curve)
+    lowest = np.minimum.accumulate([curve[width] for width in reversed(widths)])[::-1]
+    return dict(zip(widths, lowest.tolist(), strict=True))
+
+
+def _typical_ms(result: BenchmarkResult, name: str) -> float:
+    """Median of the time that decides: CPU time where it tells, else wall time."""
+    return result.cpu_p50_ms(name) if result.statistic == "cpu" else result.p50_ms(name)
+
+
+def chain(kind: LayerKind, width: int) -> onnx.ModelProto:
+    """A network of equal layers of one kind, ``width`` channels wide from input to output; random weights."""
+    rng = np.random.default_rng([width, KINDS.index(kind)])
+    pixels, depth = PIXELS[kind], DEPTH[kind]
+    shape = [1, pixels * pixels, width] if kind == "linear" else [1, width, pixels, pixels]
+    size = {"conv": (width, width, 3, 3), "pointwise": (width, width, 1, 1), "depthwise": (width, 1, 3, 3)}
+    weights, nodes = [], []
+    for i in range(depth):
+        values = rng.standard_normal(size.get(kind, (width, width))).astype(np.float32)
+        weights.append(numpy_helper.from_array(values / np.float32(np.sqrt(9 * width)), f"weight{i}"))
+        names = [f"x{i}", f"weight{i}"], [f"x{i + 1}"]
+        if kind == "linear":
+            nodes.append(helper.make_node("MatMul", *names))
+        else:
+            pads = [0] * 4 if kind == "pointwise" else [1] * 4
+            nodes.append(helper.make_node("Conv", *names, pads=pads, group=width if kind == "depthwise" else 1))
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("x0", f"x{depth}")]
+    graph = helper.make_graph(nodes, f"{kind}-{width}", ends[:1], ends[1:], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)

@@ -1,0 +1,150 @@
+"""A run's device: who it is, what its probe found, and that it stays the same device until the run ends."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from device_profiles import DeviceProfile, Multiples, Target
+from device_profiles.calibration import load, save
+from device_profiles.layers import LayerKind
+from device_profiles.staircase import Staircase, fingerprint_of, probe
+from device_profiles.target import Progress
+from pipeline.errors import SurroundingsError
+from pipeline.progress import ProgressView
+from pruning.channels import ChannelGraph
+
+
+@dataclass(frozen=True)
+class RunDevice:
+    """What a run found out about its device at its start; kept in ``device.json`` of the run directory.
+
+    Args:
+        fingerprint: of device, runtime and settings.
+        multiples: width granularity per kind of layer.
+        noise_floor: half-width (fraction) of a network against itself; None = not probed.
+        curves: kind of layer -> width -> ms, as the probe found them; empty = not probed.
+        origin: where the multiples come from, for people.
+        facts: the device as its agent described it.
+    """
+
+    fingerprint: str
+    multiples: Mapping[str, int]
+    noise_floor: float | None
+    curves: Mapping[str, Mapping[int, float]]
+    origin: str
+    facts: Mapping[str, Any]
+
+
+class InTurn:
+    """A target that is used only while a turn lasts; turns are somebody else's to give (a scheduler's).
+
+    The lock on the device itself holds in any case; turns keep whole flows from waiting at it.
+    """
+
+    def __init__(self, target: Target, turn: Callable[[], AbstractContextManager[None]]) -> None:
+        self.target, self.turn = target, turn
+
+    def prepare(self) -> Mapping[str, Any]:
+        return self.target.prepare()
+
+    def put(self, path: Path) -> str:
+        return self.target.put(path)
+
+    def run(self, request: Mapping[str, Any], timeout_s: float, progress: Progress | None = None) -> dict[str, Any]:
+        with self.turn():
+            return self.target.run(request, timeout_s, progress)
+
+    def fetch(self, path: str, to: Path) -> None:
+        self.target.fetch(path, to)
+
+    def close(self) -> None:
+        self.target.close()
+
+
+def meet(
+    target: Target, profile: DeviceProfile, directory: Path, home: Path, *, probing: bool, progress: ProgressView
+) -> RunDevice:
+    """Reach the device; find out what the run needs to know of it, or check that it still is the device it began with.
+
+    Args:
+        directory: of the run.
+        home: whose ``devices`` folder keeps probes.
+        probing: whether a device that was never probed is probed now.
+
+    Raises:
+        SurroundingsError: it is another device, or its runtime changed.
+        DeviceError: it cannot be reached.
+    """
+    answer = target.prepare()
+    fingerprint = fingerprint_of(profile, answer)
+    file = directory / "device.json"
+    if file.is_file():
+        known = _read(file)
+        if known.fingerprint != fingerprint:
+            raise SurroundingsError(_changed(known.facts, {**answer["device"], **answer["runtime"]}, profile))
+        return known
+    staircase = load(home / "devices", profile, fingerprint)
+    if staircase is None and probing:
+        with progress.stage(f"Probe {profile.name}") as report:
+            staircase = probe(target, profile, progress=report)
+        save(home / "devices", profile, staircase)
+    found = _of(staircase, profile, fingerprint, {**answer["device"], **answer["runtime"]})
+    file.write_text(json.dumps(asdict(found)) + "\n", encoding="utf-8")
+    return found
+
+
+def _of(staircase: Staircase | None, profile: DeviceProfile, fingerprint: str, facts: Mapping[str, Any]) -> RunDevice:
+    if staircase is None:
+        return RunDevice(fingerprint, profile.multiples.model_dump(), None, {}, "the profile, unprobed", facts)
+    floor, multiples = staircase.noise_floor, staircase.multiples.model_dump()
+    return RunDevice(
+        fingerprint, multiples, floor, {str(k): c for k, c in staircase.curves.items()}, "a probe of the device", facts
+    )
+
+
+def _read(file: Path) -> RunDevice:
+    data = json.loads(file.read_text(encoding="utf-8"))
+    data["curves"] = {kind: {int(w): ms for w, ms in curve.items()} for kind, curve in data["curves"].items()}
+    return RunDevice(**data)
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any], profile: DeviceProfile) -> str:
+    keys = ("board", "cpu", "machine", "cpus", "onnxruntime", "freq_max_mhz")
+    changes = [f"{k} {before.get(k)} -> {now.get(k)}" for k in keys if before.get(k) != now.get(k)]
+    return (
+        f"device {profile.name} is not the one this run began with ({'; '.join(changes) or 'its settings changed'}): "
+        "latencies would not be comparable. Restore it and resume, or start a new run"
+    )
+
+
+def group_multiples(graph: ChannelGraph, shapes: Mapping[str, tuple[int, ...]], of: Multiples) -> dict[str, int]:
+    """The channel multiple of every group: one that suits every layer which makes or reads its channels.
+
+    Args:
+        shapes: of the network's tensors, by name.
+        of: the device's multiple per kind of layer.
+    """
+    return {
+        group.name: math.lcm(
+            *(getattr(of, kind) for member in group.members if (kind := _kind(member.tensor, graph, shapes)))
+        )
+        for group in graph.groups
+    }
+
+
+def _kind(tensor: str, graph: ChannelGraph, shapes: Mapping[str, tuple[int, ...]]) -> LayerKind | None:
+    """The kind of layer a weight belongs to; None for what is no convolution or linear layer (a bias, a norm)."""
+    shape = shapes[tensor]
+    if len(shape) < 2:
+        return None
+    if len(shape) == 2:
+        return "linear"
+    if shape[1] == 1 and tensor in graph.scaled_groups:
+        return "depthwise"
+    return "pointwise" if math.prod(shape[2:]) == 1 else "conv"
