@@ -62,13 +62,13 @@ class Network:
         self.target, self.folder, self.count = open_target(self.profile), folder, 0
         self.template.write(self.full, folder / "baseline.onnx")
 
-    def time(self, plan: PruningPlan) -> tuple[dict[str, float], BenchmarkResult]:
-        """One measurement of the search tier, beside the unpruned network, with a profile."""
+    def time(self, plan: PruningPlan, nodes: bool = True) -> tuple[dict[str, float], BenchmarkResult]:
+        """One measurement of the search tier, beside the unpruned network."""
         self.count += 1
         path = self.folder / "candidate.onnx"
         self.template.write(plan, path)
         models = {"baseline": self.folder / "baseline.onnx", "candidate": path}
-        result = measure(self.target, self.profile, models, "search", nodes=True)
+        result = measure(self.target, self.profile, models, "search", nodes=nodes)
         return {"latency_ratio": result.ratio("candidate", "baseline").value}, result
 
     def macs(self, widths: IntArray) -> np.ndarray:
@@ -126,7 +126,7 @@ def judge(name: str, device: str, plans: int) -> list[dict[str, Any]]:
         rounds = np.zeros((2, len(every)))
         for row in rounds:
             for i in rng.permutation(len(every)):
-                row[i] = network.time(plan_of(network.full, every[i]))[0]["latency_ratio"]
+                row[i] = network.time(plan_of(network.full, every[i]), nodes=False)[0]["latency_ratio"]
                 print(f"\r{name}: {np.count_nonzero(rounds)} of {rounds.size} plans", end="", file=sys.stderr)
         print(file=sys.stderr)
         network.target.close()

@@ -66,7 +66,7 @@ def quick_device(folder: Path, **changes: Any) -> Path:
 
 def tiny_config(folder: Path, **changes: Any) -> RunFile:
     """The tiny run, on the quick device."""
-    device = {"device": {"profile": str(quick_device(folder))}}
+    device = {"device": {"profile": str(quick_device(folder)), "probe": False}}
     return parse_run_file(yaml.safe_dump(merged(merged(TINY, device), changes)))
 
 
