@@ -7,13 +7,17 @@ STAMP := $(VENV)/.installed
 UV_VERSION := 0.13.9
 RUN_FILE ?= pipeline/runs/digits.yaml
 
-.PHONY: run test lint bench lock help
+.PHONY: run test parts lint bench lock help
 
 run: $(STAMP) ## Run the main job (RUN_FILE=path for another run file)
 	$(BIN)/secateur run $(RUN_FILE)
 
 test: $(STAMP) ## Run the whole test suite
 	$(BIN)/python -m pytest
+
+parts: $(STAMP) ## Fetch what some tests need, without root: an SSH server, an emulated ARM device (into .parts/)
+	tests/tools/install_sshd.sh
+	tests/tools/install_arm.sh
 
 lint: $(STAMP) ## Style, types and import contracts
 	$(BIN)/ruff check .

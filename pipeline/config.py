@@ -96,7 +96,7 @@ class LatencySection(Section):
     measure = every candidate is measured. What is fine-tuned is measured in any case."""
     measurements: Annotated[int, Field(ge=6)] = 15
     """Measurements the model may ask for; those of candidates count too."""
-    max_error: Annotated[float, Field(gt=0)] = 0.05
+    max_error: Annotated[float, Field(gt=0)] = 0.08
     """Largest median error (fraction) of plans left out, for the model to be trusted."""
     min_spearman: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Smallest rank correlation of plans left out, for the model to be trusted."""

@@ -144,11 +144,14 @@ def device_turn(run: Run) -> Callable[[], AbstractContextManager[None]]:
     import httpx
     from prefect.client.orchestration import get_client
     from prefect.concurrency.sync import concurrency
+    from prefect.exceptions import ObjectAlreadyExists
 
     name = limit_name(run.profile)
     try:
         with get_client(sync_client=True) as client:
             client.upsert_global_concurrency_limit_by_name(name, 1)
+    except ObjectAlreadyExists:
+        pass  # another flow made it at this very moment
     except httpx.HTTPError as error:
         raise SurroundingsError(f"the Prefect server at {PREFECT_API_URL.value()} does not answer: {error}") from error
 
