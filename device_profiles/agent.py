@@ -17,7 +17,7 @@ the kernel kills when this process dies. **stdin is the dead-man switch**: its e
 the line ``{"cancel": true}`` ends the work too. The worker is killed and the work folder removed before anything is
 printed. Events, ``{"event": "started" | "progress", ...}``, come before the answer.
 
-Models are timed in turn, A B A B ..., so that whatever the machine does to one it does to the other. Every latency is
+Models are timed in turn, A B B A ..., so that whatever the machine does to one it does to the other. Every latency is
 reported, wall and CPU time. An error is ``{"error": code, "detail": text}`` and an exit code of its own. What cannot
 be read on this device is left out of the answer: absent, never zero.
 """
@@ -279,9 +279,17 @@ def _wrong_models(request: Request) -> List[str]:
 
 def probe(request: Request, control: Control) -> Dict[str, Any]:
     """What this device is, has and allows; the runtime is imported in a process of its own, which it may crash."""
+    before, started = _pressure(), time.monotonic()
     with Monitor() as monitor:
         runtime = supervise(request, "import", control, monitor)
-    return {"device": describe_device(), "runtime": runtime, "limits": describe_limits()}
+    now = read_sensors([0])
+    fastest = _read_int("sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq")
+    if fastest is not None:
+        now["freq_hardware_max_mhz"] = fastest / 1000
+    if before is not None and "cpu_pressure_us" in now:
+        elapsed_us = max((time.monotonic() - started) * 1e6, 1.0)
+        now["cpu_pressure"] = (now["cpu_pressure_us"] - before) / elapsed_us
+    return {"device": describe_device(), "runtime": runtime, "limits": describe_limits(), "now": now}
 
 
 def benchmark(request: Request, control: Control) -> Dict[str, Any]:
@@ -1035,21 +1043,26 @@ def is_steady(calls: List[float]) -> bool:
 
 
 def _interleave(runners: List[Runner], request: Request) -> Tuple[List[List[float]], List[List[float]]]:
-    """Milliseconds per model and iteration: wall and CPU."""
+    """Milliseconds per model and iteration: wall and CPU.
+
+    Every second round runs backwards: what a model leaves in the caches falls on all others alike.
+    """
+    order = list(range(len(runners)))
     wall: List[List[float]] = [[] for _ in runners]
     cpu: List[List[float]] = [[] for _ in runners]
     begin = time.perf_counter()
     repeats = 0
     while True:
-        for i, runner in enumerate(runners):
+        for i in order:
             w0 = time.perf_counter_ns()
             c0 = time.process_time_ns()
-            runner.call()
+            runners[i].call()
             c1 = time.process_time_ns()
             w1 = time.perf_counter_ns()
             wall[i].append((w1 - w0) / 1e6)
             cpu[i].append((c1 - c0) / 1e6)
         repeats += 1
+        order.reverse()
         elapsed = time.perf_counter() - begin
         enough = repeats >= request["min_repeats"] and elapsed >= request["min_seconds"]
         if enough or (elapsed >= request["max_seconds"] and repeats >= 3):

@@ -201,8 +201,8 @@ def _fits(table: LayerTable, i: int, channels: IntArray, node: Node) -> bool:
     if node.op not in CONV_OPS or len(weight) < 3 or len(out) < 3:
         return False
     sizes = int(np.prod(weight[2:])), int(np.prod(out[2:]))
-    padded = max(BLOCKS)
-    return sizes == (table.taps[i], table.pixels[i]) and channels[1] <= weight[0] < channels[1] + padded
+    near = all(has <= told < has + max(BLOCKS) for has, told in zip(channels[::-1], weight[:2], strict=True))
+    return sizes == (table.taps[i], table.pixels[i]) and near
 
 
 def choose(table: LayerTable, pool: IntArray, chosen: IntArray) -> int:

@@ -95,7 +95,9 @@ def meet(
             staircase = probe(target, profile, progress=report)
         save(home / "devices", profile, staircase)
     found = _of(staircase, profile, fingerprint, {**answer["device"], **answer["runtime"]})
-    file.write_text(json.dumps(asdict(found)) + "\n", encoding="utf-8")
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(asdict(found)) + "\n", encoding="utf-8")
+    part.replace(file)  # whole or not at all
     return found
 
 
@@ -124,7 +126,9 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any], profile: DeviceP
 
 
 def group_multiples(graph: ChannelGraph, shapes: Mapping[str, tuple[int, ...]], of: Multiples) -> dict[str, int]:
-    """The channel multiple of every group: one that suits every layer which makes or reads its channels.
+    """The channel multiple of every group: the smallest that suits every layer which makes or reads its channels.
+
+    Where a layer has several channels per channel of the group (attention heads, a flatten), fewer do.
 
     Args:
         shapes: of the network's tensors, by name.
@@ -132,7 +136,11 @@ def group_multiples(graph: ChannelGraph, shapes: Mapping[str, tuple[int, ...]], 
     """
     return {
         group.name: math.lcm(
-            *(getattr(of, kind) for member in group.members if (kind := _kind(member.tensor, graph, shapes)))
+            *(
+                getattr(of, kind) // math.gcd(getattr(of, kind), member.index.shape[1])
+                for member in group.members
+                if (kind := _kind(member.tensor, graph, shapes))
+            )
         )
         for group in graph.groups
     }

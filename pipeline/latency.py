@@ -8,6 +8,7 @@ in ten against drift, and whatever is fine-tuned are still measured.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -58,6 +59,7 @@ class Latencies:
         self.measured: dict[str, Figures] = {}
         self.samples: dict[str, Sample] = {}
         self.num_predicted = 0
+        self._num_trusted = 0
         self._model: LatencyModel | None = None
         self._fitted = 0
         self._loaded = False
@@ -81,21 +83,25 @@ class Latencies:
 
     def model(self) -> LatencyModel | None:
         """The model, if it is trusted; measures plans of its own first, as far as the run file allows."""
-        if self.settings.mode == "measure" or self.space is None or self._table() is None:
+        table = self._layers()
+        if self.settings.mode == "measure" or self.space is None or table is None:
             return None
         self._load()
-        pool = random_widths(self.space, POOL, np.random.default_rng(self.seed))
-        while len(self.samples) < self.settings.measurements:
+        pool = np.unique(random_widths(self.space, POOL, np.random.default_rng(self.seed)), axis=0)
+        pool = pool[(pool != widths_of(self.space.full)).any(axis=1)]  # its ratio is 1 and teaches nothing
+        unread = 0
+        while len(self.samples) + unread < self.settings.measurements:
             self.watch(len(self.samples), self.settings.measurements)
             chosen = np.array([sample.widths for sample in self.samples.values()]).reshape(-1, pool.shape[1])
-            table = self._table()
-            assert table is not None
-            widths = pool[choose(table, pool, chosen)]
-            plan = plan_of(self.space.full, widths)
+            pool = pool[(pool[:, None] != chosen[None]).any(axis=2).all(axis=1)]
+            if not len(pool):
+                break
+            plan = plan_of(self.space.full, pool[choose(table, pool, chosen)])
             before = len(self.samples)
             self.of(plan, exact=True)
-            if len(self.samples) == before:  # its profile could not be read, or it was drawn before
-                break
+            if len(self.samples) == before:  # its profile could not be read
+                unread += 1
+                pool = pool[(pool != widths_of(plan)).any(axis=1)]
         return self._trusted()
 
     def report(self) -> dict[str, Any]:
@@ -113,9 +119,10 @@ class Latencies:
         model, full = self._trusted(), self.measured.get(PruningPlan(plan.sizes, _whole(plan)).digest)
         if model is None or model.trust is None or full is None:
             return None
-        self.num_predicted += 1
-        if self.num_predicted % CHECK_EVERY == 0:
+        self._num_trusted += 1
+        if self._num_trusted % CHECK_EVERY == 0:
             return None
+        self.num_predicted += 1
         ratio = float(model.ratios(widths_of(plan)[None])[0])
         spread = 1 + model.trust.half_width
         figures = {"latency_ratio": ratio, "latency_ratio_low": ratio / spread, "latency_ratio_high": ratio * spread}
@@ -125,11 +132,11 @@ class Latencies:
     def _trusted(self) -> LatencyModel | None:
         """The model of everything measured so far, if it predicts what is left out well enough."""
         self._load()
-        table = self._table()
+        table, count = self._layers(), len(self.samples)
         if table is None:
             return None
-        if len(self.samples) >= self._fitted + REFIT_EVERY or 0 < len(self.samples) == self.settings.measurements:
-            self._model, self._fitted = LatencyModel.fit(table, list(self.samples.values())), len(self.samples)
+        if count >= self._fitted + REFIT_EVERY or self._fitted < count == self.settings.measurements:
+            self._model, self._fitted = LatencyModel.fit(table, list(self.samples.values())), count
         trust = self._model.trust if self._model else None
         if trust is None or trust.samples < self.settings.measurements:
             return None
@@ -140,12 +147,15 @@ class Latencies:
         """Keep a measurement, and let the model learn from it."""
         widths = widths_of(plan)
         line = {"plan": plan.digest, "widths": widths.tolist(), "result": json.loads(result.to_json())}
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with self.file.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                file.write(b"" if file.read(1) == b"\n" else b"\n")  # a line cut short by a crash stays alone
+            file.write(json.dumps(line).encode("ascii") + b"\n")
         self._add(plan.digest, widths, result)
 
     def _add(self, digest: str, widths: IntArray, result: BenchmarkResult) -> None:
-        table = self._table() if self.settings.mode != "measure" else None
+        table = self._layers() if self.settings.mode != "measure" else None
         if table is None:
             return
         sample = sample_of(table, widths, result, "candidate", "baseline")
@@ -163,8 +173,13 @@ class Latencies:
                 result = BenchmarkResult.from_json(json.dumps(data["result"]))
                 if data["plan"] not in self.samples and "candidate" in result.names:
                     self._add(data["plan"], np.array(data["widths"], dtype=np.int64), result)
-            except (ValueError, KeyError, DeviceError):
+            except (ValueError, KeyError, TypeError, DeviceError):
                 continue
+
+    def _layers(self) -> LayerTable | None:
+        """The table, if there is a layer in it."""
+        table = self._table()
+        return table if table is not None and table.names else None
 
 
 def widths_of(plan: PruningPlan) -> IntArray:

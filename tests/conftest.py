@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+if WORKER:  # two workers share two cores, and each has a device lock of its own
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["TMPDIR"] = tempfile.mkdtemp(prefix=f"secateur-{WORKER}-")
+    tempfile.tempdir = None
 
 settings.register_profile("secateur", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("secateur")
@@ -14,3 +22,10 @@ settings.load_profile("secateur")
 @pytest.fixture(autouse=True)
 def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECATEUR_HOME", str(tmp_path / "home"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker runs a whole file (its fixtures are shared), and all files that use the same device."""
+    for item in items:
+        file = item.path.stem
+        item.add_marker(pytest.mark.xdist_group("ssh" if file.startswith("test_ssh") else str(item.path)))

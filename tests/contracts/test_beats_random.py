@@ -89,6 +89,6 @@ def test_it_beats_random_search_at_equal_evaluations(method, record_property):
         rivals = drive(control.search(twin.problem(goal, seed), control.Options(num_plans=num_plans)), twin)
         drawn.append(best(rivals, twin, goal.macs_ratio))
     p = mannwhitneyu(found, drawn, alternative="greater").pvalue
-    record_property("rank_sum_p", p)
+    record_property("rank_sum_p", float(p))
     print(f"{method}: median {np.median(found):.4f} against {np.median(drawn):.4f}, rank-sum p = {p:.1e}")
     assert p < 0.01

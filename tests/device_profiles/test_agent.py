@@ -379,6 +379,7 @@ def test_readings_come_from_the_sysroot_and_are_absent_where_unreadable(
         "sys/class/thermal/thermal_zone1/temp": "47500\n",
         "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "powersave\n",
         "sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq": "600000\n",
+        "sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq": "1800000\n",
         "proc/cpuinfo": "processor: 0\nmodel name\t: Testium 9\n",
     }
     answer = run(
@@ -389,6 +390,9 @@ def test_readings_come_from_the_sysroot_and_are_absent_where_unreadable(
     assert device["cpu"] == "Testium 9"
     assert "freq_max_mhz" not in device
     assert answer["limits"]["sensors"] == ["freq_mhz", "governor", "temperature_c"]
+    assert answer["now"] == {
+        "temperature_c": 47.5, "governor": "powersave", "freq_mhz": 600.0, "freq_hardware_max_mhz": 1800.0,
+    }  # fmt: skip
     monkeypatch.setattr(agent_module, "SYSROOT", str(tmp_path / "nothing"))
     device, limits = agent_module.describe_device(), agent_module.describe_limits()
     assert not {"temperature_c", "governor", "freq_mhz", "freq_max_mhz", "cpu", "board"} & device.keys()

@@ -1,14 +1,20 @@
 from __future__ import annotations
 
 import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from device_profiles import BenchmarkResult, DeviceError, Ratio, measure
-from device_profiles.measure import expanded_tail
+from device_profiles import BenchmarkResult, DeviceError, Ratio, Tier, measure
+from device_profiles.measure import ModelSamples, Node, Process, expanded_tail
 from tests.device_profiles.tiny import quick_profile, synthetic
 
 
@@ -148,3 +154,265 @@ def test_a_newer_agent_may_tell_more():
     data = json.loads(synthetic().to_json())
     data["processes"][0]["models"]["a"]["p50"] = 1
     assert BenchmarkResult.from_json(json.dumps(data)) == synthetic()
+
+
+# -- processes that do not count
+
+
+class ScriptedTarget(FakeTarget):
+    """Answers with the environments it is given, the last one for ever; ``wall_ms`` of a call may be stretched.
+
+    Args:
+        environments: one per process.
+        drift: the last third of the calls takes so much longer (fraction), per process.
+        noise: standard deviation of the logarithm of a call.
+    """
+
+    def __init__(self, *environments: dict[str, Any], drift: tuple[float, ...] = (0.0,), noise: float = 0.0) -> None:
+        super().__init__()
+        self.environments, self.drift, self.noise = environments or ({},), drift, noise
+
+    def run(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        n = len(self.requests)
+        self.requests.append(request)
+        rng, models = np.random.default_rng(n), {}
+        slower = np.ones(30)
+        slower[20:] += self.drift[min(n, len(self.drift) - 1)]
+        for model in request["models"]:
+            ms = (10 * slower * np.exp(rng.normal(0, self.noise, 30))).tolist()
+            models[model["name"]] = {
+                **{"wall_ms": ms, "cpu_ms": ms, "load_ms": 1.0, "first_ms": 2.0, "output_sha256": "f"}
+            }
+        environment = {"run": n, **self.environments[min(n, len(self.environments) - 1)]}
+        return {"models": models, "environment": environment, "started": 0.0, "ended": 1.0}
+
+
+THROTTLED = {"throttled": True}
+BUSY = {"cpu_pressure": 0.5}
+STRICT = Tier(processes=2, warmup=0, min_repeats=3, min_seconds=0, strict=True, retries=3)
+LENIENT = STRICT.model_copy(update={"strict": False})
+
+
+@pytest.mark.parametrize(
+    ("environment", "drift", "fault"), [(THROTTLED, 0.0, "throttled"), (BUSY, 0.0, "contended"), ({}, 0.1, "drift")]
+)
+def test_a_spoiled_process_is_thrown_away_and_measured_again(files, environment, drift, fault):
+    target = ScriptedTarget(environment, {}, environment, {}, drift=(drift, 0.0, drift, 0.0))
+    result = measure(target, quick_profile(), files, STRICT)
+    assert len(target.requests) == 4
+    assert [process.environment["run"] for process in result.processes] == [1, 3]
+    assert result.spoiled == (fault, fault)
+    assert result.flags == ()
+
+
+@pytest.mark.parametrize(("environment", "drift"), [(BUSY, 0.0), ({}, 0.1)])
+def test_a_lenient_tier_keeps_what_only_other_work_disturbed(files, environment, drift):
+    target = ScriptedTarget(environment, drift=(drift,))
+    result = measure(target, quick_profile(), files, LENIENT)
+    assert len(target.requests) == 2
+    assert result.spoiled == ()
+    assert not result.unstable
+    assert result.flags  # it is said all the same
+
+
+@pytest.mark.parametrize("tier", [STRICT, LENIENT])
+@pytest.mark.parametrize("retries", [0, 1, 3])
+def test_a_device_that_never_calms_down_is_measured_and_called_unstable(files, tier, retries):
+    target = ScriptedTarget(THROTTLED)
+    result = measure(target, quick_profile(), files, tier.model_copy(update={"retries": retries}))
+    assert len(target.requests) == 2 + retries
+    assert len(result.spoiled) == retries
+    assert len(result.processes) == 2
+    assert result.unstable == (retries > 0)
+    assert "throttled" in result.flags
+    assert BenchmarkResult.from_json(result.to_json()) == result
+
+
+def test_every_fault_of_a_process_is_named(files):
+    result = measure(ScriptedTarget(THROTTLED | BUSY, {}, drift=(0.1, 0.0)), quick_profile(), files, STRICT)
+    assert result.spoiled == ("throttled, contended, drift",)
+
+
+def process(**environment: Any) -> Process:
+    samples = ModelSamples((10.0,) * 9, (10.0,) * 9, 1.0, 10.0, "00")
+    return Process({"a": samples, "b": samples}, environment, 0.0, 1.0)
+
+
+def clocks(*mhz: float | None, phase: str = "timing") -> list[dict[str, Any]]:
+    return [{"freq_mhz": value, "phase": phase} for value in mhz]
+
+
+@pytest.mark.parametrize(
+    ("environment", "throttled"),
+    [
+        ({}, False),
+        ({"throttled": False}, False),
+        ({"throttled": True}, True),
+        ({"telemetry": clocks(1500, 1500, 1440)}, False),
+        ({"telemetry": clocks(1500, 1500, 1420)}, True),
+        ({"telemetry": clocks(600, 1500, 1500)}, False),  # it only woke up
+        ({"telemetry": clocks(1500)}, False),
+        ({"telemetry": clocks(1500, 1500) + clocks(600, phase="end")}, False),  # it fell asleep
+        ({"telemetry": clocks(2400, phase="start") + clocks(1500, 1500)}, False),
+        ({"telemetry": clocks(None, None)}, False),
+        ({"telemetry": ["?", None]}, False),
+    ],
+)
+def test_a_device_is_throttled_if_it_says_so_or_its_clock_falls(environment, throttled):
+    assert process(**environment).throttled is throttled
+
+
+@pytest.mark.parametrize("temperature", [81.0, {"start": 50.0, "max": 81.0}])
+def test_a_process_hotter_than_the_profile_allows_does_not_count(files, temperature):
+    target = ScriptedTarget({"temperature_c": temperature}, {"temperature_c": 60.0})
+    result = measure(target, quick_profile(max_temperature_c=80.0), files)
+    assert result.spoiled == ("throttled",)
+    assert not result.throttled
+    assert measure(ScriptedTarget({"temperature_c": temperature}), quick_profile(), files).spoiled == ()
+    assert measure(ScriptedTarget({}), quick_profile(max_temperature_c=80.0), files).spoiled == ()
+
+
+def test_the_device_rests_between_processes(files, monkeypatch):
+    naps: list[float] = []
+    monkeypatch.setattr(time, "sleep", naps.append)
+    measure(ScriptedTarget(THROTTLED, {}), quick_profile(cool_down_s=7.5), files, LENIENT)
+    assert naps == [7.5, 7.5]  # three processes, one of them spoiled
+    naps.clear()
+    measure(ScriptedTarget(), quick_profile(), files, LENIENT)
+    assert naps == []
+
+
+# -- how long to measure
+
+
+def test_measuring_goes_on_until_the_interval_is_narrow_enough(files):
+    target = ScriptedTarget(noise=0.02)
+    result = measure(target, quick_profile(), files, LENIENT, half_width=0.012)
+    ratio = result.ratio("b", "a")
+    assert len(result.processes) > 3
+    assert ratio.half_width / ratio.value <= 0.012
+    fewer = replace(result, processes=result.processes[:-1]).ratio("b", "a")
+    assert fewer.half_width / fewer.value > 0.012 or len(result.processes) == 3
+
+
+def test_three_processes_at_least_speak_for_a_narrow_interval(files):
+    seen: list[tuple[int, int]] = []
+    target = ScriptedTarget()
+    measure(target, quick_profile(), files, LENIENT, lambda *done: seen.append(done), half_width=0.5)
+    assert len(target.requests) == 3
+    assert seen == [(1, 2), (2, 2), (3, 3)]
+
+
+def test_measuring_ends_in_time_however_wide_the_interval(files, monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
+    target = ScriptedTarget(noise=0.5)
+    measure(target, quick_profile(), files, LENIENT, half_width=1e-6, seconds=5)
+    assert len(target.requests) == 4  # looked at the clock after 1, 2, 3, 4 and 5 seconds
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: 0.0)
+        assert len(measure(ScriptedTarget(), quick_profile(), files, LENIENT, seconds=0.1).processes) == 2
+
+
+# -- figures
+
+
+def timed(wall: list[float], cpu: list[float], statistic: str = "cpu") -> BenchmarkResult:
+    samples = ModelSamples(tuple(wall), tuple(cpu), 1.0, 1.0, "00")
+    return replace(synthetic(), names=("a",), statistic=statistic, processes=(Process({"a": samples}, {}, 0.0, 1.0),))
+
+
+def test_calibrated_time_is_that_of_calls_nobody_interrupted():
+    assert timed([10.1, 10.3, 30, 40, 50], [10] * 5).calibrated_ms("a") == pytest.approx(10.2)
+    assert timed([30] * 19 + [10.2], [10] * 20).calibrated_ms("a") == 10  # one clean call in twenty proves nothing
+    assert timed([30] * 9 + [10.2], [10] * 10).calibrated_ms("a") == 10.2
+    assert timed([30, 30, 10.2], [10] * 3, "wall").calibrated_ms("a") == 30
+
+
+@given(st.floats(0.001, 0.2), st.integers(0, 50))
+def test_the_noise_floor_widens_an_interval_from_one_process(floor: float, seed: int):
+    alone = synthetic(true_ratio=0.7, seed=seed)
+    plain, wider = (replace(alone, noise_floor=value).ratio("b", "a") for value in (None, floor))
+    assert wider.value == plain.value
+    for bound in ("low", "high"):
+        before = math.log(getattr(plain, bound) / plain.value)
+        after = math.log(getattr(wider, bound) / plain.value)
+        assert abs(after) == pytest.approx(math.hypot(before, floor), rel=1e-6)
+    assert wider.low < plain.low <= plain.value <= plain.high < wider.high
+    assert replace(alone, noise_floor=floor).ratio("a", "a") == Ratio(1.0, 1.0, 1.0)
+
+
+def test_the_noise_floor_is_in_the_scatter_of_several_processes_already():
+    several = synthetic(processes=4)
+    assert replace(several, noise_floor=0.3).ratio("b", "a") == several.ratio("b", "a")
+
+
+def test_a_measurement_is_given_the_noise_floor_and_the_limit_of_its_device(files):
+    result = measure(ScriptedTarget(), quick_profile(max_temperature_c=70.0), files, noise_floor=0.05)
+    assert (result.noise_floor, result.max_temperature_c) == (0.05, 70.0)
+    assert result.ratio("b", "a").half_width == pytest.approx(0.05, rel=0.01)
+
+
+# -- answers that are none
+
+
+def spoil(change: Callable[[dict[str, Any]], Any]) -> FakeTarget:
+    target = FakeTarget()
+    honest = target.run
+    target.run = lambda request, timeout_s: change(honest(request, timeout_s))  # type: ignore[method-assign]
+    return target
+
+
+def with_samples(**changes: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda answer: answer | {"models": {**answer["models"], "b": {**answer["models"]["b"], **changes}}}
+
+
+BAD = {
+    "text": lambda answer: "all went well",
+    "nothing": lambda answer: None,
+    "a list": lambda answer: [answer],
+    "empty": lambda answer: {},
+    "no model b": lambda answer: answer | {"models": {"a": answer["models"]["a"]}},
+    "model is text": lambda answer: answer | {"models": {"a": answer["models"]["a"], "b": "fast"}},
+    "no environment": lambda answer: {k: v for k, v in answer.items() if k != "environment"},
+    "environment is text": lambda answer: answer | {"environment": "warm"},
+    "no start": lambda answer: {k: v for k, v in answer.items() if k != "started"},
+    "no calls": with_samples(wall_ms=[], cpu_ms=[]),
+    "unequal lengths": with_samples(wall_ms=[1.0, 2.0]),
+    "NaN": with_samples(wall_ms=[1.0, math.nan, 2.0]),
+    "infinite": with_samples(cpu_ms=[1.0, math.inf, 2.0]),
+    "zero": with_samples(wall_ms=[1.0, 0.0, 2.0]),
+    "negative": with_samples(wall_ms=[1.0, -1.0, 2.0]),
+    "negative CPU time": with_samples(cpu_ms=[1.0, -1.0, 2.0]),
+    "latencies are text": with_samples(wall_ms=["fast", "fast", "slow"]),
+    "latency is a number": with_samples(wall_ms=3.0),
+    "an operator is text": with_samples(nodes=["Conv"]),
+    "an operator without a time": with_samples(nodes=[{"name": "n", "op": "Conv"}]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_an_answer_that_is_none_is_refused(files, name):
+    with pytest.raises(DeviceError) as caught:
+        measure(spoil(BAD[name]), quick_profile(), files)
+    assert caught.value.code == "bad-answer"
+
+
+def test_a_profile_of_the_operators_is_kept(files):
+    shapes = {"input_shapes": [[1, 3], [3, 4]], "output_shapes": [[1, 4]]}
+    node = {"name": "n", "op": "Gemm", "ms": 0.5, **shapes, "thread": 7}
+    target = spoil(with_samples(nodes=[node, {"name": "m", "op": "Add", "ms": 1}]))
+    result = measure(target, quick_profile(), files, nodes=True)
+    assert target.requests[0]["profile"] is True
+    gemm = Node("n", "Gemm", 0.5, ((1, 3), (3, 4)), ((1, 4),))
+    assert result.processes[0].models["b"].nodes == (gemm, Node("m", "Add", 1.0))
+    assert result.processes[0].models["a"].nodes == ()
+    assert BenchmarkResult.from_json(result.to_json()) == result
+
+
+def test_an_emulator_is_never_timed(files):
+    target = FakeTarget()
+    with pytest.raises(DeviceError, match="timing: false") as caught:
+        measure(target, quick_profile(timing=False), files)
+    assert caught.value.code == "profile"
+    assert not target.requests

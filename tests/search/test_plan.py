@@ -178,6 +178,29 @@ def test_a_small_group_halves_the_multiple_and_frozen_groups_are_left_out():
         SearchSpace.of(groups, frozen=["small", "large", "kept"])
 
 
+@given(st.dictionaries(st.sampled_from("abcd"), st.integers(1, 40)), st.floats(0, 0.4))
+def test_every_group_may_have_a_multiple_of_its_own(multiples, least):
+    sizes = {"a": 16, "b": 24, "c": 64, "d": 7}
+    space = SearchSpace.of(
+        [ChannelGroup(name, size) for name, size in sizes.items()], channel_multiple=multiples, min_keep_ratio=least
+    )
+    for name, size in sizes.items():
+        try:
+            alone = SearchSpace.of(
+                [ChannelGroup(name, size)], channel_multiple=multiples.get(name, 1), min_keep_ratio=least
+            )
+        except PlanError:
+            assert name not in space.names
+        else:
+            assert space.allowed[name] == alone.allowed[name]
+
+
+def test_a_group_without_a_multiple_of_its_own_has_every_width():
+    groups = [ChannelGroup("conv", 32), ChannelGroup("free", 3)]
+    space = SearchSpace.of(groups, channel_multiple={"conv": 16, "elsewhere": 8})
+    assert space.allowed == {"conv": (16, 32), "free": (1, 2, 3)}
+
+
 @given(spaces(), st.data())
 def test_decode_keeps_the_most_salient_and_encode_brings_the_widths_back(space, data):
     widths = [data.draw(st.sampled_from(space.allowed[name])) for name in space.names]
