@@ -27,8 +27,8 @@ from device_profiles.profile import DeviceProfile, Multiples, Tier
 from device_profiles.target import Target
 
 WIDTHS = tuple(range(33, 65))
-"""Wide enough that a layer takes longer than its call, and two blocks of the largest multiple."""
-MULTIPLES = (1, 2, 4, 8, 16, 32)
+"""Wide enough that a layer takes longer than its call, and two widths of the largest multiple: one would not do."""
+MULTIPLES = (1, 2, 4, 8, 16)
 SLACK = 0.02
 """A larger multiple is preferred where rounding up to it costs no more than this on the mean."""
 PIXELS = {"conv": 14, "pointwise": 28, "depthwise": 28, "linear": 14}
@@ -191,7 +191,7 @@ def losses_of(curve: Mapping[int, float]) -> dict[int, float]:
     """Multiple -> mean extra latency of rounding every width up to it, against the best width at least as wide.
 
     Args:
-        curve: neighbouring widths -> latency; the largest width is a multiple of the largest multiple considered.
+        curve: neighbouring widths -> latency; the largest width is a multiple of all multiples considered.
     """
     top, best = max(curve), _best(curve)
     return {
@@ -209,8 +209,9 @@ def _best(curve: Mapping[int, float]) -> dict[int, float]:
 
 
 def _typical_ms(result: BenchmarkResult, name: str) -> float:
-    """Median of the time that decides: CPU time where it tells, else wall time."""
-    return result.cpu_p50_ms(name) if result.statistic == "cpu" else result.p50_ms(name)
+    """Lower quartile of the time that decides (CPU time where it tells, else wall time): other work only adds to it."""
+    times = result.cpu_ms(name) if result.statistic == "cpu" else result.wall_ms(name)
+    return float(np.percentile(times, 25))
 
 
 def chain(kind: LayerKind, width: int) -> onnx.ModelProto:

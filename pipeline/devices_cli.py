@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from device_profiles import BenchmarkResult, DeviceProfile, Target
     from device_profiles.check import Check
     from device_profiles.measure import FloatArray
+    from device_profiles.staircase import Staircase
 
 app = typer.Typer(
     name="devices",
@@ -190,7 +191,8 @@ def remove(name: Annotated[str, typer.Argument(help="A device of your own.")]) -
             f"{', '.join(heirs)} extends {name}; remove that first, or let it extend another profile"
         )
     path.unlink()
-    _probe_file(name).unlink(missing_ok=True)
+    for kept in (_probe_file(name), _probe_file(name).with_suffix(".html")):
+        kept.unlink(missing_ok=True)
     out.print(f"Removed: {path}", soft_wrap=True, markup=False)
 
 
@@ -274,6 +276,24 @@ def probe(
     multiples = ", ".join(f"{kind}: {value}" for kind, value in found.multiples.model_dump().items())
     out.print(f"channel_multiple: {{{multiples}}}", markup=False, soft_wrap=True)
     out.print(f"Written: {path}", markup=False, soft_wrap=True)
+    out.print(f"Picture: {_draw(name, found, path.with_suffix('.html'))}", markup=False, soft_wrap=True)
+
+
+def _draw(name: str, found: Staircase, path: Path) -> Path:
+    """How latency steps with width, as a page that loads nothing."""
+    from markupsafe import escape as safe
+
+    from pipeline.report.charts import lines
+
+    curves = {str(kind): curve for kind, curve in found.curves.items()}
+    chart = lines(curves, "channels", "time, shortest = 1", 16)
+    rows = "".join(f"<li><b>{safe(kind)}</b>: {safe(text)}</li>" for kind, text in found.summary())
+    style = "body{font:15px system-ui,sans-serif;max-width:60rem;margin:2rem auto}svg{font-size:11px}"
+    page = (
+        f"<title>{safe(name)}</title><style>{style}</style><h1>Channel steps of {safe(name)}</h1>{chart}<ul>{rows}</ul>"
+    )
+    path.write_text(f'<!doctype html><html lang="en"><meta charset="utf-8">{page}</html>\n', encoding="utf-8")
+    return path
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers

@@ -67,7 +67,7 @@ def test_the_step_is_the_largest_multiple_that_loses_nearly_nothing_whatever_the
     assert losses_of({w: factor * ms for w, ms in curve.items()}) == pytest.approx(losses)
 
 
-@given(st.sampled_from([2, 4, 8, 16, 32]), st.floats(1, 3))
+@given(st.sampled_from([2, 4, 8, 16]), st.floats(1, 3))
 def test_an_exact_staircase_gives_its_step_and_multiples_of_it_lose_nothing(step: int, power: float):
     curve = curve_of(lambda width: padded(width, step) ** power)
     assert step_of(curve) == step
@@ -77,7 +77,7 @@ def test_an_exact_staircase_gives_its_step_and_multiples_of_it_lose_nothing(step
 
 
 @pytest.mark.parametrize("seed", range(10))
-@pytest.mark.parametrize("step", [4, 8, 16, 32])
+@pytest.mark.parametrize("step", [4, 8, 16])
 def test_noise_does_not_hide_a_staircase(step: int, seed: int):
     assert step_of(curve_of(lambda width: padded(width, step), 0.01, seed)) == step
 

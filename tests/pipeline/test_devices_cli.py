@@ -354,7 +354,11 @@ def test_what_a_probe_finds_is_kept_beside_the_profile(
     (folder / "kitchen.yaml").write_text("extends: raspberry-pi-5\nconnect: {host: kitchen}\n")
     multiples = Multiples(conv=16, pointwise=8, depthwise=4, linear=1)
     found = SimpleNamespace(
-        multiples=multiples, summary=lambda: [("conv", "multiples of 16")], to_json=lambda: "{}", noise_floor=None
+        multiples=multiples,
+        summary=lambda: [("conv", "multiples of 16")],
+        to_json=lambda: "{}",
+        noise_floor=None,
+        curves={"conv": {47: 2.0, 48: 1.0}},
     )
 
     def probe(target: Any, profile: Any, *, seconds: float, progress: Callable[[int, int, str], None]) -> Any:
@@ -368,6 +372,7 @@ def test_what_a_probe_finds_is_kept_beside_the_profile(
     assert "multiples of 16" in out
     assert "channel_multiple: {conv: 16, pointwise: 8, depthwise: 4, linear: 1}" in out
     assert "probe kitchen" in err
+    assert "47 channels, 2.00x" in (folder / "kitchen.probe.html").read_text()
     assert calibration.path_of(folder, load_profile("kitchen", [folder])).is_file()
     listed = {e["name"]: e for e in json.loads(call("devices", "list", "--json")[1])}
     assert listed["kitchen"]["calibrated"]
