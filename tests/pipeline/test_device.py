@@ -27,7 +27,7 @@ from tests.device_profiles.tiny import quick_profile
 from tests.export import nets
 from tests.pruning.models import CifarResNet, PlainCNN
 
-BLOCKS = {"conv": 16, "pointwise": 8, "depthwise": 4, "linear": 32}
+BLOCKS = {"conv": 16, "pointwise": 8, "depthwise": 4, "linear": 8}
 PROFILE = quick_profile(channel_multiple={"conv": 2, "pointwise": 3, "depthwise": 5, "linear": 7})
 
 
@@ -183,7 +183,7 @@ def test_depthwise_layers_are_known_and_one_input_channel_does_not_make_one() ->
     assert found["4"] == 2 * 3
 
 
-@pytest.mark.parametrize("of", [Multiples(conv=16, pointwise=8, depthwise=4, linear=32), PRIMES])
+@pytest.mark.parametrize("of", [Multiples(conv=16, pointwise=8, depthwise=4, linear=8), PRIMES])
 @pytest.mark.parametrize("name", ["Flat", "Mobile", "Shuffle", "Attention"])
 def test_the_multiple_is_the_smallest_number_that_suits_every_layer(name: str, of: Multiples) -> None:
     model = getattr(nets, name)().eval()
