@@ -106,6 +106,8 @@ class Run:
         self.device = compute_device(self.config.compute)
         self.profile = device_profile(self.config)
         self.workload = open_workload(self.config)
+        for note in self.workload.notes:
+            progress.say(f"Note: {note}")
         check_forward(self.workload.build_model(), self.workload.example_input())
         self.journal = Journal(self.directory / "journal.jsonl", self.run_id, self.config.digest)
         self.turn: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext

@@ -88,6 +88,8 @@ def validate(file: Annotated[Path, typer.Argument(help="The run file (YAML).")],
     profile, workload = device_profile(config), open_workload(config)
     check_forward(workload.build_model(), workload.example_input())
     sizes = ", ".join(f"{len(getattr(workload, part)):,} {part}" for part in ("train", "search", "test"))
+    for note in workload.notes:
+        out.print(f"Note: {note}", markup=False, soft_wrap=True)
     out.print(f"{file} is valid: {config.search.method} for device {profile.name}; images: {sizes}.")
 
 

@@ -30,12 +30,18 @@ class ProgressView(Protocol):
 
     def stage(self, title: str) -> AbstractContextManager[Report]: ...
 
+    def say(self, line: str) -> None:
+        """One line that belongs to no stage."""
+
 
 class Silent:
     """Shows nothing."""
 
     def stage(self, title: str) -> AbstractContextManager[Report]:
         return nullcontext(silent)
+
+    def say(self, line: str) -> None:
+        """Says nothing."""
 
 
 class RichProgress:
@@ -53,6 +59,9 @@ class RichProgress:
             console=console,
             disable=not console.is_terminal,
         )
+
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False, soft_wrap=True)
 
     @contextmanager
     def stage(self, title: str) -> Iterator[Report]:

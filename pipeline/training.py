@@ -95,9 +95,8 @@ def fit(
                 if teacher is not None and distill is not None:
                     with torch.no_grad():
                         taught = teacher(images)
-                    loss = (1 - distill.weight) * loss + distill.weight * distillation_loss(
-                        outputs, taught, distill.temperature
-                    )
+                    learned = workload.distillation(outputs, taught, distill.temperature)
+                    loss = (1 - distill.weight) * loss + distill.weight * learned
             if penalty is not None:
                 loss = loss + penalty(step / steps)
             optimizer.zero_grad(set_to_none=True)

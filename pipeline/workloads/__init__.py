@@ -56,6 +56,8 @@ class Workload(Protocol):
     """The metric the gate and the reward look at (``top1``); a fraction, higher = better."""
     fingerprint: str
     """Names the content of data and model options; part of every content hash."""
+    notes: tuple[str, ...]
+    """What a user should know of the data: what was skipped, and how often."""
     train: Split
     search: Split
     test: Split
@@ -79,6 +81,9 @@ class Workload(Protocol):
         """Normalised images (channels-last, augmented if ``train``) and targets; ``indices`` count within the split."""
 
     def loss(self, outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor: ...
+
+    def distillation(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        """What fine-tuning adds to the loss for a teacher: how far its softened outputs are from the student's."""
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> Mapping[str, float]:
         """Metrics of all outputs of a split at once (``top1``, ``loss``)."""

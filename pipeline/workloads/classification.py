@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Section
 from pipeline.errors import UserError
+from pipeline.training import distillation_loss
 from pipeline.workloads import Split, images
 from pipeline.workloads.networks import build_network
 
@@ -89,6 +90,7 @@ class Classification:
     """Classifier, images, cross-entropy and top-1."""
 
     metric = "top1"
+    notes: tuple[str, ...] = ()
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -141,6 +143,9 @@ class Classification:
 
     def loss(self, outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         return F.cross_entropy(outputs, targets, label_smoothing=label_smoothing)
+
+    def distillation(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        return distillation_loss(student, teacher, temperature)
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> Mapping[str, float]:
         return {

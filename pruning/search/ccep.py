@@ -85,7 +85,7 @@ class Options:
             example 0.001 = 0.1 percentage points. 0 = exactly (authors).
         adaptive_bound: give every group its own r, 1 - r in proportion to its share of the latency (``latency_aware``)
             or of the MACs, at most twice the common one, so that cheap groups are not eroded in vain (authors: off).
-        fitness: metric that ranks individuals, higher = better (authors: ``top1``; ``map50`` for detection).
+        fitness: metric that ranks individuals, higher = better; empty = the workload's accuracy (authors: top-1).
         include: name patterns (``*``, ``?``) of the groups to prune. The authors prune inner widths of residual blocks
             only: ``["*.conv1"]`` in a ResNet of basic blocks.
         paper_compat: mutate bits in index order as the authors do (it removes low indices slightly more often, so the
@@ -106,7 +106,7 @@ class Options:
     latency_aware: bool = False
     accuracy_step: float = 0.0
     adaptive_bound: bool = False
-    fitness: str = "top1"
+    fitness: str = ""
     include: tuple[str, ...] = ("*",)
     paper_compat: bool = False
 
@@ -124,6 +124,7 @@ def search(problem: Problem, options: Options) -> Strategy:
     Raises:
         SearchError: the reference has no metric ``fitness``, ``include`` matches no group, or nothing was spliced.
     """
+    options = replace(options, fitness=options.fitness or problem.metric)
     space, active = problem.space, _included(problem, options)
     latency = (yield from predicted_latency(problem)) if options.latency_aware else None
     ids = count()
