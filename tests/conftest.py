@@ -14,6 +14,7 @@ if WORKER:  # two workers share two cores, and each has a device lock of its own
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TMPDIR"] = tempfile.mkdtemp(prefix=f"secateur-{WORKER}-")
     tempfile.tempdir = None
+    Path(os.environ["TMPDIR"]).chmod(0o1777)  # as /tmp is: the tests' SSH server serves another user
 
 settings.register_profile("secateur", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("secateur")
