@@ -209,7 +209,13 @@ def benchmark(
     tier: Annotated[str, typer.Option(metavar="search|final", help="How long: briefly, or as a run's last timing.")] = (
         "final"
     ),
-    seconds: Annotated[float | None, typer.Option(min=0.01, help="Seconds of timed calls in each process.")] = None,
+    within: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01, metavar="PERCENT", help="With --against: go on until the ratio is known to +- PERCENT (95 %)."
+        ),
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.01, help="With --within: when to stop all the same.")] = 120.0,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write every single latency to this file.")
     ] = None,
@@ -221,8 +227,12 @@ def benchmark(
 
     Example: secateur devices benchmark compact.onnx --against baseline.onnx --device kitchen
 
+    Example: secateur benchmark compact.onnx --against baseline.onnx --within 0.5 --seconds 300
+
     Example: secateur devices benchmark compact.onnx --device emulated-a72 --parity
     """
+    if within is not None and against is None:
+        raise errors.UserError("--within is about a ratio: name the other model with --against")
     if tier not in ("search", "final"):
         raise errors.UserError(f"unknown tier {tier!r}; choose search (brief) or final (several processes)")
     for file in (model, against):
@@ -239,7 +249,7 @@ def benchmark(
     )
     models = {against.name: against} if against else {}
     models[model.name if model.name not in models else str(model)] = model
-    result = _measure(profile, models, "search" if tier == "search" else "final", seconds)
+    result = _measure(profile, models, "search" if tier == "search" else "final", within, seconds)
     if json_file:
         json_file.write_text(result.to_json() + "\n", encoding="utf-8")
     _print_result(result, models)
@@ -540,20 +550,30 @@ def _extends(path: Path) -> str | None:
 
 
 def _measure(
-    profile: DeviceProfile, models: Mapping[str, Path], tier: Literal["search", "final"], seconds: float | None
+    profile: DeviceProfile,
+    models: Mapping[str, Path],
+    tier: Literal["search", "final"],
+    within: float | None,
+    seconds: float,
 ) -> BenchmarkResult:
     from device_profiles import calibration, measure
     from pipeline.progress import RichProgress
 
-    rules = profile.tier(tier)
-    if seconds is not None:
-        most = max(seconds, rules.max_seconds)
-        rules = rules.model_copy(update={"min_seconds": seconds, "max_seconds": most})
-        profile = profile.model_copy(update={tier: rules})
+    wanted = None if within is None else within / 100
     probed = calibration.load(_folder(), profile)
     floor = probed.noise_floor if probed else None
     with _opened(profile) as target, RichProgress(err).stage(f"timing on {profile.name}") as report:
-        return measure(target, profile, models, tier, progress=report, noise_floor=floor)
+        return measure(
+            target,
+            profile,
+            models,
+            tier,
+            progress=report,
+            noise_floor=floor,
+            energy=True,
+            half_width=wanted,
+            seconds=seconds,
+        )
 
 
 def _print_result(result: BenchmarkResult, models: Mapping[str, Path]) -> None:
@@ -586,6 +606,9 @@ def _rows(result: BenchmarkResult, models: Mapping[str, Path]) -> Iterator[tuple
     yield "first call", [_ms(result.first_ms(name)) for name in models]
     yield "loading", [_ms(result.load_ms(name)) for name in models]
     yield "peak memory", [_bytes(result.peak_rss_bytes(name)) for name in models]
+    energies = [result.energy_mj(name) for name in models]
+    if any(value is not None for value in energies):
+        yield "energy of a call", ["not told" if value is None else f"{value:,.3f} mJ" for value in energies]
     yield "file size", [_bytes(path.stat().st_size) for path in models.values()]
 
 

@@ -274,9 +274,9 @@ def test_an_emulator_is_added_as_one(call: Call, folder: Path) -> None:
 
 def test_a_model_is_timed_against_another(call: Call, folder: Path, tmp_path: Path) -> None:
     quick_device(folder)
-    model, baseline = write_conv(tmp_path / "compact.onnx", 4), write_conv(tmp_path / "baseline.onnx", 64)
+    model, baseline = write_conv(tmp_path / "compact.onnx", 4), write_conv(tmp_path / "baseline.onnx", 1024)
     raw = tmp_path / "raw.json"
-    arguments = ("--against", baseline, "--device", "quick", "--tier", "search", "--seconds", 0.05, "--json", raw)
+    arguments = ("--against", baseline, "--device", "quick", "--tier", "search", "--json", raw)
     code, out, err = call("benchmark", model, *arguments)
     assert code == 0
     for word in ("p50 latency", "p99 latency", "p50 CPU time", "first call", "loading", "peak memory", "file size"):
@@ -288,6 +288,15 @@ def test_a_model_is_timed_against_another(call: Call, folder: Path, tmp_path: Pa
     assert result.names == ("baseline.onnx", "compact.onnx")
     assert len(result.wall_ms("compact.onnx")) >= 3
     assert all(len(line) <= 100 for line in out.splitlines() if "Written" not in line)
+
+
+def test_a_ratio_is_measured_until_it_is_known_well_enough(call: Call, folder: Path, tmp_path: Path) -> None:
+    quick_device(folder)
+    model, baseline = write_conv(tmp_path / "compact.onnx", 4), write_conv(tmp_path / "baseline.onnx", 64)
+    arguments = ("benchmark", model, "--against", baseline, "--device", "quick")
+    assert "3 processes on quick" in call(*arguments, "--within", 1000)[1]
+    assert "1 process on quick" in call(*arguments, "--within", 0.01, "--seconds", 0.01)[1]
+    assert "name the other model with --against" in call("benchmark", model, "--within", 1)[2]
 
 
 def test_a_single_model_and_the_longer_name_of_the_command(call: Call, folder: Path, tmp_path: Path) -> None:
