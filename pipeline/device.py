@@ -13,7 +13,7 @@ from typing import Any
 from device_profiles import DeviceProfile, Multiples, Target
 from device_profiles.calibration import load, save
 from device_profiles.layers import LayerKind
-from device_profiles.staircase import Staircase, fingerprint_of, probe
+from device_profiles.staircase import FINGERPRINT_KEYS, Staircase, fingerprint_of, probe
 from device_profiles.target import Progress
 from pipeline.errors import SurroundingsError
 from pipeline.progress import ProgressView
@@ -117,8 +117,7 @@ def _read(file: Path) -> RunDevice:
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any], profile: DeviceProfile) -> str:
-    keys = ("board", "cpu", "machine", "cpus", "onnxruntime", "freq_max_mhz")
-    changes = [f"{k} {before.get(k)} -> {now.get(k)}" for k in keys if before.get(k) != now.get(k)]
+    changes = [f"{k} {before.get(k)} -> {now.get(k)}" for k in FINGERPRINT_KEYS if before.get(k) != now.get(k)]
     return (
         f"device {profile.name} is not the one this run began with ({'; '.join(changes) or 'its settings changed'}): "
         "latencies would not be comparable. Restore it and resume, or start a new run"
