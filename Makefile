@@ -8,12 +8,15 @@ UV_VERSION := 0.13.9
 RUN_FILE ?= pipeline/runs/digits.yaml
 WORKERS ?= 2
 
-.PHONY: run test parts lint bench lock help
+.PHONY: run test test-all parts lint bench lock help
 
 run: $(STAMP) ## Run the main job (RUN_FILE=path for another run file)
 	$(BIN)/secateur run $(RUN_FILE)
 
-test: $(STAMP) ## Run the whole test suite (WORKERS=2 processes)
+test: $(STAMP) ## Run the test suite (WORKERS=2 processes)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not long"
+
+test-all: $(STAMP) ## Run every test, the long ones too (lossy networks, published detectors, 20 seeds ...)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 parts: $(STAMP) ## Fetch what some tests need, without root: an SSH server, an emulated ARM device (into .parts/)

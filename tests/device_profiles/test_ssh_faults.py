@@ -105,7 +105,7 @@ def test_a_link_that_falls_silent_while_copying(device: Device, big: Path):
         assert device.parts() == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("fault", "code"), [("reset", "transfer-broken"), ("silence", "link-dead")])
 def test_a_link_lost_while_measuring(device: Device, model: Path, fault: str, code: str):
     with Proxy(device.port) as proxy, opened(through(proxy, device)) as target:
@@ -116,7 +116,7 @@ def test_a_link_lost_while_measuring(device: Device, model: Path, fault: str, co
         assert "models" in target.run(request, 60)  # and the lock is free
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_slow_link_works(device: Device, model: Path, big: Path):
     with Proxy(device.port, delay_s=0.04, rate=4e6) as proxy, opened(through(proxy, device)) as target:
         assert Path(target.put(big)).read_bytes() == big.read_bytes()
@@ -167,7 +167,7 @@ def test_a_hung_agent_is_killed(device: Device, model: Path, monkeypatch: pytest
     hang(device, model)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_hung_agent_of_root_is_killed(model: Path, monkeypatch: pytest.MonkeyPatch):
     """Signals of the SSH protocol would not do: sshd ignores them for root."""
     if os.geteuid() != 0:
@@ -202,7 +202,7 @@ target.run(request, 600, lambda event: print(json.dumps(event), flush=True))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_no_worker_outlives_its_client(device: Device, model: Path, number: signal.Signals):
     with opened(device.settings()) as target:

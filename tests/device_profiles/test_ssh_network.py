@@ -67,7 +67,7 @@ def distant() -> Iterator[Device]:
         assert "packets 0 " not in counted  # something was lost
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_measuring_over_a_slow_link_that_loses_packets(distant: Device, tmp_path: Path):
     models = {"dense": write_conv(tmp_path / "a.onnx", 8), "pruned": write_conv(tmp_path / "b.onnx", 4)}
     large = tmp_path / "large.onnx"

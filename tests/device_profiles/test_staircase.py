@@ -184,7 +184,7 @@ def test_probe_networks_are_valid_and_of_one_kind(kind: str):
     assert model.SerializeToString() == chain(kind, 20).SerializeToString()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_this_machine_can_be_probed_and_keeps_its_fingerprint(tmp_path: Path):
     target, profile, model = LocalTarget(), quick_profile(), tmp_path / "m.onnx"
     model.write_bytes(chain("linear", 8).SerializeToString())

@@ -306,7 +306,7 @@ def test_the_evaluator_gets_what_it_asks_for(evaluator: Evaluator, workload: det
     assert all(np.isfinite(values).all() for values in scores.values())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not (DATA / "voc100").is_dir(), reason="needs voc100 and the weights of the SSD300 for COCO")
 def test_a_published_detector_reaches_its_published_precision() -> None:
     """SSD300 on MobileNet V1 0.75 with COCO's weights, on 100 images of PASCAL VOC: mAP 0.690."""

@@ -57,7 +57,7 @@ class FakeRun:
         self.profile = load_profile(tiny_config(folder).device.profile)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_flows_never_use_a_device_at_once(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from prefect.settings import PREFECT_API_URL, temporary_settings
 

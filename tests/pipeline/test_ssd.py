@@ -389,7 +389,7 @@ def test_mobilenet_ssd_is_cut_right() -> None:
     assert {"box.0.weight", "cls.0.weight", "blocks.11.pw.weight"} >= readers - {"blocks.11.dw.weight"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "num_boxes"), [("ssd300_vgg16_bn", 8732), ("ssdlite320_mobilenet_v3_large", 3234)])
 def test_published_detectors_are_cut_right(name: str, num_boxes: int) -> None:
     graph = cut_in_half(name, num_boxes)
@@ -399,7 +399,7 @@ def test_published_detectors_are_cut_right(name: str, num_boxes: int) -> None:
         assert {"head.regression_head.module_list.0.weight", "backbone.extra.0.1.weight"} <= tensors
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["ssd300_vgg16", "ssdlite320_mobilenet_v3_large"])
 def test_torchvisions_weights_fit_and_give_torchvisions_heads(name: str) -> None:
     import torchvision.models.detection as zoo
