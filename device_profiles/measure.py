@@ -453,9 +453,7 @@ def measure(
         if profile.cool_down_s and (result.processes or result.spoiled):
             time.sleep(profile.cool_down_s)
         turn = len(result.processes) + len(result.spoiled)
-        order = request["models"][
-            :: -1 if turn % 2 else 1
-        ]  # the model loaded first tends to be slower, by half a percent
+        order = request["models"][:: -1 if turn % 2 else 1]  # what is loaded first tends to be slower by half a percent
         process = _process(target.run({**request, "models": order}, timeout_s=limit_s + 30), result.names)
         faults = _faults(replace(result, processes=(process,)), rules)
         if faults and len(result.spoiled) < rules.retries:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
 
 from device_profiles.errors import DeviceError
 
@@ -117,6 +117,11 @@ class DeviceProfile(BaseModel):
     search: Tier = Tier(processes=1, warmup=8, min_repeats=20, min_seconds=0.4)
     final: Tier = Tier(processes=7, warmup=8, min_repeats=50, min_seconds=0.5, strict=True, retries=5)
     budgets: Budgets = Budgets()
+
+    @field_validator("final", mode="before")
+    @classmethod
+    def _strict_unless_it_says_otherwise(cls, value: Any) -> Any:
+        return {"strict": True, "retries": 5, **value} if isinstance(value, dict) else value
 
     @property
     def multiples(self) -> Multiples:

@@ -214,7 +214,13 @@ def benchmark(run: Run, facts: Facts) -> dict[str, Any]:
     models = {name: run.directory / f"{name}.onnx" for name in ("baseline", "compact")}
     with run.progress.stage(f"Time on {run.profile.name}") as report:
         result = measure(
-            run.target, run.profile, models, "final", lambda done, total: report(done, total, ""), energy=True
+            run.target,
+            run.profile,
+            models,
+            "final",
+            lambda done, total: report(done, total, ""),
+            energy=True,
+            noise_floor=run.device_facts.noise_floor,  # which also makes sure that it still is the run's device
         )
         speedup = result.speedup("compact", "baseline")
         report(len(result.processes), len(result.processes), f"speed-up {speedup.value:.2f}x")

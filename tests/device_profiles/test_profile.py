@@ -25,6 +25,18 @@ def test_local_profile_follows_the_noise_protocol():
     assert profile.tier("final") == profile.final
 
 
+def test_the_last_timing_is_strict_unless_a_profile_says_otherwise(tmp_path: Path):
+    assert all(
+        load_profile(path).final.strict and not load_profile(path).search.strict for path in known_profiles().values()
+    )
+    own = "final: {processes: 3, warmup: 1, min_repeats: 5, min_seconds: 0}\n"
+    (tmp_path / "own.yaml").write_text(own)
+    assert load_profile(tmp_path / "own.yaml").final.retries == 5
+    assert load_profile(tmp_path / "own.yaml").final.strict
+    (tmp_path / "lax.yaml").write_text(own.replace("0}", "0, strict: false}"))
+    assert not load_profile(tmp_path / "lax.yaml").final.strict
+
+
 def test_profiles_are_frozen():
     with pytest.raises(ValidationError):
         load_profile("local").threads = 2

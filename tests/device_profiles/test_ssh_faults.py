@@ -207,7 +207,7 @@ target.run(request, 600, lambda event: print(json.dumps(event), flush=True))
 def test_no_worker_outlives_its_client(device: Device, model: Path, number: signal.Signals):
     with opened(device.settings()) as target:
         request = request_for(model, target.put(model), **ENDLESS)
-    before = set(device.home.glob("store/work/*"))
+    before = set((device.home / "store" / "work").glob("*"))
     arguments = [device.settings().model_dump_json(), json.dumps(request)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(AGENT.parents[1]), *filter(None, sys.path)])}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
@@ -221,7 +221,7 @@ def test_no_worker_outlives_its_client(device: Device, model: Path, number: sign
         finally:
             client.kill()
     assert wait_for(lambda: not device.agents(), 5)
-    assert wait_for(lambda: set(device.home.glob("store/work/*")) <= before)
+    assert wait_for(lambda: set((device.home / "store" / "work").glob("*")) <= before)
     if number == signal.SIGINT:
         assert client.returncode == -signal.SIGINT
         assert errors.count("Traceback") == 1
