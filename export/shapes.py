@@ -21,6 +21,7 @@ Array = npt.NDArray[Any]
 END = int(np.iinfo(np.int64).max)
 NOT_EVALUATED = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 NOT_EVALUATED |= {"If", "Loop", "Scan", "SequenceMap"}
+BROADCASTS = {"Add", "Div", "Max", "Min", "Mul", "Pow", "Sub"}
 MOST_VALUES = 4096  # numbers that a value may have to be followed: shapes, scales, ranges, positions of channels
 
 
@@ -40,11 +41,14 @@ def follow_widths(proto: onnx.ModelProto, dense: Mapping[str, Shape], probe: Map
     _simplify(proto.graph)
     _sequences_to_split(proto.graph)
     a, b = _Side.of(proto, dense), _Side.of(proto, probe)
+    partners = _partners(proto.graph)
     static: set[str] = set()  # values made of constants only: the ones that cannot follow by themselves
     nodes: list[onnx.NodeProto] = []
     for node in list(proto.graph.node):
         a.infer(node)
-        new = _rewrite(node, a, b) if len(node.input) > 1 and static.issuperset(filter(None, node.input[1:])) else []
+        new: list[onnx.NodeProto] = []
+        if len(node.input) > 1 and static.issuperset(filter(None, node.input[1:])):
+            new = _expand_like(node, partners.get(node.output[0], []), a, b) or _rewrite(node, a, b)
         nodes += [*new, node]
         for each in [*new, node]:
             b.infer(each)
@@ -159,6 +163,36 @@ def _expand(node: onnx.NodeProto, a: _Side, s: Shape, s2: Shape) -> list[onnx.No
     offset = len(target) - len(s)
     follow = [1 if i >= offset and d == s[i - offset] else d for i, d in enumerate(target)]
     return [_constant(node, 1, follow)]
+
+
+def _expand_like(node: onnx.NodeProto, partners: Sequence[str], a: _Side, b: _Side) -> list[onnx.NodeProto]:
+    """An Expand along a width, in front of arithmetic with a tensor of that shape (``expand_as``): follow the tensor.
+
+    Args:
+        partners: the other operands of that arithmetic.
+    """
+    if node.op_type != "Expand":
+        return []
+    s, t = a.shape(node.input[0]), a.shape(node.output[0])
+    for partner in partners:
+        narrow = b.shape(partner)
+        if s is None or t is None or narrow is None or partner == node.output[0] or a.shape(partner) != t:
+            continue
+        given = (1,) * (len(t) - len(s)) + s
+        if any(i != k != j for i, j, k in zip(given, narrow, t, strict=True)):
+            node.input[1] = f"{node.output[0]}_follow"
+            return [helper.make_node("Shape", [partner], [node.input[1]])]
+    return []
+
+
+def _partners(graph: onnx.GraphProto) -> dict[str, list[str]]:
+    """Values that arithmetic reads together with each output of an Expand."""
+    found: dict[str, list[str]] = {node.output[0]: [] for node in graph.node if node.op_type == "Expand"}
+    for node in graph.node:
+        for name in node.input if node.op_type in BROADCASTS else ():
+            if name in found:
+                found[name] += [other for other in node.input if other != name]
+    return found
 
 
 def _gather(node: onnx.NodeProto, a: _Side, s: Shape, s2: Shape) -> list[onnx.NodeProto]:

@@ -57,6 +57,49 @@ def test_sliced_equals_pruned_on_torchvision_networks(name: str):
     assert_slices_like_torch(*traced(model, (1, 3, 32, 32)))
 
 
+class Normalised(nn.Module):
+    """L2Norm as users of SSDs write it, on a map that another head reads as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.scale = nn.Parameter(torch.linspace(5, 20, 8))
+        self.near, self.far = nn.Conv2d(8, 4, 3), nn.Conv2d(8, 6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem(x))
+        near = nn.functional.normalize(x, dim=1) * self.scale.view(1, -1, 1, 1)
+        return torch.cat([self.near(near).flatten(1), self.far(x).flatten(1)], 1)
+
+
+class Cosine(nn.Module):
+    """A hidden layer of cosines (both sides of its weight are cut), and a gate of one number per pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.gate = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 1, 1)
+        self.hidden, self.head = nn.Linear(8, 12), nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        x = (x * torch.sigmoid(self.gate(x)).expand_as(x)).mean((2, 3))
+        weight = nn.functional.normalize(self.hidden.weight)
+        return self.head(nn.functional.linear(nn.functional.normalize(x), weight))
+
+
+@pytest.mark.parametrize("build", [Normalised, Cosine])
+def test_what_is_expanded_to_a_width_in_the_code_follows_it(build: type[nn.Module], tmp_path: Path):
+    model, x, graph, template = traced(build())
+    assert_slices_like_torch(model, x, graph, template)
+    plan = random_plan(graph)
+    exported = export_onnx(prune(model, graph, plan), x, tmp_path / "export.onnx")
+    cut = optimised_operators(template.slice(plan), tmp_path / "a.onnx")
+    assert cut == optimised_operators(exported.path, tmp_path / "b.onnx")
+    assert cut["Expand"]
+    outputs = [open_session(data).run(None, {"input": x.numpy()})[0] for data in (template.slice(plan), exported.path)]
+    assert np.allclose(*outputs, atol=1e-5)
+
+
 def test_lists_and_mappings_in_and_several_outputs(tmp_path: Path):
     model = prepared(nets.Heads())
     example = ([torch.randn(SMALL), torch.randn(SMALL)], {"scale": torch.tensor(0.5)})

@@ -405,6 +405,15 @@ NORMS = {
         "a=8", lambda: Net(rms, a=nn.Linear(6, 8), b=nn.Linear(8, 4), scale=parameter(8)), (TOKENS,)
     ),
     "L2Norm": normed("0=8", lambda: L2Norm(8)),
+    "L2Norm of a map that another convolution reads too": Case(
+        "a=8",
+        lambda: Net(
+            lambda m, x: (m.b(F.normalize(y := F.relu(m.a(x))) * m.scale.view(1, -1, 1, 1)), m.c(y)),
+            **conv1x1s(a=(3, 8), b=(8, 4), c=(8, 5)),
+            scale=parameter(8),
+        ),
+    ),
+    "norm over channels that are not zero when they are masked": between("a=8", lambda x: F.normalize(x.sigmoid())),
     "local response norm": normed("", lambda: nn.LocalResponseNorm(3)),
     "softmax over channels": normed("0=8", lambda: nn.Softmax(1)),
     "standardised": between("a=8", lambda x: (x - x.mean((2, 3), keepdim=True)) / (x.std((2, 3), keepdim=True) + 1e-5)),
