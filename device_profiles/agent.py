@@ -5,7 +5,7 @@ Reads one JSON request line on stdin, writes JSON lines on stdout; the last one 
     {"protocol": 2, "op": "probe"}
     {"protocol": 2, "op": "benchmark", "models": [{"name", "path", "sha256"}], "provider", "threads", "warmup",
      "min_repeats", "min_seconds", "max_seconds", "seed"; optional: "max_warmup_seconds" (0), "profile" (false),
-     "energy" (false), "cpu_share" (of one core), "allow_busy" (false)}
+     "energy" (false), "cpu_share" (of one core), "allow_busy" (false), "inputs" (.npz for all models; else seeded)}
     {"protocol": 2, "op": "infer", "models": [one], "provider", "threads"; optional: "seed" (0), "inputs" (.npz)}
     {"protocol": 2, "op": "sweep"; optional: "keep_s" (3600), "part_age_s" (600), "max_store_bytes" (4 GiB)}
 
@@ -998,8 +998,6 @@ def run_once(job: Request) -> Dict[str, Any]:
     ort, _ = _import_runtime()
     _phase("load")
     runner = Runner(ort, model, dict(job, seed=job.get("seed", 0)), warm=False)
-    if "inputs" in job:
-        runner.feed = _given_inputs(job["inputs"], runner)
     _phase("infer")
     outputs = runner.first_call()
     path = os.path.join(job["work"], "outputs.npz")
@@ -1081,6 +1079,8 @@ class Runner:
             self.session = open_session(ort, self.path, request)
             t1 = time.perf_counter_ns()
             self.feed = {i.name: _random_input(i, request["seed"]) for i in self.session.get_inputs()}
+            if "inputs" in request:
+                self.feed = _given_inputs(request["inputs"], self)
         except AgentError:
             raise
         except Exception as error:  # onnxruntime's own exceptions share no base class

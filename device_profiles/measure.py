@@ -390,6 +390,7 @@ def measure(
     noise_floor: float | None = None,
     half_width: float | None = None,
     seconds: float | None = None,
+    inputs: Path | None = None,
 ) -> BenchmarkResult:
     """Time ONNX files on a device, interleaved, in as many fresh processes as the tier asks for.
 
@@ -405,6 +406,8 @@ def measure(
         half_width: go on until the 95 % interval of every ratio to the first model is no wider than +- this fraction,
             three processes at least, instead of the tier's number of processes.
         seconds: with ``half_width``: when to stop anyway.
+        inputs: ``.npz`` with an array for every input of the models, where their latency depends on the values; None =
+            random ones.
 
     Raises:
         DeviceError: no models, a missing file, a device whose times mean nothing, or whatever the target reports.
@@ -435,6 +438,7 @@ def measure(
         "profile": nodes,
         "energy": energy,
         "timeout_s": limit_s,
+        **({} if inputs is None else {"inputs": target.put(inputs)}),
     }
     cpu_time_tells = profile.threads == 1 and profile.provider == "CPUExecutionProvider"
     result = BenchmarkResult(

@@ -188,15 +188,20 @@ class Run:
         except PlanError as error:
             raise UserError(f"{error}\n{graph.report()}") from error
 
-    def reward(self, reference: Evaluation) -> Reward:
-        """The run's reward, weighed against the unpruned network; tracked candidates carry it from now on."""
-        reward = make_reward(self.config.reward.preset, reference, **self.config.reward.options)
+    def reward(self, reference: Evaluation, metric: str) -> Reward:
+        """The run's reward, weighed against the unpruned network; tracked candidates carry it from now on.
+
+        Args:
+            metric: the accuracy it looks at, the workload's own or the search's.
+        """
+        section, final, searched = self.config.reward, self.workload.metric, self.workload.search_metric
+        rewards = {name: make_reward(section.preset, reference, name, **section.options) for name in (final, searched)}
 
         def of(record: Record) -> float | None:
-            return reward(to_evaluation(record["evaluation"]))
+            return rewards[final if record["stage"] == "final" else searched](to_evaluation(record["evaluation"]))
 
         self.tracker.reward = of
-        return reward
+        return rewards[metric]
 
     @property
     def search_target(self) -> SearchTarget:
@@ -218,7 +223,7 @@ class Run:
             self.search_target,
             np.random.default_rng(self.config.seed),
             self.budget(),
-            self.workload.metric,
+            self.workload.search_metric,
         )
         method = load_method(section.method)
         strategy: Strategy = method.search(problem, method_options(section))

@@ -55,6 +55,9 @@ class Recipe(Section):
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.5
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     clip_norm: Annotated[float, Field(gt=0)] | None = None
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Keep an exponential moving average of the weights with this decay per step, and end with it; 0 = off. The first
+    steps count more: the decay begins near 0.1 and rises to this."""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     """bf16 = mixed precision; auto = bf16 where the hardware multiplies it natively, else fp32."""
 
@@ -146,6 +149,8 @@ class ExportSection(Section):
     opset: Annotated[int, Field(ge=18, le=25)] = 20
     tolerance: Annotated[float, Field(gt=0)] = 1e-4
     """Largest relative difference between the ONNX file and the PyTorch model."""
+    dynamic_batch: bool = False
+    """Whether the files take any number of images at once, instead of one."""
     parity_images: Annotated[int, Field(gt=0)] = 64
 
 

@@ -197,7 +197,7 @@ def resume_tracking(run: Run) -> None:
     run.tracker.start()
     reference = next((r for r in run.journal.records if r.get("stage") == "reference"), None)
     if reference is not None:
-        run.reward(to_evaluation(reference["evaluation"]))
+        run.reward(to_evaluation(reference["evaluation"]), run.workload.metric)
     for record in run.journal.records:
         if "evaluation" in record and record["stage"] != "smallest":
             run.tracker.candidate(record)

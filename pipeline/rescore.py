@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import spearmanr
+
 from pipeline.assemble import open_run_directory
 from pipeline.errors import UserError
 from pipeline.journal import Record, read_journal
@@ -20,6 +22,7 @@ from pruning.reward import make_reward
 from pruning.search.protocol import Candidate, Evaluation
 
 STAGES = ("search", "final")
+ACCURACIES = ("map50", "top1", "loss_score")
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,12 @@ class Past:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Candidates under one reward, best first; ``front`` marks those on the Pareto front."""
+    """Candidates under one reward, best first; ``front`` marks those on the Pareto front. ``metric``: the accuracy."""
 
     rows: tuple[tuple[float, Past], ...]
     front: frozenset[int]
     reference: Evaluation
+    metric: str
 
 
 def history(records: Sequence[Record]) -> list[Past]:
@@ -83,15 +87,15 @@ def rescore(directory: Path, preset: str, options: Mapping[str, Any]) -> Ranking
     past = history(records)
     if not measured or not any(p.evaluation.status == "ok" for p in past):
         raise UserError(f"{directory} holds no evaluated candidate yet; continue it with: secateur resume {directory}")
-    reference = to_evaluation(measured[0]["evaluation"])
+    reference, metric = to_evaluation(measured[0]["evaluation"]), shared_metric(past)
     try:
-        reward = make_reward(preset, reference, **options)
+        reward = make_reward(preset, reference, metric, **options)
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
-    front = {id(past[i]) for i in pareto_front([p.evaluation for p in past], _metric(reference))}
+    front = {id(past[i]) for i in pareto_front([p.evaluation for p in past], metric)}
     scored = sorted(((reward(p.evaluation), p) for p in past if p.evaluation.status == "ok"), key=lambda row: -row[0])
     on_front = frozenset(i for i, (_, p) in enumerate(scored) if id(p) in front)
-    return Ranking(tuple(scored), on_front, reference)
+    return Ranking(tuple(scored), on_front, reference, metric)
 
 
 def write_ranking(directory: Path, preset: str, options: Mapping[str, Any], ranking: Ranking, top: int) -> Path:
@@ -114,13 +118,25 @@ def write_ranking(directory: Path, preset: str, options: Mapping[str, Any], rank
     return path
 
 
-def _metric(reference: Evaluation) -> str:
-    return "map50" if "map50" in reference.metrics else "top1"
+def shared_metric(past: Sequence[Past]) -> str:
+    """The accuracy that all candidates can be compared by: a search may go by a stand-in of the workload's metric."""
+    known = [p.evaluation.metrics for p in past if p.evaluation.status == "ok"]
+    return next((name for name in ACCURACIES if all(name in metrics for metrics in known)), ACCURACIES[0])
+
+
+def rank_agreement(records: Sequence[Record], stand_in: str, metric: str) -> dict[str, Any] | None:
+    """How alike two metrics rank a search's candidates; None where fewer than three have both, or all are equal."""
+    metrics = [p.evaluation.metrics for p in history(records) if p.stage == "search" and p.evaluation.status == "ok"]
+    pairs = [(found[stand_in], found[metric]) for found in metrics if stand_in in found and metric in found]
+    if any(len(set(values)) < 3 for values in zip(*pairs, strict=True)) or not pairs:
+        return None
+    found = float(spearmanr(*zip(*pairs, strict=True)).statistic)
+    return {"stand_in": stand_in, "metric": metric, "spearman": found, "candidates": len(pairs)}
 
 
 def shown(ranking: Ranking, top: int) -> list[tuple[str, ...]]:
     """Rows of the printed table: rank, candidate, weights, accuracy, MACs, latency, reward, on the front."""
-    metric, reference = _metric(ranking.reference), ranking.reference
+    metric, reference = ranking.metric, ranking.reference
     rows: list[tuple[str, ...]] = []
     for i, (reward, past) in enumerate(ranking.rows[:top]):
         found = past.evaluation

@@ -15,19 +15,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import torch
 from torch import nn
 
 from device_profiles import BenchmarkResult, DeviceError, measure
 from export.artifact import ExportedModel
-from export.onnx_export import export_onnx
+from export.artifact import describe as describe_onnx
+from export.onnx_export import export_onnx, write_atomically
 from export.verify import predict, verify_parity
 from pipeline.assemble import Run
 from pipeline.config import home
 from pipeline.errors import TrackingError, UserError
 from pipeline.evaluator import Evaluator
 from pipeline.report import write_report
-from pipeline.rescore import front_rows
+from pipeline.rescore import front_rows, rank_agreement
 from pipeline.study import Study, describe, request_of, to_candidate, to_dict, to_evaluation
 from pipeline.training import VERSION, TrainingError, fit, load_weights, save_weights, sha256_of
 from pipeline.workloads import Split
@@ -42,7 +45,9 @@ from pruning.surgery import Certificate, certify, prune
 from pruning.tracer import PruningError
 
 Facts = Mapping[str, Any]
-TEST_CHUNK = 2048
+NUM_PICTURES = 4
+CHUNK_BYTES = 256 << 20
+"""Images and outputs of a part of the test split stay below this."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ def search(run: Run, facts: Facts) -> dict[str, Any]:
     certificate = prove_graph(run, model, graph, space)
     oracle = run.evaluator(model, graph, space)
     reference = measure_reference(run, oracle, graph)
-    reward = run.reward(reference)
+    reward = run.reward(reference, run.workload.search_metric)
     reject_impossible(run, oracle, space.smallest(), reference)
     count = 0
     with run.progress.stage(f"Search ({run.config.search.method})") as report:
@@ -119,9 +124,9 @@ def search(run: Run, facts: Facts) -> dict[str, Any]:
             count += 1
             run.tracker.candidate(record)
             metrics = record["evaluation"]["metrics"]
-            accuracy = metrics.get(run.workload.metric, float("nan"))
+            accuracy = metrics.get(run.workload.search_metric, float("nan"))
             saved = 1 - metrics.get("macs", float("nan")) / reference["macs"]
-            report(count, 0, f"{run.workload.metric} {accuracy:.3f}, MACs -{saved:.0%}")
+            report(count, 0, f"{run.workload.search_metric} {accuracy:.3f}, MACs -{saved:.0%}")
 
         study = Study(
             run.journal, oracle, notify, budget=run.budget(), watch=lambda work: report(count, 0, f"{work} ...")
@@ -135,6 +140,7 @@ def search(run: Run, facts: Facts) -> dict[str, Any]:
         "reference": to_dict(reference),
         "archive": [{"candidate": describe(e.candidate), "evaluation": to_dict(e.evaluation)} for e in ranked],
         "num_candidates": count,
+        "agreement": rank_agreement(run.journal.records, "loss_score", run.workload.metric),
         "spent": study.spent,
         "latency": oracle.latencies.report(),
         "device": asdict(run.device_facts),
@@ -150,7 +156,7 @@ def finetune(run: Run, facts: Facts) -> dict[str, Any]:
     oracle = run.evaluator(model, graph)
     reference = to_evaluation(facts["search"]["reference"])
     oracle.calibrate(reference)
-    reward = run.reward(reference)
+    reward = run.reward(reference, run.workload.metric)
     chosen: dict[str, Candidate] = {}
     for row in facts["search"]["archive"]:
         candidate = to_candidate(row["candidate"])
@@ -185,34 +191,41 @@ def export(run: Run, facts: Facts) -> dict[str, Any]:
     model, graph = load_baseline(run)
     plan = PruningPlan.from_json(facts["finetune"]["best"]["candidate"]["plan"])
     compact = load_compact(run, model, graph, plan)
-    example = run.workload.example_input()
-    images, _ = first_batch(run, run.workload.search.first(run.config.export.parity_images))
-    section = run.config.export
     exported: dict[str, Any] = {}
     with run.progress.stage("Export to ONNX") as report:
         for i, (name, network) in enumerate((("baseline", model.cpu()), ("compact", compact))):
-            path = run.directory / f"{name}.onnx"
-            digest = plan.digest if name == "compact" else ""
-            artifact = export_onnx(network, example, path, opset=section.opset, plan_digest=digest)
-            parity = verify_parity(path, network, torch.split(images, 1), tolerance=section.tolerance)
-            proof: dict[str, Any] = {
-                "ok": parity.ok,
-                "max_relative_error": parity.max_relative_error,
-                "samples": parity.samples,
-            }
-            proof |= {"argmax_agreement": parity.argmax_agreement, "reason": parity.reason}
-            exported[name] = {"artifact": artifact.to_dict(), "parity": proof}
-            report(i + 1, 2, f"largest relative difference {parity.max_relative_error:.1e}")
-    certificate = certify(model, prune(model, graph, plan), graph, plan, example)
+            exported[name] = _export_one(run, name, network, plan.digest if name == "compact" else "")
+            report(i + 1, 2, f"largest relative difference {exported[name]['parity']['max_relative_error']:.1e}")
+    certificate = certify(model, prune(model, graph, plan), graph, plan, run.workload.example_input())
     exported["certificate"] = _certificate_facts(certificate)
-    return {**exported, "files": {f"{n}.onnx": exported[n]["artifact"]["sha256"] for n in ("baseline", "compact")}}
+    artifacts = [exported[name][kind] for name in ("baseline", "compact") for kind in _kinds(exported[name])]
+    return {**exported, "files": {Path(a["path"]).name: a["sha256"] for a in artifacts}}
 
 
 def benchmark(run: Run, facts: Facts) -> dict[str, Any]:
-    """Baseline and compact model timed on the device, interleaved, with every raw latency kept."""
-    del facts
-    models = {name: run.directory / f"{name}.onnx" for name in ("baseline", "compact")}
-    with run.progress.stage(f"Time on {run.profile.name}") as report:
+    """Baseline and compact model timed on the device, interleaved, with every raw latency kept.
+
+    Then the files with postprocessing, where there are some. What that costs depends on what is found: they are timed
+    on a real image: of those of the parity check the one in which the baseline finds the median number.
+    """
+    result, timed = _timed(run, f"Time on {run.profile.name}", "", None)
+    after = run.workload.postprocessing
+    if after is not None:
+        inputs = run.directory / "benchmark-input.npz"
+        images, counts = parity_images(run), facts["export"]["baseline"]["postprocessing"]["counts"]
+        median = sorted(range(len(counts)), key=lambda i: counts[i])[len(counts) // 2]
+        np.savez(inputs, input=images[median : median + 1].numpy())
+        _, with_it = _timed(run, f"Time with {after.name} on {run.profile.name}", f".{after.name}", inputs)
+        with_it |= {"name": after.name, "found": counts[median]}
+        timed["files"] |= with_it.pop("files")
+        timed["postprocessing"] = with_it
+    return {**timed, "statistic": result.statistic, "device": run.profile.name}
+
+
+def _timed(run: Run, title: str, kind: str, inputs: Path | None) -> tuple[BenchmarkResult, dict[str, Any]]:
+    """Both ONNX files of a kind, measured at the final tier: the result, kept as a file, and its figures."""
+    models = {name: run.directory / f"{name}{kind}.onnx" for name in ("baseline", "compact")}
+    with run.progress.stage(title) as report:
         result = measure(
             run.target,
             run.profile,
@@ -221,10 +234,11 @@ def benchmark(run: Run, facts: Facts) -> dict[str, Any]:
             lambda done, total: report(done, total, ""),
             energy=True,
             noise_floor=run.device_facts.noise_floor,  # which also makes sure that it still is the run's device
+            inputs=inputs,
         )
         speedup = result.speedup("compact", "baseline")
         report(len(result.processes), len(result.processes), f"speed-up {speedup.value:.2f}x")
-    file = run.directory / "benchmark.json"
+    file = run.directory / f"benchmark{kind}.json"
     file.write_text(result.to_json() + "\n", encoding="utf-8")
     figures = {
         name: {
@@ -238,12 +252,10 @@ def benchmark(run: Run, facts: Facts) -> dict[str, Any]:
         }
         for name in models
     }
-    return {
+    return result, {
         "latency": figures,
         "speedup": {"value": speedup.value, "low": speedup.low, "high": speedup.high},
-        "statistic": result.statistic,
         "flags": list(result.flags),
-        "device": run.profile.name,
         "files": {file.name: sha256_of(file)},
     }
 
@@ -268,7 +280,9 @@ def judge(run: Run, facts: Facts) -> dict[str, Any]:
             }
     del model
     checks = gate(run, facts, models)
-    return {"models": models, "checks": checks, "passed": all(check["ok"] for check in checks), "files": {}}
+    passed = all(check["ok"] for check in checks)
+    names = {"metric": run.workload.metric, "search_metric": run.workload.search_metric}
+    return {"models": models, "checks": checks, "passed": passed, **names, "files": {}}
 
 
 def register(run: Run, facts: Facts) -> dict[str, Any]:
@@ -278,18 +292,19 @@ def register(run: Run, facts: Facts) -> dict[str, Any]:
         if waiting:
             raise TrackingError(f"{waiting} candidates are not delivered to {run.tracker.uri}: {run.tracker.failure}")
         passed = facts["judge"]["passed"]
-        example = run.workload.example_input().numpy()
-        outputs = predict(run.directory / "compact.onnx", example)
+        example, after = run.workload.example_input().numpy(), run.workload.postprocessing
+        file = run.directory / ("compact.onnx" if after is None else f"compact.{after.name}.onnx")
+        outputs = predict(file, example)
         known = {
             "plan_digest": facts["finetune"]["best"]["candidate"]["digest"],
             "device": run.profile.name,
             "gate": "passed" if passed else "failed",
             "speedup": f"{facts['benchmark']['speedup']['value']:.4f}",
-            "sha256": facts["export"]["compact"]["artifact"]["sha256"],
+            "sha256": sha256_of(file),
             **{k: v for k, v in facts["judge"]["models"]["compact"].items() if v is not None},
         }
         entry = run.tracker.register(
-            run.directory / "compact.onnx",
+            file,
             run.config.tracking.registered_model or run.config.name,
             "champion" if passed else "challenger",
             example,
@@ -302,14 +317,16 @@ def register(run: Run, facts: Facts) -> dict[str, Any]:
 def report(run: Run, facts: Facts) -> dict[str, Any]:
     """The device profiling report, as one HTML page and as JSON; also kept with the run in MLflow."""
     front = run.directory / "front.json"
-    rows = front_rows(run.journal.records, run.workload.metric)
+    rows = front_rows(run.journal.records, run.workload.search_metric)
     front.write_text(json.dumps({"format": 1, "candidates": rows}, indent=1) + "\n", encoding="utf-8")
-    html, data = write_report(run.directory, run.config, run.profile, facts, run.journal.records, rows)
+    html, data = write_report(run.directory, run.config, run.profile, facts, run.journal.records, rows, _pictures(run))
     compact = facts["judge"]["models"]["compact"]
     metrics = {f"final.{k}": float(v) for k, v in compact.items() if v is not None}
     metrics["final.speedup"] = facts["benchmark"]["speedup"]["value"]
     metrics |= {f"search.{name}": float(amount) for name, amount in facts["search"]["spent"].items()}
-    names = ("benchmark.json", "compact.plan.json", "compact.safetensors", "run.yaml")
+    names = ["benchmark.json", "compact.plan.json", "compact.safetensors", "run.yaml"]
+    if run.workload.postprocessing is not None:  # the registry has the file with postprocessing
+        names += ["compact.onnx", f"benchmark.{run.workload.postprocessing.name}.json"]
     extra = [run.directory / name for name in names]
     if "register" in facts:
         run.tracker.finish(metrics, [html, data, front, *extra, _candidate_table(run)])
@@ -322,13 +339,45 @@ STAGES = (
     Stage("finetune", "Fine-tune", finetune, retry_on=(DeviceError,)),
     Stage("export", "Export", export),
     Stage("benchmark", "Benchmark", benchmark, retry_on=(DeviceError,)),
-    Stage("judge", "Gate", judge),
+    Stage("judge", "Gate", judge, version=2),
     Stage("register", "Register", register, retry_on=(TrackingError,)),
     Stage("report", "Report", report, retry_on=(TrackingError,)),
 )
 
 
 # -- parts of stages ---------------------------------------------------------------------------------------------------
+
+
+def parity_images(run: Run) -> torch.Tensor:
+    """The images that exported files are checked with, shape (n, channels, height, width)."""
+    return first_batch(run, run.workload.search.first(run.config.export.parity_images))[0]
+
+
+def _export_one(run: Run, name: str, network: nn.Module, plan_digest: str) -> dict[str, Any]:
+    """A network's ONNX file and its parity; the same with postprocessing behind it, where the workload has some."""
+    section, after = run.config.export, run.workload.postprocessing
+    path, images = run.directory / f"{name}.onnx", parity_images(run)
+    example = run.workload.example_input()
+    artifact = export_onnx(
+        network, example, path, opset=section.opset, plan_digest=plan_digest, dynamic_batch=section.dynamic_batch
+    )
+    parity = verify_parity(path, network, torch.split(images, 1), tolerance=section.tolerance)
+    exported: dict[str, Any] = {"artifact": artifact.to_dict(), "parity": asdict(parity)}
+    if after is not None:
+        whole = run.directory / f"{name}.{after.name}.onnx"
+        write_atomically(whole, after.append(onnx.load(path)).SerializeToString())
+        with torch.inference_mode():
+            expected = torch.cat([after.apply(network(part)) for part in torch.split(images, 1)])
+        found = torch.from_numpy(predict(whole, images.numpy(), threads=torch.get_num_threads()))
+        exported["whole"] = describe_onnx(whole, plan_digest=plan_digest).to_dict()
+        agreement = asdict(after.compare(found, expected))
+        exported["postprocessing"] = {**agreement, "counts": after.count(expected).tolist()}
+    return exported
+
+
+def _kinds(exported: Mapping[str, Any]) -> list[str]:
+    """Under which keys an exported network's files are described."""
+    return [kind for kind in ("artifact", "whole") if kind in exported]
 
 
 def load_baseline(run: Run) -> tuple[nn.Module, ChannelGraph]:
@@ -451,13 +500,16 @@ def first_batch(run: Run, split: Split) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_metrics(run: Run, onnx_file: Path) -> dict[str, float]:
     """Metrics of an ONNX file on the test split."""
-    split, outputs, targets = run.workload.test, [], []
-    for start in range(0, len(split), TEST_CHUNK):
-        part = Split(split.source, split.indices[start : start + TEST_CHUNK])
-        images, labels = first_batch(run, part)
-        outputs.append(torch.from_numpy(predict(onnx_file, images.numpy(), threads=torch.get_num_threads())))
+    split, answers, targets = run.workload.test, [], []
+    example = run.workload.example_input()
+    bytes_each = 4 * (example.numel() + predict(onnx_file, example.numpy()).size)
+    chunk = max(1, CHUNK_BYTES // bytes_each)
+    for start in range(0, len(split), chunk):
+        images, labels = first_batch(run, Split(split.source, split.indices[start : start + chunk]))
+        outputs = torch.from_numpy(predict(onnx_file, images.numpy(), threads=torch.get_num_threads()))
+        answers.append(run.workload.answers(outputs, labels))
         targets.append(labels)
-    return dict(run.workload.metrics(torch.cat(outputs), torch.cat(targets)))
+    return dict(run.workload.test_metrics(torch.cat(answers), torch.cat(targets)))
 
 
 def gate(run: Run, facts: Facts, models: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -483,6 +535,9 @@ def gate(run: Run, facts: Facts, models: Mapping[str, Mapping[str, Any]]) -> lis
     for name in ("baseline", "compact"):
         error = facts["export"][name]["parity"]["max_relative_error"]
         check(f"parity of {name}", error, "<=", run.config.export.tolerance)
+        after = facts["export"][name].get("postprocessing")
+        if after is not None:
+            check(f"results of {name} that differ", float(after["differing"]), "<=", 0.0)
     if section.max_drop is not None:
         check(f"drop in {metric}", round(base[metric] - compact[metric], 6), "<=", section.max_drop)
     if section.min_speedup is not None:
@@ -494,6 +549,19 @@ def gate(run: Run, facts: Facts, models: Mapping[str, Mapping[str, Any]]) -> lis
             if limit is not None:  # what the device does not tell cannot be promised
                 check(name, math.nan if compact[name] is None else compact[name], "<=", limit)
     return checks
+
+
+def _pictures(run: Run) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What baseline and compact model find on the same few images of the search split, drawn: uint8 (3, H, W) each."""
+    after = run.workload.postprocessing
+    if after is None:
+        return []
+    images, targets = first_batch(run, run.workload.search.first(NUM_PICTURES))
+    drawn = []
+    for name in ("baseline", "compact"):
+        found = torch.from_numpy(predict(run.directory / f"{name}.{after.name}.onnx", images.numpy()))
+        drawn.append(after.draw(images, found, targets))
+    return list(zip(*drawn, strict=True))
 
 
 def _candidate_table(run: Run) -> Path:

@@ -45,7 +45,7 @@ for noisy in ("mlflow", "alembic"):
 RUN_TAG, CANDIDATE_TAG, PARENT_TAG = "secateur.run_id", "candidate.id", "mlflow.parentRunId"
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
 MAX_TEXT = 5000
-SERIES = ("reward", "top1", "map50", "loss", "macs", "latency_ratio", "p50_ms")
+SERIES = ("reward", "top1", "map50", "loss_score", "loss", "macs", "latency_ratio", "p50_ms")
 """Metrics that are also kept as a series on the parent run: the learning curve."""
 
 Unreachable = (MlflowException, SQLAlchemyError, OSError)

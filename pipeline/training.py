@@ -73,7 +73,8 @@ def fit(
         weight_decay=recipe.weight_decay,
         nesterov=recipe.momentum > 0,
     )
-    step = _load_checkpoint(checkpoint, model, optimizer, device)
+    average = Average(model, recipe.ema) if recipe.ema else None
+    step = _load_checkpoint(checkpoint, model, optimizer, average, device)
     bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and has_bf16(device))
     note = ""
     while step < steps:
@@ -104,6 +105,8 @@ def fit(
             if recipe.clip_norm is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
             optimizer.step()
+            if average is not None:
+                average.update(model, step)
             total_loss += loss.item()
             if not math.isfinite(total_loss):
                 raise TrainingError(
@@ -114,9 +117,34 @@ def fit(
             note = f"loss {total_loss / (batch - first + 1):.3f}"
             report(step, steps, note)
         if step < steps:
-            _save_checkpoint(checkpoint, model, optimizer, step)
+            _save_checkpoint(checkpoint, model, optimizer, average, step)
+    if average is not None:
+        model.load_state_dict(average.state)
     checkpoint.unlink(missing_ok=True)
     return model.eval()
+
+
+class Average:
+    """Exponential moving average of a network's weights and batch-norm statistics (Polyak and Juditsky 1992).
+
+    Args:
+        model: whose state it begins with.
+        decay: share of the old average that a late step keeps; early steps keep (1 + step) / (10 + step).
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the network after ``step`` (from 0)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                self.state[name].lerp_(tensor, 1 - decay)
+            else:
+                self.state[name].copy_(tensor)
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -146,21 +174,29 @@ def _schedule(step: float, steps: float, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, steps - warmup)))
 
 
-def _save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+def _save_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None, step: int
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, part)
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+    torch.save(state | ({} if average is None else {"average": average.state}), part)
     _settle(part, path)
 
 
-def _load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> int:
+def _load_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None, device: torch.device
+) -> int:
     """The step to continue at; 0 where there is no usable checkpoint."""
     if not path.exists():
         return 0
     try:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        averaged: dict[str, Tensor] = {} if average is None else state["average"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        if average is not None:
+            average.state = averaged
         return int(state["step"])
     except (RuntimeError, KeyError, ValueError, EOFError, OSError):
         return 0  # cut short or of another network: begin again

@@ -1,9 +1,9 @@
 """Evaluation -> one number, higher = better. Metrics are stored, rewards derived: a new reward re-scores old runs.
 
 Every reward compares a candidate with the evaluation of the *unpruned* network under the same protocol. Accuracy A is
-in percentage points (100 * ``map50`` where there is one, else 100 * ``top1``); MACs F, parameters P are ratios to the
-reference; latency L is ``latency_ratio``, measured on the device against the reference, so L0 = 1. A candidate that is
-not ``ok``, or whose accuracy is below ``floor_pp``, is rejected: -inf.
+in percentage points (100 * the metric named, or ``map50`` where there is one, else ``top1``); MACs F, parameters P are
+ratios to the reference; latency L is ``latency_ratio``, measured on the device against the reference, so L0 = 1. A
+candidate that is not ``ok``, or whose accuracy is below ``floor_pp``, is rejected: -inf.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from pruning.search.protocol import Evaluation
@@ -229,8 +229,11 @@ PRESETS: Mapping[str, tuple[Callable[..., Reward], Mapping[str, float | None]]] 
 """Preset name -> its class and where it departs from the defaults of that class."""
 
 
-def make_reward(preset: str, reference: Evaluation, **overrides: float | None) -> Reward:
+def make_reward(preset: str, reference: Evaluation, metric: str = "", **overrides: float | None) -> Reward:
     """A reward by name, compared with ``reference``, the evaluation of the unpruned network.
+
+    Args:
+        metric: the accuracy it looks at; empty = ``map50`` where there is one, else ``top1``.
 
     Raises:
         ValueError: unknown preset, a parameter it does not have, or one outside its range.
@@ -242,7 +245,16 @@ def make_reward(preset: str, reference: Evaluation, **overrides: float | None) -
     for name in overrides:
         if name not in known:
             raise ValueError(_unknown(f"parameter of reward {preset!r}:", name, known))
-    return kind(reference=reference, **{**settings, **overrides})
+    settings = {**settings, **overrides}
+    if not metric:
+        return kind(reference=reference, **settings)
+    reward = kind(reference=_seen(reference, metric), **settings)
+    return lambda evaluation: reward(_seen(evaluation, metric))
+
+
+def _seen(evaluation: Evaluation, metric: str) -> Evaluation:
+    """The evaluation with ``metric`` as its accuracy."""
+    return replace(evaluation, metrics={**evaluation.metrics, "accuracy": evaluation[metric]})
 
 
 def _unknown(what: str, name: str, known: Collection[str]) -> str:
@@ -272,7 +284,7 @@ def _metric(evaluation: Evaluation, name: str) -> float:
 
 def _accuracy_pp(evaluation: Evaluation) -> float:
     """A: percentage points."""
-    return 100 * _metric(evaluation, "map50" if "map50" in evaluation.metrics else "top1")
+    return 100 * _metric(evaluation, next((n for n in ("accuracy", "map50") if n in evaluation.metrics), "top1"))
 
 
 def _ratio(evaluation: Evaluation, reference: Evaluation, name: str) -> float:

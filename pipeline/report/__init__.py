@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
+from PIL import Image
+from torch import Tensor
 
 from device_profiles import BenchmarkResult, DeviceProfile
 from pipeline.config import RunFile
@@ -15,21 +19,29 @@ from pipeline.report.charts import cloud, histogram, lines
 
 Facts = Mapping[str, Any]
 Row = tuple[str, str, str, str]
+METRICS = {"map50": "mAP50", "map": "COCO mAP"}
+"""Names of metrics as people know them, where these differ."""
 MAX_FRONT = 15
+LATENCIES = (
+    ("load", "load_ms", "ms", 3),
+    ("first call", "first_ms", "ms", 3),
+    ("p50", "p50_ms", "ms", 3),
+    ("p95", "p95_ms", "ms", 3),
+    ("CPU time, p50", "cpu_p50_ms", "ms", 3),
+    ("peak memory", "peak_rss_bytes", "bytes", 0),
+    ("energy of a call", "energy_mj", "mJ", 3),
+)
+"""Title, key, unit and decimals of what is said of latency."""
 
 
 def final_table(facts: Facts) -> list[Row]:
     """Rows (what, baseline, compact, change) of the table a run ends with."""
     base, compact = facts["judge"]["models"]["baseline"], facts["judge"]["models"]["compact"]
-    metric = next(name for name in ("map50", "top1") if name in base)
-    rows: list[Row] = [
-        (
-            f"{metric} (test split)",
-            f"{base[metric]:.2%}",
-            f"{compact[metric]:.2%}",
-            f"{100 * (compact[metric] - base[metric]):+.2f} pp",
-        )
-    ]
+    metric = facts["judge"]["metric"]
+    rows: list[Row] = []
+    for name in (metric, *(name for name in ("map",) if name in base)):
+        change = f"{100 * (compact[name] - base[name]):+.2f} pp"
+        rows.append((f"{METRICS.get(name, name)} (test split)", f"{base[name]:.2%}", f"{compact[name]:.2%}", change))
     units = (("MACs", "macs", 1e6, "M"), ("params", "params", 1e3, "k"), ("file size", "size_bytes", 1e3, "kB"))
     for title, key, scale, unit in units:
         change = compact[key] / base[key] - 1
@@ -39,6 +51,10 @@ def final_table(facts: Facts) -> list[Row]:
     for title, key in (("p50 latency", "p50_ms"), ("p95 latency", "p95_ms")):
         change = compact[key] / base[key] - 1
         rows.append((title, f"{base[key]:.3f} ms", f"{compact[key]:.3f} ms", f"{change:+.1%}"))
+    after = facts["benchmark"].get("postprocessing")
+    if after is not None:
+        before, now = (after["latency"][name]["p50_ms"] for name in ("baseline", "compact"))
+        rows.append((f"p50 with {after['name']}", f"{before:.3f} ms", f"{now:.3f} ms", f"{now / before - 1:+.1%}"))
     faster = facts["benchmark"]["speedup"]
     interval = f"95 % {faster['low']:.2f} to {faster['high']:.2f}"
     rows.append(("speed-up", "1.00x", f"{faster['value']:.2f}x", interval))
@@ -63,12 +79,14 @@ def write_report(
     facts: Facts,
     records: Sequence[Mapping[str, Any]],
     front: Sequence[Mapping[str, Any]] = (),
+    pictures: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> tuple[Path, Path]:
     """Write ``report.html`` and ``report.json`` into the run directory; returns both paths.
 
     Args:
         records: the journal's.
         front: the Pareto front, as ``pipeline.rescore.front_rows`` gives it.
+        pictures: what the baseline and the compact model find on the same images, uint8 (3, H, W).
     """
     result = BenchmarkResult.from_json((directory / "benchmark.json").read_text(encoding="utf-8"))
     points = _points(config, facts, records)
@@ -79,7 +97,6 @@ def write_report(
         facts=facts,
         table=final_table(facts),
         environment={key: value for key, value in result.environment.items() if key != "telemetry"},
-        energy={name: result.energy_mj(name) for name in ("baseline", "compact")},
         spoiled=result.spoiled,
         statistic=result.statistic,
         num_processes=len(result.processes),
@@ -91,6 +108,8 @@ def write_report(
         num_points=len(points),
         front=[_front_row(row, facts) for row in front[:MAX_FRONT]],
         widths=_widths(facts),
+        pictures=[(_data_uri(before), _data_uri(after)) for before, after in pictures],
+        latencies=_latencies(facts),
         device=(device := facts["search"]["device"]),
         stairs=lines(device["curves"], "channels", "time, narrowest = 1", 16) if device["curves"] else "",
     )
@@ -102,13 +121,36 @@ def write_report(
     return html_file, json_file
 
 
+def _data_uri(picture: Tensor) -> str:
+    """A picture as part of a page: JPEG in base64."""
+    file = io.BytesIO()
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _latencies(facts: Facts) -> list[tuple[str, str, str]]:
+    """Rows (what, baseline, compact) of the latency table, those that the device tells."""
+    rows = []
+    for title, key, unit, decimals in LATENCIES:
+        values = [facts["benchmark"]["latency"][name].get(key) for name in ("baseline", "compact")]
+        if None not in values:
+            before, now = (f"{value:,.{decimals}f} {unit}" for value in values)
+            rows.append((title, before, now))
+    after = facts["benchmark"].get("postprocessing")
+    if after is not None:
+        for title, key in (("p50", "p50_ms"), ("p95", "p95_ms")):
+            before, now = (f"{after['latency'][name][key]:,.3f} ms" for name in ("baseline", "compact"))
+            rows.append((f"{title} with {after['name']}", before, now))
+    return rows
+
+
 def _front_row(row: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
     """One line of the front's table."""
     candidate, found = row["candidate"], row["evaluation"]["metrics"]
     return {
         "name": " ".join(dict.fromkeys((row["stage"], candidate["origin"], str(candidate["id"])))),
         "weights": candidate["base"] or "as cut",
-        "accuracy": found.get("map50", found.get("top1")),
+        "accuracy": found[facts["judge"]["search_metric"]],
         "macs": found["macs"] / facts["search"]["reference"]["metrics"]["macs"],
         "latency": found.get("latency_ratio"),
     }
@@ -120,7 +162,7 @@ def _points(config: RunFile, facts: Facts, records: Sequence[Mapping[str, Any]])
     points = []
     for record in records:
         values = record.get("evaluation", {}).get("metrics", {})
-        accuracy = values.get("map50", values.get("top1"))
+        accuracy = values.get(facts["judge"]["search_metric"])
         if accuracy is None or record["stage"] == "smallest":
             continue
         kind = record["stage"] if record["stage"] != "search" else record["kind"]

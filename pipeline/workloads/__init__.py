@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import torch
 from torch import Tensor, nn
 
@@ -46,6 +47,54 @@ class Split:
         return Split(self.source, self.indices[:n])
 
 
+@dataclass(frozen=True)
+class Agreement:
+    """How alike two computations of the same results are.
+
+    Args:
+        ok: within the tolerance.
+        largest_error: of what was compared; its unit is the postprocessing's own.
+        compared: results that both have.
+        differing: results that only one has.
+        reason: what is wrong; empty when ok.
+    """
+
+    ok: bool
+    largest_error: float
+    compared: int
+    differing: int
+    reason: str = ""
+
+
+class Postprocessing(Protocol):
+    """What lies between a network's outputs and what a user wants of it: a detector's decoding and suppression.
+
+    Networks are searched, cut and timed without it; a second ONNX file has it, and is what is registered.
+    """
+
+    name: str
+    """What results are called (``detections``); also the name of the file's output and part of the file's name."""
+
+    def append(self, network: onnx.ModelProto) -> onnx.ModelProto:
+        """The same, as the last part of the network's graph."""
+
+    def apply(self, outputs: Tensor) -> Tensor:
+        """Results of raw outputs, one row of shape (n, ...) for every image."""
+
+    def compare(self, found: Tensor, expected: Tensor) -> Agreement:
+        """Whether results agree, as sets where their order means nothing."""
+
+    def count(self, results: Tensor) -> Tensor:
+        """How much was found in every image, shape (n,): the work that postprocessing has depends on it."""
+
+    def draw(self, images: Tensor, results: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Pictures of results on images (normalised, as ``Workload.batch`` gives them), uint8 of shape (n, 3, H, W).
+
+        Args:
+            targets: what is to be found; drawn thinly, where given.
+        """
+
+
 class Workload(Protocol):
     """What every stage needs to know of a task.
 
@@ -53,7 +102,9 @@ class Workload(Protocol):
     """
 
     metric: str
-    """The metric the gate and the reward look at (``top1``); a fraction, higher = better."""
+    """The metric the gate looks at (``top1``, ``map50``); a fraction, higher = better."""
+    search_metric: str
+    """The metric the search goes by: the same, or one that is quicker to have and ranks networks much alike."""
     fingerprint: str
     """Names the content of data and model options; part of every content hash."""
     notes: tuple[str, ...]
@@ -61,6 +112,8 @@ class Workload(Protocol):
     train: Split
     search: Split
     test: Split
+    postprocessing: Postprocessing | None
+    """None where outputs are what a user wants."""
 
     def build_model(self) -> nn.Module:
         """The unpruned network, with pretrained weights where the run file names some."""
@@ -85,11 +138,17 @@ class Workload(Protocol):
     def distillation(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """What fine-tuning adds to the loss for a teacher: how far its softened outputs are from the student's."""
 
-    def metrics(self, outputs: Tensor, targets: Tensor) -> Mapping[str, float]:
-        """Metrics of all outputs of a split at once (``top1``, ``loss``)."""
+    def answers(self, outputs: Tensor, targets: Tensor, *, brief: bool = False) -> Tensor:
+        """What metrics need of a batch's outputs, shape (n, ...); ``brief`` = only what ``search_metric`` needs."""
+
+    def metrics(self, answers: Tensor, targets: Tensor) -> Mapping[str, float]:
+        """Metrics of all answers of a split at once (``top1``, ``loss``)."""
+
+    def test_metrics(self, answers: Tensor, targets: Tensor) -> Mapping[str, float]:
+        """The same for the end of a run, where more may be worth its time."""
 
     def ease(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """How easy each image is, shape (n,): those that are likely to go wrong first come first."""
 
-    def bound(self, outputs: Tensor, targets: Tensor, num_unseen: int) -> float:
-        """The largest value ``metric`` can still take when ``num_unseen`` images follow these."""
+    def bound(self, answers: Tensor, targets: Tensor, num_unseen: int) -> float:
+        """The largest value ``search_metric`` can still take when ``num_unseen`` images follow these."""

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from pipeline.config import Section
+from pipeline.config import Section, known
 from pipeline.errors import UserError
 from pipeline.training import distillation_loss
 from pipeline.workloads import Split, images
 from pipeline.workloads.networks import build_network
+from pipeline.workloads.weights import TORCHVISION, file_digest, find_weights, fit_weights, read_weights
 
 
 class ModelOptions(Section):
@@ -26,7 +27,8 @@ class ModelOptions(Section):
 
     name: str = "cifar_resnet20"
     weights: str | None = None
-    """A .safetensors (or .pt / .pth state dict) file; None = a baseline is trained by the ``baseline`` recipe."""
+    """A .safetensors (or .pt / .pth state dict) file, or ``torchvision`` = its own best for its classifiers, trained on
+    ImageNet's 1000 classes; None = a baseline is trained by the ``baseline`` recipe."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the network's builder."""
 
@@ -89,7 +91,8 @@ def build(options: Options) -> Classification:
 class Classification:
     """Classifier, images, cross-entropy and top-1."""
 
-    metric = "top1"
+    metric = search_metric = "top1"
+    postprocessing = None
     notes: tuple[str, ...] = ()
 
     def __init__(self, options: Options) -> None:
@@ -109,11 +112,14 @@ class Classification:
         self.shape = (sample.shape[3], sample.shape[1], sample.shape[2])
         self.mean, self.std = self._statistics()
         self.pretrained = options.model.weights is not None
-        weights = images.find(options.model.weights, "weights file") if options.model.weights else None
-        self._state = None if weights is None else _read_weights(weights)
+        name = options.model.name
+        weights = find_weights(options.model.weights, lambda: _torchvision_weights(name, self.num_classes))
+        self._state = None if weights is None else read_weights(weights)
+        if weights is not None and options.model.weights == TORCHVISION:
+            self._state = _renamed(name, weights)
         where = {"data": {"path", "train", "test", "download"}}
         content: dict[str, Any] = {"options": options.model_dump(mode="json", exclude=where)}
-        content |= {"data": opened.fingerprint, "weights": None if weights is None else _file_digest(weights)}
+        content |= {"data": opened.fingerprint, "weights": None if weights is None else file_digest(weights)}
         self.fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def fresh_model(self) -> nn.Module:
@@ -123,7 +129,7 @@ class Classification:
     def build_model(self) -> nn.Module:
         model = self.fresh_model()
         if self._state is not None:
-            _fit_weights(model, self._state, self.options.model)
+            fit_weights(model, self._state, self.options.model.weights, self.options.model.name)
         return model.eval()
 
     def example_input(self) -> Tensor:
@@ -147,18 +153,25 @@ class Classification:
     def distillation(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         return distillation_loss(student, teacher, temperature)
 
-    def metrics(self, outputs: Tensor, targets: Tensor) -> Mapping[str, float]:
+    def answers(self, outputs: Tensor, targets: Tensor, *, brief: bool = False) -> Tensor:
+        """The logits."""
+        del targets, brief
+        return outputs
+
+    def metrics(self, answers: Tensor, targets: Tensor) -> Mapping[str, float]:
         return {
-            "top1": (outputs.argmax(1) == targets).float().mean().item(),
-            "loss": F.cross_entropy(outputs.float(), targets).item(),
+            "top1": (answers.argmax(1) == targets).float().mean().item(),
+            "loss": F.cross_entropy(answers.float(), targets).item(),
         }
+
+    test_metrics = metrics
 
     def ease(self, outputs: Tensor, targets: Tensor) -> Tensor:
         own = outputs.gather(1, targets[:, None])[:, 0]
         return own - outputs.scatter(1, targets[:, None], -torch.inf).amax(1)
 
-    def bound(self, outputs: Tensor, targets: Tensor, num_unseen: int) -> float:
-        right = int((outputs.argmax(1) == targets).sum())
+    def bound(self, answers: Tensor, targets: Tensor, num_unseen: int) -> float:
+        right = int((answers.argmax(1) == targets).sum())
         return (right + num_unseen) / (len(targets) + num_unseen)
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
@@ -221,42 +234,43 @@ def _augment(x: Tensor, flip: bool, generator: torch.Generator | None) -> Tensor
     return padded.permute(0, 2, 3, 1)[which, rows, columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from a file, never unpickling code."""
+def _torchvision_weights(name: str, num_classes: int) -> str:
+    """Address of torchvision's best weights for a classifier.
+
+    Raises:
+        UserError: it has none for this network, or they are for another number of classes.
+    """
+    import torchvision.models as zoo
+
+    names = zoo.list_models(zoo)
+    if name not in names:
+        raise UserError(f"torchvision has no trained weights for network {name}; {known(names, name)}")
+    found: Any = zoo.get_model_weights(name).DEFAULT
+    if (trained := len(found.meta["categories"])) != num_classes:
+        raise UserError(
+            f"torchvision's weights for {name} know {trained} classes, the data has {num_classes}; "
+            "set model.weights to a file, or leave it out to train a baseline"
+        )
+    return str(found.url)
+
+
+def _renamed(name: str, path: Path) -> dict[str, Tensor]:
+    """torchvision's weights with today's names of the network's tensors; some of its files have older ones.
+
+    torchvision reads the file in its own way, which may run code: ``read_weights`` has to find that it has none first.
+
+    Args:
+        path: where the file is.
+
+    Raises:
+        UserError: it holds other weights.
+    """
+    import torchvision.models as zoo
+
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return dict(load_file(path))
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # safetensors and torch raise many kinds for a foreign file
-        if isinstance(error, MemoryError):
-            raise
-        raise UserError(f"cannot read weights {path}: {str(error).splitlines()[0]}; expected a state dict") from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"{path} holds no state dict (a mapping of names to tensors)")
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
-
-
-def _fit_weights(model: nn.Module, state: dict[str, Tensor], options: ModelOptions) -> None:
-    """Load a state dict strictly, in the model's precision; batch counters may be missing."""
-    own = model.state_dict()
-    counters = {name for name in own if name.endswith("num_batches_tracked")}
-    faults = [f"{name}: not in the file" for name in own if name not in state and name not in counters]
-    faults += [f"{name}: not in the network" for name in state if name not in own]
-    faults += [
-        f"{name}: {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} in the network"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    if faults:
-        more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
-        listing = "\n  ".join(faults[:5])
-        raise UserError(f"weights {options.weights} do not fit network {options.name}:\n  {listing}{more}")
-    model.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in state.items()}, strict=False)
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        with torch.random.fork_rng(devices=[]):
+            return dict(zoo.get_model(name, weights="DEFAULT").state_dict())
+    except RuntimeError as error:
+        raise UserError(
+            f"{path} holds other weights than torchvision's for {name}; remove it to fetch them again"
+        ) from error

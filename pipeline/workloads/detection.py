@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 from torchvision import tv_tensors
@@ -20,11 +21,13 @@ from torchvision.transforms import v2
 
 from pipeline.config import Section
 from pipeline.errors import UserError
-from pipeline.workloads import ImageSource, Split, boxes, images, scenes, ssd
-from pipeline.workloads.classification import _file_digest, _fit_weights, _read_weights
+from pipeline.workloads import ImageSource, Split, boxes, scenes, ssd
+from pipeline.workloads.suppression import Detections
+from pipeline.workloads.weights import file_digest, find_weights, fit_weights, read_weights
 
-VERSION = 1
+VERSION = 2
 """Part of the fingerprint; raise it when a change here changes targets, loss or metric."""
+DISTORTION = v2.RandomPhotometricDistort()
 LOSSES_AT_ONCE = 64
 """Images whose losses are computed together, which bounds the memory of matching."""
 
@@ -35,7 +38,8 @@ class ModelOptions(Section):
     name: str = "small_ssd"
     """A network of this package, or ``module:factory`` of one's own."""
     weights: str | None = None
-    """A .safetensors (or .pt / .pth state dict) file; None = a baseline is trained by the ``baseline`` recipe."""
+    """A .safetensors (or .pt / .pth state dict) file, or ``torchvision`` = its own, trained on COCO, for networks that
+    have some; None = a baseline is trained by the ``baseline`` recipe."""
     load: Literal["all", "but_classes", "backbone"] = "all"
     """What of the weights: ``but_classes`` = not the heads of the classes, ``backbone`` = no heads. What is not loaded
     starts at random, and a baseline is trained from there."""
@@ -72,6 +76,9 @@ class MetricOptions(Section):
     """Boxes of a class that suppression looks at."""
     most: Annotated[int, Field(ge=1)] = 200
     """Detections of an image."""
+    search: Literal["map50", "loss"] = "map50"
+    """What the search goes by: map50, or ``loss_score`` = 1 / (1 + multibox loss), which spares the suppression of many
+    boxes. The report says how well candidates' ranks by it agree with their ranks by map50."""
 
 
 class Options(Section):
@@ -100,14 +107,15 @@ class Detection:
 
     def __init__(self, options: Options) -> None:
         self.options = options
+        self.search_metric = "map50" if options.metrics.search == "map50" else "loss_score"
         opened = scenes.load(options.data)
         source = cast(ImageSource, opened.source)  # its images differ in size: only ``batch`` reads them
         self.train, self.search, self.test = (Split(source, i) for i in (opened.train, opened.search, opened.test))
         self.classes, self.notes = opened.source.classes, opened.source.notes
         used = np.concatenate([opened.train, opened.search, opened.test])
         self.most_boxes = max(len(opened.source.boxes(int(index))) for index in used)
-        weights = images.find(options.model.weights, "weights file") if options.model.weights else None
-        self._state = None if weights is None else _read_weights(weights)
+        weights = find_weights(options.model.weights, lambda: ssd.torchvision_weights(options.model.name))
+        self._state = None if weights is None else read_weights(weights)
         self.pretrained = weights is not None and options.model.load == "all"
         with torch.random.fork_rng(devices=[]):
             network: Any = self.build_model()
@@ -119,12 +127,15 @@ class Detection:
         self.std = _per_channel(options.input.std, getattr(network, "std", None))
         self.scores: ssd.Scores = getattr(network, "scores", "softmax")
         self.default_boxes: Tensor = network.default_boxes.detach().clone()
+        self.postprocessing = Detections(
+            self.default_boxes, self.scores, options.metrics, self.classes, self.mean, self.std
+        )
         self._check(network)
         content: dict[str, Any] = {
             "version": VERSION,
             "options": options.model_dump(mode="json", exclude={"data"}),
             "data": opened.fingerprint,
-            "weights": None if weights is None else _file_digest(weights),
+            "weights": None if weights is None else file_digest(weights),
         }
         self.fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -176,22 +187,23 @@ class Detection:
             for row, (index, picture) in enumerate(zip(where.tolist(), source.read(where), strict=True)):
                 scene = _scene(picture, source.boxes(index), source.difficult(index))
                 scene = augment(scene) if augment is not None else scene
-                pixels[row] = self._resized(scene["image"])
+                image = self._resized(scene["image"])
+                pixels[row] = image if augment is None else DISTORTION(image)  # colours last: fewer pixels by then
                 objects = _targets(scene)
                 targets[row, : len(objects)] = objects
         x = (pixels.to(device).float() / 255 - self.mean.to(device)) / self.std.to(device)
         return x.contiguous(memory_format=torch.channels_last), targets.to(device)
 
     def _resized(self, image: Tensor) -> Tensor:
+        """Shape (3, side, side), uint8."""
         size = [self.image_size, self.image_size]
         return v2.functional.resize(image.as_subclass(Tensor), size, antialias=True)  # type: ignore[no-any-return]
 
     def _augmentation(self) -> v2.Compose:
-        """Liu et al. 2016, section 2.2; what zooming out adds has the mean's colour."""
+        """Liu et al. 2016, section 2.2, but for colours; what zooming out adds has the mean's colour."""
         fill = {tv_tensors.Image: (255 * self.mean.flatten()).round().int().tolist(), "others": 0}
         return v2.Compose(
             [
-                v2.RandomPhotometricDistort(),
                 v2.RandomZoomOut(fill=fill, side_range=(1.0, self.options.input.zoom_out)),
                 v2.RandomIoUCrop(),
                 v2.RandomHorizontalFlip(self.options.input.flip),
@@ -208,43 +220,37 @@ class Detection:
         """What ``fit`` adds for a teacher instead of the KL divergence of whole outputs; a scalar."""
         return ssd.distillation_loss(student, teacher, temperature, self.scores)
 
-    def metrics(self, outputs: Tensor, targets: Tensor) -> Mapping[str, float]:
-        """``map50`` (fraction) and ``loss`` of all outputs of a split at once.
+    def answers(self, outputs: Tensor, targets: Tensor, *, brief: bool = False) -> Tensor:
+        """Shape (N, 1 + most, 6): a row with the parts of the image's loss, then its detections (not if ``brief``)."""
+        losses = self._in_parts(outputs, targets)
+        parts = torch.stack([losses.boxes, losses.classes, losses.matched], 1)
+        first = F.pad(parts, (0, 3))[:, None]
+        return first if brief else torch.cat([first, self.postprocessing.apply(outputs).to(first)], 1)
+
+    def metrics(self, answers: Tensor, targets: Tensor) -> Mapping[str, float]:
+        """``loss`` and ``loss_score`` of all answers of a split at once, and ``map50`` unless they are brief.
 
         Raises:
             UserError: no image has an object that is not difficult.
         """
-        return {"map50": self._precision(outputs, targets), "loss": self._in_parts(outputs, targets).mean.item()}
+        loss = _losses_in(answers).mean.item()
+        found = {"loss": loss, "loss_score": 1 / (1 + loss)}
+        if answers.shape[1] > 1:
+            found["map50"] = boxes.average_precision(*_judged(answers, targets), curve=self.options.metrics.curve).mean
+        return found
+
+    def test_metrics(self, answers: Tensor, targets: Tensor) -> Mapping[str, float]:
+        """Besides, COCO's ``map`` (mean over IoU 0.50:0.95) and ``map75``."""
+        coco = boxes.coco_precision(*_judged(answers, targets))
+        return {**self.metrics(answers, targets), "map": coco.mean, "map75": coco.at75}
 
     def ease(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return -self._in_parts(outputs, targets).per_image
 
-    def bound(self, outputs: Tensor, targets: Tensor, num_unseen: int) -> float:
+    def bound(self, answers: Tensor, targets: Tensor, num_unseen: int) -> float:
         """1: images to come can raise the average precision of every class by any amount."""
-        del outputs, targets, num_unseen
+        del answers, targets, num_unseen
         return 1.0
-
-    def detections(self, outputs: Tensor) -> Tensor:
-        """Shape (N, most, 6): x1, y1, x2, y2 (fractions), score, class from 0; unused rows are -1."""
-        how = self.options.metrics
-        return ssd.detect(
-            outputs,
-            self.default_boxes.to(outputs.device),
-            self.scores,
-            least_score=how.least_score,
-            nms_iou=how.nms_iou,
-            per_class=how.per_class,
-            most=how.most,
-        )
-
-    def _precision(self, outputs: Tensor, targets: Tensor) -> float:
-        found = [rows[rows[:, 5] >= 0] for rows in self.detections(outputs)]
-        labels = ssd.classes_of(targets)
-        used = labels >= 0
-        truths = torch.cat([targets[..., :4], labels[..., None].to(targets.dtype)], 2)
-        difficult = [rows[keep, 4] < -1.5 for rows, keep in zip(targets, used, strict=True)]
-        wanted = [rows[keep] for rows, keep in zip(truths, used, strict=True)]
-        return boxes.average_precision(found, wanted, difficult, curve=self.options.metrics.curve).mean
 
     def _losses(self, outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> ssd.BoxLosses:
         return ssd.multibox_loss(outputs, targets, self.default_boxes.to(outputs.device), self.scores, label_smoothing)
@@ -257,6 +263,21 @@ class Detection:
             torch.cat([p.classes for p in parts]),
             torch.cat([p.matched for p in parts]),
         )
+
+
+def _losses_in(answers: Tensor) -> ssd.BoxLosses:
+    """The losses that answers begin with."""
+    return ssd.BoxLosses(*answers[:, 0, :3].unbind(1))
+
+
+def _judged(answers: Tensor, targets: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Detections, truths and which of these are difficult: one tensor an image, as ``boxes`` wants them."""
+    found = [rows[rows[:, 5] >= 0] for rows in answers[:, 1:]]
+    labels = ssd.classes_of(targets)
+    used = labels >= 0
+    truths = torch.cat([targets[..., :4], labels[..., None].to(targets.dtype)], 2)
+    difficult = [rows[keep, 4] < -1.5 for rows, keep in zip(targets, used, strict=True)]
+    return found, [rows[keep] for rows, keep in zip(truths, used, strict=True)], difficult
 
 
 # -- scenes as tensors -------------------------------------------------------------------------------------------------
@@ -314,7 +335,7 @@ def _load(model: nn.Module, state: Mapping[str, Tensor], options: ModelOptions, 
             f"({other[0]}: {tuple(loaded[other[0]].shape)} in the file, {tuple(own[other[0]].shape)} in the network); "
             "set model.load: but_classes to train new ones, or model.weight_classes to take some of the file's"
         )
-    _fit_weights(model, loaded, cast(Any, options))
+    fit_weights(model, loaded, options.weights, options.name)
 
 
 def _chosen_classes(

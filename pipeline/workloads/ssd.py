@@ -604,6 +604,26 @@ DETECTORS: dict[str, Builder] = {
 }
 
 
+def torchvision_weights(name: str) -> str:
+    """Address of torchvision's trained weights for a network. Their 90 classes are COCO's category numbers less 1.
+
+    Raises:
+        UserError: torchvision has none for this network; names those it has some for.
+    """
+    import torchvision.models.detection as zoo
+
+    trained: dict[str, Any] = {
+        "ssd300_vgg16": zoo.SSD300_VGG16_Weights.COCO_V1,
+        "ssdlite320_mobilenet_v3_large": zoo.SSDLite320_MobileNet_V3_Large_Weights.COCO_V1,
+    }
+    if name not in trained:
+        raise UserError(
+            f"torchvision has no trained weights for network {name}, only for {' and '.join(trained)}; "
+            "set model.weights to a file, or leave it out"
+        )
+    return str(trained[name].url)
+
+
 def build_detector(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
     """A detector by name or ``module:factory``, with random weights.
 

@@ -120,4 +120,5 @@ class Rewards:
         """R as a reward (8.3); the guards of 3.4 are the smallest gap and a floor of the efficiency."""
         guards = {} if self.options.paper_compat else {"delta_pp": self.options.margin_pp, "rho_min": 1e-3}
         a0 = self.ba_pp(known)
-        return make_reward("rewarded_v2", self.problem.reference, a0_pp=a0, alpha=self.options.alpha, **guards)
+        reference, metric = self.problem.reference, self.problem.metric
+        return make_reward("rewarded_v2", reference, metric, a0_pp=a0, alpha=self.options.alpha, **guards)

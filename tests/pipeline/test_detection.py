@@ -55,6 +55,10 @@ def everything(workload: detection.Detection, split: Any) -> tuple[Tensor, Tenso
     return workload.batch(split, torch.arange(len(split)), train=False, generator=None, device=CPU)
 
 
+def measured(workload: detection.Detection, heads: Tensor, targets: Tensor, *, brief: bool = False) -> Any:
+    return workload.metrics(workload.answers(heads, targets, brief=brief), targets)
+
+
 # -- batches -----------------------------------------------------------------------------------------------------------
 
 
@@ -126,20 +130,20 @@ def test_flips_move_boxes_with_the_pixels() -> None:
 def test_perfect_heads_have_a_map_of_one(workload: detection.Detection) -> None:
     targets = everything(workload, workload.test)[1]
     heads = perfect(targets, workload.default_boxes, 10)
-    found = workload.metrics(heads, targets)
+    found = measured(workload, heads, targets)
     assert found["map50"] == pytest.approx(1.0, abs=0.01)  # two digits may want the same default box
     assert found["loss"] < 0.01
-    assert workload.metrics(torch.zeros_like(heads), targets)["map50"] < 0.05
+    assert measured(workload, torch.zeros_like(heads), targets)["map50"] < 0.05
     moved = heads.clone()
     moved[..., :2] += 40
-    assert workload.metrics(moved, targets)["map50"] < 0.05
+    assert measured(workload, moved, targets)["map50"] < 0.05
 
 
 def test_padding_changes_nothing(workload: detection.Detection) -> None:
     targets = everything(workload, workload.test)[1]
     heads = perfect(targets, workload.default_boxes, 10) + torch.randn(1, 1, 15)
     longer = torch.cat([targets, torch.full((len(targets), 3, 5), -1.0)], 1)
-    assert workload.metrics(heads, targets) == workload.metrics(heads, longer)
+    assert measured(workload, heads, targets) == measured(workload, heads, longer)
     assert torch.equal(workload.ease(heads, targets), workload.ease(heads, longer))
 
 
@@ -149,12 +153,12 @@ def test_difficult_objects_are_neither_found_nor_missed(workload: detection.Dete
     targets[:, 0] = torch.cat([ssd.corners(box), torch.tensor([4.0])])
     heads = perfect(targets, workload.default_boxes, 10)
     heads[1] = perfect(torch.full_like(targets, -1), workload.default_boxes, 10)[1]  # sees nothing
-    assert workload.metrics(heads, targets)["map50"] < 0.6
+    assert measured(workload, heads, targets)["map50"] < 0.6
     targets[1, 0, 4] = -2 - 4
-    assert workload.metrics(heads, targets)["map50"] == 1
+    assert measured(workload, heads, targets)["map50"] == 1
     targets[0, 0, 4] = -2 - 4
     with pytest.raises(UserError, match="not difficult"):
-        workload.metrics(heads, targets)
+        measured(workload, heads, targets)
 
 
 def test_worst_images_come_first_and_nothing_is_given_up(workload: detection.Detection) -> None:
@@ -168,7 +172,40 @@ def test_worst_images_come_first_and_nothing_is_given_up(workload: detection.Det
 def test_metrics_loss_is_the_loss_of_training(workload: detection.Detection) -> None:
     targets = everything(workload, workload.train)[1][:20]
     heads = torch.randn(20, len(workload.default_boxes), 15)
-    assert workload.metrics(heads, targets)["loss"] == pytest.approx(workload.loss(heads, targets).item(), rel=1e-5)
+    assert measured(workload, heads, targets)["loss"] == pytest.approx(workload.loss(heads, targets).item(), rel=1e-5)
+
+
+def test_pictures_show_what_is_sure_and_what_is_there(workload: detection.Detection) -> None:
+    images, targets = everything(workload, workload.test)
+    heads = perfect(targets, workload.default_boxes, 10)
+    after = workload.postprocessing
+    found = after.apply(heads)
+    plain = after.draw(images, torch.full_like(found, -1))
+    assert plain.shape == (len(images), 3, 320, 320)
+    assert plain.dtype == torch.uint8
+    drawn = after.draw(images, found)
+    assert not torch.equal(drawn, plain)
+    x1, y1, x2, y2 = (320 * found[0, 0, :4]).long().tolist()
+    changed = (drawn[0] != plain[0]).any(0)
+    assert changed[(y1 + y2) // 2, max(0, x1 - 3) : x1 + 4].any()
+    assert changed[y2 - 4 : y2 + 3, (x1 + x2) // 2].any()
+    unsure = found.clone()
+    unsure[..., 4] = 0.1
+    assert torch.equal(after.draw(images, unsure), plain)
+    assert not torch.equal(after.draw(images, unsure, targets), plain)
+
+
+def test_answers_say_all_of_it_and_brief_ones_only_the_loss(workload: detection.Detection) -> None:
+    targets = everything(workload, workload.test)[1]
+    heads = perfect(targets, workload.default_boxes, 10) + torch.randn(len(targets), 1, 15)
+    whole, brief = measured(workload, heads, targets), measured(workload, heads, targets, brief=True)
+    assert brief == {name: whole[name] for name in ("loss", "loss_score")}
+    halves = [workload.answers(h, t) for h, t in zip(heads.split(2), targets.split(2), strict=True)]
+    assert workload.metrics(torch.cat(halves), targets) == whole
+    assert workload.answers(heads, targets).numel() < heads.numel()
+    coco = workload.test_metrics(workload.answers(heads, targets), targets)
+    assert coco["map50"] == whole["map50"]
+    assert 0 < coco["map75"] < coco["map"] < coco["map50"]  # boxes are a little off
 
 
 # -- networks and weights ----------------------------------------------------------------------------------------------
@@ -269,7 +306,7 @@ def test_a_short_training_lowers_the_loss(workload: detection.Detection, tmp_pat
 
     def loss() -> float:
         with torch.inference_mode():
-            return workload.metrics(model(images), targets)["loss"]
+            return measured(workload, model(images), targets)["loss"]
 
     before = loss()
     recipe = Recipe(epochs=5, lr=0.02, batch_size=11, clip_norm=5.0)
@@ -295,8 +332,8 @@ def test_the_evaluator_gets_what_it_asks_for(evaluator: Evaluator, workload: det
     found = evaluator.evaluate(Candidate(0, plan, "test"), latency=True, floor=0.99)
     assert found.status == "ok", found.reason
     outputs, targets = evaluator.outputs(evaluator.network(plan))
-    assert found["map50"] == workload.metrics(outputs, targets)["map50"]
-    assert found["loss"] == pytest.approx(workload.metrics(outputs, targets)["loss"], rel=1e-4)
+    assert found["map50"] == measured(workload, outputs, targets)["map50"]
+    assert found["loss"] == pytest.approx(measured(workload, outputs, targets)["loss"], rel=1e-4)
     assert found["latency_ratio"] > 0
     assert found["size_bytes"] > 0
     (loss,) = evaluator.probe(Probe((plan,)))
@@ -331,5 +368,5 @@ def test_a_published_detector_reaches_its_published_precision() -> None:
                 outputs.append(model(images.contiguous()))
             targets.append(rows)
     assert sum(map(len, outputs)) == 100
-    found = workload.metrics(torch.cat(outputs), torch.cat(targets))
+    found = measured(workload, torch.cat(outputs), torch.cat(targets))
     assert found["map50"] == pytest.approx(0.690, abs=0.005)
