@@ -153,7 +153,7 @@ class Evaluator:
         """Accuracy on the search split, MACs and params; with ``latency`` also file size and latency on the device.
 
         Args:
-            exact: measure the latency, even where a model would do.
+            exact: measure the latency, even where a model would do, and the workload's own metric.
         """
         started = time.perf_counter()
         plan = candidate.plan
@@ -161,7 +161,9 @@ class Evaluator:
         totals = cost(self.graph, plan)
         metrics: dict[str, float] = {"macs": float(totals.macs), "params": float(totals.params)}
         try:
-            metrics |= self._accuracy(candidate.base, plan, started, floor, exact=latency)
+            full = exact or plan.is_full or self.workload.search_metric == self.workload.metric
+            brief = not full and int(plan.digest[:8], 16) % FULL_EVERY > 0
+            metrics |= self._accuracy(candidate.base, plan, started, floor, exact=latency, brief=brief)
             if not all(math.isfinite(value) for value in metrics.values()):
                 return Evaluation("failed", "the network's outputs are not finite numbers (NaN)", metrics)
             if latency:
@@ -334,11 +336,10 @@ class Evaluator:
         return found if template is None else {**found, "size_bytes": float(len(template.slice(plan)))}
 
     def _accuracy(
-        self, base: str, plan: PruningPlan, started: float, floor: float | None, *, exact: bool
+        self, base: str, plan: PruningPlan, started: float, floor: float | None, *, exact: bool, brief: bool
     ) -> Mapping[str, float]:
-        """Metrics on the search split, from memory where the plan was met before."""
+        """Metrics on the search split, from memory where the plan was met before; ``brief`` = the search's alone."""
         workload = self.workload
-        brief = workload.search_metric != workload.metric and not exact and int(plan.digest[:8], 16) % FULL_EVERY > 0
         key = (base, plan.digest, exact or self.inference.is_exact, brief)
         if key in self._accuracies:
             return self._accuracies[key]

@@ -236,12 +236,12 @@ class Detection:
         loss = _losses_in(answers).mean.item()
         found = {"loss": loss, "loss_score": 1 / (1 + loss)}
         if answers.shape[1] > 1:
-            found["map50"] = boxes.average_precision(*_judged(answers, targets), curve=self.options.metrics.curve).mean
+            found["map50"] = boxes.average_precision(*judged(answers, targets), curve=self.options.metrics.curve).mean
         return found
 
     def test_metrics(self, answers: Tensor, targets: Tensor) -> Mapping[str, float]:
         """Besides, COCO's ``map`` (mean over IoU 0.50:0.95) and ``map75``."""
-        coco = boxes.coco_precision(*_judged(answers, targets))
+        coco = boxes.coco_precision(*judged(answers, targets))
         return {**self.metrics(answers, targets), "map": coco.mean, "map75": coco.at75}
 
     def ease(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -270,7 +270,7 @@ def _losses_in(answers: Tensor) -> ssd.BoxLosses:
     return ssd.BoxLosses(*answers[:, 0, :3].unbind(1))
 
 
-def _judged(answers: Tensor, targets: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def judged(answers: Tensor, targets: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Detections, truths and which of these are difficult: one tensor an image, as ``boxes`` wants them."""
     found = [rows[rows[:, 5] >= 0] for rows in answers[:, 1:]]
     labels = ssd.classes_of(targets)

@@ -292,10 +292,15 @@ def test_unknown_keys_are_refused() -> None:
 # -- the pipeline's questions ------------------------------------------------------------------------------------------
 
 
-def test_run_file_is_complete() -> None:
+@pytest.mark.parametrize(
+    ("name", "network"),
+    [("digits-ssd", "small_ssd"), ("bccd-ssd300", "ssd300_mobilenet_v1"), ("voc-ssd300", "ssd300_vgg16")],
+)
+def test_run_files_are_complete(name: str, network: str) -> None:
     assert "detection" in workload_names()
-    run_file = load_run_file(Path(detection.__file__).parents[1] / "runs" / "digits-ssd.yaml")
-    assert workload_options(run_file.workload).model.name == "small_ssd"
+    run_file = load_run_file(Path(detection.__file__).parents[1] / "runs" / f"{name}.yaml")
+    assert run_file.name == name
+    assert workload_options(run_file.workload).model.name == network
     assert run_file.search.target.macs_ratio == 0.5
 
 
