@@ -851,6 +851,15 @@ def infer_request(path: Path, **changes: Any) -> dict[str, Any]:
     return request_for(path, **({"op": "infer"} | changes))
 
 
+def test_models_are_timed_on_the_inputs_that_are_given(env: dict[str, str], tmp_path: Path):
+    model, inputs = write_node(tmp_path / "relu.onnx", "Relu"), tmp_path / "in.npz"
+    np.savez(inputs, x=np.array([[-1, 2, -3, 4]], dtype=np.float32))
+    answer = run(request_for(model, inputs=str(inputs)), env)
+    expected = hashlib.sha256(np.array([[0, 2, 0, 4]], dtype=np.float32).tobytes()).hexdigest()
+    assert answer["models"]["m"]["output_sha256"] == expected
+    assert run(request_for(model), env)["models"]["m"]["output_sha256"] != expected
+
+
 def test_infer_leaves_outputs_that_the_inputs_give(env: dict[str, str], tmp_path: Path):
     model = write_node(tmp_path / "relu.onnx", "Relu")
     inputs = tmp_path / "in.npz"

@@ -50,6 +50,37 @@ def test_a_killed_training_continues_to_the_same_weights(workload: Classificatio
     assert not (tmp_path / "b.ckpt").exists()
 
 
+def test_a_moving_average_of_the_weights_is_what_training_ends_with(workload: Classification, tmp_path: Path) -> None:
+    recipe = RECIPE.model_copy(update={"epochs": 2.0, "ema": 0.9})
+    seen: list[dict[str, torch.Tensor]] = []
+
+    torch.manual_seed(0)
+    model = workload.build_model()
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def report(done: int, total: int, note: str = "") -> None:
+        seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+
+    small = workload.train.first(384)
+    fit(model, workload, small, recipe, seed=1, checkpoint=tmp_path / "a.ckpt", device=CPU, report=report)
+    for step, state in enumerate(seen):
+        decay = min(0.9, (1 + step) / (10 + step))
+        for name, tensor in state.items():
+            expected[name] = decay * expected[name] + (1 - decay) * tensor if tensor.is_floating_point() else tensor
+    found = model.state_dict()
+    assert all(torch.allclose(found[name], tensor, atol=1e-5) for name, tensor in expected.items())
+    assert not all(torch.allclose(found[name], tensor, atol=1e-5) for name, tensor in seen[-1].items())
+
+
+def test_a_killed_training_continues_its_average_too(workload: Classification, tmp_path: Path) -> None:
+    recipe = RECIPE.model_copy(update={"ema": 0.95})
+    expected = trained(workload, tmp_path / "a.ckpt", recipe=recipe).state_dict()
+    with pytest.raises(KilledError):
+        trained(workload, tmp_path / "b.ckpt", 5, recipe)
+    resumed = trained(workload, tmp_path / "b.ckpt", recipe=recipe).state_dict()
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
+
+
 def test_a_checkpoint_cut_short_begins_again(workload: Classification, tmp_path: Path) -> None:
     expected = trained(workload, tmp_path / "a.ckpt").state_dict()
     with pytest.raises(KilledError):

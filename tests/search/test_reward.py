@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import assume, given
@@ -19,6 +20,18 @@ def evaluation(top1=0.9, macs=0.5, latency=0.6, params=0.5, **more: float) -> Ev
     """Costs as ratios to the reference."""
     metrics = {"top1": top1, "macs": macs * 125e6, "params": params * 8.5e5, "latency_ratio": latency, **more}
     return Evaluation(metrics={k: v for k, v in metrics.items() if v is not None})
+
+
+def test_a_named_metric_takes_the_place_of_the_accuracy() -> None:
+    both = replace(REFERENCE, metrics={**REFERENCE.metrics, "map50": 0.2, "loss_score": REFERENCE["top1"]})
+    worse = replace(both, metrics={**both.metrics, "macs": 0.5 * both["macs"], "loss_score": 0.9 * both["loss_score"]})
+    plain = replace(REFERENCE, metrics={**REFERENCE.metrics, "macs": worse["macs"], "top1": worse["loss_score"]})
+    for preset in PRESETS:
+        named = make_reward(preset, both, "loss_score")(worse)
+        assert named == pytest.approx(make_reward(preset, REFERENCE)(plain))
+        assert make_reward(preset, both, "map50")(worse) == make_reward(preset, both)(worse)
+    with pytest.raises(ValueError, match="nothing_such|accuracy"):
+        make_reward("device", both, "nothing_such")(worse)
 
 
 def test_rewarded_meta_pruning_as_released():
