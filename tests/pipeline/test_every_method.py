@@ -33,21 +33,28 @@ from .helpers import digits, quick_device
 
 BRIEF: dict[str, dict[str, Any]] = {
     "acp": {"population": 2, "cycles": 1, "fitness_epochs": 0.1, "images": 20},
-    "aofp": {"batches": 4, "finetune_epochs": 0.1},
-    "ccep": {"outer_iterations": 4, "population": 2, "generations": 1, "finetune_epochs": 0.1, "ratio_bound": 0.7},
+    "aofp": {"batches": 2, "batch_size": 16, "stagger": 1, "threshold": 0.5, "finetune_epochs": 0.1},
+    "ccep": {
+        "outer_iterations": 3,
+        "population": 2,
+        "generations": 1,
+        "finetune_epochs": 0.1,
+        "initial_keep": 0.7,
+        "ratio_bound": 0.5,
+    },
     "dafp": {"epochs": 0.2},
     "dais": {"epochs": 0.3},
     "evofc": {"population": 2, "offspring": 2, "generations": 1, "epochs": 0.4, "images": 32, "start": "pretrained"},
-    "filter_ensemble": {"max_masks": 1, "min_masks": 1, "images": 32},
+    "filter_ensemble": {"max_masks": 1, "min_masks": 1, "bundle": 16, "images": 12},
     "icp": {"rounds": 2, "finetune_epochs": 0.1, "images": 20},
-    "meta": {"population": 4, "iterations": 1, "epochs": 0.2},
-    "optuna": {"num_plans": 4},
+    "meta": {"population": 4, "iterations": 1, "epochs": 0.2, "top": 2},
+    "optuna": {"num_plans": 3},
     "random": {"num_plans": 3},
-    "rewarded_meta": {"population": 4, "iterations": 1, "epochs": 0.2},
+    "rewarded_meta": {"population": 4, "iterations": 1, "epochs": 0.2, "top": 2},
 }
 MACS = 0.6
-BY_LOSS = ("ccep", "global", "optuna", "rewarded_meta")
-"""A method of every family: evolution, saliency, a black-box optimiser, a supernet."""
+BY_LOSS = ("ccep", "global", "rewarded_meta")
+"""A method of every family: evolution on the network's own weights, saliency, a supernet."""
 CPU = torch.device("cpu")
 
 
