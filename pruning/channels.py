@@ -333,9 +333,11 @@ class _Assembler:
                 prunable.append((key, tensor, family))
             else:
                 reason = family.reason or "its channels can only go all together"
-                frozen.append(
-                    (key, Frozen(layer_of(tensor), tensor, dim, int(inside.sum()), reason, macs.get(tensor, 0)))
-                )
+                for tensor, dim, labels in (self.places[i] for i in producers):
+                    inside = family_of[classes[labels]] == f
+                    key = (order.get(tensor, len(order)), int(np.argmax(inside)))
+                    entry = Frozen(layer_of(tensor), tensor, dim, int(inside.sum()), reason, macs.get(tensor, 0))
+                    frozen.append((key, entry))
         prunable.sort(key=lambda item: item[0])
         found = [family for _, _, family in prunable]
         group = np.full(self.labels.num_labels, -1, dtype=np.int64)

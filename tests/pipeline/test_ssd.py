@@ -466,3 +466,11 @@ def test_ones_own_network_comes_from_a_factory() -> None:
 def test_wrong_names_and_options_say_what_to_change(name: str, options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         ssd.build_detector(name, 2, options)
+
+
+def test_every_head_is_listed_among_what_is_frozen() -> None:
+    model = ssd.SmallSSD(3).eval()
+    graph = ChannelGraph.trace(model, torch.zeros(1, 3, 64, 64))
+    heads = {f"heads.{kind}.{k}" for kind in ("box", "cls") for k in range(3)}
+    assert {entry.layer for entry in graph.frozen} == heads
+    assert {entry.size for entry in graph.frozen} == {16}  # 4 boxes per cell, of 4 offsets or 4 logits
