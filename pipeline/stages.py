@@ -199,6 +199,7 @@ def export(run: Run, facts: Facts) -> dict[str, Any]:
     certificate = certify(model, prune(model, graph, plan), graph, plan, run.workload.example_input())
     exported["certificate"] = _certificate_facts(certificate)
     artifacts = [exported[name][kind] for name in ("baseline", "compact") for kind in _kinds(exported[name])]
+    exported["usage"] = dict(run.workload.usage)
     return {**exported, "files": {Path(a["path"]).name: a["sha256"] for a in artifacts}}
 
 
@@ -301,6 +302,7 @@ def register(run: Run, facts: Facts) -> dict[str, Any]:
             "gate": "passed" if passed else "failed",
             "speedup": f"{facts['benchmark']['speedup']['value']:.4f}",
             "sha256": sha256_of(file),
+            "usage": json.dumps(facts["export"]["usage"]),
             **{k: v for k, v in facts["judge"]["models"]["compact"].items() if v is not None},
         }
         entry = run.tracker.register(
@@ -337,8 +339,8 @@ STAGES = (
     Stage("baseline", "Baseline", baseline),
     Stage("search", "Search", search, version=2, retry_on=(DeviceError,)),
     Stage("finetune", "Fine-tune", finetune, retry_on=(DeviceError,)),
-    Stage("export", "Export", export),
-    Stage("benchmark", "Benchmark", benchmark, retry_on=(DeviceError,)),
+    Stage("export", "Export", export, version=2),
+    Stage("benchmark", "Benchmark", benchmark, version=2, retry_on=(DeviceError,)),
     Stage("judge", "Gate", judge, version=2),
     Stage("register", "Register", register, retry_on=(TrackingError,)),
     Stage("report", "Report", report, retry_on=(TrackingError,)),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -114,6 +114,13 @@ class Workload(Protocol):
     test: Split
     postprocessing: Postprocessing | None
     """None where outputs are what a user wants."""
+
+    @property
+    def usage(self) -> Mapping[str, Any]:
+        """What a user of an exported file must know to prepare images and read outputs; made of JSON's types.
+
+        ``image_size``, and ``mean`` and ``std`` per channel of pixels in 0..1; ``classes`` where they have names.
+        """
 
     def build_model(self) -> nn.Module:
         """The unpruned network, with pretrained weights where the run file names some."""

@@ -122,6 +122,11 @@ class Classification:
         content |= {"data": opened.fingerprint, "weights": None if weights is None else file_digest(weights)}
         self.fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
+    @property
+    def usage(self) -> Mapping[str, Any]:
+        mean, std = ((values.flatten() / 255).tolist() for values in (self.mean, self.std))
+        return {"image_size": self.shape[1], "mean": mean, "std": std}
+
     def fresh_model(self) -> nn.Module:
         model = self.options.model
         return build_network(model.name, self.num_classes, self.shape[0], model.options).eval()

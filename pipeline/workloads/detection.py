@@ -139,6 +139,11 @@ class Detection:
         }
         self.fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
+    @property
+    def usage(self) -> Mapping[str, Any]:
+        mean, std = (values.flatten().tolist() for values in (self.mean, self.std))
+        return {"image_size": self.image_size, "mean": mean, "std": std, "classes": list(self.classes)}
+
     # -- the network -------------------------------------------------------------------------------------------------
 
     def fresh_model(self) -> nn.Module:

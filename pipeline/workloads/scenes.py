@@ -48,6 +48,8 @@ Flags = npt.NDArray[np.bool_]
 Indices = npt.NDArray[np.int64]
 Corners = tuple[float, float, float, float]
 
+KEPT_BYTES = 256 << 20
+"""Digit scenes are kept in memory up to this size."""
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What Pillow raises for files that are damaged, are no images, or are too large to be meant."""
 
@@ -233,12 +235,19 @@ class DigitScenes:
         pools = np.split(mixed, np.round(shares[:-1] * len(mixed)).astype(int))
         self.pools = [pool for pool, count in zip(pools, counts, strict=True) for _ in range(count)]
         self.layouts = [self._layout(index) for index in range(len(self.pools))]
+        self._kept: dict[int, Pixels] | None = {} if 3 * size * size * len(self.pools) <= KEPT_BYTES else None
 
     def __len__(self) -> int:
         return len(self.layouts)
 
     def read(self, indices: Indices) -> list[Pixels]:
-        return [self._draw(int(index)) for index in indices]
+        """Scenes; drawn once, and kept where there is room for all."""
+        if self._kept is None:
+            return [self._draw(int(index)) for index in indices]
+        for index in indices:
+            if int(index) not in self._kept:
+                self._kept[int(index)] = self._draw(int(index))
+        return [self._kept[int(index)] for index in indices]
 
     def boxes(self, index: int) -> Boxes:
         rows = [(p.left, p.top, p.left + p.width, p.top + p.height, self.labels[p.digit]) for p in self.layouts[index]]

@@ -80,6 +80,16 @@ def test_the_file_pulled_from_the_registry_finds_what_torch_finds(finished: Any)
     assert not run.workload.postprocessing.compare(torch.from_numpy(found), moved).ok
 
 
+def test_a_version_says_how_to_prepare_images_and_what_the_classes_are(finished: Any) -> None:
+    from mlflow import MlflowClient
+
+    run, facts = finished
+    version = MlflowClient(run.tracker.uri).get_model_version_by_alias("tiny", facts["register"]["alias"])
+    usage = json.loads(version.tags["usage"])
+    assert usage == {"image_size": 64, "mean": [0.5] * 3, "std": [0.25] * 3, "classes": [str(i) for i in range(10)]}
+    assert "Classes from 0: 0, 1, 2" in (run.directory / "report.html").read_text()
+
+
 def test_detections_were_compared_before_they_were_trusted(finished: Any) -> None:
     _, facts = finished
     for name in ("baseline", "compact"):

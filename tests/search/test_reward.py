@@ -30,7 +30,7 @@ def test_a_named_metric_takes_the_place_of_the_accuracy() -> None:
         named = make_reward(preset, both, "loss_score")(worse)
         assert named == pytest.approx(make_reward(preset, REFERENCE)(plain))
         assert make_reward(preset, both, "map50")(worse) == make_reward(preset, both)(worse)
-    with pytest.raises(ValueError, match="nothing_such|accuracy"):
+    with pytest.raises(ValueError, match="accuracy"):
         make_reward("device", both, "nothing_such")(worse)
 
 
