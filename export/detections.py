@@ -7,6 +7,7 @@ decoding, scores, non-maximum suppression within each class.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -234,18 +235,25 @@ class DetectionParity:
 
 
 def compare_detections(
-    found: Array | Tensor, expected: Array | Tensor, *, tolerance: float = 1e-3, least_score: float = 0.0
+    found: Array | Tensor,
+    expected: Array | Tensor,
+    *,
+    tolerance: float = 1e-3,
+    least_score: float = 0.0,
+    nms_iou: float | None = None,
 ) -> DetectionParity:
     """Are these the same detections, in whatever order?
 
     Partners are of the same image and class, one to one; their scores and each of their corners differ by no more than
     the tolerance. Borderline, and so excused from having a partner, is what scores within the tolerance of
-    ``least_score``, or of the last detection of the other side where that fills all its rows.
+    ``least_score``, or of the last detection of the other side where that fills all its rows; and what a surer one of
+    the other side overlaps by ``nms_iou`` within the tolerance, or by more if that one is borderline itself.
 
     Args:
         found, expected: (N, most, 6) as from ``append_detections``.
         tolerance: of scores, and of corners as fractions of the image.
         least_score: what scores less was dropped.
+        nms_iou: what overlapped a surer one by more was dropped; None = no overlap excuses anything.
 
     Raises:
         ExportError: there is no image.
@@ -268,18 +276,43 @@ def compare_detections(
         matched += len(pairs[0])
         score_error = max(score_error, scores)
         box_error = max(box_error, boxes)
-        for k, side in enumerate(sides):
-            other = sides[1 - k]
-            alone = np.delete(side, pairs[k], axis=0)
-            unmatched += len(alone)
-            borderline = abs(alone[:, 4] - least_score) <= tolerance
-            if len(other) and len(other) == a.shape[1]:
-                borderline |= abs(alone[:, 4] - other[:, 4].min()) <= tolerance
-            wrong = alone[~borderline]
-            if len(wrong) and not reason:
-                what = ("found but not expected", "expected but not found")[k]
-                reason = f"image {i}: a detection of class {wrong[0, 5]:g} with score {wrong[0, 4]:.4f} is {what}"
+        alone = [np.delete(side, own, axis=0) for side, own in zip(sides, pairs, strict=True)]
+        unmatched += len(alone[0]) + len(alone[1])
+        borderline = []
+        for rows, other in zip(alone, sides[::-1], strict=True):
+            last = other[:, 4].min() if len(other) and len(other) == a.shape[1] else least_score
+            borderline.append((abs(rows[:, [4]] - [least_score, last]) <= tolerance).any(1))
+        if nms_iou is not None:
+            _excuse_overlaps(sides, alone, borderline, nms_iou, tolerance)
+        for what, rows, excused in zip(
+            ("found but not expected", "expected but not found"), alone, borderline, strict=True
+        ):
+            if not excused.all() and not reason:
+                wrong = rows[~excused][0]
+                reason = f"image {i}: a detection of class {wrong[5]:g} with score {wrong[4]:.4f} is {what}"
     return DetectionParity(not reason, score_error, box_error, matched, unmatched, len(a), reason)
+
+
+def _excuse_overlaps(
+    sides: Sequence[Array], alone: Sequence[Array], borderline: Sequence[Array], nms_iou: float, tolerance: float
+) -> None:
+    """Mark what the other side may have suppressed by a hair, and what follows from that; the surest first."""
+    order = sorted(((rows[n, 4], k, n) for k, rows in enumerate(alone) for n in range(len(rows))), reverse=True)
+    for score, k, n in order:
+        row, other, excused = alone[k][n], sides[1 - k], alone[1 - k][borderline[1 - k]]
+        for rivals, near in ((other, True), (excused, False)):
+            surer = rivals[(rivals[:, 5] == row[5]) & (rivals[:, 4] >= score - tolerance)]
+            excess = _overlaps(row, surer) - nms_iou
+            borderline[k][n] |= bool(((abs(excess) if near else -excess) <= tolerance).any())
+
+
+def _overlaps(row: Array, others: Array) -> Array:
+    """IoU of one detection with others, shape (n,)."""
+    sides = np.minimum(row[2:4], others[:, 2:4]) - np.maximum(row[:2], others[:, :2])
+    common = sides.clip(min=0).prod(1)
+    union = (row[2:4] - row[:2]).prod() + (others[:, 2:4] - others[:, :2]).prod(1) - common
+    shares: Array = np.divide(common, union, out=np.zeros_like(common), where=union > 0)
+    return shares
 
 
 def _failed(reason: str) -> DetectionParity:

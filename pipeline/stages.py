@@ -325,6 +325,9 @@ def report(run: Run, facts: Facts) -> dict[str, Any]:
     compact = facts["judge"]["models"]["compact"]
     metrics = {f"final.{k}": float(v) for k, v in compact.items() if v is not None}
     metrics["final.speedup"] = facts["benchmark"]["speedup"]["value"]
+    if (timed := facts["benchmark"].get("postprocessing")) is not None:
+        metrics[f"final.p50_ms_{timed['name']}"] = timed["latency"]["compact"]["p50_ms"]
+        metrics[f"final.speedup_{timed['name']}"] = timed["speedup"]["value"]
     metrics |= {f"search.{name}": float(amount) for name, amount in facts["search"]["spent"].items()}
     names = ["benchmark.json", "compact.plan.json", "compact.safetensors", "run.yaml"]
     if run.workload.postprocessing is not None:  # the registry has the file with postprocessing

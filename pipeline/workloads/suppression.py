@@ -73,7 +73,10 @@ class Detections:
 
     def compare(self, found: Tensor, expected: Tensor) -> Agreement:
         """Boxes matched within each image and class; scores and boxes (fractions) may differ by a thousandth."""
-        parity = compare_detections(found, expected, tolerance=TOLERANCE, least_score=self.how.least_score)
+        how = self.how
+        parity = compare_detections(
+            found, expected, tolerance=TOLERANCE, least_score=how.least_score, nms_iou=how.nms_iou
+        )
         error = max(parity.max_score_error, parity.max_box_error)
         return Agreement(parity.ok, error, parity.matched, 0 if parity.ok else max(1, parity.unmatched), parity.reason)
 

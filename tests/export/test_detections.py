@@ -319,6 +319,24 @@ def test_the_last_row_of_a_full_image_may_be_another(swap: bool):
     assert not compare_detections(*pair).ok
 
 
+@pytest.mark.parametrize("swap", [False, True])
+def test_what_was_suppressed_by_a_hair_may_be_missing_and_what_it_would_have_suppressed_be_there(swap: bool):
+    pair = [some(), some()]
+    pair[swap][0, 3] = 0.1, 0.1, 0.4, 0.3, 0.45, 0  # overlaps the surest of its class by 0.5
+    parity = compare_detections(*pair, nms_iou=0.5)
+    assert (parity.ok, parity.matched, parity.unmatched) == (True, 5, 1)
+    assert not compare_detections(*pair).ok
+    assert not compare_detections(*pair, nms_iou=0.45).ok
+    assert not compare_detections(*pair, nms_iou=0.55).ok
+    roomy = [np.pad(rows, ((0, 0), (0, 1), (0, 0)), constant_values=-1) for rows in pair]
+    roomy[1 - swap][0, 4] = 0.1, 0.1, 0.4, 0.28, 0.44, 0  # the other side's is suppressed by the one above
+    assert compare_detections(*roomy, nms_iou=0.5).ok
+    roomy[1 - swap][0, 4, 4] = 0.46  # surer than that one, it is suppressed by nobody
+    assert not compare_detections(*roomy, nms_iou=0.5).ok
+    roomy[1 - swap][0, 4, 4:] = 0.44, 1  # of another class
+    assert not compare_detections(*roomy, nms_iou=0.5).ok
+
+
 def test_only_detections_of_the_same_shape_can_be_equal():
     assert "shapes" in compare_detections(some(), some()[:1]).reason
     assert not compare_detections(some()[..., :5], some()[..., :5]).ok
