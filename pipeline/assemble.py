@@ -29,6 +29,7 @@ from pipeline.journal import Journal, Record
 from pipeline.progress import ProgressView
 from pipeline.study import to_evaluation
 from pipeline.tracking import Tracker
+from pipeline.training import keep_freed_memory
 from pipeline.workloads import Workload
 from pruning.channels import ChannelGraph
 from pruning.cost import costs
@@ -103,6 +104,7 @@ class Run:
         self.directory, self.progress = directory.absolute(), progress
         self.run_id, self.config = open_run_directory(directory)
         torch.set_num_threads(self.config.threads or os.cpu_count() or 1)
+        keep_freed_memory()
         self.device = compute_device(self.config.compute)
         self.profile = device_profile(self.config)
         self.workload = open_workload(self.config)

@@ -6,6 +6,8 @@ checkpoint is written after each epoch, so a killed training continues to the sa
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import math
 import os
@@ -24,6 +26,10 @@ from pipeline.workloads import Split, Workload
 
 VERSION = 1
 """Part of every content hash of trained weights; raise it when a change here changes the result."""
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Names of glibc's ``mallopt``."""
 
 
 class TrainingError(RuntimeError):
@@ -145,6 +151,18 @@ class Average:
                 self.state[name].lerp_(tensor, 1 - decay)
             else:
                 self.state[name].copy_(tensor)
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what tensors free, for the next ones; without effect where it is not glibc.
+
+    By default every large tensor is given back to the kernel and faulted in again, which costs a step of training a
+    fifth of its time on a CPU.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def has_bf16(device: torch.device) -> bool:
