@@ -6,18 +6,20 @@ Takes a finished run (by default it performs ``pipeline/runs/bccd-ssd300.yaml`` 
 baseline, by its ``finetune`` recipe and with the same teacher: the unpruned network, the plan of ``uniform`` with L1
 saliency, a random plan, and, from random weights, the compact network. Everything is exported; metrics come from the
 ONNX files on the test split, which nothing before has read. Differences in mAP have a bootstrap interval over the test
-images, paired; latencies are of one interleaved measurement at the final tier. Controls that are trained already are
-not trained again.
+images, paired; latencies are of one interleaved measurement at the final tier. The registered version is pulled back,
+and what it finds on the test images compared with PyTorch. Controls that are trained already are not trained again.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import numpy as np
 import torch
 from rich.console import Console
@@ -67,6 +69,7 @@ def main() -> None:
             start = run.workload.fresh_model() if name == "scratch" else model
             networks[name] = _tuned(run, name, chosen, start, graph)
         rows, figures = _compared(run, graph, networks)
+        figures += _pulled(run, compact)
     present(f"{run.config.name} on {run.profile.name}", rows, figures, arguments.json)
 
 
@@ -180,6 +183,23 @@ def _compared(
         gain = by_name["compact"] - by_name["uniform"]
         figures.append(Figure("map50_over_uniform", gain, 0.0, gain >= 0))
     return rows, figures
+
+
+def _pulled(run: Run, compact: nn.Module) -> list[Figure]:
+    """Detections of the registered file, fetched from the registry, against those of the PyTorch model."""
+    entry = json.loads((run.directory / "report.json").read_text(encoding="utf-8"))["facts"]["register"]
+    mlflow.set_tracking_uri(run.tracker.uri)
+    file = Path(mlflow.artifacts.download_artifacts(f"{entry['uri']}/model.onnx"))
+    images, after = first_batch(run, run.workload.test)[0], run.workload.postprocessing
+    assert after is not None
+    with torch.inference_mode():
+        expected = torch.cat([after.apply(compact(part)) for part in torch.split(images, 16)])
+    agreement = after.compare(torch.from_numpy(predict(file, images.numpy(), threads=2)), expected)
+    return [
+        Figure("pulled_detections_compared", agreement.compared, 1, agreement.compared > 0),
+        Figure("pulled_detections_that_differ", agreement.differing, 0, agreement.ok),
+        Figure("pulled_largest_difference", agreement.largest_error, 1e-3, agreement.largest_error <= 1e-3),
+    ]
 
 
 def _resampled(run: Run, answers: Mapping[str, Tensor], targets: Tensor) -> dict[str, np.ndarray]:
