@@ -130,7 +130,12 @@ def test_a_run_that_fails_its_gate_says_why_and_ends_with_3(
     numbers = {"top1": 0.9, "macs": 1e6, "params": 1e4, "size_bytes": 1e5, "p50_ms": 1.0, "p95_ms": 2.0}
     check = {"name": "drop in top1", "value": 0.05, "relation": "<=", "bound": 0.02, "ok": passed}
     facts = {
-        "judge": {"models": {"baseline": numbers, "compact": numbers}, "checks": [check], "passed": passed},
+        "judge": {
+            "models": {"baseline": numbers, "compact": numbers},
+            "checks": [check],
+            "passed": passed,
+            "metric": "top1",
+        },
         "benchmark": {"speedup": {"value": 1.5, "low": 1.4, "high": 1.6}, "device": "quick"},
         "register": {"name": "tiny", "version": "1", "alias": "champion" if passed else "challenger"},
         "report": {"html": "report.html"},

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from pydantic import ValidationError
@@ -15,6 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from device_profiles import load_profile, open_target
+from export.onnx_export import export_onnx
+from export.verify import predict
 from pipeline.config import FinetuneSection, Recipe, SearchSection, load_run_file, workload_names, workload_options
 from pipeline.errors import UserError
 from pipeline.evaluator import Evaluator
@@ -348,14 +351,12 @@ def test_the_evaluator_gets_what_it_asks_for(evaluator: Evaluator, workload: det
     assert all(np.isfinite(values).all() for values in scores.values())
 
 
-@pytest.mark.long
-@pytest.mark.skipif(not (DATA / "voc100").is_dir(), reason="needs voc100 and the weights of the SSD300 for COCO")
-def test_a_published_detector_reaches_its_published_precision() -> None:
-    """SSD300 on MobileNet V1 0.75 with COCO's weights, on 100 images of PASCAL VOC: mAP 0.690."""
+def published() -> detection.Detection:
+    """SSD300 on MobileNet V1 0.75 with COCO's weights, for the classes of PASCAL VOC."""
     labels = (DATA / "weights" / "detection" / "coco_labels_90.txt").read_text().split("\n")
     data = {"source": "voc", "path": str(DATA / "voc100"), "official_splits": False}
     names = detection.scenes.load(detection.scenes.SceneOptions.model_validate(data)).source.classes
-    workload = build(
+    return build(
         model={
             "name": "ssd300_mobilenet_v1",
             "weights": str(DATA / "weights" / "detection" / "ssd_mobilenet_v1_075_coco.safetensors"),
@@ -364,6 +365,33 @@ def test_a_published_detector_reaches_its_published_precision() -> None:
         data=data,
         metrics={"curve": "area", "nms_iou": 0.6, "most": 100},
     )
+
+
+needs_voc100 = pytest.mark.skipif(
+    not (DATA / "voc100").is_dir(), reason="needs voc100 and the weights of the SSD300 for COCO"
+)
+
+
+@needs_voc100
+def test_a_published_detectors_file_finds_what_torch_finds_on_real_images(tmp_path: Path) -> None:
+    workload = published()
+    model, after = workload.build_model(), workload.postprocessing
+    images = workload.batch(workload.train, torch.arange(12), train=False, generator=None, device=CPU)[0].contiguous()
+    export_onnx(model, images[:1], tmp_path / "raw.onnx")
+    whole = after.append(onnx.load(tmp_path / "raw.onnx"))
+    onnx.save(whole, tmp_path / "whole.onnx")
+    with torch.inference_mode():
+        expected = after.apply(model(images))
+    agreement = after.compare(torch.from_numpy(predict(tmp_path / "whole.onnx", images.numpy())), expected)
+    assert agreement.ok, agreement.reason
+    assert agreement.compared > 100
+
+
+@pytest.mark.long
+@needs_voc100
+def test_a_published_detector_reaches_its_published_precision() -> None:
+    """Mean average precision on 100 images of PASCAL VOC: 0.690."""
+    workload = published()
     model = workload.build_model()
     outputs, targets = [], []
     for split in (workload.train, workload.search, workload.test):
