@@ -26,7 +26,7 @@ from pipeline.workloads.suppression import Detections
 from pipeline.workloads.weights import file_digest, find_weights, fit_weights, read_weights
 
 VERSION = 2
-"""Part of the fingerprint; raise it when a change here changes targets, loss or metric."""
+"""Part of the fingerprint; raise it when a change here changes images, targets or loss."""
 DISTORTION = v2.RandomPhotometricDistort()
 LOSSES_AT_ONCE = 64
 """Images whose losses are computed together, which bounds the memory of matching."""
@@ -133,7 +133,7 @@ class Detection:
         self._check(network)
         content: dict[str, Any] = {
             "version": VERSION,
-            "options": options.model_dump(mode="json", exclude={"data"}),
+            "options": options.model_dump(mode="json", exclude={"data", "metrics"}),
             "data": opened.fingerprint,
             "weights": None if weights is None else file_digest(weights),
         }

@@ -281,10 +281,13 @@ def test_fingerprint_names_data_and_options() -> None:
         build().fingerprint,
         build(model={"options": {"width": 8}}).fingerprint,
         build(data={**DIGITS, "seed": 1}).fingerprint,
-        build(metrics={"curve": "area"}).fingerprint,
     ]
-    assert len(set(prints)) == 4
+    assert len(set(prints)) == 3
     assert prints[0] == build().fingerprint
+
+
+def test_another_metric_reuses_the_trained_baseline() -> None:
+    assert build(metrics={"curve": "area", "search": "loss"}).fingerprint == build().fingerprint
 
 
 def test_unknown_keys_are_refused() -> None:
