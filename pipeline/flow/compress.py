@@ -1,4 +1,4 @@
-"""The Prefect flow: one task per stage; the only module that imports prefect.
+"""The flow that compresses: one task per stage.
 
 A stage's result is kept in the run directory (``stages/``) under a key of the run, the stage's version and everything
 the earlier stages found; so a finished stage is not done twice, and a changed file or fact is noticed. Prefect is
@@ -11,45 +11,23 @@ import contextlib
 import json
 import logging
 import os
-import platform
-import re
 import signal
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from device_profiles import DeviceError, DeviceProfile
 from pipeline.assemble import Run
-from pipeline.config import home
 from pipeline.errors import SurroundingsError, TrackingError
+from pipeline.flow.environment import runtime_env
+from pipeline.flow.turns import device_turn
 from pipeline.report import final_table_markdown
 from pipeline.stages import STAGES, Facts, Stage
 from pipeline.study import to_evaluation
 from pipeline.training import sha256_of
 
 RETRIES, RETRY_DELAY_S = 2, 3
-TURN_WAIT_S, LEASE_S = 3600.0, 60.0
-"""How long a flow waits for a device that others use, and how long a killed flow keeps its turn."""
-
-
-def runtime_env(directory: Path, debug: bool = False) -> None:
-    """Settings of the embedded Prefect, to be made before it is imported; the user's own settings win."""
-    defaults = {
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "DO_NOT_TRACK": "1",
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
-        "PREFECT_HOME": str(home() / "prefect"),
-        "PREFECT_LOGGING_LEVEL": "INFO" if debug else "CRITICAL",
-        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
-        "PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED": "false",
-    }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
-    os.environ["PREFECT_RESULTS_LOCAL_STORAGE_PATH"] = str(directory.absolute() / "stages")
 
 
 def execute(run: Run, debug: bool = False) -> Facts:
@@ -129,59 +107,6 @@ def execute(run: Run, debug: bool = False) -> Facts:
     if tracking_failure is not None:
         raise UndeliveredError(facts, tracking_failure)
     return facts
-
-
-def device_turn(run: Run) -> Callable[[], AbstractContextManager[None]]:
-    """One flow at a time on a device, over all machines of a Prefect server: a global concurrency limit of 1.
-
-    Without a server of its own (``PREFECT_API_URL``) Prefect would never free the turn of a killed flow; the lock on
-    the device, which the kernel frees, must then do.
-    """
-    from prefect.settings import PREFECT_API_URL
-
-    if not PREFECT_API_URL.value():
-        return contextlib.nullcontext
-    import httpx
-    from prefect.client.orchestration import get_client
-    from prefect.concurrency.sync import concurrency
-    from prefect.exceptions import ObjectAlreadyExists
-
-    name = limit_name(run.profile)
-    try:
-        with get_client(sync_client=True) as client:
-            client.upsert_global_concurrency_limit_by_name(name, 1)
-    except ObjectAlreadyExists:
-        pass  # another flow made it at this very moment
-    except httpx.HTTPError as error:
-        raise SurroundingsError(f"the Prefect server at {PREFECT_API_URL.value()} does not answer: {error}") from error
-
-    @contextlib.contextmanager
-    def turn() -> Iterator[None]:
-        lease = concurrency(
-            name,
-            timeout_seconds=TURN_WAIT_S,
-            lease_duration=LEASE_S,
-            strict=True,
-            raise_on_lease_renewal_failure=False,
-        )
-        try:
-            lease.__enter__()
-        except TimeoutError as error:
-            raise DeviceError(
-                f"other flows have used {name} for {TURN_WAIT_S / 3600:g} h; see prefect global-concurrency-limit ls",
-                "busy",
-            ) from error
-        with contextlib.ExitStack() as stack:
-            stack.push(lease)
-            yield
-
-    return turn
-
-
-def limit_name(profile: DeviceProfile) -> str:
-    """The concurrency limit of the device behind a profile: profiles of one machine share it."""
-    host = profile.connect.get("host") or platform.node()
-    return "secateur-device-" + re.sub(r"[^A-Za-z0-9_.-]", "-", f"{profile.target}-{host}")
 
 
 class UndeliveredError(TrackingError):

@@ -1,4 +1,4 @@
-"""Candidates and models in MLflow; the only module that imports mlflow.
+"""A run's candidates and model in MLflow.
 
 MLflow is told everything, and trusted with nothing: the journal is the record. Candidates are delivered by a thread
 that works through the journal's records. After any doubt (a failure, a restart) it first asks the server what it
@@ -7,9 +7,6 @@ already has, so that none is lost or doubled, however often the server or this p
 
 from __future__ import annotations
 
-import logging
-import os
-import sqlite3
 import threading
 import time
 from collections import deque
@@ -18,37 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlflow
+import numpy as np
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param
+
 from pipeline.config import TrackingSection
 from pipeline.errors import TrackingError
 from pipeline.journal import Record
+from pipeline.tracking.store import RUN_TAG, Unreachable, connect, experiment_of, first_line, shown, store_uri
 
-for name, value in {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # the default blocks for four minutes when the server is down
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-    "GIT_PYTHON_REFRESH": "quiet",
-}.items():
-    os.environ.setdefault(name, value)
-
-import mlflow  # noqa: E402
-import numpy as np  # noqa: E402
-from mlflow import MlflowClient  # noqa: E402
-from mlflow.entities import Metric, Param  # noqa: E402
-from mlflow.exceptions import MlflowException  # noqa: E402
-from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
-
-for noisy in ("mlflow", "alembic"):
-    logging.getLogger(noisy).setLevel(logging.ERROR)
-
-RUN_TAG, CANDIDATE_TAG, PARENT_TAG = "secateur.run_id", "candidate.id", "mlflow.parentRunId"
+CANDIDATE_TAG, PARENT_TAG = "candidate.id", "mlflow.parentRunId"
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
 MAX_TEXT = 5000
 SERIES = ("reward", "top1", "map50", "loss_score", "loss", "macs", "latency_ratio", "p50_ms")
 """Metrics that are also kept as a series on the parent run: the learning curve."""
-
-Unreachable = (MlflowException, SQLAlchemyError, OSError)
 
 
 @dataclass(frozen=True)
@@ -84,7 +65,7 @@ class Tracker:
     ) -> None:
         self.section, self.home, self.run_id, self.run_name, self.params = section, home, run_id, run_name, params
         self.labels = dict(labels or {})
-        self.uri = section.uri or f"sqlite:///{(home / 'mlflow.db').absolute()}"
+        self.uri = store_uri(section, home)
         self.reward: Callable[[Record], float | None] = lambda _: None
         self.failure = ""
         self._client: MlflowClient | None = None
@@ -110,7 +91,7 @@ class Tracker:
                 self._connect()
             except Unreachable as error:
                 raise TrackingError(
-                    f"tracking server {self.uri} is required and not usable: {_first_line(error)}. "
+                    f"tracking server {shown(self.uri)} is required and not usable: {first_line(error)}. "
                     "Start it, correct tracking.uri, or set tracking.required: false to deliver later"
                 ) from error
         # Imported here, by one thread: the stores' modules are imported late otherwise, and not safely by two threads.
@@ -124,17 +105,8 @@ class Tracker:
         with self._connecting:
             if self._client is not None:
                 return self._client
-            artifacts = None
-            if not self.uri.startswith(("http://", "https://")):  # a database has no artifacts of its own
-                artifacts = (self.home / "artifacts").absolute().as_uri()
-            if self.uri.startswith("sqlite:///"):
-                _write_ahead(Path(self.uri.removeprefix("sqlite:///")))
-            client = MlflowClient(self.uri, self.uri)
-            experiment = client.get_experiment_by_name(self.section.experiment)
-            if experiment is None:
-                experiment_id = client.create_experiment(self.section.experiment, artifacts)
-            else:
-                experiment_id = experiment.experiment_id
+            client = connect(self.uri)
+            experiment_id = experiment_of(client, self.uri, self.section.experiment, self.home)
             found = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{self.run_id}'", max_results=1)
             if found:
                 self._parent = found[0].info.run_id
@@ -193,7 +165,7 @@ class Tracker:
             try:
                 self._deliver(self._connect(), record)
             except BaseException as error:
-                self.failure, self._client = _first_line(error), None
+                self.failure, self._client = first_line(error), None
                 if not isinstance(error, Unreachable):
                     raise  # a bug; `flush` tells that nothing is delivered any more
                 with self._changed:
@@ -258,7 +230,7 @@ class Tracker:
             client.set_terminated(self._parent, status)
         except Unreachable as error:
             self._client = None
-            raise TrackingError(f"tracking server {self.uri}: {_first_line(error)}") from error
+            raise TrackingError(f"tracking server {shown(self.uri)}: {first_line(error)}") from error
 
     def register(
         self, onnx_file: Path, name: str, alias: str, example: np.ndarray, outputs: np.ndarray, facts: Mapping[str, Any]
@@ -305,7 +277,7 @@ class Tracker:
             client.set_registered_model_alias(name, alias, version)
         except Unreachable as error:
             self._client = None
-            raise TrackingError(f"tracking server {self.uri}: {_first_line(error)}") from error
+            raise TrackingError(f"tracking server {shown(self.uri)}: {first_line(error)}") from error
         return Registered(name, version, alias, f"models:/{name}/{version}")
 
     def close(self) -> None:
@@ -327,21 +299,6 @@ def _whole(plan: str, digest: str) -> str:
 def _key(record: Record) -> str:
     """Names a record within its run."""
     return f"{record['stage']}:{record['kind']}:{record['candidate']['id']}"
-
-
-def _write_ahead(path: Path) -> None:
-    """Make a SQLite store and let readers and writers work side by side."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        connection = sqlite3.connect(path)
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.close()
-    except sqlite3.Error as error:
-        raise OSError(f"cannot use {path} as MLflow's store: {error}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def _version(package: str) -> str:

@@ -1,0 +1,25 @@
+"""Settings of Prefect that have to be made before it is imported."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pipeline.config import home
+
+
+def runtime_env(directory: Path, debug: bool = False) -> None:
+    """Settings of the embedded Prefect, to be made before it is imported; the user's own settings win."""
+    defaults = {
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+        "PREFECT_HOME": str(home() / "prefect"),
+        "PREFECT_LOGGING_LEVEL": "INFO" if debug else "CRITICAL",
+        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+        "PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED": "false",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
+    os.environ["PREFECT_RESULTS_LOCAL_STORAGE_PATH"] = str(directory.absolute() / "stages")
