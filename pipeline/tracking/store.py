@@ -34,8 +34,8 @@ Unreachable = (MlflowException, SQLAlchemyError, OSError)
 
 
 def store_uri(section: TrackingSection, home: Path) -> str:
-    """Where MLflow is: ``tracking.uri`` of the run file, ``MLFLOW_TRACKING_URI``, or SQLite under ``home``."""
-    return section.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(home / 'mlflow.db').absolute()}"
+    """Where MLflow is: ``tracking.uri`` of the run file, ``SECATEUR_TRACKING_URI``, or SQLite under ``home``."""
+    return section.uri or os.environ.get("SECATEUR_TRACKING_URI") or f"sqlite:///{(home / 'mlflow.db').absolute()}"
 
 
 def shown(uri: str) -> str:
