@@ -8,7 +8,7 @@ UV_VERSION := 0.13.9
 RUN_FILE ?= pipeline/runs/digits.yaml
 WORKERS ?= 2
 
-.PHONY: run test test-all parts lint bench lock help
+.PHONY: run test test-all parts lint audit sbom image-check bench lock help
 
 run: $(STAMP) ## Run the main job (RUN_FILE=path for another run file)
 	$(BIN)/secateur run $(RUN_FILE)
@@ -28,6 +28,17 @@ lint: $(STAMP) ## Style, types and import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
+
+audit: $(STAMP) ## The lock, the environment and licences, offline; known faults too where a service answers
+	$(BIN)/python tests/tools/audit.py --online
+
+sbom: $(STAMP) ## Bill of materials of the environment, CycloneDX JSON (build/sbom.json)
+	@mkdir -p build
+	$(BIN)/python docker/sbom.py > build/sbom.json
+
+image-check: $(STAMP) ## Execute the Dockerfile on a bare Debian, without an engine (root; several GB; IMAGE=--reduced)
+	tests/tools/image.sh $(IMAGE)
 
 bench: $(STAMP) ## Run every benchmark (hours; SECATEUR_DATA as in the CIFAR run file); tables, and JSON beside each
 	@for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script --json $${script%.py}.json || exit 1; done
@@ -36,7 +47,7 @@ lock: ## Write requirements.lock anew from pyproject.toml (needs uv)
 	uv pip compile --universal --python-version 3.11 --no-annotate --no-header --all-extras -U pyproject.toml -o requirements.lock
 
 help: ## Show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 # uv installs the lock three times faster; where it cannot be used, plain pip does the same work.
 $(STAMP): requirements.lock pyproject.toml

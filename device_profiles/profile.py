@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
 
+from device_profiles import plain_yaml
 from device_profiles.errors import DeviceError
 
 HERE = Path(__file__).parent
@@ -229,8 +230,7 @@ def _invalid(path: Path, faults: list[str]) -> DeviceError:
 def _read(text: str, path: Path) -> tuple[dict[str, Any], dict[str, int], list[str]]:
     """The settings of a file, the line of every key, and what is wrong with the keys themselves."""
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
+        data, root = plain_yaml.load(text)
     except yaml.YAMLError as error:
         raise DeviceError(f"{path} is not YAML: {error}", "profile") from error
     if not isinstance(data, dict):

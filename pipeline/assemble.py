@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from datetime import datetime
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,17 +21,20 @@ import torch
 import yaml
 from torch import nn
 
-from device_profiles import DeviceError, DeviceProfile, Multiples, Target, load_profile, open_target
-from pipeline.config import RunFile, home, method_options, parse_run_file, workload_options
-from pipeline.device import InTurn, RunDevice, group_multiples, meet
+from device_profiles import DeviceError, DeviceProfile, Target, load_profile, open_target
+from pipeline.config import RunFile, home, method_options, parse_run_file
+from pipeline.crew import Crew, Engine
+from pipeline.device import InTurn, RunDevice, common_multiples, group_multiples, meet
 from pipeline.errors import SurroundingsError, UserError
 from pipeline.evaluator import Evaluator
+from pipeline.fleet import Device, Fleet, FleetProgress
 from pipeline.journal import Journal, Record
 from pipeline.progress import ProgressView
 from pipeline.study import to_evaluation
 from pipeline.tracking import Tracker
 from pipeline.training import keep_freed_memory
 from pipeline.workloads import Workload
+from pipeline.workloads.carried import open_section
 from pruning.channels import ChannelGraph
 from pruning.cost import costs
 from pruning.plan import IntArray, PlanError, SearchSpace
@@ -106,7 +110,8 @@ class Run:
         torch.set_num_threads(self.config.threads or os.cpu_count() or 1)
         keep_freed_memory()
         self.device = compute_device(self.config.compute)
-        self.profile = device_profile(self.config)
+        self.profiles = device_profiles(self.config)
+        self.profile = self.profiles[0]
         self.workload = open_workload(self.config)
         for note in self.workload.notes:
             progress.say(f"Note: {note}")
@@ -114,6 +119,11 @@ class Run:
         self.journal = Journal(self.directory / "journal.jsonl", self.run_id, self.config.digest)
         self.turn: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
         """Entered around every use of the device: a scheduler's way to keep other flows off it meanwhile."""
+        self.turns: Mapping[str, Callable[[], AbstractContextManager[None]]] = {}
+        """The same of ``device.others``, by name."""
+        self.engine: Engine | None = None
+        """How worker processes are reached, where the run file wants some; given by who runs the stages."""
+        self.crew: Crew | None = None
         self._resources = contextlib.ExitStack()
         self._resources.callback(self.journal.close)
         params = flatten(self.config.model_dump(mode="json"))
@@ -131,24 +141,64 @@ class Run:
         self._resources.close()
 
     @cached_property
+    def _opened(self) -> Fleet:
+        """The devices, opened; nothing is reached before its first use."""
+        devices = []
+        for profile in self.profiles:
+            target = open_target(profile)
+            self._resources.callback(target.close)
+            devices.append(Device(profile, InTurn(target, partial(self._turn_of, profile))))
+        section = self.config.device
+        return Fleet(devices, section.combine, section.wait_s, self.progress.say)
+
+    @contextlib.contextmanager
+    def _turn_of(self, profile: DeviceProfile) -> Iterator[None]:
+        if self.crew is not None and self.crew.engine.local and profile.target == "local":
+            self.crew.rest()  # workers on the very machine that is measured would take its cores and its caches
+        with self.turn_of(profile.name):
+            yield
+
+    def turn_of(self, name: str) -> AbstractContextManager[None]:
+        return self.turn() if name == self.profile.name else self.turns.get(name, contextlib.nullcontext)()
+
+    @property
     def target(self) -> Target:
-        """The device, opened."""
-        target = open_target(self.profile)
-        self._resources.callback(target.close)
-        return InTurn(target, lambda: self.turn())
+        """The run's own device, opened."""
+        return self._opened.primary.target
 
     @cached_property
+    def fleet(self) -> Fleet:
+        """The run's devices, met: probed now if that is asked for and was never done, and those the run began with."""
+        section, fleet = self.config.device, self._opened
+
+        def met(device: Device, progress: ProgressView) -> RunDevice:
+            return meet(
+                device.target,
+                device.profile,
+                self.directory,
+                home(),
+                probing=section.probe and section.channel_multiple is None,
+                progress=progress,
+                name=fleet.file("device", ".json", device.name),
+            )
+
+        if len(fleet) == 1:
+            fleet.meet(lambda device: met(device, self.progress))
+        else:
+            with self.progress.stage(f"Meet {', '.join(fleet.names)}") as report:
+                shown = FleetProgress(report, fleet.names)
+                fleet.meet(lambda device: met(device, shown.of(device.name)))
+        return fleet
+
+    @property
     def device_facts(self) -> RunDevice:
-        """What is known of the device; probed now if that is asked for and was never done."""
-        section = self.config.device
-        return meet(
-            self.target,
-            self.profile,
-            self.directory,
-            home(),
-            probing=section.probe and section.channel_multiple is None,
-            progress=self.progress,
-        )
+        """What is known of the run's own device."""
+        return self.facts_of_devices[self.profile.name]
+
+    @property
+    def facts_of_devices(self) -> dict[str, RunDevice]:
+        """What is known of every device."""
+        return {device.name: device.facts for device in self.fleet if device.facts is not None}
 
     def evaluator(self, baseline: nn.Module, graph: ChannelGraph, space: SearchSpace | None = None) -> Evaluator:
         """An evaluator for the trained baseline; ``space`` is where its latency model may draw plans from."""
@@ -165,8 +215,29 @@ class Run:
             device=self.device,
             progress=self.progress,
             space=space,
-            noise_floor=self.device_facts.noise_floor,
+            fleet=self.fleet,
+            steady=self.config.search.forward == "steady" or self.engine is not None,
+            crew=self._new_crew(),
         )
+
+    @contextlib.contextmanager
+    def with_workers(self, engine: Engine | None) -> Iterator[None]:
+        """Evaluators made meanwhile have candidates scored by worker processes; None = by this one."""
+        self.engine = engine
+        try:
+            yield
+        finally:
+            if self.crew is not None:
+                self.crew.close()
+            self.engine = self.crew = None
+
+    def _new_crew(self) -> Crew | None:
+        """Worker processes for another evaluator, in place of the last one's."""
+        if self.crew is not None:
+            self.crew.close()
+        if self.engine is not None:
+            self.crew = Crew(self.engine, self.config, self.directory / "baseline.safetensors", self.directory / "crew")
+        return self.crew
 
     def space(self, graph: ChannelGraph, model: nn.Module) -> SearchSpace:
         """The widths the search may choose from, on this device.
@@ -181,7 +252,7 @@ class Run:
             raise UserError(f"search.frozen: {unmatched} match no channel group; the network has {', '.join(names)}")
         frozen = [n for n in names if any(fnmatchcase(n, p) for p in section.frozen)]
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        probed = group_multiples(graph, shapes, Multiples(**self.device_facts.multiples))
+        probed = group_multiples(graph, shapes, common_multiples(self.facts_of_devices.values()))
         multiple = self.config.device.channel_multiple or probed
         try:
             return SearchSpace.of(
@@ -254,12 +325,33 @@ def compute_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def device_profiles(config: RunFile) -> tuple[DeviceProfile, ...]:
+    """The device profiles a run file names, its own device first; unknown or invalid ones are the user's mistake."""
+    section = config.device
+    found = [_profile(section.profile, "device.profile"), *(_profile(name, "device.others") for name in section.others)]
+    names = [profile.name for profile in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"device.others: {', '.join(twice)} would be measured twice; name each device once")
+    unfit = [name for name in names if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name)]
+    if unfit and len(names) > 1:
+        raise UserError(
+            f"device.others: metrics and files are named after the devices, and {unfit[0]!r} has other characters than "
+            "letters, digits, '_', '-' and '.'; rename its profile's file"
+        )
+    return tuple(found)
+
+
 def device_profile(config: RunFile) -> DeviceProfile:
-    """The device profile a run file names; unknown or invalid ones are the user's mistake."""
+    """The profile of the run's own device, with all of them checked."""
+    return device_profiles(config)[0]
+
+
+def _profile(name: str, key: str) -> DeviceProfile:
     try:
-        profile = load_profile(config.device.profile, [home() / "devices"])
+        profile = load_profile(name, [home() / "devices"])
     except DeviceError as error:
-        raise UserError(f"device.profile: {error}") from error
+        raise UserError(f"{key}: {error}") from error
     if not profile.timing:
         raise UserError(
             f"device profile {profile.name} is emulated (timing: false): its times say nothing about a device"
@@ -271,11 +363,7 @@ def device_profile(config: RunFile) -> DeviceProfile:
 
 def open_workload(config: RunFile) -> Workload:
     """The run's model, data, loss and metric."""
-    import importlib
-
-    module = importlib.import_module(f"pipeline.workloads.{config.workload['name']}")
-    workload: Workload = module.build(workload_options(config.workload))
-    return workload
+    return open_section(config.workload)
 
 
 def check_forward(model: nn.Module, example: torch.Tensor) -> None:

@@ -5,23 +5,25 @@ from __future__ import annotations
 import ast
 import errno
 import shutil
+import signal
 import sys
 import traceback
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import devices_cli, errors
+from pipeline import deploy_cli, devices_cli, errors, registry_cli
 
 app = typer.Typer(
     name="secateur",
     help="Prune a PyTorch vision model until it fits a device: searched, tuned, exported, timed there, registered.",
     epilog="Exit codes: 0 done and the gate passed; 1 a bug; 2 a mistake in the input; 3 done, the gate did not pass; "
-    "4 disk, device or tracking server failed (resume continues); 130 interrupted (resume continues).",
+    "4 disk, device or tracking server failed (resume continues); 130 interrupted, 143 ended by SIGTERM (both: resume "
+    "continues).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -29,6 +31,9 @@ app = typer.Typer(
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 app.add_typer(devices_cli.app, name="devices")
 app.command(name="benchmark")(devices_cli.benchmark)
+for command in (registry_cli.pull, registry_cli.promote, registry_cli.rollback, registry_cli.history):
+    app.command()(command)
+app.command()(deploy_cli.deploy)
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and Prefect's log.")]
 SET_HELP = (
     "Override a value of the run file, e.g. --set search.method=random "
@@ -191,28 +196,33 @@ def _execute(directory: Path, debug: bool) -> None:
     from pipeline.assemble import Run
     from pipeline.flow import UndeliveredError, execute, runtime_env
     from pipeline.progress import RichProgress
+    from pipeline.tracking import shown
 
     runtime_env(directory, debug)
     try:
         with Run(directory, RichProgress(err)) as opened:
             facts = execute(opened, debug)
-            uri = opened.tracker.uri
+            uri = shown(opened.tracker.uri)
     except UndeliveredError as left:
         _show(left.facts, directory, "")
         raise errors.SurroundingsError(
             f"{left}\nThe model is not registered yet; run: secateur resume {directory}"
         ) from left
-    except KeyboardInterrupt:
-        err.print(f"\nInterrupted; nothing is lost. Continue with: secateur resume {directory}")
-        raise typer.Exit(errors.EXIT_INTERRUPTED) from None
+    except KeyboardInterrupt as stop:
+        what, code = "Interrupted", errors.EXIT_INTERRUPTED
+        if isinstance(stop, errors.Terminated):
+            what, code = "Terminated", errors.EXIT_TERMINATED
+        err.print(f"\n{what}; nothing is lost. Continue with: secateur resume {directory}", soft_wrap=True)
+        raise typer.Exit(code) from None
     _show(facts, directory, uri)
-    if not facts["judge"]["passed"]:
+    refused = any(not decision["passed"] for decision in facts.get("promote", {}).get("devices", {}).values())
+    if refused or not facts["judge"]["passed"]:
         raise typer.Exit(errors.EXIT_GATE)
 
 
 def _show(facts: Any, directory: Path, tracking_uri: str) -> None:
     """The final table, and what to do next."""
-    from pipeline.report import final_table
+    from pipeline.report import final_table, registered
 
     table = Table(title=f"{directory.name} on device {facts['benchmark']['device']}", title_justify="left")
     table.add_column("")
@@ -227,9 +237,8 @@ def _show(facts: Any, directory: Path, tracking_uri: str) -> None:
         out.print(f"Gate: {check['name']} is {found}, must be {check['relation']} {check['bound']:.4g}")
     if not failed:
         out.print(f"Gate: passed ({len(facts['judge']['checks'])} checks)")
-    if "register" in facts:
-        entry = facts["register"]
-        out.print(f"Registered: {entry['name']} version {entry['version']}, alias {entry['alias']}")
+    for line in registered(facts):
+        out.print(line, markup=False, soft_wrap=True)
     out.print(f"Report: {directory / facts['report']['html']}", soft_wrap=True)
     if tracking_uri:
         tools = Path(sys.executable).parent
@@ -243,9 +252,15 @@ def _show(facts: Any, directory: Path, tracking_uri: str) -> None:
         out.print(f"  {tools}/secateur list methods")
 
 
+def terminate(*_: object) -> NoReturn:
+    """What SIGTERM does: everything under way is cleaned up, an agent on a device is ended."""
+    raise errors.Terminated
+
+
 def main() -> None:
     """Entry point: turns expected errors into one message and an exit code."""
     debug = "--debug" in sys.argv
+    signal.signal(signal.SIGTERM, terminate)
     try:
         sys.exit(app(standalone_mode=False) or errors.EXIT_OK)
     except typer.TyperException as error:  # a mistake in the command itself
@@ -253,15 +268,15 @@ def main() -> None:
         sys.exit(errors.EXIT_USER)
     except Exception as error:  # noqa: BLE001  the outermost edge: every error becomes one message and a code
         if debug:
-            traceback.print_exc()
+            sys.stderr.write(errors.masked(traceback.format_exc()))
         code = exit_code(error)
         if code == errors.EXIT_BUG:
             err.print(f"[bold red]Bug:[/] {type(error).__name__}: ", end="")
-            err.print(str(error), markup=False)
+            err.print(errors.masked(str(error)), markup=False)
             err.print("Please report it with the traceback that --debug shows; `secateur resume` can continue the run.")
         else:
             err.print("[bold red]Error:[/] ", end="")
-            err.print(str(error), markup=False, soft_wrap=True)
+            err.print(errors.masked(str(error)), markup=False, soft_wrap=True)
         sys.exit(code)
 
 

@@ -10,17 +10,21 @@ import difflib
 import hashlib
 import importlib
 import json
+import math
 import os
 import pkgutil
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
+from urllib.parse import parse_qsl, urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
+from device_profiles import plain_yaml
 from pipeline.errors import UserError
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -34,7 +38,12 @@ UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
 class Section(BaseModel):
     """A part of the run file: immutable, and it refuses keys it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    later: ClassVar[frozenset[str]] = frozenset()
+    """Keys that came when there were run directories already: at their default they are no part of the digest, so those
+    runs can still be resumed."""
+    passing: ClassVar[frozenset[str]] = frozenset()
+    """Keys that change no result, and so are no part of the digest: they may be another when a run is resumed."""
 
 
 class Distillation(Section):
@@ -65,7 +74,15 @@ class Recipe(Section):
 class DeviceSection(Section):
     """The device to prune for: a profile by name (``secateur list devices``) or the path of a YAML file."""
 
+    later = frozenset({"others", "combine"})
+    passing = frozenset({"wait_s"})
     profile: str = "local"
+    others: tuple[str, ...] = ()
+    """More devices: each candidate is measured on all of them at once, and the gate asks the same of each."""
+    combine: Literal["worst", "mean"] = "worst"
+    """The latency ratio that targets and rewards see where there are several devices: the worst, or the mean."""
+    wait_s: Annotated[float, Field(ge=0)] = 0.0
+    """How long a device may be away, at a time, before the run ends; 0 = not at all. A scheduled run may want hours."""
     channel_multiple: Annotated[int, Field(ge=1)] | None = None
     """Overrides the width granularity that a probe of the device found, or the profile's."""
     probe: bool = True
@@ -108,6 +125,7 @@ class LatencySection(Section):
 class SearchSection(Section):
     """The search: method, its options, its limits, and how candidates are evaluated."""
 
+    later = frozenset({"forward"})
     method: str = "ccep"
     options: dict[str, Any] = Field(default_factory=dict)
     target: TargetSection = TargetSection()
@@ -124,6 +142,31 @@ class SearchSection(Section):
     """Bound on the activations of one batch."""
     seconds_per_candidate: Annotated[float, Field(gt=0)] = 120.0
     """A candidate that takes longer is recorded as failed."""
+    forward: Literal["auto", "steady"] = "auto"
+    """auto = the fastest forward pass, found by trials; steady = one that gives the same numbers to the last bit in
+    every process and order. With ``workers`` it is always steady."""
+
+
+class WorkersSection(Section):
+    """Worker processes that score candidates; how many there are changes no answer, so a run may go on with others."""
+
+    engine: Literal["none", "processes", "dask", "ray"] = "none"
+    """none = this process scores all candidates itself; processes = on this machine; dask, ray = on a cluster (or one
+    made for this run on this machine), with the extra of that name."""
+    count: Annotated[int, Field(ge=1)] | None = None
+    """Batches under way at once, which is worker processes on this machine; null = as many as the machine has cores, or
+    the cluster has."""
+    batch: Annotated[int, Field(ge=1)] = 8
+    """Candidates of a batch, at most: what is repeated when a worker dies."""
+    address: str | None = None
+    """Of an existing cluster: Dask's scheduler (``tcp://host:8786``) or Ray's (``host:6379``, ``ray://...``, ``auto``);
+    null = make one on this machine."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> WorkersSection:
+        if self.address is not None and self.engine not in ("dask", "ray"):
+            raise ValueError(f"engine {self.engine!r} has no address; set engine: dask or ray")
+        return self
 
 
 class RewardSection(Section):
@@ -155,8 +198,14 @@ class ExportSection(Section):
 
 
 class GateSection(Section):
-    """What a compact model must show before it may become ``champion``; None switches a check off."""
+    """What a compact model must show before it may become ``champion``; None switches a check off.
 
+    The first ones are asked of the run's own measurements, the others when the model is to take a champion's place.
+    """
+
+    later = frozenset({"promote", "min_accuracy", "max_p95_ms", "max_peak_rss_bytes", "max_drop_champion"}) | {
+        *("max_latency_increase", "max_resource_increase")
+    }
     max_drop: Annotated[float, Field(ge=0, le=1)] | None = 0.02
     """Largest loss of accuracy on the test split, as a fraction (0.02 = two percentage points)."""
     min_speedup: Annotated[float, Field(gt=0)] | None = 1.0
@@ -164,6 +213,19 @@ class GateSection(Section):
     max_macs_ratio: Fraction | None = None
     budgets: bool = True
     """Whether the device profile's budgets (p50_ms, p95_ms, size_bytes, peak_rss_bytes) must be met."""
+    promote: bool = True
+    """Whether the run itself promotes a model that passes; false = it stays a challenger for `secateur promote`."""
+    min_accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Smallest accuracy on the test split."""
+    max_p95_ms: Annotated[float, Field(gt=0)] | None = None
+    max_peak_rss_bytes: Annotated[int, Field(gt=0)] | None = None
+    max_drop_champion: Annotated[float, Field(ge=0, le=1)] | None = 0.01
+    """Largest loss of accuracy against the reigning champion, on the same test images."""
+    max_latency_increase: Annotated[float, Field(ge=0)] | None = 0.05
+    """Largest increase of p50 and p95 over the champion's (0.05 = five per cent); what counts is the lower end of the
+    95 % interval of their ratio, measured in one interleaved run."""
+    max_resource_increase: Annotated[float, Field(ge=0)] | None = 0.10
+    """The same for the first call, peak RSS and the file's size."""
 
 
 class TrackingSection(Section):
@@ -172,16 +234,28 @@ class TrackingSection(Section):
     uri: str | None = None
     """None = SQLite and a folder under SECATEUR_HOME."""
     experiment: str = "secateur"
-    registered_model: Annotated[str, Field(pattern=r"^[^/:.%\"']+$")] | None = None
+    registered_model: Annotated[str, Field(pattern=r"^[^/:.%\"'\\`\p{Cc}]+$", max_length=200)] | None = None
     """None = the run's name."""
     required: bool = False
     """Whether an unreachable server stops the run at its start."""
+
+    @field_validator("uri")
+    @classmethod
+    def _without_a_password(cls, uri: str | None) -> str | None:
+        if uri is not None and has_password(uri):
+            raise ValueError(
+                "holds a password, which would be copied into the run directory; leave it out here and set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment (for a database, leave out "
+                "tracking.uri and set SECATEUR_TRACKING_URI)"
+            )
+        return uri
 
 
 class RunFile(Section):
     """Everything one run needs to know."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+    passing = frozenset({"workers"})
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=100)]
     workload: dict[str, Any]
     device: DeviceSection = DeviceSection()
     search: SearchSection = SearchSection()
@@ -191,8 +265,9 @@ class RunFile(Section):
     export: ExportSection = ExportSection()
     gate: GateSection = GateSection()
     tracking: TrackingSection = TrackingSection()
-    seed: Annotated[int, Field(ge=0)] = 0
-    threads: Annotated[int, Field(ge=1)] | None = None
+    workers: WorkersSection = WorkersSection()
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads for training and evaluation; None = all cores."""
     compute: Literal["auto", "cpu", "cuda"] = "auto"
     """Where candidates are trained and evaluated (the device is measured apart)."""
@@ -200,8 +275,29 @@ class RunFile(Section):
     @property
     def digest(self) -> str:
         """16 hexadecimal digits that name this configuration; where it is tracked does not matter to a resumed run."""
-        text = json.dumps(self.model_dump(mode="json", exclude={"tracking"}), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        content = {key: value for key, value in _digested(self).items() if key != "tracking"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _digested(section: Section) -> dict[str, Any]:
+    """A section as JSON, without what its digest leaves out."""
+    content = section.model_dump(mode="json")
+    for key, field in type(section).model_fields.items():
+        value = getattr(section, key)
+        if isinstance(value, Section):
+            content[key] = _digested(value)
+        if key in section.passing or (key in section.later and value == field.get_default(call_default_factory=True)):
+            del content[key]
+    return content
+
+
+def has_password(uri: str) -> bool:
+    """Whether an address holds a password: before its host, or among its parameters."""
+    try:
+        parts = urlsplit(uri)
+        return bool(parts.password) or any("passw" in key.lower() for key, _ in parse_qsl(parts.query))
+    except ValueError:  # no address; whoever uses it says so
+        return False
 
 
 def home() -> Path:
@@ -263,8 +359,8 @@ def load_run_file(path: Path, overrides: Sequence[str] = ()) -> RunFile:
 def parse_run_file(text: str, name: str = "run file", overrides: Sequence[str] = ()) -> RunFile:
     """Check the text of a run file; ``load_run_file`` without the file."""
     try:
-        data = yaml.safe_load(text)
-        placed_keys = list(_lines(yaml.compose(text, Loader=yaml.SafeLoader)))
+        data, root = plain_yaml.load(text)
+        placed_keys = list(_lines(root))
         lines = dict(placed_keys)
     except yaml.YAMLError as error:
         raise UserError(f"{name} is not valid YAML: {error}") from error
@@ -274,6 +370,7 @@ def parse_run_file(text: str, name: str = "run file", overrides: Sequence[str] =
         _apply(data, override)
     given = Counter(place for place, _ in placed_keys)
     faults = [Fault(place, f"given {times} times") for place, times in given.items() if times > 1]
+    faults += _unfit_values(data)
     run_file = _check(RunFile, data, (), faults)
     _check_workload(data.get("workload"), faults)
     _check_method(data.get("search"), faults)
@@ -404,6 +501,20 @@ def _apply(data: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override!r}: the value is not valid YAML") from error
     if key in CHOOSERS and before.get(last, CHOOSERS[key]) != here[last]:
         here.pop("options", None)  # they are the options of what was chosen before
+
+
+def _unfit_values(value: object, place: Location = ()) -> Iterator[Fault]:
+    """Values that no key may have: numbers that are not finite, and text that could move a terminal's cursor."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _unfit_values(item, (*place, str(key)))
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from _unfit_values(item, (*place, i))
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield Fault(place, f"expected a finite number, got {value}")
+    elif isinstance(value, str) and any(unicodedata.category(c) == "Cc" and c not in "\n\t" for c in value):
+        yield Fault(place, f"contains control characters: {value!r}")
 
 
 def _lines(node: yaml.Node | None, place: Location = ()) -> Iterator[tuple[Location, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 from device_profiles import DeviceProfile, Multiples, Target
 from device_profiles.calibration import load, save
-from device_profiles.layers import LayerKind
+from device_profiles.layers import KINDS, LayerKind
 from device_profiles.staircase import FINGERPRINT_KEYS, Staircase, fingerprint_of, probe
 from device_profiles.target import Progress
 from pipeline.errors import SurroundingsError
@@ -68,7 +68,14 @@ class InTurn:
 
 
 def meet(
-    target: Target, profile: DeviceProfile, directory: Path, home: Path, *, probing: bool, progress: ProgressView
+    target: Target,
+    profile: DeviceProfile,
+    directory: Path,
+    home: Path,
+    *,
+    probing: bool,
+    progress: ProgressView,
+    name: str = "device.json",
 ) -> RunDevice:
     """Reach the device; find out what the run needs to know of it, or check that it still is the device it began with.
 
@@ -76,6 +83,7 @@ def meet(
         directory: of the run.
         home: whose ``devices`` folder keeps probes.
         probing: whether a device that was never probed is probed now.
+        name: of the file in the run directory that keeps what was found.
 
     Raises:
         SurroundingsError: it is another device, or its runtime changed.
@@ -83,11 +91,10 @@ def meet(
     """
     answer = target.prepare()
     fingerprint = fingerprint_of(profile, answer)
-    file = directory / "device.json"
+    file = directory / name
     if file.is_file():
         known = _read(file)
-        if known.fingerprint != fingerprint:
-            raise SurroundingsError(_changed(known.facts, {**answer["device"], **answer["runtime"]}, profile))
+        check_same(known, profile, answer)
         return known
     staircase = load(home / "devices", profile, fingerprint)
     if staircase is None and probing:
@@ -99,6 +106,19 @@ def meet(
     part.write_text(json.dumps(asdict(found)) + "\n", encoding="utf-8")
     part.replace(file)  # whole or not at all
     return found
+
+
+def check_same(known: RunDevice, profile: DeviceProfile, answer: Mapping[str, Any]) -> None:
+    """See that a device is the one a run began with.
+
+    Args:
+        answer: of its target's ``prepare``.
+
+    Raises:
+        SurroundingsError: it is another one, or its runtime changed.
+    """
+    if known.fingerprint != fingerprint_of(profile, answer):
+        raise SurroundingsError(_changed(known.facts, {**answer["device"], **answer["runtime"]}, profile))
 
 
 def _of(staircase: Staircase | None, profile: DeviceProfile, fingerprint: str, facts: Mapping[str, Any]) -> RunDevice:
@@ -122,6 +142,12 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any], profile: DeviceP
         f"device {profile.name} is not the one this run began with ({'; '.join(changes) or 'its settings changed'}): "
         "latencies would not be comparable. Restore it and resume, or start a new run"
     )
+
+
+def common_multiples(devices: Iterable[RunDevice]) -> Multiples:
+    """Per kind of layer, the least width that suits all devices: the least common multiple of theirs."""
+    found = [Multiples(**device.multiples) for device in devices]
+    return Multiples(**{kind: math.lcm(*(getattr(of, kind) for of in found)) for kind in KINDS})
 
 
 def group_multiples(graph: ChannelGraph, shapes: Mapping[str, tuple[int, ...]], of: Multiples) -> dict[str, int]:

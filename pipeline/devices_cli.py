@@ -542,8 +542,10 @@ def _extends(path: Path) -> str | None:
     """The profile that a file names as its base; None where it names none or cannot be read."""
     import yaml
 
+    from device_profiles import plain_yaml
+
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data, _ = plain_yaml.load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return None
     return str(data["extends"]) if isinstance(data, dict) and "extends" in data else None
@@ -660,12 +662,15 @@ def _outputs(target: Target, profile: DeviceProfile, model: Path) -> dict[str, A
 
     import numpy as np
 
+    from pipeline.archives import check_archive
+
     place = {"name": model.name, "path": target.put(model), "sha256": hashlib.sha256(model.read_bytes()).hexdigest()}
     request = {"op": "infer", "models": [place], "provider": profile.provider, "threads": profile.threads, "seed": 0}
     answer = target.run(request, timeout_s=PARITY_TIMEOUT_S)
     with tempfile.TemporaryDirectory(prefix="secateur-parity-") as folder:
         file = Path(folder) / "outputs.npz"
         target.fetch(answer["outputs"], file)
+        check_archive(file, "the device sent no outputs of this model")
         with np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
 

@@ -23,6 +23,11 @@ from pipeline.config import LatencySection
 from pruning.plan import IntArray, PruningPlan, SearchSpace
 
 Figures = Mapping[str, float]
+LATENCIES = (
+    *("latency_ratio", "latency_ratio_low", "latency_ratio_high", "p50_ms", "p95_ms", "size_bytes"),
+    "latency_measured",
+)
+"""What figures consist of."""
 POOL = 400
 """Random plans among which the next measurement is chosen."""
 MULTIPLES = (1, 2, 4, 8, 16)
@@ -70,16 +75,25 @@ class Latencies:
         Args:
             exact: measure it, whatever the model says.
         """
+        return self.known(plan, exact=exact) or self.measure(plan)
+
+    def known(self, plan: PruningPlan, *, exact: bool) -> Figures | None:
+        """Figures of a plan that was measured, or that a trusted model predicts; None = it has to be measured."""
         if plan.digest in self.measured:
             return self.measured[plan.digest]
-        predicted = None if exact or self.settings.mode == "measure" or plan.is_full else self._predicted(plan)
-        if predicted is not None:
-            return predicted
+        return None if exact or self.settings.mode == "measure" or plan.is_full else self._predicted(plan)
+
+    def measure(self, plan: PruningPlan) -> Figures:
+        """Measure a plan, and learn from it."""
         figures, result = self._measure(plan)
-        self.measured[plan.digest] = {**figures, "latency_measured": 1.0}
+        self.take(plan, {**figures, "latency_measured": 1.0})
         if not plan.is_full:
             self._learn(plan, result)
         return self.measured[plan.digest]
+
+    def take(self, plan: PruningPlan, figures: Figures) -> None:
+        """Take a plan's figures, measured here or in an earlier evaluation; whatever else is among them is left out."""
+        self.measured[plan.digest] = {name: figures[name] for name in LATENCIES if name in figures}
 
     def model(self) -> LatencyModel | None:
         """The model, if it is trusted; measures plans of its own first, as far as the run file allows."""

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+import yaml
 from torch import nn
 
 from device_profiles import BenchmarkResult, DeviceError, measure
@@ -25,13 +26,16 @@ from export.artifact import ExportedModel
 from export.artifact import describe as describe_onnx
 from export.onnx_export import export_onnx, write_atomically
 from export.verify import predict, verify_parity
+from pipeline import promotion
 from pipeline.assemble import Run
-from pipeline.config import home
+from pipeline.config import TrackingSection, home
 from pipeline.errors import TrackingError, UserError
 from pipeline.evaluator import Evaluator
+from pipeline.fleet import Device, Tally
 from pipeline.report import write_report
 from pipeline.rescore import front_rows, rank_agreement
 from pipeline.study import Study, describe, request_of, to_candidate, to_dict, to_evaluation
+from pipeline.tracking import shown
 from pipeline.training import VERSION, TrainingError, fit, load_weights, save_weights, sha256_of
 from pipeline.workloads import Split
 from pruning.channels import ChannelGraph
@@ -46,8 +50,6 @@ from pruning.tracer import PruningError
 
 Facts = Mapping[str, Any]
 NUM_PICTURES = 4
-CHUNK_BYTES = 256 << 20
-"""Images and outputs of a part of the test split stay below this."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ def search(run: Run, facts: Facts) -> dict[str, Any]:
         "spent": study.spent,
         "latency": oracle.latencies.report(),
         "device": asdict(run.device_facts),
+        **({"devices": {k: asdict(v) for k, v in run.facts_of_devices.items()}} if len(run.fleet) > 1 else {}),
         "certificate": certificate,
         "graph": graph.report(),
         "files": {},
@@ -204,42 +207,62 @@ def export(run: Run, facts: Facts) -> dict[str, Any]:
 
 
 def benchmark(run: Run, facts: Facts) -> dict[str, Any]:
-    """Baseline and compact model timed on the device, interleaved, with every raw latency kept.
+    """Baseline and compact model timed on every device, interleaved, with every raw latency kept.
 
     Then the files with postprocessing, where there are some. What that costs depends on what is found: they are timed
     on a real image: of those of the parity check the one in which the baseline finds the median number.
+
+    With several devices, ``fleet`` has what was timed on each, by name; the rest is about the run's own.
     """
-    result, timed = _timed(run, f"Time on {run.profile.name}", "", None)
-    after = run.workload.postprocessing
+    fleet, after = run.fleet, run.workload.postprocessing
+    timed = _timed(run, f"Time on {', '.join(fleet.names)}", "", None)
     if after is not None:
         inputs = run.directory / "benchmark-input.npz"
         images, counts = parity_images(run), facts["export"]["baseline"]["postprocessing"]["counts"]
         median = sorted(range(len(counts)), key=lambda i: counts[i])[len(counts) // 2]
         np.savez(inputs, input=images[median : median + 1].numpy())
-        _, with_it = _timed(run, f"Time with {after.name} on {run.profile.name}", f".{after.name}", inputs)
-        with_it |= {"name": after.name, "found": counts[median]}
-        timed["files"] |= with_it.pop("files")
-        timed["postprocessing"] = with_it
-    return {**timed, "statistic": result.statistic, "device": run.profile.name}
+        title = f"Time with {after.name} on {', '.join(fleet.names)}"
+        for name, with_it in _timed(run, title, f".{after.name}", inputs).items():
+            del with_it["statistic"]
+            timed[name]["postprocessing"] = with_it | {"name": after.name, "found": counts[median]}
+    files: dict[str, str] = {}
+    for part in timed.values():
+        files |= part.pop("files") | part.get("postprocessing", {}).pop("files", {})
+    found = {**timed[fleet.primary.name], "files": files, "device": fleet.primary.name}
+    return found if len(fleet) == 1 else {**found, "fleet": timed}
 
 
-def _timed(run: Run, title: str, kind: str, inputs: Path | None) -> tuple[BenchmarkResult, dict[str, Any]]:
-    """Both ONNX files of a kind, measured at the final tier: the result, kept as a file, and its figures."""
+def _timed(run: Run, title: str, kind: str, inputs: Path | None) -> dict[str, dict[str, Any]]:
+    """Both ONNX files of a kind, measured at the final tier: per device its figures; the results are kept as files."""
     models = {name: run.directory / f"{name}{kind}.onnx" for name in ("baseline", "compact")}
     with run.progress.stage(title) as report:
-        result = measure(
-            run.target,
-            run.profile,
-            models,
-            "final",
-            lambda done, total: report(done, total, ""),
-            energy=True,
-            noise_floor=run.device_facts.noise_floor,  # which also makes sure that it still is the run's device
-            inputs=inputs,
-        )
-        speedup = result.speedup("compact", "baseline")
-        report(len(result.processes), len(result.processes), f"speed-up {speedup.value:.2f}x")
-    file = run.directory / f"benchmark{kind}.json"
+        tally = Tally(report, run.fleet.names, run.profile.final.processes)
+
+        def timed(device: Device) -> BenchmarkResult:
+            told = tally.of(device.name)
+            result = measure(
+                device.target,
+                device.profile,
+                models,
+                "final",
+                told,
+                energy=True,
+                noise_floor=device.noise_floor,
+                inputs=inputs,
+            )
+            count = len(result.processes)
+            told(count, count, f"speed-up {result.speedup('compact', 'baseline').value:.2f}x")
+            return result
+
+        results = run.fleet.each(timed)
+    return {
+        name: _kept(run.directory / run.fleet.file("benchmark", f"{kind}.json", name), results[name])
+        for name in results
+    }
+
+
+def _kept(file: Path, result: BenchmarkResult) -> dict[str, Any]:
+    """A measurement of baseline and compact model, written to a file: its figures."""
     file.write_text(result.to_json() + "\n", encoding="utf-8")
     figures = {
         name: {
@@ -251,13 +274,15 @@ def _timed(run: Run, title: str, kind: str, inputs: Path | None) -> tuple[Benchm
             "peak_rss_bytes": result.peak_rss_bytes(name),
             **({} if (energy := result.energy_mj(name)) is None else {"energy_mj": energy}),
         }
-        for name in models
+        for name in result.names
     }
-    return result, {
+    speedup = result.speedup("compact", "baseline")
+    return {
         "latency": figures,
         "speedup": {"value": speedup.value, "low": speedup.low, "high": speedup.high},
         "flags": list(result.flags),
         "files": {file.name: sha256_of(file)},
+        "statistic": result.statistic,
     }
 
 
@@ -286,56 +311,76 @@ def judge(run: Run, facts: Facts) -> dict[str, Any]:
     return {"models": models, "checks": checks, "passed": passed, **names, "files": {}}
 
 
-def register(run: Run, facts: Facts) -> dict[str, Any]:
-    """The compact model into the registry: alias ``champion`` if the gate passed, ``challenger`` otherwise."""
-    with run.progress.stage("Track and register"):
-        waiting = run.tracker.flush(timeout_s=600 if not run.tracker.failure else 10)
-        if waiting:
-            raise TrackingError(f"{waiting} candidates are not delivered to {run.tracker.uri}: {run.tracker.failure}")
-        passed = facts["judge"]["passed"]
-        example, after = run.workload.example_input().numpy(), run.workload.postprocessing
-        file = run.directory / ("compact.onnx" if after is None else f"compact.{after.name}.onnx")
-        outputs = predict(file, example)
-        known = {
-            "plan_digest": facts["finetune"]["best"]["candidate"]["digest"],
-            "device": run.profile.name,
-            "gate": "passed" if passed else "failed",
-            "speedup": f"{facts['benchmark']['speedup']['value']:.4f}",
-            "sha256": sha256_of(file),
-            "usage": json.dumps(facts["export"]["usage"]),
-            **{k: v for k, v in facts["judge"]["models"]["compact"].items() if v is not None},
-        }
-        entry = run.tracker.register(
-            file,
-            run.config.tracking.registered_model or run.config.name,
-            "champion" if passed else "challenger",
-            example,
-            outputs,
-            known,
-        )
-    return {"name": entry.name, "version": entry.version, "alias": entry.alias, "uri": entry.uri, "files": {}}
-
-
 def report(run: Run, facts: Facts) -> dict[str, Any]:
-    """The device profiling report, as one HTML page and as JSON; also kept with the run in MLflow."""
+    """The device profiling report, as one HTML page and as JSON: made before the model is registered, as part of it."""
     front = run.directory / "front.json"
     rows = front_rows(run.journal.records, run.workload.search_metric)
     front.write_text(json.dumps({"format": 1, "candidates": rows}, indent=1) + "\n", encoding="utf-8")
-    html, data = write_report(run.directory, run.config, run.profile, facts, run.journal.records, rows, _pictures(run))
-    compact = facts["judge"]["models"]["compact"]
-    metrics = {f"final.{k}": float(v) for k, v in compact.items() if v is not None}
-    metrics["final.speedup"] = facts["benchmark"]["speedup"]["value"]
-    if (timed := facts["benchmark"].get("postprocessing")) is not None:
-        metrics[f"final.p50_ms_{timed['name']}"] = timed["latency"]["compact"]["p50_ms"]
-        metrics[f"final.speedup_{timed['name']}"] = timed["speedup"]["value"]
-    metrics |= {f"search.{name}": float(amount) for name, amount in facts["search"]["spent"].items()}
-    names = ["benchmark.json", "compact.plan.json", "compact.safetensors", "run.yaml"]
-    if run.workload.postprocessing is not None:  # the registry has the file with postprocessing
-        names += ["compact.onnx", f"benchmark.{run.workload.postprocessing.name}.json"]
-    extra = [run.directory / name for name in names]
-    if "register" in facts:
-        run.tracker.finish(metrics, [html, data, front, *extra, _candidate_table(run)])
+    html, data = write_report(
+        run.directory,
+        run.config,
+        run.profile,
+        facts,
+        run.journal.records,
+        rows,
+        _pictures(run),
+        away=bool(run.tracker.failure),
+    )
     return {"html": html.name, "front": len(rows), "files": {f.name: sha256_of(f) for f in (html, data, front)}}
+
+
+def register(run: Run, facts: Facts) -> dict[str, Any]:
+    """The compact model into the registry, with all that proves it, as the challenger of its devices."""
+    with run.progress.stage("Track and register"):
+        waiting = run.tracker.flush(timeout_s=600 if not run.tracker.failure else 10)
+        if waiting:
+            raise TrackingError(
+                f"{waiting} candidates are not delivered to {shown(run.tracker.uri)}: {run.tracker.failure}"
+            )
+        example, after = run.workload.example_input().numpy(), run.workload.postprocessing
+        file = run.directory / ("compact.onnx" if after is None else f"compact.{after.name}.onnx")
+        outputs = predict(file, example)
+        files, name = _version_files(run, facts), run.config.tracking.registered_model or run.config.name
+        known = {
+            "plan_digest": facts["finetune"]["best"]["candidate"]["digest"],
+            "gate": "passed" if facts["judge"]["passed"] else "failed",
+            "speedup": f"{facts['benchmark']['speedup']['value']:.4f}",
+            "usage": (run.directory / "version" / "usage.json").read_text(encoding="utf-8"),
+            **{k: v for k, v in facts["judge"]["models"]["compact"].items() if v is not None},
+        }
+        devices = [profile.name for profile in run.profiles]
+        entry = run.tracker.register(name, devices, file, example, outputs, known, files, _provenance(run, facts))
+        names = [*facts["benchmark"]["files"], "compact.plan.json", "compact.safetensors", "version/run.yaml"]
+        names += [] if after is None else ["compact.onnx"]  # the registry has the file with postprocessing
+        extra = [run.directory / name for name in (*facts["report"]["files"], *names)]
+        run.tracker.finish(_final_metrics(facts), [*extra, _candidate_table(run)])
+    return {"name": entry.name, "version": entry.version, "uri": entry.uri, "files": {}}
+
+
+def promote(run: Run, facts: Facts) -> dict[str, Any]:
+    """Champion of its devices, if the gate passed and it is no worse than the champion there is; see ``promotion``."""
+    if "register" not in facts:
+        return {"promoted": False, "devices": {}, "reason": "it is not registered yet", "files": {}}
+    if not run.config.gate.promote:
+        return {"promoted": False, "devices": {}, "reason": "gate.promote is false", "files": {}}
+    entry, decisions = facts["register"], {}
+    kind = "" if run.workload.postprocessing is None else f".{run.workload.postprocessing.name}"
+    for device in run.fleet:
+        decisions[device.name] = promotion.promote(
+            run.tracker.registry,
+            entry["name"],
+            device.profile,
+            device.target,
+            version=entry["version"],
+            section=run.config.gate,
+            workload=run.workload,
+            noise_floor=device.noise_floor,
+            recorded=load_benchmark(run.directory, run.fleet.file("benchmark", f"{kind}.json", device.name)),
+            key=run.run_id,
+            progress=run.progress,
+        ).to_dict()
+    promoted = all(decision["promoted"] for decision in decisions.values())
+    return {"promoted": promoted, "devices": decisions, "reason": "", "files": {}}
 
 
 STAGES = (
@@ -345,8 +390,9 @@ STAGES = (
     Stage("export", "Export", export, version=2),
     Stage("benchmark", "Benchmark", benchmark, version=2, retry_on=(DeviceError,)),
     Stage("judge", "Gate", judge, version=2),
-    Stage("register", "Register", register, retry_on=(TrackingError,)),
-    Stage("report", "Report", report, retry_on=(TrackingError,)),
+    Stage("report", "Report", report, version=2),
+    Stage("register", "Register", register, version=2, retry_on=(TrackingError,)),
+    Stage("promote", "Promote", promote, retry_on=(DeviceError, TrackingError)),
 )
 
 
@@ -448,27 +494,31 @@ def reject_impossible(run: Run, oracle: Evaluator, smallest: PruningPlan, refere
     Raises:
         UserError: it cannot; says the smallest that can be reached.
     """
-    target, budgets = run.config.search.target, run.profile.budgets
+    target = run.config.search.target
     macs_ratio = cost(oracle.graph, smallest).macs / reference["macs"]
     faults = []
     if target.macs_ratio is not None and macs_ratio > target.macs_ratio:
         faults.append(f"search.target.macs_ratio {target.macs_ratio:g}: the smallest reachable is {macs_ratio:.3f}")
-    limits = {name: getattr(budgets, name) for name in ("p50_ms", "p95_ms", "size_bytes")}
-    if target.latency_ratio is not None or any(limit is not None for limit in limits.values()):
+    limits = {
+        (profile.name, name): limit
+        for profile in run.profiles
+        for name in ("p50_ms", "p95_ms", "size_bytes")
+        if (limit := getattr(profile.budgets, name)) is not None
+    }
+    if target.latency_ratio is not None or limits:
         study = Study(run.journal, oracle, stage="smallest")
         found = study.evaluate(Candidate(0, smallest, "smallest"), latency=True)
         ratio = found.metrics.get("latency_ratio_low", 0.0)
-        least = {"size_bytes": found["size_bytes"], **{n: ratio * reference[n] for n in ("p50_ms", "p95_ms")}}
         if target.latency_ratio is not None and ratio > target.latency_ratio:
             faults.append(
                 f"search.target.latency_ratio {target.latency_ratio:g}: the smallest reachable is {ratio:.3f}"
             )
-        if run.config.gate.budgets:
-            faults += [
-                f"budget {name} {limit:g} of device {run.profile.name}: the smallest reachable is {least[name]:.4g}"
-                for name, limit in limits.items()
-                if limit is not None and least[name] > limit
-            ]
+        for (device, name), limit in limits.items() if run.config.gate.budgets else ():
+            at = f".{device}" if len(run.profiles) > 1 else ""  # how a device's own metrics are called
+            fastest = found.metrics.get(f"latency_ratio_low{at}", 0.0)
+            least = found[name] if name == "size_bytes" else fastest * reference[f"{name}{at}"]
+            if least > limit:
+                faults.append(f"budget {name} {limit:g} of device {device}: the smallest reachable is {least:.4g}")
     if faults:
         listing = "\n  ".join(faults)
         raise UserError(
@@ -505,16 +555,67 @@ def first_batch(run: Run, split: Split) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_metrics(run: Run, onnx_file: Path) -> dict[str, float]:
     """Metrics of an ONNX file on the test split."""
-    split, answers, targets = run.workload.test, [], []
-    example = run.workload.example_input()
-    bytes_each = 4 * (example.numel() + predict(onnx_file, example.numpy()).size)
-    chunk = max(1, CHUNK_BYTES // bytes_each)
-    for start in range(0, len(split), chunk):
-        images, labels = first_batch(run, Split(split.source, split.indices[start : start + chunk]))
-        outputs = torch.from_numpy(predict(onnx_file, images.numpy(), threads=torch.get_num_threads()))
-        answers.append(run.workload.answers(outputs, labels))
-        targets.append(labels)
-    return dict(run.workload.test_metrics(torch.cat(answers), torch.cat(targets)))
+    return dict(run.workload.test_metrics(*promotion.test_answers(run.workload, onnx_file)))
+
+
+def _version_files(run: Run, facts: Facts) -> list[Path]:
+    """What a version carries besides its model: how it was made, what was measured, and how to use it."""
+    folder, judged = run.directory / "version", facts["judge"]
+    folder.mkdir(exist_ok=True)
+    usage = {"resize": "crop" if run.workload.postprocessing is None else "stretch", **facts["export"]["usage"]}
+    tolerance = run.config.export.tolerance
+    made = {
+        "usage.json": json.dumps(usage),
+        "gate.json": json.dumps({key: judged[key] for key in ("passed", "metric", "checks", "models")}, indent=1),
+        "parity.json": json.dumps(
+            {name: {**_parity_of(facts["export"][name]), "tolerance": tolerance} for name in ("baseline", "compact")}
+            | {"certificate": facts["export"]["certificate"]},
+            indent=1,
+        ),
+        # Where it is registered is no part of what it is; and an address may hold a password.
+        "run.yaml": yaml.safe_dump(
+            {**run.config.model_dump(mode="json"), "tracking": TrackingSection().model_dump()}, sort_keys=False
+        ),
+    }
+    for name, text in made.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    shutil.copyfile(run.directory / "compact.plan.json", folder / "plan.json")
+    names = [*facts["benchmark"]["files"], facts["report"]["html"]]
+    found = [folder / name for name in (*made, "plan.json")] + [run.directory / name for name in names]
+    if run.workload.postprocessing is not None:
+        shutil.copyfile(run.directory / "compact.onnx", folder / promotion.NETWORK)
+        found += [folder / promotion.NETWORK, run.directory / promotion.INPUTS]
+    return found
+
+
+def _parity_of(exported: Mapping[str, Any]) -> dict[str, Any]:
+    after = exported.get("postprocessing")
+    return {**exported["parity"], **({} if after is None else {"postprocessing": after})}
+
+
+def _provenance(run: Run, facts: Facts) -> dict[str, Any]:
+    """Where a version comes from, as digests: data, weights, code, device."""
+    device = facts["search"]["device"]
+    weights = {**facts["baseline"]["files"], "compact.safetensors": facts["finetune"]["files"]["compact.safetensors"]}
+    return {
+        "data": run.workload.fingerprint,
+        "weights": weights,
+        "plan": facts["finetune"]["best"]["candidate"]["digest"],
+        "device": {"name": run.profile.name, "fingerprint": device["fingerprint"], "facts": device["facts"]},
+        "seed": run.config.seed,
+    }
+
+
+def _final_metrics(facts: Facts) -> dict[str, float]:
+    """The run's own metrics in MLflow."""
+    compact = facts["judge"]["models"]["compact"]
+    metrics = {f"final.{k}": float(v) for k, v in compact.items() if v is not None}
+    metrics["final.speedup"] = facts["benchmark"]["speedup"]["value"]
+    metrics |= {f"final.speedup.{k}": v["speedup"]["value"] for k, v in facts["benchmark"].get("fleet", {}).items()}
+    if (timed := facts["benchmark"].get("postprocessing")) is not None:
+        metrics[f"final.p50_ms_{timed['name']}"] = timed["latency"]["compact"]["p50_ms"]
+        metrics[f"final.speedup_{timed['name']}"] = timed["speedup"]["value"]
+    return metrics | {f"search.{name}": float(amount) for name, amount in facts["search"]["spent"].items()}
 
 
 def gate(run: Run, facts: Facts, models: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -535,8 +636,8 @@ def gate(run: Run, facts: Facts, models: Mapping[str, Mapping[str, Any]]) -> lis
             }
         )
 
-    found = facts["export"]["certificate"]["max_relative_error"]
-    check("certificate of the cut", math.nan if found is None else found, "<=", 1e-4)
+    proof = facts["export"]["certificate"]["max_relative_error"]
+    check("certificate of the cut", math.nan if proof is None else proof, "<=", 1e-4)
     for name in ("baseline", "compact"):
         error = facts["export"][name]["parity"]["max_relative_error"]
         check(f"parity of {name}", error, "<=", run.config.export.tolerance)
@@ -545,15 +646,24 @@ def gate(run: Run, facts: Facts, models: Mapping[str, Mapping[str, Any]]) -> lis
             check(f"results of {name} that differ", float(after["differing"]), "<=", 0.0)
     if section.max_drop is not None:
         check(f"drop in {metric}", round(base[metric] - compact[metric], 6), "<=", section.max_drop)
+    timed = facts["benchmark"].get("fleet", {run.profile.name: facts["benchmark"]})
     if section.min_speedup is not None:
-        check("speed-up, lower end", facts["benchmark"]["speedup"]["low"], ">", section.min_speedup)
+        for name, found in timed.items():
+            check(f"speed-up{_on(run, name)}, lower end", found["speedup"]["low"], ">", section.min_speedup)
     if section.max_macs_ratio is not None:
         check("MACs ratio", compact["macs"] / base["macs"], "<=", section.max_macs_ratio)
-    if section.budgets:
-        for name, limit in run.profile.budgets.model_dump().items():
+    for profile in run.profiles if section.budgets else ():
+        found = {**compact, **timed[profile.name]["latency"]["compact"]}
+        for name, limit in profile.budgets.model_dump().items():
             if limit is not None:  # what the device does not tell cannot be promised
-                check(name, math.nan if compact[name] is None else compact[name], "<=", limit)
+                value = math.nan if found[name] is None else found[name]
+                check(f"{name}{_on(run, profile.name)}", value, "<=", limit)
     return checks
+
+
+def _on(run: Run, name: str) -> str:
+    """What tells a device's check from those of others; empty where there is one device."""
+    return f" on {name}" if len(run.profiles) > 1 else ""
 
 
 def _pictures(run: Run) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -589,6 +699,6 @@ def _candidate_table(run: Run) -> Path:
     return path
 
 
-def load_benchmark(directory: Path) -> BenchmarkResult:
+def load_benchmark(directory: Path, name: str = "benchmark.json") -> BenchmarkResult:
     """The raw latencies of a run."""
-    return BenchmarkResult.from_json((directory / "benchmark.json").read_text(encoding="utf-8"))
+    return BenchmarkResult.from_json((directory / name).read_text(encoding="utf-8"))

@@ -10,7 +10,8 @@ import base64
 import hashlib
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -57,6 +58,16 @@ class Oracle(Protocol):
 
     def evaluate(self, candidate: Candidate, latency: bool, floor: float | None = None) -> Evaluation: ...
 
+    def ahead(self, candidates: Sequence[Candidate], latency: bool, floor: float | None = None) -> None:
+        """These will be asked for next, one by one in this order: it may begin with all of them at once."""
+
+    def remember(self, candidate: Candidate, latency: bool, evaluation: Evaluation, *, exact: bool = False) -> None:
+        """An answer that an earlier process found; the same question again is answered as it would have been there.
+
+        Args:
+            exact: it is the evaluation after a training.
+        """
+
     def finetune(self, request: FineTune) -> tuple[FineTuned, Mapping[str, str]]: ...
 
     def learn(self, request: Learn) -> tuple[Learned, Mapping[str, str]]: ...
@@ -98,7 +109,7 @@ class Study:
     ) -> None:
         self.journal, self.oracle, self.notify, self.stage, self.budget = journal, oracle, notify, stage, budget
         self.watch = watch
-        self._replay: Iterator[Record] = iter([r for r in journal.records if r.get("stage") == stage])
+        self._replay: deque[Record] = deque(r for r in journal.records if r.get("stage") == stage)
         self.spent = {"evaluations": 0.0, "epochs": 0.0, "seconds": 0.0}
         self._found: list[Entry] = []
 
@@ -134,6 +145,8 @@ class Study:
             self.watch(work)
         match request:
             case Evaluate(candidates, latency, floor):
+                if new := self._new(candidates):
+                    self.oracle.ahead(new, latency, floor)
                 return tuple(self._evaluate_within(candidate, latency, floor) for candidate in candidates)
             case FineTune():
                 return self.finetune(request)
@@ -157,9 +170,12 @@ class Study:
     def evaluate(self, candidate: Candidate, latency: bool, floor: float | None = None) -> Evaluation:
         """One candidate's evaluation, journalled before it is returned."""
         asked = {"kind": "evaluation", "latency": latency, "candidate": describe(candidate)}
+        replayed = bool(self._replay)
         record = self._record(asked, lambda: {"evaluation": to_dict(self.oracle.evaluate(candidate, latency, floor))})
         self.spent["evaluations"] += 1
         evaluation = to_evaluation(record["evaluation"])
+        if replayed:
+            self.oracle.remember(candidate, latency, evaluation)
         self._keep(candidate, evaluation)
         self.notify(record)
         return evaluation
@@ -172,14 +188,17 @@ class Study:
             evaluation = to_dict(answer.evaluation)
             return {"base": answer.base, "checkpoint": dict(checkpoint), "evaluation": evaluation}
 
-        candidate = request.candidate
+        candidate, replayed = request.candidate, bool(self._replay)
         told = {"epochs": request.epochs, "part": list(request.part), "write_back": request.write_back}
         asked = {"kind": "finetune", **told, "distill": request.distill, "latency": request.latency}
         record = self._record({**asked, "candidate": describe(candidate)}, train, request)
         self.spent["evaluations"] += 1
         self.spent["epochs"] += request.epochs
         tuned = FineTuned(record["base"], to_evaluation(record["evaluation"]))
-        self._keep(replace(candidate, base=tuned.base), tuned.evaluation)
+        trained = replace(candidate, base=tuned.base)
+        if replayed:
+            self.oracle.remember(trained, request.latency, tuned.evaluation, exact=True)
+        self._keep(trained, tuned.evaluation)
         self.notify(record)
         return tuned
 
@@ -203,6 +222,13 @@ class Study:
         """An evaluation, if the budget has one left."""
         spent = self._over(Evaluate((candidate,)))
         return Evaluation("infeasible", spent) if spent else self.evaluate(candidate, latency, floor)
+
+    def _new(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+        """Those of a request that are not in the journal, as far as the budget of evaluations reaches."""
+        limit = self.budget.evaluations
+        if limit is not None:
+            candidates = candidates[: max(0, limit - int(self.spent["evaluations"]))]
+        return candidates[len(self._replay) :]
 
     def _over(self, request: Request) -> str:
         """Why the budget allows no such request any more; empty while it does."""
@@ -244,9 +270,9 @@ class Study:
 
     def _recorded(self, asked: Mapping[str, Any]) -> Record | None:
         """The next record of this stage, if there is one; it must be the answer to this very request."""
-        record = next(self._replay, None)
-        if record is None:
+        if not self._replay:
             return None
+        record = self._replay.popleft()
         differing = [key for key, value in asked.items() if record.get(key) != value]
         if differing:
             raise JournalError(

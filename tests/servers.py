@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import glob
 import os
+import pwd
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -55,6 +57,7 @@ class Server:
     ready: Callable[[], bool] = lambda: True
     settings: Mapping[str, str] = field(default_factory=dict)
     user: str | None = None
+    scratch: Path | None = None
     process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Server:
@@ -66,7 +69,7 @@ class Server:
                 stdout=log,
                 stderr=log,
                 user=self.user,
-                group=self.user,
+                group=pwd.getpwnam(self.user).pw_gid if self.user else None,
                 extra_groups=[] if self.user else None,
                 cwd=self.log.parent,
             )
@@ -111,11 +114,13 @@ class Server:
 
 @contextmanager
 def running(server: Server) -> Iterator[Server]:
-    """A server that is killed at the end."""
+    """A server that is killed at the end, with what it kept outside the test's folder."""
     try:
         yield server.start()
     finally:
         server.kill()
+        if server.scratch is not None:
+            shutil.rmtree(server.scratch, ignore_errors=True)
 
 
 def postgres_tool(name: str) -> str:
@@ -129,22 +134,18 @@ def postgres_tool(name: str) -> str:
 def postgres(folder: Path, databases: tuple[str, ...] = ("mlflow", "prefect")) -> Server:
     """PostgreSQL on a fresh cluster; ``url`` is ``127.0.0.1:PORT``, user ``secateur``, password ``pruned``.
 
-    It refuses to run as root: then it runs as ``postgres`` or ``nobody``, in a folder that belongs to them.
+    It refuses to run as root: then it runs as ``postgres`` or ``nobody``, in a scratch folder that belongs to them
+    (pytest closes its own to others whenever another session begins).
     """
     initdb, server, createdb = (postgres_tool(name) for name in ("initdb", "postgres", "psql"))
-    user = None
-    folder.mkdir(parents=True, exist_ok=True)
+    user, group, scratch = None, None, None
     if os.geteuid() == 0:
-        import pwd
-
         names = {entry.pw_name for entry in pwd.getpwall()}
         user = "postgres" if "postgres" in names else "nobody"
-        for parent in (folder, *folder.parents):  # pytest's folders are closed to others
-            if parent == Path("/"):
-                break
-            parent.chmod(parent.stat().st_mode | 0o011)
-        shutil.chown(folder, user, pwd.getpwnam(user).pw_gid)
-    group = None if user is None else __import__("pwd").getpwnam(user).pw_gid
+        group = pwd.getpwnam(user).pw_gid
+        folder = scratch = Path(tempfile.mkdtemp(prefix="secateur-postgres-"))
+        shutil.chown(folder, user, group)
+    folder.mkdir(parents=True, exist_ok=True)
     as_user = {"user": user, "group": group, "extra_groups": [] if user else None}
     password = folder / "password"
     password.write_text("pruned\n")
@@ -159,7 +160,7 @@ def postgres(folder: Path, databases: tuple[str, ...] = ("mlflow", "prefect")) -
         return _psql(createdb, port, "select 1").returncode == 0
 
     command = [server, "-D", str(data), "-p", str(port), "-h", "127.0.0.1", "-k", str(folder)]
-    found = Server(f"127.0.0.1:{port}", command, log, ready=ready, user=user)
+    found = Server(f"127.0.0.1:{port}", command, log, ready=ready, user=user, scratch=scratch)
     found.start()
     for name in databases:
         _psql(createdb, port, f"create database {name}").check_returncode()

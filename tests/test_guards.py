@@ -16,6 +16,21 @@ def test_prefects_server_starts_under_the_locked_fastapi() -> None:
     assert importlib.import_module("prefect.server.api.server")
 
 
+def test_fastapi_takes_null_for_a_field_that_prefect_s_client_leaves_open() -> None:
+    """fastapi >= 0.151 answers 422: `prefect deploy --all`, reading logs and more would fail."""
+    from fastapi import Body, FastAPI
+    from fastapi.testclient import TestClient
+    from prefect.server.api.dependencies import LimitBody
+
+    app = FastAPI()
+
+    @app.post("/filter")
+    def filter_(limit: int = LimitBody(), offset: int = Body(0)) -> int:
+        return limit + offset
+
+    assert TestClient(app).post("/filter", json={"limit": None}).status_code == 200
+
+
 def test_sqlalchemy_is_one_prefects_scheduler_works_with() -> None:
     """Under sqlalchemy 2.1 Prefect's cron schedules never fire, without an error."""
     import sqlalchemy

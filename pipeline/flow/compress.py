@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,17 @@ import psutil
 from pipeline.assemble import Run
 from pipeline.errors import SurroundingsError, TrackingError
 from pipeline.flow.environment import runtime_env
+from pipeline.flow.fanout import open_engine
 from pipeline.flow.turns import device_turn
 from pipeline.report import final_table_markdown
 from pipeline.stages import STAGES, Facts, Stage
 from pipeline.study import to_evaluation
 from pipeline.training import sha256_of
 
-RETRIES, RETRY_DELAY_S = 2, 3
+AT_A_TERMINAL_S, ON_SCHEDULE_S = (3.0, 9.0), (10.0, 60.0, 300.0, 900.0)
+"""Pauses before a stage is tried again: short where somebody waits, long where a device may be away for a while."""
+RETRY_JITTER = 0.3
+"""Up to this fraction is added to a pause, so that flows that failed together do not come back together."""
 
 
 def execute(run: Run, debug: bool = False) -> Facts:
@@ -39,74 +43,87 @@ def execute(run: Run, debug: bool = False) -> Facts:
     """
     runtime_env(run.directory, debug)
     import prefect
-    from prefect.cache_policies import INPUTS
 
     if not debug:
         logging.getLogger("prefect").setLevel(logging.CRITICAL)
     _end_orphaned_server(run.directory)
-    tracking_failure: TrackingError | None = None
-
-    def retry(stage: Stage) -> Callable[..., bool]:
-        def can_help(task: Any, task_run: Any, state: Any) -> bool:
-            return isinstance(state.result(raise_on_failure=False), stage.retry_on)
-
-        return can_help
-
-    def perform(stage: Stage, facts: dict[str, Any]) -> dict[str, Any]:
-        """One stage as a task; its kept result is used only while the files it names are unchanged."""
-
-        def work(key: Mapping[str, Any]) -> dict[str, Any]:
-            return stage.function(run, facts)
-
-        task = prefect.Task(
-            work,
-            name=stage.title,
-            persist_result=True,
-            cache_policy=INPUTS,
-            result_serializer="json",
-            retries=RETRIES if stage.retry_on else 0,
-            retry_delay_seconds=RETRY_DELAY_S,
-            retry_condition_fn=retry(stage) if stage.retry_on else None,
-        )
-        key = {"run": run.run_id, "config": run.config.digest, "stage": stage.name, "version": stage.version}
-        key["facts"] = json.dumps(facts, sort_keys=True)
-        result: dict[str, Any] = task(key)
-        if not _stands(run.directory, result):
-            result = task.with_options(refresh_cache=True)(key)
-        return result
 
     @prefect.flow(name="secateur", flow_run_name=run.run_id, validate_parameters=False)
-    def secateur() -> dict[str, Any]:
-        nonlocal tracking_failure
+    def secateur() -> tuple[Facts, TrackingError | None]:
         starting.close()
         _record_server(run.directory)
-        from prefect.artifacts import create_markdown_artifact
-
-        facts: dict[str, Any] = {}
-        for stage in STAGES:
-            try:
-                facts[stage.name] = perform(stage, facts)
-            except TrackingError as error:  # everything that does not need the server is still done
-                tracking_failure = tracking_failure or error
-        with contextlib.suppress(Exception):  # a decoration: the table is in the report and on the terminal too
-            create_markdown_artifact(final_table_markdown(facts), key="secateur-result", description=run.run_id)
-        return facts
+        return work_through(run, AT_A_TERMINAL_S)
 
     resume_tracking(run)
-    run.turn = device_turn(run)
+    run.turn = device_turn(run.profile, run.progress.say)
     starting = contextlib.ExitStack()
     starting.enter_context(run.progress.stage("Start Prefect"))
     try:
-        facts = secateur()
+        facts, undelivered = secateur()
     except RuntimeError as error:
         if "Prefect" not in str(error):
             raise
         raise SurroundingsError(f"{error}. Run: secateur resume {run.directory}") from error
     finally:
         starting.close()
-    if tracking_failure is not None:
-        raise UndeliveredError(facts, tracking_failure)
+    if undelivered is not None:
+        raise UndeliveredError(facts, undelivered)
     return facts
+
+
+def work_through(run: Run, retry_after_s: Sequence[float]) -> tuple[Facts, TrackingError | None]:
+    """Every stage, as a task of the flow that calls this; and what the tracking server could not be told, if anything.
+
+    Args:
+        retry_after_s: pauses before a stage is tried again after a fault of the device or the tracking server.
+
+    Raises:
+        UserError, SurroundingsError, DeviceError: as the stages do.
+    """
+    from prefect.artifacts import create_markdown_artifact
+
+    facts: dict[str, Any] = {}
+    undelivered: TrackingError | None = None
+    with open_engine(run.config.workers) as engine, run.with_workers(engine):
+        for stage in STAGES:
+            try:
+                facts[stage.name] = _perform(run, stage, facts, retry_after_s)
+            except TrackingError as error:  # everything that does not need the server is still done
+                undelivered = undelivered or error
+    with contextlib.suppress(Exception):  # a decoration: the table is in the report and on the terminal too
+        create_markdown_artifact(final_table_markdown(facts), key="secateur-result", description=run.run_id)
+    return facts, undelivered
+
+
+def _perform(run: Run, stage: Stage, facts: dict[str, Any], retry_after_s: Sequence[float]) -> dict[str, Any]:
+    """One stage as a task; its kept result is used only while the files it names are unchanged."""
+    import prefect
+    from prefect.cache_policies import INPUTS
+
+    def work(key: Mapping[str, Any]) -> dict[str, Any]:
+        return stage.function(run, facts)
+
+    def can_help(task: Any, task_run: Any, state: Any) -> bool:
+        return isinstance(state.result(raise_on_failure=False), stage.retry_on)
+
+    task = prefect.Task(
+        work,
+        name=stage.title,
+        persist_result=True,
+        result_storage=run.directory / "stages",
+        cache_policy=INPUTS,
+        result_serializer="json",
+        retries=len(retry_after_s) if stage.retry_on else 0,
+        retry_delay_seconds=list(retry_after_s),
+        retry_jitter_factor=RETRY_JITTER,
+        retry_condition_fn=can_help if stage.retry_on else None,
+    )
+    key = {"run": run.run_id, "config": run.config.digest, "stage": stage.name, "version": stage.version}
+    key["facts"] = json.dumps(facts, sort_keys=True)
+    result: dict[str, Any] = task(key)
+    if not _stands(run.directory, result):
+        result = task.with_options(refresh_cache=True)(key)
+    return result
 
 
 class UndeliveredError(TrackingError):

@@ -8,8 +8,12 @@ from pathlib import Path
 from pipeline.config import home
 
 
-def runtime_env(directory: Path, debug: bool = False) -> None:
-    """Settings of the embedded Prefect, to be made before it is imported; the user's own settings win."""
+def runtime_env(directory: Path | None = None, debug: bool = False) -> None:
+    """Settings of the embedded Prefect, to be made before it is imported; the user's own settings win.
+
+    Args:
+        directory: of the run, where results are kept.
+    """
     defaults = {
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
@@ -22,4 +26,5 @@ def runtime_env(directory: Path, debug: bool = False) -> None:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
-    os.environ["PREFECT_RESULTS_LOCAL_STORAGE_PATH"] = str(directory.absolute() / "stages")
+    if directory is not None:
+        os.environ["PREFECT_RESULTS_LOCAL_STORAGE_PATH"] = str(directory.absolute() / "stages")

@@ -58,6 +58,18 @@ def final_table(facts: Facts) -> list[Row]:
     faster = facts["benchmark"]["speedup"]
     interval = f"95 % {faster['low']:.2f} to {faster['high']:.2f}"
     rows.append(("speed-up", "1.00x", f"{faster['value']:.2f}x", interval))
+    others = [row for row in _devices(facts) if row[0] != facts["benchmark"]["device"]]
+    return rows + [(f"p50 on {name}", before, now, change) for name, before, now, change in others]
+
+
+def _devices(facts: Facts) -> list[Row]:
+    """Rows (device, p50 of the baseline, of the compact model, speed-up), where there are several devices."""
+    rows = []
+    for name, timed in facts["benchmark"].get("fleet", {}).items():
+        before, now = (f"{timed['latency'][model]['p50_ms']:.3f} ms" for model in ("baseline", "compact"))
+        faster = timed["speedup"]
+        interval = f"95 % {faster['low']:.2f} to {faster['high']:.2f}"
+        rows.append((name, before, now, f"{faster['value']:.2f}x, {interval}"))
     return rows
 
 
@@ -66,10 +78,23 @@ def final_table_markdown(facts: Facts) -> str:
     lines = ["| | baseline | compact | change |", "|---|---|---|---|"]
     lines += [f"| {' | '.join(row)} |" for row in final_table(facts)]
     lines += ["", f"Gate: **{'passed' if facts['judge']['passed'] else 'not passed'}**"]
-    if "register" in facts:
-        entry = facts["register"]
-        lines.append(f"Registered: `{entry['name']}` version {entry['version']}, alias `{entry['alias']}`")
+    lines += registered(facts)
     return "\n".join(lines)
+
+
+def registered(facts: Facts) -> list[str]:
+    """What became of the model in the registry, a line each: its version, and whether it was promoted where."""
+    if "register" not in facts:
+        return []
+    entry, decided = facts["register"], facts.get("promote", {})
+    alias = "champion" if decided.get("promoted") else "challenger"
+    found = [f"Registered: {entry['name']} version {entry['version']}, alias {alias}"]
+    for device, decision in decided.get("devices", {}).items():
+        if not decision["promoted"]:
+            against = f"champion version {decision['champion']}" if decision["champion"] else "no champion"
+            failed = "; ".join(f"{gate['name']}: {gate['reason']}" for gate in decision["gates"] if not gate["ok"])
+            found.append(f"Not promoted on {device} ({against}): {failed}")
+    return found + ([f"Not promoted: {decided['reason']}"] if decided.get("reason") else [])
 
 
 def write_report(
@@ -80,6 +105,7 @@ def write_report(
     records: Sequence[Mapping[str, Any]],
     front: Sequence[Mapping[str, Any]] = (),
     pictures: Sequence[tuple[Tensor, Tensor]] = (),
+    away: bool = False,
 ) -> tuple[Path, Path]:
     """Write ``report.html`` and ``report.json`` into the run directory; returns both paths.
 
@@ -87,6 +113,7 @@ def write_report(
         records: the journal's.
         front: the Pareto front, as ``pipeline.rescore.front_rows`` gives it.
         pictures: what the baseline and the compact model find on the same images, uint8 (3, H, W).
+        away: whether the tracking server is away just now.
     """
     result = BenchmarkResult.from_json((directory / "benchmark.json").read_text(encoding="utf-8"))
     points = _points(config, facts, records)
@@ -96,6 +123,9 @@ def write_report(
         profile=profile,
         facts=facts,
         table=final_table(facts),
+        model=config.tracking.registered_model or config.name,
+        away=away,
+        devices=_devices(facts),
         environment={key: value for key, value in result.environment.items() if key != "telemetry"},
         spoiled=result.spoiled,
         statistic=result.statistic,
@@ -115,7 +145,8 @@ def write_report(
     )
     html_file, json_file = directory / "report.html", directory / "report.json"
     html_file.write_text(html, encoding="utf-8")
-    data = {"format": 1, "name": config.name, "config": config.model_dump(mode="json"), "facts": facts}
+    told = config.model_dump(mode="json", exclude={"tracking": {"uri"}})  # an address may hold a password
+    data: dict[str, Any] = {"format": 1, "name": config.name, "config": told, "facts": facts}
     data["environment"] = dict(result.environment)
     json_file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     return html_file, json_file

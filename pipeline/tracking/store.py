@@ -17,6 +17,7 @@ for name, value in {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # the default blocks for four minutes when the server is down
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "GIT_PYTHON_REFRESH": "quiet",
 }.items():
     os.environ.setdefault(name, value)
@@ -40,10 +41,14 @@ def store_uri(section: TrackingSection, home: Path) -> str:
 
 def shown(uri: str) -> str:
     """An address without the password in it, for people, logs and journals."""
-    parts = urlsplit(uri)
-    if parts.password is None:
-        return uri
-    return urlunsplit(parts._replace(netloc=f"{parts.username}:***@{parts.netloc.rpartition('@')[2]}"))
+    try:
+        parts = urlsplit(uri)
+    except ValueError:
+        return "an address that is none"
+    query = _SECRETS.sub(r"\1=***", parts.query)
+    if parts.password is not None:
+        parts = parts._replace(netloc=f"{parts.username}:***@{parts.netloc.rpartition('@')[2]}")
+    return uri if (parts.query == query and "***" not in parts.netloc) else urlunsplit(parts._replace(query=query))
 
 
 def connect(uri: str) -> MlflowClient:
@@ -76,7 +81,8 @@ def _write_ahead(path: Path) -> None:
 def first_line(error: BaseException) -> str:
     """What an error says, in one line without secrets."""
     text = (str(error).splitlines() or [type(error).__name__])[0][:300]
-    return _CREDENTIALS.sub(r"\1***@", text)
+    return _SECRETS.sub(r"\1=***", _CREDENTIALS.sub(r"\1***@", text))
 
 
-_CREDENTIALS = re.compile(r"(://[^/\s:@]+:)[^/\s@]+@")
+_CREDENTIALS = re.compile(r"(://[^/\s:@]*:)[^\s]+@")
+_SECRETS = re.compile(r"((?:^|(?<=[&?\s]))[a-z_]*(?:password|passwd|secret|token)[a-z_]*)=[^&\s]*", re.IGNORECASE)

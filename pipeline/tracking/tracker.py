@@ -10,12 +10,11 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import numpy as np
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
@@ -23,23 +22,16 @@ from mlflow.entities import Metric, Param
 from pipeline.config import TrackingSection
 from pipeline.errors import TrackingError
 from pipeline.journal import Record
+from pipeline.tracking.registry import Registry, Version
 from pipeline.tracking.store import RUN_TAG, Unreachable, connect, experiment_of, first_line, shown, store_uri
 
 CANDIDATE_TAG, PARENT_TAG = "candidate.id", "mlflow.parentRunId"
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
 MAX_TEXT = 5000
+SERIES_EVERY_S, MAX_SERIES = 5.0, 900
+"""The learning curve's points go to MLflow together, this often, or when there are so many (it takes 1000 at once)."""
 SERIES = ("reward", "top1", "map50", "loss_score", "loss", "macs", "latency_ratio", "p50_ms")
 """Metrics that are also kept as a series on the parent run: the learning curve."""
-
-
-@dataclass(frozen=True)
-class Registered:
-    """A model version in the registry."""
-
-    name: str
-    version: str
-    alias: str
-    uri: str
 
 
 class Tracker:
@@ -73,6 +65,8 @@ class Tracker:
         self._delivered: set[str] = set()
         self._queued: set[str] = set()
         self._pending: deque[Record] = deque()
+        self._series: list[Metric] = []
+        self._series_told, self._flushing = 0.0, False
         self._changed = threading.Condition()
         self._closing = False
         self._connecting = threading.Lock()
@@ -113,7 +107,7 @@ class Tracker:
             else:
                 tags = {**self.labels, RUN_TAG: self.run_id}
                 self._parent = client.create_run(experiment_id, tags=tags, run_name=self.run_name).info.run_id
-                params = [Param(key, str(value)[:MAX_TEXT]) for key, value in self.params.items()]
+                params = [Param(key, _masked(value)[:MAX_TEXT]) for key, value in self.params.items()]
                 client.log_batch(self._parent, params=params)
             self._experiment_id = experiment_id
             self._delivered = self._children(client, experiment_id)
@@ -149,21 +143,28 @@ class Tracker:
         """Wait until everything queued is delivered; returns how many are not after ``timeout_s``."""
         deadline = time.monotonic() + timeout_s
         with self._changed:
-            while self._pending and self._thread.is_alive() and time.monotonic() < deadline:
+            self._flushing = True
+            self._changed.notify_all()
+            while (self._pending or self._series) and self._thread.is_alive() and time.monotonic() < deadline:
                 self._changed.wait(min(0.5, max(0.01, deadline - time.monotonic())))
+            self._flushing = False
             return len(self._pending)
 
     def _deliver_all(self) -> None:
         pause_s = FIRST_PAUSE_S
         while not self._closing:
             with self._changed:
-                if not self._pending:
+                if not self._pending and not self._series_due():
                     self._changed.wait(1.0)
-                if not self._pending:
+                record = self._pending[0] if self._pending else None
+                if record is None and not self._series_due():
                     continue
-                record = self._pending[0]
             try:
-                self._deliver(self._connect(), record)
+                client = self._connect()
+                if record is not None:
+                    self._deliver(client, record)
+                if self._series_due():
+                    self._tell_series(client)
             except BaseException as error:
                 self.failure, self._client = first_line(error), None
                 if not isinstance(error, Unreachable):
@@ -174,19 +175,43 @@ class Tracker:
                 continue
             self.failure, pause_s = "", FIRST_PAUSE_S
             with self._changed:
-                self._pending.popleft()
+                if record is not None:
+                    self._pending.popleft()
                 self._changed.notify_all()
+
+    def _series_due(self) -> bool:
+        waited = time.monotonic() - self._series_told
+        return bool(self._series) and (self._flushing or waited >= SERIES_EVERY_S or len(self._series) >= MAX_SERIES)
+
+    def _tell_series(self, client: MlflowClient) -> None:
+        """Points of the learning curve; MLflow takes a point it has already for the same one."""
+        while self._series:
+            client.log_batch(self._parent, metrics=self._series[:MAX_SERIES])
+            with self._changed:
+                del self._series[:MAX_SERIES]
+        self._series_told = time.monotonic()
 
     def _deliver(self, client: MlflowClient, record: Record) -> None:
         candidate, evaluation = record["candidate"], record["evaluation"]
-        key = _key(record)
-        if key in self._delivered:
-            return
-        at_ms = int(record["time"] * 1000)
+        key, at_ms = _key(record), int(record["time"] * 1000)
         values = {name: float(v) for name, v in evaluation["metrics"].items() if np.isfinite(v)}
         reward = self.reward(record)
         if reward is not None and np.isfinite(reward):
             values["reward"] = reward
+        if key not in self._delivered:
+            self._deliver_child(client, record, key, at_ms, values)
+        if record["kind"] == "finetune" or "latency_ratio" in values:  # an earlier process may not have told it
+            points = [
+                Metric(f"{record['stage']}.{n}", values[n], at_ms, candidate["id"]) for n in SERIES if n in values
+            ]
+            with self._changed:
+                self._series += points
+
+    def _deliver_child(
+        self, client: MlflowClient, record: Record, key: str, at_ms: int, values: Mapping[str, float]
+    ) -> None:
+        """The child run of a candidate."""
+        candidate, evaluation = record["candidate"], record["evaluation"]
         tags = {
             PARENT_TAG: self._parent,
             CANDIDATE_TAG: key,
@@ -208,9 +233,6 @@ class Tracker:
         )
         client.set_terminated(child.info.run_id, "FINISHED", at_ms)
         self._delivered.add(key)
-        series = [Metric(f"{record['stage']}.{n}", values[n], at_ms, candidate["id"]) for n in SERIES if n in values]
-        if record["kind"] == "finetune" or "latency_ratio" in values:
-            client.log_batch(self._parent, metrics=series)
 
     # -- the end of a run --------------------------------------------------------------------------------------------
 
@@ -233,52 +255,55 @@ class Tracker:
             raise TrackingError(f"tracking server {shown(self.uri)}: {first_line(error)}") from error
 
     def register(
-        self, onnx_file: Path, name: str, alias: str, example: np.ndarray, outputs: np.ndarray, facts: Mapping[str, Any]
-    ) -> Registered:
-        """Log an ONNX file as a model, register it and set its alias; once per run, however often it is called.
+        self,
+        name: str,
+        devices: Sequence[str],
+        onnx_file: Path,
+        example: np.ndarray,
+        outputs: np.ndarray,
+        tags: Mapping[str, Any],
+        files: Sequence[Path] = (),
+        facts: Mapping[str, Any] | None = None,
+    ) -> Version:
+        """Register an ONNX file as the challenger of its devices; once per run, however often it is called.
 
         Args:
+            devices: the run's own first.
             example: input example, shape (1, ...).
             outputs: what the model answers to it, for the signature.
-            facts: kept as tags of the version.
+            tags: of the version.
+            files: what else belongs to it.
+            facts: of its provenance.
 
         Raises:
             TrackingError: the server is away or refuses.
         """
-        import onnx
-        from mlflow.models import infer_signature
-
         try:
-            client = self._connect()
-            known = [v for v in client.search_model_versions(f"name = '{name}'") if v.tags.get(RUN_TAG) == self.run_id]
-            if known:
-                version = str(known[0].version)
-            else:
-                mlflow.set_tracking_uri(self.uri)
-                mlflow.set_registry_uri(self.uri)
-                with mlflow.start_run(run_id=self._parent):
-                    logged = mlflow.onnx.log_model(
-                        onnx.load(onnx_file),
-                        name=name,
-                        signature=infer_signature(example, outputs),
-                        input_example=example,
-                        save_as_external_data=False,
-                        onnx_execution_providers=["CPUExecutionProvider"],
-                        pip_requirements=[f"onnxruntime=={_version('onnxruntime')}", f"onnx=={_version('onnx')}"],
-                        metadata={str(k): str(v) for k, v in facts.items()},
-                    )
-                if not any(model.name == name for model in client.search_registered_models(f"name = '{name}'")):
-                    client.create_registered_model(name)
-                tags = {RUN_TAG: self.run_id, **{str(k): str(v)[:MAX_TEXT] for k, v in facts.items()}}
-                created = client.create_model_version(
-                    name, logged.model_uri, run_id=self._parent, tags=tags, model_id=logged.model_id
-                )
-                version = str(created.version)
-            client.set_registered_model_alias(name, alias, version)
+            self._connect()
         except Unreachable as error:
             self._client = None
             raise TrackingError(f"tracking server {shown(self.uri)}: {first_line(error)}") from error
-        return Registered(name, version, alias, f"models:/{name}/{version}")
+        version = self.registry.add(
+            name,
+            devices[0],
+            onnx_file,
+            run_key=self.run_id,
+            example=example,
+            outputs=outputs,
+            experiment=self.section.experiment,
+            parent=self._parent,
+            tags=tags,
+            files=files,
+            facts=facts,
+        )
+        for device in devices:
+            self.registry.challenge(name, version.version, device)
+        return version
+
+    @cached_property
+    def registry(self) -> Registry:
+        """The registry of the run's MLflow."""
+        return Registry(self.uri, self.home)
 
     def close(self) -> None:
         """Stop the delivery thread; what is left stays in the journal."""
@@ -287,6 +312,11 @@ class Tracker:
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join(timeout=5)
+
+
+def _masked(value: object) -> str:
+    """A setting as text; of an address, without the password in it."""
+    return shown(str(value)) if "://" in str(value) else str(value)
 
 
 def _whole(plan: str, digest: str) -> str:
@@ -299,9 +329,3 @@ def _whole(plan: str, digest: str) -> str:
 def _key(record: Record) -> str:
     """Names a record within its run."""
     return f"{record['stage']}:{record['kind']}:{record['candidate']['id']}"
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from pipeline.archives import check_archive
 from pipeline.errors import UserError
 from pipeline.workloads import ImageSource
 
@@ -23,6 +26,12 @@ Pixels = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
+"""The only decoders that are tried, whatever a file is called: Pillow has some that start other programs (EPS)."""
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What Pillow raises for files that are damaged, are no images, or are too large to be meant."""
+DAMAGED = (OSError, ValueError, EOFError, MemoryError, ArithmeticError, zipfile.BadZipFile, zlib.error)
+"""What NumPy raises for files that are damaged, or whose headers lie; an array of objects is a ValueError."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +90,9 @@ class FileSource:
 
     def _decode(self, path: Path) -> Pixels:
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 return _fit(image.convert(self.mode), self.size)
-        except OSError as error:
+        except UNREADABLE as error:
             raise UserError(f"cannot read image {path}: {error}; remove or replace the file") from error
 
 
@@ -201,20 +210,22 @@ def load_arrays(train: str, test: str | None, size: int | None, channels: int | 
 def _arrays(path: str) -> tuple[Pixels, Labels]:
     if path.endswith(".npz"):
         file = find(path, "array file")
+        check_archive(file, "save the arrays as NAME_images.npy and NAME_labels.npy, which are read in parts")
         try:
-            with np.load(file, allow_pickle=False) as content:
+            with file.open("rb") as opened, np.load(opened, allow_pickle=False) as content:
                 images, labels = content["images"], content["labels"]
         except KeyError as error:
             raise UserError(f"{file} must hold the arrays 'images' and 'labels': {error}") from error
-        except (OSError, ValueError) as error:
+        except DAMAGED as error:
             raise UserError(f"{file} is not a readable .npz file: {error}") from error
     else:
         stem = path.removesuffix("_images.npy").removesuffix(".npy")
         file = find(f"{stem}_images.npy", "array file")
         try:
-            images = np.load(file, mmap_mode="r", allow_pickle=False)
-            labels = np.load(find(f"{stem}_labels.npy", "label file"), allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            with np.errstate(over="raise"):  # of a size that no file has
+                images = np.load(file, mmap_mode="r", allow_pickle=False)
+                labels = np.load(find(f"{stem}_labels.npy", "label file"), allow_pickle=False)
+        except DAMAGED as error:
             raise UserError(f"{file} or its labels are not readable .npy files: {error}") from error
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
         raise UserError(

@@ -41,7 +41,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config import Section, known
 from pipeline.errors import UserError
-from pipeline.workloads.images import SUFFIXES, Pixels, find
+from pipeline.workloads.images import FORMATS, SUFFIXES, UNREADABLE, Pixels, find
 
 Boxes = npt.NDArray[np.float32]
 Flags = npt.NDArray[np.bool_]
@@ -50,10 +50,6 @@ Corners = tuple[float, float, float, float]
 
 KEPT_BYTES = 256 << 20
 """Digit scenes are kept in memory up to this size."""
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What Pillow raises for files that are damaged, are no images, or are too large to be meant."""
-
-
 UNLISTED = "annotation(s) are in no list and were not used"
 
 LINE = " line"
@@ -433,7 +429,7 @@ def _some(places: Sequence[str], most: int = 3) -> str:
 
 def _decode(path: Path) -> Pixels:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return np.array(image.convert("RGB"))
     except UNREADABLE as error:
         raise UserError(f"cannot read image {path}: {error}; remove or replace the file") from error
@@ -442,7 +438,7 @@ def _decode(path: Path) -> Pixels:
 def _measure(path: Path) -> tuple[int, int]:
     """Width and height from the header of an image file."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return image.size
     except UNREADABLE as error:
         raise UserError(f"cannot read image {path}: {error}; remove or replace the file") from error

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor, nn
 
+from pipeline.archives import check_archive
 from pipeline.errors import UserError
 from pipeline.workloads import images
 
@@ -63,9 +64,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return dict(load_file(path))
+        check_archive(path, "torch.save compresses nothing, so this is none of its files", compressed=False)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors and torch raise many kinds for a foreign file
-        if isinstance(error, MemoryError):
+        if isinstance(error, MemoryError | UserError):
             raise
         raise UserError(f"cannot read weights {path}: {str(error).splitlines()[0]}; expected a state dict") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state

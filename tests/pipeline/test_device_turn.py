@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from device_profiles import DeviceProfile, load_profile
 from pipeline.flow import device_turn, limit_name
 
 from .helpers import end, free_port, tiny_config
@@ -48,13 +49,12 @@ def wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
     raise AssertionError("the Prefect server did not start")
 
 
-class FakeRun:
-    """What ``device_turn`` needs of a run."""
+def quick_profile(folder: Path) -> DeviceProfile:
+    return load_profile(tiny_config(folder).device.profile)
 
-    def __init__(self, folder: Path) -> None:
-        from device_profiles import load_profile
 
-        self.profile = load_profile(tiny_config(folder).device.profile)
+def ignore(line: str) -> None:
+    """Listens to nothing."""
 
 
 @pytest.mark.long
@@ -65,7 +65,7 @@ def test_two_flows_never_use_a_device_at_once(server: str, tmp_path: Path, monke
 
     def use(number: int) -> None:
         with temporary_settings({PREFECT_API_URL: server}):
-            turn = device_turn(FakeRun(tmp_path))  # type: ignore[arg-type]
+            turn = device_turn(quick_profile(tmp_path), ignore)
             for _ in range(2):
                 with turn():
                     active[0] += 1
@@ -86,13 +86,11 @@ def test_two_flows_never_use_a_device_at_once(server: str, tmp_path: Path, monke
 def test_without_a_server_of_its_own_the_device_s_lock_must_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    with temporary_settings({PREFECT_API_URL: None}), device_turn(FakeRun(tmp_path))():  # type: ignore[arg-type]
+    with temporary_settings({PREFECT_API_URL: None}), device_turn(quick_profile(tmp_path), ignore)():
         pass
 
 
 def test_profiles_of_one_machine_share_a_limit(tmp_path: Path):
-    from device_profiles import DeviceProfile
-
     def limit(**settings: object) -> str:
         return limit_name(DeviceProfile.model_validate({"name": "x", **settings}))
 

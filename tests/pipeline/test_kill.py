@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -17,7 +19,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline import errors
-from pipeline.tracking import CANDIDATE_TAG
+from pipeline.tracking import CANDIDATE_TAG, Registry
 
 from .helpers import end, free_port, start_server, write_tiny
 
@@ -84,6 +86,26 @@ def exists(pattern: str) -> Callable[[Path], bool]:
     return lambda directory: any(directory.glob(pattern))
 
 
+def rows(home: Path, table: str) -> int:
+    """How many rows a table of MLflow's database has."""
+    with contextlib.closing(sqlite3.connect(f"file:{home}/mlflow.db?mode=ro", uri=True)) as database:
+        try:
+            return int(database.execute(f"select count(*) from {table}").fetchone()[0])
+        except sqlite3.OperationalError:  # being made just now
+            return 0
+
+
+def promotions(home: Path) -> tuple[list[tuple[str, str]], int, dict[str, str]]:
+    """The moves of the champion, how many decisions are kept, and the aliases."""
+    registry = Registry(f"sqlite:///{home}/mlflow.db", home)
+    client = MlflowClient(registry.uri, registry.uri)
+    experiment = client.get_experiment_by_name("secateur-promotions")
+    assert experiment is not None
+    decisions = client.search_runs([experiment.experiment_id])
+    aliases = {k: str(v) for k, v in client.get_registered_model("tiny").aliases.items()}
+    return [(e.kind, e.version) for e in registry.history("tiny") if e.done], len(decisions), aliases
+
+
 def told(home: Path) -> list[str]:
     client = MlflowClient(f"sqlite:///{home}/mlflow.db")
     experiment = client.get_experiment_by_name("secateur")
@@ -113,6 +135,9 @@ def test_a_run_killed_at_many_moments_ends_like_one_that_was_left_alone(tmp_path
         exists("candidates/weights/*.safetensors"),  # fine-tuned weights are there, not yet in the journal
         journal_lines(total - 4),  # late in the search
         exists("baseline.onnx"),  # during the export
+        exists("version/plan.json"),  # while the version is put together
+        lambda _: rows(killed, "model_versions") > 0,  # registered, not promoted
+        lambda _: rows(killed, "registered_model_tags where key like 'secateur.event.%'") > 0,  # in mid-promotion
     ]
     seen = 0
     for i, moment in enumerate(moments):
@@ -140,6 +165,9 @@ def test_a_run_killed_at_many_moments_ends_like_one_that_was_left_alone(tmp_path
     again = finish(start(killed, prefect_home, "resume", str(directory)), killed)
     assert "tiny version 1, alias champion" in again
     assert told(killed) == told(left)
+    aliases = {"champion": "1", "champion-quick": "1"}
+    assert promotions(killed) == promotions(left) == ([("promote", "1")], 1, aliases)
+    assert rows(killed, "model_versions") == 1
 
 
 def test_a_tracking_server_that_is_away_is_told_later(tmp_path: Path, prefect_home: Path) -> None:

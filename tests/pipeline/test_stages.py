@@ -28,7 +28,7 @@ from .helpers import tiny_config
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
 
 
-def perform(run: Run, until: str = "report") -> dict[str, Any]:
+def perform(run: Run, until: str = "promote") -> dict[str, Any]:
     """All stages up to one, as the flow would, without Prefect."""
     facts: dict[str, Any] = {}
     for stage in STAGES:
@@ -72,7 +72,7 @@ def test_the_timed_file_is_the_judged_and_the_registered_one(finished: Any) -> N
     run, facts = finished
     digest = facts["export"]["compact"]["artifact"]["sha256"]
     assert load_benchmark(run.directory).sha256["compact"] == digest
-    assert facts["register"]["alias"] == "champion"
+    assert facts["promote"]["promoted"]
     mlflow.set_tracking_uri(run.tracker.uri)
     pulled = mlflow.artifacts.download_artifacts("models:/tiny@champion/model.onnx")
     assert Path(pulled).read_bytes() == (run.directory / "compact.onnx").read_bytes()
@@ -98,7 +98,7 @@ def test_the_report_holds_everything_and_loads_nothing(finished: Any) -> None:
     run, facts = finished
     html = (run.directory / "report.html").read_text()
     assert not re.search(r"""(src|href)\s*=|url\(|@import|<script|https?://""", html)
-    for text in ("Gate:", "champion", "Speed-up", "<svg", "layer3.0.conv1"):
+    for text in ("Gate:", "secateur history tiny", "Speed-up", "<svg", "layer3.0.conv1"):
         assert text in html
     data = json.loads((run.directory / "report.json").read_text())
     assert data["facts"]["judge"] == facts["judge"]
@@ -144,11 +144,13 @@ def test_a_failed_gate_makes_a_challenger(tmp_path: Path, finished: Any) -> None
                 shutil.copy(file, run.directory)
         run.tracker.start()
         again = dict(facts)
-        for stage in STAGES[5:7]:
+        for stage in STAGES[5:9]:
             again[stage.name] = stage.function(run, again)
         assert not again["judge"]["passed"]
         assert [c["name"] for c in again["judge"]["checks"] if not c["ok"]] == ["MACs ratio"]
-        assert again["register"]["alias"] == "challenger"
+        assert not again["promote"]["promoted"]
+        champion = run.tracker.registry.champion("tiny", "quick")
+        assert champion is None or champion.version != again["register"]["version"]
 
 
 @pytest.mark.parametrize(

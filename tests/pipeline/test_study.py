@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ class FakeOracle:
 
     def __init__(self, lives: float = float("inf"), keeps_checkpoints: bool = True) -> None:
         self.lives, self.keeps, self.asked, self.trained = lives, keeps_checkpoints, 0, 0
+        self.announced: list[list[int]] = []
+        self.remembered: list[tuple[int, str, bool]] = []
 
     @property
     def spent(self) -> Mapping[str, int]:
@@ -60,6 +62,12 @@ class FakeOracle:
         worth = sum(float(WORTH[name][list(kept)].sum()) for name, kept in candidate.plan.kept.items())
         macs = float(sum(candidate.plan.widths.values()))
         return Evaluation(metrics={"top1": worth / 100, "macs": macs, "params": macs, "latency_ratio": macs / 20})
+
+    def ahead(self, candidates: Sequence[Candidate], latency: bool, floor: float | None = None) -> None:
+        self.announced.append([candidate.id for candidate in candidates])
+
+    def remember(self, candidate: Candidate, latency: bool, evaluation: Evaluation, *, exact: bool = False) -> None:
+        self.remembered.append((candidate.id, candidate.base, exact))
 
     def finetune(self, request: FineTune) -> tuple[FineTuned, Mapping[str, str]]:
         self.trained += 1
@@ -278,3 +286,26 @@ def test_what_was_learned_beyond_the_seconds_is_still_evaluated_once(tmp_path: P
     with Journal(tmp_path / "journal.jsonl", "run", "config") as journal:
         archive = Study(journal, Slow(), budget=Budget(seconds=0.01)).run(learns())
     assert [entry.candidate.id for entry in archive] == [0]
+
+
+def test_what_is_neither_in_the_journal_nor_beyond_the_budget_is_announced_at_once(tmp_path: Path) -> None:
+    def asks() -> Strategy:
+        yield Evaluate(tuple(Candidate(i, plan(1 + i), "x") for i in range(4)))
+        yield FineTune(Candidate(4, plan(2), "x"), 1.0)
+        yield Evaluate(tuple(Candidate(i, plan(i - 4), "x") for i in range(5, 9)))
+        return ()
+
+    budget = Budget(evaluations=7)
+    first, second = FakeOracle(lives=2), FakeOracle()
+    with Journal(tmp_path / "journal.jsonl", "run", "config") as journal, pytest.raises(KilledError):
+        Study(journal, first, budget=budget).run(asks())
+    with Journal(tmp_path / "journal.jsonl", "run", "config") as journal:
+        Study(journal, second, budget=budget).run(asks())
+    assert first.announced == [[0, 1, 2, 3]]
+    assert second.announced == [[2, 3], [5, 6]]
+    assert second.remembered == [(0, "", False), (1, "", False)]
+    third = FakeOracle(lives=0)
+    with Journal(tmp_path / "journal.jsonl", "run", "config") as journal:
+        Study(journal, third, budget=budget).run(asks())
+    assert third.announced == []
+    assert (4, "base-4", True) in third.remembered

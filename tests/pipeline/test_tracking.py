@@ -19,7 +19,8 @@ from onnx import TensorProto, helper
 
 from pipeline.config import TrackingSection
 from pipeline.errors import TrackingError
-from pipeline.tracking import CANDIDATE_TAG, PARENT_TAG, RUN_TAG, Tracker
+from pipeline.tracking import CANDIDATE_TAG, PARENT_TAG, RUN_TAG, Tracker, shown
+from pipeline.tracking.store import first_line
 
 from .helpers import end, free_port, start_server
 
@@ -132,29 +133,66 @@ def test_an_optional_server_that_is_away_delays_nothing(home: Path) -> None:
     tracking.close()
 
 
-def test_the_model_is_registered_once_with_signature_example_and_alias(home: Path) -> None:
+def test_the_model_is_registered_once_as_the_challenger_of_its_devices(home: Path) -> None:
     onnx_file = home / "model.onnx"
     onnx.save(identity_model(), onnx_file)
     example = np.ones((1, 3), np.float32)
     tracking = tracker(home)
     tracking.start()
-    for alias in ("challenger", "champion"):
-        entry = tracking.register(onnx_file, "net", alias, example, example, {"gate": "passed", "top1": 0.9})
-        assert (entry.name, entry.version, entry.alias) == ("net", "1", alias)
+    for _ in range(2):
+        entry = tracking.register("net", ["one", "two"], onnx_file, example, example, {"gate": "passed", "top1": 0.9})
+        assert (entry.name, entry.version) == ("net", "1")
     tracking.finish({"final.top1": 0.9}, [onnx_file])
     tracking.close()
     client = MlflowClient(tracking.uri)
-    version = client.get_model_version_by_alias("net", "champion")
+    model = client.get_registered_model("net")
+    assert set(model.aliases) == {"challenger", "challenger-one", "challenger-two"}
+    version = client.get_model_version_by_alias("net", "challenger")
     assert version.tags["gate"] == "passed"
+    assert version.run_id == tracking._parent
     import mlflow
 
     mlflow.set_tracking_uri(tracking.uri)
-    info = mlflow.models.get_model_info("models:/net@champion")
+    info = mlflow.models.get_model_info("models:/net@challenger")
     assert info.signature is not None
     assert info.saved_input_example_info is not None
-    local = Path(mlflow.artifacts.download_artifacts("models:/net@champion", dst_path=str(home / "pulled")))
+    local = Path(mlflow.artifacts.download_artifacts("models:/net@challenger", dst_path=str(home / "pulled")))
     assert (local / "model.onnx").read_bytes() == onnx_file.read_bytes()
     assert np.array_equal(mlflow.pyfunc.load_model(str(local)).predict(example)["y"], example)
+
+
+SECRET = "a-password-of-the-tests"
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        (f"http://me:{SECRET}@host:5000/x", "http://me:***@host:5000/x"),
+        (f"postgresql+psycopg2://me:{SECRET}@host/db", "postgresql+psycopg2://me:***@host/db"),
+        (f"postgresql+psycopg2://me:a@{SECRET}@host/db", "postgresql+psycopg2://me:***@host/db"),
+        (f"postgresql+psycopg2://host/db?user=me&password={SECRET}&x=1", None),
+        (f"http://host/?token={SECRET}", None),
+        ("http://me@host/x", "http://me@host/x"),
+        ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
+        ("http://[bad", None),
+    ],
+)
+def test_no_password_of_an_address_is_shown(address: str, expected: str | None) -> None:
+    assert expected is None or shown(address) == expected
+    assert SECRET not in shown(address)
+    assert SECRET not in first_line(OSError(f"cannot reach {address} now"))
+
+
+def test_no_password_reaches_the_store(home: Path) -> None:
+    tracking = tracker(home)
+    tracking.params = {"tracking.uri": f"http://me:{SECRET}@host:5000", "note": "a: b"}
+    tracking.start()
+    tracking.candidate(record(0))
+    assert tracking.flush(60) == 0
+    tracking.close()
+    assert SECRET.encode() not in b"".join(f.read_bytes() for f in home.glob("mlflow.db*"))
+    params = MlflowClient(tracking.uri).get_run(tracking._parent).data.params
+    assert params == {"tracking.uri": "http://me:***@host:5000", "note": "a: b"}
 
 
 def identity_model() -> onnx.ModelProto:
@@ -232,7 +270,7 @@ def test_postgresql_takes_candidates_and_the_model_as_sqlite_does(tmp_path: Path
     assert tracking.flush(120) == 0
     onnx.save(identity_model(), tmp_path / "model.onnx")
     example = np.ones((1, 3), np.float32)
-    entry = tracking.register(tmp_path / "model.onnx", "net", "champion", example, example, {})
+    entry = tracking.register("net", ["one"], tmp_path / "model.onnx", example, example, {})
     tracking.finish({"final.top1": 0.9}, [tmp_path / "model.onnx"])
     tracking.close()
     assert entry.version == "1"

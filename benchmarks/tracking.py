@@ -1,0 +1,160 @@
+"""What telling MLflow costs a candidate, at thousands of candidates, on SQLite and on PostgreSQL.
+
+    SECATEUR_DATA=... python benchmarks/tracking.py [--candidates 5000] [--stores sqlite postgresql] [--json PATH]
+
+Records of candidates go through the journal and the tracker as fast as it takes them: journal, delivery by the
+tracker's thread, wait. ``delivery_ms`` is the tracker's time per candidate; ``tail_ms`` is its median over the last
+tenth, when the store is full; ``search_ms`` is what the search itself waits for (an fsync'd journal line and the
+queue); ``cpu_ms`` is the CPU time of this whole process per candidate, which is all that a search on the same core
+can lose. The evaluation they are compared with is a real one, of ResNet-20 on 1,000 images of CIFAR-10 on one thread
+(the data of pipeline/runs/cifar10-resnet20.yaml).
+
+Stores: ``sqlite`` and ``postgresql`` are written directly; ``http+sqlite`` and ``http+postgresql`` through an MLflow
+server on this machine, whose own work then takes from the same cores.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks._output import Figure, parser, present
+from benchmarks.overhead import RUN_FILE, random_plan
+from device_profiles import load_profile, open_target
+from pipeline.assemble import open_workload
+from pipeline.config import TrackingSection, load_run_file
+from pipeline.evaluator import Evaluator
+from pipeline.journal import Journal, Record
+from pipeline.study import describe
+from pipeline.tracking import Tracker
+from pruning import ChannelGraph, PruningPlan
+from pruning.search.protocol import Candidate
+from tests.servers import database_url, mlflow_server, postgres, running
+
+BOUND_MS, BOUND_SHARE = 20.0, 0.05
+STORES = ("sqlite", "postgresql", "http+sqlite", "http+postgresql")
+
+
+class Timed(Tracker):
+    """A tracker that notes how long each delivery takes."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.seconds: list[float] = []
+
+    def _deliver(self, client: Any, record: Record) -> None:
+        started = time.perf_counter()
+        super()._deliver(client, record)
+        self.seconds.append(time.perf_counter() - started)
+
+
+@contextmanager
+def store(kind: str, folder: Path) -> Iterator[str | None]:
+    """The address of a fresh store; None = SQLite in the home."""
+    with ExitStack() as stack:
+        database = None
+        if kind.endswith("postgresql"):
+            database = database_url(
+                stack.enter_context(running(postgres(folder / "pg"))), "mlflow", "postgresql+psycopg2"
+            )
+        if not kind.startswith("http"):
+            yield database
+        else:
+            yield stack.enter_context(running(mlflow_server(folder / "server", database))).url
+
+
+def evaluation_s(plans: int) -> tuple[float, list[Record]]:
+    """Median seconds of a real evaluation, and records of real candidates to send."""
+    config = load_run_file(RUN_FILE)
+    workload = open_workload(config)
+    model = workload.build_model()
+    graph = ChannelGraph.trace(model, workload.example_input())
+    rng, profile = np.random.default_rng(0), load_profile("local")
+    records: list[Record] = []
+    with tempfile.TemporaryDirectory() as folder:
+        target = open_target(profile)
+        evaluator = Evaluator(model, graph, workload, profile, target, Path(folder), config.search, config.finetune)
+        evaluator.evaluate(Candidate(0, PruningPlan.full(graph.groups), "warm-up"), latency=False)
+        for i in range(plans):
+            candidate = Candidate(i, random_plan(graph, rng), "random")
+            found = evaluator.evaluate(candidate, latency=False)
+            evaluation = {"status": found.status, "reason": found.reason, "metrics": dict(found.metrics)}
+            facts = {"stage": "search", "kind": "evaluation", "latency": False}
+            records.append({**facts, "candidate": describe(candidate), "evaluation": evaluation, "spent": {}})
+        target.close()
+    return float(np.median([r["evaluation"]["metrics"]["seconds"] for r in records])), records
+
+
+def deliver(kind: str, uri: str | None, home: Path, records: list[Record], count: int) -> dict[str, Any]:
+    """Send ``count`` candidates; figures per candidate in ms."""
+    tracker = Timed(TrackingSection(uri=uri), home, "bench", "bench", {})
+    tracker.start()
+    waits: list[float] = []
+    with Journal(home / "journal.jsonl", "bench", "bench") as journal:
+        tracker.candidate(journal.append(_numbered(records, 0)))  # migrations, the parent run
+        if tracker.flush(300):
+            sys.exit(f"MLflow did not take the first candidate: {tracker.failure}")
+        started, cpu = time.perf_counter(), time.process_time()
+        for i in range(1, count + 1):
+            record, before = _numbered(records, i), time.perf_counter()
+            tracker.candidate(journal.append(record))
+            waits.append(time.perf_counter() - before)
+            if tracker.flush(300):
+                sys.exit(f"MLflow did not take the candidates: {tracker.failure}")
+        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    tracker.close()
+    times = 1000 * np.array(tracker.seconds[1:])
+    return {
+        "store": kind,
+        "candidates": count,
+        "delivery_ms": float(np.median(times)),
+        "p95_ms": float(np.percentile(times, 95)),
+        "tail_ms": float(np.median(times[-max(1, count // 10) :])),
+        "search_ms": 1000 * float(np.median(waits)),
+        "cpu_ms": 1000 * cpu / count,
+        "per_s": count / seconds,
+    }
+
+
+def _numbered(records: list[Record], i: int) -> Record:
+    record = records[i % len(records)]
+    return {**record, "candidate": {**record["candidate"], "id": i}}
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--candidates", type=int, default=5000, help="how many (default 5000)")
+    arguments.add_argument("--stores", nargs="+", choices=STORES, default=list(STORES), help="which (default all)")
+    arguments.add_argument("--plans", type=int, default=20, help="real evaluations to compare with (default 20)")
+    options = arguments.parse_args()
+    torch.set_num_threads(1)
+    os.environ.pop("SECATEUR_TRACKING_URI", None)
+    seconds, records = evaluation_s(options.plans)
+    rows, figures = [], []
+    for kind in options.stores:
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "home").mkdir()
+            with store(kind, Path(folder)) as uri:
+                row = deliver(kind, uri, Path(folder, "home"), records, options.candidates)
+        row["share"] = row["cpu_ms"] / 1000 / seconds
+        rows.append(row)
+        figures += [
+            Figure(f"{kind}_delivery_ms", row["delivery_ms"], BOUND_MS, row["delivery_ms"] <= BOUND_MS),
+            Figure(f"{kind}_share_of_evaluation", row["share"], BOUND_SHARE, row["share"] <= BOUND_SHARE),
+        ]
+    present(f"evaluation of ResNet-20 on 1,000 CIFAR-10 images: {seconds:.2f} s", rows, figures, options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,277 @@
+"""The flows that schedules start: compress, profile, promote. Prefect imports this module in a worker's process.
+
+An expected error ends a flow run as Failed with its message; a gate that does not hold is a completed run that says
+so. What a flow began and could not finish, the next run of its deployment finishes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+from prefect import flow
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State, StateType
+from prefect.exceptions import MissingContextError, ObjectNotFound
+from prefect.logging import get_run_logger
+from prefect.runtime import deployment as this_deployment
+from prefect.runtime import flow_run as this_flow_run
+from prefect.states import Completed, Crashed, Failed
+
+from device_profiles import DeviceError, DeviceProfile, open_target
+from export.errors import ExportError
+from pipeline.assemble import Run
+from pipeline.config import TrackingSection, home, load_run_file
+from pipeline.device import InTurn
+from pipeline.errors import SurroundingsError, TrackingError, UserError
+from pipeline.flow import adopt
+from pipeline.flow.compress import ON_SCHEDULE_S, resume_tracking, work_through
+from pipeline.flow.logs import LogProgress
+from pipeline.flow.notify import ALARM, PROMOTED, tell
+from pipeline.flow.parameters import Compress, Profile, Promote, Registered
+from pipeline.flow.turns import Turns, device_turn, make_limit, promotion_limit
+from pipeline.report import registered
+from pipeline.reprofile import Reading, chosen, markdown, profile_of, reprofile
+from pipeline.tracking import Decision, Registry, alias_of, store_uri
+from pipeline.tracking.readings import page_of, record_reading
+
+Expected = (UserError, SurroundingsError, DeviceError, ExportError)
+NOT_PASSED, NOT_PROMOTED = "Gate not passed", "Not promoted"
+
+
+def say(line: str) -> None:
+    """A line in the log of the task or flow run that is going on."""
+    try:
+        get_run_logger().info(line)
+    except MissingContextError:  # a thread of our own
+        logging.getLogger("prefect.secateur").info(line)
+
+
+def answering(work: Callable[..., State[Any]]) -> Callable[..., State[Any]]:
+    """An expected error becomes the flow run's message; anything else is a bug and keeps its traceback."""
+
+    @functools.wraps(work)
+    def answer(*args: Any, **kwargs: Any) -> State[Any]:
+        try:
+            return work(*args, **kwargs)
+        except Expected as error:
+            get_run_logger().error(str(error))
+            return Failed(message=str(error))
+
+    return answer
+
+
+@flow(name="compress", on_failure=[tell], on_crashed=[tell], on_completion=[tell])
+@answering
+def compress(job: Compress) -> State[Any]:
+    """Run a run file from the baseline to the registered, device-timed compact model; or finish a run left undone."""
+    config = load_run_file(Path(job.file), job.overrides)
+    flow_run, deployment = own_id(), this_deployment.id or "none"
+    progress = LogProgress(say)
+    taken = adopt.take(config, deployment, flow_run, lambda directory: Run(directory, progress), say)
+    say(f"Run directory: {taken.directory}")
+    if taken.earlier is not None:
+        say(f"Continues what flow run {taken.earlier} left")
+        mark_crashed(taken.earlier, flow_run)
+    try:
+        with taken.run as run:
+            turns = {profile.name: device_turn(profile, say) for profile in run.profiles}
+            run.turn, run.turns = turns[run.profile.name], turns
+            resume_tracking(run)
+            facts, undelivered = work_through(run, ON_SCHEDULE_S)
+            link(run)
+    except (UserError, ExportError) as error:
+        adopt.end(taken.directory, str(error))  # it would fail again
+        raise
+    except (SurroundingsError, DeviceError):
+        raise  # the next run goes on
+    except Exception as error:
+        adopt.end(taken.directory, f"bug: {error}")
+        raise
+    if undelivered is not None:
+        raise undelivered
+    passed, promoted = facts["judge"]["passed"], facts["promote"]["promoted"]
+    adopt.end(taken.directory, "passed" if passed else "not passed")
+    lines = registered(facts)
+    if not passed:
+        failed = ", ".join(check["name"] for check in facts["judge"]["checks"] if not check["ok"])
+        return Completed(name=NOT_PASSED, message="\n".join([f"The gate did not pass: {failed}", *lines]))
+    return Completed(name=PROMOTED if promoted else NOT_PROMOTED, message="\n".join(lines))
+
+
+@flow(name="profile", on_failure=[tell], on_crashed=[tell], on_completion=[tell])
+@answering
+def profile(job: Profile) -> State[Any]:
+    """Time registered champions again on their devices; an alarm where one has become slower or larger."""
+    registry, uri = registry_of(job)
+    champions = chosen(registry, job.names, job.device)
+    readings: list[Reading] = []
+    faults: list[str] = []
+    profiles = [Path(file) for file in job.device_profiles]
+    for found in reprofile(
+        registry, champions, job.tolerances, turn=turn_of, progress=LogProgress(say), profiles=profiles
+    ):
+        if isinstance(found, Reading):
+            readings.append(found)
+            about = (found.name, found.version, found.device)
+            with told(faults, *about):
+                record_reading(uri, home(), about, own_id(), found.metrics(), found.to_json())
+        else:
+            name, device, error = found
+            faults.append(f"{name} on {device}: {error}")
+    if readings:
+        artifact(markdown(readings), "secateur-profile")
+    worse = [reading for reading in readings if reading.regressions]
+    alarms = [
+        f"{r.name} {r.version} on {r.device}: "
+        + ", ".join(f"{f.name} {f.then:.4g} -> {f.now:.4g} ({f.change})" for f in r.regressions)
+        + f"; {r.cause}"
+        for r in worse
+    ]
+    if alarms and job.on_regression == "fail":
+        return Failed(name=ALARM, message="\n".join([*alarms, *faults]))
+    if faults:
+        return Failed(message="\n".join([*faults, *alarms]))
+    same = ", ".join(f"{r.name} {r.version} on {r.device}" for r in readings)
+    return Completed(message="\n".join(alarms) or f"As they were: {same}")
+
+
+@flow(name="promote", on_failure=[tell], on_crashed=[tell], on_completion=[tell])
+@answering
+def promote(job: Promote) -> State[Any]:
+    """Compare challengers with the champions of their devices; those that pass every gate take their place."""
+    from pipeline import promotion
+
+    registry, _ = registry_of(job)
+    faults: list[str] = []
+    decisions: list[Decision] = []
+    for name, device in challengers(registry, job):
+        limit = promotion_limit(name)
+        with told(faults, name, device):
+            where = profile_of(device, [Path(file) for file in job.device_profiles])
+            make_limit(limit)
+            target = InTurn(open_target(where), turn_of(where))
+            try:
+                with Turns(limit, say).turn():
+                    decisions.append(
+                        promotion.promote(registry, name, where, target, key=own_id(), progress=LogProgress(say))
+                    )
+            finally:
+                target.close()
+    if decisions:
+        artifact("\n".join(map(decided, decisions)), "secateur-promotion")
+    promoted = [decision for decision in decisions if decision.promoted]
+    lines = [summary(decision) for decision in decisions]
+    if faults:
+        return Failed(message="\n".join([*faults, *lines]))
+    if promoted:
+        return Completed(name=PROMOTED, message="\n".join(lines))
+    return Completed(message="\n".join(lines) or "no challenger waits for a decision")
+
+
+# -- parts ---------------------------------------------------------------------------------------------------------
+
+
+def own_id() -> str:
+    """Prefect's id of this flow run."""
+    return str(this_flow_run.id)
+
+
+def mark_crashed(flow_run: str, by: str) -> None:
+    """Say of a flow run whose process is dead that it is; Prefect would show it as running for ever."""
+    going_on = (StateType.RUNNING, StateType.PENDING, StateType.CANCELLING)
+    with contextlib.suppress(httpx.HTTPError, ObjectNotFound), get_client(sync_client=True) as client:
+        found = client.read_flow_run(flow_run)  # type: ignore[arg-type]
+        if found.state is not None and found.state.type in going_on:
+            message = f"its process is dead; flow run {by} continues its work"
+            client.set_flow_run_state(found.id, Crashed(message=message), force=True)
+
+
+def turn_of(device: DeviceProfile) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    return device_turn(device, say)
+
+
+def registry_of(job: Registered) -> tuple[Registry, str]:
+    """The registry that a flow is about, and its address."""
+    uri = store_uri(TrackingSection(uri=job.tracking), home())
+    return Registry(uri, home()), uri
+
+
+@contextlib.contextmanager
+def told(faults: list[str], *about: str) -> Iterator[None]:
+    """An expected error of one model does not keep the others from their turn; the flow fails at its end."""
+    try:
+        yield
+    except Expected as error:
+        get_run_logger().error(str(error))
+        faults.append(f"{' '.join(about)}: {error}")
+
+
+def challengers(registry: Registry, job: Promote) -> Iterator[tuple[str, str]]:
+    """(model, device) of every challenger that waits for a decision."""
+    for name in job.names or registry.names():
+        for device in registry.devices(name):
+            if job.device not in (None, device):
+                continue
+            challenger = alias_of("challenger", device)
+            found = next((v for v in registry.versions(name) if challenger in v.aliases), None)
+            if found is None or alias_of("champion", device) in found.aliases:
+                continue
+            champion = registry.champion(name, device)
+            if job.again or not refused(found.tags, device, champion.version if champion else None):
+                yield name, device
+            else:
+                say(f"{name} version {found.version} was refused on {device} already; set again to compare anew")
+
+
+def refused(tags: Any, device: str, champion: str | None) -> bool:
+    """Whether a version has lost against this very champion: measuring until it wins by chance would be no gate."""
+    try:
+        note = json.loads(tags[f"secateur.decision.{alias_of('', device).removeprefix('-')}"])
+        return bool(note["outcome"] == "refused" and note["champion"] == champion)
+    except (KeyError, ValueError, TypeError):
+        return False
+
+
+def summary(decision: Decision) -> str:
+    """One line."""
+    lost = ", ".join(gate.name for gate in decision.gates if not gate.ok)
+    what = "is the champion" if decision.promoted else f"was refused ({lost})"
+    return f"{decision.name} version {decision.version} {what} on {decision.device}"
+
+
+def decided(decision: Decision) -> str:
+    """A decision's gates, as a table."""
+    rows = [f"**{summary(decision)}**\n", "| gate | value | bound | holds | |", "|---|---|---|---|---|"]
+    for gate in decision.gates:
+        value = "unknown" if gate.value is None else f"{gate.value:.4g}"
+        rows.append(f"| {gate.name} | {value} | {gate.bound:.4g} | {'yes' if gate.ok else 'NO'} | {gate.reason} |")
+    return "\n".join(rows) + "\n"
+
+
+def link(run: Run) -> None:
+    """Where a run is to be seen: its page in MLflow, its report."""
+    report = run.directory / "report.html"
+    with contextlib.suppress(TrackingError, httpx.HTTPError):
+        page = page_of(run.tracker.uri, run.config.tracking.experiment, run.run_id)
+        if page:
+            create_link_artifact(page, "MLflow", key="secateur-mlflow", description=run.run_id)
+    if report.is_file():
+        with contextlib.suppress(httpx.HTTPError):
+            create_link_artifact(
+                report.as_uri(), "Report", key="secateur-report", description=f"on {os.uname().nodename}"
+            )
+
+
+def artifact(text: str, key: str) -> None:
+    """A table in Prefect's interface; only a decoration."""
+    with contextlib.suppress(httpx.HTTPError):
+        create_markdown_artifact(text, key=key)

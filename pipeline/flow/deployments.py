@@ -1,0 +1,191 @@
+"""Deployments: the three flows on a Prefect server, each with its schedule, for one run file."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from device_profiles import DeviceProfile
+from pipeline.assemble import device_profiles
+from pipeline.config import RunFile, home, load_run_file
+from pipeline.errors import SurroundingsError, UserError
+from pipeline.flow.parameters import Compress, Parameters, Profile, Promote
+from pipeline.flow.turns import limit_name, make_limit, server_url
+
+TAG = "secateur"
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be deployed.
+
+    Args:
+        crons: flow name -> cron expression; None or missing = by hand only.
+        timezone: of the cron expressions.
+        paused: whether the schedules wait to be switched on.
+    """
+
+    file: Path
+    overrides: tuple[str, ...]
+    crons: dict[str, str | None]
+    name: str | None = None
+    pool: str = "secateur"
+    timezone: str = "UTC"
+    paused: bool = False
+
+
+def deploy(order: Order) -> list[str]:
+    """Make or update work pool, deployments and limits; returns what was done, in lines.
+
+    Raises:
+        UserError: the run file or a cron expression is wrong.
+        SurroundingsError: there is no Prefect server, or it does not answer.
+    """
+    config = load_run_file(order.file, order.overrides)
+    profiles = device_profiles(config)
+    schedules = {flow: _schedule(flow, cron, order) for flow, cron in order.crons.items()}
+    url = server_url()
+    if url is None:
+        raise SurroundingsError(
+            "schedules need a Prefect server: start one with `prefect server start` and set PREFECT_API_URL, "
+            "for example PREFECT_API_URL=http://127.0.0.1:4200/api"
+        )
+    import httpx
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    try:
+        return _deploy(order, config, profiles, schedules)
+    except PrefectHTTPStatusError as error:
+        raise SurroundingsError(f"the Prefect server at {url} refuses: {error}") from error
+    except httpx.HTTPError as error:
+        raise SurroundingsError(f"the Prefect server at {url} does not answer: {error}") from error
+
+
+def _deploy(order: Order, config: RunFile, profiles: tuple[DeviceProfile, ...], schedules: dict[str, Any]) -> list[str]:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
+    from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions
+    from prefect.exceptions import ObjectAlreadyExists
+    from prefect.utilities.callables import parameter_schema
+    from prefect.workers.process import ProcessWorker
+
+    from pipeline.flow import deployed
+
+    lines = []
+    name = order.name or config.name
+    with get_client(sync_client=True) as client:
+        try:
+            template = ProcessWorker.get_default_base_job_template()
+            pool = WorkPoolCreate(name=order.pool, type="process", base_job_template=template)
+            client.create_work_pool(pool)
+            lines.append(f"Work pool {order.pool}: made")
+        except ObjectAlreadyExists:
+            kind = client.read_work_pool(order.pool).type
+            if kind != "process":
+                raise UserError(
+                    f"work pool {order.pool} is of type {kind}, not process; name another with --pool"
+                ) from None
+            lines.append(f"Work pool {order.pool}: exists")
+        for flow, parameters in _parameters(order, config).items():
+            made = getattr(deployed, flow)
+            schedule = schedules.get(flow)
+            client.create_deployment(
+                client.create_flow(made),
+                name,
+                schedules=[]
+                if schedule is None
+                else [DeploymentScheduleCreate(schedule=schedule, active=not order.paused)],
+                concurrency_limit=1,
+                concurrency_options=ConcurrencyOptions(collision_strategy=ConcurrencyLimitStrategy.ENQUEUE),
+                parameters={"job": parameters.model_dump(mode="json")},
+                description=made.description,
+                work_pool_name=order.pool,
+                tags=[TAG, *sorted({f"device:{profile.name}" for profile in profiles})],
+                entrypoint=f"{deployed.__name__}.{flow}",
+                parameter_openapi_schema=parameter_schema(made).model_dump_for_openapi(),
+                enforce_parameter_schema=True,
+                pull_steps=[{"prefect.deployments.steps.set_working_directory": {"directory": str(Path.cwd())}}],
+                job_variables={"env": _environment()},
+            )
+            when = "by hand only" if schedule is None else f"cron {schedule.cron} {schedule.timezone}"
+            lines.append(f"Deployment {flow}/{name}: {when}{', paused' if schedule and order.paused else ''}")
+    for limit in sorted({limit_name(profile) for profile in profiles}):
+        make_limit(limit)
+        lines.append(f"Concurrency limit {limit}: 1")
+    lines += _warnings(config)
+    return lines
+
+
+def _parameters(order: Order, config: RunFile) -> dict[str, Parameters]:
+    """What each flow is told."""
+    uri = config.tracking.uri
+    told = None if uri is None or urlsplit(uri).password else uri
+    section = config.device
+    files = [str(Path(p).absolute()) for p in (section.profile, *section.others) if Path(p).suffix == ".yaml"]
+    model = config.tracking.registered_model or config.name
+    about = {"names": [model], "tracking": told, "device_profiles": files}
+    return {
+        "compress": Compress(file=str(order.file.absolute()), overrides=list(order.overrides)),
+        "profile": Profile(**about),  # type: ignore[arg-type]
+        "promote": Promote(**about),  # type: ignore[arg-type]
+    }
+
+
+def _environment() -> dict[str, str]:
+    """Folders of the flow's process; addresses and secrets are the worker's own affair."""
+    found = {"SECATEUR_HOME": str(home())}
+    if data := os.environ.get("SECATEUR_DATA"):
+        found["SECATEUR_DATA"] = str(Path(data).absolute())
+    root = str(Path(__file__).parents[2])
+    if root in sys.path and "site-packages" not in root:  # run from a checkout
+        found["PYTHONPATH"] = root
+    return found
+
+
+def _schedule(flow: str, cron: str | None, order: Order) -> Any:
+    if cron is None:
+        return None
+    from prefect.client.schemas.schedules import CronSchedule
+    from pydantic import ValidationError
+
+    try:
+        return CronSchedule(cron=cron, timezone=order.timezone)
+    except ValidationError as error:
+        faults = "; ".join(item["msg"].removeprefix("Value error, ") for item in error.errors())
+        raise UserError(
+            f"the schedule of {flow} is wrong: {cron!r} ({order.timezone}): {faults}. "
+            "A cron expression has five fields, for example '0 2 * * *': every night at two"
+        ) from error
+
+
+def _warnings(config: RunFile) -> list[str]:
+    """What would not go well later."""
+    found = []
+    if config.tracking.uri and urlsplit(config.tracking.uri).password:
+        found.append(
+            "Note: tracking.uri holds a password, so profile and promote were not told it: set SECATEUR_TRACKING_URI "
+            "in the worker's environment"
+        )
+    if _lease_storage().endswith(".memory"):
+        found.append(
+            "Note: this server forgets who holds a limit when it is restarted. Start it with "
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE=prefect.server.concurrency.lease_storage.filesystem"
+        )
+    return found
+
+
+def _lease_storage() -> str:
+    """Where the server keeps who holds a limit, as its settings say; empty where it does not tell."""
+    import httpx
+    from prefect.client.orchestration import get_client
+
+    try:
+        with get_client(sync_client=True) as client:
+            settings = client._client.get("/admin/settings").json()
+        return str(settings["server"]["concurrency"]["lease_storage"])
+    except (httpx.HTTPError, ValueError, KeyError, TypeError):
+        return ""

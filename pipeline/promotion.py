@@ -1,0 +1,379 @@
+"""Promotion: may a challenger take the champion's place on a device?
+
+Both are timed in one interleaved measurement and answer the same test images, so that what is compared differs in
+nothing else. A gate that cannot be decided is not passed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import torch
+
+from device_profiles import BenchmarkResult, DeviceProfile, Target, measure
+from device_profiles.measure import T_975
+from export.verify import predict
+from pipeline.config import GateSection, parse_run_file
+from pipeline.errors import UserError
+from pipeline.progress import ProgressView, Silent
+from pipeline.tracking import ChampionMovedError, Decision, Gate, Registry, Version
+from pipeline.workloads import Split, Workload
+
+RESAMPLES, MIN_RESAMPLES, RESAMPLING_S = 2000, 20, 60.0
+CHUNK_BYTES = 256 << 20
+"""Images and outputs of a part of the test split stay below this."""
+ATTEMPTS = 3
+FOLDER, NETWORK, INPUTS = "secateur", "network.onnx", "benchmark-input.npz"
+CHAMPION, CHALLENGER = "champion", "challenger"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A version's files, on this machine.
+
+    Args:
+        model: what users run, and what is timed.
+        network: what the test split is judged by: without postprocessing, where there is some.
+        provenance: what ``provenance.json`` says.
+    """
+
+    version: Version
+    model: Path
+    network: Path
+    provenance: Mapping[str, Any]
+
+    @property
+    def data(self) -> str | None:
+        """Fingerprint of the data and the network's options."""
+        found = self.provenance.get("data")
+        return None if found is None else str(found)
+
+    @property
+    def folder(self) -> Path:
+        return self.model.parent / FOLDER
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """A JSON file of the version; empty when it has none."""
+        file = self.folder / name
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def promote(
+    registry: Registry,
+    name: str,
+    profile: DeviceProfile,
+    target: Target,
+    *,
+    version: str | None = None,
+    section: GateSection | None = None,
+    workload: Workload | None = None,
+    noise_floor: float | None = None,
+    recorded: BenchmarkResult | None = None,
+    key: str = "",
+    progress: ProgressView | None = None,
+) -> Decision:
+    """Compare the challenger of a device with its champion, keep the decision, and promote it if every gate holds.
+
+    Should another promotion take place meanwhile, it is compared again, with the new champion.
+
+    Args:
+        target: the device, opened.
+        version: a number; None = the device's challenger.
+        section: the gates; None = those of the run that made the version.
+        workload: that the version was made for; None = opened from the version's own run file.
+        noise_floor: of the device, where it was probed.
+        recorded: the version's measurement on this very device, which does where there is no champion to compare with.
+        key: names the decision, so that a repeated call keeps it once; empty = every call is one of its own.
+
+    Raises:
+        UserError: there is no such version.
+        TrackingError: MLflow is away, or the files of a version are not those that were registered.
+        DeviceError: the device cannot measure.
+    """
+    view = progress or Silent()
+    chosen = registry.version(name, version or CHALLENGER, profile.name)
+    for attempt in range(ATTEMPTS):
+        champion = registry.champion(name, profile.name)
+        if champion is not None and champion.version == chosen.version:
+            registry.repair(name)
+            return Decision(name, chosen.version, profile.name, None, (), True, reason="it is the champion already")
+        with tempfile.TemporaryDirectory(prefix="secateur-") as temporary:
+            folder = Path(temporary)
+            decision, files = _compare(
+                registry, profile, target, chosen, champion, section, workload, noise_floor, recorded, folder, view
+            )
+            own = f"{key or f'{time.time_ns():x}'} {decision.version} {decision.champion or 'none'} {decision.device}"
+            decision = replace(decision, run_id=registry.log_decision(decision, own, files))
+        if not decision.passed:
+            return decision
+        try:
+            registry.promote(name, chosen.version, profile.name, decision)
+            return replace(decision, promoted=True)
+        except ChampionMovedError:
+            if attempt + 1 == ATTEMPTS:
+                raise
+    raise AssertionError("not reached")
+
+
+def _compare(
+    registry: Registry,
+    profile: DeviceProfile,
+    target: Target,
+    chosen: Version,
+    champion: Version | None,
+    section: GateSection | None,
+    workload: Workload | None,
+    noise_floor: float | None,
+    recorded: BenchmarkResult | None,
+    folder: Path,
+    progress: ProgressView,
+) -> tuple[Decision, list[Path]]:
+    """The decision, and the files it rests on."""
+    about = (chosen.name, chosen.version, profile.name, champion.version if champion else None)
+    if chosen.tags.get("gate") != "passed":
+        reason = f"the gate of the run that made it: {chosen.tags.get('gate', 'unknown')}"
+        return Decision(*about, (Gate("gate of its run", 0.0, 1.0, False, reason),)), []
+    with progress.stage("Fetch challenger and champion"):
+        challenger = fetch(registry, chosen, folder / CHALLENGER)
+        reigning = None if champion is None else fetch(registry, champion, folder / CHAMPION)
+    opened = _open(challenger, workload)
+    rules = section or opened.section
+    result, name = recorded, "compact"
+    if result is None or reigning is not None:
+        result, name = _measure(target, profile, challenger, reigning, noise_floor, progress), CHALLENGER
+    gates = [Gate("gate of its run", 1.0, 1.0, True), _parity(challenger)]
+    gates += accuracy_gates(rules, challenger, reigning, opened, progress)
+    gates += absolute_gates(rules, profile, challenger, result, name)
+    if reigning is not None:
+        gates += relative_gates(rules, challenger, reigning, result)
+    file = folder / "benchmark.json"
+    file.write_text(result.to_json() + "\n", encoding="utf-8")
+    return Decision(*about, tuple(gates)), [file]
+
+
+def fetch(registry: Registry, version: Version, folder: Path) -> Contender:
+    """A version's files, verified."""
+    manifest = registry.fetch(version, folder)
+    network = folder / FOLDER / NETWORK
+    model = folder / "model.onnx"
+    return Contender(version, model, network if network.is_file() else model, manifest.data)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What a version's run file describes; ``fault``: why its data cannot be used here."""
+
+    section: GateSection
+    workload: Workload | None
+    fault: str = ""
+
+
+def _open(challenger: Contender, workload: Workload | None) -> _Opened:
+    """The gates and the workload of the run that made a version."""
+    from pipeline.assemble import open_workload
+
+    file = challenger.folder / "run.yaml"
+    if not file.is_file():
+        return _Opened(GateSection(), workload, "" if workload else "the version carries no run.yaml")
+    try:
+        config = parse_run_file(file.read_text(encoding="utf-8"), f"run.yaml of {challenger.version.uri}")
+        return _Opened(config.gate, workload or open_workload(config))
+    except UserError as error:
+        return _Opened(GateSection(), workload, "" if workload else str(error).splitlines()[0])
+
+
+def _measure(
+    target: Target,
+    profile: DeviceProfile,
+    challenger: Contender,
+    champion: Contender | None,
+    noise_floor: float | None,
+    progress: ProgressView,
+) -> BenchmarkResult:
+    """Both files, interleaved; on the challenger's own input where postprocessing makes the input matter."""
+    models = {} if champion is None else {CHAMPION: champion.model}
+    models[CHALLENGER] = challenger.model
+    inputs = challenger.folder / INPUTS
+    same = champion is None or champion.data == challenger.data
+    with progress.stage(f"Time on {profile.name}") as report:
+        return measure(
+            target,
+            profile,
+            models,
+            "final",
+            lambda done, total: report(done, total, ""),
+            noise_floor=noise_floor,
+            inputs=inputs if inputs.is_file() and same else None,
+        )
+
+
+# -- gates -------------------------------------------------------------------------------------------------------------
+
+
+def _parity(challenger: Contender) -> Gate:
+    """What the export found when it compared the file with its PyTorch model."""
+    found = challenger.facts("parity.json").get("compact", {})
+    bound, value = found.get("tolerance", 0.0), found.get("max_relative_error")
+    if value is None:
+        return Gate("parity", None, bound, False, "the version carries no parity table")
+    return Gate("parity", value, bound, bool(found["ok"] and value <= bound), "largest relative difference to PyTorch")
+
+
+def accuracy_gates(
+    section: GateSection, challenger: Contender, champion: Contender | None, opened: _Opened, progress: ProgressView
+) -> list[Gate]:
+    """Accuracy on the test split, at least; and how much less it is than the champion's, at most."""
+    wanted = [] if section.min_accuracy is None else [("accuracy", section.min_accuracy)]
+    if champion is not None and section.max_drop_champion is not None:
+        wanted.append(("accuracy drop", section.max_drop_champion))
+    fault = _unequal(challenger, champion, opened)
+    if fault or opened.workload is None:
+        return [Gate(name, None, bound, False, fault) for name, bound in wanted]
+    if not wanted:
+        return []
+    with progress.stage("Read the test split") as report:
+        found = [test_answers(opened.workload, c.network) for c in (challenger, champion) if c is not None]
+        accuracies = resampled(opened.workload, [answers for answers, _ in found], found[0][1])
+        report(1, 1, f"{opened.workload.metric} {accuracies[0, 0]:.4f}")
+    gates, metric = [], opened.workload.metric
+    for name, bound in wanted:
+        drop = name == "accuracy drop"
+        draws = accuracies[1] - accuracies[0] if drop else accuracies[0]
+        value, (low, high) = float(draws[0]), _interval(draws[1:])
+        ok = value <= bound if drop else value >= bound
+        how = f"champion's {metric} less the challenger's" if drop else f"the challenger's {metric}"
+        gates.append(Gate(name, value, bound, bool(ok), f"{how}, {len(draws) - 1} resamples", low, high))
+    return gates
+
+
+def _unequal(challenger: Contender, champion: Contender | None, opened: _Opened) -> str:
+    """Why the two cannot answer the same test images; empty when they can."""
+    if opened.workload is None:
+        return f"the test split cannot be read here: {opened.fault}"
+    if opened.workload.fingerprint != challenger.data:
+        return f"the data here is {opened.workload.fingerprint}, the challenger's {challenger.data}"
+    if champion is not None and champion.data != challenger.data:
+        return f"the champion was made for other data or another network ({champion.data}, not {challenger.data})"
+    return ""
+
+
+def absolute_gates(
+    section: GateSection, profile: DeviceProfile, challenger: Contender, result: BenchmarkResult, name: str
+) -> list[Gate]:
+    """Milliseconds and bytes, against the run file's limits and the device's budgets."""
+    size = float(challenger.model.stat().st_size)
+    found = {
+        "p50_ms": result.p50_ms(name),
+        "p95_ms": result.p95_ms(name),
+        "size_bytes": size,
+        "peak_rss_bytes": result.peak_rss_bytes(name),
+    }
+    limits = profile.budgets.model_dump() if section.budgets else {}
+    for key, own in (("p95_ms", section.max_p95_ms), ("peak_rss_bytes", section.max_peak_rss_bytes)):
+        limits[key] = min((limit for limit in (own, limits.get(key)) if limit is not None), default=None)
+    gates = []
+    for key, limit in limits.items():
+        if limit is not None:
+            value = found.get(key)
+            reason = f"on {profile.name}" if value is not None else f"{profile.name} does not tell it"
+            gates.append(Gate(key, value, float(limit), value is not None and value <= limit, reason))
+    return gates
+
+
+def relative_gates(
+    section: GateSection, challenger: Contender, champion: Contender, result: BenchmarkResult
+) -> list[Gate]:
+    """The challenger by the champion: what is surely (95 %) larger than the limit allows fails.
+
+    Sizes are exact. A reading that the device does not give is unknown, which is no pass.
+    """
+    slower, larger = section.max_latency_increase, section.max_resource_increase
+    gates = []
+    if slower is not None:
+        ratio = result.ratio(CHALLENGER, CHAMPION)
+        gates.append(_no_larger("p50 ratio", (ratio.value, ratio.low, ratio.high), slower))
+        gates.append(_no_larger("p95 ratio", paired(result, lambda m: float(np.percentile(m.wall_ms, 95))), slower))
+    if larger is not None:
+        gates.append(_no_larger("first call ratio", paired(result, lambda m: m.first_ms), larger))
+        gates.append(_no_larger("peak RSS ratio", paired(result, lambda m: m.peak_rss_bytes), larger))
+        size = challenger.model.stat().st_size / champion.model.stat().st_size
+        gates.append(_no_larger("size ratio", (size, size, size), larger))
+    return gates
+
+
+def _no_larger(name: str, found: tuple[float, float, float] | None, increase: float) -> Gate:
+    """A ratio challenger / champion whose interval reaches down to what is allowed."""
+    bound = 1 + increase
+    if found is None:
+        return Gate(name, None, bound, False, "the device does not tell it; set the limit to null to do without")
+    value, low, high = found
+    return Gate(name, value, bound, low <= bound, "challenger / champion, lower end of the interval", low, high)
+
+
+def paired(result: BenchmarkResult, reading: Callable[[Any], float | None]) -> tuple[float, float, float] | None:
+    """Challenger / champion of a reading that a process gives once: mean of log ratios and its 95 % t-interval.
+
+    One process has no spread: the interval is then as wide as can be. None = not every process gives the reading.
+    """
+    pairs = [(reading(p.models[CHALLENGER]), reading(p.models[CHAMPION])) for p in result.processes]
+    known = [math.log(a / b) for a, b in pairs if a and b]
+    if len(known) < len(pairs):
+        return None
+    middle = float(np.mean(known))
+    if len(known) == 1:
+        return math.exp(middle), 0.0, math.inf
+    t = T_975[len(known) - 2] if len(known) - 2 < len(T_975) else NormalDist().inv_cdf(0.975)
+    half = t * float(np.std(known, ddof=1)) / math.sqrt(len(known))
+    return math.exp(middle), math.exp(middle - half), math.exp(middle + half)
+
+
+# -- the test split ----------------------------------------------------------------------------------------------------
+
+
+def test_answers(workload: Workload, onnx_file: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Answers of an ONNX file on the test split, shape (n, ...), and the targets: the one reader of that split."""
+    split, answers, targets = workload.test, [], []
+    example = workload.example_input()
+    bytes_each = 4 * (example.numel() + predict(onnx_file, example.numpy()).size)
+    chunk = max(1, CHUNK_BYTES // bytes_each)
+    for start in range(0, len(split), chunk):
+        part = Split(split.source, split.indices[start : start + chunk])
+        every = torch.arange(len(part))
+        images, labels = workload.batch(part, every, train=False, generator=None, device=torch.device("cpu"))
+        found = predict(onnx_file, images.contiguous().numpy(), threads=torch.get_num_threads())
+        answers.append(workload.answers(torch.from_numpy(found), labels))
+        targets.append(labels)
+    return torch.cat(answers), torch.cat(targets)
+
+
+def resampled(workload: Workload, answers: Sequence[torch.Tensor], targets: torch.Tensor) -> np.ndarray:
+    """The workload's metric of several models on bootstrap samples of the same images (Efron & Tibshirani 1993, 10.3).
+
+    Args:
+        answers: of each model, shape (n, ...).
+        targets: shape (n, ...).
+
+    Returns:
+        shape (models, 1 + resamples); first the metric itself. As many resamples as a minute allows.
+    """
+    generator, deadline = torch.Generator().manual_seed(0), time.monotonic() + RESAMPLING_S
+    columns = [[workload.metrics(a, targets)[workload.metric] for a in answers]]
+    while len(columns) <= RESAMPLES and (time.monotonic() < deadline or len(columns) <= MIN_RESAMPLES):
+        rows = torch.randint(len(targets), (len(targets),), generator=generator)
+        columns.append([workload.metrics(a[rows], targets[rows])[workload.metric] for a in answers])
+    return np.array(columns, dtype=np.float64).T
+
+
+def _interval(draws: np.ndarray) -> tuple[float, float]:
+    """The middle 95 % of bootstrap draws."""
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return float(low), float(high)

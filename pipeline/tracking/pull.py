@@ -1,0 +1,291 @@
+"""Pulls a version to where it is used: verified, with a loader and a card, and from a cache when MLflow is away."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+from google.protobuf.message import DecodeError
+
+from pipeline.errors import SurroundingsError, TrackingError, UserError
+from pipeline.tracking.contents import FOLDER, MODEL, Manifest, sha256_of
+from pipeline.tracking.registry import CHAMPION, MODEL_TAG, Registry, Version
+from pipeline.tracking.store import shown
+
+PULLED = "pulled.json"
+CACHE = "models"
+WRITTEN = ("loader.py", "CARD.md", "provenance.json", PULLED)
+"""What a pull writes itself."""
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """What was pulled.
+
+    Args:
+        notice: what a user should know (it came from the cache); empty otherwise.
+    """
+
+    version: Version
+    manifest: Manifest
+    folder: Path
+    notice: str = ""
+
+
+def pull(
+    registry: Registry,
+    name: str,
+    folder: Path,
+    *,
+    which: str = CHAMPION,
+    device: str | None = None,
+    offline: bool = False,
+) -> Pulled:
+    """Write a version's model, loader, card and provenance into a folder, which appears whole or not at all.
+
+    Args:
+        folder: a new or an empty one, or one of an earlier pull, which is replaced.
+        which: an alias, or a number.
+        device: whose alias is meant.
+        offline: do not ask MLflow; what was pulled last under this reference is used.
+
+    Raises:
+        UserError: there is no such version, or the folder holds something else.
+        TrackingError: MLflow is away and nothing was pulled before; or a file is not what was registered.
+    """
+    _refuse_foreign(folder)
+    cache = Cache(registry.home / CACHE)
+    reference, notice = f"{shown(registry.uri)} {name} {which} {device or ''}", ""
+    found = None
+    if not offline:
+        try:
+            version = registry.version(name, which, device)
+            found = version, cache.keep(registry, version, reference)
+        except TrackingError as error:
+            if not (cache.knows(reference) and error.away):
+                raise
+            notice = f"{error}. Using what was pulled last"
+    if found is None:
+        found = cache.last(reference)
+        notice = f"{notice or 'Offline: using what was pulled last'}: version {found[0].version}"
+    version, manifest = found
+    with _replacing(folder) as part:
+        for path, own in _chosen(manifest, version.uri).items():
+            cache.copy(manifest, path, part / own, version.uri)
+        (part / "provenance.json").write_bytes(manifest.raw)
+        check_onnx(part / MODEL)
+        shutil.copyfile(Path(__file__).with_name("loader.py"), part / "loader.py")
+        (part / "CARD.md").write_text(card(version, manifest, part), encoding="utf-8")
+        names = sorted(file.name for file in part.iterdir())
+        (part / PULLED).write_text(json.dumps({"version": version.uri, "files": names}) + "\n", encoding="utf-8")
+    return Pulled(version, manifest, folder, notice)
+
+
+class Cache:
+    """Files by their sha256, and the version that every reference meant when it was pulled last.
+
+    Args:
+        folder: made when first needed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.blobs, self.references = folder / "sha256", folder / "references"
+
+    def keep(self, registry: Registry, version: Version, reference: str) -> Manifest:
+        """Bring every file of a version that is not here yet, or not as it should be; returns the list of them."""
+        manifest = registry.files(version)
+        if manifest.data.get("name") != version.name or manifest.files[MODEL]["sha256"] != version.tags.get(MODEL_TAG):
+            raise TrackingError(f"the provenance of {version.uri} is that of another version; register it again")
+        for path, entry in manifest.files.items():
+            if not self._holds(entry["sha256"]):
+                registry.fetch_file(version, manifest, path, self.blobs / entry["sha256"])
+        _write(self.blobs / manifest.sha256, manifest.raw)
+        known = {"name": version.name, "version": version.version, "tags": dict(version.tags)}
+        known |= {"aliases": list(version.aliases), "manifest": manifest.sha256, "reference": reference}
+        _write(self._reference(reference), json.dumps(known).encode())
+        return manifest
+
+    def knows(self, reference: str) -> bool:
+        return self._reference(reference).is_file()
+
+    def last(self, reference: str) -> tuple[Version, Manifest]:
+        """The version a reference meant when it was pulled last.
+
+        Raises:
+            TrackingError: it never was, or the cache is damaged.
+        """
+        try:
+            known = json.loads(self._reference(reference).read_text(encoding="utf-8"))
+            version = Version(known["name"], known["version"], known["tags"], tuple(known["aliases"]))
+            raw = (self.blobs / known["manifest"]).read_bytes()
+        except FileNotFoundError as error:
+            raise TrackingError(
+                f"{reference.strip()} was never pulled to {self.references.parent}: pull it once while MLflow answers"
+            ) from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise TrackingError(f"the cache in {self.references.parent} is damaged ({error}): remove it") from error
+        return version, Manifest.read(raw, known["manifest"], f"{version.uri} in the cache")
+
+    def copy(self, manifest: Manifest, path: str, to: Path, what: str) -> None:
+        """A file out of the cache, verified as it leaves.
+
+        Raises:
+            TrackingError: it is not there any more, or another one.
+        """
+        blob = self.blobs / manifest.files[path]["sha256"]
+        if not blob.is_file():
+            raise TrackingError(f"{path} of {what} is not in the cache any more: pull it while MLflow answers")
+        shutil.copyfile(blob, to)
+        manifest.verify(path, to, f"{what} in the cache")
+
+    def _holds(self, digest: str) -> bool:
+        blob = self.blobs / digest
+        return blob.is_file() and sha256_of(blob) == digest
+
+    def _reference(self, reference: str) -> Path:
+        return self.references / f"{hashlib.sha256(reference.encode()).hexdigest()}.json"
+
+
+def _chosen(manifest: Manifest, what: str) -> dict[str, str]:
+    """The files that a user needs, and what they are called in the folder.
+
+    Raises:
+        TrackingError: one would take another's place.
+    """
+    found = {MODEL: MODEL, **{p: p.removeprefix(f"{FOLDER}/") for p in manifest.files if p.startswith(f"{FOLDER}/")}}
+    taken = {MODEL, *WRITTEN}
+    for path, own in found.items():
+        if path != MODEL and ("/" in own or own.casefold() in {name.casefold() for name in taken}):
+            raise TrackingError(f"{what} has a file {path}, which no version of ours has: refused")
+    return found
+
+
+def check_onnx(file: Path) -> None:
+    """Refuse a file that is no ONNX model, or one whose weights are elsewhere (in any file of this machine).
+
+    Raises:
+        TrackingError: it is.
+    """
+    try:
+        model = onnx.load_model(file, load_external_data=False)
+        if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors(model)):
+            raise TrackingError(
+                f"{file.name} reads its weights from other files, which no version of ours does: refused"
+            )
+        onnx.checker.check_model(model)
+    except (DecodeError, onnx.checker.ValidationError, ValueError, RecursionError) as error:
+        text = (str(error).splitlines() or ["it is damaged"])[0]
+        raise TrackingError(f"{file.name} is no valid ONNX model: {text}") from error
+
+
+def _tensors(message: Any) -> Iterator[Any]:
+    """Every tensor in a protobuf message, at any depth."""
+    for described, value in message.ListFields():
+        if described.message_type is None:
+            continue
+        parts = value if hasattr(value, "__len__") else [value]
+        if described.message_type.name == "TensorProto":
+            yield from parts
+        else:
+            for part in parts:
+                yield from _tensors(part)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Refuse a folder that holds anything but an earlier pull.
+
+    Raises:
+        UserError: it does.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"{folder} is not a folder; give another one with -o")
+    if not folder.is_dir():
+        return
+    names = {file.name for file in folder.iterdir()}
+    known: set[str] = set()
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        known = {PULLED, *json.loads((folder / PULLED).read_text(encoding="utf-8"))["files"]}
+    if others := sorted(names - known):
+        raise UserError(f"{folder} holds files that no pull wrote ({', '.join(others[:3])}); give another one with -o")
+
+
+@contextlib.contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A folder to fill that takes the place of ``folder`` at the end, or leaves nothing."""
+    folder = folder.absolute()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise SurroundingsError(f"cannot write to {folder.parent}: {error.strerror}") from error
+    try:
+        filled = part / "new"
+        filled.mkdir()
+        yield filled
+        if folder.exists():
+            folder.rename(part / "old")
+        try:
+            filled.rename(folder)
+        except OSError:
+            if (part / "old").exists():
+                (part / "old").rename(folder)
+            raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _write(file: Path, content: bytes) -> None:
+    """Whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    part.write_bytes(content)
+    part.replace(file)
+
+
+def card(version: Version, manifest: Manifest, folder: Path) -> str:
+    """The model card, in Markdown."""
+    usage, gates = _facts(folder / "usage.json"), _facts(folder / "gate.json")
+    device, tags = manifest.data.get("device", {}), version.tags
+    metric = gates.get("metric", "")
+    compact = gates.get("models", {}).get("compact", {})
+    lines = [f"# {version.name}, version {version.version}", ""]
+    lines += [f"A pruned vision model, made and measured by Secateur for device `{device.get('name', '?')}`.", ""]
+    if compact:
+        baseline = gates["models"].get("baseline", {})
+        lines += ["| | baseline | this model |", "|---|---|---|"]
+        lines += [f"| {k} | {_number(baseline.get(k))} | {_number(v)} |" for k, v in compact.items()]
+        lines += ["", f"`{metric}` is on the test split; latencies are of {device.get('name', '?')}.", ""]
+    if gates:
+        lines += [f"## Gate: {'passed' if gates.get('passed') else 'not passed'}", ""]
+        lines += [
+            f"- {check['name']}: {_number(check['value'])} (must be {check['relation']} {_number(check['bound'])})"
+            for check in gates.get("checks", ())
+        ]
+    lines += ["", "## Use", "", "```", "from loader import Model", "", "Model().predict(images)  # uint8, any size"]
+    lines += ["```", "", f"Prepared by `loader.py` as `usage.json` says: {json.dumps(usage)}", ""]
+    lines += ["## Provenance", "", "| | |", "|---|---|"]
+    facts = {"run": manifest.data.get("run"), "data": manifest.data.get("data"), "code": manifest.data.get("code")}
+    facts |= {f"weights, {k}": v for k, v in manifest.data.get("weights", {}).items()}
+    facts |= {"plan": manifest.data.get("plan"), "device fingerprint": device.get("fingerprint")}
+    facts |= {"sha256 of model.onnx": tags.get(MODEL_TAG), "sha256 of provenance.json": manifest.sha256}
+    lines += [f"| {key} | `{value}` |" for key, value in facts.items() if value]
+    text = "\n".join(lines) + "\n"
+    return "".join(c for c in text if c == "\n" or c.isprintable())
+
+
+def _facts(file: Path) -> Mapping[str, Any]:
+    """A JSON file of the version; empty where it has none."""
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def _number(value: Any) -> str:
+    return "unknown" if value is None else f"{value:.6g}" if isinstance(value, int | float) else str(value)

@@ -1,0 +1,675 @@
+"""The model registry: versions with everything that proves them, an alias per device, promotion and roll-back.
+
+What a device runs is said by one alias, ``champion-DEVICE``; moving it is one call, so whoever asks finds the old
+champion or the new one. Plain ``champion`` follows the alias of the model's default device, for tools that know of no
+devices. What happened is written down before the alias moves; an entry whose move never came is told by the chain of
+entries (each names the champion it found), so a crash between the two leaves nothing to clean up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import re
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModelOutput, Metric, ViewType
+from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+from pipeline.errors import SurroundingsError, TrackingError, UserError
+from pipeline.tracking.contents import (
+    FOLDER,
+    MANIFEST,
+    MODEL,
+    Manifest,
+    check_name,
+    code_facts,
+    sha256_of,
+    write_manifest,
+)
+from pipeline.tracking.store import RUN_TAG, Unreachable, connect, experiment_of, first_line, shown
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+DEVICE_TAG, MANIFEST_TAG, MODEL_TAG = "device", "secateur.provenance", "sha256"
+DEFAULT_DEVICE, DEVICE_NAMES, EVENTS = "secateur.default_device", "secateur.device.", "secateur.event."
+KEY_TAG = "secateur.decision"
+MAX_TAG = 5000
+JSON_BYTES_PER_NUMBER = 52
+"""MLflow writes an input example twice, as text."""
+MAX_EXAMPLE_JSON = 1_000_000
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of a registered model.
+
+    Args:
+        source: where the store says its files are.
+        run_id: MLflow's id of the run that made it; empty when it was made by none.
+        created_ms: since 1970.
+    """
+
+    name: str
+    version: str
+    tags: Mapping[str, str] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+    source: str = ""
+    run_id: str = ""
+    created_ms: int = 0
+
+    @property
+    def device(self) -> str:
+        """The device it was made for; empty when it does not say."""
+        return self.tags.get(DEVICE_TAG, "")
+
+    @property
+    def uri(self) -> str:
+        return f"models:/{self.name}/{self.version}"
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One comparison of a promotion.
+
+    Args:
+        value: what was found; None = unknown, and then it does not hold.
+        low: lower end of the 95 % interval; None where there is none.
+        high: its upper end.
+        bound: what it was compared with.
+        reason: what was compared, and why it does not hold where it does not.
+    """
+
+    name: str
+    value: float | None
+    bound: float
+    ok: bool
+    reason: str = ""
+    low: float | None = None
+    high: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: getattr(self, key) for key in ("name", "value", "low", "high", "bound", "ok", "reason")}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether a version may become the champion of a device.
+
+    Args:
+        champion: the version it was compared with; None = the device has none.
+        promoted: whether the alias was moved (False before, and when a gate did not hold).
+        run_id: of the MLflow run that keeps the decision; empty before.
+        reason: in words, where no gate says it.
+    """
+
+    name: str
+    version: str
+    device: str
+    champion: str | None
+    gates: tuple[Gate, ...]
+    promoted: bool = False
+    run_id: str = ""
+    reason: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return all(gate.ok for gate in self.gates)
+
+    def to_dict(self) -> dict[str, Any]:
+        own = {key: getattr(self, key) for key in ("name", "version", "device", "champion", "passed", "promoted")}
+        return {**own, "run_id": self.run_id, "reason": self.reason, "gates": [gate.to_dict() for gate in self.gates]}
+
+
+@dataclass(frozen=True)
+class Event:
+    """A move of a device's champion.
+
+    Args:
+        kind: ``promote`` or ``rollback``.
+        previous: the champion it replaced; None = there was none.
+        at: seconds since 1970.
+        done: whether the move took place (a process may have died between the entry and the move).
+        run_id: of the MLflow run with the decision; empty for a roll-back.
+    """
+
+    kind: str
+    device: str
+    version: str
+    previous: str | None
+    at: float
+    done: bool = True
+    run_id: str = ""
+
+
+class ChampionMovedError(SurroundingsError):
+    """Another promotion took place since the comparison was made."""
+
+
+def alias_of(role: str, device: str | None) -> str:
+    """The alias of a role (``champion``, ``challenger``) on a device; MLflow allows letters, digits, ``_`` and ``-``.
+
+    Names with anything else get a digest, so that no two devices share an alias.
+    """
+    return role if device is None else f"{role}-{_plain(device)}"
+
+
+def _plain(device: str) -> str:
+    plain = re.sub(r"[^A-Za-z0-9_-]", "-", device)
+    return plain if plain == device else f"{plain}-{hashlib.sha256(device.encode()).hexdigest()[:6]}"
+
+
+class Registry:
+    """The registry of one MLflow.
+
+    Args:
+        uri: of MLflow's store and registry: ``sqlite:///...``, ``postgresql+psycopg2://...`` or ``http://...``.
+        home: SECATEUR_HOME, for locks, for the cache, and for the files of a store that has no server.
+
+    Every method raises ``TrackingError`` when MLflow is away or refuses.
+    """
+
+    def __init__(self, uri: str, home: Path) -> None:
+        self.uri, self.home = uri, home
+        self._connected: MlflowClient | None = None
+
+    # -- what is there -----------------------------------------------------------------------------------------------
+
+    def names(self) -> list[str]:
+        """Names of the registered models."""
+        return sorted(model.name for model in self._models())
+
+    def versions(self, name: str) -> list[Version]:
+        """Every version of a model, the newest first.
+
+        Raises:
+            UserError: there is no such model.
+        """
+        aliases = _aliases(self._model(name))
+        with self._talking() as client:
+            found = list(_pages(lambda token: client.search_model_versions(f"name = '{name}'", page_token=token)))
+        return sorted((_version_of(v, aliases) for v in found), key=lambda v: -int(v.version))
+
+    def version(self, name: str, which: str = CHAMPION, device: str | None = None) -> Version:
+        """One version of a model.
+
+        Args:
+            which: its number, or an alias.
+            device: whose ``champion`` or ``challenger`` is meant; None = the model's default device.
+
+        Raises:
+            UserError: there is no such model or version; names what there is.
+        """
+        model = self._model(name)
+        alias = alias_of(which, device) if which in (CHAMPION, CHALLENGER) else which
+        number = which if which.isdigit() else _aliases(model).get(alias)
+        if number is None:
+            known = ", ".join(f"{a} (version {v})" for a, v in sorted(_aliases(model).items())) or "none"
+            raise UserError(f"model {name} has no alias {alias}; it has: {known}")
+        with self._talking() as client:
+            try:
+                return _version_of(client.get_model_version(name, number), _aliases(model))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+        numbers = ", ".join(v.version for v in self.versions(name)) or "none"
+        raise UserError(f"model {name} has no version {number}; it has: {numbers}")
+
+    def champion(self, name: str, device: str) -> Version | None:
+        """The champion of a device; None when it has none."""
+        with self._talking():
+            number = _aliases(self._model(name)).get(alias_of(CHAMPION, device))
+        return None if number is None else self.version(name, number)
+
+    def champions(self) -> list[tuple[str, str, Version]]:
+        """(model, device, version) of every champion of every device."""
+        found = []
+        for model in self._models():
+            names = {_plain(n): n for key, n in model.tags.items() if key.startswith(DEVICE_NAMES)}
+            for alias, number in sorted(_aliases(model).items()):
+                role, separator, plain = alias.partition("-")
+                if role == CHAMPION and separator:
+                    found.append((model.name, names.get(plain, plain), self.version(model.name, number)))
+        return found
+
+    def history(self, name: str) -> list[Event]:
+        """Every move of a champion, the oldest first.
+
+        Raises:
+            UserError: there is no such model.
+        """
+        model = self._model(name)
+        events = _events(model.tags)
+        found = [e for device in {e.device for e in events} for e in self._happened(model, events, device)]
+        return sorted(found, key=lambda event: event.at)
+
+    def files(self, version: Version) -> Manifest:
+        """The list of a version's files with their digests, as its tag vouches for it.
+
+        Raises:
+            TrackingError: it has none, or another one than its tag says.
+        """
+        digest = version.tags.get(MANIFEST_TAG)
+        if not digest:
+            raise TrackingError(f"{version.uri} was not registered by Secateur: it has no provenance to verify")
+        with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
+            file = self._download(version, MANIFEST, Path(folder))
+            return Manifest.read(file.read_bytes(), digest, version.uri)
+
+    def fetch(self, version: Version, folder: Path) -> Manifest:
+        """Every file of a version into a folder, each of the sha256 that its provenance names.
+
+        Raises:
+            TrackingError: a file is missing, is another one, or the version is larger than any should be.
+        """
+        manifest = self.files(version)
+        for path in manifest.files:
+            self.fetch_file(version, manifest, path, folder / path)
+        (folder / MANIFEST).parent.mkdir(parents=True, exist_ok=True)
+        (folder / MANIFEST).write_bytes(manifest.raw)
+        return manifest
+
+    def fetch_file(self, version: Version, manifest: Manifest, path: str, to: Path) -> None:
+        """One file of a version, verified; ``to`` appears whole or not at all."""
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=to.parent) as part:
+            file = self._download(version, path, Path(part))
+            manifest.verify(path, file, version.uri)
+            file.replace(to)
+
+    # -- what is added -----------------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        name: str,
+        device: str,
+        onnx_file: Path,
+        *,
+        run_key: str,
+        example: np.ndarray,
+        outputs: np.ndarray,
+        experiment: str = "secateur",
+        parent: str | None = None,
+        tags: Mapping[str, Any] | None = None,
+        files: Sequence[Path] = (),
+        facts: Mapping[str, Any] | None = None,
+    ) -> Version:
+        """Log an ONNX file as a model and register it; once per run, however often it is called.
+
+        The files are complete in the store before the version is made: a version is whole, or it is not there.
+
+        Args:
+            device: that it was made for; the first version's becomes the model's default device.
+            run_key: Secateur's id of the run; a version of the same run is found again by it.
+            example: input example, shape (1, ...).
+            outputs: what the model answers to it, for the signature.
+            experiment: of MLflow, for the model's files.
+            parent: MLflow's id of the run that made it.
+            tags: of the version.
+            files: what else belongs to it, kept under their names in ``secateur/``.
+            facts: of the provenance (hashes, packages, device).
+        """
+        import onnx
+        from mlflow.models import Model, infer_signature
+        from mlflow.onnx import save_model
+
+        known = self._added(name, run_key)
+        if known is not None:
+            return known
+        with self._talking() as client, tempfile.TemporaryDirectory(prefix="secateur-") as temporary:
+            experiment_id = experiment_of(client, self.uri, experiment, self.home)
+            folder, digest = Path(temporary) / "model", sha256_of(onnx_file)
+            logged = client.create_logged_model(experiment_id, name, parent, {RUN_TAG: run_key})
+            # As JSON, twice, MLflow would make megabytes of a photograph: those are kept as an array instead.
+            small = JSON_BYTES_PER_NUMBER * example.size <= MAX_EXAMPLE_JSON
+            save_model(
+                onnx.load(onnx_file),
+                folder,
+                mlflow_model=Model(artifact_path=name, run_id=parent, model_id=logged.model_id),
+                signature=infer_signature(example, outputs),
+                input_example=example if small else None,
+                save_as_external_data=False,
+                onnx_execution_providers=["CPUExecutionProvider"],
+                pip_requirements=[f"{package}=={_installed(package)}" for package in ("onnxruntime", "onnx")],
+            )
+            (folder / FOLDER).mkdir()
+            if not small:
+                np.savez_compressed(folder / FOLDER / "example.npz", input=example, output=outputs)
+            for file in files:
+                shutil.copyfile(file, folder / FOLDER / file.name)
+            if sha256_of(folder / MODEL) != digest:
+                raise TrackingError(f"MLflow changed the bytes of {onnx_file.name}; nothing was registered")
+            manifest = write_manifest(folder, name, run_key, {**code_facts(), **(facts or {})})
+            client.log_model_artifacts(logged.model_id, str(folder))
+            client.finalize_logged_model(logged.model_id, "READY")
+            if parent:
+                client.log_outputs(parent, [LoggedModelOutput(logged.model_id, 0)])
+            self._make(name, device)
+            own = {RUN_TAG: run_key, DEVICE_TAG: device, MODEL_TAG: digest, MANIFEST_TAG: manifest}
+            every = {**{k: str(v)[:MAX_TAG] for k, v in (tags or {}).items()}, **own}
+            mlflow.set_tracking_uri(self.uri)  # an embedded store looks the logged model up in MLflow's global one
+            made = client.create_model_version(
+                name, f"models:/{logged.model_id}", run_id=parent, tags=every, model_id=logged.model_id
+            )
+            return _version_of(made, {})
+
+    def _added(self, name: str, run_key: str) -> Version | None:
+        """The version that a run has already made."""
+        try:
+            return next((v for v in self.versions(name) if v.tags.get(RUN_TAG) == run_key), None)
+        except UserError:
+            return None
+
+    def _make(self, name: str, device: str) -> None:
+        """The registered model, where there is none yet."""
+        with self._talking() as client:
+            try:
+                client.create_registered_model(name, tags={DEFAULT_DEVICE: device})
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            if DEFAULT_DEVICE not in self._model(name).tags:
+                client.set_registered_model_tag(name, DEFAULT_DEVICE, device)
+
+    # -- aliases -----------------------------------------------------------------------------------------------------
+
+    def challenge(self, name: str, version: str, device: str) -> None:
+        """Make a version the challenger of a device, unless it is its champion or a newer one is its challenger."""
+        with self._moving(name) as client:
+            aliases = _aliases(self._model(name))
+            newer = int(aliases.get(alias_of(CHALLENGER, device), 0)) > int(version)
+            if not newer and aliases.get(alias_of(CHAMPION, device)) != version:
+                self._name_device(name, device)
+                client.set_registered_model_alias(name, alias_of(CHALLENGER, device), version)
+            self._repair(name)
+
+    def promote(self, name: str, version: str, device: str, decision: Decision) -> None:
+        """Make a version the champion of a device, on a decision that let it.
+
+        Raises:
+            ChampionMovedError: another version became champion since the decision was made.
+            UserError: the decision does not let it, or is about something else.
+        """
+        about = (decision.name, decision.version, decision.device)
+        if about != (name, version, device) or not decision.passed:
+            raise UserError(f"the decision is about {about} and {'passed' if decision.passed else 'did not pass'}")
+        with self._moving(name):
+            aliases = _aliases(self._model(name))
+            current = aliases.get(alias_of(CHAMPION, device))
+            if current == version:
+                return self._repair(name)
+            if current != decision.champion:
+                raise ChampionMovedError(
+                    f"the champion of {name} on {device} is version {current} by now; the decision was made against "
+                    f"{decision.champion or 'none'}: compare again"
+                )
+            self._name_device(name, device)
+            self._move("promote", name, version, device, decision.champion, decision.run_id)
+            self._repair(name)
+
+    def rollback(self, name: str, device: str | None = None) -> Version:
+        """Restore the champion before the present one; called again, the one before that.
+
+        Args:
+            device: None = the model's default device.
+
+        Raises:
+            UserError: there is no earlier champion.
+        """
+        with self._moving(name):
+            model = self._model(name)
+            device = device or self.default_device(name)
+            current = _aliases(model).get(alias_of(CHAMPION, device))
+            if current is None:
+                raise UserError(f"model {name} has no champion on {device}; devices: {', '.join(self.devices(name))}")
+            exist = {v.version for v in self.versions(name)}
+            earlier = [v for v in self._stack(model, device)[:-1] if v in exist and v != current]
+            if not earlier:
+                raise UserError(f"version {current} is the first champion of {name} on {device}: nothing to go back to")
+            self._move("rollback", name, earlier[-1], device, current, "")
+            self._repair(name)
+        return self.version(name, earlier[-1])
+
+    def repair(self, name: str) -> None:
+        """Make plain ``champion`` and ``challenger`` follow the default device's, should a process have died there."""
+        with self._moving(name):
+            self._repair(name)
+
+    def devices(self, name: str) -> list[str]:
+        """The devices that a model has aliases for."""
+        return sorted(value for key, value in self._model(name).tags.items() if key.startswith(DEVICE_NAMES))
+
+    def default_device(self, name: str) -> str:
+        """The device that plain ``champion`` and ``challenger`` are about."""
+        found = self._model(name).tags.get(DEFAULT_DEVICE)
+        if found is None:
+            raise UserError(f"model {name} has no default device; name one with --device")
+        return str(found)
+
+    def _move(self, kind: str, name: str, version: str, device: str, previous: str | None, run_id: str) -> None:
+        """Write an entry, then move the device's alias: the one step that makes a champion."""
+        at = time.time()
+        entry = {"kind": kind, "device": device, "version": version, "previous": previous, "at": at, "run_id": run_id}
+        with self._talking() as client:
+            key = f"{EVENTS}{int(at * 1e6):017d}-{secrets.token_hex(2)}"
+            client.set_registered_model_tag(name, key, json.dumps(entry))
+            client.set_registered_model_alias(name, alias_of(CHAMPION, device), version)
+
+    def _repair(self, name: str) -> None:
+        """Finish what a promotion does after its one step, should a process have died there.
+
+        A champion challenges nobody, and the plain aliases follow those of the default device.
+        """
+        model = self._model(name)
+        aliases, device = _aliases(model), model.tags.get(DEFAULT_DEVICE)
+        with self._talking() as client:
+            for alias in [alias for alias in aliases if alias.startswith(f"{CHALLENGER}-")]:
+                if aliases[alias] == aliases.get(CHAMPION + alias.removeprefix(CHALLENGER)):
+                    client.delete_registered_model_alias(name, alias)
+                    del aliases[alias]
+            for role in (CHAMPION, CHALLENGER) if device is not None else ():
+                wanted, found = aliases.get(alias_of(role, device)), aliases.get(role)
+                if wanted is not None and wanted != found:
+                    client.set_registered_model_alias(name, role, wanted)
+                elif wanted is None and found is not None and role == CHALLENGER:
+                    client.delete_registered_model_alias(name, role)
+
+    def _name_device(self, name: str, device: str) -> None:
+        """Note what a device is called, for aliases cannot hold every name."""
+        with self._talking() as client:
+            client.set_registered_model_tag(name, DEVICE_NAMES + _plain(device), device)
+
+    def _happened(self, model: Any, events: Sequence[Event], device: str) -> list[Event]:
+        """A device's entries, each marked with whether its move took place: the next entry, or the alias, tells."""
+        own = [event for event in events if event.device == device]
+        current = _aliases(model).get(alias_of(CHAMPION, device))
+        found = [event.previous for event in own[1:]] + [current]
+        return [
+            Event(e.kind, e.device, e.version, e.previous, e.at, e.version == after, e.run_id)
+            for e, after in zip(own, found, strict=True)
+        ]
+
+    def _stack(self, model: Any, device: str) -> list[str]:
+        """The champions of a device that a roll-back can go through, the present one last."""
+        stack: list[str] = []
+        for event in self._happened(model, _events(model.tags), device):
+            if not event.done:
+                continue
+            if event.previous is not None and (not stack or stack[-1] != event.previous):
+                stack.append(event.previous)  # somebody moved the alias by hand
+            if event.kind == "promote":
+                stack.append(event.version)
+            else:
+                while stack and stack[-1] != event.version:
+                    stack.pop()
+        return stack
+
+    # -- decisions ---------------------------------------------------------------------------------------------------
+
+    def log_decision(self, decision: Decision, key: str, files: Sequence[Path] = ()) -> str:
+        """Keep a decision as an MLflow run of its own; one run per key, however often it is called.
+
+        Args:
+            key: names the decision.
+            files: what it rests on (the measurement).
+
+        Returns:
+            the run's id.
+        """
+        version = self.version(decision.name, decision.version)
+        with self._talking() as client:
+            experiment_id = experiment_of(client, self.uri, self._experiment(version) + "-promotions", self.home)
+            known = client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{key}'", ViewType.ACTIVE_ONLY, 1)
+            outcome = "passed" if decision.passed else "refused"
+            tags = {
+                KEY_TAG: key,
+                "model": decision.name,
+                "version": decision.version,
+                "champion": decision.champion or "",
+                "device": decision.device,
+                "outcome": outcome,
+            }
+            title = f"{decision.name} {decision.version} on {decision.device}"
+            run = known[0] if known else client.create_run(experiment_id, tags=tags, run_name=title)
+            run_id: str = run.info.run_id
+            now = int(time.time() * 1000)
+            client.log_batch(run_id, metrics=[Metric(k, v, now, 0) for k, v in _gate_metrics(decision).items()])
+            client.set_tag(run_id, "outcome", outcome)
+            client.log_text(run_id, json.dumps({**decision.to_dict(), "run_id": run_id}, indent=1), "decision.json")
+            for file in files:
+                client.log_artifact(run_id, str(file))
+            client.set_terminated(run_id)
+            tag = f"{KEY_TAG}.{_plain(decision.device)}"
+            refused_by = [gate.name for gate in decision.gates if not gate.ok]
+            note = {"outcome": outcome, "champion": decision.champion, "run_id": run_id, "refused_by": refused_by}
+            client.set_model_version_tag(decision.name, decision.version, tag, json.dumps(note)[:MAX_TAG])
+        return run_id
+
+    def _experiment(self, version: Version) -> str:
+        """The experiment a version comes from."""
+        with self._talking() as client:
+            if not version.run_id:
+                return "secateur"
+            return str(client.get_experiment(client.get_run(version.run_id).info.experiment_id).name)
+
+    # -- MLflow ------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _talking(self) -> Iterator[MlflowClient]:
+        """A client; what MLflow raises becomes a ``TrackingError`` without secrets."""
+        try:
+            if self._connected is None:
+                self._connected = connect(self.uri)
+            yield self._connected
+        except SurroundingsError:
+            raise
+        except Unreachable as error:
+            text = f"tracking server {shown(self.uri)}: {first_line(error)}"
+            raise TrackingError(text, away=_is_away(error)) from error
+
+    @contextlib.contextmanager
+    def _moving(self, name: str) -> Iterator[MlflowClient]:
+        """One process of this machine at a time moves a model's aliases; the kernel frees the lock of a killed one."""
+        folder = self.home / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256(f"{shown(self.uri)} {name}".encode()).hexdigest()[:16]
+        with (folder / f"registry-{digest}").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with self._talking() as client:
+                yield client
+
+    def _model(self, name: str) -> Any:
+        with self._talking() as client:
+            try:
+                return client.get_registered_model(name)
+            except MlflowException as error:
+                if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    raise
+        known = ", ".join(self.names()) or "none"
+        raise UserError(f"there is no registered model {name!r} in {shown(self.uri)}; it has: {known}")
+
+    def _models(self) -> list[Any]:
+        with self._talking() as client:
+            return list(_pages(lambda token: client.search_registered_models(page_token=token)))
+
+    def _download(self, version: Version, path: str, folder: Path) -> Path:
+        """One file of a version, as the store gives it, in a folder of our own."""
+        check_name(path)
+        with self._talking() as client:
+            place = client.get_model_version_download_uri(version.name, version.version)
+            if place.startswith("models:/"):  # of a logged model
+                place = client.get_logged_model(place.removeprefix("models:/").strip("/")).artifact_location
+            store = get_artifact_repository(place, tracking_uri=self.uri, registry_uri=self.uri)
+            found = Path(store.download_artifacts(path, dst_path=str(folder)))
+        if not found.is_file():
+            raise TrackingError(f"{version.uri} has no file {path}")
+        return found
+
+
+def _version_of(found: Any, aliases: Mapping[str, str]) -> Version:
+    number = str(found.version)
+    own = tuple(sorted(alias for alias, target in aliases.items() if target == number))
+    return Version(
+        found.name, number, dict(found.tags), own, found.source, found.run_id or "", int(found.creation_timestamp or 0)
+    )
+
+
+def _aliases(model: Any) -> dict[str, str]:
+    """Alias -> version of a registered model; some stores give numbers."""
+    return {alias: str(version) for alias, version in model.aliases.items()}
+
+
+def _is_away(error: BaseException) -> bool:
+    """Whether a server did not answer, or failed; not when it refused."""
+    if isinstance(error, MlflowException):
+        return int(error.get_http_status_code()) >= 500
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status is None or int(status) >= 500
+
+
+def _events(tags: Mapping[str, str]) -> list[Event]:
+    """The entries among a registered model's tags, the oldest first."""
+    found = []
+    for _, text in sorted((key, text) for key, text in tags.items() if key.startswith(EVENTS)):
+        with contextlib.suppress(ValueError, TypeError):  # written by somebody else
+            found.append(Event(**json.loads(text)))
+    return found
+
+
+def _gate_metrics(decision: Decision) -> dict[str, float]:
+    """A decision's numbers under the names MLflow allows."""
+    found: dict[str, float] = {}
+    for gate in decision.gates:
+        name = re.sub(r"[^A-Za-z0-9_./ -]", "", gate.name)
+        values = {"value": gate.value, "low": gate.low, "high": gate.high, "bound": gate.bound, "ok": float(gate.ok)}
+        found |= {f"{name}.{k}": float(v) for k, v in values.items() if v is not None and np.isfinite(v)}
+    return found
+
+
+def _pages(ask: Any) -> Iterator[Any]:
+    """Everything that a paged question finds."""
+    token = None
+    while True:
+        page = ask(token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _installed(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)

@@ -1,0 +1,269 @@
+"""Pulling: verified, from the cache when MLflow is away, and nothing hostile gets through."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from PIL import Image
+
+from pipeline import cli, errors, registry_cli
+from pipeline.errors import TrackingError, UserError
+from pipeline.tracking import Registry
+from pipeline.tracking.contents import MAX_BYTES, Manifest
+from pipeline.tracking.pull import _chosen, check_onnx, pull
+
+from .helpers import digits, free_port
+from .registered import add, crown, embedded, linear_model, make_template, migrated_home
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SECATEUR_HOME with versions 1 (champion) and 2 (challenger) of ``net``."""
+    folder = tmp_path_factory.mktemp("filled")
+    registry = embedded(migrated_home(folder / "home", make_template(folder / "mlflow.db")))
+    one = add(registry, folder, linear_model(folder / "one.onnx"), "run-1")
+    crown(registry, one)
+    add(registry, folder, linear_model(folder / "two.onnx", noise=0.1), "run-2")
+    return folder / "home"
+
+
+@pytest.fixture
+def registry(filled: Path, tmp_path: Path) -> Registry:
+    """The same registry, with a cache of its own."""
+    return Registry(f"sqlite:///{filled}/mlflow.db", tmp_path / "home")
+
+
+def away(registry: Registry) -> Registry:
+    """A registry of the same address and cache whose store cannot be read any more."""
+
+    class Away(Registry):
+        def _model(self, name: str) -> Any:
+            raise TrackingError("tracking server: it is away", away=True)
+
+    return Away(registry.uri, registry.home)
+
+
+def test_a_pulled_folder_runs_without_secateur(registry: Registry, tmp_path: Path) -> None:
+    pull(registry, "net", tmp_path / "model", device="quick")
+    names = {file.name for file in (tmp_path / "model").iterdir()}
+    assert {"model.onnx", "loader.py", "CARD.md", "provenance.json", "usage.json", "run.yaml", "parity.json"} <= names
+    workload = digits(image_size=8)
+    pixels = workload.test.source.read(workload.test.indices[:20])
+    labels = workload.test.source.labels[workload.test.indices[:20]]
+    np.save(tmp_path / "pixels.npy", pixels)
+    Image.fromarray(np.repeat(pixels[0], 3, axis=2).repeat(5, 0).repeat(7, 1)).save(tmp_path / "wide.png")
+    script = """
+import json, sys
+import numpy as np
+sys.path.insert(0, "model")
+from loader import Model
+model, pixels = Model(), np.load("pixels.npy")
+prepared = np.stack([model.prepare(image) for image in pixels])
+found = [model.predict(x) for x in (pixels, list(pixels), prepared)]
+print(json.dumps([x.argmax(1).tolist() for x in found] + [list(model.predict(pixels[0]).shape)]))
+assert not [name for name in sys.modules if name.split(".")[0] in ("pipeline", "mlflow", "torch")]
+"""
+    found = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    *answers, shape = json.loads(found.stdout)
+    assert answers[0] == answers[1] == answers[2]
+    assert np.mean(np.array(answers[0]) == labels) > 0.8
+    assert shape == [1, 10]
+    command = [sys.executable, "model/loader.py", "wide.png"]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert said.stdout == f"wide.png: class {answers[0][0]}\n"
+
+
+def test_the_loader_prepares_images_as_the_workload_does(registry: Registry, tmp_path: Path) -> None:
+    import torch
+
+    from pipeline.tracking.loader import Model
+
+    pull(registry, "net", tmp_path / "model")
+    workload = digits(image_size=8)
+    rows = torch.arange(5)
+    x, _ = workload.batch(workload.test, rows, train=False, generator=None, device=torch.device("cpu"))
+    pixels = workload.test.source.read(workload.test.indices[:5])
+    model = Model(tmp_path / "model")
+    for image, expected in zip(pixels, x.numpy(), strict=True):
+        assert np.allclose(model.prepare(image), expected, atol=1e-5)
+    with pytest.raises(ValueError, match="expected uint8"):
+        model.prepare(pixels[0].astype(np.int32))
+
+
+@pytest.mark.parametrize(
+    ("reference", "device", "version"),
+    [
+        ("net", None, "1"),
+        ("net@champion", "quick", "1"),
+        ("net@champion@quick", None, "1"),
+        ("net@challenger", None, "2"),
+        ("net@2", None, "2"),
+    ],
+)
+def test_references(
+    filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: str, device: str | None, version: str
+) -> None:
+    monkeypatch.setenv("SECATEUR_HOME", str(tmp_path / "home"))
+    registry_cli.pull(reference, tmp_path / "model", device, f"sqlite:///{filled}/mlflow.db")
+    assert json.loads((tmp_path / "model/pulled.json").read_text())["version"] == f"models:/net/{version}"
+
+
+@pytest.mark.parametrize("reference", ["", "@champion", "net@", "net@champion@"])
+def test_a_reference_that_is_none_is_refused(reference: str) -> None:
+    with pytest.raises(UserError, match="write NAME"):
+        registry_cli.split(reference)
+
+
+def test_an_earlier_pull_is_replaced_and_anything_else_is_left_alone(registry: Registry, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    pull(registry, "net", folder, which="1")
+    pull(registry, "net", folder, which="2")
+    assert json.loads((folder / "pulled.json").read_text())["version"] == "models:/net/2"
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"notes\.txt"):
+        pull(registry, "net", folder)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
+
+
+def test_the_cache_answers_when_mlflow_is_away_and_says_so(registry: Registry, tmp_path: Path) -> None:
+    with pytest.raises(TrackingError, match="away"):
+        pull(away(registry), "net", tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+    first = pull(registry, "net", tmp_path / "one")
+    assert first.notice == ""
+    second = pull(away(registry), "net", tmp_path / "two")
+    assert "Using what was pulled last: version 1" in second.notice
+    third = pull(away(registry), "net", tmp_path / "three", offline=True)
+    assert "Offline" in third.notice
+    for name in ("model.onnx", "provenance.json", "CARD.md", "loader.py"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "three" / name).read_bytes()
+    with pytest.raises(TrackingError, match="never pulled"):
+        pull(away(registry), "net", tmp_path / "four", which="2", offline=True)
+
+
+def test_a_damaged_cache_is_noticed_offline_and_mended_online(registry: Registry, tmp_path: Path) -> None:
+    got = pull(registry, "net", tmp_path / "one")
+    digest = got.manifest.files["model.onnx"]["sha256"]
+    blob = registry.home / "models/sha256" / digest
+    blob.write_bytes(blob.read_bytes()[:-1] + b"x")
+    with pytest.raises(TrackingError, match="in the cache was changed"):
+        pull(registry, "net", tmp_path / "two", offline=True)
+    assert not (tmp_path / "two").exists()
+    pull(registry, "net", tmp_path / "two")
+    assert hashlib.sha256((tmp_path / "two/model.onnx").read_bytes()).hexdigest() == digest
+    (registry.home / "models/sha256" / got.manifest.sha256).write_bytes(b"{}")
+    with pytest.raises(TrackingError, match=r"provenance of .* was changed"):
+        pull(registry, "net", tmp_path / "three", offline=True)
+
+
+def test_a_damaged_store_is_no_reason_to_use_the_cache(filled: Path, registry: Registry, tmp_path: Path) -> None:
+    pull(registry, "net", tmp_path / "one")
+    shutil.rmtree(registry.home / "models/sha256")
+    stored = {f: f.read_bytes() for f in filled.joinpath("artifacts").rglob("model.onnx")}
+    try:
+        for file, content in stored.items():
+            file.write_bytes(content[:-1] + b"x")
+        with pytest.raises(TrackingError, match="changed: sha256"):
+            pull(registry, "net", tmp_path / "two")
+    finally:
+        for file, content in stored.items():
+            file.write_bytes(content)
+
+
+def test_a_server_that_does_not_answer_ends_with_4_and_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("SECATEUR_HOME", str(tmp_path / "home"))
+    uri = f"http://me:hidden-word@127.0.0.1:{free_port()}"
+    monkeypatch.setattr(sys, "argv", ["secateur", "pull", "net", "-o", str(tmp_path / "model"), "--uri", uri])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == errors.EXIT_SURROUNDINGS
+    said = capsys.readouterr().err
+    assert "hidden-word" not in said
+    assert "127.0.0.1" in said
+
+
+# -- hostile versions --------------------------------------------------------------------------------------------------
+
+
+def manifest(**files: Any) -> bytes:
+    entry = {"sha256": "0" * 64, "bytes": 1}
+    data = {"format": 1, "kind": "secateur-version", "files": {"model.onnx": entry, **files}}
+    return json.dumps(data).encode()
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (manifest(**{"../evil": {"sha256": "0" * 64, "bytes": 1}}), "cannot be called"),
+        (manifest(**{"/evil": {"sha256": "0" * 64, "bytes": 1}}), "cannot be called"),
+        (manifest(**{"MODEL.onnx": {"sha256": "0" * 64, "bytes": 1}}), "named twice"),
+        (manifest(big={"sha256": "0" * 64, "bytes": MAX_BYTES}), "more than any version"),
+        (manifest(**{f"f{i}": {"sha256": "0" * 64, "bytes": 1} for i in range(300)}), "more than any version"),
+        (manifest(x={"sha256": "short", "bytes": 1}), "no digest"),
+        (manifest(x={"sha256": "0" * 64, "bytes": -1}), "no digest"),
+        (b"[]", "cannot be used"),
+        (b"{", "cannot be used"),
+    ],
+)
+def test_a_hostile_list_of_files_is_refused(raw: bytes, said: str) -> None:
+    with pytest.raises(TrackingError, match=said):
+        Manifest.read(raw, hashlib.sha256(raw).hexdigest(), "a version")
+
+
+@pytest.mark.parametrize("path", ["secateur/loader.py", "secateur/MODEL.onnx", "secateur/deep/x", "secateur/card.md"])
+def test_no_file_of_a_version_takes_the_place_of_one_that_a_pull_writes(path: str) -> None:
+    raw = manifest(**{path: {"sha256": "0" * 64, "bytes": 1}})
+    read = Manifest.read(raw, hashlib.sha256(raw).hexdigest(), "a version")
+    with pytest.raises(TrackingError, match="refused"):
+        _chosen(read, "a version")
+
+
+def model_with(tensor: onnx.TensorProto, deep: bool) -> onnx.ModelProto:
+    value = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1]) for n in ("x", "y")]
+    if deep:  # in a subgraph's constant
+        inner = helper.make_graph([helper.make_node("Constant", [], ["y"], value=tensor)], "then", [], value[1:])
+        condition = helper.make_tensor("c", TensorProto.BOOL, [], [True])
+        nodes = [helper.make_node("If", ["c"], ["y"], then_branch=inner, else_branch=inner)]
+        return helper.make_model(helper.make_graph(nodes, "g", value[:1], value[1:], [condition]))
+    tensor.name = "t"
+    return helper.make_model(
+        helper.make_graph([helper.make_node("Add", ["x", "t"], ["y"])], "g", value[:1], value[1:], [tensor])
+    )
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_weights_in_other_files_are_refused_wherever_they_hide(tmp_path: Path, deep: bool) -> None:
+    file = tmp_path / "model.onnx"
+    inside = helper.make_tensor("t", TensorProto.FLOAT, [1], [1.0])
+    onnx.save(model_with(inside, deep), file)
+    check_onnx(file)
+    outside = onnx.TensorProto(data_type=TensorProto.FLOAT, dims=[1], data_location=onnx.TensorProto.EXTERNAL)
+    outside.external_data.add(key="location", value="../../etc/passwd")
+    file.write_bytes(model_with(outside, deep).SerializeToString())
+    with pytest.raises(TrackingError, match="other files"):
+        check_onnx(file)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 100, b"PK\x03\x04", onnx.ModelProto().SerializeToString()])
+def test_what_is_no_model_is_refused(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "model.onnx"
+    file.write_bytes(content)
+    with pytest.raises(TrackingError, match="no valid ONNX"):
+        check_onnx(file)

