@@ -10,9 +10,9 @@ same losses to the last bit, or the benchmark ends with an error.
 
 ``per_s`` is candidates per second of wall time, the median over rounds; ``speedup`` the median of the rounds' ratios to
 one process, ``lowest`` the smallest of them. ``score_ms`` is what a candidate took in the process that scored it.
-``overhead_ms`` is what handing a candidate out costs: of candidates of next to no work (ResNet-8 on 16 images of 8x8
-pixels) in batches of 1 and of 8, wall time less the time in the worker, per
-candidate. ``load`` is the machine's load average when the round began: with more than its idle cores busy, two workers
+``batch1_ms`` and ``batch8_ms`` are what handing a candidate out costs, in batches of 1 and of 8: of candidates of next
+to no work (ResNet-8 on 16 images of 8x8 pixels), wall time less the time in the worker, per candidate.
+``load`` is the machine's load average when the round began: with more than its idle cores busy, two workers
 cannot be twice as fast as one.
 """
 
@@ -159,8 +159,8 @@ def compare(
                 "speedup": statistics.median(ratios),
                 "lowest": min(ratios),
                 "score_ms": 1e3 * statistics.median(scoring for _, scoring in found) / options.candidates,
-                "overhead_ms (batch 1)": overheads.get(1, float("nan")) if count else 0.0,
-                "overhead_ms (batch 8)": overheads.get(8, float("nan")) if count else 0.0,
+                "batch1_ms": overheads.get(1, float("nan")) if count else 0.0,
+                "batch8_ms": overheads.get(8, float("nan")) if count else 0.0,
                 "start_s": starts.get(count, 0.0),
                 "load": load,
             }

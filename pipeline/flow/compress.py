@@ -55,7 +55,8 @@ def execute(run: Run, debug: bool = False) -> Facts:
         return work_through(run, AT_A_TERMINAL_S)
 
     resume_tracking(run)
-    run.turn = device_turn(run.profile, run.progress.say)
+    turns = {profile.name: device_turn(profile, run.progress.say) for profile in run.profiles}
+    run.turn, run.turns = turns[run.profile.name], turns
     starting = contextlib.ExitStack()
     starting.enter_context(run.progress.stage("Start Prefect"))
     try:

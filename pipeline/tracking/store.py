@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import sqlite3
+import tempfile
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
@@ -54,7 +56,7 @@ def shown(uri: str) -> str:
 def connect(uri: str) -> MlflowClient:
     """A client of the store and registry at ``uri``; a SQLite store is made where there is none."""
     if uri.startswith("sqlite:///"):
-        _write_ahead(Path(uri.removeprefix("sqlite:///")))
+        _make_store(Path(uri.removeprefix("sqlite:///")))
     return MlflowClient(uri, uri)
 
 
@@ -67,10 +69,20 @@ def experiment_of(client: MlflowClient, uri: str, name: str, home: Path) -> str:
     return str(client.create_experiment(name, artifacts))
 
 
-def _write_ahead(path: Path) -> None:
-    """Make a SQLite store and let readers and writers work side by side."""
+def _make_store(path: Path) -> None:
+    """Make a SQLite store, where there is none, and let readers and writers work side by side.
+
+    It is made beside its place and appears whole: a disk that fills, a process that dies or one that does the same
+    leaves no half of one, which MLflow could not use any more.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        if not path.exists():
+            with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as part:
+                made = Path(part) / path.name
+                MlflowClient(f"sqlite:///{made}").search_experiments()
+                with contextlib.suppress(FileExistsError):  # another process was quicker
+                    os.link(made, path)
         connection = sqlite3.connect(path)
         connection.execute("PRAGMA journal_mode=WAL")
         connection.close()

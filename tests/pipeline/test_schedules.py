@@ -147,6 +147,23 @@ def test_of_many_that_start_at_once_one_continues_and_none_shares(tmp_path: Path
     assert first.directory in taken
 
 
+def test_one_flow_run_started_twice_at_once_works_once(tmp_path: Path) -> None:
+    config, outcomes = tiny_config(tmp_path), []
+
+    def start() -> None:
+        try:
+            outcomes.append(take(config, "a").directory)
+        except SurroundingsError:
+            outcomes.append(None)
+
+    threads = [threading.Thread(target=start) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len([outcome for outcome in outcomes if outcome]) == 1
+
+
 def test_a_journal_in_use_is_what_adoption_goes_by(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     first = take(config, "a")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +22,7 @@ from onnx import TensorProto, helper
 from pipeline.config import TrackingSection
 from pipeline.errors import TrackingError
 from pipeline.tracking import CANDIDATE_TAG, PARENT_TAG, RUN_TAG, Tracker, shown
-from pipeline.tracking.store import first_line
+from pipeline.tracking.store import Unreachable, connect, first_line
 
 from .helpers import end, free_port, start_server
 
@@ -275,3 +277,23 @@ def test_postgresql_takes_candidates_and_the_model_as_sqlite_does(tmp_path: Path
     tracking.close()
     assert entry.version == "1"
     assert len({r.data.tags[CANDIDATE_TAG] for r in children(postgres)}) == len(children(postgres)) == 20
+
+
+def test_a_store_is_made_whole_or_not_at_all_by_however_many_at_once(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pipeline.tracking.store import connect; print(len(connect(sys.argv[1]).search_experiments()))"
+    )
+    uri = f"sqlite:///{tmp_path}/home/mlflow.db"
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", program, uri]
+    at_once = [subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [process.communicate(timeout=300)[0].strip() for process in at_once] == ["1", "1", "1"]
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limit[1]))  # the disk fills during MLflow's migrations
+    try:
+        with pytest.raises(Unreachable):
+            connect(f"sqlite:///{tmp_path}/full/mlflow.db")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert list((tmp_path / "full").iterdir()) == []
+    assert connect(f"sqlite:///{tmp_path}/full/mlflow.db").search_experiments()
