@@ -562,10 +562,9 @@ def _version_files(run: Run, facts: Facts) -> list[Path]:
     """What a version carries besides its model: how it was made, what was measured, and how to use it."""
     folder, judged = run.directory / "version", facts["judge"]
     folder.mkdir(exist_ok=True)
-    usage = {"resize": "crop" if run.workload.postprocessing is None else "stretch", **facts["export"]["usage"]}
     tolerance = run.config.export.tolerance
     made = {
-        "usage.json": json.dumps(usage),
+        "usage.json": json.dumps(facts["export"]["usage"]),
         "gate.json": json.dumps({key: judged[key] for key in ("passed", "metric", "checks", "models")}, indent=1),
         "parity.json": json.dumps(
             {name: {**_parity_of(facts["export"][name]), "tolerance": tolerance} for name in ("baseline", "compact")}

@@ -7,7 +7,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from device_profiles import DeviceProfile
 from pipeline.assemble import device_profiles
@@ -116,18 +115,16 @@ def _deploy(order: Order, config: RunFile, profiles: tuple[DeviceProfile, ...], 
     for limit in sorted({limit_name(profile) for profile in profiles}):
         make_limit(limit)
         lines.append(f"Concurrency limit {limit}: 1")
-    lines += _warnings(config)
+    lines += _warnings()
     return lines
 
 
 def _parameters(order: Order, config: RunFile) -> dict[str, Parameters]:
     """What each flow is told."""
-    uri = config.tracking.uri
-    told = None if uri is None or urlsplit(uri).password else uri
     section = config.device
     files = [str(Path(p).absolute()) for p in (section.profile, *section.others) if Path(p).suffix == ".yaml"]
     model = config.tracking.registered_model or config.name
-    about = {"names": [model], "tracking": told, "device_profiles": files}
+    about = {"names": [model], "tracking": config.tracking.uri, "device_profiles": files}
     return {
         "compress": Compress(file=str(order.file.absolute()), overrides=list(order.overrides)),
         "profile": Profile(**about),  # type: ignore[arg-type]
@@ -162,20 +159,14 @@ def _schedule(flow: str, cron: str | None, order: Order) -> Any:
         ) from error
 
 
-def _warnings(config: RunFile) -> list[str]:
+def _warnings() -> list[str]:
     """What would not go well later."""
-    found = []
-    if config.tracking.uri and urlsplit(config.tracking.uri).password:
-        found.append(
-            "Note: tracking.uri holds a password, so profile and promote were not told it: set SECATEUR_TRACKING_URI "
-            "in the worker's environment"
-        )
-    if _lease_storage().endswith(".memory"):
-        found.append(
-            "Note: this server forgets who holds a limit when it is restarted. Start it with "
-            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE=prefect.server.concurrency.lease_storage.filesystem"
-        )
-    return found
+    if not _lease_storage().endswith(".memory"):
+        return []
+    return [
+        "Note: this server forgets who holds a limit when it is restarted. Start it with "
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE=prefect.server.concurrency.lease_storage.filesystem"
+    ]
 
 
 def _lease_storage() -> str:

@@ -92,7 +92,7 @@ class Model:
 def main() -> None:
     model = Model()
     for name in sys.argv[1:]:
-        with Image.open(name) as opened:
+        with Image.open(name, formats=("BMP", "JPEG", "PNG", "WEBP")) as opened:
             output = model.predict(np.asarray(opened.convert("RGB")))[0]
         if output.ndim == 1:
             classes = model.usage.get("classes")

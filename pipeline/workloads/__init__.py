@@ -119,7 +119,8 @@ class Workload(Protocol):
     def usage(self) -> Mapping[str, Any]:
         """What a user of an exported file must know to prepare images and read outputs; made of JSON's types.
 
-        ``image_size``, and ``mean`` and ``std`` per channel of pixels in 0..1; ``classes`` where they have names.
+        ``image_size``, and ``mean`` and ``std`` per channel of pixels in 0..1; ``resize``: ``crop`` (short side scaled,
+        centre cropped) or ``stretch``; ``classes`` where they have names.
         """
 
     def build_model(self) -> nn.Module:

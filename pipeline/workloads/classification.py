@@ -125,7 +125,8 @@ class Classification:
     @property
     def usage(self) -> Mapping[str, Any]:
         mean, std = ((values.flatten() / 255).tolist() for values in (self.mean, self.std))
-        return {"image_size": self.shape[1], "mean": mean, "std": std}
+        resize = "crop" if isinstance(self.train.source, images.FileSource) else "stretch"
+        return {"image_size": self.shape[1], "mean": mean, "std": std, "resize": resize}
 
     def fresh_model(self) -> nn.Module:
         model = self.options.model

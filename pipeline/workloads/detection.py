@@ -142,7 +142,8 @@ class Detection:
     @property
     def usage(self) -> Mapping[str, Any]:
         mean, std = (values.flatten().tolist() for values in (self.mean, self.std))
-        return {"image_size": self.image_size, "mean": mean, "std": std, "classes": list(self.classes)}
+        prepared = {"image_size": self.image_size, "mean": mean, "std": std, "resize": "stretch"}
+        return {**prepared, "classes": list(self.classes)}
 
     # -- the network -------------------------------------------------------------------------------------------------
 

@@ -85,7 +85,7 @@ def add(
     parity = {"ok": True, "max_relative_error": 1e-6, "tolerance": 1e-4}
     made = {
         "run.yaml": yaml.safe_dump(merged(tiny, config)),
-        "usage.json": json.dumps({"resize": "crop", **workload.usage}),
+        "usage.json": json.dumps(dict(workload.usage)),
         "parity.json": json.dumps({"compact": parity}),
         "gate.json": json.dumps({"passed": own_gate == "passed", "metric": "top1", "checks": [], "models": {}}),
     }

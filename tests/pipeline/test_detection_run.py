@@ -86,7 +86,8 @@ def test_a_version_says_how_to_prepare_images_and_what_the_classes_are(finished:
     run, facts = finished
     version = MlflowClient(run.tracker.uri).get_model_version_by_alias("tiny", facts["register"]["alias"])
     usage = json.loads(version.tags["usage"])
-    assert usage == {"image_size": 64, "mean": [0.5] * 3, "std": [0.25] * 3, "classes": [str(i) for i in range(10)]}
+    prepared = {"image_size": 64, "mean": [0.5] * 3, "std": [0.25] * 3, "resize": "stretch"}
+    assert usage == {**prepared, "classes": [str(i) for i in range(10)]}
     assert "Classes from 0: 0, 1, 2" in (run.directory / "report.html").read_text()
 
 
