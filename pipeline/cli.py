@@ -95,7 +95,7 @@ def validate(file: Annotated[Path, typer.Argument(help="The run file (YAML).")],
     sizes = ", ".join(f"{len(getattr(workload, part)):,} {part}" for part in ("train", "search", "test"))
     for note in workload.notes:
         out.print(f"Note: {note}", markup=False, soft_wrap=True)
-    out.print(f"{file} is valid: {config.search.method} for device {profile.name}; images: {sizes}.")
+    out.print(f"{file} is valid: {config.search.method} for device {profile.name}; images: {sizes}.", soft_wrap=True)
 
 
 @app.command(name="rescore")

@@ -117,7 +117,7 @@ def test_the_interpreter_reads_instructions_as_docker_does() -> None:
         image.parse("RUN <<E\nx\nE\n")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_step_works_and_the_image_runs_without_root_network_or_a_writable_root() -> None:
     """On this machine's own root; ``tests/tools/image.sh`` alone does it on a bare Debian, with every package."""
     script = [CHECKOUT / "tests/tools/image.sh", "--reduced", "--base", "machine"]
@@ -270,7 +270,7 @@ def composed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Composed]:
         yield found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_services_start_with_their_own_commands_and_are_healthy(composed: Composed) -> None:
     """PostgreSQL, then MLflow, Prefect and the worker, as processes instead of containers."""
     with servers.running(composed.server("mlflow")), servers.running(composed.server("prefect")):

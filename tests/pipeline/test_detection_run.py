@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 import torch
 
-from pipeline import evaluator, stages
+from pipeline import evaluator, promotion, stages
 from pipeline.assemble import Run
 from pipeline.report import final_table
 from pipeline.rescore import rank_agreement, rescore
@@ -67,7 +67,7 @@ def test_the_file_pulled_from_the_registry_finds_what_torch_finds(finished: Any)
 
     run, facts = finished
     mlflow.set_tracking_uri(run.tracker.uri)
-    pulled = mlflow.artifacts.download_artifacts(f"models:/tiny@{facts['register']['alias']}/model.onnx")
+    pulled = mlflow.artifacts.download_artifacts(f"models:/tiny/{facts['register']['version']}/model.onnx")
     assert Path(pulled).read_bytes() == (run.directory / "compact.detections.onnx").read_bytes()
     images, _ = stages.first_batch(run, run.workload.test)
     session = onnxruntime.InferenceSession(pulled, providers=["CPUExecutionProvider"])
@@ -84,7 +84,8 @@ def test_a_version_says_how_to_prepare_images_and_what_the_classes_are(finished:
     from mlflow import MlflowClient
 
     run, facts = finished
-    version = MlflowClient(run.tracker.uri).get_model_version_by_alias("tiny", facts["register"]["alias"])
+    version = MlflowClient(run.tracker.uri).get_model_version_by_alias("tiny", "champion")
+    assert facts["promote"]["promoted"]
     usage = json.loads(version.tags["usage"])
     prepared = {"image_size": 64, "mean": [0.5] * 3, "std": [0.25] * 3, "resize": "stretch"}
     assert usage == {**prepared, "classes": [str(i) for i in range(10)]}
@@ -169,7 +170,7 @@ def test_rank_agreement_is_spearmans() -> None:
 
 def test_the_test_split_is_read_in_parts(finished: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run, facts = finished
-    monkeypatch.setattr(stages, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(promotion, "CHUNK_BYTES", 1)
     again = stages.test_metrics(run, run.directory / "compact.onnx")
     known = facts["judge"]["models"]["compact"]
     assert again == pytest.approx({name: known[name] for name in again}, rel=1e-4)

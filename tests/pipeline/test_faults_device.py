@@ -84,6 +84,7 @@ def asked_once(directory: Path) -> int:
 # -- SIGTERM
 
 
+@pytest.mark.long
 def test_sigterm_ends_a_run_in_order_and_nothing_is_lost(
     tmp_path: Path, prefect_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,6 +82,7 @@ def test_a_locked_database_is_waited_for(tmp_path: Path) -> None:
     assert arrived(tracking.uri) == expected(10)
 
 
+@pytest.mark.long
 def test_a_process_killed_in_mid_delivery_loses_and_doubles_nothing(tmp_path: Path) -> None:
     program = (
         "import sys; sys.path.insert(0, sys.argv[2])\n"

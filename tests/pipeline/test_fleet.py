@@ -370,9 +370,13 @@ def test_ctrl_c_ends_the_work_of_every_device() -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
     fleet = Fleet([device("a", MadeUp(during=long)), device("b", MadeUp(during=long))])
-    threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        fleet.each(lambda found: found.target.run({"models": []}, 60))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a session in the background ignores it
+    try:
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            fleet.each(lambda found: found.target.run({"models": []}, 60))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not finished
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("device")]
 
@@ -476,7 +480,7 @@ def test_what_a_run_finds_depends_on_its_devices_and_not_on_its_patience(tmp_pat
 # -- a whole run
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_on_two_boards_and_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECATEUR_HOME", str(tmp_path / "home"))
     with sshd.public_folder() as folder:

@@ -376,7 +376,7 @@ def kill_one_at_work() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [Dask, Ray])
+@pytest.mark.parametrize("kind", [pytest.param(Dask, marks=pytest.mark.long), Ray])
 def test_workers_of_a_cluster_find_the_same_without_seeing_any_file(
     scene: Scene,
     alone: list[dict[str, Any]],
