@@ -23,11 +23,3 @@ settings.load_profile("secateur")
 @pytest.fixture(autouse=True)
 def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECATEUR_HOME", str(tmp_path / "home"))
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker runs a whole file (its fixtures are shared), and all files that use the same device."""
-    for item in items:
-        file = item.path.stem
-        item.add_marker(pytest.mark.xdist_group("ssh" if file.startswith("test_ssh") else str(item.path)))

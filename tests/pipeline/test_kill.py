@@ -119,7 +119,10 @@ def what_was_asked(records: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
     return [(r["stage"], r["kind"], *(r["candidate"][fact] for fact in facts)) for r in records]
 
 
-def test_a_run_killed_at_many_moments_ends_like_one_that_was_left_alone(tmp_path: Path, prefect_home: Path) -> None:
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.long), 2])
+def test_a_run_killed_at_many_moments_ends_like_one_that_was_left_alone(
+    tmp_path: Path, prefect_home: Path, every: int
+) -> None:
     left, killed = tmp_path / "left", tmp_path / "killed"
     for home in (left, killed):
         home.mkdir()
@@ -140,7 +143,7 @@ def test_a_run_killed_at_many_moments_ends_like_one_that_was_left_alone(tmp_path
         lambda _: rows(killed, "registered_model_tags where key like 'secateur.event.%'") > 0,  # in mid-promotion
     ]
     seen = 0
-    for i, moment in enumerate(moments):
+    for i, moment in enumerate(moments[::every]):
         directory = run_directory(killed)
         arguments = ("run", file) if i == 0 else ("resume", str(directory))
         kill_when(start(killed, prefect_home, *arguments), killed, moment)
@@ -170,6 +173,7 @@ def test_a_run_killed_at_many_moments_ends_like_one_that_was_left_alone(tmp_path
     assert rows(killed, "model_versions") == 1
 
 
+@pytest.mark.long
 def test_a_tracking_server_that_is_away_is_told_later(tmp_path: Path, prefect_home: Path) -> None:
     port = free_port()
     file = str(write_tiny(tmp_path, tracking={"uri": f"http://127.0.0.1:{port}"}))

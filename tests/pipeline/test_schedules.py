@@ -542,7 +542,7 @@ def test_a_device_is_used_without_the_server_while_that_is_away(
     assert "own lock" in said[0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_prefect_yaml_deploys_the_same(place: Workplace) -> None:
     prefect = [sys.executable, "-m", "prefect"]
     env = {**place.env, "SECATEUR_HOME": str(place.folder / "home")}

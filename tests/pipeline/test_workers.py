@@ -413,7 +413,8 @@ def test_workers_of_a_cluster_find_the_same_without_seeing_any_file(
 @pytest.mark.parametrize(
     ("number", "kills", "pause_s"),
     [
-        pytest.param(200, 2, (0.2, 2.0), marks=pytest.mark.slow),
+        pytest.param(80, 1, (0.2, 2.0), marks=pytest.mark.slow),
+        pytest.param(200, 2, (0.2, 2.0), marks=pytest.mark.long),
         pytest.param(2000, 1000, (5.0, 30.0), marks=pytest.mark.long),
     ],
 )

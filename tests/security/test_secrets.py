@@ -74,7 +74,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
         yield command(folder, server.url.replace("://", f"://keeper:{CANARY}@"), "--debug")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_secret_of_a_run_is_written_anywhere(ran: Ran) -> None:
     assert ran.code in (0, 3), ran.output[-3000:]
     assert "Registered" in ran.output and "keeper:***@" in ran.output, "it used the password, and hid it"
@@ -85,7 +85,7 @@ def test_no_secret_of_a_run_is_written_anywhere(ran: Ran) -> None:
     assert CANARY not in ran.output and KEY not in ran.output
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_words_of_others_are_text_in_the_report(ran: Ran) -> None:
     pages = list(ran.home.rglob("report.html"))
     assert pages
