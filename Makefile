@@ -14,10 +14,10 @@ run: $(STAMP) ## Run the main job (RUN_FILE=path for another run file)
 	$(BIN)/secateur run $(RUN_FILE)
 
 test: $(STAMP) ## Run the test suite (WORKERS=2 processes)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not long"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not long"
 
 test-all: $(STAMP) ## Run every test, the long ones too (lossy networks, published detectors, 20 seeds ...)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 parts: $(STAMP) ## Fetch what some tests need, without root: an SSH server, an emulated ARM device (into .parts/)
 	tests/tools/install_sshd.sh

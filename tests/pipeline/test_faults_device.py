@@ -158,6 +158,7 @@ class Told(Silent):
             self.act()
 
 
+@pytest.mark.long
 def test_a_device_that_is_away_is_waited_for_or_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECATEUR_HOME", str(tmp_path / "home"))
     with board() as device:

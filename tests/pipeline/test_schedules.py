@@ -415,6 +415,7 @@ def place(server: Server, tmp_path: Path) -> Iterator[Workplace]:
         yield found
 
 
+@pytest.mark.long
 def test_without_a_server_deploy_says_what_is_missing(tmp_path: Path) -> None:
     env = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
     file = write_tiny(tmp_path)
@@ -463,7 +464,7 @@ def test_deploying_twice_changes_nothing_and_its_schedule_fires(place: Workplace
         assert "Validation failed" in answer.text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_deployed_run_ends_registered_told_and_is_timed_again(place: Workplace) -> None:
     from mlflow import MlflowClient
 

@@ -375,8 +375,8 @@ def kill_one_at_work() -> None:
     alive[0].kill()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [pytest.param(Dask, marks=pytest.mark.long), Ray])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", [Dask, Ray])
 def test_workers_of_a_cluster_find_the_same_without_seeing_any_file(
     scene: Scene,
     alone: list[dict[str, Any]],
@@ -413,7 +413,6 @@ def test_workers_of_a_cluster_find_the_same_without_seeing_any_file(
 @pytest.mark.parametrize(
     ("number", "kills", "pause_s"),
     [
-        pytest.param(80, 1, (0.2, 2.0), marks=pytest.mark.slow),
         pytest.param(200, 2, (0.2, 2.0), marks=pytest.mark.long),
         pytest.param(2000, 1000, (5.0, 30.0), marks=pytest.mark.long),
     ],
