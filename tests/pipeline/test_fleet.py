@@ -369,6 +369,7 @@ def test_ctrl_c_ends_the_work_of_every_device() -> None:
         both.wait()
         os.kill(os.getpid(), signal.SIGINT)
 
+    others = set(threading.enumerate())  # of earlier tests
     fleet = Fleet([device("a", MadeUp(during=long)), device("b", MadeUp(during=long))])
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a session in the background ignores it
     try:
@@ -378,7 +379,10 @@ def test_ctrl_c_ends_the_work_of_every_device() -> None:
     finally:
         signal.signal(signal.SIGINT, before)
     assert not finished
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("device")]
+    deadline = time.monotonic() + 20
+    while (left := set(threading.enumerate()) - others) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left
 
 
 # -- a device that is away for a while
