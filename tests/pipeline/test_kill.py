@@ -193,6 +193,7 @@ def test_a_tracking_server_that_is_away_is_told_later(tmp_path: Path, prefect_ho
     assert len(told(tmp_path)) == len(set(told(tmp_path))) == len(evaluations(directory))
 
 
+@pytest.mark.long
 def test_a_required_tracking_server_that_is_away_stops_the_run_at_once(tmp_path: Path, prefect_home: Path) -> None:
     tracking = {"uri": f"http://127.0.0.1:{free_port()}", "required": True}
     file = str(write_tiny(tmp_path, tracking=tracking))

@@ -337,7 +337,7 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(monkeypatch:
 # -- real processes ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_worker_killed_in_mid_batch_costs_nothing_but_time(
     scene: Scene, alone: list[dict[str, Any]], make: Make, tmp_path: Path, prefect_home: None
 ) -> None:
