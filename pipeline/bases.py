@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import learning
-from pipeline.training import load_weights, save_weights, sha256_of
+from pipeline.files import sha256_of
+from pipeline.training import load_weights, save_weights
 from pruning.channels import ChannelGraph
 from pruning.plan import PruningPlan
 from pruning.search.protocol import DENSE, RANDOM

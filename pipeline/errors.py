@@ -53,5 +53,5 @@ def masked(text: str) -> str:
     return _PARAMETERS.sub(r"\1***", _CREDENTIALS.sub(r"\1***@", text))
 
 
-_CREDENTIALS = re.compile(r"(://[^/\s:@]*:)[^\s/]+@")
-_PARAMETERS = re.compile(r"([?&][\w-]*(?:passw|secret|token)[\w-]*=)[^&\s'\"]+", re.IGNORECASE)
+_CREDENTIALS = re.compile(r"(://[^/\s:@]*:)[^\s]+@")
+_PARAMETERS = re.compile(r"((?:^|(?<=[?&\s]))[\w-]*(?:passw|secret|token)[\w-]*=)[^&\s'\"]+", re.IGNORECASE)

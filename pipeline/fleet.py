@@ -130,8 +130,8 @@ class Fleet:
         if len(self.devices) == 1:
             return {device.name: work(device) for device in chosen}
         with ThreadPoolExecutor(max(1, len(chosen)), thread_name_prefix="device") as pool:
-            futures = {device.name: pool.submit(work, device) for device in chosen}
             try:
+                futures = {device.name: pool.submit(work, device) for device in chosen}
                 while wait(futures.values(), LISTEN_S).not_done:
                     pass  # a signal may reach another thread than this one, which must run to see it
             except BaseException:  # Ctrl-C: the threads end at the agents' next sign of life, and with them the agents

@@ -26,14 +26,15 @@ from pipeline.config import GateSection, parse_run_file
 from pipeline.errors import UserError
 from pipeline.progress import ProgressView, Silent
 from pipeline.tracking import ChampionMovedError, Decision, Gate, Registry, Version
+from pipeline.tracking.contents import FOLDER, MODEL
+from pipeline.tracking.registry import CHALLENGER, CHAMPION
 from pipeline.workloads import Split, Workload
 
 RESAMPLES, MIN_RESAMPLES, RESAMPLING_S = 2000, 20, 60.0
 CHUNK_BYTES = 256 << 20
 """Images and outputs of a part of the test split stay below this."""
 ATTEMPTS = 3
-FOLDER, NETWORK, INPUTS = "secateur", "network.onnx", "benchmark-input.npz"
-CHAMPION, CHALLENGER = "champion", "challenger"
+NETWORK, INPUTS = "network.onnx", "benchmark-input.npz"
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def fetch(registry: Registry, version: Version, folder: Path) -> Contender:
     """A version's files, verified."""
     manifest = registry.fetch(version, folder)
     network = folder / FOLDER / NETWORK
-    model = folder / "model.onnx"
+    model = folder / MODEL
     return Contender(version, model, network if network.is_file() else model, manifest.data)
 
 

@@ -27,9 +27,9 @@ from device_profiles.staircase import FINGERPRINT_KEYS
 from pipeline.config import home
 from pipeline.device import InTurn
 from pipeline.errors import TrackingError, UserError
+from pipeline.files import sha256_of
 from pipeline.progress import ProgressView
 from pipeline.tracking import RUN_TAG, Registry, Version
-from pipeline.training import sha256_of
 
 MODEL = "model.onnx"
 INPUTS = "benchmark-input.npz"

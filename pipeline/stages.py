@@ -31,12 +31,13 @@ from pipeline.assemble import Run
 from pipeline.config import TrackingSection, home
 from pipeline.errors import TrackingError, UserError
 from pipeline.evaluator import Evaluator
+from pipeline.files import sha256_of
 from pipeline.fleet import Device, Tally
 from pipeline.report import write_report
 from pipeline.rescore import front_rows, rank_agreement
 from pipeline.study import Study, describe, request_of, to_candidate, to_dict, to_evaluation
 from pipeline.tracking import shown
-from pipeline.training import VERSION, TrainingError, fit, load_weights, save_weights, sha256_of
+from pipeline.training import VERSION, TrainingError, fit, load_weights, save_weights
 from pipeline.workloads import Split
 from pruning.channels import ChannelGraph
 from pruning.cost import cost

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import math
 import os
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.config import Distillation, Recipe
+from pipeline.files import sha256_of
 from pipeline.progress import Report, silent
 from pipeline.workloads import Split, Workload
 
@@ -239,12 +239,3 @@ def _settle(part: Path, path: Path) -> None:
 def load_weights(path: Path) -> dict[str, Tensor]:
     """Read a safetensors state dict onto the CPU."""
     return dict(load_file(path))
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's content, hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

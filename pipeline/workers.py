@@ -27,8 +27,9 @@ from export.slicing import OnnxTemplate
 from pipeline.config import SearchSection, home
 from pipeline.crew import IMAGES, ask_from_json, groups_digest
 from pipeline.errors import UserError
+from pipeline.files import sha256_of
 from pipeline.scoring import Scorer
-from pipeline.training import keep_freed_memory, load_weights, sha256_of
+from pipeline.training import keep_freed_memory, load_weights
 from pipeline.workloads import Workload, carried
 from pruning.channels import ChannelGraph
 from pruning.plan import PruningPlan

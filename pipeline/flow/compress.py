@@ -20,13 +20,13 @@ import psutil
 
 from pipeline.assemble import Run
 from pipeline.errors import SurroundingsError, TrackingError
+from pipeline.files import sha256_of
 from pipeline.flow.environment import runtime_env
 from pipeline.flow.fanout import open_engine
 from pipeline.flow.turns import device_turn
 from pipeline.report import final_table_markdown
 from pipeline.stages import STAGES, Facts, Stage
 from pipeline.study import to_evaluation
-from pipeline.training import sha256_of
 
 AT_A_TERMINAL_S, ON_SCHEDULE_S = (3.0, 9.0), (10.0, 60.0, 300.0, 900.0)
 """Pauses before a stage is tried again: short where somebody waits, long where a device may be away for a while."""

@@ -11,14 +11,15 @@ import contextlib
 import importlib
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 from pipeline import workers
 from pipeline.config import WorkersSection
-from pipeline.crew import Engine, WorkerDiedError
+from pipeline.crew import Engine, WorkerDiedError, cores
 from pipeline.errors import SurroundingsError, UserError
 
 TRAVELLING = "secateur-blob-"
@@ -36,29 +37,29 @@ def open_engine(section: WorkersSection) -> Iterator[Engine | None]:
     if section.engine == "none":
         yield None
         return
-    kind: type[_Runner] = {"processes": Processes, "dask": Dask, "ray": Ray}[section.engine]
-    with contextlib.closing(kind(section)) as engine:
+    kinds: dict[str, Callable[[WorkersSection], _Runner]] = {"processes": Processes, "dask": Dask, "ray": Ray}
+    with contextlib.closing(kinds[section.engine](section)) as engine:
         yield engine
 
 
-class _Runner:
+class _Runner(ABC):
     """What the engines share: a task runner that is started when it is first needed, and tasks through it."""
 
     def __init__(self, section: WorkersSection) -> None:
         self.section = section
         self.local = section.address is None
-        self.count = section.count or _cores()
+        self.count = section.count or cores()
         self._starting = threading.Lock()
         self._api = ""
 
-    def perform(self, spec: Mapping[str, Any], batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def perform(self, spec: Mapping[str, Any], batch: Mapping[str, Any]) -> Mapping[str, Any]: ...
 
-    def publish(self, sha256: str, path: Path) -> None:
-        """Workers on this machine see every file."""
+    @abstractmethod
+    def publish(self, sha256: str, path: Path) -> None: ...
 
-    def close(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def close(self) -> None: ...
 
     def _server(self) -> str:
         """Where the Prefect server of this process is, embedded or not."""
@@ -114,6 +115,9 @@ class Processes(_Runner):
             raise
         finally:
             self._idle.put(runner)
+
+    def publish(self, sha256: str, path: Path) -> None:
+        """Nothing to do: workers on this machine see every file."""
 
     def close(self) -> None:
         for runner in self._runners:
@@ -276,7 +280,3 @@ def _extra(module: str, extra: str) -> Any:
         raise UserError(
             f"workers.engine: {extra} needs what is not installed ({error}); run: pip install 'secateur[{extra}]'"
         ) from error
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import TrackingError
+from pipeline.files import sha256_of
 
 FOLDER = "secateur"
 MODEL, MANIFEST = "model.onnx", f"{FOLDER}/provenance.json"
@@ -108,11 +109,6 @@ def check_name(path: str) -> None:
     """
     if not all(_PART.fullmatch(part) for part in path.split("/")):
         raise TrackingError(f"a file of a version cannot be called {path!r}")
-
-
-def sha256_of(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def code_facts() -> dict[str, Any]:

@@ -17,7 +17,8 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from pipeline.errors import SurroundingsError, TrackingError, UserError
-from pipeline.tracking.contents import FOLDER, MODEL, Manifest, sha256_of
+from pipeline.files import sha256_of
+from pipeline.tracking.contents import FOLDER, MODEL, Manifest
 from pipeline.tracking.registry import CHAMPION, MODEL_TAG, Registry, Version
 from pipeline.tracking.store import shown
 

@@ -30,6 +30,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from pipeline.errors import SurroundingsError, TrackingError, UserError
+from pipeline.files import sha256_of
 from pipeline.tracking.contents import (
     FOLDER,
     MANIFEST,
@@ -37,7 +38,6 @@ from pipeline.tracking.contents import (
     Manifest,
     check_name,
     code_facts,
-    sha256_of,
     write_manifest,
 )
 from pipeline.tracking.store import RUN_TAG, Unreachable, connect, experiment_of, first_line, shown

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import sqlite3
 import tempfile
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
 
 from pipeline.config import TrackingSection
+from pipeline.errors import masked
 
 for name, value in {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -43,14 +42,7 @@ def store_uri(section: TrackingSection, home: Path) -> str:
 
 def shown(uri: str) -> str:
     """An address without the password in it, for people, logs and journals."""
-    try:
-        parts = urlsplit(uri)
-    except ValueError:
-        return "an address that is none"
-    query = _SECRETS.sub(r"\1=***", parts.query)
-    if parts.password is not None:
-        parts = parts._replace(netloc=f"{parts.username}:***@{parts.netloc.rpartition('@')[2]}")
-    return uri if (parts.query == query and "***" not in parts.netloc) else urlunsplit(parts._replace(query=query))
+    return masked(uri)
 
 
 def connect(uri: str) -> MlflowClient:
@@ -92,9 +84,4 @@ def _make_store(path: Path) -> None:
 
 def first_line(error: BaseException) -> str:
     """What an error says, in one line without secrets."""
-    text = (str(error).splitlines() or [type(error).__name__])[0][:300]
-    return _SECRETS.sub(r"\1=***", _CREDENTIALS.sub(r"\1***@", text))
-
-
-_CREDENTIALS = re.compile(r"(://[^/\s:@]*:)[^\s]+@")
-_SECRETS = re.compile(r"((?:^|(?<=[&?\s]))[a-z_]*(?:password|passwd|secret|token)[a-z_]*)=[^&\s]*", re.IGNORECASE)
+    return masked((str(error).splitlines() or [type(error).__name__])[0][:300])

@@ -20,7 +20,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
 from pipeline.config import TrackingSection
-from pipeline.errors import TrackingError
+from pipeline.errors import TrackingError, masked
 from pipeline.journal import Record
 from pipeline.tracking.registry import Registry, Version
 from pipeline.tracking.store import RUN_TAG, Unreachable, connect, experiment_of, first_line, shown, store_uri
@@ -107,7 +107,7 @@ class Tracker:
             else:
                 tags = {**self.labels, RUN_TAG: self.run_id}
                 self._parent = client.create_run(experiment_id, tags=tags, run_name=self.run_name).info.run_id
-                params = [Param(key, _masked(value)[:MAX_TEXT]) for key, value in self.params.items()]
+                params = [Param(key, masked(str(value))[:MAX_TEXT]) for key, value in self.params.items()]
                 client.log_batch(self._parent, params=params)
             self._experiment_id = experiment_id
             self._delivered = self._children(client, experiment_id)
@@ -312,11 +312,6 @@ class Tracker:
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join(timeout=5)
-
-
-def _masked(value: object) -> str:
-    """A setting as text; of an address, without the password in it."""
-    return shown(str(value)) if "://" in str(value) else str(value)
 
 
 def _whole(plan: str, digest: str) -> str:

@@ -12,12 +12,8 @@ from tests.device_profiles import sshd
 @pytest.fixture(scope="session")
 def shared_device() -> Iterator[sshd.Device]:
     """A real SSH server for an ordinary user."""
-    with sshd.public_folder() as folder:
-        device = sshd.start_device(folder)
-        try:
-            yield device
-        finally:
-            device.close()
+    with sshd.board() as device:
+        yield device
 
 
 @pytest.fixture

@@ -247,6 +247,17 @@ def public_folder() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def board() -> Iterator[Device]:
+    """A device behind a real SSH server, for an ordinary user."""
+    with public_folder() as folder:
+        device = start_device(folder)
+        try:
+            yield device
+        finally:
+            device.close()
+
+
+@contextlib.contextmanager
 def opened(settings: Settings) -> Iterator[SshTarget]:
     target = SshTarget(settings)
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -81,14 +80,6 @@ def digits(**data: Any) -> classification.Classification:
     """The digits workload with a small ResNet."""
     options = {"model": {"name": "cifar_resnet8"}, "data": {"source": "digits", **data}}
     return classification.build(classification.Options.model_validate(options))
-
-
-def free_port() -> int:
-    """A TCP port nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def start_server(home: Path, port: int) -> subprocess.Popen[bytes]:

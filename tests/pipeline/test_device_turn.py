@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,37 +12,15 @@ import pytest
 from device_profiles import DeviceProfile, load_profile
 from pipeline.flow import device_turn, limit_name
 
-from .helpers import end, free_port, tiny_config
-
-START_S = 120
+from ..servers import prefect_server, running
+from .helpers import tiny_config
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def server(tmp_path: Path) -> Iterator[str]:
     """A real Prefect server on SQLite; its address."""
-    port = free_port()
-    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
-    monkeypatch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    log = (tmp_path / "server.log").open("wb")
-    process = subprocess.Popen(command, start_new_session=True, stdout=log, stderr=log)
-    try:
-        wait_for(f"http://127.0.0.1:{port}/api/health", process)
-        yield f"http://127.0.0.1:{port}/api"
-    finally:
-        end(process)
-        log.close()
-
-
-def wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
-    give_up = time.monotonic() + START_S
-    while time.monotonic() < give_up and process.poll() is None:
-        try:
-            with urllib.request.urlopen(address, timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.3)
-    raise AssertionError("the Prefect server did not start")
+    with running(prefect_server(tmp_path / "prefect")) as started:
+        yield started.url
 
 
 def quick_profile(folder: Path) -> DeviceProfile:

@@ -111,17 +111,6 @@ def test_sigterm_ends_a_run_in_order_and_nothing_is_lost(
 # -- a device that goes away
 
 
-@contextlib.contextmanager
-def board() -> Iterator[sshd.Device]:
-    """A device behind a real SSH server."""
-    with sshd.public_folder() as folder:
-        device = sshd.start_device(folder)
-        try:
-            yield device
-        finally:
-            device.close()
-
-
 def start_again(device: sshd.Device) -> None:
     """Switch a closed device on again: the same address, the same keys."""
     seen = device.log.count("Server listening")
@@ -161,7 +150,7 @@ class Told(Silent):
 @pytest.mark.long
 def test_a_device_that_is_away_is_waited_for_or_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECATEUR_HOME", str(tmp_path / "home"))
-    with board() as device:
+    with sshd.board() as device:
         directory = create_run_directory(tiny_config(tmp_path, **run_on(device, tmp_path)))
         watched = journal_lines(5)
 
@@ -188,7 +177,7 @@ def test_a_device_that_is_away_is_waited_for_or_ends_the_run(tmp_path: Path, mon
 
 @pytest.mark.long
 def test_a_device_that_is_away_for_an_hour_costs_the_evaluation_in_flight(tmp_path: Path, prefect_home: Path) -> None:
-    with board() as device:
+    with sshd.board() as device:
         process = start(tmp_path, prefect_home, "run", str(write_tiny(tmp_path, **run_on(device, tmp_path))))
         directory = wait_until(process, tmp_path, journal_lines(5))
         device.close()  # an outage without an end: the run says so and ends

@@ -21,7 +21,8 @@ from mlflow import MlflowClient
 from pipeline import errors
 from pipeline.tracking import CANDIDATE_TAG, Registry
 
-from .helpers import end, free_port, start_server, write_tiny
+from ..servers import free_port
+from .helpers import end, start_server, write_tiny
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

@@ -22,7 +22,8 @@ from pipeline.tracking import Registry
 from pipeline.tracking.contents import MAX_BYTES, Manifest
 from pipeline.tracking.pull import _chosen, check_onnx, pull
 
-from .helpers import digits, free_port
+from ..servers import free_port
+from .helpers import digits
 from .registered import add, crown, embedded, linear_model, make_template, migrated_home
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own

@@ -24,7 +24,8 @@ from pipeline.tracking.contents import MANIFEST, check_name
 from pipeline.tracking.pull import pull
 from tests.servers import database_url, mlflow_server, postgres, running
 
-from .helpers import digits, free_port
+from ..servers import free_port
+from .helpers import digits
 from .registered import EXAMPLE, add, crown, decided, embedded, linear_model, make_template, migrated_home
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own

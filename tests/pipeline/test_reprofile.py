@@ -14,6 +14,7 @@ import pytest
 from device_profiles import BenchmarkResult, DeviceError, DeviceProfile, load_profile
 from device_profiles.measure import ModelSamples, Process
 from pipeline.errors import UserError
+from pipeline.files import sha256_of
 from pipeline.progress import Silent
 from pipeline.reprofile import (
     Reading,
@@ -29,7 +30,6 @@ from pipeline.reprofile import (
 )
 from pipeline.tracking import Version
 from pipeline.tracking.readings import READING_TAG, record_reading
-from pipeline.training import sha256_of
 
 from .helpers import quick_device
 

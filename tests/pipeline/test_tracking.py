@@ -24,7 +24,8 @@ from pipeline.errors import TrackingError
 from pipeline.tracking import CANDIDATE_TAG, PARENT_TAG, RUN_TAG, Tracker, shown
 from pipeline.tracking.store import Unreachable, connect, first_line
 
-from .helpers import end, free_port, start_server
+from ..servers import free_port
+from .helpers import end, start_server
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pipeline.config import Distillation, Recipe
-from pipeline.training import TrainingError, distillation_loss, fit, load_weights, save_weights, sha256_of
+from pipeline.files import sha256_of
+from pipeline.training import TrainingError, distillation_loss, fit, load_weights, save_weights
 from pipeline.workloads.classification import Classification
 
 from .helpers import digits
