@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ def present(title: str, rows: Sequence[Mapping[str, Any]], figures: Sequence[Fig
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
     for figure in figures:
         console.print(f"{figure.name}: {figure.value:.4g} (bound {figure.bound:g}, {'ok' if figure.ok else 'NOT ok'})")

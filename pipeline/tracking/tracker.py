@@ -221,16 +221,15 @@ class Tracker:
             "candidate.status": evaluation["status"],
             "candidate.reason": evaluation["reason"],
             "candidate.plan": _whole(candidate["plan"], candidate["digest"]),
+            "candidate.digest": candidate["digest"],
+            "candidate.base": candidate["base"] or "baseline",
+            "candidate.kind": record["kind"],
         }
         name = f"{candidate['origin']}-{candidate['id']}"
         run_tags = {k: v[:MAX_TEXT] for k, v in tags.items()}
         child = client.create_run(self._experiment_id, start_time=at_ms, tags=run_tags, run_name=name)
-        params = {"plan_digest": candidate["digest"], "base": candidate["base"] or "baseline", "kind": record["kind"]}
-        client.log_batch(
-            child.info.run_id,
-            metrics=[Metric(name, value, at_ms, 0) for name, value in values.items()],
-            params=[Param(name, value) for name, value in params.items()],
-        )
+        metrics = [Metric(name, value, at_ms, 0) for name, value in values.items()]
+        client.log_batch(child.info.run_id, metrics=metrics)  # no params: they cost a quarter more than tags
         client.set_terminated(child.info.run_id, "FINISHED", at_ms)
         self._delivered.add(key)
 

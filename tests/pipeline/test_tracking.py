@@ -80,7 +80,7 @@ def test_every_candidate_is_a_child_run_with_plan_origin_metrics_and_reward(home
     assert run.data.metrics == {"top1": 0.88, "macs": 1e6 / 3, "latency_ratio": 1 / 3, "reward": 1.76}
     assert run.data.tags["candidate.plan"] == "plan 2"
     assert run.data.tags["candidate.origin"] == "mutation"
-    assert run.data.params["plan_digest"] == "d2"
+    assert run.data.tags["candidate.digest"] == "d2"
 
 
 def test_a_plan_too_long_for_a_tag_is_never_cut_short(home: Path) -> None:
