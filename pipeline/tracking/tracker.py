@@ -22,12 +22,15 @@ from mlflow.entities import Metric, Param
 from pipeline.config import TrackingSection
 from pipeline.errors import TrackingError, masked
 from pipeline.journal import Record
+from pipeline.tracking.courier import Child, Courier, write
 from pipeline.tracking.registry import Registry, Version
 from pipeline.tracking.store import RUN_TAG, Unreachable, connect, experiment_of, first_line, shown, store_uri
 
 CANDIDATE_TAG, PARENT_TAG = "candidate.id", "mlflow.parentRunId"
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
 MAX_TEXT = 5000
+MANY = 64
+"""With so many candidates delivered, a process beside this one takes over: it costs some seconds to start."""
 SERIES_EVERY_S, MAX_SERIES = 5.0, 900
 """The learning curve's points go to MLflow together, this often, or when there are so many (it takes 1000 at once)."""
 SERIES = ("reward", "top1", "map50", "loss_score", "loss", "macs", "latency_ratio", "p50_ms")
@@ -65,6 +68,7 @@ class Tracker:
         self._delivered: set[str] = set()
         self._queued: set[str] = set()
         self._pending: deque[Record] = deque()
+        self._courier: Courier | None = None
         self._series: list[Metric] = []
         self._series_told, self._flushing = 0.0, False
         self._changed = threading.Condition()
@@ -167,6 +171,7 @@ class Tracker:
                     self._tell_series(client)
             except BaseException as error:
                 self.failure, self._client = first_line(error), None
+                self._dismiss()
                 if not isinstance(error, Unreachable):
                     raise  # a bug; `flush` tells that nothing is delivered any more
                 with self._changed:
@@ -226,11 +231,13 @@ class Tracker:
             "candidate.kind": record["kind"],
         }
         name = f"{candidate['origin']}-{candidate['id']}"
-        run_tags = {k: v[:MAX_TEXT] for k, v in tags.items()}
-        child = client.create_run(self._experiment_id, start_time=at_ms, tags=run_tags, run_name=name)
-        metrics = [Metric(name, value, at_ms, 0) for name, value in values.items()]
-        client.log_batch(child.info.run_id, metrics=metrics)  # no params: they cost a quarter more than tags
-        client.set_terminated(child.info.run_id, "FINISHED", at_ms)
+        child = Child(self._experiment_id, name, at_ms, {k: v[:MAX_TEXT] for k, v in tags.items()}, values)
+        if self._courier is None and len(self._delivered) >= MANY:
+            self._courier = Courier(self.uri)
+        if (courier := self._courier) is not None:
+            courier.write(child)
+        else:
+            write(client, child)
         self._delivered.add(key)
 
     # -- the end of a run --------------------------------------------------------------------------------------------
@@ -311,6 +318,13 @@ class Tracker:
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join(timeout=5)
+        self._dismiss()
+
+    def _dismiss(self) -> None:
+        """Do without the process beside this one, until it is needed again."""
+        courier, self._courier = self._courier, None
+        if courier is not None:
+            courier.close()
 
 
 def _whole(plan: str, digest: str) -> str:

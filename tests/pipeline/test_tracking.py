@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import psutil
 import pytest
 from mlflow import MlflowClient
 from onnx import TensorProto, helper
@@ -22,9 +21,10 @@ from onnx import TensorProto, helper
 from pipeline.config import TrackingSection
 from pipeline.errors import TrackingError
 from pipeline.tracking import CANDIDATE_TAG, PARENT_TAG, RUN_TAG, Tracker, shown
+from pipeline.tracking.courier import Child, Courier
 from pipeline.tracking.store import Unreachable, connect, first_line
 
-from ..servers import free_port
+from ..servers import database_url, free_port, postgres, running
 from .helpers import end, start_server
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
@@ -56,6 +56,13 @@ def tracker(home: Path, uri: str | None = None, required: bool = False) -> Track
     made = Tracker(section, home, "run-1", "run one", {"seed": 0, "search.method": "ccep"})
     made.reward = lambda r: 2 * r["evaluation"]["metrics"]["top1"]
     return made
+
+
+def wait_for(moment: Callable[[], bool]) -> bool:
+    give_up = time.monotonic() + 60
+    while not moment() and time.monotonic() < give_up:
+        time.sleep(0.02)
+    return moment()
 
 
 def children(uri: str) -> list[Any]:
@@ -220,7 +227,11 @@ def server(home: Path) -> Iterator[Callable[[], tuple[str, subprocess.Popen[byte
 
 
 @pytest.mark.slow
-def test_candidates_wait_for_a_server_that_comes_goes_and_comes_again(home: Path, server: Any) -> None:
+@pytest.mark.parametrize("many", [3, 1000], ids=["courier", "thread"])
+def test_candidates_wait_for_a_server_that_comes_goes_and_comes_again(
+    home: Path, server: Any, monkeypatch: pytest.MonkeyPatch, many: int
+) -> None:
+    monkeypatch.setattr("pipeline.tracking.tracker.MANY", many)
     uri, process = server()
     end(process)  # away from the start
     tracking = tracker(home, uri)
@@ -242,42 +253,73 @@ def test_candidates_wait_for_a_server_that_comes_goes_and_comes_again(home: Path
     assert all(r.info.status == "FINISHED" and "reward" in r.data.metrics for r in runs)
 
 
-@pytest.fixture
-def postgres(tmp_path: Path) -> Iterator[str]:
-    """A real PostgreSQL on loopback; its programs refuse root, so root starts them as ``postgres``."""
-    if shutil.which("initdb") is None or shutil.which("pg_ctl") is None:
-        pytest.skip("PostgreSQL is not installed")
-    as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
-    data = Path(tempfile.mkdtemp(prefix="pg"))
-    if as_user:
-        shutil.chown(data, "postgres")
-    port = free_port()
-
-    def call(*command: str) -> None:
-        subprocess.run([*as_user, *command], check=True, cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    call("initdb", "-D", str(data / "db"), "-U", "mlflow", "--auth=trust")
-    options = f"-p {port} -k {data} -c listen_addresses=127.0.0.1"
-    call("pg_ctl", "-D", str(data / "db"), "-w", "-l", str(data / "log"), "-o", options, "start")
-    yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
-    call("pg_ctl", "-D", str(data / "db"), "-m", "immediate", "stop")
-    shutil.rmtree(data)
-
-
 @pytest.mark.slow
-def test_postgresql_takes_candidates_and_the_model_as_sqlite_does(tmp_path: Path, postgres: str) -> None:
-    tracking = tracker(tmp_path, postgres, required=True)
+def test_postgresql_takes_candidates_and_the_model_as_sqlite_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(postgres(tmp_path / "pg")) as database:
+        uri = database_url(database, "mlflow", "postgresql+psycopg2")
+        monkeypatch.setenv("SECATEUR_TRACKING_URI", uri)  # it holds a password, which no run file may
+        monkeypatch.setattr("pipeline.tracking.tracker.MANY", 10)
+        tracking = tracker(tmp_path, required=True)
+        tracking.start()
+        for i in range(20):
+            tracking.candidate(record(i))
+        assert tracking.flush(120) == 0
+        onnx.save(identity_model(), tmp_path / "model.onnx")
+        example = np.ones((1, 3), np.float32)
+        entry = tracking.register("net", ["one"], tmp_path / "model.onnx", example, example, {})
+        tracking.finish({"final.top1": 0.9}, [tmp_path / "model.onnx"])
+        tracking.close()
+        assert entry.version == "1"
+        assert len({r.data.tags[CANDIDATE_TAG] for r in children(uri)}) == len(children(uri)) == 20
+
+
+def couriers(of: psutil.Process | None = None) -> list[psutil.Process]:
+    """Processes that tell MLflow for one."""
+    found = (of or psutil.Process()).children(recursive=True)
+    return [process for process in found if "pipeline.tracking.courier" in process.cmdline()]
+
+
+def test_a_courier_that_is_killed_loses_and_doubles_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.tracking.tracker.MANY", 2)
+    tracking = tracker(home)
     tracking.start()
-    for i in range(20):
+    for i in range(40):
         tracking.candidate(record(i))
+    for left in (30, 15):
+        assert wait_for(lambda left=left: len(tracking._pending) < left)
+        (courier,) = couriers()
+        courier.kill()
     assert tracking.flush(120) == 0
-    onnx.save(identity_model(), tmp_path / "model.onnx")
-    example = np.ones((1, 3), np.float32)
-    entry = tracking.register("net", ["one"], tmp_path / "model.onnx", example, example, {})
-    tracking.finish({"final.top1": 0.9}, [tmp_path / "model.onnx"])
     tracking.close()
-    assert entry.version == "1"
-    assert len({r.data.tags[CANDIDATE_TAG] for r in children(postgres)}) == len(children(postgres)) == 20
+    runs = children(tracking.uri)
+    assert sorted(r.data.tags[CANDIDATE_TAG] for r in runs) == sorted(f"search:evaluation:{i}" for i in range(40))
+    assert all(r.info.status == "FINISHED" and r.data.metrics["reward"] > 0 for r in runs)
+    assert not couriers()
+
+
+def test_a_courier_ends_with_whoever_started_it_and_shows_nobody_the_password() -> None:
+    program = (
+        "import time; from pipeline.tracking.courier import Courier; courier = Courier('http://me:hidden-word@host'); "
+        "print(1, flush=True); time.sleep(99)"
+    )
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None and parent.stdout.readline()
+        (courier,) = couriers(psutil.Process(parent.pid))
+        assert "hidden-word" not in " ".join(courier.cmdline())
+        parent.kill()
+    assert wait_for(lambda: not courier.is_running() or courier.status() == psutil.STATUS_ZOMBIE)
+
+
+def test_a_courier_that_fails_says_why(home: Path) -> None:
+    courier = Courier(f"sqlite:///{home}/mlflow.db")
+    try:
+        with pytest.raises(RuntimeError, match="AttributeError"):
+            courier.write(Child("0", "x", 0, {}, [1.0]))  # type: ignore[arg-type]
+    finally:
+        courier.close()
 
 
 def test_a_store_is_made_whole_or_not_at_all_by_however_many_at_once(tmp_path: Path) -> None:

@@ -1,0 +1,134 @@
+"""A run's candidates written to MLflow, by this process or by one beside it.
+
+MLflow's client is 30 ms of Python per candidate. In a thread they are taken from the search, whose forward passes wait
+for the interpreter; in a process beside it they are not. That process reads candidates from its input, a JSON line
+each, answers each with a line, and ends with its input: however its parent ends, it does not stay behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+
+from pipeline.errors import masked
+from pipeline.tracking.store import Unreachable, connect, first_line
+
+CLOSE_S = 5.0
+
+
+@dataclass(frozen=True)
+class Child:
+    """The run of one candidate.
+
+    Args:
+        experiment_id: where it belongs.
+        at_ms: when it was evaluated, milliseconds since 1970.
+    """
+
+    experiment_id: str
+    name: str
+    at_ms: int
+    tags: Mapping[str, str]
+    metrics: Mapping[str, float]
+
+
+class CourierError(OSError):
+    """MLflow could not be told by the process beside this one; says why."""
+
+
+def write(client: MlflowClient, child: Child) -> None:
+    """Write a candidate's run; it is there in full once it is FINISHED."""
+    run = client.create_run(child.experiment_id, start_time=child.at_ms, tags=dict(child.tags), run_name=child.name)
+    metrics = [Metric(name, value, child.at_ms, 0) for name, value in child.metrics.items()]
+    client.log_batch(run.info.run_id, metrics=metrics)  # no params: they cost a quarter more than tags
+    client.set_terminated(run.info.run_id, "FINISHED", child.at_ms)
+
+
+class Courier:
+    """The process beside this one; it takes some seconds to start, for which its first candidate waits.
+
+    Args:
+        uri: of the store. It may hold a password, so it is no argument of the process, where others could read it.
+    """
+
+    def __init__(self, uri: str) -> None:
+        root = str(Path(__file__).parents[2])
+        self._noise = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed by `close`
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "pipeline.tracking.courier"],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._noise,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for the run, which delivers the rest before it ends
+        )
+        self._send({"uri": uri})
+
+    def write(self, child: Child) -> None:
+        """Write a candidate's run.
+
+        Raises:
+            CourierError: the server is away or refuses, or the process was killed.
+            RuntimeError: anything else went wrong there.
+        """
+        self._send(asdict(child))
+        assert self._process.stdout is not None
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise self._death()
+        if away := json.loads(answer)["away"]:
+            raise CourierError(away)
+
+    def close(self) -> None:
+        """End the process; what it is writing is cut short, and written again by the run's next process."""
+        self._process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(CLOSE_S)
+        self._noise.close()
+
+    def _send(self, line: Mapping[str, object]) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(line) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._death() from None
+
+    def _death(self) -> Exception:
+        """Why there is no answer."""
+        if self._process.wait(CLOSE_S) < 0:
+            return CourierError("the process that tells MLflow was killed")
+        self._noise.seek(0)
+        last = (self._noise.read().strip().splitlines() or ["no reason given"])[-1]
+        return RuntimeError(f"the process that tells MLflow failed: {masked(last)}")
+
+
+def main() -> None:
+    """Write what comes until nothing comes any more."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else prints is no answer
+    client, uri = None, json.loads(sys.stdin.readline())["uri"]
+    for line in sys.stdin:
+        away = ""
+        try:
+            client = client or connect(uri)
+            write(client, Child(**json.loads(line)))
+        except Unreachable as error:
+            away = first_line(error)
+        answers.write(json.dumps({"away": away}) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
