@@ -14,7 +14,7 @@ run: $(STAMP) ## Run the main job (RUN_FILE=path for another run file)
 	$(BIN)/secateur run $(RUN_FILE)
 
 test: $(STAMP) ## Run the test suite (WORKERS=2 processes)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not long"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 25 --durations-min 8 -m "not long"
 
 test-all: $(STAMP) ## Run every test, the long ones too (lossy networks, published detectors, 20 seeds ...)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder

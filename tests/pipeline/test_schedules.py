@@ -28,12 +28,13 @@ from pipeline.config import RunFile
 from pipeline.errors import JournalError, SurroundingsError, UserError
 from pipeline.flow import adopt, notify
 from pipeline.flow.deployments import Order, deploy
-from pipeline.flow.parameters import Compress, Profile
+from pipeline.flow.parameters import Compress, Profile, Promote
 from pipeline.flow.turns import Turns
 from pipeline.journal import Journal
 
 from ..servers import Server, database_url, free_port, mlflow_server, postgres, prefect_server, running
-from .helpers import tiny_config, write_tiny
+from .helpers import quick_device, tiny_config, write_tiny
+from .registered import add, embedded, linear_model, make_template, migrated_home
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -480,6 +481,8 @@ def test_a_deployed_run_ends_registered_told_and_is_timed_again(place: Workplace
             place.trigger("profile/tiny", tolerances={"p50": 99, "p95": 99, "first": 99, "rss": 99})
         )
         assert "As they were: tiny 1 on quick" in profiled["message"], place.log()
+        again = place.finished(place.trigger("promote/tiny"))
+        assert (again["type"], again["message"]) == ("COMPLETED", "no challenger waits for a decision"), place.log()
     (directory,) = place.directories()
     binding = adopt.read_binding(directory)
     assert binding is not None
@@ -494,6 +497,36 @@ def test_a_deployed_run_ends_registered_told_and_is_timed_again(place: Workplace
     (drift,) = client.search_runs([experiment.experiment_id])
     assert drift.data.metrics["p50_ms"] > 0
     assert "hook-secret" not in place.log()
+
+
+@pytest.mark.slow
+def test_the_promote_flow_crowns_whoever_passes_and_measures_a_refused_one_once(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from pipeline.flow import deployed
+
+    registry = embedded(migrated_home(tmp_path / "home", make_template(tmp_path / "mlflow.db")))
+    monkeypatch.setenv("SECATEUR_HOME", str(tmp_path / "home"))
+    job = Promote(device_profiles=[str(quick_device(tmp_path, budgets={}))])
+
+    def flow(run: str, noise: float) -> Any:
+        add(registry, tmp_path, linear_model(tmp_path / f"{run}.onnx", noise=noise), run)
+        return deployed.promote(job, return_state=True)
+
+    with webhook() as (address, got), temporary_settings({PREFECT_API_URL: server.url}):
+        monkeypatch.setenv(notify.VARIABLE, address)
+        first, second = flow("good", 0.0), flow("worse", 1.0)
+        third = deployed.promote(job, return_state=True)
+    assert (first.name, first.message) == ("Promoted", "net version 1 is the champion on quick")
+    assert second.is_completed()
+    assert "net version 2 was refused (accuracy drop" in second.message
+    assert third.message == "no challenger waits for a decision", "the champion is the same: no second chance"
+    assert [message["event"] for message in got] == ["promotion"]
+    champion = registry.champion("net", "quick")
+    assert champion is not None
+    assert champion.version == "1"
 
 
 @pytest.mark.slow
