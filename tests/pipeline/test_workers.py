@@ -414,7 +414,7 @@ def test_workers_of_a_cluster_find_the_same_without_seeing_any_file(
     ("number", "kills", "pause_s"),
     [
         pytest.param(200, 2, (0.2, 2.0), marks=pytest.mark.long),
-        pytest.param(2000, 1000, (5.0, 30.0), marks=pytest.mark.long),
+        pytest.param(2000, 1000, (5.0, 30.0), marks=[pytest.mark.long, pytest.mark.timeout(3600)]),
     ],
 )
 def test_a_soak_with_workers_killed_at_random_loses_and_doubles_nothing(
