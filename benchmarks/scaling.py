@@ -10,8 +10,8 @@ same losses to the last bit, or the benchmark ends with an error.
 
 ``per_s`` is candidates per second of wall time, the median over rounds; ``speedup`` the median of the rounds' ratios to
 one process, ``lowest`` the smallest of them. ``score_ms`` is what a candidate took in the process that scored it.
-``batch1_ms`` and ``batch8_ms`` are what handing a candidate out costs, in batches of 1 and of 8: of candidates of next
-to no work (ResNet-8 on 16 images of 8x8 pixels), wall time less the time in the worker, per candidate.
+``batch1_ms`` and ``batch32_ms`` are what handing a candidate out costs, in batches of 1 and of 32: of candidates of
+next to no work (ResNet-8 on 16 images of 8x8 pixels), wall time less the time in the worker, per candidate.
 ``load`` is the machine's load average when the round began: with more than its idle cores busy, two workers
 cannot be twice as fast as one.
 """
@@ -45,6 +45,7 @@ from pipeline.workloads.carried import open_section
 from pruning import ChannelGraph, PruningPlan
 from pruning.saliency import uniform_plan
 
+BATCH = WorkersSection().batch
 SPEEDUP = 1.7
 """Least speed-up of two workers on two idle cores."""
 
@@ -110,11 +111,11 @@ def measure(folder: Path, engines: Sequence[str], options: Any) -> tuple[list[di
             for count in (2,) if name == "ray" else (1, 2):  # a process has one Ray at a time
                 started = time.perf_counter()
                 engine = stack.enter_context(open_engine(WorkersSection(engine=name, count=count)))
-                crews[count] = stack.enter_context(closing(heavy.crew(engine, 4)))
+                crews[count] = stack.enter_context(closing(heavy.crew(engine, BATCH)))
                 heavy.together(crews[count], heavy.plans(4 * count, 98))
                 starts[count] = time.perf_counter() - started
                 if not overheads:
-                    overheads = {batch: overhead(light, engine, batch) for batch in (1, 8)}
+                    overheads = {batch: overhead(light, engine, batch) for batch in (1, BATCH)}
             rows += compare(name, heavy, crews, starts, overheads, options)
     figures = [
         Figure(f"speedup_2_{row['engine']}", row["speedup"], SPEEDUP, row["speedup"] >= SPEEDUP)
@@ -128,7 +129,7 @@ def overhead(light: Scene, engine: Any, batch: int) -> float:
     """Milliseconds per candidate that are not spent on it."""
     crew = light.crew(engine, batch)
     light.together(crew, light.plans(2, 97))
-    number = 24
+    number = 24 if batch == 1 else 2 * batch
     plans = light.plans(number, 96)
     wall, scoring, _ = light.together(crew, plans)
     return 1e3 * (wall - scoring / engine.count) / number
@@ -160,7 +161,7 @@ def compare(
                 "lowest": min(ratios),
                 "score_ms": 1e3 * statistics.median(scoring for _, scoring in found) / options.candidates,
                 "batch1_ms": overheads.get(1, float("nan")) if count else 0.0,
-                "batch8_ms": overheads.get(8, float("nan")) if count else 0.0,
+                "batch32_ms": overheads.get(BATCH, float("nan")) if count else 0.0,
                 "start_s": starts.get(count, 0.0),
                 "load": load,
             }

@@ -156,8 +156,8 @@ class WorkersSection(Section):
     count: Annotated[int, Field(ge=1)] | None = None
     """Batches under way at once, which is worker processes on this machine; null = as many as the machine has cores, or
     the cluster has."""
-    batch: Annotated[int, Field(ge=1)] = 8
-    """Candidates of a batch, at most: what is repeated when a worker dies."""
+    batch: Annotated[int, Field(ge=1)] = 32
+    """Candidates of a batch, at most: what is repeated when a worker dies. Each is a task, which has its price."""
     address: str | None = None
     """Of an existing cluster: Dask's scheduler (``tcp://host:8786``) or Ray's (``host:6379``, ``ray://...``, ``auto``);
     null = make one on this machine."""
