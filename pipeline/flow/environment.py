@@ -20,7 +20,7 @@ def runtime_env(directory: Path | None = None, debug: bool = False) -> None:
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
         "PREFECT_HOME": str(home() / "prefect"),
         "PREFECT_LOGGING_LEVEL": "INFO" if debug else "CRITICAL",
-        "PREFECT_SERVER_LOGGING_LEVEL": "INFO" if debug else "CRITICAL",  # it complains when it is stopped with us
+        "PREFECT_SERVER_LOGGING_LEVEL": "WARNING" if debug else "CRITICAL",  # it complains when it is stopped with us
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
         "PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED": "false",
     }
