@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from mlflow import MlflowClient
 from onnx import TensorProto, helper
 from PIL import Image
 
@@ -21,6 +22,7 @@ from pipeline.errors import TrackingError, UserError
 from pipeline.tracking import Registry
 from pipeline.tracking.contents import MAX_BYTES, Manifest
 from pipeline.tracking.pull import _chosen, check_onnx, pull
+from pipeline.tracking.registry import MODEL_TAG
 
 from ..servers import free_port
 from .helpers import digits
@@ -170,6 +172,17 @@ def test_a_damaged_cache_is_noticed_offline_and_mended_online(registry: Registry
     (registry.home / "models/sha256" / got.manifest.sha256).write_bytes(b"{}")
     with pytest.raises(TrackingError, match=r"provenance of .* was changed"):
         pull(registry, "net", tmp_path / "three", offline=True)
+
+
+def test_a_version_whose_model_is_not_the_one_registered_is_refused(registry: Registry, tmp_path: Path) -> None:
+    client, version = MlflowClient(registry.uri, registry.uri), registry.version("net")
+    try:
+        client.set_model_version_tag("net", version.version, MODEL_TAG, "0" * 64)
+        with pytest.raises(TrackingError, match="that of another version"):
+            pull(registry, "net", tmp_path / "model")
+    finally:
+        client.set_model_version_tag("net", version.version, MODEL_TAG, version.tags[MODEL_TAG])
+    assert not (tmp_path / "model").exists()
 
 
 def test_a_damaged_store_is_no_reason_to_use_the_cache(filled: Path, registry: Registry, tmp_path: Path) -> None:
