@@ -42,6 +42,7 @@ from pipeline.evaluator import Evaluator
 from pipeline.journal import Journal, Record
 from pipeline.study import describe
 from pipeline.tracking import Tracker
+from pipeline.tracking import tracker as delivery
 from pruning import ChannelGraph, PruningPlan
 from pruning.search.protocol import Candidate
 from tests.servers import database_url, mlflow_server, postgres, running
@@ -177,7 +178,10 @@ def main() -> None:
     arguments.add_argument("--candidates", type=int, default=5000, help="how many (default 5000)")
     arguments.add_argument("--stores", nargs="+", choices=STORES, default=list(STORES), help="which (default all)")
     arguments.add_argument("--plans", type=int, default=20, help="real evaluations to compare with (default 20)")
+    arguments.add_argument("--thread", action="store_true", help="without the process beside the search, to compare")
     options = arguments.parse_args()
+    if options.thread:
+        delivery.MANY = sys.maxsize
     torch.set_num_threads(1)
     seconds, records = evaluation_s(options.plans)
     rows, figures, work = [], [], forward_passes()

@@ -1,8 +1,8 @@
 """A run's candidates written to MLflow, by this process or by one beside it.
 
-MLflow's client is 30 ms of Python per candidate. In a thread they are taken from the search, whose forward passes wait
-for the interpreter; in a process beside it they are not. That process reads candidates from its input, a JSON line
-each, answers each with a line, and ends with its input: however its parent ends, it does not stay behind.
+MLflow's client is 30 ms of Python per candidate. In a thread most of them are taken from the search, whose forward
+passes wait for the interpreter; in a process beside it they are not. That process reads candidates from its input, a
+JSON line each, answers each with a line, and ends with its input: however its parent ends, it does not stay behind.
 """
 
 from __future__ import annotations
