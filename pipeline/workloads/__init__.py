@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -66,6 +66,36 @@ class Agreement:
     reason: str = ""
 
 
+@dataclass(frozen=True)
+class ClassCount:
+    """How often a class stands in each split.
+
+    Args:
+        name: as in the data; the index where the data has no names.
+        train, search, test: images of it, or boxes, as ``DataSummary.counted`` says.
+    """
+
+    name: str
+    train: int
+    search: int
+    test: int
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What a user should see of the data before anything is trained.
+
+    Args:
+        classes: in the order of their indices.
+        counted: what the counts of the classes count.
+        sizes: (width, height) of the images as they are stored, in pixels -> how many have it.
+    """
+
+    classes: tuple[ClassCount, ...]
+    counted: Literal["images", "boxes"]
+    sizes: Mapping[tuple[int, int], int]
+
+
 class Postprocessing(Protocol):
     """What lies between a network's outputs and what a user wants of it: a detector's decoding and suppression.
 
@@ -122,6 +152,9 @@ class Workload(Protocol):
         ``image_size``, and ``mean`` and ``std`` per channel of pixels in 0..1; ``resize``: ``crop`` (short side scaled,
         centre cropped) or ``stretch``; ``classes`` where they have names.
         """
+
+    def summary(self) -> DataSummary:
+        """Classes with their counts, and the sizes of the images."""
 
     def build_model(self) -> nn.Module:
         """The unpruned network, with pretrained weights where the run file names some."""

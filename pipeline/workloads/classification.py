@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pipeline.config import Section, known
 from pipeline.errors import UserError
 from pipeline.training import distillation_loss
-from pipeline.workloads import Split, images
+from pipeline.workloads import ClassCount, DataSummary, Split, images
 from pipeline.workloads.networks import build_network
 from pipeline.workloads.weights import TORCHVISION, file_digest, find_weights, fit_weights, read_weights
 
@@ -127,6 +127,14 @@ class Classification:
         mean, std = ((values.flatten() / 255).tolist() for values in (self.mean, self.std))
         resize = "crop" if isinstance(self.train.source, images.FileSource) else "stretch"
         return {"image_size": self.shape[1], "mean": mean, "std": std, "resize": resize}
+
+    def summary(self) -> DataSummary:
+        counts = [
+            np.bincount(split.source.labels[split.indices], minlength=self.num_classes)
+            for split in (self.train, self.search, self.test)
+        ]
+        classes = tuple(ClassCount(str(i), *(int(c[i]) for c in counts)) for i in range(self.num_classes))
+        return DataSummary(classes, "images", {self.shape[:0:-1]: sum(map(len, (self.train, self.search, self.test)))})
 
     def fresh_model(self) -> nn.Module:
         model = self.options.model

@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 
 from pipeline.config import Section
 from pipeline.errors import UserError
-from pipeline.workloads import ImageSource, Split, boxes, scenes, ssd
+from pipeline.workloads import ClassCount, DataSummary, ImageSource, Split, boxes, scenes, ssd
 from pipeline.workloads.suppression import Detections
 from pipeline.workloads.weights import file_digest, find_weights, fit_weights, read_weights
 
@@ -144,6 +144,16 @@ class Detection:
         mean, std = (values.flatten().tolist() for values in (self.mean, self.std))
         prepared = {"image_size": self.image_size, "mean": mean, "std": std, "resize": "stretch"}
         return {**prepared, "classes": list(self.classes)}
+
+    def summary(self) -> DataSummary:
+        source = cast(scenes.SceneSource, self.train.source)
+        counts = np.zeros((len(self.classes), 3), dtype=np.int64)
+        for column, split in enumerate((self.train, self.search, self.test)):
+            for index in split.indices:
+                labels = source.boxes(int(index))[:, 4].astype(np.int64)
+                counts[:, column] += np.bincount(labels, minlength=len(self.classes))
+        rows = zip(self.classes, counts.tolist(), strict=True)
+        return DataSummary(tuple(ClassCount(name, *row) for name, row in rows), "boxes", {})
 
     # -- the network -------------------------------------------------------------------------------------------------
 
