@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from datetime import datetime
@@ -35,6 +36,10 @@ from pipeline.tracking import Tracker
 from pipeline.training import keep_freed_memory
 from pipeline.workloads import Workload
 from pipeline.workloads.carried import open_section
+from pipeline.workloads.data.content import Reading
+from pipeline.workloads.data.record import DataRecord, differences
+from pipeline.workloads.data.record import read as read_record
+from pipeline.workloads.data.record import write as write_record
 from pruning.channels import ChannelGraph
 from pruning.cost import costs
 from pruning.plan import IntArray, PlanError, SearchSpace
@@ -112,11 +117,13 @@ class Run:
         self.device = compute_device(self.config.compute)
         self.profiles = device_profiles(self.config)
         self.profile = self.profiles[0]
-        self.workload = open_workload(self.config)
+        self.workload = open_workload(self.config, Reading(progress))
+        check_data(self.directory, self.workload.record)
         for note in self.workload.notes:
             progress.say(f"Note: {note}")
         check_forward(self.workload.build_model(), self.workload.example_input())
-        self.journal = Journal(self.directory / "journal.jsonl", self.run_id, self.config.digest)
+        fingerprint = self.workload.fingerprint
+        self.journal = Journal(self.directory / "journal.jsonl", self.run_id, self.config.digest, fingerprint)
         self.turn: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
         """Entered around every use of the device: a scheduler's way to keep other flows off it meanwhile."""
         self.turns: Mapping[str, Callable[[], AbstractContextManager[None]]] = {}
@@ -361,9 +368,51 @@ def _profile(name: str, key: str) -> DeviceProfile:
     return profile
 
 
-def open_workload(config: RunFile) -> Workload:
-    """The run's model, data, loss and metric."""
-    return open_section(config.workload)
+def open_workload(config: RunFile, reading: Reading = Reading()) -> Workload:  # noqa: B008 - frozen
+    """The run's model, data, loss and metric.
+
+    Args:
+        reading: how thoroughly image files are looked at.
+
+    Raises:
+        UserError: data or weights are missing, damaged, or do not fit.
+    """
+    return open_section(config.workload, reading)
+
+
+def check_data(directory: Path, found: DataRecord) -> None:
+    """Write down which images a run begins with; if it has begun, see that they are still those, in those splits.
+
+    Raises:
+        UserError: they are not; says how many are gone, new and changed, and both ways on.
+        SurroundingsError: the record cannot be written.
+    """
+    recorded = read_record(directory)
+    if recorded is None:
+        if has_begun(directory / "journal.jsonl"):
+            raise UserError(
+                f"{directory} holds no data.json, which says which images the run began with: it was removed, or the "
+                "run was begun by an earlier version of Secateur, which drew the splits in another way. It cannot be "
+                "continued; start a new run with "
+                f"`{shlex.join(['secateur', 'run', str(directory / 'run.yaml')])}`"
+            )
+        write_record(found, directory)
+        return
+    told = differences(recorded, found)
+    if told:
+        raise UserError(
+            f"this is not the data that the run began with: {told}. It would be tested on other images than it was "
+            "kept from. Either restore the data as it was and resume again, or start a new run with "
+            f"`{shlex.join(['secateur', 'run', str(directory / 'run.yaml')])}`"
+        )
+
+
+def has_begun(journal: Path) -> bool:
+    """Whether a run has recorded anything; a damaged journal counts, for its reader to say so."""
+    try:
+        return journal.read_bytes().count(b"\n") > 1
+    except OSError:
+        return False
 
 
 def check_forward(model: nn.Module, example: torch.Tensor) -> None:

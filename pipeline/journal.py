@@ -30,12 +30,13 @@ class Journal:
         path: the ``journal.jsonl`` of a run directory; created if missing.
         run_id: which run it must belong to.
         config_digest: which configuration it must have been written under.
+        data: fingerprint of the data it must have been written about; empty = not asked.
 
     Raises:
-        JournalError: in use, damaged, of another run or configuration, or not writable.
+        JournalError: in use, damaged, of another run, configuration or data, or not writable.
     """
 
-    def __init__(self, path: Path, run_id: str, config_digest: str) -> None:
+    def __init__(self, path: Path, run_id: str, config_digest: str, data: str = "") -> None:
         self.path = path
         self.records: list[Record] = []
         try:
@@ -49,19 +50,19 @@ class Journal:
             os.close(self._fd)
             raise JournalError(f"{path} is in use by another process; wait for that run to end, or end it") from error
         try:
-            self._load(run_id, config_digest)
+            self._load(run_id, config_digest, data)
         except BaseException:
             os.close(self._fd)
             raise
 
-    def _load(self, run_id: str, config_digest: str) -> None:
+    def _load(self, run_id: str, config_digest: str, data: str) -> None:
         content = self.path.read_bytes()
         self.records, good = _parse(content, self.path)
         if good < len(content):
             os.ftruncate(self._fd, good)
         if not self.records:
             header = {"kind": "run", "format": FORMAT, "run_id": run_id, "config": config_digest}
-            self.append(header)
+            self.append({**header, "data": data} if data else header)
             return
         first = self.records[0]
         if first.get("kind") != "run" or first.get("format") != FORMAT:
@@ -71,6 +72,11 @@ class Journal:
                 f"{self.path} belongs to run {first.get('run_id')} with configuration {first.get('config')}, "
                 f"not to run {run_id} with configuration {config_digest}; "
                 "start a new run with `secateur run`, or restore the run directory's own run.yaml"
+            )
+        if data and first.get("data", data) != data:
+            raise JournalError(
+                f"{self.path} was written about other data ({first['data']}) than {data}; restore the run directory's "
+                "own files, or start a new run with `secateur run`"
             )
 
     def append(self, record: Record) -> Record:

@@ -29,6 +29,8 @@ from pipeline.tracking import ChampionMovedError, Decision, Gate, Registry, Vers
 from pipeline.tracking.contents import FOLDER, MODEL
 from pipeline.tracking.registry import CHALLENGER, CHAMPION
 from pipeline.workloads import Split, Workload
+from pipeline.workloads.data.content import Reading
+from pipeline.workloads.data.record import FACTS
 
 RESAMPLES, MIN_RESAMPLES, RESAMPLING_S = 2000, 20, 60.0
 CHUNK_BYTES = 256 << 20
@@ -187,7 +189,7 @@ def _open(challenger: Contender, workload: Workload | None) -> _Opened:
         return _Opened(GateSection(), workload, "" if workload else "the version carries no run.yaml")
     try:
         config = parse_run_file(file.read_text(encoding="utf-8"), f"run.yaml of {challenger.version.uri}")
-        return _Opened(config.gate, workload or open_workload(config))
+        return _Opened(config.gate, workload or open_workload(config, Reading(check="none")))
     except UserError as error:
         return _Opened(GateSection(), workload, "" if workload else str(error).splitlines()[0])
 
@@ -261,10 +263,20 @@ def _unequal(challenger: Contender, champion: Contender | None, opened: _Opened)
     if opened.workload is None:
         return f"the test split cannot be read here: {opened.fault}"
     if opened.workload.fingerprint != challenger.data:
-        return f"the data here is {opened.workload.fingerprint}, the challenger's {challenger.data}"
+        return f"the data here is not the challenger's: {_differing(challenger, opened.workload.record.facts())}"
     if champion is not None and champion.data != challenger.data:
-        return f"the champion was made for other data or another network ({champion.data}, not {challenger.data})"
+        return f"the champion was not made for the challenger's data: {_differing(champion, challenger.facts(FACTS))}"
     return ""
+
+
+def _differing(contender: Contender, facts: Mapping[str, Any]) -> str:
+    """What differs between the record of a version's data and another one, in words."""
+    own = contender.facts(FACTS)
+    if not own:
+        return "it was made by an earlier version of Secateur, which drew the splits in another way"
+    names = [name for name, digest in own["parts"].items() if facts.get("parts", {}).get(name) != digest]
+    what = {"data": "images or splits"}
+    return f"{' and '.join(what.get(name, name) for name in names) or 'something'} differ"
 
 
 def absolute_gates(

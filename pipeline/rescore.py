@@ -17,6 +17,7 @@ from pipeline.assemble import open_run_directory
 from pipeline.errors import UserError
 from pipeline.journal import Record, read_journal
 from pipeline.study import describe, to_candidate, to_dict, to_evaluation
+from pipeline.workloads.data.record import read as read_record
 from pruning.front import pareto_front
 from pruning.reward import make_reward
 from pruning.search.protocol import Candidate, Evaluation
@@ -83,6 +84,7 @@ def rescore(directory: Path, preset: str, options: Mapping[str, Any]) -> Ranking
     """
     open_run_directory(directory)
     records = read_journal(directory / "journal.jsonl")
+    check_same_data(directory, records)
     measured = [r for r in records if r.get("stage") == "reference" and r["kind"] == "evaluation"]
     past = history(records)
     if not measured or not any(p.evaluation.status == "ok" for p in past):
@@ -96,6 +98,20 @@ def rescore(directory: Path, preset: str, options: Mapping[str, Any]) -> Ranking
     scored = sorted(((reward(p.evaluation), p) for p in past if p.evaluation.status == "ok"), key=lambda row: -row[0])
     on_front = frozenset(i for i, (_, p) in enumerate(scored) if id(p) in front)
     return Ranking(tuple(scored), on_front, reference, metric)
+
+
+def check_same_data(directory: Path, records: Sequence[Record]) -> None:
+    """See that a journal is about the images that its run directory's record names.
+
+    Raises:
+        UserError: it is about others, so its accuracies are not those of this run; or the record was altered.
+    """
+    recorded, about = read_record(directory), records[0].get("data")
+    if recorded is not None and about is not None and recorded.fingerprint != about:
+        raise UserError(
+            f"the journal of {directory} was written about other data ({about}) than its data.json names "
+            f"({recorded.fingerprint}): its candidates cannot be compared. Restore the run directory's own files"
+        )
 
 
 def write_ranking(directory: Path, preset: str, options: Mapping[str, Any], ranking: Ranking, top: int) -> Path:

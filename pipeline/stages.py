@@ -37,8 +37,10 @@ from pipeline.report import write_report
 from pipeline.rescore import front_rows, rank_agreement
 from pipeline.study import Study, describe, request_of, to_candidate, to_dict, to_evaluation
 from pipeline.tracking import shown
+from pipeline.tracking.registry import MAX_TAG
 from pipeline.training import VERSION, TrainingError, fit, load_weights, save_weights
 from pipeline.workloads import Split
+from pipeline.workloads.data.record import FACTS as DATA_FACTS
 from pruning.channels import ChannelGraph
 from pruning.cost import cost
 from pruning.plan import PruningPlan, SearchSpace
@@ -346,7 +348,7 @@ def register(run: Run, facts: Facts) -> dict[str, Any]:
             "plan_digest": facts["finetune"]["best"]["candidate"]["digest"],
             "gate": "passed" if facts["judge"]["passed"] else "failed",
             "speedup": f"{facts['benchmark']['speedup']['value']:.4f}",
-            "usage": (run.directory / "version" / "usage.json").read_text(encoding="utf-8"),
+            "usage": _usage_tag(facts["export"]["usage"]),
             **{k: v for k, v in facts["judge"]["models"]["compact"].items() if v is not None},
         }
         devices = [profile.name for profile in run.profiles]
@@ -580,12 +582,20 @@ def _version_files(run: Run, facts: Facts) -> list[Path]:
     for name, text in made.items():
         (folder / name).write_text(text, encoding="utf-8")
     shutil.copyfile(run.directory / "compact.plan.json", folder / "plan.json")
-    names = [*facts["benchmark"]["files"], facts["report"]["html"]]
+    names = [*facts["benchmark"]["files"], facts["report"]["html"], DATA_FACTS]
     found = [folder / name for name in (*made, "plan.json")] + [run.directory / name for name in names]
     if run.workload.postprocessing is not None:
         shutil.copyfile(run.directory / "compact.onnx", folder / promotion.NETWORK)
         found += [folder / promotion.NETWORK, run.directory / promotion.INPUTS]
     return found
+
+
+def _usage_tag(usage: Mapping[str, Any]) -> str:
+    """How the model is used, as a tag; a tag has a limit, beyond which class names are in the version's file only."""
+    text = json.dumps(usage)
+    if len(text) <= MAX_TAG:
+        return text
+    return json.dumps({**usage, "classes": f"{len(usage['classes'])} names, in secateur/usage.json"})
 
 
 def _parity_of(exported: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from pipeline.files import sha256_of
 from pipeline.scoring import Scorer
 from pipeline.training import keep_freed_memory, load_weights
 from pipeline.workloads import Workload, carried
+from pipeline.workloads.data.content import Reading
 from pruning.channels import ChannelGraph
 from pruning.plan import PruningPlan
 
@@ -167,7 +168,7 @@ def _device(kind: str) -> torch.device:
 def open_data(spec: Mapping[str, Any], shelf: Shelf | None) -> Workload:
     """The run's workload: from the data the run file names, if it is here and the same; else from images sent along."""
     with contextlib.suppress(UserError):
-        workload = carried.open_section(spec["workload"])
+        workload = carried.open_section(spec["workload"], Reading(check="none"))
         if workload.fingerprint == spec["fingerprint"]:
             return workload
     if spec[IMAGES] is None:

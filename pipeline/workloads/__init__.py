@@ -1,30 +1,24 @@
 """Task families. A workload says what to prune and what "still does its job" means: model, data, loss and metric.
 
-Each family is one module here with ``Options`` (its part of the run file) and ``build(options, ...) -> Workload``.
+Each family is one module here with ``Options`` (its part of the run file) and ``build(options, reading) -> Workload``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import torch
 from torch import Tensor, nn
 
+from pipeline.workloads.data.record import DataRecord
+from pipeline.workloads.data.sources import ImageSource
 
-class ImageSource(Protocol):
-    """Labelled images, read when needed."""
-
-    labels: npt.NDArray[np.int64]
-
-    def __len__(self) -> int: ...
-
-    def read(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
-        """Images of shape (n, height, width, channels), uint8."""
+if TYPE_CHECKING:
+    import onnx
 
 
 @dataclass(frozen=True)
@@ -139,6 +133,8 @@ class Workload(Protocol):
     """Names the content of data and model options; part of every content hash."""
     notes: tuple[str, ...]
     """What a user should know of the data: what was skipped, and how often."""
+    record: DataRecord
+    """Which images are in which split, and what the fingerprint is made of."""
     train: Split
     search: Split
     test: Split

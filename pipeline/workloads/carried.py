@@ -18,17 +18,22 @@ from pipeline.config import workload_options
 from pipeline.errors import UserError
 from pipeline.workloads import Split, Workload
 from pipeline.workloads.classification import Classification
-from pipeline.workloads.images import ArraySource
+from pipeline.workloads.data.content import Reading
+from pipeline.workloads.data.record import DataRecord
+from pipeline.workloads.data.sources import ArraySource
 
 
-def open_section(section: dict[str, Any]) -> Workload:
+def open_section(section: dict[str, Any], reading: Reading = Reading()) -> Workload:  # noqa: B008 - frozen
     """The workload that a run file's ``workload`` section names.
+
+    Args:
+        reading: how thoroughly image files are looked at.
 
     Raises:
         UserError: data or weights are missing or do not fit.
     """
     module = importlib.import_module(f"pipeline.workloads.{section['name']}")
-    workload: Workload = module.build(workload_options(section))
+    workload: Workload = module.build(workload_options(section), reading)
     return workload
 
 
@@ -84,6 +89,8 @@ class _Carried(Classification):
         self.test = Split(self.search.source, np.arange(0))
         _, high, wide, channels = arrays["search"].shape
         self.shape = (channels, high, wide)
+        self.classes, self.named, self.resize = tuple(map(str, range(self.num_classes))), False, "stretch"
+        self.notes, self.record = (), DataRecord(self.fingerprint, {}, (), False)
         self.pretrained, self._state = False, None
 
     @staticmethod

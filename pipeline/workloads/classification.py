@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,9 +18,17 @@ from torch import Tensor, nn
 from pipeline.config import Section, known
 from pipeline.errors import UserError
 from pipeline.training import distillation_loss
-from pipeline.workloads import ClassCount, DataSummary, Split, images
+from pipeline.workloads import ClassCount, DataSummary, Split
+from pipeline.workloads.data import arrays, decode, digits, folder, record, splits, torchvision_sets
+from pipeline.workloads.data.content import Damaged, Reading, kept
+from pipeline.workloads.data.notes import Tally
+from pipeline.workloads.data.paths import under_data
+from pipeline.workloads.data.sources import ArraySource, ImageData
 from pipeline.workloads.networks import build_network
 from pipeline.workloads.weights import TORCHVISION, file_digest, find_weights, fit_weights, read_weights
+
+SEARCH_FRACTION = 0.1
+"""Share of the training images that is held out for the search, where the run file says none."""
 
 
 class ModelOptions(Section):
@@ -45,17 +54,24 @@ class DataOptions(Section):
     train: str | None = None
     """arrays: .npz, or the common stem of STEM_images.npy and STEM_labels.npy."""
     test: str | None = None
+    classes: tuple[str, ...] | None = None
+    """Names of all classes in the order of their indices: of the folders, or of the labels from 0; None = the folders'
+    names, sorted, or those that the data set has."""
+    damaged: Damaged = "refuse"
+    """What is done about images that cannot be decoded: ``refuse`` = the run does not begin; ``leave_out`` = they are
+    left out, counted and named."""
     image_size: Annotated[int, Field(ge=4)] | None = None
     channels: Literal[1, 3] | None = None
-    mean: tuple[float, ...] | None = None
+    mean: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = None
     """Per channel, of pixels in 0..1; None = measured on the training images."""
-    std: tuple[float, ...] | None = None
+    std: tuple[Annotated[float, Field(gt=0, le=100)], ...] | None = None
     augment: Literal["none", "shift", "flip_shift"] = "none"
     """shift: random shifts of up to an eighth of the side; flip_shift: left-right flips too."""
-    search_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of the training images that is held out for the search."""
+    search_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """About which share of the training images is held out for the search; None = the data's own validation split
+    where it has one besides the test split, else 0.1."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Where the data has no test split: share of all images that becomes one."""
+    """Where the data has no test split: about which share of all images becomes one."""
 
     @model_validator(mode="after")
     def _complete(self) -> DataOptions:
@@ -63,11 +79,18 @@ class DataOptions(Section):
         missing = [name for name in needs if getattr(self, name) is None]
         if missing:
             raise ValueError(f"source {self.source!r} also needs {' and '.join(missing)}")
-        optional = {"torchvision": ("download",), "arrays": ("test",)}.get(self.source, ())
-        foreign = {"dataset", "path", "download", "train", "test"} - {*needs, *optional}
+        files = ("classes", "damaged")
+        optional = {
+            "torchvision": ("download", *files),
+            "folder": files,
+            "arrays": ("test", "classes"),
+        }.get(self.source, ())
+        foreign = {"dataset", "path", "download", "train", "test", *files} - {*needs, *optional}
         unused = sorted(name for name in foreign if getattr(self, name) != DataOptions.model_fields[name].default)
         if unused:
             raise ValueError(f"source {self.source!r} does not use {' and '.join(unused)}")
+        if self.classes is not None and (len(self.classes) < 2 or len(set(self.classes)) < len(self.classes)):
+            raise ValueError("classes needs at least two names, and each only once")
         return self
 
 
@@ -79,13 +102,16 @@ class Options(Section):
     data: DataOptions = DataOptions()
 
 
-def build(options: Options) -> Classification:
+def build(options: Options, reading: Reading = Reading()) -> Classification:  # noqa: B008 - frozen
     """Open the data and fix the splits.
+
+    Args:
+        reading: how thoroughly image files are looked at.
 
     Raises:
         UserError: data or weights are missing or do not fit.
     """
-    return Classification(options)
+    return Classification(options, reading)
 
 
 class Classification:
@@ -93,24 +119,24 @@ class Classification:
 
     metric = search_metric = "top1"
     postprocessing = None
-    notes: tuple[str, ...] = ()
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, reading: Reading) -> None:
         self.options = options
-        opened = _open(options.data)
-        held = np.random.default_rng(0)  # splits never depend on the run's seed: test stays test
-        if opened.test is None:
-            rest, test = _carve(opened.train.labels, np.arange(len(opened.train)), options.data.test_fraction, held)
-            self.test = Split(opened.train, test)
-        else:
-            rest = np.arange(len(opened.train))
-            self.test = Split(opened.test, np.arange(len(opened.test)))
-        train, search = _carve(opened.train.labels, rest, options.data.search_fraction, held)
-        self.train, self.search = Split(opened.train, train), Split(opened.train, search)
-        self.num_classes = opened.num_classes
-        sample = opened.train.read(train[:1])
+        opened = _open(options.data, reading)
+        self.classes, self.named, self.resize = opened.classes, opened.named, opened.resize
+        self.train, self.search, self.test = _split(opened, options.data)
+        self.notes = opened.tally.notes()
+        self.num_classes = len(opened.classes)
+        sample = opened.train.read(self.train.indices[:1])
         self.shape = (sample.shape[3], sample.shape[1], sample.shape[2])
-        self.mean, self.std = self._statistics()
+        parts = {"train": self.train, "search": self.search, "test": self.test}
+        members = tuple(
+            member
+            for name, split in parts.items()
+            for member in record.members_of({name: split.indices}, split.source.places, split.source.contents)
+        )
+        data = _data_digest(parts, opened.classes, members)
+        self.mean, self.std = self._statistics(data)
         self.pretrained = options.model.weights is not None
         name = options.model.name
         weights = find_weights(options.model.weights, lambda: _torchvision_weights(name, self.num_classes))
@@ -119,22 +145,31 @@ class Classification:
             self._state = _renamed(name, weights)
         where = {"data": {"path", "train", "test", "download"}}
         content: dict[str, Any] = {"options": options.model_dump(mode="json", exclude=where)}
-        content |= {"data": opened.fingerprint, "weights": None if weights is None else file_digest(weights)}
-        self.fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        content |= {"data": data, "weights": None if weights is None else file_digest(weights)}
+        content |= {"decoder": decode.VERSION}
+        self.fingerprint = record.fingerprint_of(content)
+        told = {
+            key: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+            for key, value in content.items()
+        }
+        files = not isinstance(opened.train, ArraySource)
+        self.record = record.DataRecord(self.fingerprint, told, members, files)
 
     @property
     def usage(self) -> Mapping[str, Any]:
         mean, std = ((values.flatten() / 255).tolist() for values in (self.mean, self.std))
-        resize = "crop" if isinstance(self.train.source, images.FileSource) else "stretch"
-        return {"image_size": self.shape[1], "mean": mean, "std": std, "resize": resize}
+        prepared = {"image_size": self.shape[1], "mean": mean, "std": std, "resize": self.resize}
+        return {**prepared, "classes": list(self.classes)} if self.named else prepared
 
     def summary(self) -> DataSummary:
         counts = [
             np.bincount(split.source.labels[split.indices], minlength=self.num_classes)
             for split in (self.train, self.search, self.test)
         ]
-        classes = tuple(ClassCount(str(i), *(int(c[i]) for c in counts)) for i in range(self.num_classes))
-        return DataSummary(classes, "images", {self.shape[:0:-1]: sum(map(len, (self.train, self.search, self.test)))})
+        classes = tuple(ClassCount(name, *(int(c[i]) for c in counts)) for i, name in enumerate(self.classes))
+        sources = {id(split.source): split.source for split in (self.train, self.search, self.test)}
+        sizes = sum((Counter(source.sizes) for source in sources.values()), Counter())
+        return DataSummary(classes, "images", sizes)
 
     def fresh_model(self) -> nn.Module:
         model = self.options.model
@@ -188,49 +223,100 @@ class Classification:
         right = int((answers.argmax(1) == targets).sum())
         return (right + num_unseen) / (len(targets) + num_unseen)
 
-    def _statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and deviation per channel in pixel units, shape (1, channels, 1, 1)."""
-        data = self.options.data
-        mean, std = data.mean, data.std
+    def _statistics(self, data: str) -> tuple[Tensor, Tensor]:
+        """Mean and deviation per channel in pixel units, shape (1, channels, 1, 1).
+
+        Args:
+            data: names the images and splits; what was measured on them once is remembered.
+        """
+        options = self.options.data
+        mean, std = options.mean, options.std
         if mean is None or std is None:
-            pixels = self.train.source.read(self.train.indices[:5000]).astype(np.float32) / 255
-            mean = mean or tuple(pixels.mean((0, 1, 2)).tolist())
-            std = std or tuple(np.maximum(pixels.std((0, 1, 2)), 1e-3).tolist())
+            key = f"statistics {data} {self.shape} {decode.VERSION}"
+            measured = kept(key, self._measured)
+            mean, std = mean or tuple(measured["mean"]), std or tuple(measured["std"])
         for name, values in (("mean", mean), ("std", std)):
             if len(values) != self.shape[0]:
                 raise UserError(f"data.{name} has {len(values)} values, the images have {self.shape[0]} channel(s)")
         return (255 * torch.tensor(mean)).view(1, -1, 1, 1), (255 * torch.tensor(std)).view(1, -1, 1, 1)
 
+    def _measured(self) -> dict[str, list[float]]:
+        pixels = self.train.source.read(self.train.indices[:5000]).astype(np.float32) / 255
+        deviation = np.maximum(pixels.std((0, 1, 2)), 1e-3)
+        return {"mean": pixels.mean((0, 1, 2)).tolist(), "std": deviation.tolist()}
 
-def _open(data: DataOptions) -> images.ImageData:
+
+def _open(data: DataOptions, reading: Reading) -> ImageData:
     size, channels = data.image_size, data.channels
     match data.source:
         case "digits":
-            return images.load_digits(size, channels)
+            return digits.load(size, channels)
         case "torchvision":
             assert data.dataset and data.path
-            root = images.under_data(data.path)
-            return images.load_torchvision(data.dataset, root, data.download, size, channels)
+            root, download = under_data(data.path), data.download
+            return torchvision_sets.load(
+                data.dataset, root, download, size, channels, data.classes, data.damaged, reading
+            )
         case "folder":
             assert data.path
-            return images.load_folder(data.path, size, channels)
+            return folder.load(data.path, size, channels, data.classes, data.damaged, reading)
         case "arrays":
             assert data.train
-            return images.load_arrays(data.train, data.test, size, channels)
+            return arrays.load(data.train, data.test, size, channels, data.classes)
 
 
-def _carve(
-    labels: images.Labels, indices: images.Labels, fraction: float, rng: np.random.Generator
-) -> tuple[images.Labels, images.Labels]:
-    """Split indices into (rest, carved), the same share of every class, both in random order."""
-    carved = np.concatenate(
-        [
-            rng.permutation(of_class)[: max(1, round(fraction * len(of_class)))]
-            for label in np.unique(labels[indices])
-            if len(of_class := indices[labels[indices] == label]) > 1
-        ]
+def _split(opened: ImageData, data: DataOptions) -> tuple[Split, Split, Split]:
+    """(train, search, test): the data's own, and what is missing drawn from the training images by their content.
+
+    Raises:
+        UserError: a split would be empty.
+    """
+    tally, train = opened.tally, opened.train
+    own_search = opened.search if opened.test is not None and data.search_fraction is None else None
+    if opened.search is not None and own_search is None:
+        tally.add("image(s) of the validation split were not used, as search_fraction is set", *opened.search.places)
+    shares = splits.shares_of(
+        None if opened.test is not None else data.test_fraction,
+        None if own_search is not None else data.search_fraction or SEARCH_FRACTION,
     )
-    return rng.permutation(np.setdiff1d(indices, carved)), rng.permutation(carved)
+    if opened.test is None:
+        tally.say(f"the data has no test split: about {data.test_fraction:.0%} of it, drawn by content, becomes one")
+    classes = [(label,) for label in train.labels.tolist()]
+    drawn = splits.draw(train.contents, classes, shares, opened.classes, tally)
+    found = {name: Split(train, indices) for name, indices in drawn.items()}
+    given = {"search": own_search, "test": opened.test}
+    found |= {name: Split(source, splits.in_order(source.contents)) for name, source in given.items() if source}
+    _note_equal(found, tally)
+    splits.note_conflicts(train.contents, train.labels, opened.classes, train.places, tally)
+    for name, split in found.items():
+        if not len(split):
+            raise UserError(
+                f"no images for the {name} split: {len(train):,} images in {len(opened.classes)} classes are too few "
+                "to be split. Give at least three different images of each class, or a test split of its own"
+            )
+    return found["train"], found["search"], found["test"]
+
+
+def _note_equal(parts: Mapping[str, Split], tally: Tally) -> None:
+    """Count images of one split that are in another, where the splits come from different sources."""
+    contents: list[bytes] = []
+    places: list[str] = []
+    indices: dict[str, range] = {}
+    for name, split in parts.items():
+        start = len(contents)
+        contents += [split.source.contents[i] for i in split.indices]
+        places += [split.source.places[i] for i in split.indices]
+        indices[name] = range(start, len(contents))
+    splits.note_repeats(contents, indices, places, tally)
+
+
+def _data_digest(parts: Mapping[str, Split], classes: Sequence[str], members: Sequence[record.Member]) -> str:
+    """Names images, labels and splits."""
+    digest = hashlib.sha256(json.dumps(list(classes)).encode())
+    digest.update(record.digest_of(members).encode())
+    for split in parts.values():
+        digest.update(split.source.labels[split.indices].tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _augment(x: Tensor, flip: bool, generator: torch.Generator | None) -> Tensor:

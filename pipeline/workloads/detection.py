@@ -6,8 +6,6 @@ after it, here. Targets are one tensor per batch, with as many rows for every im
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, cast
 
@@ -21,11 +19,17 @@ from torchvision.transforms import v2
 
 from pipeline.config import Section
 from pipeline.errors import UserError
-from pipeline.workloads import ClassCount, DataSummary, ImageSource, Split, boxes, scenes, ssd
+from pipeline.workloads import ClassCount, DataSummary, Split, boxes, scenes, ssd
+from pipeline.workloads.data import decode
+from pipeline.workloads.data.content import Reading
+from pipeline.workloads.data.digit_scenes import DigitScenes
+from pipeline.workloads.data.record import DataRecord, fingerprint_of, parts_of
+from pipeline.workloads.data.scenes import SceneSource
+from pipeline.workloads.data.sources import ImageSource
 from pipeline.workloads.suppression import Detections
 from pipeline.workloads.weights import file_digest, find_weights, fit_weights, read_weights
 
-VERSION = 2
+VERSION = 3
 """Part of the fingerprint; raise it when a change here changes images, targets or loss."""
 DISTORTION = v2.RandomPhotometricDistort()
 LOSSES_AT_ONCE = 64
@@ -91,13 +95,16 @@ class Options(Section):
     metrics: MetricOptions = MetricOptions()
 
 
-def build(options: Options) -> Detection:
+def build(options: Options, reading: Reading = Reading()) -> Detection:  # noqa: B008 - frozen
     """Open the data, fix the splits and check that the network fits.
+
+    Args:
+        reading: how thoroughly image files are looked at.
 
     Raises:
         UserError: data or weights are missing or do not fit; the network's output is not one tensor of raw heads.
     """
-    return Detection(options)
+    return Detection(options, reading)
 
 
 class Detection:
@@ -105,10 +112,10 @@ class Detection:
 
     metric = "map50"
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, reading: Reading) -> None:
         self.options = options
         self.search_metric = "map50" if options.metrics.search == "map50" else "loss_score"
-        opened = scenes.load(options.data)
+        opened = scenes.load(options.data, reading)
         source = cast(ImageSource, opened.source)  # its images differ in size: only ``batch`` reads them
         self.train, self.search, self.test = (Split(source, i) for i in (opened.train, opened.search, opened.test))
         self.classes, self.notes = opened.source.classes, opened.source.notes
@@ -136,8 +143,11 @@ class Detection:
             "options": options.model_dump(mode="json", exclude={"data", "metrics"}),
             "data": opened.fingerprint,
             "weights": None if weights is None else file_digest(weights),
+            "decoder": decode.VERSION,
         }
-        self.fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        self.fingerprint = fingerprint_of(content)
+        files = not isinstance(opened.source, DigitScenes)
+        self.record = DataRecord(self.fingerprint, parts_of(content), opened.members, files)
 
     @property
     def usage(self) -> Mapping[str, Any]:
@@ -146,14 +156,14 @@ class Detection:
         return {**prepared, "classes": list(self.classes)}
 
     def summary(self) -> DataSummary:
-        source = cast(scenes.SceneSource, self.train.source)
+        source = cast(SceneSource, self.train.source)
         counts = np.zeros((len(self.classes), 3), dtype=np.int64)
         for column, split in enumerate((self.train, self.search, self.test)):
             for index in split.indices:
                 labels = source.boxes(int(index))[:, 4].astype(np.int64)
                 counts[:, column] += np.bincount(labels, minlength=len(self.classes))
         rows = zip(self.classes, counts.tolist(), strict=True)
-        return DataSummary(tuple(ClassCount(name, *row) for name, row in rows), "boxes", {})
+        return DataSummary(tuple(ClassCount(name, *row) for name, row in rows), "boxes", source.sizes)
 
     # -- the network -------------------------------------------------------------------------------------------------
 
@@ -193,7 +203,7 @@ class Detection:
         self, split: Split, indices: Tensor, *, train: bool, generator: torch.Generator | None, device: torch.device
     ) -> tuple[Tensor, Tensor]:
         where = split.indices[indices.numpy()]
-        source = cast(scenes.SceneSource, split.source)
+        source = cast(SceneSource, split.source)
         augment = self._augmentation() if train and self.options.input.augment == "ssd" else None
         pixels = torch.empty((len(where), 3, self.image_size, self.image_size), dtype=torch.uint8)
         targets = torch.full((len(where), self.most_boxes, 5), -1.0)

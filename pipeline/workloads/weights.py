@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.archives import check_archive
 from pipeline.errors import UserError
-from pipeline.workloads import images
+from pipeline.workloads.data import paths
 
 TORCHVISION = "torchvision"
 """``model.weights`` that are torchvision's own for a network, instead of a file."""
@@ -31,7 +31,7 @@ def find_weights(weights: str | None, address: Callable[[], str]) -> Path | None
     """
     if not weights:
         return None
-    return download(address()) if weights == TORCHVISION else images.find(weights, "weights file")
+    return download(address()) if weights == TORCHVISION else paths.find(weights, "weights file")
 
 
 def download(address: str) -> Path:

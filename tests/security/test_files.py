@@ -22,7 +22,9 @@ from PIL import Image
 from export.artifact import describe
 from export.errors import ExportError
 from pipeline.errors import UserError
-from pipeline.workloads.images import load_arrays, load_folder
+from pipeline.workloads.data import arrays
+from pipeline.workloads.data import folder as folder_source
+from pipeline.workloads.data.content import Reading
 from pipeline.workloads.weights import read_weights
 
 
@@ -186,7 +188,7 @@ def test_arrays_of_objects_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "b_labels.npy", objects)
     for name in ("a.npz", "b_images.npy"):
         with pytest.raises(UserError, match="readable"):
-            load_arrays(str(tmp_path / name), None, None, None)
+            arrays.load(str(tmp_path / name), None, None, None, None)
     assert not mark.exists()
 
 
@@ -197,7 +199,7 @@ def test_an_archive_larger_than_memory_is_not_unpacked(tmp_path: Path, monkeypat
     little = type("Memory", (), {"available": 10_000_000})()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: little)
     with pytest.raises(UserError, match=r"bytes of memory and 10,000,000 are free; save the arrays as"):
-        load_arrays(str(file), None, None, None)
+        arrays.load(str(file), None, None, None, None)
 
 
 @pytest.mark.parametrize("shape", [(10**15, 8, 8), (2**40, 2**40), (2**62, 4, 4), (-4, 8, 8)])
@@ -214,14 +216,14 @@ def test_an_array_header_that_lies(shape: tuple[int, ...], kind: str, tmp_path: 
         file.write_bytes(content)
         np.save(tmp_path / "a_labels.npy", np.zeros(1, np.int64))
     with pytest.raises(UserError):
-        load_arrays(str(file), None, None, None)
+        arrays.load(str(file), None, None, None, None)
 
 
 def test_labels_whose_header_lies(tmp_path: Path) -> None:
     np.save(tmp_path / "a_images.npy", np.zeros((4, 8, 8), np.uint8))
     (tmp_path / "a_labels.npy").write_bytes(npy_header((10**15,), "<i8") + bytes(64))
     with pytest.raises(UserError, match="readable"):
-        load_arrays(str(tmp_path / "a_images.npy"), None, None, None)
+        arrays.load(str(tmp_path / "a_images.npy"), None, None, None, None)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "text"])
@@ -235,7 +237,7 @@ def test_damaged_archives(damage: str, tmp_path: Path) -> None:
     content[middle] = bytes(255 - byte for byte in content[middle])
     file.write_bytes({"cut": content[:300], "flipped": bytes(content), "empty": b"", "text": b"images"}[damage])
     with pytest.raises(UserError, match="readable"):
-        load_arrays(str(file), None, None, None)
+        arrays.load(str(file), None, None, None, None)
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
@@ -252,7 +254,7 @@ def folder_of(tmp_path: Path, content: bytes, name: str) -> Path:
 
 
 def read_all(folder: Path) -> None:
-    source = load_folder(str(folder), 8, 3).train
+    source = folder_source.load(str(folder), 8, 3, None, "refuse", Reading()).train
     source.read(np.arange(len(source)))
 
 
@@ -280,7 +282,7 @@ def test_a_damaged_image_is_named(length: int, tmp_path: Path) -> None:
 
 
 def test_annotations_cannot_expand_or_fetch(tmp_path: Path) -> None:
-    from pipeline.workloads.scenes import _parse_xml
+    from pipeline.workloads.data.voc import _parse_xml
 
     file = tmp_path / "a.xml"
     file.write_text('<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]><annotation>&x;</annotation>')

@@ -1,0 +1,159 @@
+"""COCO's JSON: one file of annotations for a folder of images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from pipeline.errors import UserError
+from pipeline.workloads.data import splits
+from pipeline.workloads.data.content import Damaged, Reading
+from pipeline.workloads.data.notes import Tally, some
+from pipeline.workloads.data.paths import find, find_folder, read_text
+from pipeline.workloads.data.scenes import (
+    SEARCH_FRACTION,
+    FileScenes,
+    Scene,
+    SceneData,
+    Truth,
+    assemble,
+    divide,
+    usable,
+    whole_number,
+)
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """The images and categories of a file."""
+
+    scenes: list[Scene]
+    classes: tuple[str, ...]
+
+
+def load(
+    train_file: str,
+    test_file: str | None,
+    folder: str,
+    test_folder: str | None,
+    classes: tuple[str, ...] | None,
+    search_fraction: float | None,
+    test_fraction: float,
+    damaged: Damaged,
+    reading: Reading,
+) -> SceneData:
+    """The annotated images of one file, or of one for training and one for the test.
+
+    Args:
+        folder: of the images; ``test_folder`` of those of the test, None = the same.
+        classes: names in the order of their indices; None = the categories of the training file, by id.
+        search_fraction: share of the training images; None = 0.1.
+        test_fraction: share of all images, where there is no file for the test.
+
+    Raises:
+        UserError: see ``pipeline.workloads.data.scenes``.
+    """
+    train, tally = _read(train_file, folder, "train"), Tally()
+    scenes, parts = list(train.scenes), {"train": list(range(len(train.scenes)))}
+    if test_file is not None:
+        held = _read(test_file, test_folder or folder, "test")
+        twice = {scene.image.resolve() for scene in scenes} & {scene.image.resolve() for scene in held.scenes}
+        if twice:
+            names = some(sorted(path.name for path in twice))
+            raise UserError(f"{test_file}: {len(twice)} image(s) are in {train_file} too: {names}; remove them")
+        parts["test"] = list(range(len(scenes), len(scenes) + len(held.scenes)))
+        scenes += held.scenes
+    scenes, seen, index = usable(scenes, damaged, reading, tally)
+    given = {name: [index[i] for i in part if i in index] for name, part in parts.items()}
+    shares = splits.shares_of(None if test_file else test_fraction, search_fraction or SEARCH_FRACTION)
+    return divide(assemble(scenes, seen, classes or train.classes, tally), given, shares, tally)
+
+
+def open_all(train_file: str, folder: str, classes: tuple[str, ...] | None, reading: Reading) -> FileScenes:
+    """All annotated images of a file, in order and without splits."""
+    pool, tally = _read(train_file, folder, "train"), Tally()
+    scenes, seen, _ = usable(pool.scenes, "refuse", reading, tally)
+    return assemble(scenes, seen, classes or pool.classes, tally)
+
+
+def _read(path: str, folder: str, part: str) -> _Pool:
+    """The images of a JSON file, in its order, and its categories by id."""
+    file, root = find(path, "annotation file"), find_folder(folder, "folder of images")
+    content = _content(file)
+    categories = _table(file, content["categories"], "categories", "name")
+    images = _table(file, content["images"], "images", "file_name")
+    if not images:
+        raise UserError(f"{file}: no images; the list 'images' is empty")
+    truths: dict[int | str, list[Truth]] = {key: [] for key in images}
+    for number, entry in enumerate(content["annotations"]):
+        if not isinstance(entry, dict):
+            raise UserError(f"{file}: annotations[{number}] is no object: {str(entry)[:80]}")
+        where = f"{file}, annotation {entry.get('id', f'number {number}')}"
+        image = entry.get("image_id")
+        if not isinstance(image, int | str) or image not in truths:
+            raise UserError(f"{where}: there is no image with id {image!r}; correct image_id or add the image")
+        truths[image].append(_truth(entry, where, categories))
+    scenes = [_scene(entry, root, part, truths[key]) for key, entry in images.items()]
+    by_id = sorted(categories, key=lambda key: (isinstance(key, str), key))
+    return _Pool(scenes, tuple(str(categories[key]["name"]) for key in by_id))
+
+
+def _content(file: Path) -> dict[str, list[Any]]:
+    try:
+        content = json.loads(read_text(file))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}, line {error.lineno}: not valid JSON: {error.msg}; correct the file") from error
+    except (RecursionError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{file}: not COCO annotations: {error}") from error
+    for name in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(name), list):
+            raise UserError(f"{file}: expected COCO annotations, an object with the list {name!r}")
+    return cast(dict[str, list[Any]], content)
+
+
+def _table(file: Path, entries: list[Any], what: str, name: str) -> dict[int | str, dict[str, Any]]:
+    """Entries by id; each must have an id and a ``name`` of its own."""
+    table: dict[int | str, dict[str, Any]] = {}
+    names = set()
+    for number, entry in enumerate(entries):
+        where = f"{file}: {what}[{number}]"
+        if not isinstance(entry, dict) or not isinstance(entry.get("id"), int | str) or not entry.get(name):
+            raise UserError(f"{where} needs an 'id' and a {name!r}; got {str(entry)[:80]}")
+        if entry["id"] in table or str(entry[name]) in names:
+            raise UserError(f"{where}: id {entry['id']!r} or {name} {entry[name]!r} is used twice; make them different")
+        names.add(str(entry[name]))
+        table[entry["id"]] = entry
+    return table
+
+
+def _truth(entry: Mapping[str, Any], where: str, categories: Mapping[int | str, Mapping[str, Any]]) -> Truth:
+    label, box = entry.get("category_id"), entry.get("bbox")
+    if not isinstance(label, int | str) or label not in categories:
+        listing = ", ".join(f"{key} ({category['name']})" for key, category in categories.items())
+        raise UserError(f"{where}: unknown category_id {label!r}; known: {listing}")
+    try:
+        x, y, wide, high = (float(value) for value in box or ())
+        usable = all(map(math.isfinite, (x, y, wide, high)))
+    except (TypeError, ValueError, OverflowError):
+        usable = False
+    if not usable:
+        raise UserError(f"{where}: expected bbox as four numbers (x, y, width, height), got {str(box)[:80]}")
+    corners = (x, y, x + wide, y + high)
+    return Truth(str(categories[label]["name"]), corners, bool(entry.get("iscrowd")), where)
+
+
+def _scene(entry: Mapping[str, Any], root: Path, part: str, truths: Sequence[Truth]) -> Scene:
+    name, said = str(entry["file_name"]), [whole_number(str(entry.get(side, 0))) for side in ("width", "height")]
+    return Scene(f"{part}/{name}", root / name, tuple(truths), _digest_of(truths), (said[0], said[1]))
+
+
+def _digest_of(truths: Sequence[Truth]) -> str:
+    content = [(truth.name, truth.corners, truth.difficult) for truth in truths]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

@@ -1,0 +1,228 @@
+"""Labelled images of one kind of source each: arrays in memory, files, and torchvision's data sets."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from pipeline.errors import UserError
+from pipeline.workloads.data import decode
+from pipeline.workloads.data.content import read_file, usable_cores
+from pipeline.workloads.data.decode import Pixels
+from pipeline.workloads.data.notes import Tally
+
+Labels = npt.NDArray[np.int64]
+Sizes = Mapping[tuple[int, int], int]
+
+
+class ImageSource(Protocol):
+    """Labelled images, read when needed."""
+
+    @property
+    def labels(self) -> Labels:
+        """Shape (n,): the class of every image."""
+
+    @property
+    def contents(self) -> Sequence[bytes]:
+        """A digest of every image's content: of a file's bytes, or of an array's pixels."""
+
+    @property
+    def places(self) -> Sequence[str]:
+        """What every image is called to the user."""
+
+    @property
+    def sizes(self) -> Sizes:
+        """(width, height) of the images as a person sees them -> how many have it."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: npt.NDArray[np.int64]) -> Pixels:
+        """Images of shape (n, height, width, channels), uint8."""
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Images with labels, as a format brings them, before they are split.
+
+    Args:
+        train: images to train on; a part of them becomes the search split, and the test split, where there is none.
+        search, test: splits that the data has itself.
+        classes: their names, by index; the indices as text where the data has no names.
+        named: whether it has.
+        resize: how images become square: ``crop`` (short side scaled, centre cropped) or ``stretch``.
+        tally: what was found on the way.
+    """
+
+    train: ImageSource
+    classes: tuple[str, ...]
+    search: ImageSource | None = None
+    test: ImageSource | None = None
+    named: bool = True
+    resize: str = "stretch"
+    tally: Tally = field(default_factory=Tally)
+
+
+class ArraySource:
+    """Images held as one array of shape (n, height, width, channels), uint8; may be memory-mapped.
+
+    With ``channels`` grey images are repeated (3) or coloured ones turned grey (1; ITU-R BT.601 luma).
+
+    Args:
+        name: what the array is called to the user.
+        contents: where they are known already.
+    """
+
+    def __init__(
+        self,
+        images: Pixels,
+        labels: Labels,
+        size: int | None,
+        channels: int | None,
+        name: str = "image",
+        contents: Sequence[bytes] | None = None,
+    ) -> None:
+        if images.ndim == 3:
+            images = images[..., None]
+        self.images, self.labels, self.size, self.channels = images, labels, size, channels
+        self.contents = contents_of(images) if contents is None else contents
+        self.places = [f"{name} {index}" for index in range(len(images))]
+        self.sizes: Sizes = {(images.shape[2], images.shape[1]): len(images)}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, indices: npt.NDArray[np.int64]) -> Pixels:
+        images: Pixels = np.asarray(self.images[indices])
+        if self.channels == 3 and images.shape[3] == 1:
+            images = np.repeat(images, 3, axis=3)
+        if self.channels == 1 and images.shape[3] == 3:
+            images = decode.luma(images)
+        if self.size is not None and images.shape[1:3] != (self.size, self.size):
+            images = np.stack([_stretched(image, self.size) for image in images])
+        return images
+
+
+class FileSource:
+    """Images that are files, decoded when read: short side scaled to ``size``, centre cropped.
+
+    Args:
+        contents: digests of the files.
+        places: what they are called to the user.
+        sizes: as a person sees them, one for each file.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        labels: Labels,
+        size: int,
+        channels: int | None,
+        contents: Sequence[bytes],
+        places: Sequence[str],
+        sizes: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        self.files, self.labels, self.size, self.grey = files, labels, size, channels == 1
+        self.contents, self.places = contents, places
+        self.sizes: Sizes = Counter(size for size in sizes if size != (0, 0))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, indices: npt.NDArray[np.int64]) -> Pixels:
+        with ThreadPoolExecutor(usable_cores()) as pool:
+            return np.stack(list(pool.map(self._read_one, [self.files[int(i)] for i in indices])))
+
+    def _read_one(self, path: Path) -> Pixels:
+        return decode.Picture(decode.fit(read_file(path, self.grey).image, self.size)).pixels
+
+
+class DatasetSource:
+    """A torchvision data set that yields (PIL image, label), whose images are in no files of their own.
+
+    Args:
+        contents: digests of the images' pixels.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        labels: Labels,
+        size: int,
+        channels: int | None,
+        contents: Sequence[bytes],
+        places: Sequence[str],
+        sizes: Sequence[tuple[int, int]],
+    ) -> None:
+        self.dataset, self.labels, self.size = dataset, labels, size
+        self.mode = "L" if channels == 1 else "RGB"
+        self.contents, self.places = contents, places
+        self.sizes: Sizes = Counter(sizes)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, indices: npt.NDArray[np.int64]) -> Pixels:
+        images = [decode.fit(self.dataset[int(i)][0].convert(self.mode), self.size) for i in indices]
+        return np.stack([decode.Picture(image).pixels for image in images])
+
+
+def contents_of(images: npt.NDArray[Any]) -> list[bytes]:
+    """A digest of the pixels of each image of an array."""
+    return [hashlib.sha256(np.ascontiguousarray(image).data).digest() for image in images]
+
+
+def check_labels(labels: Labels, classes: Sequence[str] | None, what: str, tally: Tally) -> tuple[str, ...]:
+    """The names of the classes that labels from 0 stand for.
+
+    Args:
+        labels: shape (n,), of the training images.
+        classes: the names that the run file or the data gives; None = there are none.
+        what: where the labels come from, for errors.
+
+    Raises:
+        UserError: a label is below 0 or beyond the names; or, without names, a class between has no image: the labels
+            begin with 1, or have a gap.
+    """
+    if not len(labels):
+        raise UserError(f"{what} has no images")
+    present, counts = np.unique(labels, return_counts=True)
+    if present[0] < 0:
+        raise UserError(f"{what}: labels count from 0, found {present[0]} ({counts[0]:,} of {len(labels):,} images)")
+    if classes is not None:
+        if present[-1] >= len(classes):
+            raise UserError(
+                f"{what}: there are {len(classes)} class names and a label {present[-1]}; name all classes in "
+                "data.classes, in the order of their labels from 0"
+            )
+        missing = sorted(set(range(len(classes))) - set(present.tolist()))
+        tally.add("class(es) without an image to train on", *(classes[label] for label in missing))
+        return tuple(classes)
+    if present[-1] >= len(present):
+        gaps = _gaps(present)
+        begin = f"; if they were meant to begin with 0, subtract {present[0]}" if present[0] > 0 else ""
+        raise UserError(
+            f"{what}: {len(present)} labels occur, from {present[0]} to {present[-1]}, so no image has {gaps}. Labels "
+            f"are the indices of classes, from 0 without gaps{begin}; to keep classes without images, name every class "
+            "in data.classes"
+        )
+    return tuple(str(label) for label in present.tolist())
+
+
+def _gaps(present: npt.NDArray[np.int64]) -> str:
+    """The first labels that do not occur."""
+    wanted = [label for label in range(int(min(present[-1], len(present) + 3))) if label not in set(present.tolist())]
+    return ", ".join(str(label) for label in wanted[:3]) + (" ..." if present[-1] >= len(present) + 3 else "")
+
+
+def _stretched(image: Pixels, size: int) -> Pixels:
+    picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+    return decode.Picture(decode.stretch(picture, size)).pixels

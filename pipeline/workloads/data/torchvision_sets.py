@@ -1,0 +1,229 @@
+"""Data sets of ``torchvision.datasets`` by class name, downloaded on first use.
+
+Their splits are torchvision's own: ``train``, ``test``, and ``val`` as the search split, or as the test split where
+there is no ``test``. Sets whose images are files are read by the same decoder as everything else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import UserError
+from pipeline.workloads.data.content import Damaged, Reading, look, without_damaged
+from pipeline.workloads.data.folder import SIDE
+from pipeline.workloads.data.notes import Tally
+from pipeline.workloads.data.sources import (
+    ArraySource,
+    DatasetSource,
+    FileSource,
+    ImageData,
+    ImageSource,
+    Labels,
+    check_labels,
+)
+
+LABELS = ("targets", "labels", "_labels", "y")
+"""What data sets call the class of every image."""
+FILES = ("samples", "imgs", "_samples", "_image_files", "_images", "images")
+"""What they call their image files, alone or as (file, class)."""
+CLASSES = ("classes", "categories")
+
+
+def load(
+    name: str,
+    root: Path,
+    download: bool,
+    size: int | None,
+    channels: int | None,
+    classes: Sequence[str] | None,
+    damaged: Damaged,
+    reading: Reading,
+) -> ImageData:
+    """The splits of a data set.
+
+    Args:
+        name: of its class in ``torchvision.datasets``.
+        size: side in pixels; None = as stored for arrays, 224 for files.
+        channels: 1 or 3; None = as stored.
+        classes: names of the classes, by label; None = the data set's own.
+
+    Raises:
+        UserError: there is no such data set; it is not there and could not be downloaded; or it is none for
+            classification.
+    """
+    factory, tally = _factory(name), Tally()
+    opened = _splits(name, factory, root, download)
+    names = classes or _class_names(opened["train"])
+    labels = {part: _labels(name, dataset) for part, dataset in opened.items()}
+    found = check_labels(labels["train"], names, f"torchvision's {name}", tally)
+    for part, own in labels.items():
+        if len(own) and own.max() >= len(found):
+            raise UserError(
+                f"torchvision's {name} ({part}) has a label {own.max()}, and {len(found)} classes to train on"
+            )
+    sources = {
+        part: _source(f"{name} {part}", dataset, labels[part], size, channels, damaged, reading, tally)
+        for part, dataset in opened.items()
+    }
+    crop = not isinstance(sources["train"], ArraySource)
+    return ImageData(
+        sources["train"],
+        found,
+        sources.get("val"),
+        sources.get("test"),
+        named=names is not None,
+        resize="crop" if crop else "stretch",
+        tally=tally,
+    )
+
+
+def _factory(name: str) -> Any:
+    import torchvision.datasets as zoo
+
+    found = getattr(zoo, name, None)
+    if not (inspect.isclass(found) and issubclass(found, zoo.VisionDataset) and name != "VisionDataset"):
+        close = difflib.get_close_matches(name, zoo.__all__, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"torchvision.datasets has no {name!r}; try CIFAR10, CIFAR100, MNIST or SVHN{hint}")
+    return found
+
+
+def _splits(name: str, factory: Any, root: Path, download: bool) -> dict[str, Any]:
+    """The data set's parts: ``train``, and ``val`` and ``test`` where it has them."""
+    parameters = inspect.signature(factory).parameters
+    options: dict[str, Any] = {"download": download} if "download" in parameters else {}
+    if "train" in parameters:
+        choices: Mapping[str, Mapping[str, Any]] = {p: {"train": p == "train"} for p in ("train", "test")}
+    elif "split" in parameters:
+        choices = {part: {"split": part} for part in ("train", "val", "test")}
+    else:
+        choices = {"train": {}}
+    found: dict[str, Any] = {}
+    for part, choice in choices.items():
+        try:
+            found[part] = factory(str(root), **options, **choice)
+        except Exception as error:  # data sets raise what their files and downloads raise
+            if part != "train" and _has_no_split(error, part):
+                continue
+            raise UserError(
+                f"torchvision's {name} ({part}) is not usable under {root}: {error}. Put the files there, set "
+                "data.download: true on a machine with a network, or name arrays or a folder instead"
+            ) from error
+    if "val" in found and "test" not in found:
+        found["test"] = found.pop("val")
+    return found
+
+
+def _has_no_split(error: Exception, part: str) -> bool:
+    """Whether a data set refused the name of a split, rather than failed to read it."""
+    return isinstance(error, ValueError | KeyError | AssertionError) and (
+        "split" in str(error).lower() or part in str(error)
+    )
+
+
+def _class_names(dataset: Any) -> tuple[str, ...] | None:
+    for attribute in CLASSES:
+        found = getattr(dataset, attribute, None)
+        if isinstance(found, list | tuple) and found:
+            return tuple(", ".join(n) if isinstance(n, list | tuple) else str(n) for n in found)
+    return None
+
+
+def _labels(name: str, dataset: Any) -> Labels:
+    """The class of every image.
+
+    Raises:
+        UserError: the data set has none: it is made for another task.
+    """
+    found = next((v for a in LABELS if (v := getattr(dataset, a, None)) is not None), None)
+    if found is None:
+        pairs = _pairs(dataset)
+        found = [label for _, label in pairs] if pairs is not None else None
+    try:
+        labels = np.asarray(found)
+        if found is None or labels.ndim != 1 or len(labels) != len(dataset) or labels.dtype.kind not in "iu":
+            raise ValueError
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"torchvision's {name} does not tell the class of every image, so it cannot be used for classification"
+        ) from error
+    return labels.astype(np.int64)
+
+
+def _pairs(dataset: Any) -> Sequence[tuple[Any, int]] | None:
+    """(file, class) of every image, where the data set keeps such a list."""
+    for attribute in FILES:
+        found = getattr(dataset, attribute, None)
+        if isinstance(found, list | tuple) and found and isinstance(found[0], tuple) and len(found[0]) == 2:
+            return found
+    return None
+
+
+def _files(dataset: Any) -> list[Path] | None:
+    """The image file of every image; None where images are in no files of their own."""
+    for attribute in FILES:
+        found = getattr(dataset, attribute, None)
+        if not isinstance(found, list | tuple) or not found or len(found) != len(dataset):
+            continue
+        paths = [entry[0] if isinstance(entry, tuple) else entry for entry in found]
+        if all(isinstance(path, str | Path) for path in paths) and Path(paths[0]).is_file():
+            return [Path(path) for path in paths]
+    return None
+
+
+def _source(
+    name: str,
+    dataset: Any,
+    labels: Labels,
+    size: int | None,
+    channels: int | None,
+    damaged: Damaged,
+    reading: Reading,
+    tally: Tally,
+) -> ImageSource:
+    pixels: Any = getattr(dataset, "data", None)
+    pixels = pixels.numpy() if hasattr(pixels, "numpy") else pixels
+    if isinstance(pixels, np.ndarray) and pixels.ndim == 4 and pixels.shape[1] == 3:
+        pixels = pixels.transpose(0, 2, 3, 1)  # SVHN and STL10 keep channels first
+    usual = isinstance(pixels, np.ndarray) and pixels.ndim in (3, 4) and pixels.dtype == np.uint8
+    if usual and pixels.shape[1] == pixels.shape[2]:
+        return ArraySource(pixels, labels, size, channels, name)
+    files = _files(dataset)
+    if files is None:
+        return _decoded(name, dataset, labels, size, channels, reading)
+    places = [str(file.name) for file in files]
+    seen = look(files, reading.about(damaged))
+    chosen = without_damaged(places, seen, damaged, tally)
+    return FileSource(
+        [files[i] for i in chosen],
+        labels[chosen],
+        size or SIDE,
+        channels,
+        [seen[i].digest for i in chosen],
+        [places[i] for i in chosen],
+        [seen[i].size for i in chosen],
+    )
+
+
+def _decoded(
+    name: str, dataset: Any, labels: Labels, size: int | None, channels: int | None, reading: Reading
+) -> DatasetSource:
+    """Images that only the data set itself can give: all of them are decoded once, for their content."""
+    contents, sizes = [], []
+    with reading.progress.stage(f"Look at the images of {name}") as report:
+        for index in range(len(dataset)):
+            image = dataset[index][0]
+            if not hasattr(image, "convert"):
+                raise UserError(f"torchvision's {name} gives no pictures, so it cannot be used for classification")
+            contents.append(hashlib.sha256(np.asarray(image.convert("RGB")).tobytes()).digest())
+            sizes.append(image.size)
+            report(index + 1, len(dataset))
+    places = [f"{name} image {index}" for index in range(len(dataset))]
+    return DatasetSource(dataset, labels, size or SIDE, channels, contents, places, sizes)
