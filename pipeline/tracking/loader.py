@@ -1,10 +1,12 @@
 """Runs the model beside this file: ``python loader.py image.jpg``, or ``Model().predict(images)``.
 
-Needs numpy, pillow and onnxruntime, and nothing of Secateur. ``usage.json`` says how images are prepared.
+Needs numpy, pillow and onnxruntime, and nothing of Secateur. ``usage.json`` says how images are prepared, and
+``decode.py`` reads their files, exactly as when the model was trained.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from collections.abc import Sequence
@@ -17,6 +19,22 @@ import onnxruntime
 from PIL import Image
 
 Array = npt.NDArray[Any]
+
+
+def _decoder() -> Any:
+    """The file ``decode.py`` beside this one, wherever this one is imported from; in Secateur itself, its own."""
+    file = Path(__file__).with_name("decode.py")
+    if not file.is_file():
+        return importlib.import_module("pipeline.workloads.data.decode")
+    spec = importlib.util.spec_from_file_location("secateur_decode", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+decoder = _decoder()
 
 
 class Model:
@@ -38,18 +56,24 @@ class Model:
         self.session = onnxruntime.InferenceSession(str(here / "model.onnx"), options, providers=list(providers))
         self.input = self.session.get_inputs()[0]
 
-    def predict(self, images: Array | Sequence[Array]) -> Array:
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, by index; empty where the data had none."""
+        return list(self.usage.get("classes", ()))
+
+    def predict(self, images: Array | Sequence[Array | str | Path]) -> Array:
         """The first output for every image, shape (n, ...).
 
         Args:
             images: uint8 of shape (height, width, channels) or (height, width), of any size; several of them as a list
-                or with one more dimension in front. Or prepared ones: float of shape (n, channels, height, width).
+                or with one more dimension in front. Paths of image files, as a list. Or prepared ones: float of shape
+                (n, channels, height, width).
         """
         if isinstance(images, np.ndarray) and images.dtype.kind == "f" and images.ndim == 4:
             prepared = images.astype(np.float32)
         else:
             several = [images] if isinstance(images, np.ndarray) and images.ndim <= 3 else list(images)
-            prepared = np.stack([self.prepare(image) for image in several])
+            prepared = np.stack([self.prepare(self.read(i) if isinstance(i, str | Path) else i) for i in several])
         size = self.input.shape[0] if isinstance(self.input.shape[0], int) else len(prepared)
         outputs = []
         for start in range(0, len(prepared), size):
@@ -57,6 +81,15 @@ class Model:
             filled = np.concatenate([part, np.repeat(part[:1], size - len(part), axis=0)])
             outputs.append(self.session.run(None, {self.input.name: filled})[0][: len(part)])
         return np.concatenate(outputs)
+
+    def read(self, path: str | Path) -> Array:
+        """An image file as a person sees it, uint8 of shape (height, width, channels).
+
+        Raises:
+            ValueError: it cannot be decoded.
+        """
+        pixels: Array = decoder.decode(path, self.input.shape[1] == 1).pixels
+        return pixels
 
     def prepare(self, image: Array) -> Array:
         """uint8 pixels, resized and normalised: float32 of shape (channels, side, side).
@@ -78,26 +111,20 @@ class Model:
         scaled: Array = x / np.asarray(self.usage["std"], dtype=np.float32)
         return scaled.transpose(2, 0, 1)
 
-    def _resized(self, picture: Image.Image) -> Image.Image:
+    def _resized(self, picture: Image.Image) -> Any:
         """A square: ``stretch`` ignores the image's proportions, ``crop`` keeps them and cuts out the middle."""
         side = int(self.usage["image_size"])
-        if self.usage.get("resize") != "crop":
-            return picture.resize((side, side), Image.Resampling.BILINEAR)
-        scale = side / min(picture.size)
-        wide, high = (max(side, round(length * scale)) for length in picture.size)
-        left, top = (wide - side) // 2, (high - side) // 2
-        return picture.resize((wide, high), Image.Resampling.BILINEAR).crop((left, top, left + side, top + side))
+        return (decoder.fit if self.usage.get("resize") == "crop" else decoder.stretch)(picture, side)
 
 
 def main() -> None:
+    """Print what the model says of the image files named on the command line."""
     model = Model()
     for name in sys.argv[1:]:
-        with Image.open(name, formats=("BMP", "JPEG", "PNG", "WEBP")) as opened:
-            output = model.predict(np.asarray(opened.convert("RGB")))[0]
+        output = model.predict([name])[0]
         if output.ndim == 1:
-            classes = model.usage.get("classes")
             best = int(output.argmax())
-            sys.stdout.write(f"{name}: class {classes[best] if classes else best}\n")
+            sys.stdout.write(f"{name}: class {model.classes[best] if model.classes else best}\n")
         else:
             sys.stdout.write(f"{name}: {json.dumps(output.tolist())}\n")
 

@@ -21,10 +21,11 @@ from pipeline.files import sha256_of
 from pipeline.tracking.contents import FOLDER, MODEL, Manifest
 from pipeline.tracking.registry import CHAMPION, MODEL_TAG, Registry, Version
 from pipeline.tracking.store import shown
+from pipeline.workloads.data import decode
 
 PULLED = "pulled.json"
 CACHE = "models"
-WRITTEN = ("loader.py", "CARD.md", "provenance.json", PULLED)
+WRITTEN = ("loader.py", "decode.py", "CARD.md", "provenance.json", PULLED)
 """What a pull writes itself."""
 
 
@@ -84,7 +85,8 @@ def pull(
             cache.copy(manifest, path, part / own, version.uri)
         (part / "provenance.json").write_bytes(manifest.raw)
         check_onnx(part / MODEL)
-        shutil.copyfile(Path(__file__).with_name("loader.py"), part / "loader.py")
+        for source in (Path(__file__).with_name("loader.py"), Path(decode.__file__)):
+            shutil.copyfile(source, part / source.name)
         (part / "CARD.md").write_text(card(version, manifest, part), encoding="utf-8")
         names = sorted(file.name for file in part.iterdir())
         (part / PULLED).write_text(json.dumps({"version": version.uri, "files": names}) + "\n", encoding="utf-8")
@@ -272,7 +274,16 @@ def card(version: Version, manifest: Manifest, folder: Path) -> str:
             for check in gates.get("checks", ())
         ]
     lines += ["", "## Use", "", "```", "from loader import Model", "", "Model().predict(images)  # uint8, any size"]
-    lines += ["```", "", f"Prepared by `loader.py` as `usage.json` says: {json.dumps(usage)}", ""]
+    lines += [
+        "```",
+        "",
+        f"Images are prepared by `loader.py` and `decode.py` as `usage.json` says: {_prepared(usage)}",
+        "",
+    ]
+    if names := usage.get("classes"):
+        more = f", and {len(names) - 50} more in `usage.json`" if len(names) > 50 else ""
+        listed = ", ".join(f"{index} {name}" for index, name in enumerate(names[:50]))
+        lines += ["## Classes", "", f"{len(names)} classes: {listed}{more}", ""]
     lines += ["## Provenance", "", "| | |", "|---|---|"]
     facts = {"run": manifest.data.get("run"), "data": manifest.data.get("data"), "code": manifest.data.get("code")}
     facts |= {f"weights, {k}": v for k, v in manifest.data.get("weights", {}).items()}
@@ -281,6 +292,10 @@ def card(version: Version, manifest: Manifest, folder: Path) -> str:
     lines += [f"| {key} | `{value}` |" for key, value in facts.items() if value]
     text = "\n".join(lines) + "\n"
     return "".join(c for c in text if c == "\n" or c.isprintable())
+
+
+def _prepared(usage: Mapping[str, Any]) -> str:
+    return json.dumps({name: value for name, value in usage.items() if name != "classes"})
 
 
 def _facts(file: Path) -> Mapping[str, Any]:

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import functools
 import io
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ SUFFIXES = frozenset(".bmp .dib .gif .jfif .jpe .jpeg .jpg .apng .png .pbm .pgm 
 MAX_PIXELS = 178_956_970
 """Larger images are refused, as Pillow does by itself; it would warn of half as many, which phones have by now."""
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of broken EXIF blocks and the like, which no viewer speaks of
 
 LONG = 4
 """From these proportions on, only the middle of an image is scaled."""
@@ -216,11 +218,10 @@ def luma(pixels: Pixels) -> Pixels:
 
 def _picture(opened: Image.Image, grey: bool) -> Picture:
     _check_size(opened)
-    orientation, remarks = _orientation(opened), []
+    remarks = ["deep"] if _is_deep(opened) else []
     if getattr(opened, "is_animated", False) and opened.format != "MPO":  # a camera's second image is a preview
         remarks.append("frames")
-    if _is_deep(opened):
-        remarks.append("deep")
+    orientation = _orientation(opened)  # of a PNG it can stand at the end: this loads it
     profile, gamma = opened.info.get("icc_profile"), _gamma(opened)
     opened.load()
     image: Image.Image = opened

@@ -1,14 +1,12 @@
 """Which images a run began with, and in which split each is: recorded at its start, compared ever after.
 
 A run that goes on with other images would be tested on some that it was trained on. So what is drawn once is written
-down (``data.json`` and ``data.csv`` of the run directory), and whoever continues compares instead of drawing anew.
+down (``data.json`` and ``data.jsonl`` of the run directory), and whoever continues compares instead of drawing anew.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ from pipeline.errors import SurroundingsError, UserError
 from pipeline.workloads.data.notes import some
 
 FORMAT = 1
-FACTS, MEMBERS = "data.json", "data.csv"
+FACTS, MEMBERS = "data.json", "data.jsonl"
 DIGEST_CHARS = 32
 
 
@@ -126,10 +124,10 @@ def read(directory: Path) -> DataRecord | None:
         raw = (directory / MEMBERS).read_bytes()
         if facts["format"] != FORMAT or hashlib.sha256(raw).hexdigest() != facts["members"]:
             raise ValueError("it was altered, or is of another version of Secateur")
-        rows = csv.reader(io.StringIO(raw.decode("utf-8", "surrogateescape"), newline=""))
+        rows = (json.loads(line) for line in raw.splitlines())
         members = tuple(Member(split, place, content) for split, content, place in rows)
         return DataRecord(str(facts["fingerprint"]), dict(facts["parts"]), members, bool(facts["files"]))
-    except (OSError, ValueError, KeyError, TypeError, csv.Error, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{file} and {MEMBERS} do not tell which images this run began with: {error}; restore them, or start a new "
             "run with `secateur run`"
@@ -180,9 +178,8 @@ def _moved(recorded: DataRecord, found: DataRecord) -> list[str]:
 
 
 def _table(members: Sequence[Member]) -> bytes:
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows((m.split, m.content, m.place) for m in members)
-    return text.getvalue().encode("utf-8", "surrogateescape")
+    """A line of JSON for each image."""
+    return "".join(json.dumps([m.split, m.content, m.place]) + "\n" for m in members).encode()
 
 
 def _put(file: Path, content: bytes) -> None:

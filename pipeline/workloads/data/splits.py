@@ -7,7 +7,7 @@ image in a split is drawn by rank, with a note; there a change of the data can m
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -83,38 +83,39 @@ def _split_of(at: float, shares: Mapping[str, float]) -> str:
 def _see_that_every_class_is_everywhere(
     ordered: Sequence[_Content], shares: Mapping[str, float], names: Sequence[str], tally: Tally
 ) -> None:
-    """Move images of classes that a split would lack, the lowest digests first; ``train`` keeps one at least."""
+    """Move images of classes that a split would lack, the lowest digests first; ``train`` comes first of all."""
     members: dict[int, list[_Content]] = defaultdict(list)
     for content in ordered:
         for label in content.classes:
             members[label].append(content)
-    trained: dict[int, int] = {label: sum(c.split == TRAIN for c in of) for label, of in members.items()}
+    counts = {label: Counter(content.split for content in of) for label, of in members.items()}
 
     def move(content: _Content, split: str) -> None:
         for label in content.classes:
-            trained[label] += (split == TRAIN) - (content.split == TRAIN)
+            counts[label][content.split] -= 1
+            counts[label][split] += 1
         content.split = split
+
+    def spare(content: _Content) -> bool:
+        """Whether every class it has stays where it is now."""
+        return all(counts[label][content.split] > 1 for label in content.classes)
 
     for label in sorted(members):
         own = members[label]
-        drawn: list[str] = []
-        lacking: list[str] = []
-        if not trained[label]:
-            move(own[-1], TRAIN)
-            drawn.append(TRAIN)
-        for split, share in shares.items():
-            if share <= 0 or any(content.split == split for content in own):
+        for split, share in ((TRAIN, 1.0), *shares.items()):
+            if counts[label][split] or share <= 0:
                 continue
-            wanted = max(1, round(share * len(own)))
-            free = [c for c in own if c.split == TRAIN and all(trained[other] > 1 for other in c.classes)]
+            free = [c for c in own if c.split == TRAIN and spare(c)] or [c for c in own if spare(c)][:1]
+            if split == TRAIN:
+                free = [c for c in own if spare(c)][-1:] or own[-1:]
+            wanted = max(1, round(share * len(own))) if split != TRAIN else 1
             for content in free[:wanted]:
-                if all(trained[other] > 1 for other in content.classes):
+                if split == TRAIN or spare(content):
                     move(content, split)
-            (drawn if free else lacking).append(split)
-        for split in drawn:
-            tally.add(f"class(es) would have no image in {split} by their content and were drawn by rank", names[label])
-        for split in lacking:
-            tally.add(f"class(es) have too few different images for one in {split}", names[label])
+            what = "would have no image in {} by their content and were drawn by rank"
+            if not free:
+                what = "have too few different images for one in {}"
+            tally.add(f"class(es) {what.format(split)}", names[label])
 
 
 def in_order(contents: Sequence[bytes]) -> Indices:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import inspect
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,7 @@ def _source(
     files = _files(dataset)
     if files is None:
         return _decoded(name, dataset, labels, size, channels, reading)
-    places = [str(file.name) for file in files]
+    places = [os.path.relpath(file, dataset.root) for file in files]
     seen = look(files, reading.about(damaged))
     chosen = without_damaged(places, seen, damaged, tally)
     return FileSource(
