@@ -457,7 +457,7 @@ def test_coco_files_are_read(tmp_path: Path) -> None:
     assert note == "2 class(es) would have no image in search by their content and were drawn by rank: cat, emu"
     assert data.source.boxes(0).tolist() == [[1, 2, 11, 14, 1], [0, 0, 4, 4.5, 0]]
     assert data.source.difficult(0).tolist() == [False, True]
-    assert list(map(len, splits(data))) == [14, 2, 4]
+    assert sum(map(len, splits(data))) == 20 and all(splits(data))
     assert set.union(*splits(data)) == set(range(20))
     assert load_coco(tmp_path, classes=["emu", "dog", "cat"]).source.boxes(0)[:, 4].tolist() == [1, 2]
     source = scenes.open_scenes(
@@ -590,3 +590,94 @@ def test_real_data_has_the_known_counts() -> None:
     assert len(source.read(np.arange(3))) == 3
     with pytest.raises(UserError, match="official_splits: false"):
         load(path=str(DATA / "voc100"))
+
+
+# --- frames -----------------------------------------------------------------------------------------------------------
+
+
+def turned(tmp_path: Path, orientation: int, said: tuple[int, int], size: tuple[int, int] = (60, 40)) -> FileScenes:
+    """Sound images and one with an orientation tag, which is white where its box is, seen from the file."""
+    flat(tmp_path)
+    exif, image = Image.Exif(), Image.new("RGB", size)
+    exif[0x0112] = orientation
+    image.paste((255, 255, 255), (10, 4, 30, 16))
+    image.save(tmp_path / "turned.png", exif=exif)
+    (tmp_path / "turned.xml").write_text(xml(("cat", 10, 4, 30, 16), size=said))
+    return scenes.open_scenes(SceneOptions(source="voc", path=str(tmp_path)))
+
+
+def inked(source: FileScenes) -> tuple[list[int], list[float]]:
+    """Where the white is, and where the box is."""
+    index = source.keys.index("turned.xml")
+    (image,) = source.read(np.array([index]))
+    rows, columns = (np.flatnonzero(image[..., 0].any(axis)) for axis in (1, 0))
+    where = [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
+    return where, source.boxes(index)[0, :4].tolist()
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_boxes_annotated_on_the_stored_image_turn_with_it(orientation: int, tmp_path: Path) -> None:
+    source = turned(tmp_path, orientation, (60, 40))
+    where, box = inked(source)
+    assert where == box
+    assert any("and their boxes with them: turned.xml" in note for note in source.notes)
+
+
+@pytest.mark.parametrize("orientation", [1, 5, 6, 7, 8])
+def test_boxes_annotated_on_the_image_as_seen_stay(orientation: int, tmp_path: Path) -> None:
+    said = (60, 40) if orientation == 1 else (40, 60)
+    assert inked(turned(tmp_path, orientation, said))[1] == [10, 4, 30, 16]
+
+
+@pytest.mark.parametrize(("orientation", "said"), [(3, (60, 40)), (6, (0, 0)), (2, (60, 40))])
+def test_where_the_size_tells_nothing_boxes_are_as_seen_and_counted(
+    orientation: int, said: tuple[int, int], tmp_path: Path
+) -> None:
+    source = turned(tmp_path, orientation, said)
+    assert inked(source)[1] == [10, 4, 30, 16]
+    assert any("boxes are as seen: turned.xml" in note for note in source.notes)
+
+
+def test_boxes_of_an_image_that_was_scaled_are_scaled(tmp_path: Path) -> None:
+    source = turned(tmp_path / "half", 1, (120, 80))
+    assert inked(source)[1] == [5, 2, 15, 8]
+    assert any("their boxes were scaled: turned.xml (60x40, not 120x80)" in note for note in source.notes)
+    where, box = inked(turned(tmp_path / "both", 6, (30, 20)))  # stored at twice the annotated size, and turned
+    assert box == [2 * v for v in (20 - 16, 10, 20 - 4, 30)] and where != box
+
+
+def test_scraps_beside_annotated_images_are_none_of_them(tmp_path: Path) -> None:
+    flat(tmp_path)
+    (tmp_path / "._im00.xml").write_bytes(b"\0\5\x16\7")
+    (tmp_path / "._im00.jpg").write_bytes(b"\0\5\x16\7")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    assert len(scenes.open_scenes(SceneOptions(source="voc", path=str(tmp_path)))) == 20
+
+
+@pytest.mark.parametrize("name", ["Valid", "VALIDATION", "val"])
+def test_folders_of_splits_in_any_spelling(name: str, tmp_path: Path) -> None:
+    for folder, num in (("Train", 6), (name, 3), ("Test", 2)):
+        for stem in named(folder, num):
+            pair(tmp_path / folder, tmp_path / folder, stem)
+    assert list(map(len, splits(load(path=str(tmp_path))))) == [6, 3, 2]
+
+
+def test_images_of_every_usual_kind_are_read(tmp_path: Path) -> None:
+    flat(tmp_path)
+    for suffix in (".tif", ".jfif", ".gif", ".webp", ".TIFF"):
+        kind = {"tif": "TIFF", "tiff": "TIFF", "jfif": "JPEG"}.get(suffix[1:].lower())
+        Image.new("RGB", (30, 20), (9, 9, 9)).save(tmp_path / f"x{suffix[1:]}{suffix}", kind)
+        (tmp_path / f"x{suffix[1:]}.xml").write_text(xml(CAT))
+    assert len(scenes.open_scenes(SceneOptions(source="voc", path=str(tmp_path)))) == 25
+
+
+def test_the_fingerprint_is_of_pixels_and_boxes(tmp_path: Path) -> None:
+    before = load(path=str(flat(tmp_path)))
+    a, b = (tmp_path / name for name in ("im00.jpg", "im01.jpg"))
+    one, other = a.read_bytes(), b.read_bytes()
+    a.write_bytes(other)
+    b.write_bytes(one)
+    assert load(path=str(tmp_path)).fingerprint == before.fingerprint  # the same boxes on both
+    (tmp_path / "im01.xml").write_text(xml(CAT))
+    assert load(path=str(tmp_path)).fingerprint != before.fingerprint
+    assert {m.split for m in before.members} == {"train", "search", "test"}
