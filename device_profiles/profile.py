@@ -7,15 +7,17 @@ sources are inherited.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from device_profiles import plain_yaml
 from device_profiles.errors import DeviceError
+from device_profiles.plain_yaml import Content, Document, Place, Plain
+from device_profiles.settle import Schema, printable, schema_of, settle, shown
 
 HERE = Path(__file__).parent
 NOT_SETTINGS = ("extends",)
@@ -38,14 +40,22 @@ class Tier(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    processes: int = Field(ge=1)
-    warmup: int = Field(ge=0)
-    min_repeats: int = Field(ge=3)
-    min_seconds: float = Field(ge=0)
-    max_seconds: float = Field(default=60.0, gt=0)
-    max_warmup_seconds: float = Field(default=5.0, ge=0)
+    processes: int = Field(ge=1, le=1000)
+    warmup: int = Field(ge=0, le=1_000_000)
+    min_repeats: int = Field(ge=3, le=1_000_000)
+    min_seconds: float = Field(ge=0, le=86_400)
+    max_seconds: float = Field(default=60.0, gt=0, le=86_400)
+    max_warmup_seconds: float = Field(default=5.0, ge=0, le=86_400)
     strict: bool = False
-    retries: int = Field(default=2, ge=0)
+    retries: int = Field(default=2, ge=0, le=1000)
+
+    @model_validator(mode="after")
+    def _ends_after_its_least(self) -> Tier:
+        if self.max_seconds < self.min_seconds:
+            raise ValueError(
+                f"max_seconds ({self.max_seconds:g}) ends a process before min_seconds ({self.min_seconds:g}); raise it"
+            )
+        return self
 
 
 class Budgets(BaseModel):
@@ -53,10 +63,10 @@ class Budgets(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    p50_ms: float | None = Field(default=None, gt=0)
-    p95_ms: float | None = Field(default=None, gt=0)
-    size_bytes: int | None = Field(default=None, gt=0)
-    peak_rss_bytes: int | None = Field(default=None, gt=0)
+    p50_ms: float | None = Field(default=None, gt=0, le=1e9)
+    p95_ms: float | None = Field(default=None, gt=0, le=1e9)
+    size_bytes: int | None = Field(default=None, gt=0, le=2**50)
+    peak_rss_bytes: int | None = Field(default=None, gt=0, le=2**50)
 
 
 class Multiples(BaseModel):
@@ -64,10 +74,10 @@ class Multiples(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    conv: int = Field(default=8, ge=1)
-    pointwise: int = Field(default=8, ge=1)
-    depthwise: int = Field(default=8, ge=1)
-    linear: int = Field(default=8, ge=1)
+    conv: int = Field(default=8, ge=1, le=65_536)
+    pointwise: int = Field(default=8, ge=1, le=65_536)
+    depthwise: int = Field(default=8, ge=1, le=65_536)
+    linear: int = Field(default=8, ge=1, le=65_536)
 
 
 def _number_or_mapping(value: object) -> str:
@@ -75,7 +85,7 @@ def _number_or_mapping(value: object) -> str:
 
 
 ChannelMultiple = Annotated[
-    Annotated[int, Field(ge=1), Tag("number")] | Annotated[Multiples, Tag("per kind")],
+    Annotated[int, Field(ge=1, le=65_536), Tag("number")] | Annotated[Multiples, Tag("per kind")],
     Discriminator(_number_or_mapping),
 ]
 
@@ -106,13 +116,13 @@ class DeviceProfile(BaseModel):
     target: str = "local"
     connect: dict[str, Any] = Field(default_factory=dict)
     provider: str = "CPUExecutionProvider"
-    threads: int = Field(default=1, ge=1)
-    batch: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=1, le=1024)
+    batch: int = Field(default=1, ge=1, le=65_536)
     precision: Literal["fp32", "int8"] = "fp32"
     channel_multiple: ChannelMultiple = 8
     timing: bool = True
-    max_temperature_c: float | None = Field(default=None, gt=0)
-    cool_down_s: float = Field(default=0.0, ge=0)
+    max_temperature_c: float | None = Field(default=None, gt=0, le=1000)
+    cool_down_s: float = Field(default=0.0, ge=0, le=86_400)
     facts: dict[str, Any] = Field(default_factory=dict)
     sources: tuple[str, ...] = ()
     search: Tier = Tier(processes=1, warmup=8, min_repeats=20, min_seconds=0.4)
@@ -203,21 +213,32 @@ def _load(path: Path, found: Mapping[str, list[Path]], chain: tuple[Path, ...]) 
         raise DeviceError(f"cannot read the device profile {path}: {error.strerror}", "profile") from error
     except UnicodeDecodeError as error:
         raise DeviceError(f"{path} is not a text file in UTF-8: {error}", "profile") from error
-    data, lines, faults = _read(text, path)
+    document = _read(text, path)
+    content, lines = dict(document.content), {_dotted(place): line for place, line in document.lines.items()}
+    faults = [
+        f"line {places[-1]}: {_dotted(place)}: given a second time (first on line {places[0]})"
+        for place, places in document.repeated.items()
+    ]
     base = None
-    if "extends" in data:
+    if "extends" in content:
         try:
-            base = _base(data.pop("extends"), path, found, (*chain, path.absolute()))
+            base = _base(_written(content["extends"]), path, found, (*chain, path.absolute()))
         except DeviceError as error:
             faults.append(f"line {lines['extends']}: extends: {error}")
             raise _invalid(path, faults) from error
+    data, misread = settle(content, _schemas(_written(content.get("target", base.target if base else "local"))))
+    faults += [_at(_dotted(fault.place), fault.message, lines) for fault in misread]
+    if data.pop("name", path.stem) != path.stem:
+        faults.append(_at("name", f"must be the file name, {path.stem!r}; leave it out or rename the file", lines))
+    data.pop("extends", None)
     settings = _inherited(base, data) if base else data
+    told = {_dotted(fault.place) for fault in misread}
     profile = None
     try:
         profile = DeviceProfile(**{**settings, "name": path.stem})
     except ValidationError as error:
-        faults += [_fault(detail, lines) for detail in error.errors()]
-    faults += _connect_faults(settings, lines)
+        faults += [_fault(detail, lines) for detail in error.errors() if _key(detail["loc"]) not in told]
+    faults += _connect_faults(settings, lines, told)
     if faults or profile is None:
         raise _invalid(path, faults)
     return profile
@@ -227,24 +248,34 @@ def _invalid(path: Path, faults: list[str]) -> DeviceError:
     return DeviceError(f"invalid device profile {path}:\n  " + "\n  ".join(faults), "profile")
 
 
-def _read(text: str, path: Path) -> tuple[dict[str, Any], dict[str, int], list[str]]:
-    """The settings of a file, the line of every key, and what is wrong with the keys themselves."""
+def _read(text: str, path: Path) -> Document:
+    """A file that holds a mapping."""
     try:
-        data, root = plain_yaml.load(text)
+        document = plain_yaml.read(text)
     except yaml.YAMLError as error:
         raise DeviceError(f"{path} is not YAML: {error}", "profile") from error
-    if not isinstance(data, dict):
-        raise DeviceError(f"{path}: a device profile is a mapping of settings, got {type(data).__name__}", "profile")
-    lines, faults = dict[str, int](), list[str]()
-    for key, line in _keys(root):
-        if key in lines:
-            faults.append(f"line {line}: {key}: given a second time (first on line {lines[key]})")
-        lines.setdefault(key, line)
-    if data.pop("name", path.stem) != path.stem:
-        faults.append(
-            f"line {lines['name']}: name: must be the file name, {path.stem!r}; leave it out or rename the file"
-        )
-    return {str(key): value for key, value in data.items()}, lines, faults
+    if not isinstance(document.content, dict):
+        kind = type(document.content.value if isinstance(document.content, Plain) else document.content)
+        raise DeviceError(f"{path}: a device profile is a mapping of settings, got {kind.__name__}", "profile")
+    return document
+
+
+def _schemas(target: str) -> dict[Place, Schema | None]:
+    """What the places of a profile take."""
+    from device_profiles.target import target_module, target_names  # which imports this module
+
+    own = schema_of(DeviceProfile)
+    properties = {**own["properties"], **{key: {"type": "string"} for key in NOT_SETTINGS}}
+    connect = schema_of(target_module(target).Settings) if target in target_names() else None
+    return {(): {**own, "properties": properties}, ("connect",): connect}
+
+
+def _written(content: Content) -> str:
+    return content.written if isinstance(content, Plain) else str(content)
+
+
+def _dotted(place: Sequence[str | int]) -> str:
+    return ".".join(map(str, place))
 
 
 def _base(name: object, path: Path, found: Mapping[str, list[Path]], chain: tuple[Path, ...]) -> DeviceProfile:
@@ -284,12 +315,12 @@ def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _connect_faults(settings: Mapping[str, Any], lines: Mapping[str, int]) -> list[str]:
+def _connect_faults(settings: Mapping[str, Any], lines: Mapping[str, int], told: Collection[str]) -> list[str]:
     """What the module of the target has against the ``connect`` section."""
     from device_profiles.target import target_module, target_names  # which imports this module
 
     target, connect = settings.get("target", "local"), settings.get("connect", {})
-    if not isinstance(target, str) or not isinstance(connect, Mapping):
+    if not isinstance(target, str) or not isinstance(connect, Mapping) or "target" in told:
         return []  # said elsewhere
     if target not in target_names():
         return [_at("target", f"unknown target {_unknown(target, target_names())}", lines)]
@@ -298,18 +329,15 @@ def _connect_faults(settings: Mapping[str, Any], lines: Mapping[str, int]) -> li
         model.model_validate(dict(connect))
     except ValidationError as error:
         details = [detail for detail in error.errors() if (detail["type"], detail["loc"]) != ("missing", ("host",))]
+        placed = {_dotted(("connect", *d["loc"])): {**d, "loc": ("connect", *d["loc"])} for d in details}
         known = list(model.model_fields)
-        return [_fault({**detail, "loc": ("connect", *detail["loc"])}, lines, known) for detail in details]
+        return [_fault(detail, lines, known) for place, detail in placed.items() if place not in told]
     return []
 
 
-def _keys(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Dotted name and line of every key, in file order."""
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            name = f"{prefix}{key.value}"
-            yield name, key.start_mark.line + 1
-            yield from _keys(value, f"{name}.")
+def _key(loc: Sequence[str | int]) -> str:
+    """The dotted key of a fault of pydantic's, which names the form of ``channel_multiple`` too."""
+    return _dotted([loc[0], *loc[2:]] if loc[0] == "channel_multiple" else loc)
 
 
 def _fault(detail: Mapping[str, Any], lines: Mapping[str, int], known: Iterable[str] | None = None) -> str:
@@ -320,19 +348,20 @@ def _fault(detail: Mapping[str, Any], lines: Mapping[str, int], known: Iterable[
     """
     loc = [str(part) for part in detail["loc"]]
     if loc[0] == "channel_multiple":
-        return _at(".".join([loc[0], *loc[2:]]), _multiple_fault(detail), lines)
+        return _at(_key(loc), _multiple_fault(detail), lines)
     if detail["type"] == "extra_forbidden":
         names = list(_section_fields(loc) if known is None else known)
         close = difflib.get_close_matches(loc[-1], names, n=1)
         message = "unknown setting" + (f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}")
     else:
-        message = str(detail["msg"]) + ("" if detail["type"] == "missing" else f", got {detail.get('input')!r}")
+        message = str(detail["msg"]).removeprefix("Value error, ")
+        message += "" if detail["type"] in ("missing", "value_error") else f", got {shown(detail.get('input'))}"
     return _at(".".join(loc), message, lines)
 
 
 def _at(key: str, message: str, lines: Mapping[str, int]) -> str:
     line = lines.get(key) or lines.get(key.rpartition(".")[0])  # a missing key: the line of its section
-    return f"line {line}: {key}: {message}" if line else f"{key}: {message}"
+    return f"line {line}: {printable(key)}: {message}" if line else f"{printable(key)}: {message}"
 
 
 def _multiple_fault(detail: Mapping[str, Any]) -> str:
@@ -342,7 +371,7 @@ def _multiple_fault(detail: Mapping[str, Any]) -> str:
         hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(kinds)}"
         return f"unknown kind of layer; {hint}"
     whole = "" if len(detail["loc"]) > 2 else f", or one per kind of layer ({', '.join(kinds)})"
-    return f"must be a whole number from 1{whole}, got {detail.get('input')!r}"
+    return f"must be a whole number from 1{whole}, got {shown(detail.get('input'))}"
 
 
 def _section_fields(loc: list[str]) -> Iterable[str]:

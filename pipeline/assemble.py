@@ -19,10 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import nn
 
-from device_profiles import DeviceError, DeviceProfile, Target, load_profile, open_target
+from device_profiles import DeviceError, DeviceProfile, Target, load_profile, open_target, plain_yaml
 from pipeline.config import RunFile, home, method_options, parse_run_file
 from pipeline.crew import Crew, Engine
 from pipeline.device import InTurn, RunDevice, common_multiples, group_multiples, meet
@@ -53,7 +52,7 @@ def create_run_directory(config: RunFile) -> Path:
     """A new directory with ``run.yaml`` (the whole configuration, itself a run file) and the run's id."""
     stamp = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     directory = home() / "runs" / f"{config.name}-{stamp}"
-    content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    content = plain_yaml.dump(config.model_dump(mode="json"))
     try:
         directory.mkdir(parents=True)
         (directory / "run.yaml").write_text(content, encoding="utf-8")

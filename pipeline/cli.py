@@ -113,16 +113,10 @@ def rescore_(
 
     Example: secateur rescore .secateur/runs/digits-... --reward mnasnet --set target_ratio=0.7
     """
-    import yaml
-
+    from pipeline.config import reward_options
     from pipeline.rescore import rescore, shown, write_ranking
 
-    options = {}
-    for text in set_ or []:
-        key, separator, value = text.partition("=")
-        if not separator:
-            raise errors.UserError(f"--set {text!r}: write it as parameter=value, for example --set alpha=1")
-        options[key] = yaml.safe_load(value)
+    options = reward_options(reward, set_ or [])
     ranking = rescore(run_dir, reward, options)
     table = Table(title=f"{run_dir.name} by reward {reward}", title_justify="left")
     for title in ("", "candidate", "weights", "accuracy", "MACs ratio", "latency ratio", "reward", ""):
@@ -155,8 +149,7 @@ def explain(
     import inspect
     from dataclasses import fields
 
-    import yaml
-
+    from device_profiles import plain_yaml
     from pruning import search
 
     try:
@@ -166,7 +159,7 @@ def explain(
     defaults = {field.name: getattr(module.Options(), field.name) for field in fields(module.Options)}
     options = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
     section = {"search": {"method": method, "options": options}}
-    for text in (inspect.getdoc(module), yaml.safe_dump(section, sort_keys=False), inspect.getdoc(module.Options)):
+    for text in (inspect.getdoc(module), plain_yaml.dump(section), inspect.getdoc(module.Options)):
         out.print(f"{text}\n", markup=False, soft_wrap=True)
 
 

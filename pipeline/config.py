@@ -7,28 +7,38 @@ configure (``pipeline/workloads/NAME.py`` and ``pruning/search/NAME.py``), so a 
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import importlib
+import inspect
 import json
-import math
 import os
 import pkgutil
-import unicodedata
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 from urllib.parse import parse_qsl, urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from device_profiles import plain_yaml
+from device_profiles.plain_yaml import Content, Plain
+from device_profiles.plain_yaml import Place as Location
+from device_profiles.settle import Schema, printable, schema_of, settle, shown
 from pipeline.errors import UserError
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
-Location = tuple[str | int, ...]
 CHOOSERS = {"search.method": "ccep", "reward.preset": "device"}
 """Keys that choose whose ``options`` a section holds, with their defaults."""
 UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
@@ -50,20 +60,20 @@ class Distillation(Section):
     """Learning from the unpruned baseline: loss = (1 - weight) * task loss + weight * T^2 * KL(teacher || student)."""
 
     weight: Annotated[float, Field(ge=0, le=1)] = 0.7
-    temperature: Annotated[float, Field(gt=0)] = 4.0
+    temperature: Annotated[float, Field(gt=0, le=1000)] = 4.0
 
 
 class Recipe(Section):
     """How a network is trained: SGD with Nesterov momentum, linear warm-up, cosine decay to zero."""
 
-    epochs: Annotated[float, Field(gt=0)] = 10
-    lr: Annotated[float, Field(gt=0)] = 0.05
-    batch_size: Annotated[int, Field(gt=0)] = 128
+    epochs: Annotated[float, Field(gt=0, le=100_000)] = 10
+    lr: Annotated[float, Field(gt=0, le=1000)] = 0.05
+    batch_size: Annotated[int, Field(gt=0, le=1_000_000)] = 128
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
-    warmup_epochs: Annotated[float, Field(ge=0)] = 0.5
+    weight_decay: Annotated[float, Field(ge=0, le=1000)] = 5e-4
+    warmup_epochs: Annotated[float, Field(ge=0, le=100_000)] = 0.5
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    clip_norm: Annotated[float, Field(gt=0, le=1e9)] | None = None
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Keep an exponential moving average of the weights with this decay per step, and end with it; 0 = off. The first
     steps count more: the decay begins near 0.1 and rises to this."""
@@ -81,9 +91,9 @@ class DeviceSection(Section):
     """More devices: each candidate is measured on all of them at once, and the gate asks the same of each."""
     combine: Literal["worst", "mean"] = "worst"
     """The latency ratio that targets and rewards see where there are several devices: the worst, or the mean."""
-    wait_s: Annotated[float, Field(ge=0)] = 0.0
+    wait_s: Annotated[float, Field(ge=0, le=1e8)] = 0.0
     """How long a device may be away, at a time, before the run ends; 0 = not at all. A scheduled run may want hours."""
-    channel_multiple: Annotated[int, Field(ge=1)] | None = None
+    channel_multiple: Annotated[int, Field(ge=1, le=65_536)] | None = None
     """Overrides the width granularity that a probe of the device found, or the profile's."""
     probe: bool = True
     """Probe a device that was never probed, at the start of the run: where its latency steps with width (under a minute
@@ -100,11 +110,11 @@ class TargetSection(Section):
 class BudgetSection(Section):
     """What the search may spend; None = no such limit. The search ends with what it has found by then."""
 
-    evaluations: Annotated[int, Field(gt=0)] | None = None
+    evaluations: Annotated[int, Field(gt=0, le=10**9)] | None = None
     """Candidates evaluated, fine-tuned ones included."""
-    seconds: Annotated[float, Field(gt=0)] | None = None
+    seconds: Annotated[float, Field(gt=0, le=1e9)] | None = None
     """Nothing begins after so many seconds of search (what is under way is finished, and one plan is evaluated)."""
-    epochs: Annotated[float, Field(ge=0)] | None = None
+    epochs: Annotated[float, Field(ge=0, le=1e9)] | None = None
     """Epochs of training during the search."""
 
 
@@ -114,9 +124,9 @@ class LatencySection(Section):
     mode: Literal["auto", "measure"] = "auto"
     """auto = predicted by a model of this network on this device where that proves good enough, measured otherwise;
     measure = every candidate is measured. What is fine-tuned is measured in any case."""
-    measurements: Annotated[int, Field(ge=6)] = 15
+    measurements: Annotated[int, Field(ge=6, le=100_000)] = 15
     """Measurements the model may ask for; those of candidates count too."""
-    max_error: Annotated[float, Field(gt=0)] = 0.08
+    max_error: Annotated[float, Field(gt=0, le=1000)] = 0.08
     """Largest median error (fraction) of plans left out, for the model to be trusted."""
     min_spearman: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Smallest rank correlation of plans left out, for the model to be trusted."""
@@ -134,13 +144,13 @@ class SearchSection(Section):
     min_keep_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     frozen: tuple[str, ...] = ()
     """Channel groups that are left alone; ``*`` and ``?`` match as in file names."""
-    images: Annotated[int, Field(gt=0)] = 1000
+    images: Annotated[int, Field(gt=0, le=10**9)] = 1000
     """Images of the search split each candidate is scored on."""
-    recalibrate_images: Annotated[int, Field(ge=0)] = 0
+    recalibrate_images: Annotated[int, Field(ge=0, le=10**9)] = 0
     """Training images for re-estimating batch-norm statistics of a candidate; 0 = off."""
-    memory_mb: Annotated[int, Field(gt=0)] = 1024
+    memory_mb: Annotated[int, Field(gt=0, le=10**8)] = 1024
     """Bound on the activations of one batch."""
-    seconds_per_candidate: Annotated[float, Field(gt=0)] = 120.0
+    seconds_per_candidate: Annotated[float, Field(gt=0, le=1e9)] = 120.0
     """A candidate that takes longer is recorded as failed."""
     forward: Literal["auto", "steady"] = "auto"
     """auto = the fastest forward pass, found by trials; steady = one that gives the same numbers to the last bit in
@@ -153,10 +163,10 @@ class WorkersSection(Section):
     engine: Literal["none", "processes", "dask", "ray"] = "none"
     """none = this process scores all candidates itself; processes = on this machine; dask, ray = on a cluster (or one
     made for this run on this machine), with the extra of that name."""
-    count: Annotated[int, Field(ge=1)] | None = None
+    count: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Batches under way at once, which is worker processes on this machine; null = as many as the machine has cores, or
     the cluster has."""
-    batch: Annotated[int, Field(ge=1)] = 32
+    batch: Annotated[int, Field(ge=1, le=1_000_000)] = 32
     """Candidates of a batch, at most: what is repeated when a worker dies. Each is a task, which has its price."""
     address: str | None = None
     """Of an existing cluster: Dask's scheduler (``tcp://host:8786``) or Ray's (``host:6379``, ``ray://...``, ``auto``);
@@ -179,7 +189,7 @@ class RewardSection(Section):
 class FinetuneSection(Recipe):
     """The fine-tuning of the best plans."""
 
-    top: Annotated[int, Field(ge=1)] = 2
+    top: Annotated[int, Field(ge=1, le=10_000)] = 2
     """How many plans of the archive are fine-tuned; the best by reward becomes the compact model."""
     distill: Distillation | None = Distillation()
     from_scratch: bool = False
@@ -190,11 +200,11 @@ class ExportSection(Section):
     """The ONNX export and its proof."""
 
     opset: Annotated[int, Field(ge=18, le=25)] = 20
-    tolerance: Annotated[float, Field(gt=0)] = 1e-4
+    tolerance: Annotated[float, Field(gt=0, le=1)] = 1e-4
     """Largest relative difference between the ONNX file and the PyTorch model."""
     dynamic_batch: bool = False
     """Whether the files take any number of images at once, instead of one."""
-    parity_images: Annotated[int, Field(gt=0)] = 64
+    parity_images: Annotated[int, Field(gt=0, le=10**9)] = 64
 
 
 class GateSection(Section):
@@ -208,7 +218,7 @@ class GateSection(Section):
     }
     max_drop: Annotated[float, Field(ge=0, le=1)] | None = 0.02
     """Largest loss of accuracy on the test split, as a fraction (0.02 = two percentage points)."""
-    min_speedup: Annotated[float, Field(gt=0)] | None = 1.0
+    min_speedup: Annotated[float, Field(gt=0, le=1e6)] | None = 1.0
     """The lower end of the speed-up's 95 % interval must lie above this."""
     max_macs_ratio: Fraction | None = None
     budgets: bool = True
@@ -217,14 +227,14 @@ class GateSection(Section):
     """Whether the run itself promotes a model that passes; false = it stays a challenger for `secateur promote`."""
     min_accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
     """Smallest accuracy on the test split."""
-    max_p95_ms: Annotated[float, Field(gt=0)] | None = None
-    max_peak_rss_bytes: Annotated[int, Field(gt=0)] | None = None
+    max_p95_ms: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    max_peak_rss_bytes: Annotated[int, Field(gt=0, le=2**50)] | None = None
     max_drop_champion: Annotated[float, Field(ge=0, le=1)] | None = 0.01
     """Largest loss of accuracy against the reigning champion, on the same test images."""
-    max_latency_increase: Annotated[float, Field(ge=0)] | None = 0.05
+    max_latency_increase: Annotated[float, Field(ge=0, le=1e6)] | None = 0.05
     """Largest increase of p50 and p95 over the champion's (0.05 = five per cent); what counts is the lower end of the
     95 % interval of their ratio, measured in one interleaved run."""
-    max_resource_increase: Annotated[float, Field(ge=0)] | None = 0.10
+    max_resource_increase: Annotated[float, Field(ge=0, le=1e6)] | None = 0.10
     """The same for the first call, peak RSS and the file's size."""
 
 
@@ -307,15 +317,15 @@ def home() -> Path:
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing wrong with a run file, at one place."""
+    """One thing wrong with a run file, at one place; ``where``: a line of the file, or ``--set``."""
 
     place: Location
     message: str
-    line: int | None = None
+    where: str = ""
 
     def __str__(self) -> str:
-        where = ".".join(str(part) for part in self.place) or "the file"
-        return f"{where}{f' (line {self.line})' if self.line else ''}: {self.message}"
+        place = printable(".".join(str(part) for part in self.place)) or "the file"
+        return f"{place}{f' ({self.where})' if self.where else ''}: {self.message}"
 
 
 def workload_names() -> list[str]:
@@ -359,32 +369,101 @@ def load_run_file(path: Path, overrides: Sequence[str] = ()) -> RunFile:
 def parse_run_file(text: str, name: str = "run file", overrides: Sequence[str] = ()) -> RunFile:
     """Check the text of a run file; ``load_run_file`` without the file."""
     try:
-        data, root = plain_yaml.load(text)
-        placed_keys = list(_lines(root))
-        lines = dict(placed_keys)
+        document = plain_yaml.read(text)
     except yaml.YAMLError as error:
         raise UserError(f"{name} is not valid YAML: {error}") from error
-    if not isinstance(data, dict):
+    content = document.content
+    if not isinstance(content, dict):
         raise UserError(f"{name}: expected a mapping with the keys {', '.join(RunFile.model_fields)}")
+    origins = {place: f"line {line}" for place, line in document.lines.items()}
     for override in sorted(overrides, key=lambda text: text.partition("=")[0] not in CHOOSERS):
-        _apply(data, override)
-    given = Counter(place for place, _ in placed_keys)
-    faults = [Fault(place, f"given {times} times") for place, times in given.items() if times > 1]
-    faults += _unfit_values(data)
+        place = _apply(content, override)
+        origins = {at: origin for at, origin in origins.items() if at[: len(place)] != place}
+        origins[place] = "--set"
+    faults = [Fault(place, f"given {len(lines)} times") for place, lines in document.repeated.items()]
+    data, misread = settle(content, _schemas(content))
+    faults += [Fault(found.place, found.message) for found in misread]
     run_file = _check(RunFile, data, (), faults)
     _check_workload(data.get("workload"), faults)
     _check_method(data.get("search"), faults)
     _check_reward(data.get("reward"), faults)
     if faults or not isinstance(run_file, RunFile):
-        placed = [Fault(f.place, f.message, _nearest(lines, f.place)) for f in faults]
+        placed = [Fault(f.place, f.message, _origin(origins, f.place)) for f in faults]
         listing = "\n".join(f"  {fault}" for fault in placed)
         raise UserError(f"{name} has {len(faults)} fault{'s' if len(faults) > 1 else ''}:\n{listing}")
     return run_file
 
 
+def reward_options(preset: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The options of a reward, checked as those of a run file are.
+
+    Args:
+        overrides: ``parameter=value`` texts; values are YAML.
+
+    Raises:
+        UserError: there is no such reward, or anything in its options is wrong; all faults in one message.
+    """
+    from pruning import reward
+
+    content: dict[str, Content] = {}
+    for override in overrides:
+        _apply(content, override, "parameter=value, for example --set alpha=1")
+    data, misread = settle(content, {(): _reward_schema(preset)})
+    faults = [Fault(found.place, found.message) for found in misread]
+    if preset in reward.PRESETS:
+        _check(_reward_model(preset), data, (), faults)
+    if not faults:
+        _check_reward({"preset": preset, "options": data}, faults)
+    if faults:
+        raise UserError("; ".join(str(fault) for fault in faults))
+    return dict(data)
+
+
+def _schemas(content: Mapping[str, Content]) -> dict[Location, Schema | None]:
+    """What the places of a run file take: its sections, and the options of what they name."""
+    from pruning import search
+
+    workload = _named(content, "workload", "name")
+    method, preset = _named(content, "search", "method"), _named(content, "reward", "preset")
+    return {
+        (): schema_of(RunFile),
+        ("workload",): schema_of(_workload(workload).Options) if workload in workload_names() else None,
+        ("search", "options"): schema_of(search.load(method).Options) if method in search.methods() else None,
+        ("reward", "options"): _reward_schema(preset),
+    }
+
+
+def _named(content: Mapping[str, Content], section: str, key: str) -> str:
+    """The text at ``section.key``, before anything of it was checked."""
+    found, default = content.get(section), CHOOSERS.get(f"{section}.{key}", "")
+    value = found.get(key, default) if isinstance(found, dict) else default
+    return value.written if isinstance(value, Plain) else str(value)
+
+
+def _workload(name: str) -> Any:
+    return importlib.import_module(f"pipeline.workloads.{name}")
+
+
+def _reward_schema(preset: str) -> Schema | None:
+    from pruning import reward
+
+    return schema_of(_reward_model(preset)) if preset in reward.PRESETS else None
+
+
+@functools.cache
+def _reward_model(preset: str) -> type[Section]:
+    """The options of a reward as a section."""
+    from pruning import reward
+
+    kind, _ = reward.PRESETS[preset]
+    parameters = inspect.signature(kind, eval_str=True).parameters
+    known: Any = {name: (p.annotation, p.default) for name, p in parameters.items() if name != "reference"}
+    return create_model("RewardOptions", __base__=Section, **known)
+
+
 def workload_options(data: dict[str, Any]) -> Any:
     """The checked options of a workload section (an instance of its module's ``Options``)."""
-    return importlib.import_module(f"pipeline.workloads.{data['name']}").Options.model_validate(data)
+    return _workload(data["name"]).Options.model_validate(data)
 
 
 def method_options(section: SearchSection) -> Any:
@@ -406,8 +485,7 @@ def _check_workload(section: object, faults: list[Fault]) -> None:
             )
         )
         return
-    module = importlib.import_module(f"pipeline.workloads.{section['name']}")
-    _check(module.Options, section, ("workload",), faults)
+    _check(_workload(section["name"]).Options, section, ("workload",), faults)
 
 
 def _check_method(section: object, faults: list[Fault]) -> None:
@@ -432,21 +510,24 @@ def _check_reward(section: object, faults: list[Fault]) -> None:
     from pruning.search.protocol import Evaluation
 
     section = section if isinstance(section, dict) else {}
-    preset, options = section.get("preset", "device"), section.get("options", {})
-    if not isinstance(options, dict):
+    preset, options = section.get("preset", CHOOSERS["reward.preset"]), section.get("options", {})
+    if not isinstance(options, dict) or not isinstance(preset, str):
+        return  # the schema has said so already
+    if preset in reward.PRESETS and _check(_reward_model(preset), options, ("reward", "options"), faults) is None:
         return
     sample = Evaluation(metrics={"top1": 0.9, "macs": 1e6, "params": 1e5, "latency_ratio": 1.0, "p50_ms": 1.0})
     try:
         reward.make_reward(preset, sample, **options)
     except (ValueError, TypeError) as error:
-        faults.append(Fault(("reward",), str(error)))
+        faults.append(Fault(("reward", "options") if preset in reward.PRESETS else ("reward",), str(error)))
 
 
 def _check(schema: Any, data: object, prefix: Location, faults: list[Fault]) -> object:
-    """Validate ``data``; on failure append every fault, with known alternatives, and return None."""
+    """Validate ``data``; on failure append every fault that is not told yet, with known alternatives, return None."""
     try:
         return TypeAdapter(schema).validate_python(data)
     except ValidationError as error:
+        told = {fault.place for fault in faults}
         for item in error.errors():
             place = (*prefix, *(part for part in item["loc"] if not _is_union_tag(part)))
             message = item["msg"].removeprefix("Value error, ")
@@ -454,14 +535,12 @@ def _check(schema: Any, data: object, prefix: Location, faults: list[Fault]) -> 
                 siblings = _field_names(schema, item["loc"][:-1])
                 message = f"unknown key; {known(siblings, str(item['loc'][-1]))}"
             elif item["type"] not in ("missing", "value_error"):
-                message = f"{message}, got {item['input']!r}"
-            faults.append(Fault(place, message))
+                message = f"{message}, got {shown(item['input'])}"
+            if place not in told:
+                faults.append(Fault(place, message))
         unknown = {e["loc"][0] for e in error.errors() if len(e["loc"]) == 1 and e["type"] in UNKNOWN_KEY}
         if unknown and isinstance(data, dict):  # they may hide faults of the keys that are known
-            told = {fault.place for fault in faults}
-            rest: list[Fault] = []
-            _check(schema, {key: value for key, value in data.items() if key not in unknown}, prefix, rest)
-            faults += [fault for fault in rest if fault.place not in told]
+            _check(schema, {key: value for key, value in data.items() if key not in unknown}, prefix, faults)
         return None
 
 
@@ -483,55 +562,47 @@ def _field_names(schema: Any, path: Sequence[str | int]) -> list[str]:
     return [f.name for f in fields(schema)] if is_dataclass(schema) else []
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
-    """Set one ``section.key=value`` in the nested mapping; another method or reward begins with default options."""
-    key, separator, value = override.partition("=")
-    if not separator or not key:
-        raise UserError(f"--set {override!r}: write it as section.key=value, for example --set search.method=random")
-    *parents, last = key.split(".")
-    here: Any = data
-    before = dict(data.get(parents[0]) or {}) if key in CHOOSERS else {}
-    for parent in parents:
-        here = here.setdefault(parent, {})
+def _apply(
+    content: dict[str, Content], override: str, form: str = "section.key=value, for example --set search.method=random"
+) -> Location:
+    """Set one ``section.key=value``, and return its place; another method or reward begins with default options."""
+    key, separator, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise UserError(f"--set {shown(override)}: write it as {form}")
+    here: Any = content
+    for depth, parent in enumerate(parts[:-1], start=1):
+        if parent not in here or (isinstance(here[parent], Plain) and here[parent].value is None):
+            here[parent] = {}
+        here = here[parent]
         if not isinstance(here, dict):
-            raise UserError(f"--set {override!r}: {parent!r} is a value, not a section")
-    try:
-        here[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {override!r}: the value is not valid YAML") from error
-    if key in CHOOSERS and before.get(last, CHOOSERS[key]) != here[last]:
+            what = "a list; set the whole list" if isinstance(here, list) else "a value, not a section"
+            raise UserError(f"--set {shown(override)}: {printable('.'.join(parts[:depth]))!r} is {what}")
+    chooser, before = ".".join(parts), here.get(parts[-1])
+    here[parts[-1]] = _value(override, text)
+    if chooser in CHOOSERS and (before or CHOOSERS[chooser]) != here[parts[-1]]:
         here.pop("options", None)  # they are the options of what was chosen before
+    return tuple(parts)
 
 
-def _unfit_values(value: object, place: Location = ()) -> Iterator[Fault]:
-    """Values that no key may have: numbers that are not finite, and text that could move a terminal's cursor."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _unfit_values(item, (*place, str(key)))
-    elif isinstance(value, list):
-        for i, item in enumerate(value):
-            yield from _unfit_values(item, (*place, i))
-    elif isinstance(value, float) and not math.isfinite(value):
-        yield Fault(place, f"expected a finite number, got {value}")
-    elif isinstance(value, str) and any(unicodedata.category(c) == "Cc" and c not in "\n\t" for c in value):
-        yield Fault(place, f"contains control characters: {value!r}")
+def _value(override: str, text: str) -> Content:
+    """The value of an override, as YAML."""
+    quoted = f"a text with special characters needs quotes within the quotes: {override.partition('=')[0]}='\"...\"'"
+    try:
+        found = plain_yaml.read(text).content
+    except yaml.YAMLError as error:
+        why = printable(str(error).splitlines()[0])
+        raise UserError(f"--set {shown(override)}: the value is not valid YAML ({why}); {quoted}") from error
+    written, given = found.written if isinstance(found, Plain) else found, text.strip()
+    if isinstance(written, str) and given[:1] not in ("'", '"', "|", ">", "&", "!"):
+        lost = not written if isinstance(found, Plain) else written != given
+        if given and lost:
+            raise UserError(f"--set {shown(override)}: YAML reads {shown(written)}, the rest is a comment; {quoted}")
+    return found
 
 
-def _lines(node: yaml.Node | None, place: Location = ()) -> Iterator[tuple[Location, int]]:
-    """Line number (from 1) of every place in a YAML document."""
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            here = (*place, str(key.value))
-            yield here, key.start_mark.line + 1
-            yield from _lines(value, here)
-    elif isinstance(node, yaml.SequenceNode):
-        for i, value in enumerate(node.value):
-            yield (*place, i), value.start_mark.line + 1
-            yield from _lines(value, (*place, i))
-
-
-def _nearest(lines: dict[Location, int], place: Location) -> int | None:
-    """Line of the place, or of its nearest parent in the file (``--set`` values and defaults have none)."""
-    while place and place not in lines:
+def _origin(origins: Mapping[Location, str], place: Location) -> str:
+    """Where a place, or its nearest parent, was given (defaults were nowhere)."""
+    while place and place not in origins:
         place = place[:-1]
-    return lines.get(place)
+    return origins.get(place, "")

@@ -96,7 +96,7 @@ def show(name: Name) -> None:
 
     Example: secateur devices show raspberry-pi-5
     """
-    import yaml
+    from device_profiles import plain_yaml
 
     profile, path = _load(name), _known().get(name, Path(name))
     notes = [f"# {path}"]
@@ -106,7 +106,7 @@ def show(name: Name) -> None:
         notes.append(f"# calibrated: {_probe_file(profile.name)}")
     else:
         notes.append(f"# not calibrated: secateur devices probe {name} finds channel_multiple")
-    text = yaml.safe_dump(profile.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+    text = plain_yaml.dump(profile.model_dump(mode="json"))
     out.print("\n".join([*notes, text]), markup=False, soft_wrap=True)
 
 
@@ -515,7 +515,7 @@ def _write(name: str, settings: Mapping[str, Any]) -> Path:
         UserError: it is not valid.
         SurroundingsError: the file cannot be written.
     """
-    import yaml
+    from device_profiles import plain_yaml
 
     path = _folder() / f"{name}.yaml"
     comment = (
@@ -524,7 +524,7 @@ def _write(name: str, settings: Mapping[str, Any]) -> Path:
     before = path.read_text(encoding="utf-8") if path.is_file() else None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(comment + yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        path.write_text(comment + plain_yaml.dump(dict(settings)), encoding="utf-8")
     except OSError as error:
         raise errors.SurroundingsError(f"cannot write {path}: {error.strerror}") from error
     try:
@@ -545,10 +545,11 @@ def _extends(path: Path) -> str | None:
     from device_profiles import plain_yaml
 
     try:
-        data, _ = plain_yaml.load(path.read_text(encoding="utf-8"))
+        content = plain_yaml.read(path.read_text(encoding="utf-8")).content
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return None
-    return str(data["extends"]) if isinstance(data, dict) and "extends" in data else None
+    base = content.get("extends") if isinstance(content, dict) else None
+    return base.written if isinstance(base, plain_yaml.Plain) else None if base is None else str(base)
 
 
 def _measure(

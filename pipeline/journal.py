@@ -155,8 +155,9 @@ def _decode(line: bytes, path: Path, number: int) -> Record:
     try:
         record = json.loads(line)
         crc = record.pop("crc")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        whole = zlib.crc32(json.dumps(record, separators=(",", ":")).encode()) == crc
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged from error
-    if zlib.crc32(json.dumps(record, separators=(",", ":")).encode()) != crc:
+    if not whole:
         raise damaged
     return dict(record)

@@ -17,6 +17,11 @@ from typing import Protocol
 
 from pruning.search.protocol import Evaluation
 
+MAX_EXPONENT = 16
+LEAST = 1e-9
+"""With these bounds no power of accuracies and ratios is too large for a float."""
+FLOOR_RULE = "floor_pp must be at most 100: nothing is more accurate"
+
 
 class Reward(Protocol):
     """Fitness of an evaluation, higher = better, -inf = rejected."""
@@ -94,6 +99,15 @@ class GapReward:
                 "target_macs_ratio must be > 0": self.target_macs_ratio is None or self.target_macs_ratio > 0,
             }
         )
+        _check(
+            {
+                f"alpha must be at most {MAX_EXPONENT}": self.alpha <= MAX_EXPONENT,
+                f"delta_pp must lie in {LEAST:g}..100": LEAST <= self.delta_pp <= 100,
+                "a0_pp must be at most 200": self.a0_pp is None or self.a0_pp <= 200,
+                "latency_deadband must be at most 1": self.latency_deadband <= 1,
+                FLOOR_RULE: _floor_holds(self.floor_pp),
+            }
+        )
 
     def __call__(self, evaluation: Evaluation, /) -> float:
         if _rejected(evaluation, self.floor_pp):
@@ -154,8 +168,10 @@ class MnasNetReward:
     def __post_init__(self) -> None:
         _check(
             {
-                "target_ratio must be > 0": self.target_ratio > 0,
+                f"target_ratio must be > 0, at least {LEAST:g}": self.target_ratio >= LEAST,
                 "alpha, beta must be <= 0": max(self.alpha, self.beta) <= 0,
+                f"alpha, beta must be at least -{MAX_EXPONENT}": min(self.alpha, self.beta) >= -MAX_EXPONENT,
+                FLOOR_RULE: _floor_holds(self.floor_pp),
             }
         )
 
@@ -187,7 +203,13 @@ class AbsoluteReward:
     floor_pp: float | None = None
 
     def __post_init__(self) -> None:
-        _check({"target_ratio must be > 0": self.target_ratio > 0, "beta must be <= 0": self.beta <= 0})
+        _check(
+            {
+                f"target_ratio must be > 0, at least {LEAST:g}": self.target_ratio >= LEAST,
+                "beta must be <= 0": self.beta <= 0,
+                FLOOR_RULE: _floor_holds(self.floor_pp),
+            }
+        )
 
     def __call__(self, evaluation: Evaluation, /) -> float:
         if _rejected(evaluation, self.floor_pp):
@@ -204,10 +226,16 @@ class AmcReward:
     Args:
         reference: evaluation of the unpruned network; not used.
         floor_pp: percentage points; candidates with less accuracy are rejected. None = no floor.
+
+    Raises:
+        ValueError: a parameter is outside its range.
     """
 
     reference: Evaluation
     floor_pp: float | None = None
+
+    def __post_init__(self) -> None:
+        _check({FLOOR_RULE: _floor_holds(self.floor_pp)})
 
     def __call__(self, evaluation: Evaluation, /) -> float:
         if _rejected(evaluation, self.floor_pp):
@@ -268,6 +296,10 @@ def _check(rules: Mapping[str, bool]) -> None:
     broken = [rule for rule, holds in rules.items() if not holds]
     if broken:
         raise ValueError("; ".join(broken))
+
+
+def _floor_holds(floor_pp: float | None) -> bool:
+    return floor_pp is None or floor_pp <= 100
 
 
 def _rejected(evaluation: Evaluation, floor_pp: float | None) -> bool:

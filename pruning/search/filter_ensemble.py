@@ -128,7 +128,7 @@ class Options:
         shares = dict.fromkeys(("round_share", "layer_share", "min_keep"), (0.0, 1.0))
         counts = dict.fromkeys(("rounds", "images", "bundle", "batch"), (1.0, math.inf))
         check_ranges(self, keep=(0.01, 0.99), min_masks=(0.1, math.inf), max_masks=(0.1, math.inf), **shares, **counts)
-        check_ranges(self, finetune_epochs=(0, math.inf), cost_power=(0, math.inf))
+        check_ranges(self, finetune_epochs=(0, math.inf), cost_power=(0, 10))
         if self.max_masks < self.min_masks:
             raise ValueError(f"max_masks {self.max_masks:g} must not lie below min_masks {self.min_masks:g}")
 

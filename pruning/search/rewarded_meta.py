@@ -72,7 +72,7 @@ class Options(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         tiny = 1e-6
-        check_ranges(self, alpha=(tiny, math.inf), ba_pp=(tiny, math.inf), margin_pp=(tiny, 100))
+        check_ranges(self, alpha=(tiny, 16), ba_pp=(tiny, 200), margin_pp=(tiny, 100))
 
 
 def search(problem: Problem, options: Options) -> Strategy:

@@ -209,7 +209,7 @@ def test_channel_multiples_per_kind(tmp_path: Path):
         ("target: ssh\nconnect:\n  hots: a\n", "line 3: connect.hots: unknown setting; did you mean 'host'?"),
         ("connect: {cpu_share: 2}\n", "line 1: connect.cpu_share: Input should be less than or equal to 1, got 2"),
         ("connect: 3\n", "line 1: connect: Input should be a valid dictionary, got 3"),
-        ("target: 3\n", "line 1: target: Input should be a valid string, got 3"),
+        ("target: 3\n", "line 1: target: expected text, got 3"),
     ],
 )
 def test_the_connect_section_is_checked_by_its_target(tmp_path: Path, text: str, fault: str):

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from device_profiles import DeviceError, load_profile, plain_yaml
+from device_profiles.settle import settle
 from pipeline.assemble import device_profile, open_workload
 from pipeline.config import load_run_file, parse_run_file
 from pipeline.errors import UserError
@@ -57,8 +58,8 @@ def test_yaml_that_is_no_run_file_is_refused_at_once(name: str, tmp_path: Path) 
 
 def test_anchors_of_people_still_work() -> None:
     text = "recipe: &r {epochs: 2, lr: 0.1}\nbaseline: *r\nfinetune: {<<: *r, top: 1}\n"
-    data, root = plain_yaml.load(text)
-    assert root is not None and data["finetune"] == {"epochs": 2, "lr": 0.1, "top": 1}
+    data, faults = settle(plain_yaml.read(text).content, {(): {}})
+    assert not faults and data["finetune"] == {"epochs": 2, "lr": 0.1, "top": 1}
 
 
 @pytest.mark.parametrize(
