@@ -75,6 +75,11 @@ def read(text: str) -> Document:
     try:
         _check_growth(text)
         root = yaml.compose(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        raise yaml.YAMLError(_located(error)) from error
+    except yaml.reader.ReaderError as error:
+        line, character = text.count("\n", 0, error.position) + 1, ord(text[error.position])
+        raise yaml.YAMLError(f"line {line}: the character U+{character:04X} may not stand in it") from error
     except (ValueError, OverflowError, LookupError, AttributeError, TypeError) as error:  # the parser, beyond its depth
         raise yaml.YAMLError(f"something in it is not valid: {error}") from error
     if root is None:
@@ -84,10 +89,23 @@ def read(text: str) -> Document:
     return Document(content, builder.lines, {place: lines for place, lines in builder.given.items() if len(lines) > 1})
 
 
+def _located(error: yaml.MarkedYAMLError) -> str:
+    """The line of an error, and what is wrong, in one line."""
+    mark = error.problem_mark or error.context_mark
+    words = " ".join(printable(word) for word in filter(None, (error.context, error.problem)) if word)
+    hint = "; indent with spaces, not with tabs" if "'\\t'" in words else ""
+    return f"line {mark.line + 1}: {words}{hint}" if mark else words
+
+
 def dump(data: object, width: int = 100) -> str:
     """Data as YAML text that ``read`` and every other reader takes for the same data."""
     text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=width)
     return text
+
+
+def printable(text: str) -> str:
+    """A text in which all that is no visible character (what moves a cursor, say) is written as an escape."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 # ------------------------------------------------------------------------------------------------------ plain values

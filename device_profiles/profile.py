@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from device_profiles import plain_yaml
 from device_profiles.errors import DeviceError
-from device_profiles.plain_yaml import Content, Document, Place, Plain
-from device_profiles.settle import Schema, printable, schema_of, settle, shown
+from device_profiles.plain_yaml import Content, Document, Place, Plain, printable
+from device_profiles.settle import Schema, schema_of, settle, shown
 
 HERE = Path(__file__).parent
 NOT_SETTINGS = ("extends",)

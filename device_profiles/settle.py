@@ -293,7 +293,7 @@ class _Settler:
 
     def _refuse(self, plain: Plain, place: Place, wanted: Wanted) -> str:
         """Say what some readers take it for, and how to write what may be meant."""
-        written = plain.written if len(plain.written) <= SHOWN else f"{plain.written[:SHOWN]}..."
+        written = cut(plain.written)
         agreed = {bool: "a boolean", int: "a number", float: "a number"}.get(type(plain.value), "")
         reading = plain.reading if plain.reading not in ("true", "false") else f"the boolean {plain.reading}"
         taken = f", which readers of YAML take for {reading or agreed}" if reading or agreed else ""
@@ -324,21 +324,17 @@ def _hint(text: str, wanted: Wanted) -> str:
     return ""
 
 
+def cut(text: str) -> str:
+    """The beginning of a long text."""
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
 def shown(value: object) -> str:
     """A value for a message: as Python writes it, not too long, and nothing in it that moves a cursor."""
     if isinstance(value, str):
-        return repr(value if len(value) <= SHOWN else f"{value[:SHOWN]}...")
+        return repr(cut(value))
     text = repr(value)
     return text if len(text) <= 2 * SHOWN else f"{text[: 2 * SHOWN]}..."
-
-
-def printable(text: str) -> str:
-    """A text with its control characters, and what is no Unicode, written as escapes."""
-    return "".join(c if unicodedata.category(c) not in UNPRINTABLE else repr(c)[1:-1] for c in text)
-
-
-UNPRINTABLE = ("Cc", "Cs", "Cf", "Zl", "Zp")
-"""Kinds of characters that move a cursor, turn the direction of writing, or are none."""
 
 
 WORDS = {

@@ -33,9 +33,9 @@ from pydantic import (
 )
 
 from device_profiles import plain_yaml
-from device_profiles.plain_yaml import Content, Plain
+from device_profiles.plain_yaml import Content, Plain, printable
 from device_profiles.plain_yaml import Place as Location
-from device_profiles.settle import Schema, printable, schema_of, settle, shown
+from device_profiles.settle import Schema, cut, schema_of, settle, shown
 from pipeline.errors import UserError
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -324,7 +324,7 @@ class Fault:
     where: str = ""
 
     def __str__(self) -> str:
-        place = printable(".".join(str(part) for part in self.place)) or "the file"
+        place = printable(".".join(cut(str(part)) for part in self.place)) or "the file"
         return f"{place}{f' ({self.where})' if self.where else ''}: {self.message}"
 
 
@@ -476,14 +476,9 @@ def method_options(section: SearchSection) -> Any:
 def _check_workload(section: object, faults: list[Fault]) -> None:
     if not isinstance(section, dict):
         return
-    names = workload_names()
-    if section.get("name") not in names:
-        faults.append(
-            Fault(
-                ("workload", "name"),
-                f"unknown workload {section.get('name')!r}; {known(names, str(section.get('name')))}",
-            )
-        )
+    names, name = workload_names(), section.get("name")
+    if name not in names:
+        _add(faults, Fault(("workload", "name"), f"unknown workload {shown(name)}; {known(names, str(name))}"))
         return
     _check(_workload(section["name"]).Options, section, ("workload",), faults)
 
@@ -496,9 +491,8 @@ def _check_method(section: object, faults: list[Fault]) -> None:
     if not isinstance(method, str):
         return  # the schema has said so already
     if method not in search.methods():
-        faults.append(
-            Fault(("search", "method"), f"unknown method {method!r}; {known(sorted(search.methods()), str(method))}")
-        )
+        names = sorted(search.methods())
+        _add(faults, Fault(("search", "method"), f"unknown method {shown(method)}; {known(names, method)}"))
         return
     options = section.get("options", {})
     if isinstance(options, dict):
@@ -511,7 +505,7 @@ def _check_reward(section: object, faults: list[Fault]) -> None:
 
     section = section if isinstance(section, dict) else {}
     preset, options = section.get("preset", CHOOSERS["reward.preset"]), section.get("options", {})
-    if not isinstance(options, dict) or not isinstance(preset, str):
+    if not isinstance(options, dict) or not isinstance(preset, str) or _told(faults, ("reward", "preset")):
         return  # the schema has said so already
     if preset in reward.PRESETS and _check(_reward_model(preset), options, ("reward", "options"), faults) is None:
         return
@@ -520,6 +514,16 @@ def _check_reward(section: object, faults: list[Fault]) -> None:
         reward.make_reward(preset, sample, **options)
     except (ValueError, TypeError) as error:
         faults.append(Fault(("reward", "options") if preset in reward.PRESETS else ("reward",), str(error)))
+
+
+def _told(faults: Sequence[Fault], place: Location) -> bool:
+    return any(fault.place == place for fault in faults)
+
+
+def _add(faults: list[Fault], fault: Fault) -> None:
+    """What is wrong with a place already is not told in other words."""
+    if not _told(faults, fault.place):
+        faults.append(fault)
 
 
 def _check(schema: Any, data: object, prefix: Location, faults: list[Fault]) -> object:
