@@ -22,7 +22,6 @@ from typing import Any
 import mlflow
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -35,6 +34,7 @@ from pipeline.assemble import Run
 from pipeline.config import home
 from pipeline.progress import RichProgress
 from pipeline.stages import first_batch, load_baseline, load_compact
+from pipeline.terminal import Terminal
 from pipeline.training import fit, load_weights, save_weights
 from pipeline.workloads.boxes import average_precision
 from pipeline.workloads.detection import judged
@@ -54,7 +54,7 @@ def main() -> None:
     made.add_argument("--run", type=Path, metavar="DIRECTORY", help="a finished detection run")
     made.add_argument("--controls", default="uniform,random", metavar="NAMES", help="of uniform, random, scratch")
     arguments = made.parse_args()
-    with Run(arguments.run or _performed(), RichProgress(Console(stderr=True))) as run:
+    with Run(arguments.run or _performed(), RichProgress(Terminal(stderr=True))) as run:
         model, graph = load_baseline(run)
         plan = PruningPlan.from_json((run.directory / "compact.plan.json").read_text(encoding="utf-8"))
         compact = load_compact(run, model, graph, plan)

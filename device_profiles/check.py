@@ -14,6 +14,7 @@ from typing import Any, Literal
 from device_profiles.agent import EXIT_CODES
 from device_profiles.errors import DeviceError
 from device_profiles.profile import DeviceProfile
+from device_profiles.wording import command
 
 Status = Literal["ok", "warning", "missing"]
 
@@ -105,7 +106,7 @@ def _section(answer: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _profile(profile: DeviceProfile) -> Check:
     if profile.is_template:
-        fix = f"secateur devices add NAME --from {profile.name} --host user@address"
+        fix = command("secateur", "devices", "add", "NAME", "--from", profile.name, "--host", "user@address")
         return Check("profile", "missing", "valid, but it needs a host", fix)
     if not profile.timing:
         found = "valid; timing: false, so outputs can be compared here, but its times mean nothing"
@@ -118,7 +119,7 @@ def _failure(profile: DeviceProfile, error: DeviceError) -> Iterator[Check]:
     if profile.is_template:
         return
     if error.code not in AGENT_CODES:
-        fix = f"as it says there; then: secateur devices check {profile.name}"
+        fix = f"as it says there; then: {command('secateur', 'devices', 'check', profile.name)}"
         yield Check("reachable", "missing", f"{error.code}: {error}", fix)
         return
     yield Check("reachable", "ok", "")

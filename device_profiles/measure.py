@@ -337,7 +337,7 @@ class BenchmarkResult:
             processes = tuple(_process(p, data["names"]) for p in data.pop("processes"))
             lists = {key: tuple(data[key]) for key in ("names", "spoiled", "disturbed") if key in data}
             return cls(**{**data, **lists, "processes": processes})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DeviceError(f"not a benchmark result written by BenchmarkResult.to_json: {error!r}") from error
 
     def _samples(self, process: Process, name: str, kind: str | None = None) -> FloatArray:

@@ -19,6 +19,8 @@ from typing import Any
 
 import yaml
 
+from device_profiles.wording import printable
+
 MAX_CHARS = 1_000_000
 MAX_NODES = 100_000
 """Values of a file, each alias counted as what it stands for."""
@@ -101,11 +103,6 @@ def dump(data: object, width: int = 100) -> str:
     """Data as YAML text that ``read`` and every other reader takes for the same data."""
     text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=width)
     return text
-
-
-def printable(text: str) -> str:
-    """A text in which all that is no visible character (what moves a cursor, say) is written as an escape."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 # ------------------------------------------------------------------------------------------------------ plain values

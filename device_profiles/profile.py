@@ -16,8 +16,9 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from device_profiles import plain_yaml
 from device_profiles.errors import DeviceError
-from device_profiles.plain_yaml import Content, Document, Place, Plain, printable
-from device_profiles.settle import Schema, schema_of, settle, shown
+from device_profiles.plain_yaml import Content, Document, Place, Plain
+from device_profiles.settle import Schema, schema_of, settle
+from device_profiles.wording import command, printable, shown
 
 HERE = Path(__file__).parent
 NOT_SETTINGS = ("extends",)
@@ -155,7 +156,7 @@ class DeviceProfile(BaseModel):
         if self.is_template:
             raise DeviceError(
                 f"device profile {self.name} needs a host: "
-                f"secateur devices add NAME --from {self.name} --host user@address",
+                + command("secateur", "devices", "add", "NAME", "--from", self.name, "--host", "user@address"),
                 "profile",
             )
 

@@ -79,7 +79,7 @@ class Reader:
     def _line(self, line: str) -> None:
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             return
         if not isinstance(value, dict):
             return

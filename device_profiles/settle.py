@@ -26,13 +26,12 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
 
 from device_profiles.plain_yaml import BOOLEANS, Content, Place, Plain, number
+from device_profiles.wording import cut, shown
 
 LARGEST = 1_000_000
 """Bound on numbers whose schema has none."""
 LARGEST_FREE = 1_000_000_000_000
 """Bound on numbers in free mappings, whose meaning nobody knows here."""
-SHOWN = 60
-"""Characters of a value that a message shows."""
 
 Schema = Mapping[str, Any]
 TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
@@ -225,7 +224,7 @@ class _Settler:
 
     def _plain(self, plain: Plain, place: Place, wanted: Wanted) -> Any:
         if isinstance(plain.value, float) and not math.isfinite(plain.value):
-            self._fault(place, f"expected a finite number, got {plain.written[:SHOWN]}")
+            self._fault(place, f"expected a finite number, got {cut(plain.written)}")
             return plain.written
         if not wanted.known:
             return plain.value if not plain.reading else plain.written
@@ -285,10 +284,10 @@ class _Settler:
     def _bounded(self, value: int | float, written: str, place: Place, wanted: Wanted) -> int | float:
         bound = wanted.bound()
         if not math.isfinite(value):
-            self._fault(place, f"expected a finite number, got {written[:SHOWN]}")
+            self._fault(place, f"expected a finite number, got {cut(written)}")
         elif bound is not None and abs(value) > bound:
             side = "at most " if value > 0 else "at least -"
-            self._fault(place, f"expected a number of {side}{bound:,}, got {written[:SHOWN]}")
+            self._fault(place, f"expected a number of {side}{bound:,}, got {cut(written)}")
         return value
 
     def _refuse(self, plain: Plain, place: Place, wanted: Wanted) -> str:
@@ -322,19 +321,6 @@ def _hint(text: str, wanted: Wanted) -> str:
     if text.count(",") == 1 and number(text.replace(",", ".")) is not None:
         return f"; write {text.replace(',', '.')}"
     return ""
-
-
-def cut(text: str) -> str:
-    """The beginning of a long text."""
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
-
-
-def shown(value: object) -> str:
-    """A value for a message: as Python writes it, not too long, and nothing in it that moves a cursor."""
-    if isinstance(value, str):
-        return repr(cut(value))
-    text = repr(value)
-    return text if len(text) <= 2 * SHOWN else f"{text[: 2 * SHOWN]}..."
 
 
 WORDS = {

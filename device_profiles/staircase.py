@@ -98,7 +98,7 @@ class Staircase:
                 for key in ("curves", "losses")
             }
             return cls(**{**data, **numbered, "multiples": Multiples(**data["multiples"])})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DeviceError(f"not a probe written by Staircase.to_json: {error!r}", "profile") from error
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import secrets
-import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from datetime import datetime
@@ -22,6 +21,7 @@ import torch
 from torch import nn
 
 from device_profiles import DeviceError, DeviceProfile, Target, load_profile, open_target, plain_yaml
+from device_profiles.wording import command
 from pipeline.config import RunFile, home, method_options, parse_run_file
 from pipeline.crew import Crew, Engine
 from pipeline.device import InTurn, RunDevice, common_multiples, group_multiples, meet
@@ -87,7 +87,7 @@ def open_run_directory(directory: Path) -> tuple[str, RunFile]:
     try:
         run_id = str(json.loads((directory / "origin.json").read_text(encoding="utf-8"))["run_id"])
         text = (directory / "run.yaml").read_text(encoding="utf-8")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         recent = sorted((home() / "runs").glob("*/run.yaml"), key=lambda p: p.stat().st_mtime)[-3:]
         hint = f"; recent runs: {', '.join(str(p.parent) for p in recent)}" if recent else ""
         raise UserError(
@@ -393,7 +393,7 @@ def check_data(directory: Path, found: DataRecord) -> None:
                 f"{directory} holds no data.json, which says which images the run began with: it was removed, or the "
                 "run was begun by an earlier version of Secateur, which drew the splits in another way. It cannot be "
                 "continued; start a new run with "
-                f"`{shlex.join(['secateur', 'run', str(directory / 'run.yaml')])}`"
+                f"`{command('secateur', 'run', directory / 'run.yaml')}`"
             )
         write_record(found, directory)
         return
@@ -402,7 +402,7 @@ def check_data(directory: Path, found: DataRecord) -> None:
         raise UserError(
             f"this is not the data that the run began with: {told}. It would be tested on other images than it was "
             "kept from. Either restore the data as it was and resume again, or start a new run with "
-            f"`{shlex.join(['secateur', 'run', str(directory / 'run.yaml')])}`"
+            f"`{command('secateur', 'run', directory / 'run.yaml')}`"
         )
 
 

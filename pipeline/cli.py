@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from pipeline import deploy_cli, devices_cli, errors, registry_cli
+from pipeline.terminal import command, err, one_line, out, table, use_any_encoding
 
 app = typer.Typer(
     name="secateur",
@@ -28,11 +27,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 app.add_typer(devices_cli.app, name="devices")
 app.command(name="benchmark")(devices_cli.benchmark)
-for command in (registry_cli.pull, registry_cli.promote, registry_cli.rollback, registry_cli.history):
-    app.command()(command)
+for registered_ in (registry_cli.pull, registry_cli.promote, registry_cli.rollback, registry_cli.history):
+    app.command()(registered_)
 app.command()(deploy_cli.deploy)
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and Prefect's log.")]
 SET_HELP = (
@@ -58,7 +56,7 @@ def run(
     from pipeline.assemble import create_run_directory
 
     directory = create_run_directory(config)
-    err.print(f"Run directory: {directory}", soft_wrap=True)
+    err.print(f"Run directory: {one_line(directory)}")
     try:
         _execute(directory, debug)
     except errors.UserError:
@@ -94,8 +92,8 @@ def validate(file: Annotated[Path, typer.Argument(help="The run file (YAML).")],
     check_forward(workload.build_model(), workload.example_input())
     sizes = ", ".join(f"{len(getattr(workload, part)):,} {part}" for part in ("train", "search", "test"))
     for note in workload.notes:
-        out.print(f"Note: {note}", markup=False, soft_wrap=True)
-    out.print(f"{file} is valid: {config.search.method} for device {profile.name}; images: {sizes}.", soft_wrap=True)
+        out.print(f"Note: {note}")
+    out.print(f"{one_line(file)} is valid: {config.search.method} for device {profile.name}; images: {sizes}.")
 
 
 @app.command(name="rescore")
@@ -118,14 +116,13 @@ def rescore_(
 
     options = reward_options(reward, set_ or [])
     ranking = rescore(run_dir, reward, options)
-    table = Table(title=f"{run_dir.name} by reward {reward}", title_justify="left")
-    for title in ("", "candidate", "weights", "accuracy", "MACs ratio", "latency ratio", "reward", ""):
-        table.add_column(title, justify="right" if title.endswith(("ratio", "reward", "accuracy")) else "left")
+    numbers = ("accuracy", "MACs ratio", "latency ratio", "reward")
+    rows = table("", "candidate", "weights", *numbers, "", title=f"{run_dir.name} by reward {reward}", right=numbers)
     for row in shown(ranking, top):
-        table.add_row(*row)
-    out.print(table)
+        rows.add_row(*row)
+    out.print(rows)
     file = write_ranking(run_dir, reward, options, ranking, top)
-    out.print(f"Written: {file} and the winner's plan, {file.with_suffix('.plan.json').name}", soft_wrap=True)
+    out.print(f"Written: {one_line(file)} and the winner's plan, {file.with_suffix('.plan.json').name}")
 
 
 @app.command(name="list")
@@ -133,12 +130,10 @@ def list_(
     what: Annotated[str, typer.Argument(metavar="methods|workloads|devices", help="What to list.")],
 ) -> None:
     """List the search methods, workloads or device profiles a run file can name."""
-    table = Table(box=None, header_style="bold")
-    table.add_column(what.removesuffix("s"))
-    table.add_column("description")
+    rows = table(what.removesuffix("s"), "description", box=None, header_style="bold")
     for name, text in _listing(what).items():
-        table.add_row(name, text)
-    out.print(table)
+        rows.add_row(name, text)
+    out.print(rows)
 
 
 @app.command()
@@ -160,7 +155,7 @@ def explain(
     options = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
     section = {"search": {"method": method, "options": options}}
     for text in (inspect.getdoc(module), plain_yaml.dump(section), inspect.getdoc(module.Options)):
-        out.print(f"{text}\n", markup=False, soft_wrap=True)
+        out.print(f"{text}\n")
 
 
 def _listing(what: str) -> dict[str, str]:
@@ -199,13 +194,13 @@ def _execute(directory: Path, debug: bool) -> None:
     except UndeliveredError as left:
         _show(left.facts, directory, "")
         raise errors.SurroundingsError(
-            f"{left}\nThe model is not registered yet; run: secateur resume {directory}"
+            f"{left}\nThe model is not registered yet; run: {command('secateur', 'resume', directory)}"
         ) from left
     except KeyboardInterrupt as stop:
         what, code = "Interrupted", errors.EXIT_INTERRUPTED
         if isinstance(stop, errors.Terminated):
             what, code = "Terminated", errors.EXIT_TERMINATED
-        err.print(f"\n{what}; nothing is lost. Continue with: secateur resume {directory}", soft_wrap=True)
+        err.print(f"\n{what}; nothing is lost. Continue with: {command('secateur', 'resume', directory)}")
         raise typer.Exit(code) from None
     _show(facts, directory, uri)
     refused = any(not decision["passed"] for decision in facts.get("promote", {}).get("devices", {}).values())
@@ -217,13 +212,11 @@ def _show(facts: Any, directory: Path, tracking_uri: str) -> None:
     """The final table, and what to do next."""
     from pipeline.report import final_table, registered
 
-    table = Table(title=f"{directory.name} on device {facts['benchmark']['device']}", title_justify="left")
-    table.add_column("")
-    for title in ("baseline", "compact", "change"):
-        table.add_column(title, justify="right")
+    numbers = ("baseline", "compact", "change")
+    rows = table("", *numbers, title=f"{directory.name} on device {facts['benchmark']['device']}", right=numbers)
     for row in final_table(facts):
-        table.add_row(*row)
-    out.print(table)
+        rows.add_row(*row)
+    out.print(rows)
     failed = [c for c in facts["judge"]["checks"] if not c["ok"]]
     for check in failed:
         found = "unknown" if check["value"] is None else f"{check['value']:.4g}"
@@ -231,18 +224,16 @@ def _show(facts: Any, directory: Path, tracking_uri: str) -> None:
     if not failed:
         out.print(f"Gate: passed ({len(facts['judge']['checks'])} checks)")
     for line in registered(facts):
-        out.print(line, markup=False, soft_wrap=True)
-    out.print(f"Report: {directory / facts['report']['html']}", soft_wrap=True)
+        out.print(line)
+    out.print(f"Report: {one_line(directory / facts['report']['html'])}")
     if tracking_uri:
-        tools = Path(sys.executable).parent
-        tools = tools.relative_to(Path.cwd()) if tools.is_relative_to(Path.cwd()) else tools
         out.print("Next:")
         if tracking_uri.startswith("http"):
-            out.print(f"  see every candidate: {tracking_uri}", soft_wrap=True)
+            out.print(f"  see every candidate: {tracking_uri}")
         else:
-            out.print(f"  {tools}/mlflow ui --backend-store-uri {tracking_uri}", soft_wrap=True)
-        out.print(f"  {tools}/secateur run {directory / 'run.yaml'} --set seed=1", soft_wrap=True)
-        out.print(f"  {tools}/secateur list methods")
+            out.print(f"  {command('mlflow', 'ui', '--backend-store-uri', tracking_uri)}")
+        out.print(f"  {command('secateur', 'run', directory / 'run.yaml', '--set', 'seed=1')}")
+        out.print(f"  {command('secateur', 'list', 'methods')}")
 
 
 def terminate(*_: object) -> NoReturn:
@@ -253,6 +244,7 @@ def terminate(*_: object) -> NoReturn:
 def main() -> None:
     """Entry point: turns expected errors into one message and an exit code."""
     debug = "--debug" in sys.argv
+    use_any_encoding()
     signal.signal(signal.SIGTERM, terminate)
     try:
         sys.exit(app(standalone_mode=False) or errors.EXIT_OK)
@@ -261,15 +253,13 @@ def main() -> None:
         sys.exit(errors.EXIT_USER)
     except Exception as error:  # noqa: BLE001  the outermost edge: every error becomes one message and a code
         if debug:
-            sys.stderr.write(errors.masked(traceback.format_exc()))
+            err.print(errors.masked(traceback.format_exc()))
         code = exit_code(error)
         if code == errors.EXIT_BUG:
-            err.print(f"[bold red]Bug:[/] {type(error).__name__}: ", end="")
-            err.print(errors.masked(str(error)), markup=False)
+            err.labelled("Bug", "bold red", f"{type(error).__name__}: {errors.masked(str(error))}")
             err.print("Please report it with the traceback that --debug shows; `secateur resume` can continue the run.")
         else:
-            err.print("[bold red]Error:[/] ", end="")
-            err.print(errors.masked(str(error)), markup=False, soft_wrap=True)
+            err.labelled("Error", "bold red", errors.masked(str(error)))
         sys.exit(code)
 
 

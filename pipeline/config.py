@@ -33,9 +33,10 @@ from pydantic import (
 )
 
 from device_profiles import plain_yaml
-from device_profiles.plain_yaml import Content, Plain, printable
+from device_profiles.plain_yaml import Content, Plain
 from device_profiles.plain_yaml import Place as Location
-from device_profiles.settle import Schema, cut, schema_of, settle, shown
+from device_profiles.settle import Schema, schema_of, settle
+from device_profiles.wording import cut, printable, shown
 from pipeline.errors import UserError
 
 Fraction = Annotated[float, Field(gt=0, le=1)]

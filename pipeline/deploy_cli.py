@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-out = Console(highlight=False)
+from pipeline.terminal import command, out
 
 
 def deploy(
@@ -38,8 +36,6 @@ def deploy(
     crons = {"compress": cron, "profile": profile_cron, "promote": promote_cron}
     order = Order(file, tuple(set_ or ()), crons, name, pool, timezone, paused)
     for line in deploy(order):
-        out.print(line, markup=False, soft_wrap=True)
-    tools = Path(sys.executable).parent
-    tools = tools.relative_to(Path.cwd()) if tools.is_relative_to(Path.cwd()) else tools
+        out.print(line)
     out.print("Next:")
-    out.print(f"  {tools}/prefect worker start --pool {pool}", soft_wrap=True)
+    out.print(f"  {command('prefect', 'worker', 'start', '--pool', pool)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -11,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.padding import Padding
-from rich.table import Table
+from rich.text import Text
 
 from pipeline import errors
+from pipeline.terminal import command, err, one_line, out, table
 
 if TYPE_CHECKING:
     from device_profiles import BenchmarkResult, DeviceProfile, Target
@@ -31,7 +29,6 @@ app = typer.Typer(
     "then 'secateur devices probe kitchen', then device: {profile: kitchen} in the run file.",
     no_args_is_help=True,
 )
-out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A device profile; `secateur devices list` names them.")]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -40,7 +37,8 @@ PARITY_TOLERANCE = 1e-4
 PARITY_TIMEOUT_S = 900.0
 """An emulator takes minutes where the device takes milliseconds."""
 LONG = 120
-MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "missing": "[bold red]missing[/]"}
+MARKS = {"ok": "green", "warning": "yellow", "missing": "bold red"}
+"""Status of a check -> its colour."""
 FLAGS = {
     "contended": "other programs used the processor: ratios hold, milliseconds are too long",
     "drift": "the device became slower or faster meanwhile: let it rest and measure again",
@@ -61,7 +59,7 @@ def list_(json_: Json = False) -> None:
     """
     entries = [_entry(name, path) for name, path in sorted(_known().items())]
     if json_:
-        typer.echo(json.dumps(entries, indent=2))
+        out.data(entries)
         return
     columns = ("name", "target", "host", "provider", "threads", "calibrated")
     devices = [entry for entry in entries if not entry["template"]]
@@ -69,16 +67,17 @@ def list_(json_: Json = False) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
     for i, row in enumerate(rows):
         line = "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-        out.print(line, style="bold" if i == 0 else None, markup=False, soft_wrap=True)
+        out.print(line, style="bold" if i == 0 else None)
         if i:
-            out.print(Padding(escape(_describe(devices[i - 1])), (0, 0, 0, 4)))
+            out.print(Padding(one_line(_describe(devices[i - 1])), (0, 0, 0, 4)))
     templates = [entry for entry in entries if entry["template"]]
     if templates:
-        out.print("\ntemplates, each needs a host: secateur devices add NAME --from THIS --host ...", style="bold")
-        table = Table(box=None, show_header=False)
+        add = command("secateur", "devices", "add", "NAME", "--from", "THIS", "--host", "user@address")
+        out.print(f"\ntemplates, each needs a host:\n  {add}", style="bold")
+        listed = table("", "", box=None, show_header=False)
         for entry in templates:
-            table.add_row(escape(entry["name"]), escape(entry["description"]))
-        out.print(table)
+            listed.add_row(entry["name"], entry["description"])
+        out.print(listed)
 
 
 def _cells(entry: Mapping[str, Any]) -> tuple[str, ...]:
@@ -101,13 +100,14 @@ def show(name: Name) -> None:
     profile, path = _load(name), _known().get(name, Path(name))
     notes = [f"# {path}"]
     if profile.is_template:
-        notes.append(f"# needs a host: secateur devices add NAME --from {name} --host user@address")
+        add = command("secateur", "devices", "add", "NAME", "--from", name, "--host", "user@address")
+        notes.append(f"# needs a host: {add}")
     if _calibrated(profile.name):
         notes.append(f"# calibrated: {_probe_file(profile.name)}")
     else:
-        notes.append(f"# not calibrated: secateur devices probe {name} finds channel_multiple")
+        notes.append(f"# not calibrated: {command('secateur', 'devices', 'probe', name)} finds channel_multiple")
     text = plain_yaml.dump(profile.model_dump(mode="json"))
-    out.print("\n".join([*notes, text]), markup=False, soft_wrap=True)
+    out.print("\n".join([*notes, text]))
 
 
 # -------------------------------------------------------------------------------------------------- check, add, remove
@@ -123,7 +123,7 @@ def check(name: Name, json_: Json = False) -> None:
     """
     checks = _check(_load(name))
     if json_:
-        typer.echo(json.dumps([vars(c) for c in checks], indent=2))
+        out.data([vars(c) for c in checks])
     else:
         _print_checks(name, checks)
     if any(c.status == "missing" for c in checks):
@@ -161,17 +161,17 @@ def add(
     settings |= {"threads": threads} if threads else {}
     settings |= {"timing": False} if emulated else {}
     path = _write(name, settings)
-    out.print(f"Written: {path}", soft_wrap=True, markup=False)
+    out.print(f"Written: {one_line(path)}")
     if no_check:
-        out.print(f"Next: secateur devices check {name}")
+        out.print(f"Next: {command('secateur', 'devices', 'check', name)}")
         return
     checks = _check(_load(name))
     _print_checks(name, checks)
     if any(c.status == "missing" for c in checks):
-        out.print(f"Put that right, then: secateur devices check {name}")
+        out.print(f"Put that right, then: {command('secateur', 'devices', 'check', name)}")
         raise typer.Exit(errors.EXIT_SURROUNDINGS)
-    following = f"benchmark MODEL.onnx --device {name} --parity" if emulated else f"probe {name}"
-    out.print(f"Next: secateur devices {following}")
+    following = ("benchmark", "MODEL.onnx", "--device", name, "--parity") if emulated else ("probe", name)
+    out.print(f"Next: {command('secateur', 'devices', *following)}")
 
 
 @app.command()
@@ -193,7 +193,7 @@ def remove(name: Annotated[str, typer.Argument(help="A device of your own.")]) -
     path.unlink()
     for kept in (_probe_file(name), _probe_file(name).with_suffix(".html")):
         kept.unlink(missing_ok=True)
-    out.print(f"Removed: {path}", soft_wrap=True, markup=False)
+    out.print(f"Removed: {one_line(path)}")
 
 
 # -------------------------------------------------------------------------------------------------- benchmark and probe
@@ -245,7 +245,9 @@ def benchmark(
         _parity(profile, model)
         return
     _require_timing(
-        profile, f"; compare its outputs instead: secateur devices benchmark {model} --device {device} --parity"
+        profile,
+        "; compare its outputs instead: "
+        + command("secateur", "devices", "benchmark", model, "--device", device, "--parity"),
     )
     models = {against.name: against} if against else {}
     models[model.name if model.name not in models else str(model)] = model
@@ -254,7 +256,7 @@ def benchmark(
         json_file.write_text(result.to_json() + "\n", encoding="utf-8")
     _print_result(result, models)
     if json_file:
-        out.print(f"Written: {json_file}", soft_wrap=True, markup=False)
+        out.print(f"Written: {one_line(json_file)}")
 
 
 @app.command()
@@ -279,14 +281,14 @@ def probe(
     with _opened(profile) as target, RichProgress(err).stage(f"probe {name}") as report:
         found = staircase.probe(target, profile, seconds=seconds, progress=report)
     path = calibration.save(_folder(), profile, found)
-    table = Table(box=None, show_header=False)
+    rows = table("", "", box=None, show_header=False)
     for kind, text in found.summary():
-        table.add_row(escape(kind), escape(text))
-    out.print(table)
+        rows.add_row(kind, text)
+    out.print(rows)
     multiples = ", ".join(f"{kind}: {value}" for kind, value in found.multiples.model_dump().items())
-    out.print(f"channel_multiple: {{{multiples}}}", markup=False, soft_wrap=True)
-    out.print(f"Written: {path}", markup=False, soft_wrap=True)
-    out.print(f"Picture: {_draw(name, found, path.with_suffix('.html'))}", markup=False, soft_wrap=True)
+    out.print(f"channel_multiple: {{{multiples}}}")
+    out.print(f"Written: {one_line(path)}")
+    out.print(f"Picture: {_draw(name, found, path.with_suffix('.html'))}")
 
 
 def _draw(name: str, found: Staircase, path: Path) -> Path:
@@ -444,18 +446,17 @@ def _check(profile: DeviceProfile) -> tuple[Check, ...]:
 
 
 def _print_checks(name: str, checks: tuple[Check, ...]) -> None:
-    table = Table(box=None, header_style="bold")
-    for column in ("check", "", "found"):
-        table.add_column(column, overflow="fold")
+    rows = table("check", "", "found", box=None, header_style="bold")
     long = [entry for entry in checks if len(entry.found) > LONG]  # a command in it could not be copied from a table
     for entry in checks:
-        found = "see below" if entry in long else escape(entry.found)
-        table.add_row(
-            entry.name, MARKS[entry.status], found + (f"\n[bold]fix:[/] {escape(entry.fix)}" * bool(entry.fix))
-        )
-    out.print(table)
+        found = "see below" if entry in long else entry.found
+        rows.add_row(entry.name, Text(entry.status, style=MARKS[entry.status]), found)
+    out.print(rows)
     for entry in long:
-        out.print(f"\n{entry.name}: {entry.found}\n", markup=False, soft_wrap=True)
+        out.print(f"\n{entry.name}: {entry.found}\n")
+    for entry in checks:
+        if entry.fix:
+            out.labelled(f"{entry.name}, fix", "bold", entry.fix)
     missing, warnings = (sum(c.status == status for c in checks) for status in ("missing", "warning"))
     mind = f", {warnings} warning{'s' if warnings > 1 else ''}" if warnings else ""
     out.print(f"{name} is not ready: {missing} missing{mind}" if missing else f"{name} is ready{mind}")
@@ -482,7 +483,8 @@ def _connect(base: DeviceProfile, host: str, python: str) -> dict[str, Any]:
     if host and "host" not in known:
         raise errors.UserError(
             f"{base.name} is a target of kind {base.target}, which has no host; "
-            "for a machine reached over SSH use --from generic-arm64 or another template (secateur devices list)"
+            "for a machine reached over SSH use --from generic-arm64 or another template "
+            f"({command('secateur', 'devices', 'list')})"
         )
     if base.is_template and not host:
         raise errors.UserError(f"{base.name} is a template: say where the device is with --host user@address")
@@ -583,21 +585,18 @@ def _print_result(result: BenchmarkResult, models: Mapping[str, Path]) -> None:
     """The table of a measurement, the ratio, and what speaks against the numbers."""
     count = len(result.processes)
     title = f"{count} {'process' if count == 1 else 'processes'} on {result.profile}, tier {result.tier}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("one warm call")
-    for name in models:
-        table.add_column(escape(name), justify="right", overflow="fold")
+    rows = table("one warm call", *models, title=title, right=tuple(models))
     for label, cells in _rows(result, models):
-        table.add_row(label, *cells)
-    out.print(table)
+        rows.add_row(label, *cells)
+    out.print(rows)
     if len(result.names) > 1:
         reference, name = result.names[0], result.names[1]
         kind = "CPU time" if result.statistic == "cpu" else "wall time"
         ratio, speedup = result.ratio(name, reference), result.speedup(name, reference)
-        out.print(f"Ratio: {ratio} of the baseline's {kind}, 95 % interval", markup=False)
+        out.print(f"Ratio: {ratio} of the baseline's {kind}, 95 % interval")
         out.print(f"Speed-up: {speedup.value:.2f}x, 95 % {speedup.low:.2f} to {speedup.high:.2f}")
     for flag in result.flags:
-        out.print(f"[yellow]{flag}[/]: {escape(FLAGS.get(flag, 'see docs/devices.md'))}", soft_wrap=True)
+        out.labelled(flag, "yellow", FLAGS.get(flag, "see docs/devices.md"))
 
 
 def _rows(result: BenchmarkResult, models: Mapping[str, Path]) -> Iterator[tuple[str, list[str]]]:
@@ -641,15 +640,14 @@ def _parity(profile: DeviceProfile, model: Path) -> None:
         if error.code != "bad-request":
             raise
         raise errors.SurroundingsError(f"the agent there cannot give outputs back: {error}") from error
-    table = Table(title=f"{model.name}: outputs on {profile.name} and here", title_justify="left")
-    for column in ("output", "shape", "largest difference", "same argmax"):
-        table.add_column(column, overflow="fold")
+    title = f"{model.name}: outputs on {profile.name} and here"
+    rows = table("output", "shape", "largest difference", "same argmax", title=title)
     worst = 0.0
     for name, ours in here.items():
         difference, agreement = compare(there.get(name), ours)
         worst = max(worst, difference)
-        table.add_row(escape(name), escape(str(ours.shape)), f"{difference:.1e} of the largest value", agreement)
-    out.print(table)
+        rows.add_row(name, str(ours.shape), f"{difference:.1e} of the largest value", agreement)
+    out.print(rows)
     if worst > PARITY_TOLERANCE:
         out.print(f"Not the same: {worst:.1e} is more than rounding ({PARITY_TOLERANCE:.0e}).")
         raise typer.Exit(errors.EXIT_GATE)

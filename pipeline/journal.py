@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from device_profiles.wording import command
 from pipeline.errors import JournalError
 
 FORMAT = 2
@@ -97,7 +98,7 @@ class Journal:
             os.ftruncate(self._fd, before)
             raise JournalError(
                 f"cannot write to {self.path}: {error.strerror}; everything before is safe. "
-                f"Free some space and run: secateur resume {self.path.parent}"
+                f"Free some space and run: {command('secateur', 'resume', self.path.parent)}"
             ) from error
         self.records.append(stored)
         return stored

@@ -187,7 +187,7 @@ class Latencies:
                 result = BenchmarkResult.from_json(json.dumps(data["result"]))
                 if data["plan"] not in self.samples and "candidate" in result.names:
                     self._add(data["plan"], np.array(data["widths"], dtype=np.int64), result)
-            except (ValueError, KeyError, TypeError, DeviceError):
+            except (ValueError, KeyError, TypeError, RecursionError, DeviceError):
                 continue
 
     def _layers(self) -> LayerTable | None:

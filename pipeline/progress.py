@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from pipeline.terminal import Terminal, one_line
 
 
 class Report(Protocol):
@@ -47,34 +48,34 @@ class Silent:
 class RichProgress:
     """Bars on a terminal; where there is none, a line when a stage begins and ends."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Terminal) -> None:
         self.console = console
         self._bars = Progress(
-            TextColumn("{task.description:<34}"),
+            TextColumn("{task.description:<34}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=console,
             disable=not console.is_terminal,
         )
 
     def say(self, line: str) -> None:
-        self.console.print(line, markup=False, soft_wrap=True)
+        self.console.print(line)
 
     @contextmanager
     def stage(self, title: str) -> Iterator[Report]:
         if not self.console.is_terminal:
             self.console.print(f"{title} ...")
-        task = self._bars.add_task(title, total=None, note="")
+        task = self._bars.add_task(one_line(title), total=None, note="")
         if len(self._bars.task_ids) == 1:
             self._bars.start()
         last_note, last_line = "", time.monotonic()
 
         def report(done: int, total: int, note: str = "") -> None:
             nonlocal last_note, last_line
-            last_note = note or last_note
+            last_note = one_line(note) or last_note
             if not self.console.is_terminal and time.monotonic() - last_line > LINE_EVERY_S:
                 last_line = time.monotonic()
                 self.console.print(f"  {done} of {total or '?'}, {last_note}")

@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from pipeline import errors
+from pipeline.terminal import err, one_line, out, table
 
 if TYPE_CHECKING:
     from pipeline.tracking import Decision, Registry
 
-out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A registered model.")]
 Uri = Annotated[
     str | None,
@@ -48,10 +46,10 @@ def pull(
         raise errors.UserError(f"{reference} says device {named}, --device says {device}: give one of them")
     got = pull_(_registry(uri), name, folder, which=which, device=device or named, offline=offline)
     if got.notice:
-        err.print(f"Note: {got.notice}", markup=False, soft_wrap=True)
+        err.print(f"Note: {got.notice}")
     digest = got.manifest.files["model.onnx"]["sha256"]
-    out.print(f"{got.version.name} version {got.version.version} in {folder}", markup=False, soft_wrap=True)
-    out.print(f"sha256 of model.onnx: {digest} (all {len(got.manifest.files)} files verified)", soft_wrap=True)
+    out.print(f"{got.version.name} version {got.version.version} in {one_line(folder)}")
+    out.print(f"sha256 of model.onnx: {digest} (all {len(got.manifest.files)} files verified)")
 
 
 def promote(
@@ -91,23 +89,21 @@ def rollback(name: Name, device: Device = None, uri: Uri = None) -> None:
     registry = _registry(uri)
     version = registry.rollback(name, device)
     where = device or registry.default_device(name)
-    out.print(f"Champion of {name} on {where}: version {version.version}", markup=False, soft_wrap=True)
+    out.print(f"Champion of {name} on {where}: version {version.version}")
 
 
 def history(name: Name, uri: Uri = None) -> None:
     """Show who was champion on which device, and since when."""
     registry = _registry(uri)
-    table = Table(title=name, title_justify="left")
-    for title in ("when", "device", "what", "version", "before", "decision"):
-        table.add_column(title)
+    rows = table("when", "device", "what", "version", "before", "decision", title=name)
     for event in registry.history(name):
         when = f"{datetime.fromtimestamp(event.at):%Y-%m-%d %H:%M:%S}"
         what = event.kind if event.done else f"{event.kind} (cut short: it did not take place)"
-        table.add_row(when, event.device, what, event.version, event.previous or "-", event.run_id)
-    out.print(table)
+        rows.add_row(when, event.device, what, event.version, event.previous or "-", event.run_id)
+    out.print(rows)
     for model, device, version in registry.champions():
         if model == name:
-            out.print(f"Champion on {device}: version {version.version}", markup=False, soft_wrap=True)
+            out.print(f"Champion on {device}: version {version.version}")
 
 
 def show(decision: Decision) -> None:
@@ -115,16 +111,14 @@ def show(decision: Decision) -> None:
     where = f"version {decision.version} of {decision.name} on {decision.device}"
     if decision.gates:
         against = f"champion version {decision.champion}" if decision.champion else "no champion there yet"
-        table = Table(title=f"{where}, against {against}", title_justify="left")
-        for title in ("gate", "value", "95 % interval", "bound", "", "why"):
-            table.add_column(title)
+        rows = table("gate", "value", "95 % interval", "bound", "", "why", title=f"{where}, against {against}")
         for gate in decision.gates:
             value = "unknown" if gate.value is None else f"{gate.value:.4g}"
             interval = "" if gate.low is None or gate.high is None else f"{gate.low:.4g} to {gate.high:.4g}"
-            table.add_row(gate.name, value, interval, f"{gate.bound:.4g}", "ok" if gate.ok else "no", gate.reason)
-        out.print(table)
+            rows.add_row(gate.name, value, interval, f"{gate.bound:.4g}", "ok" if gate.ok else "no", gate.reason)
+        out.print(rows)
     outcome = "promoted" if decision.promoted else "not promoted"
-    out.print(f"{where}: {outcome}{f' ({decision.reason})' if decision.reason else ''}", markup=False, soft_wrap=True)
+    out.print(f"{where}: {outcome}{f' ({decision.reason})' if decision.reason else ''}")
 
 
 def split(reference: str) -> tuple[str, str, str | None]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
+from device_profiles.wording import command
 from pipeline.assemble import open_run_directory
 from pipeline.errors import UserError
 from pipeline.journal import Record, read_journal
@@ -88,7 +89,8 @@ def rescore(directory: Path, preset: str, options: Mapping[str, Any]) -> Ranking
     measured = [r for r in records if r.get("stage") == "reference" and r["kind"] == "evaluation"]
     past = history(records)
     if not measured or not any(p.evaluation.status == "ok" for p in past):
-        raise UserError(f"{directory} holds no evaluated candidate yet; continue it with: secateur resume {directory}")
+        resume = command("secateur", "resume", directory)
+        raise UserError(f"{directory} holds no evaluated candidate yet; continue it with: {resume}")
     reference, metric = to_evaluation(measured[0]["evaluation"]), shared_metric(past)
     try:
         reward = make_reward(preset, reference, metric, **options)

@@ -156,7 +156,7 @@ class PruningPlan:
             kept = {name: from_ranges(group["keep"]) for name, group in data["groups"].items()}
         except PlanError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise PlanError(f"not a pruning plan written by PruningPlan.to_json: {error!r}") from error
         return cls(sizes, kept)
 

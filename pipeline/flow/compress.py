@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from device_profiles.wording import command
 from pipeline.assemble import Run
 from pipeline.errors import SurroundingsError, TrackingError
 from pipeline.files import sha256_of
@@ -64,7 +65,7 @@ def execute(run: Run, debug: bool = False) -> Facts:
     except RuntimeError as error:
         if "Prefect" not in str(error):
             raise
-        raise SurroundingsError(f"{error}. Run: secateur resume {run.directory}") from error
+        raise SurroundingsError(f"{error}. Run: {command('secateur', 'resume', run.directory)}") from error
     finally:
         starting.close()
     if undelivered is not None:

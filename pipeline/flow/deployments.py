@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from device_profiles import DeviceProfile
+from device_profiles.wording import command
 from pipeline.assemble import device_profiles
 from pipeline.config import RunFile, home, load_run_file
 from pipeline.errors import SurroundingsError, UserError
@@ -50,7 +51,8 @@ def deploy(order: Order) -> list[str]:
     url = server_url()
     if url is None:
         raise SurroundingsError(
-            "schedules need a Prefect server: start one with `prefect server start` and set PREFECT_API_URL, "
+            f"schedules need a Prefect server: start one with `{command('prefect', 'server', 'start')}` and set "
+            "PREFECT_API_URL, "
             "for example PREFECT_API_URL=http://127.0.0.1:4200/api"
         )
     import httpx

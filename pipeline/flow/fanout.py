@@ -17,6 +17,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from device_profiles.wording import command
 from pipeline import workers
 from pipeline.config import WorkersSection
 from pipeline.crew import Engine, WorkerDiedError, cores
@@ -278,5 +279,6 @@ def _extra(module: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(
-            f"workers.engine: {extra} needs what is not installed ({error}); run: pip install 'secateur[{extra}]'"
+            f"workers.engine: {extra} needs what is not installed ({error}); run: "
+            + command("pip", "install", f"secateur[{extra}]")
         ) from error

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 from device_profiles import DeviceError, DeviceProfile
+from device_profiles.wording import command
 from pipeline.errors import SurroundingsError
 
 TURN_WAIT_S, LEASE_S, AWAY_S = 3600.0, 60.0, 300.0
@@ -78,7 +79,7 @@ class Turns:
         except TimeoutError as error:
             raise DeviceError(
                 f"other flows have used {self.name} for {TURN_WAIT_S / 3600:g} h; "
-                "see prefect global-concurrency-limit ls",
+                f"see {command('prefect', 'global-concurrency-limit', 'ls')}",
                 "busy",
             ) from error
         except ConcurrencySlotAcquisitionError as error:

@@ -60,7 +60,7 @@ class DataOptions(Section):
     damaged: Damaged = "refuse"
     """What is done about images that cannot be decoded: ``refuse`` = the run does not begin; ``leave_out`` = they are
     left out, counted and named."""
-    image_size: Annotated[int, Field(ge=4)] | None = None
+    image_size: Annotated[int, Field(ge=4, le=4096)] | None = None
     channels: Literal[1, 3] | None = None
     mean: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = None
     """Per channel, of pixels in 0..1; None = measured on the training images."""

@@ -56,14 +56,14 @@ class ModelOptions(Section):
 class InputOptions(Section):
     """How images are prepared."""
 
-    image_size: Annotated[int, Field(ge=16)] | None = None
+    image_size: Annotated[int, Field(ge=16, le=4096)] | None = None
     """Side of the square that images are resized to; None = what the network says."""
     mean: tuple[float, float, float] | None = None
     """Per channel, of pixels in 0..1; None = what the network says."""
     std: tuple[float, float, float] | None = None
     augment: Literal["none", "ssd"] = "ssd"
     """ssd: Liu et al.'s photometric distortion, zoom out and crops that keep objects, on training images."""
-    zoom_out: Annotated[float, Field(ge=1)] = 4.0
+    zoom_out: Annotated[float, Field(ge=1, le=100)] = 4.0
     """Largest canvas that ``ssd`` puts an image on, as a multiple of its sides; 1 = none."""
     flip: Annotated[float, Field(ge=0, le=1)] = 0.5
     """How likely ``ssd`` mirrors an image; 0 where left and right matter, as in digits."""

@@ -38,13 +38,13 @@ class SceneOptions(Section):
     they are left out with their boxes, counted and named."""
     official_splits: bool = True
     """voc: follow the lists in ImageSets/Main (or the folders train/, val/, test/) where there are any."""
-    image_size: Annotated[int, Field(ge=32)] = 96
+    image_size: Annotated[int, Field(ge=32, le=4096)] = 96
     """digits: side of a scene, in pixels."""
-    scenes: Annotated[int, Field(ge=20)] = 2000
+    scenes: Annotated[int, Field(ge=20, le=1_000_000)] = 2000
     """digits: how many, all splits together."""
     objects: Annotated[int, Field(ge=1, le=9)] = 4
     """digits: the most in one scene."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """digits: another seed gives other scenes; the run's own seed never does."""
     search_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of the training images that is held out for the search; None = the official ``val`` list where there is one

@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 import numpy as np
 import optuna
 
+from device_profiles.wording import command
 from pruning.plan import SearchSpace
 from pruning.search.protocol import Candidate, Evaluation, Problem, Strategy, Target
 from pruning.search.support import Limit, SearchError, best_first, bisect, check_ranges, evaluate, limit_of, score
@@ -92,7 +93,9 @@ def search(problem: Problem, options: Options) -> Strategy:
     """
     needed = NEEDS.get(options.sampler)
     if needed and find_spec(needed) is None:
-        raise SearchError(f"sampler {options.sampler!r} needs the package {needed}: pip install {needed}")
+        raise SearchError(
+            f"sampler {options.sampler!r} needs the package {needed}: {command('pip', 'install', needed)}"
+        )
     limit = None if problem.target == Target() else (yield from limit_of(problem))
     saliency = yield from score(options.saliency)
     blocks = blocks_of(problem.space, options.blocks)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import JournalError
-from pipeline.journal import Journal
+from pipeline.journal import Journal, read_journal
 
 
 def journal(path: Path, run: str = "run-1", config: str = "abc") -> Journal:
@@ -51,6 +51,29 @@ def test_damage_inside_is_an_error_that_names_the_line(tmp_path: Path) -> None:
     lines[3] = lines[3].replace(b"0.6666666666666666", b"0.6666666666666667")
     file.write_bytes(b"\n".join(lines))
     with pytest.raises(JournalError, match="line 4 is damaged"):
+        journal(tmp_path)
+
+
+DEEP = b"[" * 10_000 + b"]" * 10_000
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        DEEP,
+        b'{"a":' * 10_000 + b"1" + b"}" * 10_000,
+        b'{"kind":"x","deep":' + DEEP + b',"crc":1}',
+        b'{"crc":' + b"9" * 5000 + b"}",
+    ],
+    ids=["lists", "mappings", "within a record", "a number without end"],
+)
+def test_a_line_nested_too_deep_is_damage(tmp_path: Path, line: bytes) -> None:
+    write_some(tmp_path)
+    file = tmp_path / "journal.jsonl"
+    file.write_bytes(file.read_bytes() + line + b"\n")
+    with pytest.raises(JournalError, match="line 7 is damaged"):
+        read_journal(file)
+    with pytest.raises(JournalError, match="line 7 is damaged"):
         journal(tmp_path)
 
 

@@ -190,3 +190,9 @@ KEYS = st.lists(
 def test_any_override_of_any_run_file_is_valid_or_told_what_is_wrong(overrides: list[str], text: str) -> None:
     outcome(head(), *overrides)
     outcome(text, *overrides)
+
+
+@pytest.mark.parametrize("place", ["workload.data.image_size", "workload.input.image_size"])
+def test_an_image_is_no_wall(place: str) -> None:
+    text = head(workload="detection" if "input" in place else "classification")
+    assert place in str(outcome(text, f"{place}=60000"))
