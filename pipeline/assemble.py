@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from device_profiles import DeviceError, DeviceProfile, Target, load_profile, open_target, plain_yaml
+from device_profiles.cores import usable_cores
 from device_profiles.wording import command
 from pipeline.config import RunFile, home, method_options, parse_run_file
 from pipeline.crew import Crew, Engine
@@ -31,6 +32,7 @@ from pipeline.fleet import Device, Fleet, FleetProgress
 from pipeline.journal import Journal, Record
 from pipeline.progress import ProgressView
 from pipeline.study import to_evaluation
+from pipeline.surroundings import HOME, made
 from pipeline.tracking import Tracker
 from pipeline.training import keep_freed_memory
 from pipeline.workloads import Workload
@@ -51,7 +53,7 @@ from pruning.search.protocol import Target as SearchTarget
 def create_run_directory(config: RunFile) -> Path:
     """A new directory with ``run.yaml`` (the whole configuration, itself a run file) and the run's id."""
     stamp = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    directory = home() / "runs" / f"{config.name}-{stamp}"
+    directory = made(home(), HOME) / "runs" / f"{config.name}-{stamp}"
     content = plain_yaml.dump(config.model_dump(mode="json"))
     try:
         directory.mkdir(parents=True)
@@ -111,7 +113,7 @@ class Run:
     def __init__(self, directory: Path, progress: ProgressView) -> None:
         self.directory, self.progress = directory.absolute(), progress
         self.run_id, self.config = open_run_directory(directory)
-        torch.set_num_threads(self.config.threads or os.cpu_count() or 1)
+        torch.set_num_threads(self.config.threads or usable_cores())
         keep_freed_memory()
         self.device = compute_device(self.config.compute)
         self.profiles = device_profiles(self.config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import errno
 import shutil
 import signal
 import sys
@@ -15,6 +14,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from pipeline import deploy_cli, devices_cli, errors, registry_cli
+from pipeline.foreign import exit_code as exit_code
+from pipeline.foreign import expected
+from pipeline.surroundings import prepare
 from pipeline.terminal import command, err, one_line, out, table, use_any_encoding
 
 app = typer.Typer(
@@ -247,6 +249,7 @@ def main() -> None:
     use_any_encoding()
     signal.signal(signal.SIGTERM, terminate)
     try:
+        prepare()
         sys.exit(app(standalone_mode=False) or errors.EXIT_OK)
     except typer.TyperException as error:  # a mistake in the command itself
         error.show()  # type: ignore[attr-defined]
@@ -254,31 +257,13 @@ def main() -> None:
     except Exception as error:  # noqa: BLE001  the outermost edge: every error becomes one message and a code
         if debug:
             err.print(errors.masked(traceback.format_exc()))
-        code = exit_code(error)
-        if code == errors.EXIT_BUG:
+        meant = expected(error)
+        if meant is None:
             err.labelled("Bug", "bold red", f"{type(error).__name__}: {errors.masked(str(error))}")
             err.print("Please report it with the traceback that --debug shows; `secateur resume` can continue the run.")
         else:
-            err.labelled("Error", "bold red", errors.masked(str(error)))
-        sys.exit(code)
-
-
-def exit_code(error: BaseException) -> int:
-    """Which exit code an error means (see ``pipeline.errors``)."""
-    if isinstance(error, errors.UserError):
-        return errors.EXIT_USER
-    if isinstance(error, errors.SurroundingsError):
-        return errors.EXIT_SURROUNDINGS
-    from device_profiles.errors import DeviceError
-    from export.errors import ExportError
-
-    if isinstance(error, ExportError):
-        return errors.EXIT_USER
-    if isinstance(error, DeviceError):
-        return errors.EXIT_SURROUNDINGS
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
-        return errors.EXIT_SURROUNDINGS
-    return errors.EXIT_BUG
+            err.labelled("Error", "bold red", errors.masked(str(meant)))
+        sys.exit(exit_code(error))
 
 
 if __name__ == "__main__":

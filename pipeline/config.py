@@ -12,7 +12,6 @@ import hashlib
 import importlib
 import inspect
 import json
-import os
 import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -38,6 +37,7 @@ from device_profiles.plain_yaml import Place as Location
 from device_profiles.settle import Schema, schema_of, settle
 from device_profiles.wording import cut, printable, shown
 from pipeline.errors import UserError
+from pipeline.surroundings import home as home
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 CHOOSERS = {"search.method": "ccep", "reward.preset": "device"}
@@ -309,11 +309,6 @@ def has_password(uri: str) -> bool:
         return bool(parts.password) or any("passw" in key.lower() for key, _ in parse_qsl(parts.query))
     except ValueError:  # no address; whoever uses it says so
         return False
-
-
-def home() -> Path:
-    """Where Secateur keeps runs, trained baselines and the embedded stores: ``SECATEUR_HOME``, or ``.secateur``."""
-    return Path(os.environ.get("SECATEUR_HOME", ".secateur")).expanduser().absolute()
 
 
 @dataclass(frozen=True)

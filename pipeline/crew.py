@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from device_profiles.cores import usable_cores
 from pipeline.errors import SurroundingsError, UserError
 from pipeline.files import sha256_of
 from pipeline.scoring import Ask, Key, Scored, Scorer
@@ -196,7 +196,7 @@ class Crew:
             return carried.pack(scorer.workload, num_train, len(scorer.split), self.folder / "images.npz")
 
         self._carry = carry
-        threads = config.threads or max(1, (cores() // self.engine.count if self.engine.local else 0))
+        threads = config.threads or max(1, (usable_cores() // self.engine.count if self.engine.local else 0))
         return {
             "workload": config.workload,
             "search": config.search.model_dump(mode="json"),
@@ -242,8 +242,3 @@ def groups_digest(graph: ChannelGraph) -> str:
 
 def _blob(path: Path) -> dict[str, str]:
     return {"sha256": sha256_of(path), "path": str(path.absolute())}
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

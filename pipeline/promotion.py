@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from device_profiles import BenchmarkResult, DeviceProfile, Target, measure
+from device_profiles.cores import usable_cores
 from device_profiles.measure import T_975
 from export.verify import predict
 from pipeline.config import GateSection, parse_run_file
@@ -362,7 +363,7 @@ def test_answers(workload: Workload, onnx_file: Path) -> tuple[torch.Tensor, tor
         part = Split(split.source, split.indices[start : start + chunk])
         every = torch.arange(len(part))
         images, labels = workload.batch(part, every, train=False, generator=None, device=torch.device("cpu"))
-        found = predict(onnx_file, images.contiguous().numpy(), threads=torch.get_num_threads())
+        found = predict(onnx_file, images.contiguous().numpy(), threads=min(torch.get_num_threads(), usable_cores()))
         answers.append(workload.answers(torch.from_numpy(found), labels))
         targets.append(labels)
     return torch.cat(answers), torch.cat(targets)

@@ -28,6 +28,7 @@ from prefect.states import Completed, Crashed, Failed
 
 from device_profiles import DeviceError, DeviceProfile, open_target
 from export.errors import ExportError
+from pipeline import foreign
 from pipeline.assemble import Run
 from pipeline.config import TrackingSection, home, load_run_file
 from pipeline.device import InTurn
@@ -40,6 +41,7 @@ from pipeline.flow.parameters import Compress, Profile, Promote, Registered
 from pipeline.flow.turns import Turns, device_turn, make_limit, promotion_limit
 from pipeline.report import registered
 from pipeline.reprofile import Reading, chosen, markdown, profile_of, reprofile
+from pipeline.surroundings import prepare
 from pipeline.tracking import Decision, Registry, alias_of, store_uri
 from pipeline.tracking.readings import page_of, record_reading
 
@@ -61,7 +63,9 @@ def answering(work: Callable[..., State[Any]]) -> Callable[..., State[Any]]:
     @functools.wraps(work)
     def answer(*args: Any, **kwargs: Any) -> State[Any]:
         try:
-            return work(*args, **kwargs)
+            with foreign.told():
+                prepare()
+                return work(*args, **kwargs)
         except Expected as error:
             get_run_logger().error(str(error))
             return Failed(message=str(error))
@@ -82,7 +86,7 @@ def compress(job: Compress) -> State[Any]:
         say(f"Continues what flow run {taken.earlier} left")
         mark_crashed(taken.earlier, flow_run)
     try:
-        with taken.run as run:
+        with foreign.told(), taken.run as run:
             turns = {profile.name: device_turn(profile, say) for profile in run.profiles}
             run.turn, run.turns = turns[run.profile.name], turns
             resume_tracking(run)
@@ -209,7 +213,8 @@ def registry_of(job: Registered) -> tuple[Registry, str]:
 def told(faults: list[str], *about: str) -> Iterator[None]:
     """An expected error of one model does not keep the others from their turn; the flow fails at its end."""
     try:
-        yield
+        with foreign.told():
+            yield
     except Expected as error:
         get_run_logger().error(str(error))
         faults.append(f"{' '.join(about)}: {error}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from pipeline.config import RunFile, home, load_run_file
 from pipeline.errors import SurroundingsError, UserError
 from pipeline.flow.parameters import Compress, Parameters, Profile, Promote
 from pipeline.flow.turns import limit_name, make_limit, server_url
+from pipeline.surroundings import DATA, HOME, folder
 
 TAG = "secateur"
 
@@ -136,9 +136,9 @@ def _parameters(order: Order, config: RunFile) -> dict[str, Parameters]:
 
 def _environment() -> dict[str, str]:
     """Folders of the flow's process; addresses and secrets are the worker's own affair."""
-    found = {"SECATEUR_HOME": str(home())}
-    if data := os.environ.get("SECATEUR_DATA"):
-        found["SECATEUR_DATA"] = str(Path(data).absolute())
+    found = {HOME: str(home())}
+    if (data := folder(DATA)) is not None:
+        found[DATA] = str(data)
     root = str(Path(__file__).parents[2])
     if root in sys.path and "site-packages" not in root:  # run from a checkout
         found["PYTHONPATH"] = root

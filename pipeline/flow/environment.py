@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pipeline.config import home
+from pipeline.surroundings import HOME, home, made, prepare
 
 
 def runtime_env(directory: Path | None = None, debug: bool = False) -> None:
@@ -13,12 +13,16 @@ def runtime_env(directory: Path | None = None, debug: bool = False) -> None:
 
     Args:
         directory: of the run, where results are kept.
+
+    Raises:
+        UserError: a variable names the folder of a user that is not there.
+        SurroundingsError: ``PREFECT_HOME`` or ``SECATEUR_HOME`` cannot be used.
     """
+    prepare()
     defaults = {
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
-        "PREFECT_HOME": str(home() / "prefect"),
         "PREFECT_LOGGING_LEVEL": "INFO" if debug else "CRITICAL",
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING" if debug else "CRITICAL",  # it complains when it is stopped with us
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
@@ -26,6 +30,8 @@ def runtime_env(directory: Path | None = None, debug: bool = False) -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
+    if "PREFECT_HOME" not in os.environ:
+        os.environ["PREFECT_HOME"] = str(made(home(), HOME) / "prefect")
+    made(Path(os.environ["PREFECT_HOME"]), "PREFECT_HOME")
     if directory is not None:
         os.environ["PREFECT_RESULTS_LOCAL_STORAGE_PATH"] = str(directory.absolute() / "stages")

@@ -17,10 +17,11 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from device_profiles.cores import usable_cores
 from device_profiles.wording import command
 from pipeline import workers
 from pipeline.config import WorkersSection
-from pipeline.crew import Engine, WorkerDiedError, cores
+from pipeline.crew import Engine, WorkerDiedError
 from pipeline.errors import SurroundingsError, UserError
 
 TRAVELLING = "secateur-blob-"
@@ -49,7 +50,7 @@ class _Runner(ABC):
     def __init__(self, section: WorkersSection) -> None:
         self.section = section
         self.local = section.address is None
-        self.count = section.count or cores()
+        self.count = section.count or usable_cores()
         self._starting = threading.Lock()
         self._api = ""
 

@@ -217,3 +217,16 @@ def test_random_and_uniform_controls_run_through_the_same_stages(tmp_path: Path)
             ratios = [r["evaluation"]["metrics"]["macs"] for r in facts["search"]["archive"]]
             assert ratios
             assert np.max(ratios) <= 0.7 * facts["search"]["reference"]["metrics"]["macs"]
+
+
+def test_threads_follow_what_the_process_may_use_unless_the_run_file_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr("pipeline.assemble.usable_cores", lambda: 2)
+    try:
+        for threads, expected in ((None, 2), (1, 1)):
+            with opened(tiny_config(tmp_path, threads=threads)):
+                assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)

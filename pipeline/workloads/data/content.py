@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from device_profiles.cores import usable_cores
 from pipeline.config import home
 from pipeline.errors import UserError
 from pipeline.progress import ProgressView, Report, Silent, silent
@@ -162,11 +163,6 @@ def kept(key: str, compute: Callable[[], Any]) -> Any:
             found = compute()
             cache.keep_fact(name, found)
         return found
-
-
-def usable_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # -- one file ----------------------------------------------------------------------------------------------------------

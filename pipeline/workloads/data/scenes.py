@@ -43,10 +43,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from device_profiles.cores import usable_cores
 from pipeline.config import known
 from pipeline.errors import UserError
 from pipeline.workloads.data import record, splits
-from pipeline.workloads.data.content import Damaged, Reading, Seen, look, read_file, usable_cores, without_damaged
+from pipeline.workloads.data.content import Damaged, Reading, Seen, look, read_file, without_damaged
 from pipeline.workloads.data.decode import Pixels, turned_box
 from pipeline.workloads.data.notes import Tally, some
 from pipeline.workloads.data.sources import Sizes

@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from device_profiles.cores import usable_cores
 from pipeline.errors import UserError
 from pipeline.workloads.data import decode
-from pipeline.workloads.data.content import read_file, usable_cores
+from pipeline.workloads.data.content import read_file
 from pipeline.workloads.data.decode import Pixels
 from pipeline.workloads.data.notes import Tally
 
