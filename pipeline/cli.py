@@ -107,7 +107,7 @@ def rescore_(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the reward, e.g. alpha=1.")
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="How many candidates to show and keep.")] = 10,
+    top: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many candidates to show and keep.")] = 10,
 ) -> None:
     """Rank a run's candidates by another reward, from its journal: nothing is evaluated again.
 

@@ -37,6 +37,8 @@ PARITY_TOLERANCE = 1e-4
 PARITY_TIMEOUT_S = 900.0
 """An emulator takes minutes where the device takes milliseconds."""
 LONG = 120
+LONGEST_S = 86_400
+"""A measurement takes a day at most."""
 MARKS = {"ok": "green", "warning": "yellow", "missing": "bold red"}
 """Status of a check -> its colour."""
 FLAGS = {
@@ -138,7 +140,9 @@ def add(
         str, typer.Option(metavar="USER@HOST:PORT", help="Where it is; user and port may be left out.")
     ] = "",
     python: Annotated[str, typer.Option(metavar="COMMAND", help="The Python there that has onnxruntime.")] = "",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of ONNX Runtime, instead of the base's.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Threads of ONNX Runtime, instead of the base's.")
+    ] = None,
     emulated: Annotated[bool, typer.Option("--emulated", help="An emulator: compare outputs, never times.")] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace your profile of that name, or hide a shipped one.")
@@ -212,10 +216,15 @@ def benchmark(
     within: Annotated[
         float | None,
         typer.Option(
-            min=0.01, metavar="PERCENT", help="With --against: go on until the ratio is known to +- PERCENT (95 %)."
+            min=0.01,
+            max=10_000,
+            metavar="PERCENT",
+            help="With --against: go on until the ratio is known to +- PERCENT (95 %).",
         ),
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.01, help="With --within: when to stop all the same.")] = 120.0,
+    seconds: Annotated[
+        float, typer.Option(min=0.01, max=LONGEST_S, help="With --within: when to stop all the same.")
+    ] = 120.0,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write every single latency to this file.")
     ] = None,
@@ -263,7 +272,7 @@ def benchmark(
 def probe(
     name: Name,
     seconds: Annotated[
-        float, typer.Option(min=1, help="Seconds of timed calls, at most; loading comes on top.")
+        float, typer.Option(min=1, max=LONGEST_S, help="Seconds of timed calls, at most; loading comes on top.")
     ] = 90.0,
 ) -> None:
     """Find the channel steps of a device: which widths cost no more than the next smaller ones.
