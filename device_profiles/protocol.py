@@ -32,6 +32,9 @@ class Reader:
     Args:
         progress: called with each event, in order; what it raises leaves ``feed``.
 
+    Raises:
+        DeviceError: from any method that takes or reads text: a line is nested too deeply (code ``reply-too-long``).
+
     Attributes:
         pid: the agent's process on the device, once it said so.
         worker_pid: the process that does the measured work; it leads a process group of its own.
@@ -79,8 +82,11 @@ class Reader:
     def _line(self, line: str) -> None:
         try:
             value = json.loads(line)
-        except (ValueError, RecursionError):
+        except ValueError:
             return
+        except RecursionError:
+            text = "the device sent JSON nested too deeply to be an answer; does something else print there?"
+            raise DeviceError(text, "reply-too-long") from None
         if not isinstance(value, dict):
             return
         if "event" not in value:

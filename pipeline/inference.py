@@ -36,7 +36,8 @@ from torch.utils import _pytree as pytree
 from export.errors import TemplateError
 from export.slicing import OnnxTemplate
 from export.verify import open_session
-from pipeline.training import has_bf16
+from pipeline import precision
+from pipeline.precision import DTYPES, Precision
 from pruning.channels import ChannelGraph
 from pruning.plan import Member, PruningPlan
 from pruning.search.protocol import DENSE
@@ -50,7 +51,7 @@ Run = Callable[[int, Tensor], Any]
 Way = Callable[[PruningPlan, State | None], Run]
 """Prepares the network of a plan, with weights of a dense-shaped state (None = the model's own)."""
 
-TOLERANCE = 1e-4
+TOLERANCE = precision.tolerance("fp32")
 """Largest relative error of a way in float32."""
 RANK_AGREEMENT = 0.99
 """Least Spearman correlation of plans' scores between a way in bfloat16 and the plain network."""
@@ -73,14 +74,14 @@ class Trial:
         name: the way.
         seconds: for one candidate on all images, extrapolated; infinite where it failed.
         error: largest relative error to the plain network; NaN where it failed.
-        exact: whether it computes in float32.
+        precision: the type it computes in.
         reason: why it is not used; empty if it may be.
     """
 
     name: str
     seconds: float
     error: float
-    exact: bool = True
+    precision: Precision = "fp32"
     reason: str = ""
 
 
@@ -96,6 +97,7 @@ class Inference:
         threads: of ONNX Runtime; None = as many as PyTorch uses.
         cache_bytes: bound of the activations kept for candidates that differ in one group.
         patience_s: what candidates may cost in the plain way before others are tried, which takes seconds itself.
+        bf16: whether bfloat16 is tried; None = where the hardware multiplies it natively.
     """
 
     def __init__(
@@ -109,12 +111,13 @@ class Inference:
         threads: int | None = None,
         cache_bytes: int = 1 << 30,
         patience_s: float = 5.0,
+        bf16: bool | None = None,
     ) -> None:
         self.model, self.graph, self.images, self.device = model, graph, images, device
         self.trials: tuple[Trial, ...] = ()
         self._open_template = template
         self._template: OnnxTemplate | None = None
-        self._patience_s, self._cache_bytes = patience_s, cache_bytes
+        self._patience_s, self._cache_bytes, self._bf16_is_native = patience_s, cache_bytes, bf16
         threads = threads or torch.get_num_threads()
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
         self._clock = time.process_time if threads == 1 and device.type == "cpu" else time.perf_counter
@@ -166,9 +169,9 @@ class Inference:
             started = time.perf_counter()
 
     @property
-    def is_exact(self) -> bool:
-        """Whether what is used computes in float32."""
-        return self._fast == self._exact
+    def precision(self) -> Precision:
+        """The type in which candidates go through, unless an answer has to be exact."""
+        return "fp32" if self._fast == self._exact else "bf16"
 
     def describe(self) -> str:
         """The ways that were tried, fastest first, one line each; then the groups that are never cut at, and why."""
@@ -201,7 +204,7 @@ class Inference:
         return self._eager(network, dtype)
 
     def _bf16(self, plan: PruningPlan, state: State | None) -> Run:
-        return self._folded(plan, state, torch.bfloat16)
+        return self._folded(plan, state, DTYPES["bf16"])
 
     def _eager(self, network: nn.Module, dtype: torch.dtype) -> Run:
         if dtype != torch.float32:
@@ -257,7 +260,8 @@ class Inference:
         expected = self._result(self._plain, plan, images)
         self._pairs = _foldable(self.model)
 
-        def attempt(name: str, way: Way, exact: bool = True) -> tuple[Trial, Way]:
+        def attempt(name: str, way: Way, number_type: Precision = "fp32") -> tuple[Trial, Way]:
+            exact = number_type == "fp32"
             try:
                 with torch.inference_mode():
                     prepared, run = self._timed(lambda: way(plan, None))
@@ -268,19 +272,19 @@ class Inference:
                 if not exact and not reason and not self._orders_alike(way, images, rng):
                     reason = "orders plans differently"
             except Exception as failure:  # noqa: BLE001 - a foreign forward may raise anything
-                return Trial(name, math.inf, math.nan, exact, _first_line(failure)), way
+                return Trial(name, math.inf, math.nan, number_type, _first_line(failure)), way
             seconds = prepared + once * num_images / len(images)
-            return Trial(name, seconds, certificate.max_relative_error, exact, reason), way
+            return Trial(name, seconds, certificate.max_relative_error, number_type, reason), way
 
         tried = [attempt("PyTorch", self._plain), attempt("PyTorch, batch norm folded", self._folded)]
-        if has_bf16(self.device):
-            tried.append(attempt("PyTorch, batch norm folded, bfloat16", self._bf16, exact=False))
+        if self._bf16_is_native if self._bf16_is_native is not None else precision.native_bf16(self.device):
+            tried.append(attempt("PyTorch, batch norm folded, bfloat16", self._bf16, "bf16"))
         if self.device.type == "cpu":
             tried += self._try_onnx(attempt)
         usable = sorted((t for t in tried if not t[0].reason), key=lambda t: t[0].seconds)
         self.trials = tuple(trial for trial, _ in tried)
         self._fast = next((way for _, way in usable), self._plain)
-        self._exact = next((way for trial, way in usable if trial.exact), self._plain)
+        self._exact = next((way for trial, way in usable if trial.precision == "fp32"), self._plain)
 
     def _try_onnx(self, attempt: Callable[[str, Way], tuple[Trial, Way]]) -> list[tuple[Trial, Way]]:
         """Find the best size of blocks, then of chunks; no template is left where none works."""

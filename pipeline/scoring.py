@@ -238,7 +238,7 @@ class Scorer:
 
     def _key(self, ask: Ask) -> Key:
         """Under which a candidate's metrics are remembered."""
-        return ask.base, ask.plan.digest, ask.exact or self.inference.is_exact, ask.brief
+        return ask.base, ask.plan.digest, ask.exact or self.inference.precision == "fp32", ask.brief
 
     def _metrics(self, ask: Ask, started: float) -> Mapping[str, float]:
         """Metrics on the search split.

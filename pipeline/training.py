@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Distillation, Recipe
 from pipeline.files import sha256_of
+from pipeline.precision import trains_in_bf16
 from pipeline.progress import Report, silent
 from pipeline.workloads import Split, Workload
 
@@ -81,7 +82,7 @@ def fit(
     )
     average = Average(model, recipe.ema) if recipe.ema else None
     step = _load_checkpoint(checkpoint, model, optimizer, average, device)
-    bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and has_bf16(device))
+    bf16 = trains_in_bf16(recipe.precision, device)
     note = ""
     while step < steps:
         epoch = step // steps_per_epoch
@@ -163,14 +164,6 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bf16 natively (where it does not, bf16 is slower than fp32)."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def move(model: nn.Module, device: torch.device) -> nn.Module:

@@ -466,10 +466,7 @@ class _BoundedReader:
 
     def _flush(self) -> None:
         data, self._pieces = b"".join(self._pieces), []
-        try:
-            self._reader.feed(data)
-        except RecursionError:
-            raise DeviceError("the device sent JSON nested too deeply to be an answer", "reply-too-long") from None
+        self._reader.feed(data)
 
 
 class _Watcher(asyncssh.SSHClient):

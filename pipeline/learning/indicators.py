@@ -34,7 +34,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pipeline.learning import Lesson, Outcome
-from pipeline.training import TrainingError, has_bf16, move
+from pipeline.precision import trains_in_bf16
+from pipeline.training import TrainingError, move
 from pipeline.workloads import Split
 from pruning.channels import ChannelGraph
 
@@ -256,7 +257,7 @@ def _train(lesson: Lesson, settings: Settings, model: nn.Module, indicators: Ind
     warmup = recipe.warmup_epochs * per_epoch
     everything = {"model": model, "weights": weights, "switches": switches}
     step, images = _resume(lesson.checkpoint, everything, alpha, device)
-    bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and has_bf16(device))
+    bf16 = trains_in_bf16(recipe.precision, device)
     model.train()
     while step < steps:
         epoch = step // per_epoch

@@ -102,3 +102,12 @@ def test_errors_are_made_without_a_reader_too():
     assert error_of({"error": "busy", "detail": "pid 3"}, "", 75).code == "busy"
     assert hung(3.5).code == "client-timeout"
     assert "3.5 s" in str(hung(3.5))
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+@pytest.mark.parametrize("opening", ["[", '{"error": ', '{"event": ['])
+def test_what_is_nested_too_deeply_is_said_whether_the_line_ends_or_the_agent_does(opening: str, end: str):
+    """The answer is the same for a line that came whole and for one that the agent's end cut off."""
+    with pytest.raises(DeviceError, match="nested too deeply") as caught:
+        read_answer(opening * 100_000 + end, "", 0)
+    assert caught.value.code == "reply-too-long"

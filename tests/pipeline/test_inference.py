@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any, cast
 
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 
 import pipeline.inference
 from export.slicing import OnnxTemplate
-from pipeline.inference import TOLERANCE, Inference
+from pipeline.inference import Inference
+from pipeline.precision import DTYPES, Precision, native_bf16
 from pruning.channels import ChannelGraph
 from pruning.plan import PruningPlan
-from pruning.surgery import compare_outputs
 from pruning.weights import inherit
+from tests.numerics import LOWERED, assert_same, pretend_bf16, rounding_of, run_lowered
 
 CPU = torch.device("cpu")
 BATCHES = [torch.from_numpy(np.random.default_rng(n).normal(size=(n, 3, 12, 12)).astype(np.float32)) for n in (40, 23)]
@@ -155,11 +157,31 @@ def plain(
         return [network(images) for images in BATCHES]
 
 
-def assert_equal(found: list[Any], expected: list[Any]) -> None:
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
-        certificate = compare_outputs(a, b, TOLERANCE)
-        assert certificate.ok, certificate.reason
+def assert_plain(
+    found: list[Any],
+    kind: type[nn.Module],
+    plan: PruningPlan,
+    state: Mapping[str, Tensor] | None = None,
+    number_type: Precision = "fp32",
+) -> None:
+    """The outputs are those of the plain pruned network, up to what rounding in a type explains."""
+    assert_same(found, plain(kind, plan, state), rounding_of(traced(kind)[0], DTYPES[number_type]))
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """PyTorch's number of threads, for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[False, True], ids=["fp32 only", "bf16 native"])
+def bf16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both kinds of processor, whatever this one is."""
+    native: bool = request.param
+    pretend_bf16(monkeypatch, native)
+    return native
 
 
 def random_plan(graph: ChannelGraph, seed: int) -> PruningPlan:
@@ -187,8 +209,8 @@ def test_any_plan_with_any_weights_through_onnx(kind: type[nn.Module], monkeypat
     state = other_weights(kind)
     for seed in range(8):
         plan = random_plan(engine.graph, seed)
-        assert_equal(list(engine.outputs(plan)), plain(kind, plan))
-        assert_equal(list(engine.outputs(plan, "other", state)), plain(kind, plan, state))
+        assert_plain(list(engine.outputs(plan)), kind, plan)
+        assert_plain(list(engine.outputs(plan, "other", state)), kind, plan, state)
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
@@ -204,7 +226,7 @@ def test_blocks_never_change_outputs(seed: int, kind: type[nn.Module], block: in
         assert width in (plan.widths[group.name], group.size) or width % block == 0
     with torch.inference_mode():
         found = [engine._onnx(plan, None)(n, images) for n, images in enumerate(BATCHES)]
-    assert_equal(found, plain(kind, plan))
+    assert_plain(found, kind, plan)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -216,7 +238,7 @@ def test_one_group_of_a_pruned_and_tuned_snapshot(
     engine = onnx_only(kind, monkeypatch, threads=threads)
     state = other_weights(kind)
     snapshot = random_plan(engine.graph, 0)
-    assert_equal(list(engine.outputs(snapshot, "tuned", state)), plain(kind, snapshot, state))
+    assert_plain(list(engine.outputs(snapshot, "tuned", state)), kind, snapshot, state)
     rng = np.random.default_rng(0)
     cut = set()
     for group in engine.graph.groups:
@@ -225,7 +247,7 @@ def test_one_group_of_a_pruned_and_tuned_snapshot(
             chosen = rng.random(len(alive)) < 0.7
             chosen[rng.integers(len(alive))] = True
             plan = snapshot.replace({group.name: alive[chosen]})
-            assert_equal(list(engine.outputs(plan, "tuned", state)), plain(kind, plan, state))
+            assert_plain(list(engine.outputs(plan, "tuned", state)), kind, plan, state)
         if engine._branch is not None and engine._branch.name == group.name:
             assert len(engine._branch.kept) == len(BATCHES)
             cut.add(group.name)
@@ -239,7 +261,7 @@ def test_a_candidate_outside_the_snapshot_is_right_too(monkeypatch: pytest.Monke
     name, size = "inner2.0", snapshot.sizes["inner2.0"]
     for start in range(0, 12, 2):
         plan = snapshot.replace({name: range(start, size - 6 + start // 2)})
-        assert_equal(list(engine.outputs(plan)), plain(Residual, plan))
+        assert_plain(list(engine.outputs(plan)), Residual, plan)
     assert engine._branch is not None
     assert engine._branch.plan.widths[name] == size
 
@@ -252,8 +274,8 @@ def test_weights_of_another_base_never_meet_kept_activations(monkeypatch: pytest
         list(engine.outputs(plan))
     assert engine._branch is not None
     for plan in plans:
-        assert_equal(list(engine.outputs(plan, "other", state)), plain(Residual, plan, state))
-        assert_equal(list(engine.outputs(plan)), plain(Residual, plan))
+        assert_plain(list(engine.outputs(plan, "other", state)), Residual, plan, state)
+        assert_plain(list(engine.outputs(plan)), Residual, plan)
 
 
 @pytest.mark.parametrize(("images", "kept"), [(0, 0), (45, 1), (63, 2)])
@@ -266,7 +288,7 @@ def test_kept_activations_stay_within_the_bound(images: int, kept: int, monkeypa
     per_image = 4 * 144 * (20 + 18)  # the block's input and what its second convolution reads
     monkeypatch.setattr(engine, "_cache_bytes", images * per_image)
     for plan in plans[1:]:
-        assert_equal(list(engine.outputs(plan)), plain(Residual, plan))
+        assert_plain(list(engine.outputs(plan)), Residual, plan)
     branch = engine._branch
     assert branch is not None
     assert len(branch.kept) == kept
@@ -283,50 +305,75 @@ def test_prefix_is_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(engine._branch.crossing) == sorted(engine._branch.kept[0][0])
     monkeypatch.setattr(engine._branch, "before", None)  # running it would raise
     plan = full.replace({"inner2.0": range(11)})
-    assert_equal(list(engine.outputs(plan)), plain(Residual, plan))
+    assert_plain(list(engine.outputs(plan)), Residual, plan)
 
 
 @pytest.mark.parametrize("kind", SLOW)
-def test_what_onnx_cannot_do_is_done_by_pytorch(kind: type[nn.Module]) -> None:
+def test_what_onnx_cannot_do_is_done_by_pytorch(kind: type[nn.Module], bf16: bool) -> None:
     engine = inference(kind)
     for seed in range(3):
         plan = random_plan(engine.graph, seed)
-        assert_equal(list(engine.outputs(plan)), plain(kind, plan))
+        found = list(engine.outputs(plan))
+        assert_plain(found, kind, plan, number_type=engine.precision)
+        assert_plain(list(engine.outputs(plan, exact=True)), kind, plan)
+    assert any(t.precision == "bf16" for t in engine.trials) == bf16
     assert all(t.reason for t in engine.trials if t.name.startswith("ONNX"))
     assert not any(t.reason for t in engine.trials if t.name == "PyTorch")
     assert "ONNX Runtime" in engine.describe()
 
 
-def test_a_network_without_a_template() -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_network_without_a_template(threads: int, bf16: bool, set_threads: Callable[[int], None]) -> None:
+    set_threads(threads)
     model, graph = traced(Residual)
     engine = Inference(model, graph, lambda: BATCHES, lambda: None, device=CPU, patience_s=0)
     plan = random_plan(graph, 0)
-    assert_equal(list(engine.outputs(plan)), plain(Residual, plan))
+    found = list(engine.outputs(plan))
+    assert_plain(found, Residual, plan, number_type=engine.precision)
+    assert engine.precision == "fp32" or bf16
 
 
 def test_a_way_that_computes_something_else_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = inference(Residual)
+    engine = inference(Residual, bf16=False)
     monkeypatch.setattr(pipeline.inference, "fuse_conv_bn_eval", lambda conv, _: conv)
     monkeypatch.setattr(pipeline.inference, "_any_batch", _negated)
     plan = random_plan(engine.graph, 0)
-    assert_equal(list(engine.outputs(plan)), plain(Residual, plan))
+    assert_plain(list(engine.outputs(plan)), Residual, plan)
     assert [t.name for t in engine.trials if not t.reason] == ["PyTorch"]
     assert "differs" in engine.describe()
 
 
-def test_exact_answers_never_come_from_lower_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline.inference, "has_bf16", lambda _: True)
-    engine = inference(Residual)
+def test_exact_answers_never_come_from_lower_precision() -> None:
+    engine = inference(Residual, bf16=True)
     plan = random_plan(engine.graph, 0)
-    assert_equal(list(engine.outputs(plan, exact=True)), plain(Residual, plan))
+    assert_plain(list(engine.outputs(plan, exact=True)), Residual, plan)
     (trial,) = [t for t in engine.trials if "bfloat16" in t.name]
-    assert not trial.exact
-    assert trial.error > 1e-4
-    monkeypatch.setattr(engine, "_fast", engine._bf16)
-    rough = torch.cat(list(engine.outputs(plan)))
-    assert rough.dtype == torch.float32
-    assert 1e-4 < (rough - torch.cat(cast(list[Tensor], plain(Residual, plan)))).abs().max() < 0.5
-    assert_equal(list(engine.outputs(plan, exact=True)), plain(Residual, plan))
+    assert trial.precision == "bf16"
+    assert trial.error > rounding_of(engine.model)
+    engine._fast = engine._bf16
+    assert engine.precision == "bf16"
+    rough = list(engine.outputs(plan))
+    assert {batch.dtype for batch in rough} == {torch.float32}
+    assert_plain(rough, Residual, plan, number_type="bf16")
+    with pytest.raises(AssertionError, match="differs"):
+        assert_plain(rough, Residual, plan)
+    assert_plain(list(engine.outputs(plan, exact=True)), Residual, plan)
+
+
+@pytest.mark.slow
+def test_the_same_holds_with_older_instructions() -> None:
+    """The tests of this file that PyTorch's kernels decide, where PyTorch and oneDNN may use AVX2 at most."""
+    names = (test_a_network_without_a_template, test_a_way_that_computes_something_else_is_left_out)
+    names += (test_exact_answers_never_come_from_lower_precision, test_lowered_instructions_are_not_native_bf16)
+    assert " failed" not in run_lowered(*(f"{__file__}::{test.__name__}" for test in names))
+
+
+def test_lowered_instructions_are_not_native_bf16() -> None:
+    """Whatever the processor has: what oneDNN may not use is not native."""
+    if os.environ.get("ONEDNN_MAX_CPU_ISA") == LOWERED["ONEDNN_MAX_CPU_ISA"] or not any(
+        torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16")
+    ):
+        assert not native_bf16(CPU)
 
 
 def test_nothing_is_tried_before_patience_ends() -> None:
@@ -348,7 +395,7 @@ def test_a_caller_may_stop_early_and_the_model_stays_as_it_was() -> None:
     engine = inference(Residual)
     plan = random_plan(graph, 0)
     assert len(next(engine.outputs(plan))) == len(BATCHES[0])
-    assert_equal(list(engine.outputs(plan)), plain(Residual, plan))
+    assert_plain(list(engine.outputs(plan)), Residual, plan)
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
 
 

@@ -13,9 +13,12 @@ from torch.nn.utils.parametrizations import weight_norm
 from pruning.channels import ChannelGraph
 from pruning.feature_maps import cosine_distance, feature_distance
 from pruning.search.clustering import dbscan, num_kept
+from tests.numerics import rounding
 from tests.pruning.models import CifarResNet, Net, PlainCNN, TwoBranches, randomise
 
 IMAGES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+NEAR = rounding(depth=4, terms=2 * IMAGES[:, 0].numel())
+"""Of cosines of mean maps: two sums over all positions of two networks of two layers, in float32."""
 
 
 def cosine(rows: Tensor) -> np.ndarray:
@@ -36,7 +39,7 @@ def traced(model: nn.Module) -> tuple[nn.Module, ChannelGraph]:
 def test_maps_are_taken_before_batch_norm_and_averaged_over_images() -> None:
     model, graph = traced(PlainCNN())
     found = feature_distance(model, graph, [IMAGES])
-    assert found["conv1"] == pytest.approx(cosine(mean_rows(model.conv1(IMAGES))), abs=1e-6)
+    assert found["conv1"] == pytest.approx(cosine(mean_rows(model.conv1(IMAGES))), abs=NEAR)
     assert {name: d.shape for name, d in found.items()} == {g.name: (g.size, g.size) for g in graph.groups}
     assert all(d.dtype == np.float64 and (d == d.T).all() and not d.diagonal().any() for d in found.values())
 
@@ -45,7 +48,7 @@ def test_batches_make_no_difference() -> None:
     model, graph = traced(PlainCNN())
     at_once = feature_distance(model, graph, [IMAGES], concat=2)
     in_turn = feature_distance(model, graph, [(IMAGES[:1],), (IMAGES[1:4],), (IMAGES[4:],)], concat=2)
-    assert all(in_turn[name] == pytest.approx(at_once[name], abs=1e-6) for name in at_once)
+    assert all(in_turn[name] == pytest.approx(at_once[name], abs=NEAR) for name in at_once)
 
 
 def test_images_may_come_as_a_list_and_differ_in_size() -> None:
@@ -56,16 +59,16 @@ def test_images_may_come_as_a_list_and_differ_in_size() -> None:
     small = F.avg_pool2d(IMAGES[1], 2)
     found = feature_distance(model, graph, [[IMAGES[0]], [small]], max_positions=64)["first"]
     maps = torch.stack([F.adaptive_avg_pool2d(model.first(x), 8) for x in (IMAGES[0], small)])
-    assert found == pytest.approx(cosine(mean_rows(maps)), abs=1e-6)
+    assert found == pytest.approx(cosine(mean_rows(maps)), abs=NEAR)
 
 
 def test_after_activation_the_maps_are_those_the_readers_get() -> None:
     model, graph = traced(PlainCNN())
     found = feature_distance(model, graph, [IMAGES], after_activation=True)
     read = F.max_pool2d(F.relu(model.bn1(model.conv1(IMAGES))), 2)
-    assert found["conv1"] == pytest.approx(cosine(mean_rows(read)), abs=1e-6)
+    assert found["conv1"] == pytest.approx(cosine(mean_rows(read)), abs=NEAR)
     flat = F.max_pool2d(torch.sigmoid(model.conv2(read)), 2)  # read through a flatten by a linear layer
-    assert found["conv2"] == pytest.approx(cosine(mean_rows(flat)), abs=1e-6)
+    assert found["conv2"] == pytest.approx(cosine(mean_rows(flat)), abs=NEAR)
 
 
 def test_a_layer_without_positions_is_described_by_its_values_on_single_images() -> None:
@@ -75,7 +78,7 @@ def test_a_layer_without_positions_is_described_by_its_values_on_single_images()
     model(IMAGES)
     handle.remove()
     found = feature_distance(model, graph, [IMAGES])
-    assert found["fc1"] == pytest.approx(cosine(seen[0].T), abs=1e-6)
+    assert found["fc1"] == pytest.approx(cosine(seen[0].T), abs=NEAR)
 
 
 def test_parts_of_the_images_are_put_side_by_side() -> None:
@@ -83,7 +86,7 @@ def test_parts_of_the_images_are_put_side_by_side() -> None:
     maps = model.conv1(IMAGES)
     halves = torch.cat([mean_rows(maps[0::2]), mean_rows(maps[1::2])], dim=1)
     found = feature_distance(model, graph, [IMAGES], concat=2)["conv1"]
-    assert found == pytest.approx(cosine(halves), abs=1e-6)
+    assert found == pytest.approx(cosine(halves), abs=NEAR)
     assert np.abs(found - feature_distance(model, graph, [IMAGES])["conv1"]).max() > 0.01
 
 
@@ -92,7 +95,7 @@ def test_large_maps_are_pooled(most: int, side: int) -> None:
     model, graph = traced(PlainCNN())
     maps = F.adaptive_avg_pool2d(model.conv1(IMAGES), side)
     found = feature_distance(model, graph, [IMAGES], max_positions=most)["conv1"]
-    assert found == pytest.approx(cosine(mean_rows(maps)), abs=1e-6)
+    assert found == pytest.approx(cosine(mean_rows(maps)), abs=NEAR)
 
 
 def test_maps_pooled_to_one_position_are_dealt_into_as_many_parts() -> None:
@@ -100,7 +103,7 @@ def test_maps_pooled_to_one_position_are_dealt_into_as_many_parts() -> None:
     values = model.conv1(IMAGES).mean((2, 3))
     parts = torch.stack([values[p::3].mean(0) for p in range(3)], dim=1)
     found = feature_distance(model, graph, [IMAGES[:4], IMAGES[4:]], max_positions=3)["conv1"]
-    assert found == pytest.approx(cosine(parts), abs=1e-6)
+    assert found == pytest.approx(cosine(parts), abs=NEAR)
 
 
 def test_oblong_maps_keep_to_the_bound() -> None:
@@ -117,7 +120,7 @@ def test_the_distances_of_several_producers_are_averaged() -> None:
     block = model.layer1
     second = block.conv2(F.relu(block.bn1(block.conv1(F.relu(model.bn1(first))))))
     expected = (cosine(mean_rows(first)) + cosine(mean_rows(second))) / 2
-    assert feature_distance(model, graph, [IMAGES])["conv1"] == pytest.approx(expected, abs=1e-6)
+    assert feature_distance(model, graph, [IMAGES])["conv1"] == pytest.approx(expected, abs=NEAR)
 
 
 def test_depthwise_convolutions_are_left_out() -> None:
@@ -129,7 +132,7 @@ def test_depthwise_convolutions_are_left_out() -> None:
     )
     graph = ChannelGraph.trace(model, IMAGES[:1])
     assert feature_distance(model, graph, [IMAGES])["first"] == pytest.approx(
-        cosine(mean_rows(model.first(IMAGES))), abs=1e-6
+        cosine(mean_rows(model.first(IMAGES))), abs=NEAR
     )
 
 
@@ -137,7 +140,7 @@ def test_transposed_convolutions_hold_their_channels_in_the_second_dimension() -
     model = Net(lambda m, x: m.last(F.relu(m.up(x))), up=nn.ConvTranspose2d(3, 8, 2, stride=2), last=nn.Conv2d(8, 4, 1))
     graph = ChannelGraph.trace(model, IMAGES[:1])
     assert feature_distance(model, graph, [IMAGES])["up"] == pytest.approx(
-        cosine(mean_rows(model.up(IMAGES))), abs=1e-6
+        cosine(mean_rows(model.up(IMAGES))), abs=NEAR
     )
 
 
@@ -149,7 +152,7 @@ def test_a_layer_that_runs_twice_has_both_maps_side_by_side() -> None:
     )
     graph = ChannelGraph.trace(model, IMAGES[:1])
     both = [mean_rows(model.head(x)) for x in (IMAGES, F.avg_pool2d(IMAGES, 2))]
-    assert feature_distance(model, graph, [IMAGES])["head"] == pytest.approx(cosine(torch.cat(both, 1)), abs=1e-6)
+    assert feature_distance(model, graph, [IMAGES])["head"] == pytest.approx(cosine(torch.cat(both, 1)), abs=NEAR)
 
 
 def test_a_parametrized_weight_is_followed_to_its_layer() -> None:
@@ -157,14 +160,14 @@ def test_a_parametrized_weight_is_followed_to_its_layer() -> None:
     weight_norm(model.left)
     graph = ChannelGraph.trace(model, IMAGES[:1])
     expected = cosine(mean_rows(model.left(IMAGES)))
-    assert feature_distance(model, graph, [IMAGES])["left"] == pytest.approx(expected, abs=1e-6)
+    assert feature_distance(model, graph, [IMAGES])["left"] == pytest.approx(expected, abs=NEAR)
 
 
 def test_weights_outside_of_layers_are_compared_themselves() -> None:
     w = nn.Parameter(torch.randn(3, 8))
     model = Net(lambda m, x: m.last((x.mean((2, 3)) @ m.w).relu()), w=w, last=nn.Linear(8, 4))
     graph = ChannelGraph.trace(model, IMAGES[:1])
-    assert feature_distance(model, graph, [IMAGES])["w"] == pytest.approx(cosine(w.detach().T), abs=1e-6)
+    assert feature_distance(model, graph, [IMAGES])["w"] == pytest.approx(cosine(w.detach().T), abs=NEAR)
 
 
 def test_copies_of_a_channel_are_at_distance_zero_and_count_once() -> None:
