@@ -91,7 +91,7 @@ class _Carried(Classification):
         self.shape = (channels, high, wide)
         self.classes, self.named, self.resize = tuple(map(str, range(self.num_classes))), False, "stretch"
         self.notes, self.record = (), DataRecord(self.fingerprint, {}, (), False)
-        self.pretrained, self._state = False, None
+        self.pretrained, self._content = False, None
 
     @staticmethod
     def _split(images: np.ndarray, labels: np.ndarray) -> Split:

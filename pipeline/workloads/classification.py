@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,7 +26,8 @@ from pipeline.workloads.data.notes import Tally
 from pipeline.workloads.data.paths import under_data
 from pipeline.workloads.data.sources import ArraySource, ImageData
 from pipeline.workloads.networks import build_network
-from pipeline.workloads.weights import TORCHVISION, file_digest, find_weights, fit_weights, read_weights
+from pipeline.workloads.weight_files import describe
+from pipeline.workloads.weights import TORCHVISION, choose_weights, file_digest, find_weights, fit_weights, read_weights
 
 SEARCH_FRACTION = 0.1
 """Share of the training images that is held out for the search, where the run file says none."""
@@ -125,7 +127,7 @@ class Classification:
         opened = _open(options.data, reading)
         self.classes, self.named, self.resize = opened.classes, opened.named, opened.resize
         self.train, self.search, self.test = _split(opened, options.data)
-        self.notes = opened.tally.notes()
+        self._data_notes = opened.tally.notes()
         self.num_classes = len(opened.classes)
         sample = opened.train.read(self.train.indices[:1])
         self.shape = (sample.shape[3], sample.shape[1], sample.shape[2])
@@ -140,9 +142,9 @@ class Classification:
         self.pretrained = options.model.weights is not None
         name = options.model.name
         weights = find_weights(options.model.weights, lambda: _torchvision_weights(name, self.num_classes))
-        self._state = None if weights is None else read_weights(weights)
+        self._content = None if weights is None else read_weights(weights)
         if weights is not None and options.model.weights == TORCHVISION:
-            self._state = _renamed(name, weights)
+            self._content = _renamed(name, weights)
         where = {"data": {"path", "train", "test", "download"}}
         content: dict[str, Any] = {"options": options.model_dump(mode="json", exclude=where)}
         content |= {"data": data, "weights": None if weights is None else file_digest(weights)}
@@ -161,6 +163,14 @@ class Classification:
         prepared = {"image_size": self.shape[1], "mean": mean, "std": std, "resize": self.resize}
         return {**prepared, "classes": list(self.classes)} if self.named else prepared
 
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        if self._content is None or self.options.model.weights == TORCHVISION:
+            return self._data_notes
+        with torch.random.fork_rng(devices=[]):
+            own = self.fresh_model().state_dict()
+        return (*self._data_notes, *choose_weights(self._content, own, self.options.model.weights)[1])
+
     def summary(self) -> DataSummary:
         counts = [
             np.bincount(split.source.labels[split.indices], minlength=self.num_classes)
@@ -177,8 +187,10 @@ class Classification:
 
     def build_model(self) -> nn.Module:
         model = self.fresh_model()
-        if self._state is not None:
-            fit_weights(model, self._state, self.options.model.weights, self.options.model.name)
+        if self._content is not None:
+            weights, held = self.options.model.weights, describe(self._content)
+            chosen, _ = choose_weights(self._content, model.state_dict(), weights)
+            fit_weights(model, chosen.tensors, weights, self.options.model.name, held=held, classes=self.classes)
         return model.eval()
 
     def example_input(self) -> Tensor:

@@ -27,7 +27,9 @@ from pipeline.workloads.data.record import DataRecord, fingerprint_of, parts_of
 from pipeline.workloads.data.scenes import SceneSource
 from pipeline.workloads.data.sources import ImageSource
 from pipeline.workloads.suppression import Detections
-from pipeline.workloads.weights import file_digest, find_weights, fit_weights, read_weights
+from pipeline.workloads.weight_files import describe
+from pipeline.workloads.weight_tensors import plain
+from pipeline.workloads.weights import choose_weights, file_digest, find_weights, fit_weights, read_weights
 
 VERSION = 3
 """Part of the fingerprint; raise it when a change here changes images, targets or loss."""
@@ -122,10 +124,11 @@ class Detection:
         used = np.concatenate([opened.train, opened.search, opened.test])
         self.most_boxes = max(len(opened.source.boxes(int(index))) for index in used)
         weights = find_weights(options.model.weights, lambda: ssd.torchvision_weights(options.model.name))
-        self._state = None if weights is None else read_weights(weights)
+        self._content = None if weights is None else read_weights(weights)
         self.pretrained = weights is not None and options.model.load == "all"
         with torch.random.fork_rng(devices=[]):
-            network: Any = self.build_model()
+            network: Any = self.fresh_model()
+            self.notes += self._load_weights(network)
         size = options.input.image_size or getattr(network, "image_size", None)
         if size is None:
             raise UserError(f"network {options.model.name} names no image_size; set workload.input.image_size")
@@ -173,9 +176,14 @@ class Detection:
 
     def build_model(self) -> nn.Module:
         model = self.fresh_model()
-        if self._state is not None:
-            _load(model, self._state, self.options.model, len(self.classes))
+        self._load_weights(model)
         return model.eval()
+
+    def _load_weights(self, model: nn.Module) -> tuple[str, ...]:
+        """Returns notes on what was read."""
+        if self._content is None:
+            return ()
+        return _load(model, self._content, self.options.model, len(self.classes))
 
     def example_input(self) -> Tensor:
         return self.batch(self.train, torch.tensor([0]), train=False, generator=None, device=torch.device("cpu"))[0]
@@ -335,8 +343,11 @@ def _targets(scene: Mapping[str, Any]) -> Tensor:
 # -- weights -----------------------------------------------------------------------------------------------------------
 
 
-def _load(model: nn.Module, state: Mapping[str, Tensor], options: ModelOptions, num_classes: int) -> None:
-    """Put a state dict, or the part of it that the options name, into a network.
+def _load(model: nn.Module, content: Mapping[str, Any], options: ModelOptions, num_classes: int) -> tuple[str, ...]:
+    """Put what a weights file holds, or the part of it that the options name, into a network.
+
+    Returns:
+        Notes on the choice.
 
     Raises:
         UserError: it does not fit.
@@ -349,11 +360,14 @@ def _load(model: nn.Module, state: Mapping[str, Tensor], options: ModelOptions, 
             "the beginnings of the names of the heads for boxes and for classes"
         )
     box_heads, class_heads = prefixes or ("\0", "\0")
-    left_out = {"all": (), "but_classes": (class_heads,), "backbone": (box_heads, class_heads)}[options.load]
+    parts: Mapping[str, tuple[str, ...]] = {"but_classes": (class_heads,), "backbone": (box_heads, class_heads)}
+    left_out = parts.get(options.load, ())
+    chosen, notes = choose_weights(content, own, options.weights, left_out)
+    state = chosen.tensors
     if options.weight_classes is not None and options.load == "all":
         state = _chosen_classes(state, own, class_heads, options.weight_classes, num_classes)
-    loaded = {name: tensor for name, tensor in state.items() if not name.startswith(tuple(left_out))}
-    loaded |= {name: tensor for name, tensor in own.items() if left_out and name.startswith(tuple(left_out))}
+    loaded = {name: tensor for name, tensor in state.items() if not name.startswith(left_out)}
+    loaded |= {name: tensor for name, tensor in own.items() if name.startswith(left_out)}
     other = [n for n in own if n.startswith(class_heads) and n in loaded and loaded[n].shape != own[n].shape]
     if other:
         raise UserError(
@@ -361,7 +375,8 @@ def _load(model: nn.Module, state: Mapping[str, Tensor], options: ModelOptions, 
             f"({other[0]}: {tuple(loaded[other[0]].shape)} in the file, {tuple(own[other[0]].shape)} in the network); "
             "set model.load: but_classes to train new ones, or model.weight_classes to take some of the file's"
         )
-    fit_weights(model, loaded, options.weights, options.name)
+    fit_weights(model, loaded, options.weights, options.name, held=describe(content))
+    return notes
 
 
 def _chosen_classes(
@@ -380,6 +395,6 @@ def _chosen_classes(
             raise UserError(
                 f"model.weight_classes: the file has {present - 1} classes, from 0; asked for {max(chosen)}"
             )
-        rows = state[name].reshape(per_cell, present, *state[name].shape[1:])
+        rows = plain(state[name]).reshape(per_cell, present, *state[name].shape[1:])
         result[name] = rows[:, [0, *(c + 1 for c in chosen)]].flatten(0, 1)
     return result
