@@ -244,11 +244,20 @@ class TrackingSection(Section):
 
     uri: str | None = None
     """None = SQLite and a folder under SECATEUR_HOME."""
-    experiment: str = "secateur"
+    experiment: Annotated[str, Field(pattern=r"^[^\p{Cc}]*$", max_length=200)] = "secateur"
     registered_model: Annotated[str, Field(pattern=r"^[^/:.%\"'\\`\p{Cc}]+$", max_length=200)] | None = None
     """None = the run's name."""
+    take_over: bool = False
+    """Whether an experiment, a registered model or an alias that Secateur did not make may become its own."""
     required: bool = False
     """Whether an unreachable server stops the run at its start."""
+
+    @field_validator("experiment", "registered_model", "uri")
+    @classmethod
+    def _not_blank(cls, text: str | None) -> str | None:
+        if text is not None and not text.strip():
+            raise ValueError("is blank; write a name, or leave it out for the default")
+        return text
 
     @field_validator("uri")
     @classmethod

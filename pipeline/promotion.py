@@ -26,9 +26,9 @@ from export.verify import predict
 from pipeline.config import GateSection, parse_run_file
 from pipeline.errors import UserError
 from pipeline.progress import ProgressView, Silent
-from pipeline.tracking import ChampionMovedError, Decision, Gate, Registry, Version
+from pipeline.tracking import ChampionMovedError, Decision, Gate, Registry, Version, alias_of
 from pipeline.tracking.contents import FOLDER, MODEL
-from pipeline.tracking.registry import CHALLENGER, CHAMPION
+from pipeline.tracking.registry import CHALLENGER, CHAMPION, MANIFEST_TAG, RUN_TAG
 from pipeline.workloads import Split, Workload
 from pipeline.workloads.data.content import Reading
 from pipeline.workloads.data.record import FACTS
@@ -105,6 +105,8 @@ def promote(
     """
     view = progress or Silent()
     chosen = registry.version(name, version or CHALLENGER, profile.name)
+    if RUN_TAG not in chosen.tags:
+        raise UserError(f"{chosen.uri} was not registered by Secateur: it has no gate of its run and no provenance")
     for attempt in range(ATTEMPTS):
         champion = registry.champion(name, profile.name)
         if champion is not None and champion.version == chosen.version:
@@ -146,6 +148,10 @@ def _compare(
     if chosen.tags.get("gate") != "passed":
         reason = f"the gate of the run that made it: {chosen.tags.get('gate', 'unknown')}"
         return Decision(*about, (Gate("gate of its run", 0.0, 1.0, False, reason),)), []
+    if champion is not None and MANIFEST_TAG not in champion.tags:
+        if not registry.take_over:
+            return Decision(*about, (Gate("champion", None, 1.0, False, _unproven(champion, profile.name)),)), []
+        champion = None
     with progress.stage("Fetch challenger and champion"):
         challenger = fetch(registry, chosen, folder / CHALLENGER)
         reigning = None if champion is None else fetch(registry, champion, folder / CHAMPION)
@@ -162,6 +168,15 @@ def _compare(
     file = folder / "benchmark.json"
     file.write_text(result.to_json() + "\n", encoding="utf-8")
     return Decision(*about, tuple(gates)), [file]
+
+
+def _unproven(champion: Version, device: str) -> str:
+    """Why nothing is compared with a champion that somebody else made."""
+    return (
+        f"champion version {champion.version} was not made by Secateur, so nothing says what it is. To let another "
+        f"take its place all the same, resume the run with tracking.take_over: true in its run.yaml, or remove alias "
+        f"{alias_of(CHAMPION, device)}; a roll-back can go back to it"
+    )
 
 
 def fetch(registry: Registry, version: Version, folder: Path) -> Contender:

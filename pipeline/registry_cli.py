@@ -99,6 +99,8 @@ def history(name: Name, uri: Uri = None) -> None:
     for event in registry.history(name):
         when = f"{datetime.fromtimestamp(event.at):%Y-%m-%d %H:%M:%S}"
         what = event.kind if event.done else f"{event.kind} (cut short: it did not take place)"
+        if event.kind == "found":
+            what = "found as plain champion, set by somebody else"
         rows.add_row(when, event.device, what, event.version, event.previous or "-", event.run_id)
     out.print(rows)
     for model, device, version in registry.champions():

@@ -1,21 +1,44 @@
-"""MLflow: candidates, the registry, promotion. The only package that imports mlflow."""
+"""MLflow: candidates, the registry, promotion. The only package that imports mlflow.
 
-from pipeline.tracking.registry import ChampionMovedError, Decision, Event, Gate, Registry, Version, alias_of
-from pipeline.tracking.store import RUN_TAG, shown, store_uri
-from pipeline.tracking.tracker import CANDIDATE_TAG, PARENT_TAG, Tracker
+Names are imported on first use: ``pipeline.tracking.check`` looks at a store without MLflow, which takes seconds to
+import.
+"""
 
-__all__ = [
-    "CANDIDATE_TAG",
-    "PARENT_TAG",
-    "RUN_TAG",
-    "ChampionMovedError",
-    "Decision",
-    "Event",
-    "Gate",
-    "Registry",
-    "Tracker",
-    "Version",
-    "alias_of",
-    "shown",
-    "store_uri",
-]
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.tracking.history import Event as Event
+    from pipeline.tracking.ownership import RUN_TAG as RUN_TAG
+    from pipeline.tracking.place import shown as shown
+    from pipeline.tracking.place import store_uri as store_uri
+    from pipeline.tracking.registry import ChampionMovedError as ChampionMovedError
+    from pipeline.tracking.registry import Decision as Decision
+    from pipeline.tracking.registry import Gate as Gate
+    from pipeline.tracking.registry import Registry as Registry
+    from pipeline.tracking.registry import Version as Version
+    from pipeline.tracking.registry import alias_of as alias_of
+    from pipeline.tracking.tracker import CANDIDATE_TAG as CANDIDATE_TAG
+    from pipeline.tracking.tracker import PARENT_TAG as PARENT_TAG
+    from pipeline.tracking.tracker import Tracker as Tracker
+
+_HOME = {
+    "history": ("Event",),
+    "ownership": ("RUN_TAG",),
+    "place": ("shown", "store_uri"),
+    "registry": ("ChampionMovedError", "Decision", "Gate", "Registry", "Version", "alias_of"),
+    "tracker": ("CANDIDATE_TAG", "PARENT_TAG", "Tracker"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'pipeline.tracking' has no attribute {name!r}")
+    value = getattr(import_module(f"pipeline.tracking.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value

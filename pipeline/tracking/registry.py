@@ -18,7 +18,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,18 @@ from pipeline.tracking.contents import (
     code_facts,
     write_manifest,
 )
-from pipeline.tracking.store import RUN_TAG, Unreachable, connect, experiment_of, first_line, shown
+from pipeline.tracking.history import EVENTS, FOUND, Event, champions, happened, is_known, read_events
+from pipeline.tracking.ownership import CHALLENGER as CHALLENGER
+from pipeline.tracking.ownership import CHAMPION as CHAMPION
+from pipeline.tracking.ownership import DEFAULT_DEVICE, PROMPT_TAG, model_refused, prompt_refused
+from pipeline.tracking.store import RUN_TAG as RUN_TAG
+from pipeline.tracking.store import Unreachable, connect, experiment_of, first_line, shown
 
-CHAMPION, CHALLENGER = "champion", "challenger"
 DEVICE_TAG, MANIFEST_TAG, MODEL_TAG = "device", "secateur.provenance", "sha256"
-DEFAULT_DEVICE, DEVICE_NAMES, EVENTS = "secateur.default_device", "secateur.device.", "secateur.event."
+DEVICE_NAMES = "secateur.device."
 KEY_TAG = "secateur.decision"
+PROMOTIONS = "-promotions"
+"""What the experiment with an experiment's decisions is called besides its name."""
 MAX_TAG = 5000
 JSON_BYTES_PER_NUMBER = 52
 """MLflow writes an input example twice, as text."""
@@ -133,27 +139,6 @@ class Decision:
         return {**own, "run_id": self.run_id, "reason": self.reason, "gates": [gate.to_dict() for gate in self.gates]}
 
 
-@dataclass(frozen=True)
-class Event:
-    """A move of a device's champion.
-
-    Args:
-        kind: ``promote`` or ``rollback``.
-        previous: the champion it replaced; None = there was none.
-        at: seconds since 1970.
-        done: whether the move took place (a process may have died between the entry and the move).
-        run_id: of the MLflow run with the decision; empty for a roll-back.
-    """
-
-    kind: str
-    device: str
-    version: str
-    previous: str | None
-    at: float
-    done: bool = True
-    run_id: str = ""
-
-
 class ChampionMovedError(SurroundingsError):
     """Another promotion took place since the comparison was made."""
 
@@ -177,12 +162,13 @@ class Registry:
     Args:
         uri: of MLflow's store and registry: ``sqlite:///...``, ``postgresql+psycopg2://...`` or ``http://...``.
         home: SECATEUR_HOME, for locks, for the cache, and for the files of a store that has no server.
+        take_over: whether experiments, models and aliases that Secateur did not make may become its own.
 
     Every method raises ``TrackingError`` when MLflow is away or refuses.
     """
 
-    def __init__(self, uri: str, home: Path) -> None:
-        self.uri, self.home = uri, home
+    def __init__(self, uri: str, home: Path, *, take_over: bool = False) -> None:
+        self.uri, self.home, self.take_over = uri, home, take_over
         self._connected: MlflowClient | None = None
 
     # -- what is there -----------------------------------------------------------------------------------------------
@@ -251,8 +237,8 @@ class Registry:
             UserError: there is no such model.
         """
         model = self._model(name)
-        events = _events(model.tags)
-        found = [e for device in {e.device for e in events} for e in self._happened(model, events, device)]
+        devices = {event.device for event in read_events(model.tags)}
+        found = [event for device in devices for event in happened(*_reign(model, device))]
         return sorted(found, key=lambda event: event.at)
 
     def files(self, version: Version) -> Manifest:
@@ -328,8 +314,9 @@ class Registry:
         known = self._added(name, run_key)
         if known is not None:
             return known
+        self._is_ours(name)  # before megabytes are sent
         with self._talking() as client, tempfile.TemporaryDirectory(prefix="secateur-") as temporary:
-            experiment_id = experiment_of(client, self.uri, experiment, self.home)
+            experiment_id = experiment_of(client, self.uri, experiment, self.home, self.take_over)
             folder, digest = Path(temporary) / "model", sha256_of(onnx_file)
             logged = client.create_logged_model(experiment_id, name, parent, {RUN_TAG: run_key})
             # As JSON, twice, MLflow would make megabytes of a photograph: those are kept as an array instead.
@@ -373,15 +360,37 @@ class Registry:
             return None
 
     def _make(self, name: str, device: str) -> None:
-        """The registered model, where there is none yet."""
+        """The registered model, made where there is none yet, or taken over."""
         with self._talking() as client:
             try:
                 client.create_registered_model(name, tags={DEFAULT_DEVICE: device})
+                return
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
-            if DEFAULT_DEVICE not in self._model(name).tags:
+            if not self._is_ours(name):
                 client.set_registered_model_tag(name, DEFAULT_DEVICE, device)
+
+    def _is_ours(self, name: str) -> bool:
+        """Whether a registered model is Secateur's own; False = there is none, or it may be taken over.
+
+        Raises:
+            UserError: it is somebody else's, or a prompt.
+        """
+        with self._talking() as client:
+            try:
+                model = client.get_registered_model(name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                if client.search_registered_models(f"name = '{name}' AND tags.`{PROMPT_TAG}` = 'true'"):
+                    raise UserError(prompt_refused(name)) from None
+                return False
+            if DEFAULT_DEVICE in model.tags:
+                return True
+            if not self.take_over:
+                raise UserError(model_refused(name))
+            return False
 
     # -- aliases -----------------------------------------------------------------------------------------------------
 
@@ -432,10 +441,11 @@ class Registry:
             model = self._model(name)
             device = device or self.default_device(name)
             current = _aliases(model).get(alias_of(CHAMPION, device))
-            if current is None:
+            reign = champions(*_reign(model, device))
+            exist = {v.version for v in self.versions(name)} if reign else set()
+            earlier = [v for v in reign if v in exist and v != current]
+            if not earlier and current is None:
                 raise UserError(f"model {name} has no champion on {device}; devices: {', '.join(self.devices(name))}")
-            exist = {v.version for v in self.versions(name)}
-            earlier = [v for v in self._stack(model, device)[:-1] if v in exist and v != current]
             if not earlier:
                 raise UserError(f"version {current} is the first champion of {name} on {device}: nothing to go back to")
             self._move("rollback", name, earlier[-1], device, current, "")
@@ -459,13 +469,19 @@ class Registry:
         return str(found)
 
     def _move(self, kind: str, name: str, version: str, device: str, previous: str | None, run_id: str) -> None:
-        """Write an entry, then move the device's alias: the one step that makes a champion."""
-        at = time.time()
-        entry = {"kind": kind, "device": device, "version": version, "previous": previous, "at": at, "run_id": run_id}
+        """Write an entry, then move the device's alias: the one step that makes a champion. Then mark it as done."""
+        event = Event(kind, device, version, previous, time.time(), False, run_id)
+        key = self._enter(name, event)
         with self._talking() as client:
-            key = f"{EVENTS}{int(at * 1e6):017d}-{secrets.token_hex(2)}"
-            client.set_registered_model_tag(name, key, json.dumps(entry))
             client.set_registered_model_alias(name, alias_of(CHAMPION, device), version)
+        self._enter(name, replace(event, done=True), key)
+
+    def _enter(self, name: str, event: Event, key: str = "") -> str:
+        """Write an entry, under its key where it has one; returns the key."""
+        key = key or f"{EVENTS}{int(event.at * 1e6):017d}-{secrets.token_hex(2)}"
+        with self._talking() as client:
+            client.set_registered_model_tag(name, key, json.dumps(asdict(event)))
+        return key
 
     def _repair(self, name: str) -> None:
         """Finish what a promotion does after its one step, should a process have died there.
@@ -482,6 +498,8 @@ class Registry:
             for role in (CHAMPION, CHALLENGER) if device is not None else ():
                 wanted, found = aliases.get(alias_of(role, device)), aliases.get(role)
                 if wanted is not None and wanted != found:
+                    if role == CHAMPION and found is not None:
+                        self._keep(name, model, str(device), found)
                     client.set_registered_model_alias(name, role, wanted)
                 elif wanted is None and found is not None and role == CHALLENGER:
                     client.delete_registered_model_alias(name, role)
@@ -491,30 +509,10 @@ class Registry:
         with self._talking() as client:
             client.set_registered_model_tag(name, DEVICE_NAMES + _plain(device), device)
 
-    def _happened(self, model: Any, events: Sequence[Event], device: str) -> list[Event]:
-        """A device's entries, each marked with whether its move took place: the next entry, or the alias, tells."""
-        own = [event for event in events if event.device == device]
-        current = _aliases(model).get(alias_of(CHAMPION, device))
-        found = [event.previous for event in own[1:]] + [current]
-        return [
-            Event(e.kind, e.device, e.version, e.previous, e.at, e.version == after, e.run_id)
-            for e, after in zip(own, found, strict=True)
-        ]
-
-    def _stack(self, model: Any, device: str) -> list[str]:
-        """The champions of a device that a roll-back can go through, the present one last."""
-        stack: list[str] = []
-        for event in self._happened(model, _events(model.tags), device):
-            if not event.done:
-                continue
-            if event.previous is not None and (not stack or stack[-1] != event.previous):
-                stack.append(event.previous)  # somebody moved the alias by hand
-            if event.kind == "promote":
-                stack.append(event.version)
-            else:
-                while stack and stack[-1] != event.version:
-                    stack.pop()
-        return stack
+    def _keep(self, name: str, model: Any, device: str, found: str) -> None:
+        """Write down a plain ``champion`` that somebody else has set, so that a roll-back can reach it."""
+        if not is_known(found, *_reign(model, device)):
+            self._enter(name, Event(FOUND, device, found, None, time.time()))
 
     # -- decisions ---------------------------------------------------------------------------------------------------
 
@@ -530,7 +528,8 @@ class Registry:
         """
         version = self.version(decision.name, decision.version)
         with self._talking() as client:
-            experiment_id = experiment_of(client, self.uri, self._experiment(version) + "-promotions", self.home)
+            experiment = self._experiment(version) + PROMOTIONS
+            experiment_id = experiment_of(client, self.uri, experiment, self.home, self.take_over)
             known = client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{key}'", ViewType.ACTIVE_ONLY, 1)
             outcome = "passed" if decision.passed else "refused"
             tags = {
@@ -631,21 +630,18 @@ def _aliases(model: Any) -> dict[str, str]:
     return {alias: str(version) for alias, version in model.aliases.items()}
 
 
+def _reign(model: Any, device: str) -> tuple[list[Event], str | None]:
+    """A device's entries, and its present champion."""
+    events = [event for event in read_events(model.tags) if event.device == device]
+    return events, _aliases(model).get(alias_of(CHAMPION, device))
+
+
 def _is_away(error: BaseException) -> bool:
     """Whether a server did not answer, or failed; not when it refused."""
     if isinstance(error, MlflowException):
         return int(error.get_http_status_code()) >= 500
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status is None or int(status) >= 500
-
-
-def _events(tags: Mapping[str, str]) -> list[Event]:
-    """The entries among a registered model's tags, the oldest first."""
-    found = []
-    for _, text in sorted((key, text) for key, text in tags.items() if key.startswith(EVENTS)):
-        with contextlib.suppress(ValueError, TypeError):  # written by somebody else
-            found.append(Event(**json.loads(text)))
-    return found
 
 
 def _gate_metrics(decision: Decision) -> dict[str, float]:

@@ -9,8 +9,13 @@ import sqlite3
 import tempfile
 from pathlib import Path
 
-from pipeline.config import TrackingSection
-from pipeline.errors import masked
+from pipeline.errors import UserError
+from pipeline.tracking.ownership import MADE_TAG, RUN_TAGS, experiment_deleted, experiment_refused
+from pipeline.tracking.ownership import RUN_TAG as RUN_TAG
+from pipeline.tracking.place import SERVER, sqlite_file
+from pipeline.tracking.place import first_line as first_line
+from pipeline.tracking.place import shown as shown
+from pipeline.tracking.place import store_uri as store_uri
 
 for name, value in {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -24,41 +29,58 @@ for name, value in {
     os.environ.setdefault(name, value)
 
 from mlflow import MlflowClient  # noqa: E402
+from mlflow.entities import ViewType  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
 
 for noisy in ("mlflow", "alembic"):
     logging.getLogger(noisy).setLevel(logging.ERROR)
 
-RUN_TAG = "secateur.run_id"
 Unreachable = (MlflowException, SQLAlchemyError, OSError)
 """What MLflow raises when a server is away or refuses."""
 
 
-def store_uri(section: TrackingSection, home: Path) -> str:
-    """Where MLflow is: ``tracking.uri`` of the run file, ``SECATEUR_TRACKING_URI``, or SQLite under ``home``."""
-    return section.uri or os.environ.get("SECATEUR_TRACKING_URI") or f"sqlite:///{(home / 'mlflow.db').absolute()}"
-
-
-def shown(uri: str) -> str:
-    """An address without the password in it, for people, logs and journals."""
-    return masked(uri)
-
-
 def connect(uri: str) -> MlflowClient:
     """A client of the store and registry at ``uri``; a SQLite store is made where there is none."""
-    if uri.startswith("sqlite:///"):
-        _make_store(Path(uri.removeprefix("sqlite:///")))
+    file = sqlite_file(uri)
+    if file is not None:
+        _make_store(file)
     return MlflowClient(uri, uri)
 
 
-def experiment_of(client: MlflowClient, uri: str, name: str, home: Path) -> str:
-    """Id of an experiment, made where there is none; a database has no artifacts of its own, they go to ``home``."""
+def experiment_of(client: MlflowClient, uri: str, name: str, home: Path, take_over: bool = False) -> str:
+    """Id of an experiment, made where there is none; a database has no artifacts of its own, they go to ``home``.
+
+    Args:
+        take_over: whether one that somebody else made may be used; it is ours from then on.
+
+    Raises:
+        UserError: it is somebody else's, or was deleted.
+    """
     experiment = client.get_experiment_by_name(name)
-    if experiment is not None:
-        return str(experiment.experiment_id)
-    artifacts = None if uri.startswith(("http://", "https://")) else (home / "artifacts").absolute().as_uri()
-    return str(client.create_experiment(name, artifacts))
+    if experiment is None:
+        artifacts = None if uri.startswith(SERVER) else (home / "artifacts").absolute().as_uri()
+        try:
+            return str(client.create_experiment(name, artifacts, {MADE_TAG: "made"}))
+        except MlflowException as error:  # another process was quicker
+            experiment = client.get_experiment_by_name(name)
+            if error.error_code != "RESOURCE_ALREADY_EXISTS" or experiment is None:
+                raise
+    number = str(experiment.experiment_id)
+    if experiment.lifecycle_stage == "deleted":
+        raise UserError(experiment_deleted(name, number, uri))
+    if MADE_TAG not in experiment.tags:
+        earlier = _holds_runs_of_ours(client, number)
+        if not (take_over or earlier):
+            raise UserError(experiment_refused(name))
+        client.set_experiment_tag(number, MADE_TAG, "made" if earlier else "taken over")
+    return number
+
+
+def _holds_runs_of_ours(client: MlflowClient, experiment_id: str) -> bool:
+    """Whether an earlier Secateur, which put no tag on experiments, worked in this one."""
+    queries = (f"tags.`{tag}` LIKE '%'" for tag in RUN_TAGS)
+    return any(client.search_runs([experiment_id], query, ViewType.ALL, max_results=1) for query in queries)
 
 
 def _make_store(path: Path) -> None:
@@ -80,8 +102,3 @@ def _make_store(path: Path) -> None:
         connection.close()
     except sqlite3.Error as error:
         raise OSError(f"cannot use {path} as MLflow's store: {error}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line without secrets."""
-    return masked((str(error).splitlines() or [type(error).__name__])[0][:300])

@@ -20,7 +20,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
 from pipeline.config import TrackingSection
-from pipeline.errors import TrackingError, masked
+from pipeline.errors import TrackingError, UserError, masked
 from pipeline.journal import Record
 from pipeline.tracking.courier import Child, Courier, write
 from pipeline.tracking.registry import Registry, Version
@@ -104,7 +104,7 @@ class Tracker:
             if self._client is not None:
                 return self._client
             client = connect(self.uri)
-            experiment_id = experiment_of(client, self.uri, self.section.experiment, self.home)
+            experiment_id = experiment_of(client, self.uri, self.section.experiment, self.home, self.section.take_over)
             found = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{self.run_id}'", max_results=1)
             if found:
                 self._parent = found[0].info.run_id
@@ -172,7 +172,7 @@ class Tracker:
             except BaseException as error:
                 self.failure, self._client = first_line(error), None
                 self._dismiss()
-                if not isinstance(error, Unreachable):
+                if not isinstance(error, (*Unreachable, UserError)):
                     raise  # a bug; `flush` tells that nothing is delivered any more
                 with self._changed:
                     self._changed.wait_for(lambda: self._closing, pause_s)
@@ -309,7 +309,7 @@ class Tracker:
     @cached_property
     def registry(self) -> Registry:
         """The registry of the run's MLflow."""
-        return Registry(self.uri, self.home)
+        return Registry(self.uri, self.home, take_over=self.section.take_over)
 
     def close(self) -> None:
         """Stop the delivery thread; what is left stays in the journal."""

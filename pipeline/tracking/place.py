@@ -1,0 +1,39 @@
+"""Where MLflow is, and how it is called to people; nothing here needs MLflow itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.config import TrackingSection
+from pipeline.errors import masked
+from pipeline.surroundings import TRACKING_URI, variable
+
+SQLITE = "sqlite:///"
+SERVER = ("http://", "https://")
+
+
+def store_uri(section: TrackingSection, home: Path) -> str:
+    """Where MLflow is: ``tracking.uri`` of the run file, ``SECATEUR_TRACKING_URI``, or SQLite under ``home``."""
+    return section.uri or variable(TRACKING_URI) or f"{SQLITE}{(home / 'mlflow.db').absolute()}"
+
+
+def shown(uri: str) -> str:
+    """An address without the password in it, for people, logs and journals."""
+    return masked(uri)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line without secrets."""
+    return masked((str(error).splitlines() or [type(error).__name__])[0][:300])
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file of a SQLite store; None where ``uri`` names no such file.
+
+    What follows a ``?`` is for SQLite's driver (``sqlite:///x.db?timeout=30``) and no part of the name.
+    """
+    scheme, separator, rest = uri.partition(":///")
+    if not separator or scheme.partition("+")[0] != "sqlite":
+        return None
+    name = rest.partition("?")[0]
+    return None if name in ("", ":memory:") or name.startswith("file:") else Path(name)
