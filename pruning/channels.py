@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pruning.plan import BoolArray, ChannelGroup, IntArray, Member, PruningPlan
 from pruning.rules import Rule, weight_name
+from pruning.snapshot import Remade
 from pruning.tracer import NeedsValuesError, PruningError, Tracer
 
 
@@ -109,6 +110,7 @@ class ChannelGraph:
         unknown: operator without a rule -> the modules that called it on channels.
         batch: images in the example input; costs are divided by it.
         followed: sizes kept by modules that follow the widths.
+        remade: attributes and buffers that the forward makes anew: caches, features that are kept.
         lengths: dimension lengths the costs are made of.
         macs, params, activation_bytes: the costs, over the whole batch.
     """
@@ -124,6 +126,7 @@ class ChannelGraph:
     unknown: Mapping[str, tuple[str, ...]]
     batch: int
     followed: tuple[Followed, ...]
+    remade: tuple[Remade, ...] = field(repr=False)
     lengths: Lengths = field(repr=False)
     macs: Products = field(repr=False)
     params: Products = field(repr=False)
@@ -358,6 +361,7 @@ class _Assembler:
             unknown={name: tuple(dict.fromkeys(where)) for name, where in self.labels.unknown.items()},
             batch=batch,
             followed=tuple(attributes),
+            remade=self.tracer.remade,
             lengths=self._lengths(groups, found),
             macs=_products([(scale, factors) for scale, factors, _ in self.tracer.macs]),
             params=_products([self._numel(self.tensors[name]) for name in self.tensors if name in parameters]),

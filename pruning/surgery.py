@@ -22,13 +22,11 @@ from pruning.channels import ChannelGraph
 from pruning.plan import IntArray, PlanError, PruningPlan
 from pruning.reference import run_masked, run_pruned
 from pruning.rules import weight_name
+from pruning.snapshot import ATOMS, REGISTERS, forget, reachable
 from pruning.tracer import PruningError, named_tensors, tensors_of
 
 PLAN_FILE = "plan.json"
 WEIGHTS_FILE = "weights.safetensors"
-
-ATOMS = frozenset((bool, int, float, str, type(None)))
-"""Types of values that are never copied."""
 
 Slices = Mapping[str, Mapping[int, IntArray]]
 
@@ -47,7 +45,8 @@ def prune(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Module
     """
     slices = graph.slices(plan)
     tensors = check_model(model, graph)
-    return rebuild(model, graph, plan, {name: cut(tensors[name], slices[name]) for name in tensors if name in slices})
+    sliced = [name for name, tensor in tensors.items() if name in slices and tuple(tensor.shape) == graph.shapes[name]]
+    return rebuild(model, graph, plan, {name: cut(tensors[name], slices[name]) for name in sliced})
 
 
 def cut(tensor: Tensor, kept: Mapping[int, IntArray]) -> Tensor:
@@ -68,14 +67,13 @@ def rebuild(model: nn.Module, graph: ChannelGraph, plan: PruningPlan, tensors: M
         if name in tensors:
             new = tensors[name]
             memo[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:  # made by old-style weight norm and the like
-                memo[id(value)] = value.detach().clone()
+    for _, _, value in reachable(model):  # made by old-style weight norm, or kept from a forward
+        if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo:
+            memo[id(value)] = value.detach().clone()
     try:
         result = copied(model, memo)
-    except (RuntimeError, TypeError) as error:
-        raise PruningError(f"the model cannot be copied: {error}") from error
+    except Exception as error:
+        raise PruningError(f"the model cannot be copied: {_uncopied(model, memo)}{error}") from error
     names = set(tensors) | {alias for alias, name in graph.aliases.items() if name in tensors}
     owners = {weight_name(name).rpartition(".")[0] for name in names}
     for (path, module), dense in zip(result.named_modules(), model.modules(), strict=True):
@@ -88,7 +86,22 @@ def rebuild(model: nn.Module, graph: ChannelGraph, plan: PruningPlan, tensors: M
             if isinstance(module, kind):
                 adapt(module)
     _follow(result, graph, plan)
+    forget(result, model, graph.remade)
     return result
+
+
+def _uncopied(model: nn.Module, memo: Mapping[int, Any]) -> str:
+    """Names the first attribute that cannot be copied, with a colon; empty if none fails alone."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name in REGISTERS:
+                continue
+            try:
+                copy.deepcopy(value, dict(memo))
+            except Exception as error:  # noqa: BLE001 - a foreign object may raise anything
+                where = path or "the model itself"
+                return f"attribute {name!r} of {where} ({type(value).__name__}, {type(error).__name__}): "
+    return ""
 
 
 def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -203,7 +216,9 @@ def check_model(model: nn.Module, graph: ChannelGraph) -> dict[str, Tensor]:
         PruningError: they are not those of the graph; names the first mismatches.
     """
     tensors = tensors_of(model)[0]
-    _check_shapes({n: tuple(t.shape) for n, t in tensors.items()}, graph.shapes, "the model is not the traced one")
+    remade = {f"{item.module}.{item.name}" if item.module else item.name for item in graph.remade}
+    found = {n: graph.shapes.get(n) if n in remade else tuple(t.shape) for n, t in tensors.items()}
+    _check_shapes({n: s for n, s in found.items() if s is not None}, graph.shapes, "the model is not the traced one")
     return tensors
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_map_only
 
 from pruning.plan import IntArray
 from pruning.rules import Factor, Labels, Propagation, Rule, TensorMap, macs_of, operator_of, tensors_in, written_by
+from pruning.snapshot import Remade, Snapshot
 
 OPAQUE = (nn.RNNBase, nn.RNNCellBase)
 """Modules that check tensor sizes against their constructor's: their own tensors are frozen."""
@@ -93,35 +95,38 @@ def batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     return 1
 
 
+class _Composed(TorchFunctionMode):
+    """Lets every torch function through; while any such mode is on, attention takes no fused shortcut of a module."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+ALONE = threading.RLock()
+"""Held while a model's modes, its state and torch's random state are not those of its owner."""
+
+
 @contextmanager
-def undisturbed(model: nn.Module, *, training: bool = False) -> Iterator[None]:
-    """Eval (or training) mode without gradients; modes, buffers and torch's random state are put back afterwards.
+def undisturbed(model: nn.Module, *, training: bool = False) -> Iterator[Snapshot]:
+    """Eval (or training) mode without gradients; what the model holds and torch's random state are put back afterwards.
 
-    ``nn.MultiheadAttention`` runs as a composition of operators meanwhile, not as one fused operator.
+    ``nn.MultiheadAttention`` runs as a composition of operators meanwhile, not as one fused operator. One thread at a
+    time is in here: the others wait.
+
+    Yields:
+        what the model held before.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    registered = [b for module, _ in modes for b in module._buffers.values() if b is not None]
-    buffers = [(buffer, buffer.clone()) for buffer in registered]
-    parameters = (p for module, _ in modes for p in module._parameters.values() if p is not None)
+    parameters = (p for module in model.modules() for p in module._parameters.values() if p is not None)
     devices = {p.device for p in parameters if p.is_cuda}
-    with torch.random.fork_rng([d.index for d in devices]), torch.no_grad():
-        fused = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        _set_modes([(module, training) for module, _ in modes])
+    with ALONE, torch.random.fork_rng([d.index for d in devices]), torch.no_grad(), _Composed():
+        snapshot = Snapshot(model)
+        for module in model.modules():
+            if module.training != training:
+                module.training = training
         try:
-            yield
+            yield snapshot
         finally:
-            torch.backends.mha.set_fastpath_enabled(fused)
-            _set_modes(modes)
-            for buffer, before in buffers:
-                if not torch.equal(buffer, before):  # batch norm writes without raising a tensor's version
-                    buffer.copy_(before)
-
-
-def _set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
-    for module, training in modes:
-        if module.training != training:
-            module.training = training
+            snapshot.restore()
 
 
 class Entered:
@@ -148,15 +153,19 @@ class Entered:
 def modules_entered(model: nn.Module) -> Iterator[Entered]:
     """Follow which module of the model is running."""
     entered = Entered(model)
+    thread = threading.get_ident()
 
     def enter(module: nn.Module, _: object) -> None:
+        if threading.get_ident() != thread:  # the hooks are torch's: they see the modules of every thread
+            return
         name = entered.names.get(module)
         if name is not None:
             entered.last, entered.last_type = name, type(module).__name__
         entered.stack.append(entered.stack[-1] if name is None else name)
 
     def leave(_: nn.Module, __: object, ___: object) -> None:
-        entered.stack.pop()
+        if threading.get_ident() == thread:
+            entered.stack.pop()
 
     handles = [
         nn_module.register_module_forward_pre_hook(enter),
@@ -378,6 +387,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.made_by: TensorMap[tuple[Call, int]] = TensorMap()
         """Calls that made tensors without labels, which may get some later."""
         self.recording = True
+        self.remade: tuple[Remade, ...] = ()
+        """What the forward makes besides its outputs: caches, features that are kept."""
         self.entered = Entered(model)
 
     def run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -404,11 +415,13 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._attention(path, module)
 
     def _forward(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, training: bool = False) -> None:
-        with undisturbed(self.model, training=training), modules_entered(self.model) as entered:
+        with undisturbed(self.model, training=training) as before, modules_entered(self.model) as entered:
             self.entered = entered
             try:
                 with _Functions(self, entered), self:
                     outputs = self.model(*args, **kwargs)
+                if not training:
+                    self.remade = before.remade()
             except NeedsValuesError:
                 raise
             except Exception as error:
