@@ -39,6 +39,7 @@ import resource
 import select
 import shutil
 import signal
+import stat
 import statistics
 import subprocess
 import sys
@@ -371,17 +372,41 @@ def take_lock(request: Request) -> Optional[int]:
     return lock
 
 
-def _open_lock() -> int:
-    path = os.path.join(tempfile.gettempdir(), "secateur-device.lock")
+def lock_folder() -> str:
+    """Where the locks of this machine are: one folder for all users and homes, and for containers that mount it.
+
+    It follows from what the folders are, never from who asks, nor from TMPDIR: whoever measures must meet at one lock.
+    ``SECATEUR_LOCKS`` names another one.
+    """
+    given = os.environ.get("SECATEUR_LOCKS")
+    if given:
+        return given
+    with contextlib.suppress(OSError):
+        if os.stat("/run/lock").st_mode & 0o1002 == 0o1002:  # every user may make files there, as in /tmp
+            return "/run/lock"
+    return "/tmp"  # noqa: S108  the one folder that every user has
+
+
+def open_lock(path: str) -> int:
+    """The file of a lock, which every user can lock; made where there is none. No link is followed."""
     with contextlib.suppress(FileExistsError):
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
         with contextlib.suppress(OSError):
             os.fchmod(lock, 0o666)  # whatever the umask: other users measure on this device too
         return lock
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        return os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+        lock = os.open(path, os.O_RDWR | flags)
     except PermissionError:  # another user's file: flock needs no write permission
-        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        lock = os.open(path, os.O_RDONLY | flags)
+    if not stat.S_ISREG(os.fstat(lock).st_mode):
+        os.close(lock)
+        raise OSError(errno.EINVAL, "a lock must be an ordinary file; remove it", path)
+    return lock
+
+
+def _open_lock() -> int:
+    return open_lock(os.path.join(lock_folder(), "secateur-device.lock"))
 
 
 def _holder(lock: int) -> Dict[str, Any]:

@@ -28,6 +28,7 @@ from pipeline.crew import Crew, Engine
 from pipeline.device import InTurn, RunDevice, common_multiples, group_multiples, meet
 from pipeline.errors import SurroundingsError, UserError
 from pipeline.evaluator import Evaluator
+from pipeline.files import write_whole
 from pipeline.fleet import Device, Fleet, FleetProgress
 from pipeline.journal import Journal, Record
 from pipeline.progress import ProgressView
@@ -57,8 +58,8 @@ def create_run_directory(config: RunFile) -> Path:
     content = plain_yaml.dump(config.model_dump(mode="json"))
     try:
         directory.mkdir(parents=True)
-        (directory / "run.yaml").write_text(content, encoding="utf-8")
-        (directory / "origin.json").write_text(json.dumps(_origin(directory.name)) + "\n", encoding="utf-8")
+        write_whole(directory / "run.yaml", content)
+        write_whole(directory / "origin.json", json.dumps(_origin(directory.name)) + "\n")
     except OSError as error:
         raise SurroundingsError(f"cannot create run directory {directory}: {error.strerror}") from error
     return directory

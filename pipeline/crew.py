@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -20,7 +21,7 @@ import numpy as np
 
 from device_profiles.cores import usable_cores
 from pipeline.errors import SurroundingsError, UserError
-from pipeline.files import sha256_of
+from pipeline.files import sha256_of, write_whole
 from pipeline.scoring import Ask, Key, Scored, Scorer
 from pipeline.workloads import carried
 from pruning.channels import ChannelGraph
@@ -186,10 +187,11 @@ class Crew:
     def _describe(self, scorer: Scorer) -> dict[str, Any]:
         """All that workers must know, as JSON; files by path and hash."""
         config, inference = self.config, scorer.steady
-        self.folder.mkdir(parents=True, exist_ok=True)
         order, template = scorer.order(), scorer.folder / "template.onnx"
         if order is not None:
-            np.save(self.folder / "order.npy", np.array(order, dtype=np.int64))
+            content = io.BytesIO()
+            np.save(content, np.array(order, dtype=np.int64))
+            write_whole(self.folder / "order.npy", content.getbuffer())
         num_train = scorer.num_recalibration_images
 
         def carry() -> Path:

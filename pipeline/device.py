@@ -16,6 +16,7 @@ from device_profiles.layers import KINDS, LayerKind
 from device_profiles.staircase import FINGERPRINT_KEYS, Staircase, fingerprint_of, probe
 from device_profiles.target import Progress
 from pipeline.errors import SurroundingsError
+from pipeline.files import write_whole
 from pipeline.progress import ProgressView
 from pruning.channels import ChannelGraph
 
@@ -102,9 +103,7 @@ def meet(
             staircase = probe(target, profile, progress=report)
         save(home / "devices", profile, staircase)
     found = _of(staircase, profile, fingerprint, {**answer["device"], **answer["runtime"]})
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(asdict(found)) + "\n", encoding="utf-8")
-    part.replace(file)  # whole or not at all
+    write_whole(file, json.dumps(asdict(found)) + "\n")
     return found
 
 

@@ -25,6 +25,7 @@ from device_profiles.measure import T_975
 from export.verify import predict
 from pipeline.config import GateSection, parse_run_file
 from pipeline.errors import UserError
+from pipeline.files import write_whole
 from pipeline.progress import ProgressView, Silent
 from pipeline.tracking import ChampionMovedError, Decision, Gate, Registry, Version, alias_of
 from pipeline.tracking.contents import FOLDER, MODEL
@@ -166,7 +167,7 @@ def _compare(
     if reigning is not None:
         gates += relative_gates(rules, challenger, reigning, result)
     file = folder / "benchmark.json"
-    file.write_text(result.to_json() + "\n", encoding="utf-8")
+    write_whole(file, result.to_json() + "\n")
     return Decision(*about, tuple(gates)), [file]
 
 

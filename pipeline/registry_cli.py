@@ -139,4 +139,4 @@ def _registry(uri: str | None) -> Registry:
     from pipeline.config import TrackingSection, home
     from pipeline.tracking import Registry, store_uri
 
-    return Registry(uri or store_uri(TrackingSection(), home()), home())
+    return Registry(uri or store_uri(TrackingSection(), home()), home(), say=err.print)

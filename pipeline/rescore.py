@@ -16,6 +16,7 @@ from scipy.stats import spearmanr
 from device_profiles.wording import command
 from pipeline.assemble import open_run_directory
 from pipeline.errors import UserError
+from pipeline.files import write_whole
 from pipeline.journal import Record, read_journal
 from pipeline.study import describe, to_candidate, to_dict, to_evaluation
 from pipeline.workloads.data.record import read as read_record
@@ -130,9 +131,9 @@ def write_ranking(directory: Path, preset: str, options: Mapping[str, Any], rank
     ]
     path = directory / f"rescore-{preset}.json"
     data = {"format": 1, "reward": {"preset": preset, "options": dict(options)}, "candidates": rows}
-    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(data, indent=1) + "\n")
     plan = directory / f"rescore-{preset}.plan.json"
-    plan.write_text(ranking.rows[0][1].candidate.plan.to_json() + "\n", encoding="utf-8")
+    write_whole(plan, ranking.rows[0][1].candidate.plan.to_json() + "\n")
     return path
 
 

@@ -7,6 +7,7 @@ whoever keeps its result can tell whether it still stands. What a stage needs in
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import shutil
@@ -19,7 +20,7 @@ import numpy as np
 import onnx
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from device_profiles import BenchmarkResult, DeviceError, measure
 from export.artifact import ExportedModel
@@ -28,10 +29,11 @@ from export.onnx_export import export_onnx, write_atomically
 from export.verify import predict, verify_parity
 from pipeline import promotion
 from pipeline.assemble import Run
+from pipeline.baselines import BaselineCache
 from pipeline.config import TrackingSection, home
 from pipeline.errors import TrackingError, UserError
 from pipeline.evaluator import Evaluator
-from pipeline.files import sha256_of
+from pipeline.files import sha256_of, write_whole
 from pipeline.fleet import Device, Tally
 from pipeline.report import write_report
 from pipeline.rescore import front_rows, rank_agreement
@@ -83,12 +85,10 @@ def baseline(run: Run, facts: Facts) -> dict[str, Any]:
         digest, origin = save_weights(file, model.state_dict()), "pretrained weights"
     else:
         recipe = run.config.baseline
-        content = json.dumps([run.workload.fingerprint, recipe.model_dump(mode="json"), run.config.seed, VERSION])
-        key = hashlib.sha256(content.encode()).hexdigest()[:16]
-        cached = home() / "baselines" / f"{key}.safetensors"
-        origin = f"reused ({key})"
-        if not cached.is_file():
-            origin = f"trained ({key})"
+        follows_from = json.dumps([run.workload.fingerprint, recipe.model_dump(mode="json"), run.config.seed, VERSION])
+        key = hashlib.sha256(follows_from.encode()).hexdigest()[:16]
+
+        def train(checkpoint: Path) -> Mapping[str, Tensor]:
             torch.manual_seed(run.config.seed)
             model = run.workload.build_model()
             with run.progress.stage("Train the baseline") as report:
@@ -99,14 +99,17 @@ def baseline(run: Run, facts: Facts) -> dict[str, Any]:
                         run.workload.train,
                         recipe,
                         seed=run.config.seed,
-                        checkpoint=cached.with_suffix(".ckpt"),
+                        checkpoint=checkpoint,
                         device=run.device,
                         report=report,
                     )
                 except TrainingError as error:
                     raise UserError(f"baseline: {error}") from error
-            save_weights(cached, model.state_dict())
-        shutil.copyfile(cached, file)
+            return model.state_dict()
+
+        content, trained = BaselineCache(home() / "baselines", run.progress.say).get(key, train)
+        origin = f"trained ({key})" if trained else f"reused ({key})"
+        write_whole(file, content)
         digest = sha256_of(file)
     return {"origin": origin, "files": {file.name: digest}}
 
@@ -184,7 +187,7 @@ def finetune(run: Run, facts: Facts) -> dict[str, Any]:
         raise UserError(f"fine-tuning failed for every plan: {best.evaluation.reason}")
     weights = save_weights(run.directory / "compact.safetensors", _cut(run, oracle, best).state_dict())
     plan = run.directory / "compact.plan.json"
-    plan.write_text(best.candidate.plan.to_json() + "\n", encoding="utf-8")
+    write_whole(plan, best.candidate.plan.to_json() + "\n")
     return {
         "best": {"candidate": describe(best.candidate), "evaluation": to_dict(best.evaluation)},
         "finals": [{"candidate": describe(e.candidate), "evaluation": to_dict(e.evaluation)} for e in finals],
@@ -223,7 +226,9 @@ def benchmark(run: Run, facts: Facts) -> dict[str, Any]:
         inputs = run.directory / "benchmark-input.npz"
         images, counts = parity_images(run), facts["export"]["baseline"]["postprocessing"]["counts"]
         median = sorted(range(len(counts)), key=lambda i: counts[i])[len(counts) // 2]
-        np.savez(inputs, input=images[median : median + 1].numpy())
+        content = io.BytesIO()
+        np.savez(content, input=images[median : median + 1].numpy())
+        write_whole(inputs, content.getbuffer())
         title = f"Time with {after.name} on {', '.join(fleet.names)}"
         for name, with_it in _timed(run, title, f".{after.name}", inputs).items():
             del with_it["statistic"]
@@ -266,7 +271,7 @@ def _timed(run: Run, title: str, kind: str, inputs: Path | None) -> dict[str, di
 
 def _kept(file: Path, result: BenchmarkResult) -> dict[str, Any]:
     """A measurement of baseline and compact model, written to a file: its figures."""
-    file.write_text(result.to_json() + "\n", encoding="utf-8")
+    write_whole(file, result.to_json() + "\n")
     figures = {
         name: {
             "p50_ms": result.p50_ms(name),
@@ -318,7 +323,7 @@ def report(run: Run, facts: Facts) -> dict[str, Any]:
     """The device profiling report, as one HTML page and as JSON: made before the model is registered, as part of it."""
     front = run.directory / "front.json"
     rows = front_rows(run.journal.records, run.workload.search_metric)
-    front.write_text(json.dumps({"format": 1, "candidates": rows}, indent=1) + "\n", encoding="utf-8")
+    write_whole(front, json.dumps({"format": 1, "candidates": rows}, indent=1) + "\n")
     html, data = write_report(
         run.directory,
         run.config,
@@ -580,7 +585,7 @@ def _version_files(run: Run, facts: Facts) -> list[Path]:
         ),
     }
     for name, text in made.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        write_whole(folder / name, text)
     shutil.copyfile(run.directory / "compact.plan.json", folder / "plan.json")
     names = [*facts["benchmark"]["files"], facts["report"]["html"], DATA_FACTS]
     found = [folder / name for name in (*made, "plan.json")] + [run.directory / name for name in names]

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
+import io
 import math
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from pipeline.config import Distillation, Recipe
-from pipeline.files import sha256_of
+from pipeline.files import write_whole
 from pipeline.precision import trains_in_bf16
 from pipeline.progress import Report, silent
 from pipeline.workloads import Split, Workload
@@ -188,11 +189,19 @@ def _schedule(step: float, steps: float, warmup: float) -> float:
 def _save_checkpoint(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None, step: int
 ) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-    torch.save(state | ({} if average is None else {"average": average.state}), part)
-    _settle(part, path)
+    save_checkpoint(path, state | ({} if average is None else {"average": average.state}))
+
+
+def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """Write what a training goes on from, whole.
+
+    Raises:
+        SurroundingsError: the disk is full or fails; names the file and how much it needs.
+    """
+    content = io.BytesIO()  # not into the file: what PyTorch says of a full disk names neither
+    torch.save(dict(state), content)
+    write_whole(path, content.getbuffer())
 
 
 def _load_checkpoint(
@@ -214,19 +223,10 @@ def _load_checkpoint(
 
 
 def save_weights(path: Path, state: dict[str, Tensor]) -> str:
-    """Write a state dict as safetensors, atomically; returns its sha256."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, part)
-    _settle(part, path)
-    return sha256_of(path)
-
-
-def _settle(part: Path, path: Path) -> None:
-    """Make a finished file the real one, once it is on disk."""
-    with part.open("rb+") as file:
-        os.fsync(file.fileno())
-    part.replace(path)
+    """Write a state dict as safetensors, whole; returns its sha256."""
+    content = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()})
+    write_whole(path, content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

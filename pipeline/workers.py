@@ -27,7 +27,7 @@ from export.slicing import OnnxTemplate
 from pipeline.config import SearchSection, home
 from pipeline.crew import IMAGES, ask_from_json, groups_digest
 from pipeline.errors import UserError
-from pipeline.files import sha256_of
+from pipeline.files import sha256_of, write_whole
 from pipeline.scoring import Scorer
 from pipeline.training import keep_freed_memory, load_weights
 from pipeline.workloads import Workload, carried
@@ -193,8 +193,5 @@ def find_blob(blob: Mapping[str, Any], shelf: Shelf | None) -> Path:
         raise MissingError(blob["sha256"])
     if hashlib.sha256(content).hexdigest() != blob["sha256"]:
         raise UserError(f"blob {blob['sha256'][:16]} arrived altered; look at the engine's object store")
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    part = kept.with_name(f"{kept.name}.{os.getpid()}")  # other workers of this machine may write it too
-    part.write_bytes(content)
-    part.replace(kept)
+    write_whole(kept, content)
     return kept

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import settings
 
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
-if WORKER:  # two workers share two cores, and each has a device lock of its own
+if WORKER:  # two workers share two cores
     os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["TMPDIR"] = tempfile.mkdtemp(prefix=f"secateur-{WORKER}-")
-    tempfile.tempdir = None
-    Path(os.environ["TMPDIR"]).chmod(0o1777)  # as /tmp is: the tests' SSH server serves another user
+LOCKS = tempfile.TemporaryDirectory(prefix="secateur-locks-")
+"""Every test process has locks of its own, beside those of the machine: tests check no times."""
+os.environ["SECATEUR_LOCKS"] = LOCKS.name
+Path(LOCKS.name).chmod(0o1777)  # as /run/lock is
 
 settings.register_profile("secateur", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("secateur")

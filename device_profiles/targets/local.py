@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ class LocalTarget:
         Raises:
             DeviceError: it cannot be read or written.
         """
-        part = to.with_name(to.name + ".part")
+        part = to.with_name(f".{to.name}.{uuid.uuid4().hex}.part")
         try:
             to.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, part)

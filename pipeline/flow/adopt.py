@@ -20,6 +20,7 @@ from typing import Generic, TypeVar
 from pipeline.assemble import create_run_directory
 from pipeline.config import RunFile, home
 from pipeline.errors import JournalError, SurroundingsError, UserError
+from pipeline.files import write_whole
 
 Opened = TypeVar("Opened")
 BINDING = "schedule.json"
@@ -144,9 +145,7 @@ def _size(file: Path) -> int:
 
 
 def _write(directory: Path, binding: Binding) -> None:
-    part = directory / f"{BINDING}.part"
-    part.write_text(json.dumps(asdict(binding)) + "\n", encoding="utf-8")
-    part.replace(directory / BINDING)  # whole or not at all
+    write_whole(directory / BINDING, json.dumps(asdict(binding)) + "\n")
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ from torch.func import functional_call
 
 from pipeline.learning import Lesson, Outcome
 from pipeline.precision import trains_in_bf16
-from pipeline.training import TrainingError, move
+from pipeline.training import TrainingError, move, save_checkpoint
 from pipeline.workloads import Split
 from pruning.channels import ChannelGraph
 
@@ -331,11 +331,8 @@ def _schedule(step: int, steps: int, warmup: float) -> float:
 
 
 def _save(path: Path, everything: Mapping[str, Any], alpha: Tensor, step: int, images: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
     state = {name: thing.state_dict() for name, thing in everything.items()}
-    torch.save({**state, "alpha": alpha.detach(), "step": step, "images": images}, part)
-    part.replace(path)
+    save_checkpoint(path, {**state, "alpha": alpha.detach(), "step": step, "images": images})
 
 
 def _resume(path: Path, everything: Mapping[str, Any], alpha: Tensor, device: torch.device) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from device_profiles import BenchmarkResult, DeviceProfile
 from pipeline.config import RunFile
+from pipeline.files import write_whole
 from pipeline.report.charts import cloud, histogram, lines
 
 Facts = Mapping[str, Any]
@@ -144,11 +145,11 @@ def write_report(
         stairs=lines(device["curves"], "channels", "time, narrowest = 1", 16) if device["curves"] else "",
     )
     html_file, json_file = directory / "report.html", directory / "report.json"
-    html_file.write_text(html, encoding="utf-8")
+    write_whole(html_file, html)
     told = config.model_dump(mode="json", exclude={"tracking": {"uri"}})  # an address may hold a password
     data: dict[str, Any] = {"format": 1, "name": config.name, "config": told, "facts": facts}
     data["environment"] = dict(result.environment)
-    json_file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    write_whole(json_file, json.dumps(data, indent=1) + "\n")
     return html_file, json_file
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from pipeline.errors import SurroundingsError, TrackingError, UserError
-from pipeline.files import sha256_of
+from pipeline.files import sha256_of, write_whole
 from pipeline.tracking.contents import FOLDER, MODEL, Manifest
 from pipeline.tracking.registry import CHAMPION, MODEL_TAG, Registry, Version
 from pipeline.tracking.store import shown
@@ -111,10 +110,10 @@ class Cache:
         for path, entry in manifest.files.items():
             if not self._holds(entry["sha256"]):
                 registry.fetch_file(version, manifest, path, self.blobs / entry["sha256"])
-        _write(self.blobs / manifest.sha256, manifest.raw)
+        write_whole(self.blobs / manifest.sha256, manifest.raw)
         known = {"name": version.name, "version": version.version, "tags": dict(version.tags)}
         known |= {"aliases": list(version.aliases), "manifest": manifest.sha256, "reference": reference}
-        _write(self._reference(reference), json.dumps(known).encode())
+        write_whole(self._reference(reference), json.dumps(known).encode())
         return manifest
 
     def knows(self, reference: str) -> bool:
@@ -244,14 +243,6 @@ def _replacing(folder: Path) -> Iterator[Path]:
             raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def _write(file: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    part.write_bytes(content)
-    part.replace(file)
 
 
 def card(version: Version, manifest: Manifest, folder: Path) -> str:

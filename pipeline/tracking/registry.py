@@ -9,7 +9,6 @@ entries (each names the champion it found), so a crash between the two leaves no
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import re
@@ -17,7 +16,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 
 from pipeline.errors import SurroundingsError, TrackingError, UserError
 from pipeline.files import sha256_of
+from pipeline.locks import held, machine_lock
 from pipeline.tracking.contents import (
     FOLDER,
     MANIFEST,
@@ -53,6 +53,8 @@ KEY_TAG = "secateur.decision"
 PROMOTIONS = "-promotions"
 """What the experiment with an experiment's decisions is called besides its name."""
 MAX_TAG = 5000
+MOVE_WAIT_S = 300.0
+"""How long a move of an alias waits for one that another process makes; they take seconds."""
 JSON_BYTES_PER_NUMBER = 52
 """MLflow writes an input example twice, as text."""
 MAX_EXAMPLE_JSON = 1_000_000
@@ -161,14 +163,17 @@ class Registry:
 
     Args:
         uri: of MLflow's store and registry: ``sqlite:///...``, ``postgresql+psycopg2://...`` or ``http://...``.
-        home: SECATEUR_HOME, for locks, for the cache, and for the files of a store that has no server.
+        home: SECATEUR_HOME, for the cache, and for the files of a store that has no server.
         take_over: whether experiments, models and aliases that Secateur did not make may become its own.
+        say: told for which process a move of an alias waits.
 
     Every method raises ``TrackingError`` when MLflow is away or refuses.
     """
 
-    def __init__(self, uri: str, home: Path, *, take_over: bool = False) -> None:
-        self.uri, self.home, self.take_over = uri, home, take_over
+    def __init__(
+        self, uri: str, home: Path, *, take_over: bool = False, say: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self.uri, self.home, self.take_over, self.say = uri, home, take_over, say
         self._connected: MlflowClient | None = None
 
     # -- what is there -----------------------------------------------------------------------------------------------
@@ -580,14 +585,17 @@ class Registry:
 
     @contextlib.contextmanager
     def _moving(self, name: str) -> Iterator[MlflowClient]:
-        """One process of this machine at a time moves a model's aliases; the kernel frees the lock of a killed one."""
-        folder = self.home / "locks"
-        folder.mkdir(parents=True, exist_ok=True)
-        digest = hashlib.sha256(f"{shown(self.uri)} {name}".encode()).hexdigest()[:16]
-        with (folder / f"registry-{digest}").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            with self._talking() as client:
-                yield client
+        """One process at a time moves the aliases of a store's models; the kernel frees the lock of a killed one.
+
+        The lock belongs to the store, whichever SECATEUR_HOME its users have: it lies beside a SQLite file; that of a
+        server is this machine's (what several machines do at once is found by reading back).
+
+        Raises:
+            SurroundingsError: another process has held it for ``MOVE_WAIT_S``.
+        """
+        lock = held(_lock_of(self.uri), f"the registry at {shown(self.uri)}", MOVE_WAIT_S, self.say)
+        with lock, self._talking() as client:
+            yield client
 
     def _model(self, name: str) -> Any:
         with self._talking() as client:
@@ -615,6 +623,14 @@ class Registry:
         if not found.is_file():
             raise TrackingError(f"{version.uri} has no file {path}")
         return found
+
+
+def _lock_of(uri: str) -> Path:
+    """The file of a store's lock."""
+    if uri.startswith("sqlite:///"):
+        file = Path(uri.removeprefix("sqlite:///")).resolve()
+        return file.with_name(f"{file.name}.lock")
+    return machine_lock("registry-" + hashlib.sha256(shown(uri).rstrip("/").encode()).hexdigest()[:16])
 
 
 def _version_of(found: Any, aliases: Mapping[str, str]) -> Version:

@@ -7,6 +7,7 @@ labels, and what was measured on the training images. The test split is never ca
 from __future__ import annotations
 
 import importlib
+import io
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 
 from pipeline.config import workload_options
 from pipeline.errors import UserError
+from pipeline.files import write_whole
 from pipeline.workloads import Split, Workload
 from pipeline.workloads.classification import Classification
 from pipeline.workloads.data.content import Reading
@@ -55,10 +57,9 @@ def pack(workload: Workload, num_train: int, num_search: int, path: Path) -> Pat
     for name, split in parts.items():
         arrays[name] = split.source.read(split.indices)
         arrays[f"{name}_labels"] = split.source.labels[split.indices]
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        np.savez_compressed(file, **arrays)
-    part.replace(path)
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    write_whole(path, content.getbuffer())
     return path
 
 

@@ -150,9 +150,9 @@ def free_port(address: str = "127.0.0.1") -> int:
 def python_for(uid: int | None, lock: Path) -> tuple[str, ...]:
     """A command that starts a Python with onnxruntime as that user; skips the test if there is none."""
     packages = [path for path in sys.path if path.endswith("-packages")]
-    own = ["env", f"TMPDIR={lock}", sys.executable]
+    own = ["env", f"SECATEUR_LOCKS={lock}", sys.executable]
     version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
-    system = ["env", f"TMPDIR={lock}", f"PYTHONPATH={':'.join(packages)}", f"/usr/bin/{version}"]
+    system = ["env", f"SECATEUR_LOCKS={lock}", f"PYTHONPATH={':'.join(packages)}", f"/usr/bin/{version}"]
     bare = {"PATH": os.defpath}  # a login inherits nothing of this process's environment
     as_user: dict[str, Any] = {} if uid is None else {"user": uid, "group": uid, "extra_groups": []}
     for command in (own, system):

@@ -38,7 +38,7 @@ ENDLESS = {"min_repeats": 10**9, "max_seconds": 600}
 def env(tmp_path: Path) -> dict[str, str]:
     """A lock and a store of its own, so that a real measurement on this machine does not disturb the test."""
     (tmp_path / "lock").mkdir()
-    own = {"TMPDIR": str(tmp_path / "lock"), "SECATEUR_AGENT_STORE": str(tmp_path / "store")}
+    own = {"SECATEUR_LOCKS": str(tmp_path / "lock"), "SECATEUR_AGENT_STORE": str(tmp_path / "store")}
     return {**os.environ, **own}
 
 
@@ -198,7 +198,7 @@ def work_folders(env: dict[str, str]) -> list[Path]:
 
 
 def is_free(env: dict[str, str]) -> bool:
-    with (Path(env["TMPDIR"]) / "secateur-device.lock").open() as file:
+    with (Path(env["SECATEUR_LOCKS"]) / "secateur-device.lock").open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -572,13 +572,13 @@ def test_busy_names_the_holder_and_a_dead_holder_holds_nothing(env: dict[str, st
 
 
 def test_other_users_can_lock_too(env: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(agent_module.tempfile, "gettempdir", lambda: env["TMPDIR"])
+    monkeypatch.setenv("SECATEUR_LOCKS", env["SECATEUR_LOCKS"])
     previous = os.umask(0o077)
     try:
         os.close(agent_module.take_lock({}) or 0)
     finally:
         os.umask(previous)
-    path = Path(env["TMPDIR"]) / "secateur-device.lock"
+    path = Path(env["SECATEUR_LOCKS"]) / "secateur-device.lock"
     assert path.stat().st_mode & 0o777 == 0o666
     path.unlink()
     path.symlink_to(tmp_path / "victim")  # a trap in a folder that everybody can write to
@@ -959,7 +959,7 @@ def test_sweep_spares_what_is_in_use(env: dict[str, str], tmp_path: Path):
     assert {Path(path).name for path in answer["removed"]} == {"broken.onnx.part", "a.part", "stale"}
     assert answer["kept_bytes"] == 1200
     small = {"protocol": PROTOCOL, "op": "sweep", "max_store_bytes": 1000}
-    lock = Path(env["TMPDIR"]) / "secateur-device.lock"
+    lock = Path(env["SECATEUR_LOCKS"]) / "secateur-device.lock"
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert run(small, env)["kept_bytes"] == 1200  # a measurement may need them

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(autouse=True)
 def _own_lock_and_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real measurement on this machine does not disturb the tests."""
-    for name in ("TMPDIR", "SECATEUR_AGENT_STORE"):
+    for name in ("SECATEUR_LOCKS", "SECATEUR_AGENT_STORE"):
         (tmp_path / name).mkdir()
         monkeypatch.setenv(name, str(tmp_path / name))
 

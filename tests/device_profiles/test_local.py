@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from tests.device_profiles.tiny import quick_profile, write_conv
 def target(tmp_path: Path) -> LocalTarget:
     """A target with a lock and a store of its own, so that a real measurement on this machine is not disturbed."""
     (tmp_path / "lock").mkdir()
-    own = {"TMPDIR": str(tmp_path / "lock"), "SECATEUR_AGENT_STORE": str(tmp_path / "store")}
+    own = {"SECATEUR_LOCKS": str(tmp_path / "lock"), "SECATEUR_AGENT_STORE": str(tmp_path / "store")}
     return LocalTarget(busy_wait_s=0.2, env=own)
 
 
@@ -94,7 +95,9 @@ def test_a_file_that_is_not_there_is_not_put(target: LocalTarget, tmp_path: Path
         assert caught.value.code == "model-load"
 
 
-def test_outputs_are_fetched_whole_and_removed_at_the_close(target: LocalTarget, model: Path, tmp_path: Path):
+def test_outputs_are_fetched_whole_and_removed_at_the_close(
+    target: LocalTarget, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     answer = target.run(infer_request(model), 60)
     to = tmp_path / "new" / "out.npz"
     target.fetch(answer["outputs"], to)
@@ -106,8 +109,9 @@ def test_outputs_are_fetched_whole_and_removed_at_the_close(target: LocalTarget,
     with pytest.raises(DeviceError, match=r"cannot copy .*: No such file") as caught:
         target.fetch(answer["outputs"], to)
     assert caught.value.code == "transfer"
+    monkeypatch.setattr("device_profiles.targets.local.uuid.uuid4", lambda: SimpleNamespace(hex="1"))
     with pytest.raises(DeviceError, match="No space left") as caught:
-        (tmp_path / "full.npz.part").symlink_to("/dev/full")
+        (tmp_path / ".full.npz.1.part").symlink_to("/dev/full")
         target.fetch(str(to), tmp_path / "full.npz")
     assert caught.value.code == "disk-full"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["conv.onnx", "lock", "new", "store"]
@@ -184,10 +188,11 @@ LocalTarget().run(json.loads(sys.argv[1]), 600, lambda event: print(json.dumps(e
 
 
 def test_a_busy_device_is_waited_for(target: LocalTarget, model: Path):
-    waits = LocalTarget(busy_wait_s=60, env={key: target.env[key] for key in ("TMPDIR", "SECATEUR_AGENT_STORE")})
+    own = {key: target.env[key] for key in ("SECATEUR_LOCKS", "SECATEUR_AGENT_STORE")}
+    waits = LocalTarget(busy_wait_s=60, env=own)
     answers: list[dict[str, Any]] = []
     thread = threading.Thread(target=lambda: answers.append(waits.run(request_for(model), 60)))
-    with (Path(target.env["TMPDIR"]) / "secateur-device.lock").open("w") as file:
+    with (Path(target.env["SECATEUR_LOCKS"]) / "secateur-device.lock").open("w") as file:
         file.write("12345 r1\n")
         file.flush()
         fcntl.flock(file, fcntl.LOCK_SH)  # even a shared lock keeps an exclusive one out

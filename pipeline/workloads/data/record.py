@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import SurroundingsError, UserError
+from pipeline.files import write_whole
 from pipeline.workloads.data.notes import some
 
 FORMAT = 1
@@ -104,8 +105,8 @@ def write(record: DataRecord, directory: Path) -> None:
         SurroundingsError: it cannot be written.
     """
     try:
-        _put(directory / MEMBERS, _table(record.members))
-        _put(directory / FACTS, (json.dumps(record.facts(), indent=1) + "\n").encode())
+        write_whole(directory / MEMBERS, _table(record.members))
+        write_whole(directory / FACTS, (json.dumps(record.facts(), indent=1) + "\n").encode())
     except OSError as error:
         raise SurroundingsError(f"cannot write to {directory}: {error.strerror}") from error
 
@@ -180,9 +181,3 @@ def _moved(recorded: DataRecord, found: DataRecord) -> list[str]:
 def _table(members: Sequence[Member]) -> bytes:
     """A line of JSON for each image."""
     return "".join(json.dumps([m.split, m.content, m.place]) + "\n" for m in members).encode()
-
-
-def _put(file: Path, content: bytes) -> None:
-    part = file.with_name(f"{file.name}.part")
-    part.write_bytes(content)
-    part.replace(file)
