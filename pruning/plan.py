@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
-from typing import Protocol
+from itertools import chain, pairwise
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +19,12 @@ IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
 PLAN_FORMAT = 1
+
+MOST_CHANNELS = 2**22
+"""Channels that all groups of a network may have; JSON that speaks of more is refused before any of it is expanded."""
+
+RANGE = re.compile(r"([0-9]{1,12})(?:-([0-9]{1,12}))?")
+"""An index or a range of a plan's JSON."""
 
 
 class PlanError(ValueError):
@@ -74,17 +82,25 @@ class PruningPlan:
 
     Raises:
         PlanError: a group is named in only one of the two mappings, or its indices are empty, unsorted,
-            repeated or out of range. All faults are reported together.
+            repeated, out of range or no whole numbers. All faults are reported together.
     """
 
     sizes: Mapping[str, int]
     kept: Mapping[str, tuple[int, ...]]
 
     def __post_init__(self) -> None:
-        faults = [f"{name}: named in sizes or kept only" for name in sorted(self.sizes.keys() ^ self.kept.keys())]
-        for name in sorted(self.sizes.keys() & self.kept.keys()):
-            size, kept = self.sizes[name], self.kept[name]
-            if not kept:
+        alone = sorted(self.sizes.keys() ^ self.kept.keys(), key=str)
+        faults = [f"{name}: named in sizes or kept only" for name in alone]
+        for name in sorted(self.sizes.keys() & self.kept.keys(), key=str):
+            size: Any = self.sizes[name]
+            kept: Any = self.kept[name]
+            if _not_whole((size,)) or size < 1:
+                faults.append(f"{name}: a size must be a whole number from 1, got {size!r:.40}")
+            elif not isinstance(kept, (tuple, list, range)):
+                faults.append(f"{name}: kept indices must be a tuple, got {type(kept).__name__}")
+            elif others := _not_whole(kept):
+                faults.append(f"{name}: kept indices must be whole numbers, got {others[0]!r:.40}")
+            elif not kept:
                 faults.append(f"{name}: keeps no channel; a group keeps at least one")
             elif any(b <= a for a, b in pairwise(kept)):
                 faults.append(f"{name}: kept indices must be strictly increasing")
@@ -109,7 +125,7 @@ class PruningPlan:
 
     def replace(self, kept: Mapping[str, Iterable[int]]) -> PruningPlan:
         """The same plan with the kept indices of some groups exchanged."""
-        return PruningPlan(self.sizes, {**self.kept, **{n: tuple(int(i) for i in k) for n, k in kept.items()}})
+        return PruningPlan(self.sizes, {**self.kept, **{n: tuple(map(_plain, k)) for n, k in kept.items()}})
 
     def mask(self, name: str) -> BoolArray:
         """Boolean mask of one group, shape ``(size,)``, True = keep."""
@@ -149,15 +165,17 @@ class PruningPlan:
             PlanError: the text is not JSON of this format, or the plan in it is invalid.
         """
         try:
-            data = json.loads(text)
-            if data["format"] != PLAN_FORMAT:
+            data = json.loads(text, object_pairs_hook=_without_repeats)
+            if type(data["format"]) is not int or data["format"] != PLAN_FORMAT:
                 raise PlanError(f"pruning plan of format {data['format']!r}; this version reads format {PLAN_FORMAT}")
-            sizes = {name: int(group["of"]) for name, group in data["groups"].items()}
-            kept = {name: from_ranges(group["keep"]) for name, group in data["groups"].items()}
+            sizes = {name: _size_of(name, group) for name, group in data["groups"].items()}
+            if (total := sum(sizes.values())) > MOST_CHANNELS:
+                raise PlanError(f"the groups have {total} channels together, more than {MOST_CHANNELS}")
+            kept = {name: _kept_of(name, data["groups"][name]["keep"], size) for name, size in sizes.items()}
         except PlanError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise PlanError(f"not a pruning plan written by PruningPlan.to_json: {error!r}") from error
+            raise PlanError(f"not a pruning plan written by PruningPlan.to_json: {error!r:.200}") from error
         return cls(sizes, kept)
 
     def validate(self, graph: HasGroups) -> None:
@@ -178,6 +196,15 @@ class PruningPlan:
             raise PlanError("the pruning plan belongs to another network:\n  " + "\n  ".join(sorted(faults)))
 
 
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which no key may stand twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        repeated = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        raise PlanError(f"{repeated!r} stands twice in the pruning plan")
+    return found
+
+
 def to_ranges(indices: Sequence[int]) -> str:
     """``(0, 1, 2, 5)`` -> ``"0-2,5"``."""
     parts: list[str] = []
@@ -190,13 +217,61 @@ def to_ranges(indices: Sequence[int]) -> str:
     return ",".join(parts)
 
 
-def from_ranges(text: str) -> tuple[int, ...]:
-    """``"0-2,5"`` -> ``(0, 1, 2, 5)``."""
-    indices: list[int] = []
+def from_ranges(text: str, size: int | None = None) -> tuple[int, ...]:
+    """``"0-2,5"`` -> ``(0, 1, 2, 5)``.
+
+    Args:
+        text: increasing indices and ranges.
+        size: indices must be below it; None = any.
+
+    Raises:
+        PlanError: the text is no list of increasing ranges, or goes beyond ``size``; nothing of it is expanded then.
+    """
+    ranges: list[range] = []
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        indices.extend(range(int(first), int(last or first) + 1))
-    return tuple(indices)
+        if (found := RANGE.fullmatch(part)) is None:
+            raise PlanError(f"{part[:40]!r} is no index and no range such as '0-7'")
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last < first or (ranges and first < ranges[-1].stop):
+            raise PlanError(f"kept indices must be strictly increasing, got {part!r}")
+        if size is not None and last >= size:
+            raise PlanError(f"kept indices must lie in 0..{size - 1}, got {part!r}")
+        ranges.append(range(first, last + 1))
+    return tuple(chain.from_iterable(ranges))
+
+
+def _size_of(name: str, group: Any) -> int:
+    """Size of one group of a plan's JSON, which has kept indices too.
+
+    Raises:
+        PlanError: it is something else.
+    """
+    if not isinstance(group, dict) or not {"of", "keep"} <= group.keys():
+        raise PlanError(f"{name}: expected {{'of': channels, 'keep': '0-7,9'}}, got {str(group)[:80]}")
+    size: int = group["of"]
+    if type(size) is not int or not 0 < size <= MOST_CHANNELS:
+        raise PlanError(f"{name}: 'of' must be a number of channels from 1 to {MOST_CHANNELS}, got {str(size)[:40]}")
+    if not isinstance(group["keep"], str):
+        raise PlanError(f"{name}: 'keep' must be a text such as '0-7,9', got {str(group['keep'])[:40]}")
+    return size
+
+
+def _kept_of(name: str, keep: str, size: int) -> tuple[int, ...]:
+    try:
+        return from_ranges(keep, size)
+    except PlanError as error:
+        raise PlanError(f"{name}: {error}") from None
+
+
+def _plain(index: Any) -> Any:
+    """NumPy's whole numbers as Python's; anything else as it is, for the plan to refuse."""
+    return int(index) if isinstance(index, np.integer) else index
+
+
+def _not_whole(values: Iterable[Any]) -> list[Any]:
+    """The first value that is no whole number of Python's or NumPy's (a boolean is none), if there is one."""
+    kinds = {kind for kind in set(map(type, values)) if kind is bool or not issubclass(kind, (int, np.integer))}
+    return [next(value for value in values if type(value) in kinds)] if kinds else []
 
 
 @dataclass(frozen=True)

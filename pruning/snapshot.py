@@ -61,6 +61,11 @@ class Remade:
     name: str
     before: Any
 
+    @property
+    def path(self) -> str:
+        """What a state dict calls it, if it is a buffer."""
+        return _step(self.module, self.name)
+
 
 def reachable(model: nn.Module, *, functions: bool = True) -> Iterator[tuple[Root, str, Any]]:
     """Modules, containers, plain objects, classes and tensors that a forward can reach, each once.

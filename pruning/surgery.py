@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from pruning.channels import ChannelGraph
-from pruning.plan import IntArray, PlanError, PruningPlan
+from pruning.plan import IntArray, PruningPlan
 from pruning.reference import run_masked, run_pruned
 from pruning.rules import weight_name
 from pruning.snapshot import ATOMS, REGISTERS, forget, reachable
@@ -54,6 +55,14 @@ def cut(tensor: Tensor, kept: Mapping[int, IntArray]) -> Tensor:
     result = tensor.detach()
     for dim, positions in sorted(kept.items(), key=lambda item: len(item[1]) / tensor.shape[item[0]]):
         result = result.index_select(dim, torch.from_numpy(positions).to(tensor.device))
+    return in_format_of(tensor, result)
+
+
+def in_format_of(tensor: Tensor, result: Tensor) -> Tensor:
+    """The second tensor, channels-last in memory if the first one is."""
+    for dims, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if tensor.ndim == dims and tensor.is_contiguous(memory_format=layout) and not tensor.is_contiguous():
+            return result.contiguous(memory_format=layout)
     return result
 
 
@@ -216,7 +225,7 @@ def check_model(model: nn.Module, graph: ChannelGraph) -> dict[str, Tensor]:
         PruningError: they are not those of the graph; names the first mismatches.
     """
     tensors = tensors_of(model)[0]
-    remade = {f"{item.module}.{item.name}" if item.module else item.name for item in graph.remade}
+    remade = {item.path for item in graph.remade}
     found = {n: graph.shapes.get(n) if n in remade else tuple(t.shape) for n, t in tensors.items()}
     _check_shapes({n: s for n, s in found.items() if s is not None}, graph.shapes, "the model is not the traced one")
     return tensors
@@ -259,12 +268,12 @@ def scatter(
     check_model(model, graph)
     slices = graph.slices(plan)
     dense = model.state_dict() if into is None else into
-    expected = {name: kept_shape(tensor.shape, slices.get(name, {})) for name, tensor in dense.items()}
-    _check_shapes(
-        {n: tuple(t.shape) for n, t in pruned_state.items()}, expected, "the pruned state does not belong to the plan"
-    )
-    result = {}
-    for name, tensor in dense.items():
+    tensors = {name: tensor for name, tensor in dense.items() if isinstance(tensor, Tensor)}  # the rest is extra state
+    found = {name: tuple(t.shape) for name, t in pruned_state.items() if isinstance(t, Tensor)}
+    expected = {name: kept_shape(tensor.shape, slices.get(name, {})) for name, tensor in tensors.items()}
+    _check_shapes(found, expected, "the pruned state does not belong to the plan")
+    result = {name: pruned_state.get(name, value) for name, value in dense.items() if name not in tensors}
+    for name, tensor in tensors.items():
         new = pruned_state[name].detach()
         result[name] = new.clone()
         if name in slices:
@@ -286,13 +295,52 @@ def save_pruned(path_dir: str | Path, model: nn.Module, plan: PruningPlan) -> No
         path_dir: directory, made if missing.
         model: the pruned model.
         plan: the plan it was made with.
+
+    Raises:
+        PruningError: a module has extra state that is no JSON.
     """
     folder = Path(path_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    aliases = tensors_of(model)[1]
-    state = {n: t.detach().contiguous() for n, t in model.state_dict().items() if n not in aliases}
-    save_file(state, folder / WEIGHTS_FILE, metadata={"plan": plan.digest})
+    extra = json.dumps({path: _extra_state(path, module) for path, module in with_extra_state(model).items()})
+    state = {name: tensor.detach().contiguous() for name, tensor in stored_tensors(model).items()}
+    save_file(state, folder / WEIGHTS_FILE, metadata={"plan": plan.digest, "extra": extra})
     (folder / PLAN_FILE).write_text(plan.to_json() + "\n")
+
+
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by the first name of their attribute, whatever a state dict calls them."""
+    passing = {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name in module._non_persistent_buffers_set
+    }
+    return {name: tensor for name, tensor in tensors_of(model)[0].items() if name not in passing}
+
+
+def with_extra_state(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that keep more than tensors (``get_extra_state``), by path."""
+    own = nn.Module.get_extra_state
+    return {path: module for path, module in model.named_modules() if type(module).get_extra_state is not own}
+
+
+def _extra_state(path: str, module: nn.Module) -> Any:
+    """Extra state that JSON holds unchanged.
+
+    Raises:
+        PruningError: it is of another kind.
+    """
+    value = module.get_extra_state()
+    try:
+        is_kept = bool(json.loads(json.dumps(value)) == value)
+    except (TypeError, ValueError, RecursionError):
+        is_kept = False
+    if not is_kept:
+        raise PruningError(
+            f"cannot save the extra state of {path or 'the model itself'} ({type(module).__name__}.get_extra_state): "
+            f"expected numbers, texts, lists and dicts with texts as keys, got {type(value).__name__}; keep tensors in "
+            "buffers (register_buffer)"
+        )
+    return value
 
 
 def load_pruned(path_dir: str | Path, dense_model: nn.Module, graph: ChannelGraph) -> tuple[nn.Module, PruningPlan]:
@@ -313,25 +361,35 @@ def load_pruned(path_dir: str | Path, dense_model: nn.Module, graph: ChannelGrap
     try:
         plan = PruningPlan.from_json((folder / PLAN_FILE).read_text())
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-            digest = (file.metadata() or {}).get("plan")
+            metadata = file.metadata() or {}
+            digest = metadata.get("plan")
             state: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         slices = graph.slices(plan)
-    except (OSError, SafetensorError, PlanError) as error:
+        extra = json.loads(metadata.get("extra", "{}"))
+    except (OSError, ValueError, SafetensorError) as error:
         raise PruningError(f"cannot load the pruned model in {folder}: {error}") from error
     if digest != plan.digest:
         raise PruningError(
             f"{folder / PLAN_FILE} (digest {plan.digest}) is not the plan of its weights (digest {digest})"
         )
     tensors = check_model(dense_model, graph)
-    stored = [name for name in dense_model.state_dict() if name in tensors]
+    stored = list(stored_tensors(dense_model))
+    made = {item.path for item in graph.remade} - tensors.keys()
+    state = {name: tensor for name, tensor in state.items() if name not in made}
     _check_shapes(
         {n: (tuple(t.shape), t.dtype) for n, t in state.items()},
         {n: (kept_shape(tensors[n].shape, slices.get(n, {})), tensors[n].dtype) for n in stored},
         f"{folder / WEIGHTS_FILE} does not fit the plan and this architecture",
     )
     rest = {n: cut(tensors[n], slices[n]) for n in tensors if n in slices and n not in state}
-    moved = {n: t.to(tensors[n].device) for n, t in state.items()}
-    return rebuild(dense_model, graph, plan, {**rest, **moved}), plan
+    moved = {n: in_format_of(tensors[n], t.to(tensors[n].device)) for n, t in state.items()}
+    pruned = rebuild(dense_model, graph, plan, {**rest, **moved})
+    _check_shapes(
+        dict.fromkeys(extra, "extra state"), dict.fromkeys(with_extra_state(pruned), "extra state"), f"{folder}"
+    )
+    for path, value in extra.items():
+        pruned.get_submodule(path).set_extra_state(value)
+    return pruned, plan
 
 
 @dataclass(frozen=True)

@@ -366,6 +366,13 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, model: nn.Module, rules: Mapping[str, Rule] | None = None, *, values: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.model = model
+        for path, module in model.named_modules():
+            tensors = (*module._parameters.values(), *module._buffers.values())
+            if any(isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)) for tensor in tensors):
+                raise PruningError(
+                    f"{path or 'the model itself'} ({type(module).__name__}) has no sizes before it has seen an input; "
+                    "run the model once on the example, then trace it"
+                )
         self.rules, self.values = rules, values
         self.labels = Propagation(rules)
         self.tensors, self.aliases = tensors_of(model)

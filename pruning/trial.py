@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import linecache
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pruning.channels import Assembly, ChannelGraph, Followed, assemble, layer_of
-from pruning.plan import IntArray, PruningPlan
+from pruning.plan import ChannelGroup, IntArray, PruningPlan
 from pruning.reference import Arithmetic, Numbers, Scales, run_masked
 from pruning.rules import Dim, Labels, TensorMap, tensors_in
 from pruning.surgery import compare_outputs, kept_shape, prune, rebuild
@@ -97,7 +98,7 @@ def settle(tracer: Tracer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Ch
 
 
 def trial_plan(graph: ChannelGraph, seed: int) -> PruningPlan:
-    """Random channels at random widths.
+    """Random channels at random widths, those of groups of equal size pairwise different.
 
     Sizes that should be tied and are not show only where their groups keep other shares, so the groups with most
     members (residual streams) keep 45 to 60 % and the others 15 to 40 %; groups of up to four channels may stay whole.
@@ -105,13 +106,41 @@ def trial_plan(graph: ChannelGraph, seed: int) -> PruningPlan:
     """
     rng = np.random.default_rng(seed)
     many = np.quantile([len(group.members) for group in graph.groups], 0.75)
+    by_size: dict[int, list[ChannelGroup]] = defaultdict(list)
+    for group in graph.groups:
+        by_size[group.size].append(group)
     masks = {}
-    for i, group in enumerate(graph.groups):
-        low, high = (0.45, 0.6) if len(group.members) > many else (0.15, 0.4)
-        width = 1 + (seed + i) % group.size if group.size <= 4 else round(group.size * rng.uniform(low, high))
-        width = min(group.size, max(2 if group.size > 2 else 1, width))
-        masks[group.name] = np.isin(np.arange(group.size), rng.permutation(group.size)[:width])
-    return PruningPlan.from_masks(masks)
+    for size, groups in by_size.items():
+        groups.sort(key=lambda group: len(group.members) > many)  # stable: the streams come last
+        num_streams = sum(len(group.members) > many for group in groups)
+        widths = _different_widths(size, len(groups), num_streams, seed, rng)
+        for group, width in zip(groups, widths, strict=True):
+            masks[group.name] = np.isin(np.arange(size), rng.permutation(size)[:width])
+    return PruningPlan.from_masks({group.name: masks[group.name] for group in graph.groups})
+
+
+def _different_widths(size: int, number: int, num_streams: int, seed: int, rng: np.random.Generator) -> list[int]:
+    """Widths of ``number`` groups of ``size`` channels, the last ``num_streams`` of which keep more.
+
+    They are pairwise different where there are enough. Else two groups that have the same width under one seed have
+    different ones under the next, as long as there are no more groups than the square of the widths.
+    """
+    if size <= 4:
+        allowed = np.arange(min(size, 2 if size > 2 else 1), size + 1)
+    else:
+        allowed = np.arange(2, size)
+        usual = [
+            allowed[(allowed >= low * size) & (allowed <= high * size)] for low, high in ((0.15, 0.4), (0.45, 0.6))
+        ]
+        if number - num_streams <= len(usual[0]) and num_streams <= len(usual[1]):
+            chosen = [rng.permutation(usual[0])[: number - num_streams], rng.permutation(usual[1])[:num_streams]]
+            return [int(width) for width in np.concatenate(chosen)]
+        if number <= len(allowed):
+            widths = np.sort(rng.permutation(allowed)[:number])
+            few = number - num_streams
+            return [int(width) for width in (*rng.permutation(widths[:few]), *rng.permutation(widths[few:]))]
+    places = [(i + seed * (1 + i // len(allowed))) % len(allowed) for i in range(number)]
+    return [int(allowed[place]) for place in places]
 
 
 @dataclass(frozen=True)

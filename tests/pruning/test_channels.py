@@ -244,3 +244,14 @@ def test_components() -> None:
     path = rng.permutation(1000)
     assert set(components(1001, [(path[:-1], path[1:])]).tolist()) == {0, 1000}
     assert components(3, []).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("lazy", [nn.LazyConv2d(8, 1), nn.LazyBatchNorm2d(), nn.LazyConvTranspose2d(8, 1)])
+def test_lazy_layers_are_named_with_the_way_out(lazy: nn.Module) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), lazy, nn.LazyConv2d(4, 1))
+    kind = type(lazy).__name__
+    with pytest.raises(PruningError, match=rf"1 \({kind}\) has no sizes before .*; run the model once"):
+        ChannelGraph.trace(model, IMAGES)
+    model(IMAGES)
+    _, certificate = certified(model, IMAGES)
+    assert certificate.ok, certificate

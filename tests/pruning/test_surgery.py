@@ -262,3 +262,84 @@ def test_normalised_channels_are_compared_over_the_kept_ones(norm: nn.Module) ->
     with torch.no_grad():
         wrong[0].bias += 0.1 * torch.arange(4)
     assert not certify(model, wrong, graph, plan, IMAGES).ok
+
+
+class WithExtraState(nn.Conv2d):
+    """A convolution that keeps more than tensors."""
+
+    extra: object = None
+
+    def get_extra_state(self) -> object:
+        return self.extra
+
+    def set_extra_state(self, state: object) -> None:
+        self.extra = state
+
+
+@pytest.mark.parametrize("extra", [{"steps": [1, 2.5, "a"], "none": None}, 3, "text", None, []])
+def test_extra_state_is_saved_and_loaded(tmp_path: Path, extra: object) -> None:
+    model = nn.Sequential(WithExtraState(3, 8, 1), nn.Conv2d(8, 4, 1)).eval()
+    graph = ChannelGraph.trace(model, IMAGES)
+    plan = half(graph)
+    pruned = prune(model, graph, plan)
+    pruned[0].set_extra_state(extra)
+    save_pruned(tmp_path, pruned, plan)
+    loaded, _ = load_pruned(tmp_path, model, graph)
+    assert loaded[0].extra == extra and model[0].extra is None
+    assert torch.equal(loaded(IMAGES), pruned(IMAGES))
+    assert scatter(model, graph, plan, pruned.state_dict())["0._extra_state"] == extra
+
+
+@pytest.mark.parametrize("extra", [torch.zeros(2), (1, 2), {1: 2}, b"bytes", {1}, object(), float("nan")])
+def test_extra_state_that_no_file_holds_is_refused_by_name(tmp_path: Path, extra: object) -> None:
+    model = nn.Sequential(WithExtraState(3, 8, 1), nn.Conv2d(8, 4, 1))
+    graph = ChannelGraph.trace(model, IMAGES)
+    plan = half(graph)
+    pruned = prune(model, graph, plan)
+    pruned[0].set_extra_state(extra)
+    with pytest.raises(PruningError, match=r"extra state of 0 \(WithExtraState.get_extra_state\)"):
+        save_pruned(tmp_path, pruned, plan)
+    assert not list(tmp_path.iterdir())
+
+
+def test_hooks_that_rename_a_state_dict_do_not_matter(tmp_path: Path) -> None:
+    def rename(module: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:
+        for name in [name for name in state if name.startswith(prefix)]:
+            state[f"{prefix}renamed.{name.removeprefix(prefix)}"] = state.pop(name)
+
+    def drop(module: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:
+        state.pop(f"{prefix}bias", None)
+
+    for hook in (rename, drop):
+        model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)).eval()
+        model[1].register_buffer("passing", torch.ones(8), persistent=False)
+        graph = ChannelGraph.trace(model, IMAGES)
+        plan = half(graph)
+        model[0].register_state_dict_post_hook(hook)
+        pruned = prune(model, graph, plan)
+        with torch.no_grad():
+            pruned[0].weight.mul_(2)
+        save_pruned(tmp_path, pruned, plan)
+        fresh = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)).eval()
+        fresh[1].register_buffer("passing", torch.ones(8), persistent=False)
+        for dense in (model, fresh):
+            loaded, _ = load_pruned(tmp_path, dense, graph)
+            assert torch.equal(loaded(IMAGES), pruned(IMAGES))
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_channels_last_weights_stay_channels_last(tmp_path: Path, dims: int) -> None:
+    conv, layout = (nn.Conv2d, torch.channels_last) if dims == 2 else (nn.Conv3d, torch.channels_last_3d)
+    model = nn.Sequential(conv(3, 8, 3, padding=1), conv(8, 6, 1), conv(6, 4, 3)).to(memory_format=layout).eval()
+    x = torch.randn(1, 3, *(8,) * dims).to(memory_format=layout)
+    graph = ChannelGraph.trace(model, x)
+    plan = half(graph)
+    pruned = prune(model, graph, plan)
+    save_pruned(tmp_path, pruned, plan)
+    for network in (pruned, load_pruned(tmp_path, model, graph)[0]):
+        for i in (0, 2):
+            assert network[i].weight.is_contiguous(memory_format=layout)
+            assert not network[i].weight.is_contiguous()
+    contiguous = nn.Sequential(conv(3, 8, 3), conv(8, 4, 3))
+    graph = ChannelGraph.trace(contiguous, x)
+    assert all(p.is_contiguous() for p in prune(contiguous, graph, half(graph)).parameters())

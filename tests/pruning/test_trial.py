@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pruning import rules
 from pruning.channels import ChannelGraph
 from pruning.cost import cost, count
+from pruning.plan import ChannelGroup, Member
 from pruning.surgery import certify, load_pruned, prune, save_pruned
 from pruning.tracer import PruningError
-from pruning.trial import Number, Source
+from pruning.trial import Number, Source, trial_plan
 from tests.pruning.models import Net, certified, half, randomise
 
 TOKENS = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(1))
@@ -90,6 +94,41 @@ def test_followed_sizes_survive_saving(tmp_path: Any) -> None:
     fresh = transformer(Attention(12, 2))
     loaded, _ = load_pruned(tmp_path, fresh, ChannelGraph.trace(fresh, TOKENS))
     assert torch.equal(loaded.eval()(TOKENS), pruned(TOKENS))
+
+
+@given(st.lists(st.tuples(st.integers(2, 40), st.integers(1, 9)), min_size=1, max_size=40), st.integers(0, 9))
+def test_groups_of_equal_size_are_tried_at_different_widths(groups: list[tuple[int, int]], seed: int) -> None:
+    members = [tuple(Member("t", 0, np.zeros((size, 1), np.int64), False) for _ in range(n)) for size, n in groups]
+    made = [ChannelGroup(f"g{i}", size, own) for i, ((size, _), own) in enumerate(zip(groups, members, strict=True))]
+    plans = [trial_plan(SimpleNamespace(groups=made), seed + i) for i in range(2)]  # type: ignore[arg-type]
+    for size in {size for size, _ in groups}:
+        names = [group.name for group in made if group.size == size]
+        possible = size - 1 if size < 5 else size - 2  # from 2 on; up to four channels may stay whole
+        possible = 2 if size == 2 else possible
+        widths = [tuple(plan.widths[name] for plan in plans) for name in names]
+        if len(names) <= possible:
+            assert all(len({pair[i] for pair in widths}) == len(names) for i in range(2))
+        elif len(names) <= possible**2:
+            assert len(set(widths)) == len(names)
+        assert all(size == 2 or 2 <= width <= size for pair in widths for width in pair)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_tie_between_groups_of_equal_size_is_always_seen(seed: int) -> None:
+    """The code takes the size of one group for the other's."""
+
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        a, b = m.a(x), m.b(x)
+        return m.head(torch.cat([a, b.reshape(b.shape[0], a.shape[1], 8, 8)], 1))
+
+    torch.manual_seed(seed)
+    model = Net(run, a=nn.Conv2d(3, 6, 1), b=nn.Conv2d(3, 6, 1), head=nn.Conv2d(12, 4, 1))
+    graph = ChannelGraph.trace(randomise(model), IMAGES)
+    a, b = (next(g for g in graph.groups if any(m.tensor == f"{n}.weight" for m in g.members)) for n in "ab")
+    assert a is b
+    for plan_seed in range(4):
+        plan = half(graph, plan_seed)
+        assert certify(model, prune(model, graph, plan), graph, plan, IMAGES).ok
 
 
 class Parts(nn.Module):

@@ -99,6 +99,17 @@ def test_replace_leaves_the_original_alone():
         ({"a": 4}, {"a": (2, 1)}, "a: kept indices must be strictly increasing"),
         ({"a": 4}, {"a": (0, 4)}, r"a: kept indices must lie in 0..3, got 0..4"),
         ({"a": 4}, {"a": (-1, 2)}, r"a: kept indices must lie in 0..3, got -1..2"),
+        ({"a": 4}, {"a": (0.5, 1)}, "a: kept indices must be whole numbers, got 0.5"),
+        ({"a": 4}, {"a": (True,)}, "a: kept indices must be whole numbers, got True"),
+        ({"a": 4}, {"a": (0, np.float64(1))}, "a: kept indices must be whole numbers"),
+        ({"a": 4}, {"a": ("0",)}, "a: kept indices must be whole numbers, got '0'"),
+        ({"a": 4}, {"a": (None,)}, "a: kept indices must be whole numbers, got None"),
+        ({"a": 4}, {"a": None}, "a: kept indices must be a tuple, got NoneType"),
+        ({"a": 4}, {"a": "01"}, "a: kept indices must be a tuple, got str"),
+        ({"a": 4.0}, {"a": (0,)}, "a: a size must be a whole number from 1, got 4.0"),
+        ({"a": True}, {"a": (0,)}, "a: a size must be a whole number from 1, got True"),
+        ({"a": None}, {"a": (0,)}, "a: a size must be a whole number from 1, got None"),
+        ({"a": -3}, {"a": (0,)}, "a: a size must be a whole number from 1, got -3"),
         ({"a": 4}, {"b": (0,)}, r"(?s)a: named in sizes or kept only.*b: named"),
     ],
 )
@@ -128,11 +139,73 @@ def test_all_faults_are_reported_together():
         '{"format": 1, "groups": {"a": {"of": 4, "keep": "3-1"}}}',
         '{"format": 1, "groups": {"a": {"of": 4, "keep": "0-9"}}}',
         '{"format": 2, "groups": {}}',
+        '{"format": true, "groups": {}}',
+        '{"format": 1, "groups": []}',
+        '{"format": 1, "groups": {"a": []}}',
+        *(
+            f'{{"format": 1, "groups": {{"a": {{"of": {of}, "keep": {keep}}}}}}}'
+            for of, keep in [
+                ("4", '"0-99999999"'),
+                ("4", '"0-999999999999999999999999"'),
+                ("99999999999", '"0-99999999998"'),
+                ("1e400", '"0"'),
+                ("-1e400", '"0"'),
+                ("NaN", '"0"'),
+                ("4.0", '"0"'),
+                ("true", '"0"'),
+                ('"4"', '"0"'),
+                ("null", '"0"'),
+                ("[4]", '"0"'),
+                ("0", '"0"'),
+                ("4", "0"),
+                ("4", "[0, 1]"),
+                ("4", "null"),
+                ("4", '"0,0"'),
+                ("4", '"2,0-1"'),
+                ("4", '"-1"'),
+                ("4", '"1-"'),
+                ("4", '"0.5,1"'),
+                ("4", '"\u0661"'),
+                ("4", '"' + "0," * 5000 + '0"'),
+                ("9" * 5000, '"0"'),
+            ]
+        ),
+        '{"format": 1, "groups": {"a": {"of": 4, "keep": "0"}, "a": {"of": 4, "keep": "1"}}}',
+        json.dumps({"format": 1, "groups": {f"g{i}": {"of": 2**21, "keep": f"0-{2**21 - 1}"} for i in range(9)}}),
+        "[" * 100_000,
     ],
 )
 def test_text_that_is_no_plan_is_refused(text):
     with pytest.raises(PlanError):
         PruningPlan.from_json(text)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.just("0-99999999"),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["of", "keep", "a"]), inner, max_size=3)
+    ),
+    max_leaves=9,
+)
+
+
+@given(st.dictionaries(st.sampled_from(["format", "groups"]), st.just(1) | JSON) | JSON)
+def test_any_json_is_a_plan_or_refused(data):
+    try:
+        PruningPlan.from_json(json.dumps(data))
+    except PlanError as error:
+        assert len(str(error)) < 2000
+
+
+@given(st.lists(st.integers(0, 99) | st.floats() | st.booleans() | st.none() | st.text(max_size=2), max_size=4))
+def test_any_indices_are_a_plan_or_refused(kept):
+    full = PruningPlan.full([ChannelGroup("a", 4)])
+    for make in (lambda: full.replace({"a": kept}), lambda: PruningPlan({"a": 4}, {"a": tuple(kept)})):
+        try:
+            plan = make()
+        except PlanError:
+            continue
+        assert all(type(i) is int for i in plan.kept["a"]) and plan.mask("a").sum() == len(kept)
 
 
 def test_a_plan_of_another_network_is_refused_with_every_difference():
