@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pruning.channels import ChannelGraph
 from pruning.plan import IntArray, PruningPlan
-from pruning.rules import Propagation, TensorMap, operator_of, tensors_in
+from pruning.rules import TensorMap, operator_of, propagation, tensors_in
 from pruning.tracer import Entered, modules_entered, tensors_of, undisturbed
 
 Numbers = dict[tuple[str, str], list[tuple[float, ...]]]
@@ -155,7 +155,7 @@ class _Reference(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.made: TensorMap[bool] = TensorMap()
         for buffer in model.buffers():
             _note_scalars(buffer, self.made)
-        self.labels = Propagation(graph.rules)
+        self.labels = propagation(graph.rules)
         self.slices: TensorMap[Mapping[int, IntArray]] = TensorMap()
         self.positions: dict[int, tuple[Tensor | None, IntArray]] = {}
         slices = graph.slices(plan)

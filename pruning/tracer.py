@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from pruning.plan import IntArray
-from pruning.rules import Factor, Labels, Propagation, Rule, TensorMap, macs_of, operator_of, tensors_in, written_by
+from pruning.rules import Factor, Labels, Rule, TensorMap, macs_of, operator_of, propagation, tensors_in, written_by
 from pruning.snapshot import Remade, Snapshot
 
 OPAQUE = (nn.RNNBase, nn.RNNCellBase)
@@ -374,7 +374,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     "run the model once on the example, then trace it"
                 )
         self.rules, self.values = rules, values
-        self.labels = Propagation(rules)
+        self.labels = propagation(rules)
         self.tensors, self.aliases = tensors_of(model)
         self.parameters = {name for name, tensor in self.tensors.items() if isinstance(tensor, nn.Parameter)}
         self.places = [
