@@ -103,7 +103,10 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Scales(TorchFunctionMode):
-    """Keeps the scales of attentions, or gives those of the pruned network: kernels hide them, each in its way."""
+    """Keeps the scales of attentions, or gives those of the pruned network: kernels hide them, each in its way.
+
+    The rules of the masked network are told which torch function runs, as those of the traced one were.
+    """
 
     def __init__(self, run: Arithmetic | _Reference) -> None:
         super().__init__()
@@ -114,7 +117,14 @@ class Scales(TorchFunctionMode):
         if func is F.scaled_dot_product_attention and kwargs.get("scale") is None:
             query = args[0] if args else kwargs["query"]
             kwargs = {**kwargs, "scale": self.run.scale(query.shape[-1] ** -0.5)}
-        return func(*args, **kwargs)
+        if not isinstance(self.run, _Reference) or func.__name__ == "__get__":
+            return func(*args, **kwargs)
+        labels = self.run.labels
+        labels.enter(func.__name__, args)
+        try:
+            return func(*args, **kwargs)
+        finally:
+            labels.enter("", ())
 
 
 @cache

@@ -319,12 +319,11 @@ class _Functions(TorchFunctionMode):
         if name == "size":
             self._reads_sizes(*args)
         key = self.calls.key(name)
-        labels.function = name
-        labels.inferred = _open_size(args) if name in ("view", "reshape") else None
+        labels.enter(name, args)
         try:
             out = func(*args, **(kwargs or {}))
         finally:
-            labels.function, labels.inferred = "", None
+            labels.enter("", ())
         if name == "instance_norm" and (channels := labels.of(args[0])[1]) is not None:
             self.tracer.norms[key[0]] = channels
         if name in SIZED and not isinstance(self.calls.entered.running, KNOWS_ITS_SIZE):
@@ -347,12 +346,6 @@ class _Functions(TorchFunctionMode):
         if not running.__module__.startswith("torch.nn."):
             for dim in asked:
                 labels.state(dim)
-
-
-def _open_size(args: Sequence[Any]) -> int | None:
-    """Position of the -1 among the sizes of a view."""
-    sizes = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
-    return next((i for i, n in enumerate(sizes) if isinstance(n, int) and n == -1), None)
 
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]

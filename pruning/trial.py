@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 from pruning.channels import Assembly, ChannelGraph, Followed, assemble, layer_of
 from pruning.plan import ChannelGroup, IntArray, PruningPlan
 from pruning.reference import Arithmetic, Numbers, Scales, run_masked
-from pruning.rules import Dim, Labels, TensorMap, tensors_in
+from pruning.rules import MAKES, Dim, Labels, TensorMap, tensors_in
 from pruning.surgery import compare_outputs, kept_shape, prune, rebuild
 from pruning.tracer import (
     Call,
@@ -158,18 +159,30 @@ class Source:
         """The attribute."""
         return self.module, self.name, self.index
 
+    @property
+    def key(self) -> Any:
+        """The same for equal sources."""
+        return self.place if self.labels is None else self.labels.tobytes()
+
 
 class Number(int):
-    """An integer that knows where it comes from; arithmetic keeps the sources and loses ``exact``."""
+    """An integer that knows where it comes from; arithmetic keeps the sources and loses ``exact``.
+
+    ``dense`` is what it is in the unpruned network.
+    """
 
     sources: tuple[Source, ...]
     exact: bool
+    dense: int
 
     @classmethod
-    def of(cls, value: int, sources: tuple[Source, ...], exact: bool = True) -> Number:
+    def of(cls, value: int, sources: tuple[Source, ...], dense: int, exact: bool = True) -> Number:
         number = cls(value)
-        number.sources, number.exact = sources, exact
+        number.sources, number.dense, number.exact = sources, dense, exact
         return number
+
+    def __neg__(self) -> Number:
+        return Number.of(-int(self), self.sources, -self.dense, self.exact)
 
 
 def _keep_sources(name: str) -> None:
@@ -177,10 +190,16 @@ def _keep_sources(name: str) -> None:
 
     def method(self: Number, other: Any) -> Any:
         result = operation(self, other)
+        if result is NotImplemented:
+            return result
         more = other.sources if isinstance(other, Number) else ()
-        return result if result is NotImplemented else Number.of(result, self.sources + more, exact=False)
+        return Number.of(result, self.sources + more, operation(self.dense, _dense(other)), exact=False)
 
     setattr(Number, name, method)
+
+
+def _dense(value: int) -> int:
+    return value.dense if isinstance(value, Number) else value
 
 
 for _name in ("add", "sub", "mul", "floordiv", "mod"):
@@ -237,7 +256,7 @@ class _Trial(TorchFunctionMode):
         make = _without_values if self.shapes_only else prune
         pruned = make(self.tracer.model, self.graph, self.plan)
         for path, module in pruned.named_modules():
-            _mark_attributes(path, module)
+            _mark_attributes(path, module, self.tracer.model.get_submodule(path))
         for name, tensor in tensors_of(pruned)[0].items():
             self.labels[tensor] = self.tracer.labels.of(self.tracer.tensors[name])
         with undisturbed(pruned), modules_entered(pruned) as entered:
@@ -303,9 +322,10 @@ class _Trial(TorchFunctionMode):
             if tensor.ndim != len(shape):
                 return True
             for n, dim, dense in zip(tensor.shape, labels, shape, strict=True):
-                if dim is not None and n != self.length(dim):
-                    return True
-                if dim is None and n != dense:
+                if dim is not None and self.length(dim) != len(dim):
+                    if n != self.length(dim):
+                        return True
+                elif n != dense:
                     if not astray and self._follows_data(args):
                         astray = True
                     if not astray:
@@ -338,11 +358,12 @@ class _Trial(TorchFunctionMode):
             return value
         if isinstance(value, torch.Size):
             return torch.Size(
-                n if dim is None else Number.of(n, (Source(labels=dim),)) for n, dim in zip(value, labels, strict=True)
+                n if dim is None else Number.of(n, (Source(labels=dim),), len(dim))
+                for n, dim in zip(value, labels, strict=True)
             )
         if type(value) is int and (where or named):
             dim = labels[where[0] if where else named["dim"]]
-            return value if dim is None else Number.of(value, (Source(labels=dim),))
+            return value if dim is None else Number.of(value, (Source(labels=dim),), len(dim))
         return value
 
     def _note(self, call: Call, name: str, args: Any, kwargs: Any) -> bool:
@@ -375,17 +396,19 @@ def _without_values(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) ->
     return rebuild(model, graph, plan, tensors)
 
 
-def _mark_attributes(path: str, module: nn.Module) -> None:
-    """Turn the integers of a module into ``Number``."""
-    if type(module).__module__.startswith("torch.nn.") or isinstance(module, torch.jit.ScriptModule):
+def _mark_attributes(path: str, module: nn.Module, dense: nn.Module) -> None:
+    """Turn the integers of a module into ``Number``; ``dense`` is the same module of the unpruned network."""
+    is_torch = type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.Unflatten)
+    if is_torch or isinstance(module, torch.jit.ScriptModule):
         return
     for name, value in list(vars(module).items()):
         if name.startswith("_") or name == "training":
             continue
         if type(value) is int and value > 1:
-            vars(module)[name] = Number.of(value, (Source(path, name, None, value),))
-        elif type(value) in (tuple, list) and value and all(type(n) is int for n in value):
-            vars(module)[name] = type(value)(Number.of(n, (Source(path, name, i, n),)) for i, n in enumerate(value))
+            vars(module)[name] = Number.of(value, (Source(path, name, None, value),), vars(dense).get(name, value))
+        elif type(value) in (tuple, list, torch.Size) and value and all(type(n) is int for n in value):
+            whole = enumerate(zip(value, vars(dense).get(name, value), strict=True))
+            vars(module)[name] = type(value)(Number.of(n, (Source(path, name, i, n),), old) for i, (n, old) in whole)
 
 
 def _flat(values: Any) -> Iterator[Any]:
@@ -402,8 +425,11 @@ def _flat(values: Any) -> Iterator[Any]:
 def _needs(trial: _Trial, call: Call, name: str, args: Any, kwargs: Any) -> Sequence[tuple[int, Dim]]:
     """Numbers given to a call, and the labels whose kept number each should be."""
     first = call.outputs[0][0]
-    if name in ("view", "reshape", "expand"):
-        sizes = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
+    if name in MAKES or name in ("view", "reshape", "expand", "broadcast_to", "repeat", "tile"):
+        given = args if name in MAKES and not isinstance(args[0], Tensor) else args[1:]
+        sizes = given[0] if given and isinstance(given[0], (tuple, list)) else given
+        if name in ("repeat", "tile"):
+            first = first[len(first) - len(sizes) :]
         return [(n, dim) for n, dim in zip(sizes, first, strict=False) if isinstance(n, int) and n != -1]
     if name == "unflatten":
         dim, sizes = (args[1], args[2]) if len(args) > 2 else (kwargs.get("dim", args[1]), kwargs["sizes"])
@@ -413,16 +439,16 @@ def _needs(trial: _Trial, call: Call, name: str, args: Any, kwargs: Any) -> Sequ
         where = args[2] if len(args) > 2 else kwargs.get("dim", 0)
         sizes = args[1] if isinstance(args[1], (tuple, list)) else [args[1]]
         return [(n, out[0][where]) for n, out in zip(sizes, call.outputs, strict=False)]
-    if name == "__getitem__" and (labels := trial.labels.get(args[0])) is not None:
+    if name in ("__getitem__", "__setitem__") and (labels := trial.labels.get(args[0])) is not None:
         return _bounds(labels, args[1])
     dims = [dim for out in call.outputs for dim in out[0] if dim is not None]
     dims += [d for t in tensors_in(_flat(args)) for d in trial.labels.get(t) or () if d is not None]
     numbers = [n for n in _flat([*args, *kwargs.values()]) if isinstance(n, Number)]
-    return [(n, dim) for n in numbers for dim in dims if len(dim) == n][:4]
+    return [(n, dim) for n in numbers for dim in dims if len(dim) == n.dense][:4]
 
 
 def _bounds(labels: Labels, index: Any) -> Sequence[tuple[int, Dim]]:
-    """Bounds of slices of labelled dimensions: each should count the labels kept before it."""
+    """Bounds of slices of labelled dimensions: each should count the labels kept before it, or from its end."""
     items = list(index) if isinstance(index, tuple) else [index]
     missing = len(labels) - sum(item is not None and item is not Ellipsis for item in items)
     dims: list[Dim] = list(labels)
@@ -434,7 +460,8 @@ def _bounds(labels: Labels, index: Any) -> Sequence[tuple[int, Dim]]:
         elif item is not None:
             dim = dims[d] if d < len(dims) else None
             if isinstance(item, slice) and dim is not None:
-                found += [(n, dim[:n]) for n in (item.start, item.stop) if isinstance(n, int) and n != 0]
+                bounds = [n for n in (item.start, item.stop) if isinstance(n, int) and _dense(n) != 0]
+                found += [(n, dim[: _dense(n)]) if _dense(n) > 0 else (-n, dim[_dense(n) :]) for n in bounds]
             d += 1
     return found
 
@@ -451,6 +478,8 @@ class _Findings:
         ]
         self.followed = list(self.norms)
         self.tried: set[tuple[Any, ...]] = set()
+        self.acted: set[Any] = set()
+        """Sources of numbers that the last trial has settled; whether that suffices, the next one shows."""
         self.settled: list[tuple[IntArray, str]] = []
 
     @property
@@ -459,6 +488,7 @@ class _Findings:
 
     def learn(self, trial: _Trial) -> bool:
         """Act on a trial; False if there is nothing left to do."""
+        self.acted.clear()
         needs = [(n, dim, m) for m in trial.mismatches for n, dim in m.needs if isinstance(n, Number)]
         for exact in (True, False):
             if any([self._settle(n, dim, m) for n, dim, m in needs if n.exact == exact]):
@@ -502,8 +532,11 @@ class _Findings:
         """Make one source of a number follow the dimension it should; False if nothing new can be done."""
         if dim is None:
             return False
+        if not self.acted.isdisjoint(source.key for source in number.sources):
+            return True
         for source in number.sources:
             if source.labels is not None and self._tie(source.labels, dim):
+                self.acted.add(source.key)
                 self.settled.append((dim, mismatch.line))
                 return True
         attributes = [source for source in number.sources if source.labels is None]
@@ -511,19 +544,27 @@ class _Findings:
         for source in sorted(attributes, key=lambda s: (s.value not in likely, -s.value)):
             if source.place not in self.tried:
                 self.tried.add(source.place)
+                self.acted.add(source.key)
                 self.followed.append(Followed(*source.place, source.value, 1 + self.tracer.dim_id(dim), len(dim)))
                 self.settled.append((dim, mismatch.line))
                 return True
+        for source in attributes:  # one attribute for two sizes: both have the same width
+            for known in (f for f in self.followed if (f.module, f.name, f.index) == source.place):
+                if self._tie(self.tracer.dims[known.dim - 1], dim):
+                    self.acted.add(source.key)
+                    self.settled.append((dim, mismatch.line))
+                    return True
         return False
 
     def _tie(self, labels: IntArray, dim: IntArray) -> bool:
-        """Tie two dimensions, the longer one in parts as long as the shorter; False if that cannot be or was tried."""
-        pair = (id(labels), id(dim))
-        small, big = sorted((labels, dim), key=len)
-        if pair in self.tried or len(big) % len(small):
+        """Tie two dimensions in equal parts, as long as both allow; False if that cannot be or was tried."""
+        pair = (labels.tobytes(), dim.tobytes())
+        part = gcd(len(labels), len(dim))
+        if pair in self.tried or (part == 1 and min(len(labels), len(dim)) > 1):
             return False
         self.tried.add(pair)
-        self.tracer.labels.edges.append((np.tile(small, len(big) // len(small)), big))
+        first = labels[:part]
+        self.tracer.labels.edges += [(np.tile(first, len(whole) // part), whole) for whole in (labels, dim)]
         return True
 
     def withdraw(self, reason: str) -> None:

@@ -8,11 +8,12 @@ a slice) a rule goes on as if the size followed the width and says so (``Propaga
 finds out whether it does.
 """
 
-from pruning.rules.labels import Dim, Labels, Propagation, Rule, TensorMap, weight_name
+from pruning.rules.labels import MAKES, Dim, Labels, Propagation, Rule, TensorMap, weight_name
 from pruning.rules.operators import operator_of, tensors_in
 from pruning.rules.table import RULES, Factor, macs_of, propagation, written_by
 
 __all__ = [
+    "MAKES",
     "RULES",
     "Dim",
     "Factor",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -23,7 +24,10 @@ Edge = tuple[IntArray, IntArray]
 CUTS = frozenset({"slice", "select", "split", "split_with_sizes", "unbind"})
 """Operators whose outputs are views that labels can be written through."""
 
-ALWAYS = CUTS | {"expand"}
+MAKES = frozenset({"zeros", "ones", "full", "empty", "eye", "new_zeros", "new_ones", "new_full", "new_empty"})
+"""Operators that make a constant tensor, and the torch functions of the same names, which are told its shape."""
+
+ALWAYS = CUTS | MAKES | {"expand", "repeat"}
 """Operators whose rules have something to say on tensors without labels."""
 
 T = TypeVar("T")
@@ -68,6 +72,8 @@ class Propagation:
         self.inferred: int | None = None
         """Position of the -1 in the sizes given to a view."""
         self.num_labels = 0
+        self._open: list[int] = []
+        """First and last labels of the dimensions that ``open`` made, in turn."""
         self.edges: list[Edge] = []
         self.grouped: list[Grouped] = []
         self.frozen: list[tuple[IntArray, str]] = []
@@ -91,6 +97,25 @@ class Propagation:
         start = self.num_labels
         self.num_labels += size
         return np.arange(start, self.num_labels, dtype=np.int64)
+
+    def open(self, size: int) -> Dim:
+        """New labels for a dimension whose length the code states: whether it is one of channels is seen later.
+
+        They take the part of the first labels that they are tied to; facing a fixed dimension they are fixed as well.
+        """
+        if size < 2:
+            return None
+        labels = self.fresh(size)
+        self._open += (int(labels[0]), int(labels[-1]))
+        self.state(labels)
+        return labels
+
+    def is_open(self, dim: Dim) -> bool:
+        """Whether ``open`` made the labels."""
+        if dim is None:
+            return False
+        first = bisect_right(self._open, int(dim[0]))
+        return first % 2 == 1 or (first > 0 and self._open[first - 1] == int(dim[0]))
 
     def register(self, name: str, tensor: Tensor) -> Labels:
         """Label every dimension of a parameter or buffer that has more than one entry."""
@@ -137,8 +162,9 @@ class Propagation:
             for dim in labelled:
                 self.freeze(dim, f"{self.here} joins it with a dimension of fixed size (an input or a constant)")
             return None
-        self.edges += [(labelled[0], dim) for dim in labelled[1:] if dim is not labelled[0]]
-        return labelled[0]
+        carrier = next((dim for dim in labelled if not self.is_open(dim)), labelled[0])
+        self.edges += [(carrier, dim) for dim in labelled if dim is not carrier]
+        return carrier
 
     def tie_rows(self, dim: Dim, rows: int) -> None:
         """Tie the indices that have the same place in each of ``rows`` equal parts of a dimension."""
@@ -183,7 +209,8 @@ class Propagation:
             if d == where:
                 before = labels[d]
                 full = fixed(self, whole.shape[d], "") if before is None else before.copy()
-                full[positions] = dim
+                joined = dim if before is None else self.tie(dim, before[positions])
+                full[positions] = dim if joined is None else joined
                 labels[d] = full
             else:
                 labels[d] = dim if labels[d] is None else self.tie(labels[d], dim)
@@ -212,6 +239,13 @@ class Propagation:
         if self.source(a) is None:
             self.read(b, b_dim)
 
+    def enter(self, function: str, args: Sequence[Any]) -> None:
+        """A torch function begins; the operators until the next call run in it."""
+        self.function, self.inferred = function, None
+        if function in ("view", "reshape"):
+            sizes = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
+            self.inferred = next((i for i, n in enumerate(sizes) if isinstance(n, int) and n == -1), None)
+
     @property
     def here(self) -> str:
         return f"{self.operator} in {self.where or 'the model itself'}"
@@ -238,7 +272,7 @@ class Propagation:
             if note.positions is not None:
                 self.freeze(note.positions, f"{self.here} reads positions of channels")
         if labelled or self.operator in ALWAYS:
-            before = self.of(inputs[0])
+            before = self.of(inputs[0]) if inputs else ()
             rule = self.rules.get(self.operator)
             if rule is not None:
                 rule(self, arguments, out)
@@ -248,7 +282,7 @@ class Propagation:
                 self.unknown.setdefault(self.operator, []).append(self.where)
                 for dim in (dim for tensor in inputs for dim in self.of(tensor)):
                     self.freeze(dim, f"operator {self.here} has no rule")
-            if out is inputs[0] and any(a is not b for a, b in zip(before, self.of(out), strict=True)):
+            if inputs and out is inputs[0] and any(a is not b for a, b in zip(before, self.of(out), strict=True)):
                 self.written(out)
         elif operator.is_view and isinstance(out, Tensor):
             self._note(out).part = (inputs[0], (), -1, -1)

@@ -9,12 +9,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pruning.rules.labels import Dim, Propagation, fixed
+from pruning.rules.labels import MAKES, Dim, Propagation, fixed
 from pruning.rules.operators import Arguments, tensors_in
 
 
 def constant(p: Propagation, a: Arguments, out: Any) -> None:
-    """``new_zeros`` and the like: sizes come from the code, nothing of the input."""
+    """``zeros``, ``new_ones`` and the like: sizes come from the code, nothing of the input."""
+    if p.function in MAKES and out.numel():
+        first = p.open(out.shape[0]) if out.ndim else None
+        p.set(
+            out,
+            (first, first)
+            if p.operator == "eye" and out.shape[0] == out.shape[1]
+            else [first, *(p.open(n) for n in out.shape[1:])][: out.ndim],
+        )
 
 
 def cat(p: Propagation, a: Arguments, out: Any) -> None:
@@ -67,7 +75,9 @@ def cut(p: Propagation, a: Arguments, out: Any) -> None:
     elif "step" in a:
         places = [slice(a["start"], a["end"], a["step"])]
         parts = [None if dim is None else dim[places[0]]]
-        if dim is not None and len(pieces) and pieces[0].shape[where] < len(dim):
+        if dim is not None and pieces[0].shape[where] < len(dim):
+            if pieces[0].shape[where] == 1:
+                p.freeze(dim, f"{p.here} picks channels by position")
             p.state(dim)
     else:
         sizes = [piece.shape[where] for piece in pieces]
@@ -79,6 +89,8 @@ def cut(p: Propagation, a: Arguments, out: Any) -> None:
                 p.tie_rows(dim, len(sizes))
             if p.function != "chunk" or len(set(sizes)) > 1:
                 p.state(dim)
+            for part in (part for part, size in zip(parts, sizes, strict=True) if size == 1):
+                p.freeze(part, f"{p.here} picks channels by position")
     for piece, part, place in zip(pieces, parts, places, strict=True):
         kept = [d for d in range(len(x)) if d != where or piece.ndim == len(x)]
         p.set(piece, [part if d == where else x[d] for d in kept])
@@ -87,12 +99,17 @@ def cut(p: Propagation, a: Arguments, out: Any) -> None:
 
 def copy_into(p: Propagation, a: Arguments, out: Any) -> None:
     """``self`` takes the labels of what is copied into it."""
-    old, new, source = p.of(out), [], a["src"]
+    old, source = p.of(out), a["src"]
+    new: list[Dim] = []
     for d in range(-out.ndim, 0):
         faces = source.ndim >= -d and source.shape[d] == out.shape[d] != 1
-        new.append(p.of(source)[d] if faces and p.of(source)[d] is not None else old[d])
-        if faces and p.of(source)[d] is None:
+        if not faces:
+            new.append(old[d])
+        elif (dim := p.of(source)[d]) is None:
             p.freeze(old[d], f"{p.here} overwrites it with a tensor of fixed size")
+            new.append(old[d])
+        else:
+            new.append(dim if old[d] is None else p.tie(dim, old[d]))
     p.set(out, new)
 
 

@@ -38,6 +38,10 @@ STATING = {"view", "reshape", "unflatten", "expand", "repeat", "multi_head_atten
 """Torch functions that are told sizes."""
 
 
+EXPANDING = {"expand", "expand_as", "broadcast_to", "repeat", "tile", "normalize"}
+"""Torch functions that repeat what has one entry as often as the code says."""
+
+
 def view(p: Propagation, a: Arguments, out: Any) -> None:
     """Merging repeats labels; splitting ties what must stay rectangular; anything else freezes."""
     x, before, after = p.of(a["self"]), a["self"].shape, out.shape
@@ -49,6 +53,11 @@ def view(p: Propagation, a: Arguments, out: Any) -> None:
     is_weight = p.source(a["self"]) is not None
     for ins, outs in _segments(before, after):
         labelled = [i for i in ins if x[i] is not None]
+        known = [i for i in labelled if not p.is_open(x[i])]
+        if known and len(known) < len(labelled):
+            for i in set(labelled) - set(known):
+                p.freeze(x[i], "")
+            labelled = known
         if len(labelled) > 1 and is_weight:  # kernels are flattened with the channels they belong to
             for i in (i for i in labelled if i > 1):
                 p.freeze(x[i], "")
@@ -77,13 +86,15 @@ def view(p: Propagation, a: Arguments, out: Any) -> None:
 def _carrier(p: Propagation, full: IntArray, inferred: int | None) -> tuple[int, IntArray]:
     """The axis of a labelled block that carries the labels, tied along all others.
 
-    The only axis they vary along; else the one whose size the code leaves open; else the longest (ties: the last).
+    The only axis they vary along; else the one whose size the code leaves open; else the longest of those they vary
+    along (ties: the last).
     """
     lines = [np.moveaxis(full, k, 0).reshape(full.shape[k], -1) for k in range(full.ndim)]
     for k, line in enumerate(lines):
         if (line == line[:, :1]).all():
             return k, line[:, 0].copy()
-    axis = max(range(full.ndim), key=lambda k: (full.shape[k], k)) if inferred is None else inferred
+    varies = [(line != line[0]).any() for line in lines]
+    axis = max(range(full.ndim), key=lambda k: (varies[k], full.shape[k], k)) if inferred is None else inferred
     rows = np.moveaxis(full, axis, -1).reshape(-1, full.shape[axis])
     p.tie_rows(rows.ravel(), len(rows))
     return axis, rows[0].copy()
@@ -109,16 +120,23 @@ def expand(p: Propagation, a: Arguments, out: Any) -> None:
         if n != -1:
             p.state(dim)
     dims = [*(None,) * (out.ndim - len(x)), *x]
-    if p.function in ("expand_as", "normalize"):
+    if p.function in EXPANDING:
         for d in range(-len(x), 0):
-            if a["self"].shape[d] == 1 < out.shape[d]:
-                dims[d] = p.fresh(out.shape[d])
+            if a["self"].shape[d] == 1:
+                dims[d] = p.open(out.shape[d])
     p.set(out, dims)
 
 
 def repeat(p: Propagation, a: Arguments, out: Any) -> None:
-    x = (None,) * (out.ndim - a["self"].ndim) + p.of(a["self"])
-    p.set(out, [None if dim is None else np.tile(dim, n) for dim, n in zip(x, a["repeats"], strict=True)])
+    added = out.ndim - a["self"].ndim
+    before, x = (1,) * added + tuple(a["self"].shape), (None,) * added + p.of(a["self"])
+    dims: list[Dim] = []
+    for dim, length, n in zip(x, before, a["repeats"], strict=True):
+        if dim is None:
+            dims.append(p.open(n) if length == 1 and p.function in EXPANDING else None)
+        else:
+            dims.append(np.tile(dim, n))
+    p.set(out, dims)
 
 
 def as_strided(p: Propagation, a: Arguments, out: Any) -> None:

@@ -21,7 +21,7 @@ from pruning.rules.along import (
     unfold_windows,
     weight_norm,
 )
-from pruning.rules.labels import CUTS, Propagation, Rule, elementwise
+from pruning.rules.labels import CUTS, MAKES, Propagation, Rule, elementwise
 from pruning.rules.operators import Arguments, Operator, tensors_in
 from pruning.rules.parts import (
     cat,
@@ -95,7 +95,7 @@ RULES: dict[str, Rule] = {
     **{name: partial(spatial, num_dims=n) for n in (1, 2, 3) for name in _SPATIAL.format(*(n,) * 20).split()},
     **dict.fromkeys(CUTS, cut),
     **dict.fromkeys(("transpose", "t"), transpose),
-    **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"), constant),
+    **dict.fromkeys((*MAKES, "new_empty_strided"), constant),
     "glu": glu,
     "copy": copy_into,
     **dict.fromkeys(("index_put", "_index_put_impl"), index_put),

@@ -569,8 +569,8 @@ SHAPES = {
         lambda: nn.Conv2d(5, 3, 1),
         inputs=TOKENS[0],
     ),
-    "unflatten to sizes written in the code": chain(
-        "",
+    "unflatten to sizes that the module keeps": chain(
+        "0=8",
         lambda: nn.Linear(6, 32),
         lambda: nn.Unflatten(1, (8, 2, 2)),
         lambda: nn.Conv2d(8, 3, 1),
