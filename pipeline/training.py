@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import io
 import math
+import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,13 @@ VERSION = 1
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Names of glibc's ``mallopt``."""
+
+
+UNUSABLE = (
+    *(RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError),
+    *(EOFError, OSError, pickle.UnpicklingError),
+)
+"""What torch raises for a checkpoint that was cut short, is damaged or is another network's."""
 
 
 class TrainingError(RuntimeError):
@@ -218,7 +226,7 @@ def _load_checkpoint(
         if average is not None:
             average.state = averaged
         return int(state["step"])
-    except (RuntimeError, KeyError, ValueError, EOFError, OSError):
+    except UNUSABLE:
         return 0  # cut short or of another network: begin again
 
 

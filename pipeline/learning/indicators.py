@@ -35,7 +35,7 @@ from torch.func import functional_call
 
 from pipeline.learning import Lesson, Outcome
 from pipeline.precision import trains_in_bf16
-from pipeline.training import TrainingError, move, save_checkpoint
+from pipeline.training import UNUSABLE, TrainingError, move, save_checkpoint
 from pipeline.workloads import Split
 from pruning.channels import ChannelGraph
 
@@ -346,5 +346,5 @@ def _resume(path: Path, everything: Mapping[str, Any], alpha: Tensor, device: to
         with torch.no_grad():
             alpha.copy_(state["alpha"])
         return int(state["step"]), int(state["images"])
-    except (RuntimeError, KeyError, ValueError, EOFError, OSError):
+    except UNUSABLE:
         return 0, 0  # cut short or of another network: begin again

@@ -205,6 +205,21 @@ def test_weights_load_from_safetensors_and_pt_but_never_from_pickled_code(tmp_pa
     assert not Bomb.gone_off
 
 
+def test_an_averaged_copy_is_read_with_a_note(tmp_path: Path) -> None:
+    state = digits().build_model().state_dict()
+    other = {name: tensor + 1 for name, tensor in state.items()}
+    averaged = {"n_averaged": torch.tensor(3)} | {f"module.{name}": tensor for name, tensor in state.items()}
+    torch.save({"model": other, "model_ema": averaged, "epoch": 3}, tmp_path / "w.pt")
+    workload = build(model={"name": "cifar_resnet8", "weights": str(tmp_path / "w.pt")})
+    before = torch.get_rng_state()
+    file, note = tmp_path / "w.pt", [note for note in workload.notes if "weights" in note]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert note == [
+        f"weights {file}: the averaged weights, those under 'model_ema.module', were read, not those under 'model'"
+    ]
+    assert all(torch.equal(t, state[k]) for k, t in workload.build_model().state_dict().items())
+
+
 class Bomb:
     """Sets a flag when unpickled."""
 

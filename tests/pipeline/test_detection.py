@@ -256,6 +256,17 @@ def test_classes_can_be_picked_out_of_the_weights(workload: detection.Detection,
         build(model={**model, "weight_classes": [*chosen[:-1], 30]})
 
 
+def test_weights_in_a_checkpoint_are_found_whatever_part_is_wanted(tmp_path: Path) -> None:
+    few = ssd.build_detector("small_ssd", 3, {}).state_dict()
+    torch.save({"model": {f"module.{name}": tensor for name, tensor in few.items()}, "epoch": 3}, tmp_path / "w.pt")
+    for load in ("but_classes", "backbone"):
+        found = build(model={"weights": str(tmp_path / "w.pt"), "load": load}).build_model().state_dict()
+        assert torch.equal(found["stem.0.0.weight"], few["stem.0.0.weight"])
+    torch.save({name: tensor.to("meta") for name, tensor in few.items()}, tmp_path / "w.pt")
+    with pytest.raises(UserError, match="meta device"):
+        build(model={"weights": str(tmp_path / "w.pt"), "load": "but_classes"})
+
+
 def wrong_heads(num_classes: int) -> nn.Module:
     return Bare(num_classes + 1)
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from pipeline import training
 from pipeline.config import Distillation, Recipe
 from pipeline.files import sha256_of
 from pipeline.training import TrainingError, distillation_loss, fit, load_weights, save_weights
@@ -90,6 +91,25 @@ def test_a_checkpoint_cut_short_begins_again(workload: Classification, tmp_path:
     (tmp_path / "b.ckpt").write_bytes(content[: len(content) // 2])
     resumed = trained(workload, tmp_path / "b.ckpt").state_dict()
     assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
+
+
+ODD_CHECKPOINTS: dict[str, object] = {
+    "a list": [1],
+    "a number": 3,
+    "other parts": {"model": 1, "optimizer": [], "step": None},
+}
+
+
+@pytest.mark.parametrize("kind", ["zeros", "empty", *ODD_CHECKPOINTS])
+def test_a_checkpoint_that_is_none_begins_again(kind: str, workload: Classification, tmp_path: Path) -> None:
+    file = tmp_path / "a.ckpt"
+    if kind in ODD_CHECKPOINTS:
+        torch.save(ODD_CHECKPOINTS[kind], file)
+    else:
+        file.write_bytes(b"" if kind == "empty" else bytes(4096))
+    model = workload.build_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert training._load_checkpoint(file, model, optimizer, None, CPU) == 0
 
 
 def test_divergence_names_the_step_and_the_fix(workload: Classification, tmp_path: Path) -> None:

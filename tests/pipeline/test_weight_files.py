@@ -180,6 +180,12 @@ def test_paths_that_are_none(name: str, tmp_path: Path, monkeypatch: pytest.Monk
             paths.find(name, "weights file")
 
 
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "w.pt")
+    with pytest.raises(UserError, match="is a pipe"):
+        find_weights(str(tmp_path / "w.pt"), str)
+
+
 # -- tensors -----------------------------------------------------------------------------------------------------------
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -205,6 +207,44 @@ def test_load_explains_what_does_not_fit(tmp_path: Path) -> None:
         load_pruned(tmp_path, model, graph)
     (tmp_path / "plan.json").write_text(plan.to_json())
     (tmp_path / "weights.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(PruningError, match="cannot load"):
+        load_pruned(tmp_path, model, graph)
+
+
+def test_a_pruned_model_with_any_byte_changed_or_cut_there_is_loaded_or_refused(tmp_path: Path) -> None:
+    model = PlainCNN()
+    graph = ChannelGraph.trace(model, IMAGES)
+    plan = half(graph)
+    save_pruned(tmp_path, prune(model, graph, plan), plan)
+    rng = np.random.default_rng(0)
+    for name in ("plan.json", "weights.safetensors"):
+        content = (tmp_path / name).read_bytes()
+        for where in rng.integers(0, min(len(content), 1500), 60).tolist():
+            changed = content[:where] + bytes([int(rng.integers(256))]) + content[where + 1 :]
+            for damaged in (changed, content[:where]):
+                (tmp_path / name).write_bytes(damaged)
+                with contextlib.suppress(PruningError):
+                    load_pruned(tmp_path, model, graph)
+        (tmp_path / name).write_bytes(content)
+
+
+ODD_PLANS = {
+    "no UTF-8": b"\xff\xfe{}",
+    "nested without end": b"[" * 100_000,
+    "no channels": b'{"format": 1, "groups": {"a": {"of": 0, "keep": ""}}}',
+    "infinitely many": b'{"format": 1, "groups": {"a": {"of": 1e400, "keep": "0"}}}',
+    "half a channel": b'{"format": 1, "groups": {"a": {"of": 8.5, "keep": "0"}}}',
+    "more than memory": b'{"format": 1, "groups": {"a": {"of": 8, "keep": "0-999999999999"}}}',
+    "null": b"null",
+}
+
+
+@pytest.mark.parametrize("kind", ODD_PLANS)
+def test_plans_that_are_none(kind: str, tmp_path: Path) -> None:
+    model = PlainCNN()
+    graph = ChannelGraph.trace(model, IMAGES)
+    save_pruned(tmp_path, prune(model, graph, half(graph)), half(graph))
+    (tmp_path / "plan.json").write_bytes(ODD_PLANS[kind])
     with pytest.raises(PruningError, match="cannot load"):
         load_pruned(tmp_path, model, graph)
 

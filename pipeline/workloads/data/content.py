@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import sqlite3
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -208,6 +209,8 @@ def _wanted(num: int, reading: Reading) -> range | frozenset[int]:
 def _look(file: Path, decoding: bool, brief: bool, sizes: bool) -> Seen:
     """Read a file once: digest, and header and pixels if they are asked for; only the header if it is to be brief."""
     named = hashlib.sha256(os.fsencode(file)).digest()
+    if _is_special(file):
+        return Seen(named, fault="it is a pipe, a socket or a device, and no file", decoded=True, read=False)
     try:
         if brief and not decoding:
             header = decode.read_header(file)
@@ -226,6 +229,15 @@ def _look(file: Path, decoding: bool, brief: bool, sizes: bool) -> Seen:
     except decode.DecodeError as error:
         return replace(seen, fault=str(error), decoded=True)
     return replace(seen, size=picture.image.size, orientation=picture.orientation, remarks=picture.remarks)
+
+
+def _is_special(file: Path) -> bool:
+    """Whether reading could wait without end; folders and links to nowhere fail at once, each in its own words."""
+    try:
+        mode = file.stat().st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def _why(error: Exception) -> str:

@@ -25,7 +25,7 @@ def find(path: str, what: str) -> Path:
         what: what it is, for errors.
 
     Raises:
-        UserError: it is in neither place, or may not be looked at; names both.
+        UserError: it is in neither place, may not be looked at, or is no file or folder; names both places.
     """
     tried = [_expanded(path)]
     data = data_folder()
@@ -33,6 +33,8 @@ def find(path: str, what: str) -> Path:
         tried.append(data / path)
     for candidate in tried:
         if _exists(candidate):
+            if not (candidate.is_file() or candidate.is_dir()):
+                raise UserError(f"{candidate} is a pipe, a socket or a device; expected the {what}")
             return candidate
     hint = "" if len(tried) > 1 or tried[0].is_absolute() else "; set SECATEUR_DATA to the folder that holds your data"
     raise UserError(f"{what} not found: tried {' and '.join(str(p.absolute()) for p in tried)}{hint}")

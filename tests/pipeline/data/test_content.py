@@ -137,5 +137,8 @@ def test_files_that_cannot_be_opened_have_a_fault(tmp_path: Path) -> None:
     paths = files(tmp_path / "a", 2)
     (tmp_path / "a/gone.png").symlink_to("/nonexistent.png")
     (tmp_path / "a/folder.png").mkdir()
-    faults = [one.fault for one in look([*paths, tmp_path / "a/gone.png", tmp_path / "a/folder.png"], Reading())]
+    os.mkfifo(tmp_path / "a/pipe.png")
+    odd = [tmp_path / "a" / name for name in ("gone.png", "folder.png", "pipe.png")]
+    faults = [one.fault for one in look([*paths, *odd], Reading())]
     assert faults[:2] == ["", ""] and "link" in faults[2] and "directory" in faults[3].lower()
+    assert "a pipe" in faults[4]
