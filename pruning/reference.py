@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pruning.channels import ChannelGraph
 from pruning.plan import IntArray, PruningPlan
-from pruning.rules import TensorMap, operator_of, propagation, tensors_in
-from pruning.tracer import Entered, modules_entered, tensors_of, undisturbed
+from pruning.rules import ATTENTIONS, TensorMap, operator_of, propagation, tensors_in
+from pruning.tracer import Entered, Told, modules_entered, tensors_of, undisturbed
 
 Numbers = dict[tuple[str, str], list[tuple[float, ...]]]
 """Numbers given to the operators of a module: running module and operator -> one entry per call."""
@@ -56,7 +56,7 @@ def run_masked(
     """
     with undisturbed(model), modules_entered(model) as entered:
         reference = _Reference(entered, model, graph, plan, numbers or {})
-        with reference, Scales(reference):
+        with reference, Told(reference.labels), Scales(reference):
             return model(*args, **kwargs)
 
 
@@ -155,6 +155,28 @@ def _is_number(value: Any, made: TensorMap[bool]) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _on_kept(func: Any, arguments: Mapping[str, Any]) -> list[Tensor]:
+    """What an operator gives for arguments that are cut to the kept channels.
+
+    Attention kernels have conditions of their own, such as equal head sizes of queries, keys and values, which the kept
+    channels need not meet: the result, without what a kernel adds for its backward pass, is that of the formula.
+    """
+    if operator_of(func).name not in ATTENTIONS:
+        return tensors_in((func(**arguments),))
+    query, key, value = (arguments[name] for name in ("query", "key", "value"))
+    mask = arguments.get("attn_mask")
+    mask = arguments.get("attn_bias") if mask is None else mask
+    shared = query.shape[1] // key.shape[1]  # heads of queries to one of keys
+    key, value = (x if shared == 1 else x.repeat_interleave(shared, 1) for x in (key, value))
+    scale = arguments.get("scale")
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if arguments.get("is_causal"):
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], device=scores.device).tril() == 0, float("-inf"))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype is torch.bool else scores + mask
+    return [torch.softmax(scores, -1) @ value]
+
+
 class _Reference(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(
         self, entered: Entered, model: nn.Module, graph: ChannelGraph, plan: PruningPlan, numbers: Numbers
@@ -195,8 +217,8 @@ class _Reference(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.labels.where = self.entered.stack[-1]
         arguments = self.labels.call(func, args, kwargs, out)
         if any(self._loses(labels) for labels in self.labels.mixed[seen:]):
-            results = tensors_in((func(**self._cut(arguments)),))
-            for result, tensor in zip(results, tensors_in((out,)), strict=True):
+            results = _on_kept(func, self._cut(arguments))
+            for result, tensor in zip(results, tensors_in((out,)), strict=False):
                 tensor.copy_(self._put_back(result, tensor))
         return out
 

@@ -21,8 +21,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from pruning.lines import running_line
 from pruning.plan import IntArray
-from pruning.rules import Factor, Labels, Rule, TensorMap, macs_of, operator_of, propagation, tensors_in, written_by
+from pruning.rules import (
+    Factor,
+    Labels,
+    Propagation,
+    Rule,
+    TensorMap,
+    macs_of,
+    operator_of,
+    propagation,
+    tensors_in,
+    written_by,
+)
 from pruning.snapshot import Remade, Snapshot
 
 OPAQUE = (nn.RNNBase, nn.RNNCellBase)
@@ -301,17 +313,38 @@ class Calls:
         return where, function, self.counts[where, function]
 
 
-class _Functions(TorchFunctionMode):
+LEAVING = frozenset(("numpy", "tolist", "item", "__array__", "__float__", "__int__", "__index__", "__dlpack__"))
+"""Torch functions that give values to Python, where labels do not go."""
+
+
+class Told(TorchFunctionMode):
+    """Tells the rules which torch function runs, and which size of a view the code leaves open."""
+
+    def __init__(self, labels: Propagation) -> None:
+        super().__init__()
+        self.labels = labels
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.labels.enter(func.__name__, args)
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.labels.enter("", ())
+
+
+class _Functions(Told):
     """Keeps what each torch function gave, and tells the rules what the code asked for."""
 
     def __init__(self, tracer: Tracer, entered: Entered) -> None:
-        super().__init__()
+        super().__init__(tracer.labels)
         self.tracer = tracer
         self.calls = Calls(entered)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.__name__
-        labels = self.tracer.labels
+        labels = self.labels
+        if name in LEAVING and labels.leave(args[0], running_line()) and not self.tracer.values:
+            raise NeedsValuesError(name)
         if name == "__get__":
             if func.__self__ is torch.Tensor.shape:
                 self._reads_sizes(args[0])
@@ -319,11 +352,7 @@ class _Functions(TorchFunctionMode):
         if name == "size":
             self._reads_sizes(*args)
         key = self.calls.key(name)
-        labels.enter(name, args)
-        try:
-            out = func(*args, **(kwargs or {}))
-        finally:
-            labels.enter("", ())
+        out = super().__torch_function__(func, types, args, kwargs)
         if name == "instance_norm" and (channels := labels.of(args[0])[1]) is not None:
             self.tracer.norms[key[0]] = channels
         if name in SIZED and not isinstance(self.calls.entered.running, KNOWS_ITS_SIZE):
@@ -340,7 +369,7 @@ class _Functions(TorchFunctionMode):
 
     def _reads_sizes(self, tensor: Tensor, *dims: int) -> None:
         """The model's own code asks for a number of channels, and may have written down which one it expects."""
-        labels = self.tracer.labels
+        labels = self.labels
         asked = [labels.of(tensor)[d] for d in dims] if dims else labels.of(tensor)
         running = type(self.calls.entered.running)
         if not running.__module__.startswith("torch.nn."):

@@ -13,14 +13,11 @@ where they come from, and so tell what is to be done:
 
 from __future__ import annotations
 
-import linecache
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import gcd
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pruning.channels import Assembly, ChannelGraph, Followed, assemble, layer_of
+from pruning.lines import line_of, running_line
 from pruning.plan import ChannelGroup, IntArray, PruningPlan
 from pruning.reference import Arithmetic, Numbers, Scales, run_masked
 from pruning.rules import MAKES, Dim, Labels, TensorMap, tensors_in
@@ -269,7 +267,7 @@ class _Trial(TorchFunctionMode):
                 raise
             except Exception as error:  # noqa: BLE001 - a foreign forward may raise anything
                 modules = (entered.last, _module_of(error, entered))
-                self.failure = (modules, type(error).__name__, _line_of(error))
+                self.failure = (modules, type(error).__name__, line_of(error))
         self.numbers = arithmetic.numbers
         entered.forget()
 
@@ -377,7 +375,7 @@ class _Trial(TorchFunctionMode):
             return False
         needs = _needs(self, call, name, args, kwargs)
         wrong = tuple((n, dim) for n, dim in needs if dim is None or n != self.length(dim))
-        self.mismatches.append(Mismatch(wrong, touched, _line()))
+        self.mismatches.append(Mismatch(wrong, touched, running_line()))
         return True
 
     def _smaller(self, dims: Iterable[Dim]) -> tuple[IntArray, ...]:
@@ -575,34 +573,6 @@ class _Findings:
         self.followed = list(self.norms)
 
 
-def _line() -> str:
-    """The line of the model's code that is running."""
-    frame: Any = sys._getframe(1)
-    while frame is not None and _foreign(frame.f_code.co_filename):
-        frame = frame.f_back
-    return "" if frame is None else _describe(frame.f_code.co_filename, frame.f_lineno)
-
-
-def _line_of(error: Exception) -> str:
-    """The innermost line of the model's code in a traceback."""
-    trace, found = error.__traceback__, ""
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        if not _foreign(code.co_filename):
-            found = _describe(code.co_filename, trace.tb_lineno)
-        trace = trace.tb_next
-    return f"{found} ({error})"
-
-
-HERE = f"{Path(__file__).parent}/"
-TORCH = f"{Path(torch.__file__).parent}/"
-
-
-def _foreign(filename: str) -> bool:
-    """Whether a file is torch's or ours, not the model's."""
-    return filename.startswith((HERE, TORCH, "<"))
-
-
 def _module_of(error: Exception, entered: Entered) -> str:
     """Path of the innermost module whose code a traceback went through."""
     trace, found = error.__traceback__, entered.last
@@ -612,7 +582,3 @@ def _module_of(error: Exception, entered: Entered) -> str:
             found = entered.names[module]
         trace = trace.tb_next
     return found
-
-
-def _describe(filename: str, line: int) -> str:
-    return f"{Path(filename).name}:{line} `{linecache.getline(filename, line).strip()}`"

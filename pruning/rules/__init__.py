@@ -10,9 +10,10 @@ finds out whether it does.
 
 from pruning.rules.labels import MAKES, Dim, Labels, Propagation, Rule, TensorMap, weight_name
 from pruning.rules.operators import operator_of, tensors_in
-from pruning.rules.table import RULES, Factor, macs_of, propagation, written_by
+from pruning.rules.table import ATTENTIONS, RULES, Factor, macs_of, propagation, written_by
 
 __all__ = [
+    "ATTENTIONS",
     "MAKES",
     "RULES",
     "Dim",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -187,6 +187,16 @@ class Propagation:
         if dim is not None:
             self._note(tensor).positions = dim
 
+    def leave(self, tensor: Tensor, line: str) -> bool:
+        """The tensor's values go to Python: what they came from is frozen. Whether they came from channels at all."""
+        note = self._notes.get(tensor)
+        if note is None:
+            return False
+        origins = [dim for dim in (*note.labels, note.positions, *note.origins.values()) if dim is not None]
+        for dim in origins:
+            self.freeze(dim, f"its values leave torch: {line}")
+        return bool(origins)
+
     def part(self, tensor: Tensor, whole: Tensor, dims: Sequence[int], where: int, positions: slice | int) -> None:
         """The tensor is a view of ``whole``; its dimension i is ``dims[i]``, cut at ``positions`` of ``where``."""
         self._note(tensor).part = (whole, tuple(dims), where, positions)
@@ -259,11 +269,15 @@ class Propagation:
         if kwargs:
             inputs += tensors_in(kwargs.values())
         labelled, source, made_of_parameters = False, None, bool(inputs)
+        origins: dict[int, IntArray] = {}
         for tensor in inputs:
             if (note := self._notes.get(tensor)) is None:
                 made_of_parameters = False
                 continue
             labelled = labelled or note.is_labelled
+            origins.update(note.origins)
+            if note.is_labelled:
+                origins.update((id(dim), dim) for dim in note.labels if dim is not None)
             if note.source is None:
                 made_of_parameters = False
             else:
@@ -297,6 +311,8 @@ class Propagation:
                 self.unread.append(unread)
             if made_of_parameters and self.source(tensor) is None:
                 self._note(tensor).source = source
+            if origins and not self.is_labelled(tensor):
+                self._note(tensor).origins = origins
         return arguments
 
 
@@ -312,6 +328,7 @@ class _Note:
         is_labelled: whether some dimension has labels.
         source: name of the parameter it is computed from, if it is computed from parameters only.
         positions: labels of the dimension along which its values are positions.
+        origins: where it has no labels itself: those that it was computed from, by id.
         part: what it is a view of (``Propagation.part``).
         unread: set while it is empty and nothing has read it.
     """
@@ -320,6 +337,7 @@ class _Note:
     is_labelled: bool = False
     source: str | None = None
     positions: Dim = None
+    origins: Mapping[int, IntArray] = field(default_factory=dict)
     part: tuple[Tensor, tuple[int, ...], int, slice | int] | None = None
     unread: Unread | None = None
 

@@ -82,6 +82,8 @@ _ATTENTION = (
     "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention scaled_dot_product_attention "
     "_scaled_dot_product_efficient_attention _scaled_dot_product_attention_math _scaled_dot_product_cudnn_attention"
 )
+ATTENTIONS = frozenset(_ATTENTION.split())
+"""Operators that compute an attention."""
 RULES: dict[str, Rule] = {
     **dict.fromkeys(f"{_CARRY} {_LIKE}".split(), elementwise),
     **dict.fromkeys(_VIEW.split(), view),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import runpy
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from pruning import rules
 from pruning.channels import ChannelGraph
 from pruning.cost import cost, count
+from pruning.lines import is_foreign
 from pruning.plan import ChannelGroup, Member
 from pruning.surgery import certify, load_pruned, prune, save_pruned
 from pruning.tracer import PruningError
@@ -289,3 +292,67 @@ def test_a_grouped_convolution_loses_whole_groups_where_that_is_finer() -> None:
     assert {g.name: g.size for g in many.groups} == {"0": 8}
     assert {g.name: g.size for g in few.groups} == {"0": 8, "1": 16}
     assert np.array_equal(many.groups[0].members[0].index[1], [2, 3])
+
+
+def leaving(form: str, y: Tensor) -> Tensor:
+    """Values of ``y``, shape ``(batch, channels, h, w)``, go through Python and come back."""
+    pooled = y.mean((2, 3))
+    if form == "numpy":
+        return y * torch.from_numpy(pooled.numpy().copy()).view(2, -1, 1, 1)
+    if form == "asarray":
+        return y + torch.as_tensor(np.asarray(pooled).max(1)).view(2, 1, 1, 1)
+    if form == "tolist":
+        return y * max(pooled[0].tolist())
+    if form == "item":
+        return y / y.abs().max().item()
+    if form == "float":
+        return y * float(pooled.square().sum())
+    if form == "int":
+        return y[:, :, : 4 + int(pooled.argmax()) % 2]
+    if form == "sum over channels":
+        return y * float(np.asarray(y.sum(1)).std())
+    return y
+
+
+@pytest.mark.parametrize("form", ["numpy", "asarray", "tolist", "item", "float", "int", "sum over channels"])
+def test_values_that_leave_torch_freeze_what_they_came_from(form: str) -> None:
+    torch.manual_seed(0)
+    model = Net(
+        lambda m, x: m.last(leaving(form, m.first(m.stem(x)))),
+        stem=nn.Conv2d(3, 6, 1),
+        first=nn.Conv2d(6, 8, 1),
+        last=nn.Conv2d(8, 4, 1),
+    )
+    graph, certificate = certified(randomise(model), IMAGES)
+    assert [g.name for g in graph.groups] == ["stem"]
+    assert certificate.ok, certificate
+    reason = next(f.reason for f in graph.frozen if f.layer == "first")
+    assert reason.startswith("its values leave torch: test_trial.py:") or form in ("numpy", "int"), reason
+
+
+def test_values_of_constants_may_leave_torch() -> None:
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        sizes = torch.tensor([[8, 8], [4, 4]]).tolist()
+        return m.last(m.first(x) * float(m.scale) * sizes[0][0] * (x.mean().item() + 1))
+
+    model = Net(run, first=nn.Conv2d(3, 8, 1), last=nn.Conv2d(8, 4, 1), scale=torch.tensor(0.5))
+    graph, certificate = certified(randomise(model), IMAGES)
+    assert [g.name for g in graph.groups] == ["first"]
+    assert certificate.ok, certificate
+
+
+@pytest.mark.parametrize("library", ["einops", "opt_einsum"])
+def test_freezes_inside_a_library_between_name_the_line_that_calls_it(library: str, tmp_path: Path) -> None:
+    file = tmp_path / "site-packages" / library / "ops.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("def regroup(x):\n    return x.view(2, 8, 64).view(2, 8, 8, 8)\n")
+    found = runpy.run_path(str(file))
+    model = Net(
+        lambda m, x: m.last(found["regroup"](m.first(x))),
+        first=nn.Conv2d(3, 8, 1),
+        last=nn.Conv2d(8, 4, 1),
+    )
+    graph = ChannelGraph.trace(randomise(model), IMAGES)
+    reason = next(f.reason for f in graph.frozen if f.layer == "first")
+    assert "test_trial.py:" in reason and "regroup" in reason
+    assert is_foreign(str(file)) and not is_foreign(str(tmp_path / "model.py"))
