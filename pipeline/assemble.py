@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
@@ -31,10 +30,12 @@ from pipeline.evaluator import Evaluator
 from pipeline.files import write_whole
 from pipeline.fleet import Device, Fleet, FleetProgress
 from pipeline.journal import Journal, Record
+from pipeline.origin import ORIGIN, check_tracked_at, origin_of
 from pipeline.progress import ProgressView
 from pipeline.study import to_evaluation
 from pipeline.surroundings import HOME, made
 from pipeline.tracking import Tracker
+from pipeline.tracking.check import require_tracking
 from pipeline.training import keep_freed_memory
 from pipeline.workloads import Workload
 from pipeline.workloads.carried import open_section
@@ -59,26 +60,10 @@ def create_run_directory(config: RunFile) -> Path:
     try:
         directory.mkdir(parents=True)
         write_whole(directory / "run.yaml", content)
-        write_whole(directory / "origin.json", json.dumps(_origin(directory.name)) + "\n")
+        write_whole(directory / ORIGIN, json.dumps(origin_of(directory.name, config)) + "\n")
     except OSError as error:
         raise SurroundingsError(f"cannot create run directory {directory}: {error.strerror}") from error
     return directory
-
-
-def _origin(run_id: str) -> dict[str, str | None]:
-    """Whose run it is, and what its relative paths are relative to."""
-    folders = {"cwd": str(Path.cwd()), "SECATEUR_HOME": str(home()), "SECATEUR_DATA": os.environ.get("SECATEUR_DATA")}
-    return {"run_id": run_id, **folders}
-
-
-def return_to_origin(directory: Path) -> None:
-    """Go back to the working directory, home and data folder a run was started with, as far as they still exist."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        origin = json.loads((directory / "origin.json").read_text(encoding="utf-8"))
-        for name in ("SECATEUR_HOME", "SECATEUR_DATA"):
-            if origin[name] and Path(origin[name]).is_dir():
-                os.environ.setdefault(name, origin[name])
-        os.chdir(origin["cwd"])
 
 
 def open_run_directory(directory: Path) -> tuple[str, RunFile]:
@@ -88,7 +73,7 @@ def open_run_directory(directory: Path) -> tuple[str, RunFile]:
         UserError: it is none, or its ``run.yaml`` was edited into something invalid.
     """
     try:
-        run_id = str(json.loads((directory / "origin.json").read_text(encoding="utf-8"))["run_id"])
+        run_id = str(json.loads((directory / ORIGIN).read_text(encoding="utf-8"))["run_id"])
         text = (directory / "run.yaml").read_text(encoding="utf-8")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         recent = sorted((home() / "runs").glob("*/run.yaml"), key=lambda p: p.stat().st_mtime)[-3:]
@@ -107,13 +92,16 @@ class Run:
         progress: where long work is shown.
 
     Raises:
-        UserError: data, weights, profile or compute device named in the run file are not usable.
+        UserError: data, weights, profile, tracking or compute device named in the run file are not usable.
+        TrackingError: a tracking server that is required does not answer.
         JournalError: the journal is damaged, foreign or in use.
     """
 
     def __init__(self, directory: Path, progress: ProgressView) -> None:
         self.directory, self.progress = directory.absolute(), progress
         self.run_id, self.config = open_run_directory(directory)
+        check_tracked_at(self.directory, self.config)
+        require_tracking(self.config, home(), progress.say)
         torch.set_num_threads(self.config.threads or usable_cores())
         keep_freed_memory()
         self.device = compute_device(self.config.compute)

@@ -75,7 +75,7 @@ def resume(
 
     Also delivers candidates and the model to a tracking server that was away.
     """
-    from pipeline.assemble import return_to_origin
+    from pipeline.origin import return_to_origin
 
     directory = run_dir.absolute()
     return_to_origin(directory)

@@ -23,7 +23,8 @@ from mlflow.entities import Metric
 from pipeline.errors import masked
 from pipeline.tracking.store import Unreachable, connect, first_line
 
-CLOSE_S = 5.0
+CLOSE_S, DEATH_S = 5.0, 60.0
+"""How long its end is waited for: after a kill, and after it gave up by itself (a busy machine takes its time)."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Courier:
 
     def _death(self) -> Exception:
         """Why there is no answer."""
-        if self._process.wait(CLOSE_S) < 0:
+        if self._process.wait(DEATH_S) < 0:
             return CourierError("the process that tells MLflow was killed")
         self._noise.seek(0)
         last = (self._noise.read().strip().splitlines() or ["no reason given"])[-1]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.config import TrackingSection
 from pipeline.errors import masked
-from pipeline.surroundings import TRACKING_URI, variable
+from pipeline.surroundings import HOME, TRACKING_URI, folder, variable
 
 SQLITE = "sqlite:///"
 SERVER = ("http://", "https://")
@@ -37,3 +37,15 @@ def sqlite_file(uri: str) -> Path | None:
         return None
     name = rest.partition("?")[0]
     return None if name in ("", ":memory:") or name.startswith("file:") else Path(name)
+
+
+def no_store(file: Path) -> str:
+    """What is said where a store is looked for to be read, and there is none."""
+    home = folder(HOME, ".secateur")
+    because = ""
+    if file.absolute().parent == home:
+        because = f" ({HOME} is {home})" if variable(HOME) else f" ({HOME} is not set, which means {home})"
+    return (
+        f"there is no MLflow store at {file}{because}, and none is made to be read. Set {HOME} to the one that the run "
+        f"was made with, or name its store with --uri or {TRACKING_URI}"
+    )

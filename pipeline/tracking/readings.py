@@ -39,7 +39,7 @@ def record_reading(
     """
     name, version, device = champion
     try:
-        client = connect(uri)
+        client = connect(uri, make=False)
         experiment_id = experiment_of(client, uri, experiment, home)
         label = f"{name}/{version}/{device}"
         found = client.search_runs([experiment_id], f"tags.`{READING_TAG}` = '{label}'", max_results=1)
@@ -70,7 +70,7 @@ def page_of(uri: str, experiment: str, run_id: str) -> str:
     if not uri.startswith(("http://", "https://")):
         return ""
     try:
-        client = connect(uri)
+        client = connect(uri, make=False)
         known = client.get_experiment_by_name(experiment)
         if known is None:
             return ""

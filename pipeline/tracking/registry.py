@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import mlflow
 import numpy as np
@@ -44,6 +45,7 @@ from pipeline.tracking.history import EVENTS, FOUND, Event, champions, happened,
 from pipeline.tracking.ownership import CHALLENGER as CHALLENGER
 from pipeline.tracking.ownership import CHAMPION as CHAMPION
 from pipeline.tracking.ownership import DEFAULT_DEVICE, PROMPT_TAG, model_refused, prompt_refused
+from pipeline.tracking.place import sqlite_file
 from pipeline.tracking.store import RUN_TAG as RUN_TAG
 from pipeline.tracking.store import Unreachable, connect, experiment_of, first_line, shown
 
@@ -575,9 +577,9 @@ class Registry:
         """A client; what MLflow raises becomes a ``TrackingError`` without secrets."""
         try:
             if self._connected is None:
-                self._connected = connect(self.uri)
+                self._connected = connect(self.uri, make=False)
             yield self._connected
-        except SurroundingsError:
+        except (SurroundingsError, UserError):
             raise
         except Unreachable as error:
             text = f"tracking server {shown(self.uri)}: {first_line(error)}"
@@ -618,6 +620,7 @@ class Registry:
             place = client.get_model_version_download_uri(version.name, version.version)
             if place.startswith("models:/"):  # of a logged model
                 place = client.get_logged_model(place.removeprefix("models:/").strip("/")).artifact_location
+            _check_folder(version, place)
             store = get_artifact_repository(place, tracking_uri=self.uri, registry_uri=self.uri)
             found = Path(store.download_artifacts(path, dst_path=str(folder)))
         if not found.is_file():
@@ -627,10 +630,26 @@ class Registry:
 
 def _lock_of(uri: str) -> Path:
     """The file of a store's lock."""
-    if uri.startswith("sqlite:///"):
-        file = Path(uri.removeprefix("sqlite:///")).resolve()
+    found = sqlite_file(uri)
+    if found is not None:
+        file = found.resolve()
         return file.with_name(f"{file.name}.lock")
     return machine_lock("registry-" + hashlib.sha256(shown(uri).rstrip("/").encode()).hexdigest()[:16])
+
+
+def _check_folder(version: Version, place: str) -> None:
+    """See that the files of a store without a server are where it says.
+
+    Raises:
+        TrackingError: the folder is not there.
+    """
+    parts = urlsplit(place)
+    folder = Path(unquote(parts.path))
+    if parts.scheme in ("", "file") and not folder.exists():
+        raise TrackingError(
+            f"the files of {version.uri} are in {folder}, says MLflow, and that is not there: was the SECATEUR_HOME "
+            "that it was registered in moved? Bring it back, or let its old place lead to the new one (`ln -s NEW OLD`)"
+        )
 
 
 def _version_of(found: Any, aliases: Mapping[str, str]) -> Version:

@@ -12,7 +12,7 @@ from pathlib import Path
 from pipeline.errors import UserError
 from pipeline.tracking.ownership import MADE_TAG, RUN_TAGS, experiment_deleted, experiment_refused
 from pipeline.tracking.ownership import RUN_TAG as RUN_TAG
-from pipeline.tracking.place import SERVER, sqlite_file
+from pipeline.tracking.place import SERVER, no_store, sqlite_file
 from pipeline.tracking.place import first_line as first_line
 from pipeline.tracking.place import shown as shown
 from pipeline.tracking.place import store_uri as store_uri
@@ -40,10 +40,19 @@ Unreachable = (MlflowException, SQLAlchemyError, OSError)
 """What MLflow raises when a server is away or refuses."""
 
 
-def connect(uri: str) -> MlflowClient:
-    """A client of the store and registry at ``uri``; a SQLite store is made where there is none."""
+def connect(uri: str, make: bool = True) -> MlflowClient:
+    """A client of the store and registry at ``uri``.
+
+    Args:
+        make: whether a SQLite store is made where there is none.
+
+    Raises:
+        UserError: there is none, and none is to be made.
+    """
     file = sqlite_file(uri)
     if file is not None:
+        if not make and not file.exists():
+            raise UserError(no_store(file))
         _make_store(file)
     return MlflowClient(uri, uri)
 

@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 
 from pipeline.errors import TrackingError
 from pipeline.tracking import CANDIDATE_TAG, PARENT_TAG, Tracker
+from pipeline.tracking.ownership import MADE_TAG
 
 from ..servers import database_url, mlflow_server, postgres, running
 from .test_tracking import children, record, tracker
@@ -94,7 +95,7 @@ def test_a_process_killed_in_mid_delivery_loses_and_doubles_nothing(tmp_path: Pa
     )
     (tmp_path / "home").mkdir()
     uri = f"sqlite:///{tmp_path}/home/mlflow.db"
-    MlflowClient(uri).create_experiment("tests", (tmp_path / "artifacts").as_uri())
+    MlflowClient(uri).create_experiment("tests", (tmp_path / "artifacts").as_uri(), {MADE_TAG: "made"})
     root = str(Path(__file__).parents[2])
     for _ in range(2):
         before = runs_in(tmp_path / "home" / "mlflow.db")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 
@@ -199,7 +199,7 @@ ACTS = st.lists(st.tuples(st.sampled_from(["promote", "by hand", "plain", "remov
 
 
 @given(ACTS)
-@settings(max_examples=300)
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 def test_whatever_was_champion_is_reached_by_going_back(acts: list[tuple[str, int]]) -> None:
     events: list[Event] = []
     current: str | None = None
