@@ -11,6 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,7 @@ class Evaluator(Scorer):
         """Accuracy on the search split, MACs and params; with ``latency`` also file size and latency on the device.
 
         Args:
-            exact: measure the latency, even where a model would do, and the workload's own metric.
+            exact: the workload's own metric, in float32; and the latency measured, even where a model would do.
         """
         plan = candidate.plan
         plan.validate(self.graph)
@@ -163,17 +164,21 @@ class Evaluator(Scorer):
         scored = self._scored(self._ask(candidate, latency, floor, exact=exact))
         metrics |= scored.metrics
         if scored.status != "ok":
-            return Evaluation(scored.status, scored.reason, metrics)
+            return Evaluation(scored.status, scored.reason, metrics, scored.forward)
         if not all(math.isfinite(value) for value in metrics.values()):
-            return Evaluation("failed", "the network's outputs are not finite numbers (NaN)", metrics)
+            return Evaluation("failed", "the network's outputs are not finite numbers (NaN)", metrics, scored.forward)
         started = time.perf_counter()
         if latency:
             try:
                 metrics |= self.latency(plan, exact=exact)
             except torch.OutOfMemoryError as error:
-                return Evaluation("failed", str(error).splitlines()[0], metrics)
+                return Evaluation("failed", str(error).splitlines()[0], metrics, scored.forward)
         metrics["seconds"] = scored.seconds + time.perf_counter() - started
-        return Evaluation("ok", "", metrics)
+        return Evaluation("ok", "", metrics, scored.forward)
+
+    def exact(self, candidate: Candidate) -> Evaluation:
+        """Accuracy alone, in float32 and by the workload's own metric: what final choices are made by."""
+        return self.evaluate(candidate, latency=False, exact=True)
 
     def ahead(self, candidates: Sequence[Candidate], latency: bool, floor: float | None = None) -> None:
         """Have the crew score candidates that ``evaluate`` will be asked for next."""
@@ -193,7 +198,8 @@ class Evaluator(Scorer):
         names = {"loss", self.workload.metric, self.workload.search_metric}
         metrics = {name: value for name, value in evaluation.metrics.items() if name in names}
         if metrics:
-            self._accuracies[self._key(self._ask(candidate, latency, None, exact=exact))] = metrics
+            key = self._key(self._ask(candidate, latency, None, exact=exact))
+            self._accuracies[key] = Scored("ok", metrics=metrics, forward=evaluation.forward)
 
     def finetune(self, request: FineTune) -> tuple[FineTuned, dict[str, str]]:
         """Train the candidate's network, by default with the baseline as teacher; its weights become a new base."""
@@ -226,7 +232,7 @@ class Evaluator(Scorer):
         tuned = Candidate(candidate.id, candidate.plan, candidate.origin, candidate.parents, base)
         evaluation = self.evaluate(tuned, request.latency, exact=True)
         seconds = {"seconds": time.perf_counter() - started}
-        evaluation = Evaluation(evaluation.status, evaluation.reason, {**evaluation.metrics, **seconds})
+        evaluation = replace(evaluation, metrics={**evaluation.metrics, **seconds})
         return FineTuned(base, evaluation), {"sha256": digest}
 
     def learn(self, request: Learn) -> tuple[Learned, dict[str, str]]:
@@ -344,20 +350,20 @@ class Evaluator(Scorer):
         plan = candidate.plan
         full = exact or plan.is_full or self.workload.search_metric == self.workload.metric
         brief = not full and int(plan.digest[:8], 16) % FULL_EVERY > 0
-        return Ask(plan, candidate.base, floor, exact=latency, brief=brief)
+        return Ask(plan, candidate.base, floor, exact=latency or exact, brief=brief)
 
     def _scored(self, ask: Ask) -> Scored:
         """From memory where the plan was met before, from the crew where it was asked ahead, else computed here."""
         key = self._key(ask)
         if key in self._accuracies:
-            return Scored("ok", metrics=self._accuracies[key])
+            return self._accuracies[key]
         scored = None if self.crew is None else self.crew.answer(key)
         if scored is None:
             scored = self.compute(ask)
         else:
             self.spent["images_forwarded"] += scored.images_forwarded
         if scored.status == "ok":
-            self._accuracies[key] = scored.metrics
+            self._accuracies[key] = replace(scored, images_forwarded=0, seconds=0.0)
         return scored
 
     def _know(self, request: FineTune | Learn, base: str, digest: str) -> None:

@@ -11,7 +11,6 @@ out, and the plain network remains.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections import Counter, OrderedDict
@@ -37,6 +36,7 @@ from export.errors import TemplateError
 from export.slicing import OnnxTemplate
 from export.verify import open_session
 from pipeline import precision
+from pipeline.errors import UserError
 from pipeline.precision import DTYPES, Precision
 from pruning.channels import ChannelGraph
 from pruning.plan import Member, PruningPlan
@@ -62,6 +62,14 @@ CHUNKS = (16, 8, 32)
 CHECK_IMAGES = 64
 RANKED_PLANS = 12
 REMEMBERED_PLANS = 32
+FORWARDS = {
+    "_plain": "PyTorch, fp32",
+    "_folded": "PyTorch with batch norm folded, fp32",
+    "_bf16": "PyTorch with batch norm folded, bf16",
+    "_onnx": "ONNX Runtime, fp32",
+}
+"""What a way is called in records."""
+PLAIN = FORWARDS["_plain"]
 SERVED = 4
 """Candidates that a cut must have served before the next group of the same plan is cut for its first."""
 
@@ -85,6 +93,14 @@ class Trial:
     reason: str = ""
 
 
+class ForwardError(UserError):
+    """The one forward pass that a deterministic search may use failed twice for a candidate."""
+
+
+_FINAL = (torch.OutOfMemoryError, MemoryError, ForwardError)
+"""Failures that no other forward pass mends."""
+
+
 class Inference:
     """Runs candidates of one network, in eval mode.
 
@@ -98,6 +114,10 @@ class Inference:
         cache_bytes: bound of the activations kept for candidates that differ in one group.
         patience_s: what candidates may cost in the plain way before others are tried, which takes seconds itself.
         bf16: whether bfloat16 is tried; None = where the hardware multiplies it natively.
+
+    Attributes:
+        trials: how each way did; empty before they were tried.
+        used: by which forward pass the last candidate went; where that is another than it should have been, why.
     """
 
     def __init__(
@@ -115,6 +135,7 @@ class Inference:
     ) -> None:
         self.model, self.graph, self.images, self.device = model, graph, images, device
         self.trials: tuple[Trial, ...] = ()
+        self.used = ""
         self._open_template = template
         self._template: OnnxTemplate | None = None
         self._patience_s, self._cache_bytes, self._bf16_is_native = patience_s, cache_bytes, bf16
@@ -154,15 +175,19 @@ class Inference:
         started = time.perf_counter()
         if not self.trials and self._patience_s <= 0:
             self._try_ways()
-        run = (self._from_branch(plan, base, state) if images is None else None) or self._prepared(plan, state, exact)
+        self.used = FORWARDS["_onnx"]
+        run = self._from_branch(plan, base, state) if images is None else None
+        run = run or self._prepared(plan, state, exact)
         for number, batch in enumerate(self.images() if images is None else images):
             with torch.inference_mode():
                 try:
                     result = run(number, batch)
+                except _FINAL:
+                    raise
                 except Exception as error:
-                    if not self.trials or isinstance(error, torch.OutOfMemoryError | MemoryError):
+                    if not self.trials:
                         raise
-                    run = self._plain(plan, state)
+                    run = self._instead(plan, state, error)
                     result = run(number, batch)
             self._patience_s -= time.perf_counter() - started
             yield result
@@ -178,8 +203,8 @@ class Inference:
         if not self.trials:
             return "plain PyTorch; nothing else tried yet"
         lines = [
-            f"{t.name}: {t.reason or f'{t.seconds:.3g} s for a candidate, relative error {t.error:.0e}'}"
-            for t in sorted(self.trials, key=lambda t: (bool(t.reason), t.seconds))
+            f"{trial.name}: {trial.reason or _figures(trial)}"
+            for trial in sorted(self.trials, key=lambda trial: (bool(trial.reason), trial.seconds))
         ]
         return "\n".join(lines + [f"not cut at {name}: {reason}" for name, reason in self._not_cut.items()])
 
@@ -187,9 +212,20 @@ class Inference:
 
     def _prepared(self, plan: PruningPlan, state: State | None, exact: bool) -> Run:
         way = self._exact if exact else self._fast
-        if way != self._plain:
-            with contextlib.suppress(Exception):  # what this way cannot do, the plain one can, or says why not
-                return way(plan, state)
+        self.used = FORWARDS.get(way.__name__, way.__name__)
+        if way == self._plain:
+            return way(plan, state)
+        try:
+            return way(plan, state)
+        except _FINAL:
+            raise
+        except Exception as failure:  # noqa: BLE001 - what this way cannot do, the plain one can, or says why not
+            return self._instead(plan, state, failure)
+
+    def _instead(self, plan: PruningPlan, state: State | None, failure: Exception) -> Run:
+        """What a candidate goes through whose forward pass failed: the plain network, noted in ``used``."""
+        if self.used != PLAIN:
+            self.used = f"{PLAIN}, for {self.used} failed: {first_line(failure)}"
         return self._plain(plan, state)
 
     def _plain(self, plan: PruningPlan, state: State | None) -> Run:
@@ -272,7 +308,7 @@ class Inference:
                 if not exact and not reason and not self._orders_alike(way, images, rng):
                     reason = "orders plans differently"
             except Exception as failure:  # noqa: BLE001 - a foreign forward may raise anything
-                return Trial(name, math.inf, math.nan, number_type, _first_line(failure)), way
+                return Trial(name, math.inf, math.nan, number_type, first_line(failure)), way
             seconds = prepared + once * num_images / len(images)
             return Trial(name, seconds, certificate.max_relative_error, number_type, reason), way
 
@@ -291,7 +327,7 @@ class Inference:
         try:
             self._template = self._open_template()
         except Exception as failure:  # noqa: BLE001 - whatever the exporter raises for a foreign network
-            return [(Trial("ONNX Runtime", math.inf, math.nan, reason=_first_line(failure)), self._plain)]
+            return [(Trial("ONNX Runtime", math.inf, math.nan, reason=first_line(failure)), self._plain)]
         tried: dict[tuple[int, int], Trial] = {}
 
         def try_setting(block: int, chunk: int) -> tuple[int, int]:
@@ -390,7 +426,7 @@ class Inference:
             expected = self._onnx(plan, state)(0, images)
             found = self._continue(branch, branch.masks(plan), None, images)
         except Exception as failure:  # noqa: BLE001 - it runs like any other plan; ``describe`` says why
-            self._not_cut[name] = _first_line(failure)
+            self._not_cut[name] = first_line(failure)
             return None
         error = relative_error(found, expected)
         if error > TOLERANCE:
@@ -600,5 +636,12 @@ def _distance(found: Any, expected: Any) -> float:
     return float(np.mean(differences))
 
 
-def _first_line(failure: Exception) -> str:
+def _figures(trial: Trial) -> str:
+    """How a way did that can be used; without a time, where none was taken."""
+    error = f"relative error {trial.error:.0e}"
+    return error if math.isnan(trial.seconds) else f"{trial.seconds:.3g} s for a candidate, {error}"
+
+
+def first_line(failure: Exception) -> str:
+    """Kind and first line of an exception, short enough for a record."""
     return f"{type(failure).__name__}: {failure}".splitlines()[0][:200]

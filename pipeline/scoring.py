@@ -19,11 +19,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from export.errors import ExportError, TemplateError
+from export.errors import TemplateError
 from export.slicing import OnnxTemplate
 from pipeline.bases import Bases
 from pipeline.config import SearchSection
-from pipeline.inference import BLOCKS, CHECK_IMAGES, CHUNKS, TOLERANCE, Inference, Run, State, Trial
+from pipeline.inference import (
+    BLOCKS,
+    CHECK_IMAGES,
+    CHUNKS,
+    PLAIN,
+    TOLERANCE,
+    ForwardError,
+    Inference,
+    Run,
+    State,
+    Trial,
+    first_line,
+)
 from pipeline.progress import ProgressView, Silent
 from pipeline.training import move
 from pipeline.workloads import Split, Workload
@@ -82,6 +94,7 @@ class Scored:
         metrics: on the search split; empty where the status is not ``ok``.
         images_forwarded: through the candidate.
         seconds: they took.
+        forward: the forward pass that the metrics come from (``Inference.used``).
     """
 
     status: Status
@@ -89,6 +102,7 @@ class Scored:
     metrics: Mapping[str, float] = field(default_factory=dict)
     images_forwarded: int = 0
     seconds: float = 0.0
+    forward: str = ""
 
 
 class SteadyInference(Inference):
@@ -98,7 +112,8 @@ class SteadyInference(Inference):
     differ in one group); each of its ways has last bits of its own. Here the way is chosen once, by a check that has
     no clock in it, and no candidate profits from another: so it does not matter who computes which candidate, and in
     which order. ONNX Runtime computes chunks of a fixed size on one thread each, so the number of threads does not
-    matter either.
+    matter either. A candidate for which that way fails is tried once more and then is an error: another forward pass
+    would have other last bits, and nobody would know.
 
     Args:
         way: as another process found it with the same network; None = find it.
@@ -129,15 +144,42 @@ class SteadyInference(Inference):
                     reason, error = certificate.reason, certificate.max_relative_error
                 elif self._template is None:
                     raise TemplateError("the network's template was not handed over")
-            except (ExportError, TemplateError) as failure:
+            except (torch.OutOfMemoryError, MemoryError):
+                raise
+            except Exception as failure:
                 if self._way is not None:
                     raise
-                reason = str(failure).splitlines()[0]
+                reason = first_line(failure)
         name = f"ONNX Runtime, blocks of {self._block} channels, {self._chunk} images at once"
-        self.trials = (Trial(name, math.nan, error, reason=reason),)
+        tried = Trial(name, math.nan, error, reason=reason)
+        self.trials = (tried, Trial("PyTorch", math.nan, 0.0)) if reason else (tried,)
         self._fast = self._exact = self._plain if reason else self._onnx
         if reason:
             self._template = None
+
+    def _instead(self, plan: PruningPlan, state: State | None, failure: Exception) -> Run:
+        """The same way once more; what fails twice is an error, never another forward pass."""
+        del failure  # it is shown if it comes again
+
+        def failed(error: Exception) -> ForwardError:
+            return ForwardError(
+                f"{self.used} failed twice for {plan.digest}: {first_line(error)}. A deterministic search takes no "
+                "other forward pass for one candidate: resume to try again, with more free memory or fewer threads; if "
+                "that does not help, start a run with search.forward: auto and no workers"
+            )
+
+        try:
+            run = self._fast(plan, state)
+        except Exception as error:
+            raise failed(error) from error
+
+        def again(number: int, images: Tensor) -> object:
+            try:
+                return run(number, images)
+            except Exception as error:
+                raise failed(error) from error
+
+        return again
 
     def _from_branch(self, plan: PruningPlan, base: str, state: State | None) -> Run | None:
         return None
@@ -192,7 +234,7 @@ class Scorer:
             else Inference(self.model, graph, images, template, **options)  # type: ignore[arg-type]
         )
         self.spent = Counter({"images_forwarded": 0, "images_trained": 0, "measurements": 0})
-        self._accuracies: dict[Key, Mapping[str, float]] = {}
+        self._accuracies: dict[Key, Scored] = {}
         self._batches: list[tuple[Tensor, Tensor]] | None = None
         self._order = order
 
@@ -213,7 +255,8 @@ class Scorer:
 
         def scored(status: Status, reason: str = "", metrics: Mapping[str, float] = NOTHING) -> Scored:
             images = self.spent["images_forwarded"] - before
-            return Scored(status, reason, metrics, images, time.perf_counter() - started)
+            forward = PLAIN if self._num_recalibrated(ask.base) else self.inference.used
+            return Scored(status, reason, metrics, images, time.perf_counter() - started, forward)
 
         steady = isinstance(self.inference, SteadyInference) and self.device.type == "cpu"
         try:
@@ -270,11 +313,13 @@ class Scorer:
                     )
         return workload.metrics(torch.cat(answers), torch.cat(targets))
 
+    def _num_recalibrated(self, base: str) -> int:
+        """Training images on which a candidate's batch-norm statistics are taken anew; 0 = they are not."""
+        return self.settings.recalibrate_images or (SUPERNET_IMAGES if self.bases.is_supernet(base) else 0)
+
     def _forward(self, base: str, plan: PruningPlan, exact: bool = False) -> Iterator[Tensor]:
         """Outputs of a candidate for each batch of search images; ``exact`` = in float32."""
-        num_images = self.settings.recalibrate_images
-        if self.bases.is_supernet(base):
-            num_images = num_images or SUPERNET_IMAGES
+        num_images = self._num_recalibrated(base)
         if not num_images:
             tried = self.inference.trials
             yield from self.inference.outputs(plan, base, self.bases.state(base, plan), exact=exact)

@@ -13,6 +13,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from pipeline.errors import TrackingError, UserError
 from pipeline.evaluator import Evaluator
 from pipeline.files import sha256_of, write_whole
 from pipeline.fleet import Device, Tally
+from pipeline.ranking import rank_exactly
 from pipeline.report import write_report
 from pipeline.rescore import front_rows, rank_agreement
 from pipeline.study import Study, describe, request_of, to_candidate, to_dict, to_evaluation
@@ -143,9 +145,13 @@ def search(run: Run, facts: Facts) -> dict[str, Any]:
             archive = study.run(run.strategy(graph, space, reference, reward))
         except (SearchError, BudgetSpent) as error:
             raise UserError(f"search.{run.config.search.method}: {error}") from error
-    ranked = sorted(archive, key=lambda entry: merit(run, reward, entry.evaluation, reference), reverse=True)
+    full, again = PruningPlan.full(graph.groups), Study(run.journal, oracle, stage="ranking")
+    with run.progress.stage("Score the best again in float32"):
+        ranked, exact_reference = rank_exactly(
+            again, archive, reference, full, run.config.finetune.top, partial(merit_against, run)
+        )
     return {
-        "reference": to_dict(reference),
+        "reference": to_dict(exact_reference),
         "archive": [{"candidate": describe(e.candidate), "evaluation": to_dict(e.evaluation)} for e in ranked],
         "num_candidates": count,
         "agreement": rank_agreement(run.journal.records, "loss_score", run.workload.metric),
@@ -393,7 +399,7 @@ def promote(run: Run, facts: Facts) -> dict[str, Any]:
 
 STAGES = (
     Stage("baseline", "Baseline", baseline),
-    Stage("search", "Search", search, version=2, retry_on=(DeviceError,)),
+    Stage("search", "Search", search, version=3, retry_on=(DeviceError,)),
     Stage("finetune", "Fine-tune", finetune, retry_on=(DeviceError,)),
     Stage("export", "Export", export, version=2),
     Stage("benchmark", "Benchmark", benchmark, version=2, retry_on=(DeviceError,)),
@@ -538,6 +544,12 @@ def reject_impossible(run: Run, oracle: Evaluator, smallest: PruningPlan, refere
 def merit(run: Run, reward: Reward, evaluation: Evaluation, reference: Evaluation) -> tuple[bool, float]:
     """What ranks plans: whether the search's targets are met, then the reward."""
     return run.search_target.met(evaluation, reference), reward(evaluation)
+
+
+def merit_against(run: Run, reference: Evaluation) -> Callable[[Evaluation], tuple[bool, float]]:
+    """What ranks plans of a search against a reference."""
+    reward = run.reward(reference, run.workload.search_metric)
+    return lambda evaluation: merit(run, reward, evaluation, reference)
 
 
 def revive_bases(run: Run, oracle: Evaluator) -> None:
@@ -704,6 +716,7 @@ def _candidate_table(run: Run) -> Path:
             "kind": r["kind"],
             **{k: v for k, v in r["candidate"].items() if k != "parents"},
             "status": r["evaluation"]["status"],
+            "forward": r["evaluation"].get("forward", ""),
             **r["evaluation"]["metrics"],
         }
         for r in run.journal.records

@@ -68,6 +68,9 @@ class Oracle(Protocol):
             exact: it is the evaluation after a training.
         """
 
+    def exact(self, candidate: Candidate) -> Evaluation:
+        """Accuracy alone, in float32 and by the workload's own metric."""
+
     def finetune(self, request: FineTune) -> tuple[FineTuned, Mapping[str, str]]: ...
 
     def learn(self, request: Learn) -> tuple[Learned, Mapping[str, str]]: ...
@@ -179,6 +182,11 @@ class Study:
         self._keep(candidate, evaluation)
         self.notify(record)
         return evaluation
+
+    def exact(self, candidate: Candidate) -> Evaluation:
+        """The accuracy of a candidate met before, in float32, journalled before it is returned; nobody is notified."""
+        asked = {"kind": "exact", "candidate": describe(candidate)}
+        return to_evaluation(self._record(asked, lambda: {"exact": to_dict(self.oracle.exact(candidate))})["exact"])
 
     def finetune(self, request: FineTune) -> FineTuned:
         """One candidate trained and evaluated, journalled before it is returned."""
@@ -348,10 +356,11 @@ def to_candidate(data: Mapping[str, Any]) -> Candidate:
 
 
 def to_dict(evaluation: Evaluation) -> dict[str, Any]:
-    """An evaluation as JSON."""
-    return {"status": evaluation.status, "reason": evaluation.reason, "metrics": dict(evaluation.metrics)}
+    """An evaluation as JSON; the forward pass where it is known."""
+    data = {"status": evaluation.status, "reason": evaluation.reason, "metrics": dict(evaluation.metrics)}
+    return {**data, "forward": evaluation.forward} if evaluation.forward else data
 
 
 def to_evaluation(data: Mapping[str, Any]) -> Evaluation:
     """The inverse of ``to_dict``."""
-    return Evaluation(data["status"], data["reason"], data["metrics"])
+    return Evaluation(data["status"], data["reason"], data["metrics"], data.get("forward", ""))

@@ -225,6 +225,7 @@ class Tracker:
             "candidate.parents": " ".join(map(str, candidate["parents"])),
             "candidate.status": evaluation["status"],
             "candidate.reason": evaluation["reason"],
+            "candidate.forward": evaluation.get("forward", "unknown"),
             "candidate.plan": _whole(candidate["plan"], candidate["digest"]),
             "candidate.digest": candidate["digest"],
             "candidate.base": candidate["base"] or "baseline",

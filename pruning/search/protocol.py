@@ -57,11 +57,13 @@ class Evaluation:
         reason: why it is not ``ok``.
         metrics: raw values, units in the names: ``top1`` (fraction), ``loss``, ``macs``, ``params``, ``size_bytes``,
             ``p50_ms``, ``p95_ms``, ``latency_ratio`` (to the unpruned baseline), ``seconds`` (spent on it).
+        forward: the forward pass that the accuracy comes from, with its number type; empty if not known.
     """
 
     status: Literal["ok", "infeasible", "failed"] = "ok"
     reason: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
+    forward: str = ""
 
     def __getitem__(self, name: str) -> float:
         """A metric by name; NaN where it was not taken."""

@@ -14,6 +14,8 @@ from torch import nn
 from device_profiles import load_profile, open_target
 from pipeline.config import FinetuneSection, SearchSection
 from pipeline.evaluator import Evaluator, recalibrate
+from pipeline.inference import FORWARDS, PLAIN
+from pipeline.study import to_dict, to_evaluation
 from pruning.channels import ChannelGraph
 from pruning.cost import count
 from pruning.plan import PruningPlan
@@ -83,6 +85,19 @@ def test_accuracy_of_a_candidate_is_the_masked_networks(network: Any, make: Any)
     assert torch.allclose(pruned, silent, atol=1e-4)
     evaluation = evaluator.evaluate(Candidate(0, plan, "test"), latency=False)
     assert evaluation["top1"] == WORKLOAD.metrics(silent, targets)["top1"]
+
+
+def test_an_accuracy_says_its_forward_pass_and_the_exact_one_is_of_float32(network: Any, make: Any) -> None:
+    chosen, evaluator, other = candidate(network), make(), make()
+    evaluator.inference._fast = evaluator.inference._bf16  # as on a processor on which it is the fastest
+    rough = evaluator.evaluate(chosen, latency=False)
+    assert rough.forward == FORWARDS["_bf16"]
+    assert to_evaluation(to_dict(rough)) == rough
+    exact, expected = evaluator.exact(chosen), other.evaluate(chosen, latency=False)
+    assert exact.forward == expected.forward == PLAIN
+    assert {**exact.metrics, "seconds": 0} == {**expected.metrics, "seconds": 0}
+    assert exact["loss"] != rough["loss"]
+    assert evaluator.evaluate(chosen, latency=False).forward == rough.forward  # from memory
 
 
 def test_costs_are_those_of_the_built_network(network: Any, make: Any) -> None:

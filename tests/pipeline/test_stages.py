@@ -89,6 +89,20 @@ def test_parity_and_certificate_hold(finished: Any) -> None:
         assert facts["export"][name]["parity"]["max_relative_error"] < 1e-5
 
 
+def test_what_goes_on_to_fine_tuning_was_ranked_by_float32_accuracies(finished: Any) -> None:
+    run, facts = finished
+    again = [record for record in run.journal.records if record.get("stage") == "ranking"]
+    assert again[0]["candidate"]["origin"] == "reference"
+    best = facts["search"]["archive"][: len(again) - 1]
+    evaluations = [facts["search"]["reference"], *(row["evaluation"] for row in best)]
+    assert best and all(evaluation["forward"].endswith("fp32") for evaluation in evaluations)
+    exact = {r["candidate"]["digest"] + r["candidate"]["base"]: r["exact"]["metrics"]["top1"] for r in again}
+    assert all(
+        exact[row["candidate"]["digest"] + row["candidate"]["base"]] == row["evaluation"]["metrics"]["top1"]
+        for row in best
+    )
+
+
 def test_search_and_test_split_share_no_image(finished: Any) -> None:
     run, _ = finished
     assert not set(run.workload.search.indices) & set(run.workload.test.indices)

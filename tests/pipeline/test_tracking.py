@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
 def record(i: int, kind: str = "evaluation", **metrics: float) -> dict[str, Any]:
     values = {"top1": 0.9 - i / 100, "macs": 1e6 / (i + 1), "latency_ratio": 1 / (i + 1), **metrics}
     candidate = {"id": i, "plan": f"plan {i}", "digest": f"d{i}", "origin": "mutation", "parents": [0], "base": ""}
-    evaluation = {"status": "ok", "reason": "", "metrics": values}
+    evaluation = {"status": "ok", "reason": "", "metrics": values, "forward": "ONNX Runtime, fp32"}
     return {"stage": "search", "kind": kind, "candidate": candidate, "evaluation": evaluation, "time": 1e9 + i}
 
 
@@ -88,6 +88,7 @@ def test_every_candidate_is_a_child_run_with_plan_origin_metrics_and_reward(home
     assert run.data.tags["candidate.plan"] == "plan 2"
     assert run.data.tags["candidate.origin"] == "mutation"
     assert run.data.tags["candidate.digest"] == "d2"
+    assert run.data.tags["candidate.forward"] == "ONNX Runtime, fp32"
 
 
 def test_a_plan_too_long_for_a_tag_is_never_cut_short(home: Path) -> None:
