@@ -7,8 +7,9 @@ STAMP := $(VENV)/.installed
 UV_VERSION := 0.13.9
 RUN_FILE ?= pipeline/runs/digits.yaml
 WORKERS ?= 2
+PART ?= 12
 
-.PHONY: run test test-all parts lint audit sbom image-check bench lock help
+.PHONY: run test test-all test-avx2 parts lint audit sbom image-check bench lock help
 
 run: $(STAMP) ## Run the main job (RUN_FILE=path for another run file)
 	$(BIN)/secateur run $(RUN_FILE)
@@ -18,6 +19,12 @@ test: $(STAMP) ## Run the test suite (WORKERS=2 processes)
 
 test-all: $(STAMP) ## Run every test, the long ones too (lossy networks, published detectors, 20 seeds ...)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+test-avx2: $(STAMP) ## Tests with AVX2 at most: a part drawn by the commit (PART=N a Nth, PART=all every one)
+	@files=$$($(BIN)/python tests/tools/part.py $(PART)) && \
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+	  -m "$(if $(filter all,$(PART)),not long,not long and not slow)" $$files
 
 parts: $(STAMP) ## Fetch what some tests need, without root: an SSH server, an emulated ARM device (into .parts/)
 	tests/tools/install_sshd.sh
@@ -47,7 +54,7 @@ lock: ## Write requirements.lock anew from pyproject.toml (needs uv)
 	uv pip compile --universal --python-version 3.11 --no-annotate --no-header --all-extras -U pyproject.toml -o requirements.lock
 
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 # uv installs the lock three times faster; where it cannot be used, plain pip does the same work.
 $(STAMP): requirements.lock pyproject.toml
