@@ -41,6 +41,7 @@ def follow_widths(proto: onnx.ModelProto, dense: Mapping[str, Shape], probe: Map
     _simplify(proto.graph)
     _sequences_to_split(proto.graph)
     a, b = _Side.of(proto, dense), _Side.of(proto, probe)
+    a.grouped.update(node.input[0] for node in proto.graph.node if node.op_type == "InstanceNormalization")
     partners = _partners(proto.graph)
     static: set[str] = set()  # values made of constants only: the ones that cannot follow by themselves
     nodes: list[onnx.NodeProto] = []
@@ -65,11 +66,16 @@ def follow_widths(proto: onnx.ModelProto, dense: Mapping[str, Shape], probe: Map
 
 @dataclass
 class _Side:
-    """Types and small integer values of one walk."""
+    """Types and small values of one walk.
+
+    Args:
+        grouped: values normalised per index of dimension 1, which holds groups of channels, or channels.
+    """
 
     opset: int
     types: dict[str, TypeProto]
     values: dict[str, Array] = field(default_factory=dict)
+    grouped: set[str] = field(default_factory=set)
     consistent: bool = True
 
     @classmethod
@@ -146,7 +152,8 @@ def _reshape(node: onnx.NodeProto, a: _Side, s: Shape, s2: Shape) -> list[onnx.N
     if t is None:
         return []
     _drop(node, "allowzero")
-    target = _reshape_target(s, s2, t, node.output[0])
+    groups = (1,) if node.output[0] in a.grouped else ()
+    target = _reshape_target(s, s2, t, node.output[0], groups)
     if target.count(-1) < 2:
         return [_constant(node, 1, target)]
     source = {
@@ -214,6 +221,20 @@ def _resize(node: onnx.NodeProto, a: _Side, s: Shape, s2: Shape) -> list[onnx.No
     return _proportional(node, [3], [a.values[node.input[3]]], axes, s, s2)
 
 
+def _instance_norm(node: onnx.NodeProto, a: _Side, s: Shape, s2: Shape) -> list[onnx.NodeProto]:
+    """A scale and a bias that are one number each (those of a group norm, which scales later) get the new length."""
+    scale, bias = (a.values[name] for name in node.input[1:3])
+    if s[1] == s2[1] or np.ptp(scale) or np.ptp(bias):
+        return []
+    name = f"{node.output[0]}_follow"
+    new = [helper.make_node("Shape", [node.input[0]], [f"{name}_groups"], start=1, end=2)]
+    for k, value in ((1, scale), (2, bias)):
+        one = helper.make_node("Constant", [], [f"{name}_{k}_value"], value=numpy_helper.from_array(value[:1]))
+        new += [one, helper.make_node("Expand", [f"{name}_{k}_value", f"{name}_groups"], [f"{name}_{k}"])]
+        node.input[k] = f"{name}_{k}"
+    return new
+
+
 def _split(node: onnx.NodeProto, a: _Side, s: Shape, s2: Shape) -> list[onnx.NodeProto]:
     axis = _attribute(node, "axis", 0) % len(s)
     sizes = a.values[node.input[1]] if len(node.input) > 1 else np.array([])
@@ -222,8 +243,11 @@ def _split(node: onnx.NodeProto, a: _Side, s: Shape, s2: Shape) -> list[onnx.Nod
     return _proportional(node, [1], [sizes], [axis] * len(sizes), s, s2)
 
 
-def _reshape_target(s: Shape, s2: Shape, t: Shape, name: str) -> list[int]:
+def _reshape_target(s: Shape, s2: Shape, t: Shape, name: str, groups: Sequence[int] = ()) -> list[int]:
     """Target that follows: dense input ``s`` -> ``t``; with the narrower input ``s2`` only widths of ``t`` shrink.
+
+    Args:
+        groups: dimensions of ``t`` that hold a number of groups where they are no dimension of ``s`` unchanged.
 
     Returns:
         per dimension its size, 0 = copied from the input, -1 = to be inferred (there may be several).
@@ -234,7 +258,7 @@ def _reshape_target(s: Shape, s2: Shape, t: Shape, name: str) -> list[int]:
             continue
         total = prod(s2[i] for i in left)
         fits = [j for j in right if total % (prod(t[k] for k in right if k != j)) == 0]
-        fits = [j for j in fits if t[j] > 1]
+        fits = [j for j in fits if t[j] > 1 and (j not in groups or right == [j])]
         if not fits:
             raise TemplateError(f"{name}: no single dimension of the reshape {s} -> {t} follows {s2}")
         j = min(fits, key=lambda k: (t[k], -k))  # the probe removes single channels or heads: the least that can go
@@ -313,6 +337,7 @@ def _proportional(
 REWRITES: dict[str, Callable[[onnx.NodeProto, _Side, Shape, Shape], list[onnx.NodeProto]]] = {
     "Expand": _expand,
     "Gather": _gather,
+    "InstanceNormalization": _instance_norm,
     "Reshape": _reshape,
     "Resize": _resize,
     "Slice": _slice,

@@ -100,6 +100,22 @@ def test_what_is_expanded_to_a_width_in_the_code_follows_it(build: type[nn.Modul
     assert np.allclose(*outputs, atol=1e-5)
 
 
+@pytest.mark.parametrize(("groups", "channels"), [(1, 8), (2, 8), (4, 16), (8, 16), (16, 32), (32, 64), (8, 8)])
+@pytest.mark.parametrize("size", [8, 4])
+def test_group_norms_keep_their_groups_and_follow_the_width(groups: int, channels: int, size: int):
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(groups, channels)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    model = nn.Sequential(nn.Conv2d(3, channels, 3, padding=1), norm, nn.ReLU(), nn.Conv2d(channels, 4, 1)).eval()
+    x = torch.randn(2, 3, size, size)
+    graph = ChannelGraph.trace(model, x)
+    template = OnnxTemplate.export(model, x, graph)
+    group = graph.groups[0]
+    for kept in (range(group.size), range(max(1, group.size // 2)), (group.size - 1,)):
+        plan = PruningPlan.full(graph.groups).replace({group.name: kept})
+        assert template.check(plan, prune(model, graph, plan), x).ok
+
+
 def test_lists_and_mappings_in_and_several_outputs(tmp_path: Path):
     model = prepared(nets.Heads())
     example = ([torch.randn(SMALL), torch.randn(SMALL)], {"scale": torch.tensor(0.5)})
