@@ -243,3 +243,9 @@ def test_an_entry_whose_move_never_came_is_no_champion_but_one_that_is_marked_is
     assert champions(entries, "1") == ["1"]
     assert champions(entries, "2") == ["1", "2"]
     assert champions([entries[0], Event(PROMOTE, "d", "2", "1", 1)], "1") == ["1", "2", "1"]
+
+
+def test_a_roll_back_to_what_was_found_does_not_lead_forward_again() -> None:
+    entries = [Event(PROMOTE, "d", "4", None, 0), Event(FOUND, "d", "3", None, 1), Event(ROLLBACK, "d", "3", "4", 2)]
+    assert champions(entries[:2], "4") == ["3", "4"]
+    assert champions(entries, "3") == ["3"]
