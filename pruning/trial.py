@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pruning.channels import Assembly, ChannelGraph, Followed, assemble, layer_of
+from pruning.comparisons import Comparison, comparisons_noted, note_comparisons, turning_plan
 from pruning.lines import line_of, running_line
 from pruning.plan import ChannelGroup, IntArray, PruningPlan
 from pruning.reference import Arithmetic, Numbers, Scales, run_masked
@@ -87,13 +88,38 @@ def settle(tracer: Tracer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Ch
             continue
         if to_be_proven and (wrong := trial.differs_from_masked(args, kwargs)):
             findings.withdraw(wrong)
-            clean = 0
-            assembly = assemble(tracer, batch, findings.followed)
-            continue
-        return graph
+        elif not _try_turns(findings, assembly, trial, args, kwargs):
+            return graph
+        clean = 0
+        assembly = assemble(tracer, batch, findings.followed)
     for labels, reason in tracer.labels.stated:
         tracer.labels.freeze(labels, f"{reason}, and {ROUNDS} trials did not settle it")
     return settle(tracer, args, kwargs)
+
+
+def _try_turns(
+    findings: _Findings, assembly: Assembly, last: _Trial, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> bool:
+    """Try each comparison at widths at which it turns; freeze what does not bear it. Whether anything was frozen."""
+    frozen = False
+    tried: dict[tuple[Any, ...], str] = {}
+    for comparison in last.comparisons:
+        sides = last.compared(comparison)
+        if sides is None:
+            continue
+        key = (comparison.line, comparison.name, *(n if isinstance(n, int) else len(n) for n in sides))
+        if key not in tried and (plan := turning_plan(comparison, sides, assembly, last.plan)) is not None:
+            trial = _Trial(findings.tracer, assembly, plan, shapes_only=False)
+            trial.run(args, kwargs)
+            failed = trial.failure is not None or bool(trial.mismatches)
+            tried[key] = "fails" if failed else trial.differs_from_masked(args, kwargs)
+        if tried.get(key):
+            frozen = True
+            for side in sides:
+                if not isinstance(side, int):
+                    reason = f"a comparison of sizes turns at other widths: {comparison.line}"
+                    findings.tracer.labels.freeze(side, reason)
+    return frozen
 
 
 def trial_plan(graph: ChannelGraph, seed: int) -> PruningPlan:
@@ -200,6 +226,7 @@ def _dense(value: int) -> int:
     return value.dense if isinstance(value, Number) else value
 
 
+note_comparisons(Number)
 for _name in ("add", "sub", "mul", "floordiv", "mod"):
     _keep_sources(f"__{_name}__")
     _keep_sources(f"__r{_name}__")
@@ -237,6 +264,8 @@ class _Trial(TorchFunctionMode):
         """Whether a tensor of another shape than promised could not be replaced: the rest of the run tells nothing."""
         self.failure: tuple[tuple[str, str], str, str] | None = None
         """The module that ran last and the one that raised, what, and the line."""
+        self.comparisons: list[Comparison] = []
+        """Comparisons of sizes that the code has made."""
         self.outputs: Any = None
         self.numbers: Numbers = {}
         self.followed = {(f.module, f.name, f.index): tracer.dims[f.dim - 1] for f in self.graph.followed}
@@ -261,7 +290,8 @@ class _Trial(TorchFunctionMode):
             self.calls, arithmetic = Calls(entered), Arithmetic(entered)
             scales = nullcontext() if self.shapes_only else Scales(arithmetic)
             try:
-                with NoArithmetic() if self.shapes_only else arithmetic, self, scales:
+                with NoArithmetic() if self.shapes_only else arithmetic, self, scales, comparisons_noted() as compared:
+                    self.comparisons = compared
                     self.outputs = pruned(*args, **kwargs)
             except NeedsValuesError:
                 raise
@@ -275,6 +305,22 @@ class _Trial(TorchFunctionMode):
         """How the outputs of a run differ from those of the masked dense network; empty if they do not."""
         expected = run_masked(self.tracer.model, self.graph, self.plan, args, kwargs, self.numbers)
         return compare_outputs(self.outputs, expected, TRIAL_TOLERANCE).reason
+
+    def compared(self, comparison: Comparison) -> tuple[IntArray | int, IntArray | int] | None:
+        """What the sides of a comparison count; None where none follows a width, or one is computed from others."""
+        sides = [self._counted(side) for side in (comparison.left, comparison.right)]
+        if any(side is None for side in sides) or all(isinstance(side, int) for side in sides):
+            return None
+        return sides[0], sides[1]  # type: ignore[return-value]
+
+    def _counted(self, number: int) -> IntArray | int | None:
+        if not isinstance(number, Number):
+            return int(number)
+        source = number.sources[0]
+        labels = source.labels if source.labels is not None else self.followed.get(source.place)
+        if labels is None:
+            return int(number) if number.exact else None
+        return labels if number.exact and len(labels) == number.dense else None
 
     def length(self, labels: IntArray) -> int:
         """How many of these labels the trial keeps."""
@@ -491,6 +537,10 @@ class _Findings:
         for exact in (True, False):
             if any([self._settle(n, dim, m) for n, dim, m in needs if n.exact == exact]):
                 return True
+        if (trial.mismatches or trial.failure) and any(
+            [self._follow_guard(c, trial) for c in trial.comparisons if c.turned]
+        ):
+            return True
         if trial.mismatches:
             for m in trial.mismatches:
                 for dim in m.labels:
@@ -508,6 +558,17 @@ class _Findings:
         for dim in fresh:
             self.tracer.labels.freeze(dim, reason)
         return True
+
+    def _follow_guard(self, comparison: Comparison, trial: _Trial) -> bool:
+        """Sizes that are equal in the dense network and were compared (``x.shape[1] != self.width``) stay equal."""
+        sides = (comparison.left, comparison.right)
+        if not all(isinstance(n, Number) and n.exact for n in sides) or sides[0].dense != sides[1].dense:
+            return False
+        for known, other in (sides, sides[::-1]):
+            labels = trial.compared(Comparison("eq", known, 0, True, False, ""))
+            if labels is not None and isinstance(labels[0], np.ndarray):
+                return self._settle(other, labels[0], Mismatch((), (), comparison.line))
+        return False
 
     def _seen_in(self, module: str, trial: _Trial, *, below: bool = True) -> list[IntArray]:
         """Dimensions of tensors in a module (and the modules below it) that the trial made smaller."""

@@ -246,7 +246,7 @@ def test_nothing_is_kept_of_tensors_that_are_gone() -> None:
 
 
 def test_numbers_know_their_sources() -> None:
-    width, heads = Number.of(12, (Source("a", "width", None, 12),)), Number.of(3, (Source("a", "heads", None, 3),))
+    width, heads = (Number.of(n, (Source("a", name, None, n),), n) for name, n in (("width", 12), ("heads", 3)))
     head = 2 * (width // heads)
     assert head == 8 and isinstance(head, Number)
     assert [s.name for s in head.sources] == ["width", "heads"] and not head.exact and width.exact
