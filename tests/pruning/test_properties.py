@@ -194,7 +194,7 @@ def test_scatter_and_slicing_are_inverse(kinds: list[tuple[str, int]], seed: int
 
 
 def _swapped_cat(p: rules.Propagation, a: rules.Arguments, out: Tensor) -> None:
-    rules.cat(p, {**a, "tensors": a["tensors"][::-1]}, out)
+    rules.parts.cat(p, {**a, "tensors": a["tensors"][::-1]}, out)
 
 
 def _same_labels(p: rules.Propagation, a: rules.Arguments, out: Tensor) -> None:
