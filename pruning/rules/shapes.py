@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from pruning.plan import IntArray
-from pruning.rules.labels import Dim, Propagation
+from pruning.rules.labels import Dim, Labels, Propagation
 from pruning.rules.operators import Arguments
 
 
@@ -44,7 +45,8 @@ EXPANDING = {"expand", "expand_as", "broadcast_to", "repeat", "tile", "normalize
 
 def view(p: Propagation, a: Arguments, out: Any) -> None:
     """Merging repeats labels; splitting ties what must stay rectangular; anything else freezes."""
-    x, before, after = p.of(a["self"]), a["self"].shape, out.shape
+    after = out.shape
+    x, before = _refined(p.of(a["self"]), a["self"].shape, after)
     result: list[Dim] = [None] * out.ndim
     if out.numel() == 0:
         for dim in x:
@@ -81,6 +83,24 @@ def view(p: Propagation, a: Arguments, out: Any) -> None:
         if p.function in STATING and p.inferred != o:
             p.state(result[o])
     p.set(out, result)
+
+
+def _refined(x: Labels, before: Sequence[int], after: Sequence[int]) -> tuple[Labels, list[int]]:
+    """Dimensions without labels, divided where dimensions of the result begin (batch and heads of an attention)."""
+    ends = np.cumprod([1, *after]).tolist()
+    dims: list[Dim] = []
+    shape: list[int] = []
+    start = 1
+    for dim, n in zip(x, before, strict=True):
+        stop = start * n
+        inside = [end for end in dict.fromkeys(ends) if start < end < stop] if dim is None else []
+        steps = [start, *inside, stop]
+        if any(b % a for a, b in pairwise(steps)):
+            steps = [start, stop]
+        shape += [b // a for a, b in pairwise(steps)]
+        dims += [dim] * (len(steps) - 1)
+        start = stop
+    return tuple(dims), shape
 
 
 def _carrier(p: Propagation, full: IntArray, inferred: int | None) -> tuple[int, IntArray]:

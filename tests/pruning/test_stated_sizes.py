@@ -221,7 +221,38 @@ def decoder(unflatten: nn.Module) -> Case:
     return Case("0=8", lambda: nn.Sequential(*(layer() for layer in layers)), CODE)
 
 
-CASES = {
+class Queries(nn.Module):
+    """Learned queries attend to an image (DETR, poolers): several rows of a parameter or an embedding."""
+
+    def __init__(self, rows: int, *, batch_first: bool, of_embedding: bool) -> None:
+        super().__init__()
+        self.backbone = nn.Conv2d(3, 16, 2, 2)
+        self.rows = nn.Embedding(rows, 16) if of_embedding else nn.Parameter(noise(rows, 16))
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=batch_first)
+        self.head, self.batch_first = nn.Linear(16, 4), batch_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.rows if isinstance(self.rows, Tensor) else self.rows.weight
+        tokens = self.backbone(x).flatten(2)
+        if self.batch_first:
+            tokens, query = tokens.transpose(1, 2), rows[None].expand(len(x), -1, -1)
+        else:
+            tokens, query = tokens.permute(2, 0, 1), rows[:, None].repeat(1, len(x), 1)
+        return self.head(query + self.attention(query, tokens, tokens)[0])
+
+
+QUERIES = {
+    f"{rows} learned queries, {'an embedding' if embedding else 'a parameter'}{', batch first' * batch_first}": Case(
+        "backbone=8",
+        lambda r=rows, e=embedding, b=batch_first: Queries(r, batch_first=b, of_embedding=e),  # type: ignore[misc]
+    )
+    for rows in (1, 5)
+    for embedding in (False, True)
+    for batch_first in (False, True)
+}
+
+
+CASES = QUERIES | {
     "one attribute, split by a tuple": Case(HALVES, halves(lambda m, y: y.split((m.half, m.half), 1))),
     "one attribute, split by a list": Case(HALVES, halves(lambda m, y: torch.split(y, [m.half] * 2, dim=1))),
     "one attribute, computed": Case(HALVES, halves(lambda m, y: y.split((m.half, 2 * m.half - m.half), 1))),
