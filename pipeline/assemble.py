@@ -123,7 +123,8 @@ class Run:
         params = flatten(self.config.model_dump(mode="json"))
         compat = bool(self.config.search.options.get("paper_compat"))
         labels = {"secateur.method": self.config.search.method, "secateur.paper_compat": str(compat).lower()}
-        self.tracker = Tracker(self.config.tracking, home(), self.run_id, self.run_id, params, labels)
+        lock = self.directory / "tracking.lock"
+        self.tracker = Tracker(self.config.tracking, home(), self.run_id, self.run_id, params, labels, lock)
 
     def __enter__(self) -> Run:
         return self

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.tracking.history import Event as Event
+    from pipeline.tracking.ownership import CANDIDATE_TAG as CANDIDATE_TAG
+    from pipeline.tracking.ownership import PARENT_TAG as PARENT_TAG
     from pipeline.tracking.ownership import RUN_TAG as RUN_TAG
     from pipeline.tracking.place import shown as shown
     from pipeline.tracking.place import store_uri as store_uri
@@ -20,16 +22,14 @@ if TYPE_CHECKING:
     from pipeline.tracking.registry import Registry as Registry
     from pipeline.tracking.registry import Version as Version
     from pipeline.tracking.registry import alias_of as alias_of
-    from pipeline.tracking.tracker import CANDIDATE_TAG as CANDIDATE_TAG
-    from pipeline.tracking.tracker import PARENT_TAG as PARENT_TAG
     from pipeline.tracking.tracker import Tracker as Tracker
 
 _HOME = {
     "history": ("Event",),
-    "ownership": ("RUN_TAG",),
+    "ownership": ("CANDIDATE_TAG", "PARENT_TAG", "RUN_TAG"),
     "place": ("shown", "store_uri"),
     "registry": ("ChampionMovedError", "Decision", "Gate", "Registry", "Version", "alias_of"),
-    "tracker": ("CANDIDATE_TAG", "PARENT_TAG", "Tracker"),
+    "tracker": ("Tracker",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

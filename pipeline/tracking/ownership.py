@@ -13,6 +13,8 @@ from pipeline.tracking.place import shown
 
 RUN_TAG = "secateur.run_id"
 """On an MLflow run and on a version: Secateur's id of the run that made it."""
+CANDIDATE_TAG, PARENT_TAG = "candidate.id", "mlflow.parentRunId"
+"""On the MLflow run of a candidate: which one it is, and of which run."""
 MADE_TAG = "secateur.made"
 """On an experiment: ``made`` by Secateur, or ``taken over``."""
 DEFAULT_DEVICE = "secateur.default_device"

@@ -22,11 +22,11 @@ from mlflow.entities import Metric, Param
 from pipeline.config import TrackingSection
 from pipeline.errors import TrackingError, UserError, masked
 from pipeline.journal import Record
-from pipeline.tracking.courier import Child, Courier, write
+from pipeline.tracking.courier import Child, Courier, alone, write
+from pipeline.tracking.ownership import CANDIDATE_TAG, PARENT_TAG
 from pipeline.tracking.registry import Registry, Version
 from pipeline.tracking.store import RUN_TAG, Unreachable, connect, experiment_of, first_line, shown, store_uri
 
-CANDIDATE_TAG, PARENT_TAG = "candidate.id", "mlflow.parentRunId"
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
 MAX_TEXT = 5000
 MANY = 64
@@ -46,6 +46,7 @@ class Tracker:
         run_id: Secateur's id of the run; the parent is found again by it.
         run_name: shown in MLflow.
         params: of the parent run.
+        lock: file of the lock under which candidates are written, whichever process does it; None = none is needed.
         reward: evaluation record -> reward, None while no reward can be computed.
     """
 
@@ -57,9 +58,10 @@ class Tracker:
         run_name: str,
         params: Mapping[str, Any],
         labels: Mapping[str, str] | None = None,
+        lock: Path | None = None,
     ) -> None:
         self.section, self.home, self.run_id, self.run_name, self.params = section, home, run_id, run_name, params
-        self.labels = dict(labels or {})
+        self.labels, self.lock = dict(labels or {}), lock
         self.uri = store_uri(section, home)
         self.reward: Callable[[Record], float | None] = lambda _: None
         self.failure = ""
@@ -114,7 +116,8 @@ class Tracker:
                 params = [Param(key, masked(str(value))[:MAX_TEXT]) for key, value in self.params.items()]
                 client.log_batch(self._parent, params=params)
             self._experiment_id = experiment_id
-            self._delivered = self._children(client, experiment_id)
+            with alone(self.lock):  # what tells MLflow for a dead process of this run may not have ended yet
+                self._delivered = self._children(client, experiment_id)
             self._client = client
             return client
 
@@ -234,11 +237,12 @@ class Tracker:
         name = f"{candidate['origin']}-{candidate['id']}"
         child = Child(self._experiment_id, name, at_ms, {k: v[:MAX_TEXT] for k, v in tags.items()}, values)
         if self._courier is None and len(self._delivered) >= MANY:
-            self._courier = Courier(self.uri)
+            self._courier = Courier(self.uri, self.lock)
         if (courier := self._courier) is not None:
             courier.write(child)
         else:
-            write(client, child)
+            with alone(self.lock):
+                write(client, child)
         self._delivered.add(key)
 
     # -- the end of a run --------------------------------------------------------------------------------------------

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,9 @@ from onnx import TensorProto, helper
 
 from pipeline.config import TrackingSection
 from pipeline.errors import TrackingError
+from pipeline.locks import held
 from pipeline.tracking import CANDIDATE_TAG, PARENT_TAG, RUN_TAG, Tracker, shown
-from pipeline.tracking.courier import Child, Courier
+from pipeline.tracking.courier import Child, Courier, write
 from pipeline.tracking.store import Unreachable, connect, first_line
 
 from ..servers import database_url, free_port, postgres, running
@@ -318,10 +321,79 @@ def test_a_courier_ends_with_whoever_started_it_and_shows_nobody_the_password() 
 def test_a_courier_that_fails_says_why(home: Path) -> None:
     courier = Courier(f"sqlite:///{home}/mlflow.db")
     try:
-        with pytest.raises(RuntimeError, match="AttributeError"):
-            courier.write(Child("0", "x", 0, {}, [1.0]))  # type: ignore[arg-type]
+        with pytest.raises(RuntimeError, match="KeyError"):
+            courier.write(Child("0", "x", 0, {}, {}))
     finally:
         courier.close()
+
+
+def made_up(home: Path, key: str) -> Child:
+    """A candidate of a parent run that nobody made."""
+    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
+    experiment = client.get_experiment_by_name("tests") or client.get_experiment(client.create_experiment("tests"))
+    tags = {CANDIDATE_TAG: key, PARENT_TAG: "a" * 32}
+    return Child(experiment.experiment_id, key, 1, tags, {"top1": 0.5})
+
+
+def keys_of(home: Path, child: Child) -> list[str]:
+    runs = MlflowClient(f"sqlite:///{home}/mlflow.db").search_runs([child.experiment_id])
+    return sorted(run.data.tags[CANDIDATE_TAG] for run in runs)
+
+
+def test_a_courier_looks_before_it_writes(home: Path) -> None:
+    first, second = made_up(home, "search:evaluation:1"), made_up(home, "search:evaluation:2")
+    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
+    write(client, first)
+    client.create_run(second.experiment_id, tags=dict(second.tags))  # cut short
+    courier = Courier(f"sqlite:///{home}/mlflow.db", home / "lock")
+    try:
+        for child in (first, second, first, second):
+            courier.write(child)
+    finally:
+        courier.close()
+    assert keys_of(home, first) == ["search:evaluation:1", "search:evaluation:2"]
+
+
+def test_a_courier_whose_parent_is_gone_writes_no_more(home: Path) -> None:
+    """It has the candidate already, and waits: the lock is what the run's next process takes first."""
+    child = made_up(home, "search:evaluation:1")
+    program = (
+        "import json, sys; from pathlib import Path; from pipeline.tracking.courier import Child, Courier\n"
+        "courier = Courier(sys.argv[1], Path(sys.argv[2])); row = json.loads(sys.argv[3])\n"
+        "print('started', flush=True); courier.write(Child(**row))\n"
+    )
+    uri, lock = f"sqlite:///{home}/mlflow.db", home / "lock"
+    command = [sys.executable, "-c", program, uri, str(lock), json.dumps(asdict(child))]
+    root, pipe = Path(__file__).parents[2], subprocess.PIPE
+    with held(lock, "it", 0, print), subprocess.Popen(command, cwd=root, stdout=pipe) as parent:
+        assert parent.stdout is not None and parent.stdout.readline() == b"started\n"
+        (courier,) = couriers(psutil.Process(parent.pid))
+        assert wait_for(lambda: any(file.path == str(lock) for file in courier.open_files()))  # it has come so far
+        parent.kill()
+    assert wait_for(lambda: not courier.is_running() or courier.status() == psutil.STATUS_ZOMBIE)
+    assert keys_of(home, child) == []
+
+
+def test_what_is_doubled_all_the_same_is_merged_at_the_next_start(home: Path) -> None:
+    tracking = tracker(home)
+    tracking.start()
+    for i in range(3):
+        tracking.candidate(record(i))
+    assert tracking.flush(120) == 0
+    tracking.close()
+    client = MlflowClient(tracking.uri)
+    for run in children(tracking.uri):
+        tags = {name: value for name, value in run.data.tags.items() if not name.startswith("mlflow.run")}
+        write(client, Child(run.info.experiment_id, run.info.run_name, 1, tags, dict(run.data.metrics)))
+    assert len(children(tracking.uri)) == 6
+    again = tracker(home)
+    again.start()
+    for i in range(3):
+        again.candidate(record(i))
+    assert again.flush(120) == 0
+    again.close()
+    found = sorted(r.data.tags[CANDIDATE_TAG] for r in children(again.uri))
+    assert found == [f"search:evaluation:{i}" for i in range(3)]
 
 
 def test_a_store_is_made_whole_or_not_at_all_by_however_many_at_once(tmp_path: Path) -> None:
