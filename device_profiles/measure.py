@@ -14,49 +14,28 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from device_profiles.agent import PROTOCOL
+from device_profiles.answers import BenchmarkAnswer, SamplesAnswer, parse
 from device_profiles.errors import DeviceError
+from device_profiles.intervals import MANY_PROCESSES, MIN_PROCESSES_TO_STOP, Ratio, is_look, of_processes, rounding_of
 from device_profiles.profile import DeviceProfile, Tier
 from device_profiles.target import Target
 
 FloatArray = npt.NDArray[np.float64]
 TierName = Literal["search", "final"]
 
-RESAMPLES = 2000
-INNER_RESAMPLES = 200
 MAX_PRESSURE = 0.05  # share of time in which some process waited for a CPU
 MAX_WALL_OVER_CPU = 1.05
 MAX_DRIFT = 0.03
 MAX_CLOCK_LOSS = 0.05
+MAX_ROUNDING = 0.05
+"""Half a step of the clock of CPU time, as a share of a call, above which wall time tells more."""
 CLEAN = 1.05  # wall over CPU time of a call that nobody interrupted
-# Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom.
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A ratio of latencies with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def half_width(self) -> float:
-        return (self.high - self.low) / 2
-
-    @property
-    def inverse(self) -> Ratio:
-        return Ratio(1 / self.value, 1 / self.high, 1 / self.low)
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 @dataclass(frozen=True)
@@ -156,11 +135,12 @@ class BenchmarkResult:
         tier: ``search``, ``final`` or ``custom``.
         names: the models in the order they were timed; the first is the one that drift is judged by.
         sha256: file digest per model.
-        statistic: ``cpu`` (ratio of medians of CPU time) or ``wall`` (median of paired wall ratios).
+        statistic: ``cpu`` (ratio of medians of CPU time) or ``wall`` (median of paired wall ratios); every figure that
+            is compared with another one comes from this clock.
         processes: one entry per fresh process.
-        seed: of the inputs and of the bootstrap.
+        seed: of the inputs.
         noise_floor: half-width (fraction, 95 %) of a model against itself in one process, as the device's probe found
-            it; widens intervals from one process, which cannot see what differs between processes.
+            it; widens comparisons of measurements of different days (see ``pipeline.reprofile``).
         max_temperature_c: the profile's limit.
         spoiled: what was wrong with each process that was thrown away and measured again.
         disturbed: what is wrong with processes that count all the same, because no more were to be thrown away.
@@ -189,6 +169,10 @@ class BenchmarkResult:
     def percentile_ms(self, name: str, q: float) -> float:
         """Percentile ``q`` (0-100) of warm single-call wall latency."""
         return float(np.percentile(self.wall_ms(name), q))
+
+    def compared_ms(self, name: str, q: float) -> float:
+        """Percentile ``q`` (0-100) of a call by the clock that ratios come from, so that a result's figures agree."""
+        return float(np.percentile(self.cpu_ms(name) if self.statistic == "cpu" else self.wall_ms(name), q))
 
     def p50_ms(self, name: str) -> float:
         return self.percentile_ms(name, 50)
@@ -237,31 +221,18 @@ class BenchmarkResult:
         return self.processes[-1].environment
 
     def ratio(self, name: str, reference: str) -> Ratio:
-        """Latency of ``name`` / latency of ``reference``, with a 95 % bootstrap interval.
+        """Latency of ``name`` / latency of ``reference``, with Student's 95 % interval over processes.
 
-        One process: circular block bootstrap over paired iterations (Politis & Romano 1992), blind to what differs
-        between processes. Several: cluster bootstrap (processes, then iterations) of the mean log ratio.
+        Under three processes it is a point estimate: one process cannot tell what another would have found.
 
         Raises:
             DeviceError: a model was not measured.
         """
-        rng = np.random.default_rng([self.seed, len(self.processes)])
         pairs = [(self._samples(p, name), self._samples(p, reference)) for p in self.processes]
-        value = float(np.exp(np.mean([np.log(self._estimate(a, b)) for a, b in pairs])))
         if name == reference:
             return Ratio(1.0, 1.0, 1.0)
-        if len(pairs) == 1:
-            draws = self._resampled(*pairs[0], RESAMPLES, rng)
-            low, high = np.quantile(draws, [0.025, 0.975])
-            low, high = (value * np.exp(-self._with_floor(value, low)), value * np.exp(self._with_floor(value, high)))
-        else:
-            inner = np.log(np.stack([self._resampled(a, b, INNER_RESAMPLES, rng) for a, b in pairs]))
-            processes = rng.integers(len(pairs), size=(RESAMPLES, len(pairs)))
-            replicates = rng.integers(INNER_RESAMPLES, size=processes.shape)
-            draws = np.exp(inner[processes, replicates].mean(axis=1))
-            tail = expanded_tail(len(pairs))
-            low, high = np.quantile(draws, [tail, 1 - tail])
-        return Ratio(value, min(value, float(low)), max(value, float(high)))
+        estimates = [self._estimate(a, b) for a, b in pairs]
+        return of_processes(estimates, max(rounding_of(a, b) for a, b in pairs))
 
     def speedup(self, name: str, reference: str) -> Ratio:
         """How many times faster ``name`` is than ``reference``: the inverse of ``ratio``."""
@@ -345,36 +316,9 @@ class BenchmarkResult:
             raise DeviceError(f"model {name!r} was not measured; measured: {', '.join(self.names)}")
         return np.asarray(getattr(process.models[name], kind or f"{self.statistic}_ms"), dtype=np.float64)
 
-    def _with_floor(self, value: float, bound: float) -> float:
-        """Distance of a bound from the value in logarithms, with the noise floor added."""
-        return float(np.hypot(np.log(bound / value), self.noise_floor or 0.0))
-
     def _estimate(self, a: FloatArray, b: FloatArray) -> float:
         """Paired samples, shape ``(repeats,)`` each -> latency ratio a / b."""
         return float(np.median(a) / np.median(b) if self.statistic == "cpu" else np.median(a / b))
-
-    def _resampled(self, a: FloatArray, b: FloatArray, count: int, rng: np.random.Generator) -> FloatArray:
-        """``_estimate`` on ``count`` bootstrap samples, shape ``(count,)``: pairs stay together, neighbours mostly."""
-        n = len(a)
-        block = round(n ** (1 / 3))
-        blocks = -(-n // block)
-        draws = np.empty(count)
-        chunk = max(1, 2_000_000 // n)  # bounds the memory, not the result's meaning
-        for start in range(0, count, chunk):
-            size = min(chunk, count - start)
-            heads = rng.integers(n, size=(size, blocks, 1))
-            picks = ((heads + np.arange(block)) % n).reshape(size, -1)[:, :n]
-            if self.statistic == "cpu":
-                draws[start : start + size] = np.median(a[picks], axis=1) / np.median(b[picks], axis=1)
-            else:
-                draws[start : start + size] = np.median((a / b)[picks], axis=1)
-        return draws
-
-
-def expanded_tail(clusters: int) -> float:
-    """Tail probability of a 95 % percentile interval widened for few clusters (Hesterberg 2015)."""
-    t = T_975[clusters - 2] if clusters - 2 < len(T_975) else 1.96 * (1 + 1.25 / (clusters - 1))
-    return NormalDist().cdf(-t * (clusters / (clusters - 1)) ** 0.5)
 
 
 def measure(
@@ -390,6 +334,7 @@ def measure(
     noise_floor: float | None = None,
     half_width: float | None = None,
     seconds: float | None = None,
+    until: Callable[[BenchmarkResult], bool] | None = None,
     inputs: Path | None = None,
 ) -> BenchmarkResult:
     """Time ONNX files on a device, interleaved, in as many fresh processes as the tier asks for.
@@ -404,8 +349,10 @@ def measure(
         energy: also take the energy of a call, where the device counts it.
         noise_floor: see ``BenchmarkResult``.
         half_width: go on until the 95 % interval of every ratio to the first model is no wider than +- this fraction,
-            three processes at least, instead of the tier's number of processes.
+            seven processes at least, instead of the tier's number of processes.
         seconds: with ``half_width``: when to stop anyway.
+        until: asked after the tier's number of processes, and each time it has doubled, whether the result decides what
+            it was made for; ends at the tier's ``max_processes`` anyway.
         inputs: ``.npz`` with an array for every input of the models, where their latency depends on the values; None =
             random ones.
 
@@ -453,12 +400,14 @@ def measure(
         max_temperature_c=profile.max_temperature_c,
     )
     begin = time.monotonic()
-    while not _enough(result, rules, half_width, seconds, time.monotonic() - begin):
+    while not _enough(result, rules, half_width, seconds, time.monotonic() - begin, until):
         if profile.cool_down_s and (result.processes or result.spoiled):
             time.sleep(profile.cool_down_s)
         turn = len(result.processes) + len(result.spoiled)
         order = request["models"][:: -1 if turn % 2 else 1]  # what is loaded first tends to be slower by half a percent
         process = _process(target.run({**request, "models": order}, timeout_s=limit_s + 30), result.names)
+        if _too_coarse(process):
+            result = replace(result, statistic="wall")
         faults = _faults(replace(result, processes=(process,)), rules)
         if faults and len(result.spoiled) < rules.retries:
             result = replace(result, spoiled=(*result.spoiled, ", ".join(faults)))
@@ -471,18 +420,31 @@ def measure(
 
 
 def _enough(
-    result: BenchmarkResult, rules: Tier, half_width: float | None, seconds: float | None, elapsed_s: float
+    result: BenchmarkResult,
+    rules: Tier,
+    half_width: float | None,
+    seconds: float | None,
+    elapsed_s: float,
+    until: Callable[[BenchmarkResult], bool] | None,
 ) -> bool:
     """Whether a measurement can end."""
     count = len(result.processes)
     if half_width is None:
-        return count >= rules.processes
+        if until is None or count >= max(rules.processes, rules.max_processes):
+            return count >= rules.processes
+        return is_look(count, rules.processes) and until(result)
     if count and elapsed_s >= (math.inf if seconds is None else seconds):
         return True
-    if count < 3:
-        return False
+    if count >= MANY_PROCESSES or not is_look(count, MIN_PROCESSES_TO_STOP):
+        return count >= MANY_PROCESSES
     ratios = [result.ratio(name, result.names[0]) for name in result.names[1:]]
     return all(ratio.half_width / ratio.value <= half_width for ratio in ratios)
+
+
+def _too_coarse(process: Process) -> bool:
+    """Whether the device's clock of CPU time has steps too large for a call of some model."""
+    samples = [np.asarray(model.cpu_ms) for model in process.models.values()]
+    return any(np.median(cpu) <= 0 or rounding_of(cpu) > MAX_ROUNDING for cpu in samples)
 
 
 def _faults(alone: BenchmarkResult, rules: Tier) -> list[str]:
@@ -493,34 +455,21 @@ def _faults(alone: BenchmarkResult, rules: Tier) -> list[str]:
     return [name for name, raised in checks.items() if raised]
 
 
-def _process(data: Mapping[str, Any], names: Sequence[str]) -> Process:
+def _process(data: Any, names: Sequence[str]) -> Process:
     """From the agent's answer or from JSON.
 
     Raises:
-        DeviceError: the answer is not about these models, or its latencies are no positive numbers.
+        DeviceError: a field is not what it has to be, or a model is missing.
     """
-    try:
-        models = {name: _samples_of(data["models"][name]) for name in names}
-        return Process(models, dict(data["environment"]), float(data["started"]), float(data["ended"]))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DeviceError(f"the device gave an answer that is none: {error!r}", "bad-answer") from error
+    answer = parse(BenchmarkAnswer, data)
+    missing = [name for name in names if name not in answer.models]
+    if missing:
+        raise DeviceError(f"the device gave an answer that is none: nothing about {missing[0]!r}", "bad-answer")
+    models = {name: _samples_of(answer.models[name]) for name in names}
+    return Process(models, dict(data["environment"]), answer.started, answer.ended)
 
 
-def _samples_of(raw: Mapping[str, Any]) -> ModelSamples:
-    known = {key: value for key, value in raw.items() if key in ModelSamples.__dataclass_fields__}
-    wall, cpu = (tuple(float(value) for value in raw[kind]) for kind in ("wall_ms", "cpu_ms"))
-    if not wall or len(wall) != len(cpu):
-        raise ValueError(f"{len(wall)} wall and {len(cpu)} CPU times")
-    if not (all(math.isfinite(v) and v > 0 for v in wall) and all(math.isfinite(v) and v >= 0 for v in cpu)):
-        raise ValueError("latencies must be positive numbers")
-    nodes = tuple(
-        Node(
-            str(n["name"]),
-            str(n["op"]),
-            float(n["ms"]),
-            tuple(tuple(int(d) for d in shape) for shape in n.get("input_shapes", ())),
-            tuple(tuple(int(d) for d in shape) for shape in n.get("output_shapes", ())),
-        )
-        for n in raw.get("nodes") or ()
-    )
-    return ModelSamples(**{**known, "wall_ms": wall, "cpu_ms": cpu, "nodes": nodes})
+def _samples_of(answer: SamplesAnswer) -> ModelSamples:
+    nodes = tuple(Node(n.name, n.op, n.ms, n.input_shapes, n.output_shapes) for n in answer.nodes)
+    fields = {name: getattr(answer, name) for name in ModelSamples.__dataclass_fields__}
+    return ModelSamples(**{**fields, "nodes": nodes})

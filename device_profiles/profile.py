@@ -29,7 +29,9 @@ class Tier(BaseModel):
     """How long to measure.
 
     Args:
-        processes: fresh processes; process-to-process offsets outlast any number of iterations.
+        processes: fresh processes; process-to-process offsets outlast any number of iterations. Under three, a ratio
+            is a point estimate without an interval.
+        max_processes: how many there may be where a comparison is still undecided after ``processes``.
         warmup: untimed calls per model, at least; more follow until calls are steady.
         max_warmup_seconds: seconds of warm-up after which timing begins anyway.
         min_repeats: timed calls per model, at least.
@@ -42,6 +44,7 @@ class Tier(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     processes: int = Field(ge=1, le=1000)
+    max_processes: int = Field(default=0, ge=0, le=10_000)
     warmup: int = Field(ge=0, le=1_000_000)
     min_repeats: int = Field(ge=3, le=1_000_000)
     min_seconds: float = Field(ge=0, le=86_400)
@@ -127,13 +130,13 @@ class DeviceProfile(BaseModel):
     facts: dict[str, Any] = Field(default_factory=dict)
     sources: tuple[str, ...] = ()
     search: Tier = Tier(processes=1, warmup=8, min_repeats=20, min_seconds=0.4)
-    final: Tier = Tier(processes=7, warmup=8, min_repeats=50, min_seconds=0.5, strict=True, retries=5)
+    final: Tier = Tier(processes=7, max_processes=28, warmup=8, min_repeats=50, min_seconds=0.5, strict=True, retries=5)
     budgets: Budgets = Budgets()
 
     @field_validator("final", mode="before")
     @classmethod
     def _strict_unless_it_says_otherwise(cls, value: Any) -> Any:
-        return {"strict": True, "retries": 5, **value} if isinstance(value, dict) else value
+        return {"strict": True, "retries": 5, "max_processes": 28, **value} if isinstance(value, dict) else value
 
     @property
     def multiples(self) -> Multiples:

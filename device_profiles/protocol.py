@@ -17,6 +17,7 @@ from device_profiles.errors import DeviceError
 from device_profiles.target import Progress
 
 CANCEL_LINE = json.dumps({"cancel": True}) + "\n"
+MAX_REPLY_BYTES = 64 * 1024 * 1024  # of stdout and stderr together, in one call of the agent
 STDERR_CHARS = 20_000  # what is kept of the agent's stderr: its end
 
 
@@ -29,11 +30,14 @@ def request_line(request: Mapping[str, Any], **extra: Any) -> str:
 class Reader:
     """Collects what an agent writes, in whatever chunks it comes; lines that are no JSON objects are noise.
 
+    No device is trusted to stop: after ``MAX_REPLY_BYTES`` it is cut off, and the time that reading takes is linear.
+
     Args:
         progress: called with each event, in order; what it raises leaves ``feed``.
 
     Raises:
-        DeviceError: from any method that takes or reads text: a line is nested too deeply (code ``reply-too-long``).
+        DeviceError: from any method that takes or reads text: it is too much, or a line is nested too deeply (code
+            ``reply-too-long``).
 
     Attributes:
         pid: the agent's process on the device, once it said so.
@@ -48,18 +52,23 @@ class Reader:
         self.reply: dict[str, Any] | None = None
         self.stderr = ""
         self._progress = progress
-        self._rest = ""
+        self._rest: list[str] = []  # pieces of the line that has not ended
+        self._taken = 0
         self._decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(2)]
 
     def feed(self, data: bytes | str) -> None:
         """Take a piece of the agent's stdout."""
+        self._count(data)
         text = data if isinstance(data, str) else self._decoders[0].decode(data)
-        *lines, self._rest = (self._rest + text).split("\n")
+        *lines, rest = text.split("\n")
         for line in lines:
-            self._line(line)
+            self._rest.append(line)
+            self._end_line()
+        self._rest.append(rest)
 
     def feed_stderr(self, data: bytes | str) -> None:
         """Take a piece of the agent's stderr."""
+        self._count(data)
         text = data if isinstance(data, str) else self._decoders[1].decode(data)
         self.stderr = (self.stderr + text)[-STDERR_CHARS:]
 
@@ -73,11 +82,26 @@ class Reader:
         Raises:
             DeviceError: the answer is an error, or there is none; see ``error_of``.
         """
-        self._line(self._rest)
-        self._rest = ""
+        self._end_line()
         if self.reply is None or "error" in self.reply or returncode != 0 or signal:
             raise error_of(self.reply, self.stderr, returncode, signal)
         return self.reply
+
+    @property
+    def pids(self) -> list[int]:
+        """The worker (it leads a group of its own) and the agent, as far as the agent named them."""
+        return [pid for pid in (self.worker_pid, self.pid) if type(pid) is int and pid > 1]
+
+    def _count(self, data: bytes | str) -> None:
+        self._taken += len(data)
+        if self._taken > MAX_REPLY_BYTES:
+            size = f"{MAX_REPLY_BYTES // 1024**2} MiB"
+            text = f"the device sent more than {size} and was cut off; does something else print there?"
+            raise DeviceError(text, "reply-too-long")
+
+    def _end_line(self) -> None:
+        line, self._rest = "".join(self._rest), []
+        self._line(line)
 
     def _line(self, line: str) -> None:
         try:

@@ -1,5 +1,5 @@
 """``python -m pipeline`` is ``secateur``."""
 
-from pipeline.program import run_program
+from pipeline.cli import main
 
-run_program()
+main()

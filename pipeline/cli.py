@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import shutil
+import signal
 import sys
 import traceback
 from importlib.util import find_spec
@@ -12,10 +13,10 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from pipeline import children, deploy_cli, devices_cli, errors, interrupts, registry_cli, validate_cli
+from pipeline import deploy_cli, devices_cli, errors, registry_cli
 from pipeline.foreign import exit_code as exit_code
 from pipeline.foreign import expected
-from pipeline.surroundings import home, prepare
+from pipeline.surroundings import prepare
 from pipeline.terminal import command, err, one_line, out, table, use_any_encoding
 
 app = typer.Typer(
@@ -32,7 +33,6 @@ app.add_typer(devices_cli.app, name="devices")
 app.command(name="benchmark")(devices_cli.benchmark)
 for registered_ in (registry_cli.pull, registry_cli.promote, registry_cli.rollback, registry_cli.history):
     app.command()(registered_)
-app.command()(validate_cli.validate)
 app.command()(deploy_cli.deploy)
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and Prefect's log.")]
 SET_HELP = (
@@ -80,6 +80,22 @@ def resume(
     directory = run_dir.absolute()
     return_to_origin(directory)
     _execute(directory, debug)
+
+
+@app.command()
+def validate(file: Annotated[Path, typer.Argument(help="The run file (YAML).")], set_: Overrides = None) -> None:
+    """Check a run file, its device profile, its data and its weights; report everything that is wrong."""
+    from pipeline.config import load_run_file
+
+    config = load_run_file(file, set_ or [])
+    from pipeline.assemble import check_forward, device_profile, open_workload
+
+    profile, workload = device_profile(config), open_workload(config)
+    check_forward(workload.build_model(), workload.example_input())
+    sizes = ", ".join(f"{len(getattr(workload, part)):,} {part}" for part in ("train", "search", "test"))
+    for note in workload.notes:
+        out.print(f"Note: {note}")
+    out.print(f"{one_line(file)} is valid: {config.search.method} for device {profile.name}; images: {sizes}.")
 
 
 @app.command(name="rescore")
@@ -173,9 +189,8 @@ def _execute(directory: Path, debug: bool) -> None:
     from pipeline.tracking import shown
 
     runtime_env(directory, debug)
-    interrupts.current.go_on = command("secateur", "resume", directory)
     try:
-        with children.kept(home(), f"run {directory.name}"), Run(directory, RichProgress(err)) as opened:
+        with Run(directory, RichProgress(err)) as opened:
             facts = execute(opened, debug)
             uri = shown(opened.tracker.uri)
     except UndeliveredError as left:
@@ -183,8 +198,15 @@ def _execute(directory: Path, debug: bool) -> None:
         raise errors.SurroundingsError(
             f"{left}\nThe model is not registered yet; run: {command('secateur', 'resume', directory)}"
         ) from left
+    except KeyboardInterrupt as stop:
+        what, code = "Interrupted", errors.EXIT_INTERRUPTED
+        if isinstance(stop, errors.Terminated):
+            what, code = "Terminated", errors.EXIT_TERMINATED
+        err.print(f"\n{what}; nothing is lost. Continue with: {command('secateur', 'resume', directory)}")
+        raise typer.Exit(code) from None
     _show(facts, directory, uri)
-    refused = any(not decision["passed"] for decision in facts.get("promote", {}).get("devices", {}).values())
+    decisions = facts.get("promote", {}).get("devices", {}).values()
+    refused = any(decision["outcome"] == "refused" for decision in decisions)
     if refused or not facts["judge"]["passed"]:
         raise typer.Exit(errors.EXIT_GATE)
 
@@ -217,22 +239,23 @@ def _show(facts: Any, directory: Path, tracking_uri: str) -> None:
         out.print(f"  {command('secateur', 'list', 'methods')}")
 
 
-def main() -> NoReturn:
-    """Perform a command; turns expected errors into one message and an exit code."""
+def terminate(*_: object) -> NoReturn:
+    """What SIGTERM does: everything under way is cleaned up, an agent on a device is ended."""
+    raise errors.Terminated
+
+
+def main() -> None:
+    """Entry point: turns expected errors into one message and an exit code."""
     debug = "--debug" in sys.argv
     use_any_encoding()
+    signal.signal(signal.SIGTERM, terminate)
     try:
         prepare()
-        children.sweep(home())
         sys.exit(app(standalone_mode=False) or errors.EXIT_OK)
     except typer.TyperException as error:  # a mistake in the command itself
-        if interrupts.current.stopping:
-            raise
         error.show()  # type: ignore[attr-defined]
         sys.exit(errors.EXIT_USER)
-    except Exception as error:
-        if interrupts.current.stopping:  # whatever it is, it comes from the end that was asked for
-            raise
+    except Exception as error:  # noqa: BLE001  the outermost edge: every error becomes one message and a code
         if debug:
             err.print(errors.masked(traceback.format_exc()))
         meant = expected(error)
@@ -242,3 +265,7 @@ def main() -> NoReturn:
         else:
             err.labelled("Error", "bold red", errors.masked(str(meant)))
         sys.exit(exit_code(error))
+
+
+if __name__ == "__main__":
+    main()

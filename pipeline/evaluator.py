@@ -420,7 +420,7 @@ class Evaluator(Scorer):
                 self._baseline_written = True
         if plan.is_full:
             result = self._measure(name, {"baseline": baseline})
-            tail = result.p95_ms("baseline") / result.p50_ms("baseline")
+            tail = result.compared_ms("baseline", 95) / result.compared_ms("baseline", 50)
             idle = result.calibrated_ms("baseline")
             times = {"p50_ms": idle, "p95_ms": idle * tail}
             ratio, size = Ratio(1.0, 1.0, 1.0), baseline.stat().st_size
@@ -431,7 +431,9 @@ class Evaluator(Scorer):
                 size = path.stat().st_size
             ratio = result.ratio("candidate", "baseline")
             times = {figure: ratio.value * dense[figure] for figure in ("p50_ms", "p95_ms")}
-        ratios = {"latency_ratio": ratio.value, "latency_ratio_low": ratio.low, "latency_ratio_high": ratio.high}
+        ratios = {"latency_ratio": ratio.value}
+        if ratio.known:
+            ratios |= {"latency_ratio_low": ratio.low, "latency_ratio_high": ratio.high}
         return {**ratios, **times, "size_bytes": float(size)}, result
 
     def _measure(self, name: str, models: Mapping[str, Path]) -> BenchmarkResult:

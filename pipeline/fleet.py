@@ -283,12 +283,12 @@ def combined(found: Mapping[str, Figures], combine: Combine) -> dict[str, float]
             those of different devices have no common meaning.
     """
     first = next(iter(found.values()))
-    ratios = [Ratio(*(figures[key] for key in RATIO)) for figures in found.values()]
+    ratios = [_ratio(figures) for figures in found.values()]
     ratio = worst_of(ratios) if combine == "worst" else mean_of(ratios)
     own = {f"{key}.{name}": figures[key] for name, figures in found.items() for key in LATENCIES if key in figures}
     size = {k: v for figures in found.values() for k, v in figures.items() if k == "size_bytes"}
     return {
-        **dict(zip(RATIO, (ratio.value, ratio.low, ratio.high), strict=True)),
+        **dict(zip(RATIO, ratio.ends.values(), strict=False)),
         **{key: first[key] for key in ("p50_ms", "p95_ms")},
         **size,  # the same file everywhere
         "latency_measured": min(figures["latency_measured"] for figures in found.values()),
@@ -296,11 +296,19 @@ def combined(found: Mapping[str, Figures], combine: Combine) -> dict[str, float]
     }
 
 
+def _ratio(figures: Figures) -> Ratio:
+    """A device's ratio; unknown how sure where one process told it."""
+    ends = [figures[key] for key in RATIO if key in figures]
+    return Ratio(*ends) if len(ends) == len(RATIO) else Ratio.unknown(ends[0])
+
+
 def worst_of(ratios: Sequence[Ratio]) -> Ratio:
     """The largest ratio. Its interval reaches from the highest lower to the highest upper end of all: a device whose
     ratio is smaller but less certain may be the worst one. The upper end holds with 97.5 % however many devices there
     are; the lower one errs at most n times as often as that of one device.
     """
+    if not all(ratio.known for ratio in ratios):
+        return Ratio.unknown(max(ratio.value for ratio in ratios))
     return Ratio(*(max(getattr(ratio, end) for ratio in ratios) for end in ("value", "low", "high")))
 
 
@@ -308,6 +316,8 @@ def mean_of(ratios: Sequence[Ratio]) -> Ratio:
     """The arithmetic mean. Devices err independently, so the distances to each side add up as squares."""
     values, lows, highs = (np.array([getattr(r, end) for r in ratios]) for end in ("value", "low", "high"))
     mean, count = float(values.mean()), len(ratios)
+    if not all(ratio.known for ratio in ratios):
+        return Ratio.unknown(mean)
     below, above = (float(np.linalg.norm(gap)) / count for gap in (values - lows, highs - values))
     return Ratio(mean, mean - below, mean + above)
 

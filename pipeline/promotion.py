@@ -7,21 +7,19 @@ nothing else. A gate that cannot be decided is not passed.
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import torch
 
-from device_profiles import BenchmarkResult, DeviceProfile, Target, measure
+from device_profiles import BenchmarkResult, DeviceProfile, Ratio, Target, measure
 from device_profiles.cores import usable_cores
-from device_profiles.measure import T_975
+from device_profiles.intervals import MANY_PROCESSES, of_processes, processes_that_tell
 from export.verify import predict
 from pipeline.config import GateSection, parse_run_file
 from pipeline.errors import UserError
@@ -29,7 +27,7 @@ from pipeline.files import write_whole
 from pipeline.progress import ProgressView, Silent
 from pipeline.tracking import ChampionMovedError, Decision, Gate, Registry, Version, alias_of
 from pipeline.tracking.contents import FOLDER, MODEL
-from pipeline.tracking.registry import CHALLENGER, CHAMPION, MANIFEST_TAG, RUN_TAG
+from pipeline.tracking.registry import CHALLENGER, CHAMPION, MANIFEST_TAG, RUN_TAG, STABLE
 from pipeline.workloads import Split, Workload
 from pipeline.workloads.data.content import Reading
 from pipeline.workloads.data.record import FACTS
@@ -160,10 +158,12 @@ def _compare(
     rules = section or opened.section
     result, name = recorded, "compact"
     if result is None or reigning is not None:
-        result, name = _measure(target, profile, challenger, reigning, noise_floor, progress), CHALLENGER
+        result, name = _measure(target, profile, challenger, reigning, noise_floor, rules, progress), CHALLENGER
     gates = [Gate("gate of its run", 1.0, 1.0, True), _parity(challenger)]
     gates += accuracy_gates(rules, challenger, reigning, opened, progress)
     gates += absolute_gates(rules, profile, challenger, result, name)
+    if rules.require_stable:
+        gates.append(_stable(result))
     if reigning is not None:
         gates += relative_gates(rules, challenger, reigning, result)
     file = folder / "benchmark.json"
@@ -199,7 +199,7 @@ class _Opened:
 
 def _open(challenger: Contender, workload: Workload | None) -> _Opened:
     """The gates and the workload of the run that made a version."""
-    from pipeline.opening import open_workload
+    from pipeline.assemble import open_workload
 
     file = challenger.folder / "run.yaml"
     if not file.is_file():
@@ -217,13 +217,21 @@ def _measure(
     challenger: Contender,
     champion: Contender | None,
     noise_floor: float | None,
+    rules: GateSection,
     progress: ProgressView,
 ) -> BenchmarkResult:
-    """Both files, interleaved; on the challenger's own input where postprocessing makes the input matter."""
+    """Both files, interleaved, in as many processes as their ratios need to be told from the limits.
+
+    On the challenger's own input where postprocessing makes the input matter.
+    """
     models = {} if champion is None else {CHAMPION: champion.model}
     models[CHALLENGER] = challenger.model
     inputs = challenger.folder / INPUTS
     same = champion is None or champion.data == challenger.data
+
+    def decided(result: BenchmarkResult) -> bool:
+        return not any(undecided(found, bound) for _, found, bound in ratios(rules, result))
+
     with progress.stage(f"Time on {profile.name}") as report:
         return measure(
             target,
@@ -232,6 +240,7 @@ def _measure(
             "final",
             lambda done, total: report(done, total, ""),
             noise_floor=noise_floor,
+            until=decided if champion is not None else None,
             inputs=inputs if inputs.is_file() and same else None,
         )
 
@@ -269,8 +278,11 @@ def accuracy_gates(
         drop = name == "accuracy drop"
         draws = accuracies[1] - accuracies[0] if drop else accuracies[0]
         value, (low, high) = float(draws[0]), _interval(draws[1:])
-        ok = value <= bound if drop else value >= bound
+        judged = (high if drop else low) if section.sure else value
+        ok = judged <= bound if drop else judged >= bound
         how = f"champion's {metric} less the challenger's" if drop else f"the challenger's {metric}"
+        if low <= bound <= high and low < high:
+            how += f"; not resolved by {len(found[0][1])} images"
         gates.append(Gate(name, value, bound, bool(ok), f"{how}, {len(draws) - 1} resamples", low, high))
     return gates
 
@@ -322,48 +334,65 @@ def absolute_gates(
 def relative_gates(
     section: GateSection, challenger: Contender, champion: Contender, result: BenchmarkResult
 ) -> list[Gate]:
-    """The challenger by the champion: what is surely (95 %) larger than the limit allows fails.
+    """The challenger by the champion: what is surely (95 %) within the limit passes.
 
     Sizes are exact. A reading that the device does not give is unknown, which is no pass.
     """
-    slower, larger = section.max_latency_increase, section.max_resource_increase
-    gates = []
-    if slower is not None:
-        ratio = result.ratio(CHALLENGER, CHAMPION)
-        gates.append(_no_larger("p50 ratio", (ratio.value, ratio.low, ratio.high), slower))
-        gates.append(_no_larger("p95 ratio", paired(result, lambda m: float(np.percentile(m.wall_ms, 95))), slower))
-    if larger is not None:
-        gates.append(_no_larger("first call ratio", paired(result, lambda m: m.first_ms), larger))
-        gates.append(_no_larger("peak RSS ratio", paired(result, lambda m: m.peak_rss_bytes), larger))
+    gates = [_no_larger(name, found, bound, len(result.processes)) for name, found, bound in ratios(section, result)]
+    if section.max_resource_increase is not None:
         size = challenger.model.stat().st_size / champion.model.stat().st_size
-        gates.append(_no_larger("size ratio", (size, size, size), larger))
+        gates.append(_no_larger("size ratio", Ratio(size, size, size), 1 + section.max_resource_increase, 1))
     return gates
 
 
-def _no_larger(name: str, found: tuple[float, float, float] | None, increase: float) -> Gate:
-    """A ratio challenger / champion whose interval reaches down to what is allowed."""
-    bound = 1 + increase
+def ratios(section: GateSection, result: BenchmarkResult) -> list[tuple[str, Ratio | None, float]]:
+    """(name, challenger / champion, bound) of everything that is compared by measuring; None = the device does not tell
+    it."""
+    rows: list[tuple[str, Ratio | None, float]] = []
+    clock = f"{result.statistic}_ms"
+    if section.max_latency_increase is not None:
+        bound = 1 + section.max_latency_increase
+        rows.append(("p50 ratio", result.ratio(CHALLENGER, CHAMPION), bound))
+        rows.append(("p95 ratio", paired(result, lambda model: float(np.percentile(getattr(model, clock), 95))), bound))
+    if section.max_resource_increase is not None:
+        bound = 1 + section.max_resource_increase
+        rows.append(("first call ratio", paired(result, lambda model: model.first_ms), bound))
+        rows.append(("peak RSS ratio", paired(result, lambda model: model.peak_rss_bytes), bound))
+    return rows
+
+
+def undecided(found: Ratio | None, bound: float) -> bool:
+    """Whether a ratio's interval contains the bound, so that more processes could tell."""
+    return found is not None and found.low <= bound < found.high
+
+
+def _no_larger(name: str, found: Ratio | None, bound: float, count: int) -> Gate:
+    """A ratio challenger / champion that is within its bound for sure: its interval's upper end is."""
     if found is None:
         return Gate(name, None, bound, False, "the device does not tell it; set the limit to null to do without")
-    value, low, high = found
-    return Gate(name, value, bound, low <= bound, "challenger / champion, lower end of the interval", low, high)
+    reason = "challenger / champion, upper end of the interval"
+    if undecided(found, bound):
+        needed = processes_that_tell(found, bound, count)
+        about = f"more than {needed:,}" if needed >= MANY_PROCESSES else f"about {needed:,}"
+        reason = f"unknown after {count}: {about} processes would tell (final.max_processes of the device profile)"
+    ends = (found.low, found.high) if found.known else (None, None)
+    return Gate(name, found.value, bound, found.high <= bound, reason, *ends)
 
 
-def paired(result: BenchmarkResult, reading: Callable[[Any], float | None]) -> tuple[float, float, float] | None:
-    """Challenger / champion of a reading that a process gives once: mean of log ratios and its 95 % t-interval.
+def _stable(result: BenchmarkResult) -> Gate:
+    """No process that counts was disturbed."""
+    disturbed = float(len(result.disturbed))
+    reason = f"processes that count although the device was {'; '.join(sorted(set(result.disturbed)))}"
+    if not disturbed:
+        return Gate(STABLE, 0.0, 0.0, True, "disturbed processes that count")
+    return Gate(STABLE, disturbed, 0.0, False, f"{reason}; try again when it is idle (gate.require_stable)")
 
-    One process has no spread: the interval is then as wide as can be. None = not every process gives the reading.
-    """
+
+def paired(result: BenchmarkResult, reading: Callable[[Any], float | None]) -> Ratio | None:
+    """Challenger / champion of a reading that every process gives once; None = not every process gives it."""
     pairs = [(reading(p.models[CHALLENGER]), reading(p.models[CHAMPION])) for p in result.processes]
-    known = [math.log(a / b) for a, b in pairs if a and b]
-    if len(known) < len(pairs):
-        return None
-    middle = float(np.mean(known))
-    if len(known) == 1:
-        return math.exp(middle), 0.0, math.inf
-    t = T_975[len(known) - 2] if len(known) - 2 < len(T_975) else NormalDist().inv_cdf(0.975)
-    half = t * float(np.std(known, ddof=1)) / math.sqrt(len(known))
-    return math.exp(middle), math.exp(middle - half), math.exp(middle + half)
+    known = [a / b for a, b in pairs if a and b]
+    return of_processes(known) if len(known) == len(pairs) else None
 
 
 # -- the test split ----------------------------------------------------------------------------------------------------

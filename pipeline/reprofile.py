@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from scipy import stats
 
 from device_profiles import BenchmarkResult, DeviceError, DeviceProfile, Target, load_profile, measure, open_target
-from device_profiles.measure import Ratio
+from device_profiles.intervals import MIN_PROCESSES, Ratio
 from device_profiles.staircase import FINGERPRINT_KEYS
 from pipeline.config import home
 from pipeline.device import InTurn
@@ -56,7 +56,8 @@ class Figure:
     Args:
         then: median over processes, in the unit of the name.
         change: now / then, with its 95 % interval; the interval is (0, inf) where one process cannot tell.
-        verdict: ``same``, ``better``, ``regressed``, or ``disturbed``: it would be a regression, on a busy device.
+        verdict: ``same``, ``better``, ``regressed``, ``disturbed`` (it would be a regression, on a busy device), or
+            ``unknown``: the interval reaches over the tolerance, so nothing is proven.
     """
 
     name: str
@@ -287,8 +288,8 @@ def growth(now: Sequence[float], then: Sequence[float], noise_floor: float | Non
     """
     a, b = np.log(np.asarray(now, dtype=float)), np.log(np.asarray(then, dtype=float))
     value = float(a.mean() - b.mean())
-    if min(len(a), len(b)) < 2:
-        return Ratio(math.exp(value), 0.0, math.inf)
+    if min(len(a), len(b)) < MIN_PROCESSES:
+        return Ratio.unknown(math.exp(value))
     va, vb = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
     spread = 0.0
     if va + vb > 0:
@@ -349,7 +350,9 @@ def _warmest(facts: Mapping[str, Any]) -> float | None:
 def _verdict(change: Ratio, tolerance: float, busy: bool) -> str:
     if change.low > 1 + tolerance:
         return "disturbed" if busy else "regressed"
-    return "better" if change.high < 1 else "same"
+    if change.high < 1:
+        return "better"
+    return "same" if change.high <= 1 + tolerance else "unknown"
 
 
 def _of_processes(
@@ -361,12 +364,12 @@ def _of_processes(
 
 
 def _latency(result: BenchmarkResult, name: str) -> float:
-    return result.cpu_p50_ms(name) if result.statistic == "cpu" else result.p50_ms(name)
+    return result.compared_ms(name, 50)
 
 
 _FIGURES: tuple[tuple[str, str, Callable[[BenchmarkResult, str], float | None]], ...] = (
     ("p50_ms", "p50", _latency),
-    ("p95_ms", "p95", lambda result, name: result.p95_ms(name)),
+    ("p95_ms", "p95", lambda result, name: result.compared_ms(name, 95)),
     ("first_ms", "first", lambda result, name: result.first_ms(name)),
     ("peak_rss_bytes", "rss", lambda result, name: result.peak_rss_bytes(name)),
 )

@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from device_profiles.agent import PROTOCOL
+from device_profiles.answers import checked
 from device_profiles.errors import DeviceError
 from device_profiles.profile import DeviceProfile
 from device_profiles.protocol import CANCEL_LINE, Reader, hung, request_line
@@ -132,7 +133,7 @@ class LocalTarget:
             raise
         finally:
             _end(agent)
-        answer = reader.answer(agent.returncode)
+        answer: dict[str, Any] = checked(str(request.get("op")), reader.answer(agent.returncode))
         if "work" in answer and "work" not in request:
             self._left.add(str(answer["work"]))
         return answer

@@ -30,6 +30,7 @@ from typing import Any, BinaryIO, TypeVar
 import asyncssh
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from device_profiles.answers import checked
 from device_profiles.errors import DeviceError
 from device_profiles.profile import DeviceProfile
 from device_profiles.protocol import CANCEL_LINE, Reader, hung, request_line
@@ -44,7 +45,6 @@ DEFAULT_PYTHON = ("python3",)
 KEEPALIVE_COUNT = 3
 CHUNK_BYTES = 512 * 1024
 SPARE_BYTES = 1_000_000  # left free on the device's disk
-MAX_REPLY_BYTES = 64 * 1024 * 1024
 MAX_FETCH_BYTES = 1024**3
 PUT_RETRIES = 3
 STALL_S = 60.0  # for one request or one chunk, on a link that otherwise answers
@@ -395,13 +395,13 @@ class _Session:
     async def _run(self, request: Mapping[str, Any], timeout_s: float, report: Progress | None) -> dict[str, Any]:
         link = await self._ready()
         words = link.agent_command(self.settings)
-        reader = _BoundedReader(report)
+        reader = Reader(report)
         python = None if self.settings.python == DEFAULT_PYTHON else link.python(self.settings)
         line = request_line({"timeout_s": timeout_s, **request}, python=python)
         with _faults(link, "running the agent"):
             status = await link.talk(words, line, reader, timeout_s)
             try:
-                answer = reader.answer(*status)
+                answer: dict[str, Any] = checked(str(request.get("op")), reader.answer(*status))
             except DeviceError as error:
                 if error.code in ("no-python", "wrong-arch", "agent-died") and await link.is_foreign(words):
                     raise DeviceError(f"{FOREIGN}: {shlex.join(words)}", "wrong-arch") from error
@@ -417,56 +417,6 @@ class _BrokenError(DeviceError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, "transfer-broken")
-
-
-class _BoundedReader:
-    """``protocol.Reader`` for a device that is not trusted: whole lines only, and no more than ``MAX_REPLY_BYTES``."""
-
-    def __init__(self, report: Progress | None) -> None:
-        self._reader = Reader(report)
-        self._pieces: list[bytes] = []
-        self._taken = 0
-
-    @property
-    def pids(self) -> list[int]:
-        """The worker (it leads a group of its own) and the agent, as far as the agent named them."""
-        return [pid for pid in (self._reader.worker_pid, self._reader.pid) if type(pid) is int and pid > 1]
-
-    def feed(self, data: bytes) -> None:
-        """Take a piece of stdout.
-
-        Raises:
-            DeviceError: it is too much.
-        """
-        self._count(data)
-        self._pieces.append(data)
-        if b"\n" in data:
-            self._flush()
-
-    def feed_stderr(self, data: bytes) -> None:
-        """Take a piece of stderr.
-
-        Raises:
-            DeviceError: it is too much.
-        """
-        self._count(data)
-        self._reader.feed_stderr(data)
-
-    def answer(self, returncode: int | None, signal: str | None) -> dict[str, Any]:
-        """See ``protocol.Reader.answer``."""
-        self._flush()
-        return self._reader.answer(returncode, signal)
-
-    def _count(self, data: bytes) -> None:
-        self._taken += len(data)
-        if self._taken > MAX_REPLY_BYTES:
-            size = f"{MAX_REPLY_BYTES // 1024**2} MiB"
-            text = f"the device sent more than {size} and was cut off; does something else print there?"
-            raise DeviceError(text, "reply-too-long")
-
-    def _flush(self) -> None:
-        data, self._pieces = b"".join(self._pieces), []
-        self._reader.feed(data)
 
 
 class _Watcher(asyncssh.SSHClient):
@@ -554,7 +504,7 @@ class _Link:
         return [*store, *self.python(settings), self.agent]
 
     async def talk(
-        self, words: list[str], line: str, reader: _BoundedReader, timeout_s: float
+        self, words: list[str], line: str, reader: Reader, timeout_s: float
     ) -> tuple[int | None, str | None]:
         """Run a command, with ``line`` on its stdin, to its end; returns its exit code and its signal.
 
@@ -581,7 +531,7 @@ class _Link:
             raise asyncssh.ConnectionLost("Connection lost")
         return process.exit_status, process.exit_signal[0] if process.exit_signal else None
 
-    async def _end(self, process: asyncssh.SSHClientProcess[bytes], reader: _BoundedReader) -> None:
+    async def _end(self, process: asyncssh.SSHClientProcess[bytes], reader: Reader) -> None:
         """Tell the agent to stop; kill it if it does not; give the connection up if even that fails.
 
         The SSH protocol's own signals are no use: sshd ignores them for root.

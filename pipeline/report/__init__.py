@@ -29,6 +29,7 @@ LATENCIES = (
     ("p50", "p50_ms", "ms", 3),
     ("p95", "p95_ms", "ms", 3),
     ("CPU time, p50", "cpu_p50_ms", "ms", 3),
+    ("CPU time, p95", "cpu_p95_ms", "ms", 3),
     ("peak memory", "peak_rss_bytes", "bytes", 0),
     ("energy of a call", "energy_mj", "mJ", 3),
 )
@@ -57,8 +58,9 @@ def final_table(facts: Facts) -> list[Row]:
         before, now = (after["latency"][name]["p50_ms"] for name in ("baseline", "compact"))
         rows.append((f"p50 with {after['name']}", f"{before:.3f} ms", f"{now:.3f} ms", f"{now / before - 1:+.1%}"))
     faster = facts["benchmark"]["speedup"]
-    interval = f"95 % {faster['low']:.2f} to {faster['high']:.2f}"
-    rows.append(("speed-up", "1.00x", f"{faster['value']:.2f}x", interval))
+    rows.append(("speed-up", "1.00x", f"{faster['value']:.2f}x", interval(faster)))
+    if facts["benchmark"]["flags"]:
+        rows.append(("what disturbed the timing", "", "", ", ".join(facts["benchmark"]["flags"])))
     others = [row for row in _devices(facts) if row[0] != facts["benchmark"]["device"]]
     return rows + [(f"p50 on {name}", before, now, change) for name, before, now, change in others]
 
@@ -69,9 +71,15 @@ def _devices(facts: Facts) -> list[Row]:
     for name, timed in facts["benchmark"].get("fleet", {}).items():
         before, now = (f"{timed['latency'][model]['p50_ms']:.3f} ms" for model in ("baseline", "compact"))
         faster = timed["speedup"]
-        interval = f"95 % {faster['low']:.2f} to {faster['high']:.2f}"
-        rows.append((name, before, now, f"{faster['value']:.2f}x, {interval}"))
+        rows.append((name, before, now, f"{faster['value']:.2f}x, {interval(faster)}"))
     return rows
+
+
+def interval(faster: Mapping[str, float | None]) -> str:
+    """The interval of a speed-up, in words."""
+    if faster["low"] is None or faster["high"] is None:
+        return "no interval: under 3 processes"
+    return f"95 % {faster['low']:.2f} to {faster['high']:.2f}"
 
 
 def final_table_markdown(facts: Facts) -> str:
@@ -127,6 +135,7 @@ def write_report(
         model=config.tracking.registered_model or config.name,
         away=away,
         devices=_devices(facts),
+        interval=interval,
         environment={key: value for key, value in result.environment.items() if key != "telemetry"},
         spoiled=result.spoiled,
         statistic=result.statistic,

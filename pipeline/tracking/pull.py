@@ -257,7 +257,9 @@ def card(version: Version, manifest: Manifest, folder: Path) -> str:
         baseline = gates["models"].get("baseline", {})
         lines += ["| | baseline | this model |", "|---|---|---|"]
         lines += [f"| {k} | {_number(baseline.get(k))} | {_number(v)} |" for k, v in compact.items()]
-        lines += ["", f"`{metric}` is on the test split; latencies are of {device.get('name', '?')}.", ""]
+        flags = tags.get("timing_flags", "none")
+        disturbed = "" if flags == "none" else f" What disturbed the timing: {flags}."
+        lines += ["", f"`{metric}` is on the test split; latencies are of {device.get('name', '?')}.{disturbed}", ""]
     if gates:
         lines += [f"## Gate: {'passed' if gates.get('passed') else 'not passed'}", ""]
         lines += [

@@ -90,6 +90,10 @@ class Version:
         return f"models:/{self.name}/{self.version}"
 
 
+STABLE = "stable timing"
+"""The gate that no disturbed process counts; what fails nothing else is measured again."""
+
+
 @dataclass(frozen=True)
 class Gate:
     """One comparison of a promotion.
@@ -138,8 +142,16 @@ class Decision:
     def passed(self) -> bool:
         return all(gate.ok for gate in self.gates)
 
+    @property
+    def outcome(self) -> str:
+        """``passed``, ``refused``, or ``disturbed``: nothing but the device's unrest speaks against it, so that it may
+        be measured again."""
+        failed = {gate.name for gate in self.gates if not gate.ok}
+        return "passed" if not failed else "disturbed" if failed == {STABLE} else "refused"
+
     def to_dict(self) -> dict[str, Any]:
-        own = {key: getattr(self, key) for key in ("name", "version", "device", "champion", "passed", "promoted")}
+        names = ("name", "version", "device", "champion", "passed", "outcome", "promoted")
+        own = {key: getattr(self, key) for key in names}
         return {**own, "run_id": self.run_id, "reason": self.reason, "gates": [gate.to_dict() for gate in self.gates]}
 
 
@@ -538,7 +550,7 @@ class Registry:
             experiment = self._experiment(version) + PROMOTIONS
             experiment_id = experiment_of(client, self.uri, experiment, self.home, self.take_over)
             known = client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{key}'", ViewType.ACTIVE_ONLY, 1)
-            outcome = "passed" if decision.passed else "refused"
+            outcome = decision.outcome
             tags = {
                 KEY_TAG: key,
                 "model": decision.name,

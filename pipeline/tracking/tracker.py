@@ -33,8 +33,9 @@ MANY = 64
 """With so many candidates delivered, a process beside this one takes over: it costs some seconds to start."""
 SERIES_EVERY_S, MAX_SERIES = 5.0, 900
 """The learning curve's points go to MLflow together, this often, or when there are so many (it takes 1000 at once)."""
-SERIES = ("reward", "top1", "map50", "loss_score", "loss", "macs", "latency_ratio", "p50_ms")
-"""Metrics that are also kept as a series on the parent run: the learning curve."""
+ON_IMAGES = ("top1", "map50", "loss_score", "loss")
+SERIES = ("reward", *ON_IMAGES, "macs", "latency_ratio", "p50_ms")
+"""Metrics that are also kept as a series on the parent run: the learning curve. Those on images name their split."""
 
 
 class Tracker:
@@ -210,7 +211,9 @@ class Tracker:
             self._deliver_child(client, record, key, at_ms, values)
         if record["kind"] == "finetune" or "latency_ratio" in values:  # an earlier process may not have told it
             points = [
-                Metric(f"{record['stage']}.{n}", values[n], at_ms, candidate["id"]) for n in SERIES if n in values
+                Metric(_series(record["stage"], record["kind"], n), values[n], at_ms, candidate["id"])
+                for n in SERIES
+                if n in values
             ]
             with self._changed:
                 self._series += points
@@ -342,3 +345,11 @@ def _whole(plan: str, digest: str) -> str:
 def _key(record: Record) -> str:
     """Names a record within its run."""
     return f"{record['stage']}:{record['kind']}:{record['candidate']['id']}"
+
+
+def _series(stage: str, kind: str, metric: str) -> str:
+    """The name of a learning curve: a candidate as cut and fine-tuned are points of two, and candidates never see
+    another split than the search split."""
+    tuned = ".tuned" if kind == "finetune" else ""
+    split = ".search_split" if metric in ON_IMAGES else ""
+    return f"{stage}{tuned}{split}.{metric}"

@@ -10,11 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from device_profiles import BenchmarkResult, DeviceError, Ratio, Tier, measure
-from device_profiles.measure import ModelSamples, Node, Process, expanded_tail
+from device_profiles.measure import ModelSamples, Node, Process
 from tests.device_profiles.tiny import quick_profile, synthetic
 
 
@@ -30,7 +28,13 @@ class FakeTarget:
     def run(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         self.requests.append(request)
         n = len(self.requests)
-        raw = {"wall_ms": [n, n + 1, n + 2], "cpu_ms": [n, n, n], "load_ms": 1.0, "first_ms": 2.0, "output_sha256": "f"}
+        raw = {
+            "wall_ms": [n, n + 1, n + 2],
+            "cpu_ms": [n, n + 1e-6, n + 2e-6],
+            "load_ms": 1.0,
+            "first_ms": 2.0,
+            "output_sha256": "f",
+        }
         models = {model["name"]: raw for model in request["models"]}
         return {"models": models, "environment": {"run": n}, "started": 0.0, "ended": 1.0}
 
@@ -73,40 +77,33 @@ def test_statistic_is_cpu_time_only_for_one_cpu_thread(files):
 
 
 def test_ratio_of_a_known_difference():
-    ratio = synthetic(true_ratio=0.8, repeats=200).ratio("b", "a")
+    result = synthetic(true_ratio=0.8, repeats=200, processes=7)
+    ratio = result.ratio("b", "a")
     assert ratio.low < 0.8 < ratio.high
     assert ratio.low <= ratio.value <= ratio.high
     assert ratio.half_width < 0.01
-    speedup = synthetic(true_ratio=0.8, repeats=200).speedup("b", "a")
+    speedup = result.speedup("b", "a")
     assert (speedup.value, speedup.low, speedup.high) == (1 / ratio.value, 1 / ratio.high, 1 / ratio.low)
-    assert str(Ratio(1, 0.9, 1.1)) == "1.000 [0.900, 1.100]"
 
 
-@pytest.mark.parametrize(("processes", "offset"), [(1, 0.0), (7, 0.0), (7, 0.03)])
-def test_interval_covers_the_truth_as_often_as_it_says(processes: int, offset: float):
-    trials = 120
-    hits = 0
-    for seed in range(trials):
-        ratio = synthetic(processes=processes, repeats=40, offset=offset, seed=seed).ratio("b", "a")
-        hits += ratio.low <= 1.0 <= ratio.high
-    assert hits / trials > 0.88  # 95 % less three standard errors of 120 trials
-
-
-def test_process_offsets_widen_the_interval_only_where_processes_are_resampled():
-    calm = synthetic(processes=7, offset=0.0).ratio("b", "a")
-    uneven = synthetic(processes=7, offset=0.05).ratio("b", "a")
-    assert uneven.half_width > 3 * calm.half_width
+@pytest.mark.parametrize("processes", [1, 2])
+def test_under_three_processes_a_ratio_is_a_point_estimate(processes: int):
+    result = synthetic(true_ratio=0.8, repeats=200, processes=processes)
+    for ratio in (result.ratio("b", "a"), result.speedup("b", "a").inverse):
+        assert ratio.value == pytest.approx(0.8, rel=0.01)
+        assert (ratio.known, ratio.low, ratio.high) == (False, 0.0, math.inf)
+        assert "point estimate" in str(ratio)
+        assert ratio.ends == {"value": ratio.value}
 
 
 def test_wall_statistic_pairs_iterations():
-    result = synthetic(true_ratio=0.5, noise=0.0, statistic="wall")
+    result = synthetic(true_ratio=0.5, noise=0.0, statistic="wall", processes=3)
     slow = np.ones(60)
     slow[:30] = 3.0  # both models disturbed alike: the pairs still tell the truth
-    models = result.processes[0].models
-    for samples in models.values():
-        object.__setattr__(samples, "wall_ms", tuple((np.array(samples.wall_ms) * slow).tolist()))
+    for process in result.processes:
+        for samples in process.models.values():
+            object.__setattr__(samples, "wall_ms", tuple((np.array(samples.wall_ms) * slow).tolist()))
     assert result.ratio("b", "a").value == pytest.approx(0.5)
-    assert result.ratio("b", "a").half_width < 1e-9
 
 
 def test_the_same_answer_every_time():
@@ -114,12 +111,6 @@ def test_the_same_answer_every_time():
     assert synthetic().ratio("a", "a") == Ratio(1.0, 1.0, 1.0)
     with pytest.raises(DeviceError, match="'c' was not measured; measured: a, b"):
         synthetic().ratio("c", "a")
-
-
-def test_expanded_tail_matches_students_t():
-    assert expanded_tail(7) == pytest.approx(0.00411, rel=0.01)  # Phi(-sqrt(7/6) * 2.447)
-    assert expanded_tail(16) < expanded_tail(40) < 0.025
-    assert expanded_tail(17) == pytest.approx(expanded_tail(16), rel=0.1)  # table and formula meet
 
 
 def test_flags():
@@ -178,7 +169,7 @@ class ScriptedTarget(FakeTarget):
         n = len(self.requests)
         self.requests.append(request)
         rng, models = np.random.default_rng(n), {}
-        slower = np.ones(30)
+        slower = 1 + 1e-6 * np.arange(30)  # a clock that never differs would tell nothing
         slower[20:] += self.drift[min(n, len(self.drift) - 1)]
         for model in request["models"]:
             ms = (10 * slower * np.exp(rng.normal(0, self.noise, 30))).tolist()
@@ -293,16 +284,31 @@ def test_measuring_goes_on_until_the_interval_is_narrow_enough(files):
     ratio = result.ratio("b", "a")
     assert len(result.processes) > 3
     assert ratio.half_width / ratio.value <= 0.012
-    fewer = replace(result, processes=result.processes[:-1]).ratio("b", "a")
-    assert fewer.half_width / fewer.value > 0.012 or len(result.processes) == 3
+    fewer = replace(result, processes=result.processes[: len(result.processes) // 2]).ratio("b", "a")
+    assert fewer.half_width / fewer.value > 0.012 or len(result.processes) == 7
+    assert len(result.processes) in (7, 14, 28, 56)  # few looks: each is a chance to be narrow by luck
 
 
-def test_three_processes_at_least_speak_for_a_narrow_interval(files):
+def test_seven_processes_at_least_speak_for_a_narrow_interval(files):
     seen: list[tuple[int, int]] = []
     target = ScriptedTarget()
     measure(target, quick_profile(), files, LENIENT, lambda *done: seen.append(done), half_width=0.5)
-    assert len(target.requests) == 3
-    assert seen == [(1, 2), (2, 2), (3, 3)]
+    assert len(target.requests) == 7
+    assert seen == [(1, 2), (2, 2), *((n, n) for n in range(3, 8))]
+
+
+def test_measuring_goes_on_while_a_comparison_is_undecided_and_ends_at_the_bound(files):
+    counts: list[int] = []
+
+    def decided(result: BenchmarkResult) -> bool:
+        counts.append(len(result.processes))
+        return len(result.processes) >= 6
+
+    tier = LENIENT.model_copy(update={"processes": 3, "max_processes": 9})
+    assert len(measure(ScriptedTarget(), quick_profile(), files, tier, until=decided).processes) == 6
+    assert counts == [3, 6]
+    assert len(measure(ScriptedTarget(), quick_profile(), files, tier, until=lambda result: False).processes) == 9
+    assert len(measure(ScriptedTarget(), quick_profile(), files, LENIENT, until=lambda result: False).processes) == 2
 
 
 def test_measuring_ends_in_time_however_wide_the_interval(files, monkeypatch):
@@ -331,28 +337,9 @@ def test_calibrated_time_is_that_of_calls_nobody_interrupted():
     assert timed([30, 30, 10.2], [10] * 3, "wall").calibrated_ms("a") == 30
 
 
-@given(st.floats(0.001, 0.2), st.integers(0, 50))
-def test_the_noise_floor_widens_an_interval_from_one_process(floor: float, seed: int):
-    alone = synthetic(true_ratio=0.7, seed=seed)
-    plain, wider = (replace(alone, noise_floor=value).ratio("b", "a") for value in (None, floor))
-    assert wider.value == plain.value
-    for bound in ("low", "high"):
-        before = math.log(getattr(plain, bound) / plain.value)
-        after = math.log(getattr(wider, bound) / plain.value)
-        assert abs(after) == pytest.approx(math.hypot(before, floor), rel=1e-6)
-    assert wider.low < plain.low <= plain.value <= plain.high < wider.high
-    assert replace(alone, noise_floor=floor).ratio("a", "a") == Ratio(1.0, 1.0, 1.0)
-
-
-def test_the_noise_floor_is_in_the_scatter_of_several_processes_already():
-    several = synthetic(processes=4)
-    assert replace(several, noise_floor=0.3).ratio("b", "a") == several.ratio("b", "a")
-
-
 def test_a_measurement_is_given_the_noise_floor_and_the_limit_of_its_device(files):
     result = measure(ScriptedTarget(), quick_profile(max_temperature_c=70.0), files, noise_floor=0.05)
     assert (result.noise_floor, result.max_temperature_c) == (0.05, 70.0)
-    assert result.ratio("b", "a").half_width == pytest.approx(0.05, rel=0.01)
 
 
 # -- answers that are none
@@ -367,6 +354,18 @@ def spoil(change: Callable[[dict[str, Any]], Any]) -> FakeTarget:
 
 def with_samples(**changes: Any) -> Callable[[dict[str, Any]], Any]:
     return lambda answer: answer | {"models": {**answer["models"], "b": {**answer["models"]["b"], **changes}}}
+
+
+def in_environment(**changes: Any) -> Callable[[dict[str, Any]], Any]:
+    """The answer with other facts of the device."""
+    return lambda answer: answer | {"environment": {**answer["environment"], **changes}}
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
 
 
 BAD = {
@@ -390,6 +389,44 @@ BAD = {
     "latency is a number": with_samples(wall_ms=3.0),
     "an operator is text": with_samples(nodes=["Conv"]),
     "an operator without a time": with_samples(nodes=[{"name": "n", "op": "Conv"}]),
+    "an operator of negative time": with_samples(nodes=[{"name": "n", "op": "Conv", "ms": -1.0}]),
+    "an operator named by a number": with_samples(nodes=[{"name": 7, "op": "Conv", "ms": 1.0}]),
+    "a negative width": with_samples(nodes=[{"name": "n", "op": "Conv", "ms": 1.0, "input_shapes": [[1, -3]]}]),
+    "a width that is text": with_samples(nodes=[{"name": "n", "op": "Conv", "ms": 1.0, "input_shapes": [["N"]]}]),
+    "an operator that clears the screen": with_samples(nodes=[{"name": "\x1b[2J", "op": "Conv", "ms": 1.0}]),
+    "negative memory": with_samples(peak_rss_bytes=-1),
+    "no memory": with_samples(peak_rss_bytes=0),
+    "half a byte": with_samples(peak_rss_bytes=1000.5),
+    "memory beyond any machine": with_samples(peak_rss_bytes=2**60),
+    "memory is text": with_samples(peak_rss_bytes="1000"),
+    "memory is true": with_samples(peak_rss_bytes=True),
+    "latencies are truths": with_samples(wall_ms=[True, True, True]),
+    "a latency of centuries": with_samples(wall_ms=[1.0, 1e300, 2.0]),
+    "negative loading": with_samples(load_ms=-5.0),
+    "loading is NaN": with_samples(load_ms=math.nan),
+    "a first call without end": with_samples(first_ms=math.inf),
+    "negative energy": with_samples(energy_mj=-1.0),
+    "steady is text": with_samples(steady="yes"),
+    "negative warm-up": with_samples(warmup_calls=-1),
+    "digest is a number": with_samples(output_sha256=5),
+    "digest moves the cursor": with_samples(output_sha256="\x1b[A"),
+    "more of it is NaN": with_samples(extra={"a": [math.nan]}),
+    "pressure is text": in_environment(cpu_pressure="high"),
+    "negative pressure": in_environment(cpu_pressure=-0.5),
+    "throttled is text": in_environment(throttled="no"),
+    "temperature is text": in_environment(temperature_c="warm"),
+    "temperature is NaN": in_environment(temperature_c=math.nan),
+    "the highest temperature is text": in_environment(temperature_c={"max": "warm"}),
+    "telemetry is text": in_environment(telemetry="none"),
+    "telemetry of text": in_environment(telemetry=["?"]),
+    "a clock that is text": in_environment(telemetry=[{"freq_mhz": "fast", "phase": "timing"}]),
+    "a clock that stands": in_environment(telemetry=[{"freq_mhz": 0, "phase": "timing"}]),
+    "a jump that is text": in_environment(clock_jump_s="back"),
+    "a name that clears the screen": in_environment(host="\x1b]0;owned\x07"),
+    "nested for ever": in_environment(host=nested(50)),
+    "a start that is text": lambda answer: answer | {"started": "now"},
+    "an end that is NaN": lambda answer: answer | {"ended": math.nan},
+    "models are a list": lambda answer: answer | {"models": list(answer["models"].values())},
 }
 
 

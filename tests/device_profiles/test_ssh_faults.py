@@ -20,7 +20,7 @@ import asyncssh
 import psutil
 import pytest
 
-from device_profiles import DeviceError
+from device_profiles import DeviceError, protocol
 from device_profiles.target import AGENT
 from device_profiles.targets import ssh
 from device_profiles.targets.ssh import Settings, SshTarget
@@ -358,7 +358,7 @@ async def deep(process: Any) -> None:
 
 @pytest.mark.parametrize("behaviour", [endless_line, endless_events, endless_errors, deep])
 def test_too_much_is_cut_off(hostile: sshd.Impostor, behaviour: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ssh, "MAX_REPLY_BYTES", 500_000)
+    monkeypatch.setattr(protocol, "MAX_REPLY_BYTES", 500_000)
     monkeypatch.setattr(ssh, "END_S", 0.2)
     monkeypatch.setattr(ssh, "GRACE_S", 0.5)
     hostile.behaviour = behaviour

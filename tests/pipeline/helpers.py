@@ -23,7 +23,7 @@ QUICK_DEVICE = {
     "precision": "fp32",
     "channel_multiple": 4,
     "search": {"processes": 1, "warmup": 1, "min_repeats": 3, "min_seconds": 0.0},
-    "final": {"processes": 2, "warmup": 1, "min_repeats": 5, "min_seconds": 0.0, "strict": False},
+    "final": {"processes": 3, "max_processes": 3, "warmup": 1, "min_repeats": 5, "min_seconds": 0.0, "strict": False},
 }
 
 TINY: dict[str, Any] = {

@@ -108,12 +108,13 @@ def test_costs_are_those_of_the_built_network(network: Any, make: Any) -> None:
     assert (evaluation["macs"], evaluation["params"]) == (counted.macs, counted.params)
 
 
-def test_latency_comes_with_its_interval_and_the_full_plan_is_the_unit(network: Any, make: Any) -> None:
+def test_latency_is_a_point_estimate_and_the_full_plan_is_the_unit(network: Any, make: Any) -> None:
     evaluator = make()
     dense = evaluator.evaluate(Candidate(0, PruningPlan.full(network[1].groups), "reference"), latency=True)
     assert dense["latency_ratio"] == 1
     half = evaluator.evaluate(candidate(network), latency=True)
-    assert 0 < half["latency_ratio_low"] <= half["latency_ratio"] <= half["latency_ratio_high"]
+    assert half["latency_ratio"] > 0
+    assert "latency_ratio_low" not in half.metrics  # one process: it guides the search, and claims nothing
     assert half["p50_ms"] == pytest.approx(half["latency_ratio"] * dense["p50_ms"])
     assert half["size_bytes"] < dense["size_bytes"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from .helpers import QUICK_DEVICE, digits, quick_device
 from .registered import add, crown, embedded, linear_model, make_template, migrated_home
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
-LOOSE = GateSection(max_latency_increase=20.0, max_resource_increase=20.0)
+LOOSE = GateSection(max_latency_increase=1e6, max_resource_increase=1e6)
 """Gates that this machine's noise cannot decide."""
 
 
@@ -80,7 +81,7 @@ def test_a_challenger_as_good_passes_every_relative_gate_and_a_worse_one_fails_i
 
 def test_a_rare_slow_call_shows_in_p95_alone(tmp_path: Path) -> None:
     small = contender(tmp_path / "a", 1000)
-    slow = [[*([1.0] * 27), 1.5, 1.5, 1.5] for _ in range(5)]
+    slow = [[*row[:27], 1.5, 1.5, 1.5] for row in calls(1.0, 1)]
     found = decided(relative_gates(GateSection(), small, small, result(slow, calls(1.0, 2))))
     assert found["p50 ratio"]
     assert not found["p95 ratio"]
@@ -104,13 +105,79 @@ def test_the_interval_of_a_paired_reading_covers_the_truth_as_often_as_it_says()
         b = [[float(x)] for x in np.exp(0.05 * rng.normal(size=7))]
         found = paired(result(a, b), lambda m: m.first_ms)
         assert found is not None
-        covered += found[1] <= 1.1 <= found[2]
+        covered += found.low <= 1.1 <= found.high
     assert 0.92 <= covered / 400 <= 0.98
 
 
-def test_one_process_has_no_interval() -> None:
-    value, low, high = paired(result([[2.0]], [[1.0]]), lambda m: m.first_ms) or (0.0, 0.0, 0.0)
-    assert (value, low, high) == (2.0, 0.0, math.inf)
+def slower(processes: int, ratio: float, seed: int, spread: float = 0.01) -> BenchmarkResult:
+    """A challenger that is slower by a ratio, in processes that differ."""
+    rng = np.random.default_rng(seed)
+    factors = np.exp(spread * rng.standard_normal(processes))
+    champion = [(np.exp(0.005 * rng.standard_normal(30))).tolist() for _ in factors]
+    return result([[ratio * factor * x for x in row] for factor, row in zip(factors, champion, strict=True)], champion)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_too_few_processes_say_is_unknown_and_no_pass(tmp_path: Path, processes: int) -> None:
+    small = contender(tmp_path / "a", 1000)
+    for ratio in (10.0, 1.0):
+        gates = relative_gates(GateSection(), small, small, slower(processes, ratio, 0))
+        timed = [gate for gate in gates if gate.name != "size ratio"]
+        assert not any(gate.ok for gate in timed)
+        assert all((gate.low, gate.high) == (None, None) for gate in timed)
+        assert all("processes would tell" in gate.reason for gate in timed)
+
+
+@pytest.mark.parametrize(("ratio", "least", "most"), [(1.0, 0.9, 1.0), (1.10, 0.0, 0.05), (1.3, 0.0, 0.01)])
+def test_as_good_passes_and_slower_does_not_pass_by_noise(
+    tmp_path: Path, ratio: float, least: float, most: float
+) -> None:
+    small, trials = contender(tmp_path / "a", 1000), 200
+    passed = 0
+    for seed in range(trials):
+        gates = relative_gates(GateSection(max_resource_increase=None), small, small, slower(7, ratio, seed))
+        passed += all(gate.ok for gate in gates)
+    assert least <= passed / trials <= most
+
+
+def test_an_undecided_gate_says_how_many_processes_would_tell(tmp_path: Path) -> None:
+    small = contender(tmp_path / "a", 1000)
+    gates = relative_gates(GateSection(), small, small, slower(3, 1.03, 0, spread=0.03))
+    (gate,) = [gate for gate in gates if gate.name == "p50 ratio"]
+    assert gate.low is not None
+    assert gate.high is not None
+    assert gate.low <= 1.05 < gate.high
+    assert not gate.ok
+    assert "unknown after 3: about" in gate.reason
+
+
+def test_a_disturbed_timing_is_not_promoted(
+    registry: Registry, device: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(registry, tmp_path, linear_model(tmp_path / "one.onnx"), "run-1")
+    measure = promotion.measure
+    monkeypatch.setattr(promotion, "measure", lambda *a, **o: replace(measure(*a, **o), disturbed=("contended",)))
+    decision = promote(registry, device)
+    (failed,) = [gate for gate in decision.gates if not gate.ok]
+    assert failed.name == "stable timing"
+    assert "gate.require_stable" in failed.reason
+    assert promote(registry, device, section=LOOSE.model_copy(update={"require_stable": False})).promoted
+
+
+def test_a_close_call_on_few_images_says_that_they_do_not_resolve_it(
+    registry: Registry, device: Any, tmp_path: Path
+) -> None:
+    crown(registry, add(registry, tmp_path, linear_model(tmp_path / "one.onnx"), "run-1"))
+    add(registry, tmp_path, linear_model(tmp_path / "two.onnx", noise=1.0), "run-2")
+    seen = promote(registry, device)
+    (drop,) = [gate for gate in seen.gates if gate.name == "accuracy drop"]
+    assert drop.value is not None
+    close = LOOSE.model_copy(update={"max_drop_champion": drop.value})
+    sure = close.model_copy(update={"sure": True})
+    for section, holds in ((sure, False), (close, True)):
+        (gate,) = [gate for gate in promote(registry, device, section=section).gates if gate.name == drop.name]
+        assert gate.ok is holds
+        assert "not resolved by" in gate.reason
 
 
 def test_absolute_gates_take_the_tighter_of_run_file_and_budget(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +115,14 @@ def test_within_the_tolerance_or_within_the_noise_is_no_regression() -> None:
     one = reading(result(1.0, processes=1), result(2.0, seed=1, processes=1))
     assert not one.regressions, "one process cannot tell"
     assert all(math.isinf(figure.change.high) for figure in one.figures)
+    assert set(verdicts(one).values()) == {"unknown"}
 
 
 def test_wall_times_of_a_busy_device_decide_nothing() -> None:
-    found = reading(result(1.0), result(1.0, seed=1, wall_over_cpu=1.5))
+    busy = replace(result(1.0, seed=1, wall_over_cpu=1.5, cpu_pressure=0.3), statistic="wall")
+    found = reading(replace(result(1.0), statistic="wall"), busy)
     assert "contended" in found.flags
-    assert verdicts(found)["p95_ms"] == "disturbed"
+    assert verdicts(found)["p95_ms"] == verdicts(found)["p50_ms"] == "disturbed"
     assert not found.regressions
     slower = reading(result(1.0), result(1.2, seed=1, wall_over_cpu=1.5))
     assert [f.name for f in slower.regressions] == ["p50_ms"], "CPU time is hardly touched by other load"
