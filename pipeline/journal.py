@@ -1,8 +1,9 @@
 """The one memory of a run: an append-only file of JSON lines, each on disk before anybody acts on it.
 
 Replaying the journal is resuming the run (``study.py``), delivering it is tracking (``tracking.py``), and re-scoring
-it is choosing another winner. A line carries a checksum; a last line cut short by a crash is dropped on opening (that
-was the evaluation in flight), any other damage is an error.
+it is choosing another winner. A line carries its number and a checksum; a last line cut short by a crash is dropped on
+opening (that was the evaluation in flight), any other damage is an error, and so are lines that are missing, doubled or
+out of order. Journals of format 2 have no numbers; they are read and continued as they began.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 from device_profiles.wording import command
 from pipeline.errors import JournalError
 
-FORMAT = 2
+FORMAT, UNNUMBERED = 3, 2
 Record = Mapping[str, Any]
 
 
@@ -66,8 +67,6 @@ class Journal:
             self.append({**header, "data": data} if data else header)
             return
         first = self.records[0]
-        if first.get("kind") != "run" or first.get("format") != FORMAT:
-            raise JournalError(f"{self.path} is not a Secateur journal of format {FORMAT}; use a new run directory")
         if first.get("run_id") != run_id or first.get("config") != config_digest:
             raise JournalError(
                 f"{self.path} belongs to run {first.get('run_id')} with configuration {first.get('config')}, "
@@ -87,7 +86,8 @@ class Journal:
             JournalError: the disk is full or failing; the journal is left whole, without this record.
         """
         stored = {**record, "time": round(time.time(), 3)}
-        line = _encode(stored)
+        numbered = not self.records or self.records[0]["format"] != UNNUMBERED
+        line = _encode({"line": len(self.records) + 1, **stored} if numbered else stored)
         before = os.lseek(self._fd, 0, os.SEEK_END)
         try:
             written = 0
@@ -125,22 +125,50 @@ def read_journal(path: Path) -> list[Record]:
         records, _ = _parse(path.read_bytes(), path)
     except OSError as error:
         raise JournalError(f"cannot read journal {path}: {error.strerror}") from error
-    if not records or records[0].get("kind") != "run" or records[0].get("format") != FORMAT:
-        raise JournalError(f"{path} is not a Secateur journal of format {FORMAT}")
+    if not records:
+        raise JournalError(f"{path} holds no record yet")
     return records
 
 
 def _parse(content: bytes, path: Path) -> tuple[list[Record], int]:
-    """The whole records of a journal, and where the last of them ends."""
+    """The whole records of a journal, and where the last of them ends.
+
+    Raises:
+        JournalError: it is damaged, of another format, or its lines are not all there in their order.
+    """
     records: list[Record] = []
     good = start = 0
+    numbered = True
     for number, line in enumerate(content.split(b"\n"), start=1):
         end = start + len(line) + 1
         if end > len(content):  # no newline: the write was cut short
             break
-        records.append(_decode(line, path, number))
+        record = _decode(line, path, number)
+        if number == 1:
+            numbered = _is_numbered(record, path)
+        if numbered and (found := record.pop("line", None)) != number:
+            raise JournalError(
+                f"{path}, line {number} was written as line {found}: lines are missing, doubled or out of order; "
+                f"restore the file from a copy, or cut it off before line {number} to repeat the work from there"
+            )
+        records.append(record)
         good = start = end
     return records, good
+
+
+def _is_numbered(header: Record, path: Path) -> bool:
+    """Whether the lines of a journal with this first line carry numbers.
+
+    Raises:
+        JournalError: it is no first line, or of a format that this version does not know.
+    """
+    if header.get("kind") == "run" and header.get("format") in (FORMAT, UNNUMBERED):
+        return bool(header["format"] == FORMAT)
+    said = f"its first line is of kind {header.get('kind')!r}, format {header.get('format')!r}"
+    raise JournalError(
+        f"{path} is not a Secateur journal of format {FORMAT} ({said}); restore the file from a copy, or use a new run "
+        "directory"
+    )
 
 
 def _encode(record: Record) -> bytes:
@@ -148,7 +176,7 @@ def _encode(record: Record) -> bytes:
     return f'{body[:-1]},"crc":{zlib.crc32(body.encode())}}}\n'.encode()
 
 
-def _decode(line: bytes, path: Path, number: int) -> Record:
+def _decode(line: bytes, path: Path, number: int) -> dict[str, Any]:
     damaged = JournalError(
         f"{path}, line {number} is damaged; restore the file from a copy, or cut it off before line {number} "
         "to repeat the work from there"

@@ -15,9 +15,9 @@ from scipy.stats import spearmanr
 
 from device_profiles.wording import command
 from pipeline.assemble import open_run_directory
-from pipeline.errors import UserError
+from pipeline.errors import JournalError, UserError
 from pipeline.files import write_whole
-from pipeline.journal import Record, read_journal
+from pipeline.journal import Journal, Record, read_journal
 from pipeline.study import describe, to_candidate, to_dict, to_evaluation
 from pipeline.workloads.data.record import read as read_record
 from pruning.front import pareto_front
@@ -114,6 +114,23 @@ def check_same_data(directory: Path, records: Sequence[Record]) -> None:
         raise UserError(
             f"the journal of {directory} was written about other data ({about}) than its data.json names "
             f"({recorded.fingerprint}): its candidates cannot be compared. Restore the run directory's own files"
+        )
+
+
+def check_whole(journal: Journal, num_candidates: int) -> None:
+    """See that a journal still holds every candidate of a search that has ended: a cut after a line has no other trace.
+
+    Args:
+        num_candidates: how many the search evaluated.
+
+    Raises:
+        JournalError: candidates are missing.
+    """
+    held = sum(r.get("stage") == "search" and r["kind"] in ("evaluation", "finetune") for r in journal.records)
+    if held < num_candidates:
+        raise JournalError(
+            f"{journal.path} holds {held} candidates of the search, which evaluated {num_candidates}: its end was cut "
+            f"off. Restore the file from a copy, or remove {journal.path.parent / 'stages'} to repeat the work"
         )
 
 

@@ -38,7 +38,7 @@ from pipeline.files import sha256_of, write_whole
 from pipeline.fleet import Device, Tally
 from pipeline.ranking import rank_exactly
 from pipeline.report import write_report
-from pipeline.rescore import front_rows, rank_agreement
+from pipeline.rescore import check_whole, front_rows, rank_agreement
 from pipeline.study import Study, describe, request_of, to_candidate, to_dict, to_evaluation
 from pipeline.tracking import shown
 from pipeline.tracking.registry import MAX_TAG
@@ -338,6 +338,7 @@ def judge(run: Run, facts: Facts) -> dict[str, Any]:
 
 def report(run: Run, facts: Facts) -> dict[str, Any]:
     """The device profiling report, as one HTML page and as JSON: made before the model is registered, as part of it."""
+    check_whole(run.journal, facts["search"]["num_candidates"])
     front = run.directory / "front.json"
     rows = front_rows(run.journal.records, run.workload.search_metric)
     write_whole(front, json.dumps({"format": 1, "candidates": rows}, indent=1) + "\n")
@@ -356,6 +357,7 @@ def report(run: Run, facts: Facts) -> dict[str, Any]:
 
 def register(run: Run, facts: Facts) -> dict[str, Any]:
     """The compact model into the registry, with all that proves it, as the challenger of its devices."""
+    check_whole(run.journal, facts["search"]["num_candidates"])
     with run.progress.stage("Track and register"):
         waiting = run.tracker.flush(timeout_s=600 if not run.tracker.failure else 10)
         if waiting:

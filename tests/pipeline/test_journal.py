@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.errors import JournalError
 from pipeline.journal import Journal, read_journal
@@ -52,6 +57,55 @@ def test_damage_inside_is_an_error_that_names_the_line(tmp_path: Path) -> None:
     file.write_bytes(b"\n".join(lines))
     with pytest.raises(JournalError, match="line 4 is damaged"):
         journal(tmp_path)
+
+
+def rearranged(lines: Sequence[bytes]) -> st.SearchStrategy[list[bytes]]:
+    """The lines of a journal, all but the last of them possibly missing, doubled or elsewhere."""
+    places = st.lists(st.integers(0, len(lines) - 1), min_size=1, max_size=2 * len(lines))
+    return places.map(lambda chosen: [lines[i] for i in chosen])
+
+
+@given(data=st.data())
+def test_lines_that_are_missing_doubled_or_swapped_are_found_by_every_reader(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("journal")
+    write_some(folder)
+    file = folder / "journal.jsonl"
+    whole = file.read_bytes().splitlines(keepends=True)
+    others = data.draw(rearranged(whole))
+    file.write_bytes(b"".join(others))
+    if others == whole[: len(others)]:  # cut off after a line, which is what a kill before the next line leaves
+        assert len(read_journal(file)) == len(others)
+        return
+    with pytest.raises(JournalError, match=r"was written as line|is not a Secateur journal"):
+        read_journal(file)
+    with pytest.raises(JournalError, match=r"was written as line|is not a Secateur journal"):
+        journal(folder)
+    assert file.read_bytes() == b"".join(others)  # nothing was cut off
+
+
+def test_the_message_names_the_first_line_that_is_wrong(tmp_path: Path) -> None:
+    write_some(tmp_path)
+    file = tmp_path / "journal.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[:3] + lines[4:]))
+    with pytest.raises(JournalError, match=r"line 4 was written as line 5: lines are missing.*before line 4"):
+        read_journal(file)
+
+
+def test_a_journal_of_an_earlier_version_is_read_and_continued_without_numbers(tmp_path: Path) -> None:
+    def line(record: dict[str, object]) -> bytes:
+        body = json.dumps(record, separators=(",", ":"))
+        return f'{body[:-1]},"crc":{zlib.crc32(body.encode())}}}\n'.encode()
+
+    file = tmp_path / "journal.jsonl"
+    header = {"kind": "run", "format": 2, "run_id": "run-1", "config": "abc", "time": 1.0}
+    file.write_bytes(line(header) + line({"kind": "evaluation", "value": 0.5, "time": 2.0}))
+    with journal(tmp_path) as opened:
+        opened.append({"kind": "evaluation", "value": 0.25})
+    assert values(tmp_path) == [0.5, 0.25]
+    assert [r.get("value") for r in read_journal(file)] == [None, 0.5, 0.25]
 
 
 DEEP = b"[" * 10_000 + b"]" * 10_000

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
+from pipeline import stages
 from pipeline.cli import app
-from pipeline.errors import UserError
+from pipeline.errors import JournalError, UserError
 from pipeline.journal import Journal
 from pipeline.rescore import front_rows, rescore, write_ranking
 from pipeline.study import describe
@@ -100,3 +102,22 @@ def test_only_as_many_candidates_are_kept_as_asked(directory: Path) -> None:
     ranking = rescore(directory, "device", {})
     file = write_ranking(directory, "device", {}, ranking, 2)
     assert len(json.loads(file.read_text())["candidates"]) == 2
+
+
+@pytest.mark.parametrize("stage", [stages.report, stages.register])
+def test_a_journal_cut_off_after_the_search_is_found_where_candidates_are_shown(directory: Path, stage: Any) -> None:
+    file = directory / "journal.jsonl"
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:3]))  # the header, the reference, one plan
+    config = tiny_config(directory)
+    with Journal(file, "r", config.digest) as journal:
+        run: Any = SimpleNamespace(journal=journal, directory=directory)
+        with pytest.raises(JournalError, match=r"holds 1 candidates of the search, which evaluated 4.*Restore"):
+            stage(run, {"search": {"num_candidates": 4}})
+
+
+def test_rescore_refuses_a_journal_with_a_line_missing(directory: Path) -> None:
+    file = directory / "journal.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[:2] + lines[3:]))
+    with pytest.raises(JournalError, match="line 3 was written as line 4"):
+        rescore(directory, "device", {})

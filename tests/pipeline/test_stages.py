@@ -156,6 +156,8 @@ def test_a_failed_gate_makes_a_challenger(tmp_path: Path, finished: Any) -> None
         for file in done.directory.iterdir():
             if file.suffix in (".onnx", ".safetensors", ".json"):
                 shutil.copy(file, run.directory)
+        for record in done.journal.records[1:]:
+            run.journal.append(record)
         run.tracker.start()
         again = dict(facts)
         for stage in STAGES[5:9]:
