@@ -113,7 +113,8 @@ class Run:
             progress.say(f"Note: {note}")
         check_forward(self.workload.build_model(), self.workload.example_input())
         fingerprint = self.workload.fingerprint
-        self.journal = Journal(self.directory / "journal.jsonl", self.run_id, self.config.digest, fingerprint)
+        metrics = (self.workload.metric, self.workload.search_metric)
+        self.journal = Journal(self.directory / "journal.jsonl", self.run_id, self.config.digest, fingerprint, metrics)
         self.turn: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
         """Entered around every use of the device: a scheduler's way to keep other flows off it meanwhile."""
         self.turns: Mapping[str, Callable[[], AbstractContextManager[None]]] = {}

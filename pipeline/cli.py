@@ -114,7 +114,7 @@ def rescore_(
     Example: secateur rescore .secateur/runs/digits-... --reward mnasnet --set target_ratio=0.7
     """
     from pipeline.config import reward_options
-    from pipeline.rescore import rescore, shown, write_ranking
+    from pipeline.rescore import mixed, rescore, shown, write_ranking
 
     options = reward_options(reward, set_ or [])
     ranking = rescore(run_dir, reward, options)
@@ -123,6 +123,11 @@ def rescore_(
     for row in shown(ranking, top):
         rows.add_row(*row)
     out.print(rows)
+    if mixed(ranking, top):
+        out.print(
+            "Note: candidates as cut stand beside fine-tuned ones, whose accuracy has had training since; compare each "
+            "with its kind."
+        )
     file = write_ranking(run_dir, reward, options, ranking, top)
     out.print(f"Written: {one_line(file)} and the winner's plan, {file.with_suffix('.plan.json').name}")
 

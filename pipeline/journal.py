@@ -13,7 +13,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,13 +33,16 @@ class Journal:
         run_id: which run it must belong to.
         config_digest: which configuration it must have been written under.
         data: fingerprint of the data it must have been written about; empty = not asked.
+        metrics: the accuracies that its candidates have, the one that counts first; a new journal writes them down.
 
     Raises:
         JournalError: in use, damaged, of another run, configuration or data, or not writable.
     """
 
-    def __init__(self, path: Path, run_id: str, config_digest: str, data: str = "") -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, run_id: str, config_digest: str, data: str = "", metrics: Sequence[str] = ()
+    ) -> None:
+        self.path, self.metrics = path, tuple(dict.fromkeys(metrics))
         self.records: list[Record] = []
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +67,8 @@ class Journal:
             os.ftruncate(self._fd, good)
         if not self.records:
             header = {"kind": "run", "format": FORMAT, "run_id": run_id, "config": config_digest}
-            self.append({**header, "data": data} if data else header)
+            told = {"data": data, "metrics": list(self.metrics)}
+            self.append({**header, **{name: value for name, value in told.items() if value}})
             return
         first = self.records[0]
         if first.get("run_id") != run_id or first.get("config") != config_digest:

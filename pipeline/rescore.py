@@ -1,6 +1,8 @@
 """Other winners of a finished or running search, from its journal alone: nothing is evaluated again.
 
-Metrics are stored and rewards derived, so another reward is another ranking of the same candidates.
+Metrics are stored and rewards derived, so another reward is another ranking of the same candidates. Candidates as they
+were cut and fine-tuned ones are marked wherever they stand together, and neither keeps the other from the Pareto front:
+fine-tuning may turn their order around.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from pruning.search.protocol import Candidate, Evaluation
 
 STAGES = ("search", "final")
 ACCURACIES = ("map50", "top1", "loss_score")
+"""Of journals that do not name their metrics: those of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,23 @@ class Past:
     Args:
         stage: ``search``, or ``final`` = fine-tuned after the search.
         candidate: with the weights it was evaluated with as its base.
+        tuned: whether it was fine-tuned; otherwise it was evaluated as it was cut.
     """
 
     stage: str
     candidate: Candidate
     evaluation: Evaluation
     tuned: bool
+
+    @property
+    def weights(self) -> str:
+        """The mark that tells the one from the other."""
+        return "tuned" if self.tuned else "as cut"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The candidate as JSON."""
+        told = {"stage": self.stage, "weights": self.weights}
+        return {**told, "candidate": describe(self.candidate), "evaluation": to_dict(self.evaluation)}
 
 
 @dataclass(frozen=True)
@@ -66,10 +80,17 @@ def history(records: Sequence[Record]) -> list[Past]:
 
 
 def front_rows(records: Sequence[Record], metric: str) -> list[dict[str, Any]]:
-    """The Pareto archive over accuracy, latency and MACs of a journal, as JSON; highest accuracy first."""
-    past = history(records)
-    chosen = [past[i] for i in pareto_front([p.evaluation for p in past], metric)]
-    return [{"stage": p.stage, "candidate": describe(p.candidate), "evaluation": to_dict(p.evaluation)} for p in chosen]
+    """The Pareto archives over accuracy, latency and MACs of a journal, as JSON: fine-tuned ones, then those as cut.
+
+    Of each, highest accuracy first.
+    """
+    return [past.to_dict() for past in _front(history(records), metric)]
+
+
+def _front(past: Sequence[Past], metric: str) -> list[Past]:
+    """What no other candidate of the same kind of weights beats."""
+    kinds = ([p for p in past if p.tuned], [p for p in past if not p.tuned])
+    return [kind[i] for kind in kinds for i in pareto_front([p.evaluation for p in kind], metric)]
 
 
 def rescore(directory: Path, preset: str, options: Mapping[str, Any]) -> Ranking:
@@ -81,7 +102,8 @@ def rescore(directory: Path, preset: str, options: Mapping[str, Any]) -> Ranking
         options: its parameters.
 
     Raises:
-        UserError: no run directory, no evaluated candidate in it, or an unknown reward or parameter.
+        UserError: no run directory, no evaluated candidate in it, no accuracy that all of them have, or an unknown
+            reward or parameter.
         JournalError: the journal is damaged.
     """
     open_run_directory(directory)
@@ -92,12 +114,13 @@ def rescore(directory: Path, preset: str, options: Mapping[str, Any]) -> Ranking
     if not measured or not any(p.evaluation.status == "ok" for p in past):
         resume = command("secateur", "resume", directory)
         raise UserError(f"{directory} holds no evaluated candidate yet; continue it with: {resume}")
-    reference, metric = to_evaluation(measured[0]["evaluation"]), shared_metric(past)
+    reference = to_evaluation(measured[0]["evaluation"])
+    metric = shared_metric(records[0].get("metrics") or ACCURACIES, reference, past)
     try:
         reward = make_reward(preset, reference, metric, **options)
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
-    front = {id(past[i]) for i in pareto_front([p.evaluation for p in past], metric)}
+    front = {id(p) for p in _front(past, metric)}
     scored = sorted(((reward(p.evaluation), p) for p in past if p.evaluation.status == "ok"), key=lambda row: -row[0])
     on_front = frozenset(i for i, (_, p) in enumerate(scored) if id(p) in front)
     return Ranking(tuple(scored), on_front, reference, metric)
@@ -137,13 +160,7 @@ def check_whole(journal: Journal, num_candidates: int) -> None:
 def write_ranking(directory: Path, preset: str, options: Mapping[str, Any], ranking: Ranking, top: int) -> Path:
     """Write the best ``top`` rows as ``rescore-PRESET.json`` and the winner's plan beside it; returns the first."""
     rows = [
-        {
-            "reward": reward,
-            "stage": past.stage,
-            "front": i in ranking.front,
-            "candidate": describe(past.candidate),
-            "evaluation": to_dict(past.evaluation),
-        }
+        {"reward": reward, "front": i in ranking.front, **past.to_dict()}
         for i, (reward, past) in enumerate(ranking.rows[:top])
     ]
     path = directory / f"rescore-{preset}.json"
@@ -154,10 +171,24 @@ def write_ranking(directory: Path, preset: str, options: Mapping[str, Any], rank
     return path
 
 
-def shared_metric(past: Sequence[Past]) -> str:
-    """The accuracy that all candidates can be compared by: a search may go by a stand-in of the workload's metric."""
-    known = [p.evaluation.metrics for p in past if p.evaluation.status == "ok"]
-    return next((name for name in ACCURACIES if all(name in metrics for metrics in known)), ACCURACIES[0])
+def shared_metric(metrics: Sequence[str], reference: Evaluation, past: Sequence[Past]) -> str:
+    """The accuracy that all candidates can be compared by: a search may go by a stand-in of the workload's metric.
+
+    Args:
+        metrics: those of the run, the one that counts first.
+
+    Raises:
+        UserError: they have none of them in common.
+    """
+    known = [reference.metrics, *(p.evaluation.metrics for p in past if p.evaluation.status == "ok")]
+    for name in metrics:
+        if all(name in found for found in known):
+            return name
+    held = sorted(set.intersection(*(set(found) for found in known)))
+    raise UserError(
+        f"the run's candidates cannot be compared: none of {', '.join(metrics)} was recorded for each (all have "
+        f"{', '.join(held)}). Start a new run with `secateur run`, which records its metric"
+    )
 
 
 def rank_agreement(records: Sequence[Record], stand_in: str, metric: str) -> dict[str, Any] | None:
@@ -168,6 +199,11 @@ def rank_agreement(records: Sequence[Record], stand_in: str, metric: str) -> dic
         return None
     found = float(spearmanr(*zip(*pairs, strict=True)).statistic)
     return {"stand_in": stand_in, "metric": metric, "spearman": found, "candidates": len(pairs)}
+
+
+def mixed(ranking: Ranking, top: int) -> bool:
+    """Whether candidates as cut and fine-tuned ones are both among the best ``top``."""
+    return len({past.tuned for _, past in ranking.rows[:top]}) > 1
 
 
 def shown(ranking: Ranking, top: int) -> list[tuple[str, ...]]:
@@ -181,7 +217,7 @@ def shown(ranking: Ranking, top: int) -> list[tuple[str, ...]]:
             (
                 str(i + 1),
                 " ".join(dict.fromkeys((past.stage, past.candidate.origin, str(past.candidate.id)))),
-                "tuned" if past.tuned else "as cut",
+                past.weights,
                 f"{found[metric]:.2%}",
                 f"{found['macs'] / reference['macs']:.3f}",
                 "-" if latency != latency else f"{latency:.3f}",

@@ -190,7 +190,7 @@ def _front_row(row: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
     candidate, found = row["candidate"], row["evaluation"]["metrics"]
     return {
         "name": " ".join(dict.fromkeys((row["stage"], candidate["origin"], str(candidate["id"])))),
-        "weights": candidate["base"] or "as cut",
+        "weights": " ".join(filter(None, (row["weights"], candidate["base"]))),
         "accuracy": found[facts["judge"]["search_metric"]],
         "macs": found["macs"] / facts["search"]["reference"]["metrics"]["macs"],
         "latency": found.get("latency_ratio"),

@@ -65,10 +65,13 @@ def test_the_front_keeps_what_is_best_in_one_thing_and_marks_it(directory: Path)
     from pipeline.journal import read_journal
 
     rows = front_rows(read_journal(directory / "journal.jsonl"), "top1")
-    assert [(r["stage"], r["candidate"]["id"]) for r in rows] == [("final", 0), ("search", 0)]
+    found = [
+        (r["stage"], r["weights"], r["candidate"]["id"]) for r in rows
+    ]  # the second as cut: only tuned ones beat it
+    assert found == [("final", "tuned", 0), ("search", "as cut", 0), ("search", "as cut", 1)]
     assert rows[0]["candidate"]["base"] == "0-tuned"
     ranking = rescore(directory, "device", {})
-    assert {ranking.rows[i][1].candidate.id for i in ranking.front} == {0}
+    assert {ranking.rows[i][1].candidate.id for i in ranking.front} == {0, 1}
 
 
 def test_the_command_prints_a_ranking_and_writes_the_winners_plan(directory: Path) -> None:
@@ -79,6 +82,8 @@ def test_the_command_prints_a_ranking_and_writes_the_winners_plan(directory: Pat
     data = json.loads((directory / "rescore-mnasnet.json").read_text())
     assert data["candidates"][0]["candidate"]["digest"] == plan.digest
     assert data["reward"]["options"] == {"target_ratio": 0.5}
+    assert {(row["stage"], row["weights"]) for row in data["candidates"]} == {("search", "as cut"), ("final", "tuned")}
+    assert "compare each with its kind" in " ".join(result.output.split())
     assert len(data["candidates"]) == 4
 
 
@@ -121,3 +126,35 @@ def test_rescore_refuses_a_journal_with_a_line_missing(directory: Path) -> None:
     file.write_bytes(b"".join(lines[:2] + lines[3:]))
     with pytest.raises(JournalError, match="line 3 was written as line 4"):
         rescore(directory, "device", {})
+
+
+@pytest.mark.parametrize(
+    ("metrics", "recorded", "expected"),
+    [
+        (("miou",), ({"miou": 0.8}, {"miou": 0.7}), "miou"),
+        (("miou", "loss_score"), ({"miou": 0.8, "loss_score": 0.5}, {"loss_score": 0.4}), "loss_score"),
+        (("miou", "loss_score"), ({"miou": 0.8, "loss_score": 0.5}, {"miou": 0.6, "loss_score": 0.4}), "miou"),
+        (("miou",), ({"miou": 0.8, "top1": 0.1}, {"miou": 0.7, "top1": 0.2}), "miou"),
+        ((), ({"top1": 0.9}, {"top1": 0.8}), "top1"),  # of an earlier version, which did not write its metric down
+        ((), ({"miou": 0.9}, {"miou": 0.8}), None),
+        (("miou",), ({"miou": 0.9}, {"top1": 0.8}), None),
+    ],
+)
+def test_candidates_are_compared_by_the_metric_of_the_run(
+    directory: Path, metrics: tuple[str, ...], recorded: tuple[dict[str, float], ...], expected: str | None
+) -> None:
+    file, config = directory / "journal.jsonl", tiny_config(directory)
+    file.unlink()
+    (directory / "run.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    with Journal(file, "r", config.digest, metrics=metrics) as journal:
+        journal.append(candidate(0, 8, "reference", macs=100.0, latency_ratio=1.0, **recorded[0]))
+        for i, width in enumerate((6, 4)):
+            journal.append(candidate(i, width, "search", macs=10.0 * width, latency_ratio=width / 8, **recorded[1]))
+    result = CliRunner().invoke(app, ["rescore", str(directory), "--reward", "device"])
+    if expected is None:
+        assert isinstance(result.exception, UserError)
+        assert "cannot be compared" in str(result.exception)
+    else:
+        assert result.exit_code == 0, result.output
+        assert rescore(directory, "device", {}).metric == expected
+        assert f"{recorded[1][expected]:.2%}" in result.output
