@@ -13,8 +13,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from device_profiles.wording import printable
 from pipeline.errors import TrackingError
 from pipeline.files import sha256_of
+from pipeline.tracking.schemas import Provenance, checked, read_json
 
 FOLDER = "secateur"
 MODEL, MANIFEST = "model.onnx", f"{FOLDER}/provenance.json"
@@ -22,7 +24,6 @@ MAX_FILES, MAX_BYTES, MAX_MANIFEST = 200, 4 << 30, 4 << 20
 PACKAGES = ("torch", "torchvision", "onnx", "onnxruntime", "numpy", "mlflow", "prefect", "secateur")
 SOURCES = ("device_profiles", "export", "pipeline", "pruning")
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,120}")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -58,18 +59,17 @@ class Manifest:
         try:
             if len(raw) > MAX_MANIFEST:
                 raise ValueError("it is too large")
-            data = json.loads(raw)
-            if (data["format"], data["kind"]) != (1, "secateur-version"):
+            data = read_json(raw)
+            known = checked(Provenance, data)
+            if (known.format, known.kind) != (1, "secateur-version"):
                 raise ValueError("unknown format")
-            for path, entry in data["files"].items():
+            for path in known.files:
                 check_name(path)
-                if not _DIGEST.fullmatch(entry["sha256"]) or int(entry["bytes"]) < 0:
-                    raise ValueError(f"no digest or size of {path}")
-            sizes = [int(entry["bytes"]) for entry in data["files"].values()]
-            if len({path.casefold() for path in data["files"]}) != len(sizes) or MODEL not in data["files"]:
+            sizes = [entry.bytes for entry in known.files.values()]
+            if len({path.casefold() for path in known.files}) != len(sizes) or MODEL not in known.files:
                 raise ValueError("files are named twice, or the model is not")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise TrackingError(f"the provenance of {what} cannot be used: {error}") from error
+        except ValueError as error:
+            raise TrackingError(f"the provenance of {what} cannot be used: {printable(error)}") from error
         if len(sizes) > MAX_FILES or sum(sizes) > MAX_BYTES:
             raise TrackingError(f"{what} has {len(sizes)} files of {sum(sizes)} bytes: more than any version should")
         return cls(raw, found, data)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ from typing import Any
 import onnx
 from google.protobuf.message import DecodeError
 
+from device_profiles.wording import printable
 from pipeline.errors import SurroundingsError, TrackingError, UserError
 from pipeline.files import sha256_of, write_whole
 from pipeline.tracking.contents import FOLDER, MODEL, Manifest
 from pipeline.tracking.registry import CHAMPION, MODEL_TAG, Registry, Version
+from pipeline.tracking.schemas import GateFacts, Provenance, Schema, Usage, checked, read_json
 from pipeline.tracking.store import shown
 from pipeline.workloads.data import decode
 
@@ -133,7 +135,7 @@ class Cache:
             raise TrackingError(
                 f"{reference.strip()} was never pulled to {self.references.parent}: pull it once while MLflow answers"
             ) from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise TrackingError(f"the cache in {self.references.parent} is damaged ({error}): remove it") from error
         return version, Manifest.read(raw, known["manifest"], f"{version.uri} in the cache")
 
@@ -214,7 +216,7 @@ def _refuse_foreign(folder: Path) -> None:
         return
     names = {file.name for file in folder.iterdir()}
     known: set[str] = set()
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         known = {PULLED, *json.loads((folder / PULLED).read_text(encoding="utf-8"))["files"]}
     if others := sorted(names - known):
         raise UserError(f"{folder} holds files that no pull wrote ({', '.join(others[:3])}); give another one with -o")
@@ -246,55 +248,60 @@ def _replacing(folder: Path) -> Iterator[Path]:
 
 
 def card(version: Version, manifest: Manifest, folder: Path) -> str:
-    """The model card, in Markdown."""
-    usage, gates = _facts(folder / "usage.json"), _facts(folder / "gate.json")
-    device, tags = manifest.data.get("device", {}), version.tags
-    metric = gates.get("metric", "")
-    compact = gates.get("models", {}).get("compact", {})
+    """The model card, in Markdown.
+
+    Raises:
+        TrackingError: ``usage.json`` or ``gate.json`` is not what that of a version can be.
+    """
+    told, tags = checked(Provenance, manifest.data), version.tags
+    usage, gates = _facts(folder / "usage.json", Usage), _facts(folder / "gate.json", GateFacts)
     lines = [f"# {version.name}, version {version.version}", ""]
-    lines += [f"A pruned vision model, made and measured by Secateur for device `{device.get('name', '?')}`.", ""]
-    if compact:
-        baseline = gates["models"].get("baseline", {})
+    lines += [f"A pruned vision model, made and measured by Secateur for device `{told.device.name}`.", ""]
+    if gates is not None and (compact := gates.models.get("compact")):
+        baseline = gates.models.get("baseline", {})
         lines += ["| | baseline | this model |", "|---|---|---|"]
         lines += [f"| {k} | {_number(baseline.get(k))} | {_number(v)} |" for k, v in compact.items()]
-        flags = tags.get("timing_flags", "none")
-        disturbed = "" if flags == "none" else f" What disturbed the timing: {flags}."
-        lines += ["", f"`{metric}` is on the test split; latencies are of {device.get('name', '?')}.{disturbed}", ""]
-    if gates:
-        lines += [f"## Gate: {'passed' if gates.get('passed') else 'not passed'}", ""]
+        lines += ["", f"`{gates.metric}` is on the test split; latencies are of {told.device.name}.", ""]
+    if gates is not None:
+        lines += [f"## Gate: {'passed' if gates.passed else 'not passed'}", ""]
         lines += [
-            f"- {check['name']}: {_number(check['value'])} (must be {check['relation']} {_number(check['bound'])})"
-            for check in gates.get("checks", ())
+            f"- {check.name}: {_number(check.value)} (must be {check.relation} {_number(check.bound)})"
+            for check in gates.checks
         ]
     lines += ["", "## Use", "", "```", "from loader import Model", "", "Model().predict(images)  # uint8, any size"]
+    prepared = {} if usage is None else usage.model_dump(exclude={"classes"}, exclude_none=True)
     lines += [
         "```",
         "",
-        f"Images are prepared by `loader.py` and `decode.py` as `usage.json` says: {_prepared(usage)}",
+        f"Images are prepared by `loader.py` and `decode.py` as `usage.json` says: {json.dumps(prepared)}",
         "",
     ]
-    if names := usage.get("classes"):
+    if usage is not None and (names := usage.classes):
         more = f", and {len(names) - 50} more in `usage.json`" if len(names) > 50 else ""
         listed = ", ".join(f"{index} {name}" for index, name in enumerate(names[:50]))
         lines += ["## Classes", "", f"{len(names)} classes: {listed}{more}", ""]
     lines += ["## Provenance", "", "| | |", "|---|---|"]
-    facts = {"run": manifest.data.get("run"), "data": manifest.data.get("data"), "code": manifest.data.get("code")}
-    facts |= {f"weights, {k}": v for k, v in manifest.data.get("weights", {}).items()}
-    facts |= {"plan": manifest.data.get("plan"), "device fingerprint": device.get("fingerprint")}
+    facts = {"run": told.run, "data": told.data, "code": told.code}
+    facts |= {f"weights, {k}": v for k, v in told.weights.items()}
+    facts |= {"plan": told.plan, "device fingerprint": told.device.fingerprint}
     facts |= {"sha256 of model.onnx": tags.get(MODEL_TAG), "sha256 of provenance.json": manifest.sha256}
     lines += [f"| {key} | `{value}` |" for key, value in facts.items() if value]
-    text = "\n".join(lines) + "\n"
-    return "".join(c for c in text if c == "\n" or c.isprintable())
+    return "\n".join("".join(c for c in line if c.isprintable()) for line in lines) + "\n"
 
 
-def _prepared(usage: Mapping[str, Any]) -> str:
-    return json.dumps({name: value for name, value in usage.items() if name != "classes"})
+def _facts(file: Path, schema: type[Schema]) -> Schema | None:
+    """A JSON file of the version; None where it has none.
+
+    Raises:
+        TrackingError: it is not what that of a version can be.
+    """
+    if not file.is_file():
+        return None
+    try:
+        return checked(schema, read_json(file.read_bytes()))
+    except ValueError as error:
+        raise TrackingError(f"{file.name} of the version cannot be used: {printable(error)}") from error
 
 
-def _facts(file: Path) -> Mapping[str, Any]:
-    """A JSON file of the version; empty where it has none."""
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
-
-
-def _number(value: Any) -> str:
+def _number(value: float | str | None) -> str:
     return "unknown" if value is None else f"{value:.6g}" if isinstance(value, int | float) else str(value)

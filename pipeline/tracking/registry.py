@@ -35,6 +35,7 @@ from pipeline.locks import held, machine_lock
 from pipeline.tracking.contents import (
     FOLDER,
     MANIFEST,
+    MAX_MANIFEST,
     MODEL,
     Manifest,
     check_name,
@@ -270,7 +271,7 @@ class Registry:
         if not digest:
             raise TrackingError(f"{version.uri} was not registered by Secateur: it has no provenance to verify")
         with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
-            file = self._download(version, MANIFEST, Path(folder))
+            file = self._download(version, MANIFEST, Path(folder), range(MAX_MANIFEST + 1))
             return Manifest.read(file.read_bytes(), digest, version.uri)
 
     def fetch(self, version: Version, folder: Path) -> Manifest:
@@ -290,7 +291,8 @@ class Registry:
         """One file of a version, verified; ``to`` appears whole or not at all."""
         to.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=to.parent) as part:
-            file = self._download(version, path, Path(part))
+            size = int(manifest.files[path]["bytes"])
+            file = self._download(version, path, Path(part), range(size, size + 1))
             manifest.verify(path, file, version.uri)
             file.replace(to)
 
@@ -625,8 +627,12 @@ class Registry:
         with self._talking() as client:
             return list(_pages(lambda token: client.search_registered_models(page_token=token)))
 
-    def _download(self, version: Version, path: str, folder: Path) -> Path:
-        """One file of a version, as the store gives it, in a folder of our own."""
+    def _download(self, version: Version, path: str, folder: Path, sizes: range) -> Path:
+        """One file of a version, as the store gives it, in a folder of our own.
+
+        Args:
+            sizes: bytes it may have; the store is asked before anything is sent.
+        """
         check_name(path)
         with self._talking() as client:
             place = client.get_model_version_download_uri(version.name, version.version)
@@ -634,6 +640,7 @@ class Registry:
                 place = client.get_logged_model(place.removeprefix("models:/").strip("/")).artifact_location
             _check_folder(version, place)
             store = get_artifact_repository(place, tracking_uri=self.uri, registry_uri=self.uri)
+            _check_size(version, path, store.list_artifacts(path.rpartition("/")[0] or None), sizes)
             found = Path(store.download_artifacts(path, dst_path=str(folder)))
         if not found.is_file():
             raise TrackingError(f"{version.uri} has no file {path}")
@@ -662,6 +669,23 @@ def _check_folder(version: Version, place: str) -> None:
             f"the files of {version.uri} are in {folder}, says MLflow, and that is not there: was the SECATEUR_HOME "
             "that it was registered in moved? Bring it back, or let its old place lead to the new one (`ln -s NEW OLD`)"
         )
+
+
+def _check_size(version: Version, path: str, listed: Sequence[Any], sizes: range) -> None:
+    """See that a store holds a file of a size that it may have, before it is sent.
+
+    Args:
+        listed: what the store says is in the file's folder.
+
+    Raises:
+        TrackingError: it holds none, a folder of that name, or a file of another size.
+    """
+    found = next((entry for entry in listed if entry.path == path), None)
+    if found is None or found.is_dir:
+        raise TrackingError(f"{version.uri} has no file {path}")
+    if found.file_size is not None and int(found.file_size) not in sizes:
+        expected = str(sizes.start) if len(sizes) == 1 else f"at most {sizes.stop - 1}"
+        raise TrackingError(f"{path} of {version.uri} was changed: {found.file_size} bytes, expected {expected}")
 
 
 def _version_of(found: Any, aliases: Mapping[str, str]) -> Version:

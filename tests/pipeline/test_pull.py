@@ -13,16 +13,19 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from mlflow import MlflowClient
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from onnx import TensorProto, helper
 from PIL import Image
 
 from pipeline import cli, errors, registry_cli
 from pipeline.errors import TrackingError, UserError
-from pipeline.tracking import Registry
-from pipeline.tracking.contents import MAX_BYTES, Manifest
+from pipeline.tracking import Registry, Version
+from pipeline.tracking.contents import MANIFEST, MAX_BYTES, MODEL, Manifest
 from pipeline.tracking.pull import _chosen, check_onnx, pull
-from pipeline.tracking.registry import MODEL_TAG
+from pipeline.tracking.registry import MANIFEST_TAG, MODEL_TAG
 
 from ..servers import free_port
 from .helpers import digits
@@ -230,15 +233,154 @@ def manifest(**files: Any) -> bytes:
         (manifest(**{"MODEL.onnx": {"sha256": "0" * 64, "bytes": 1}}), "named twice"),
         (manifest(big={"sha256": "0" * 64, "bytes": MAX_BYTES}), "more than any version"),
         (manifest(**{f"f{i}": {"sha256": "0" * 64, "bytes": 1} for i in range(300)}), "more than any version"),
-        (manifest(x={"sha256": "short", "bytes": 1}), "no digest"),
-        (manifest(x={"sha256": "0" * 64, "bytes": -1}), "no digest"),
+        (manifest(x={"sha256": "short", "bytes": 1}), r"files\.x\.sha256"),
+        (manifest(x={"sha256": "0" * 64 + "\n", "bytes": 1}), r"files\.x\.sha256"),
+        (manifest(x={"sha256": "0" * 64, "bytes": -1}), r"files\.x\.bytes"),
+        (manifest(x={"sha256": "0" * 64, "bytes": "1"}), r"files\.x\.bytes"),
+        (manifest(x={"sha256": "0" * 64, "bytes": float("inf")}), r"files\.x\.bytes"),
+        (manifest(x={"sha256": ["0" * 64], "bytes": 1}), r"files\.x\.sha256"),
+        (manifest(x=None), r"files\.x"),
+        (manifest()[:-1] + b',"device":"pi"}', "device"),
+        (manifest()[:-1] + b',"weights":[1]}', "weights"),
+        (manifest()[:-1] + b',"x":' + b"[" * 500 + b"]" * 500 + b"}", "nested too deeply"),
+        (manifest()[:-1] + b',"x":' + b'{"y":' * 50_000 + b"1" + b"}" * 50_001, "nested too deeply"),
+        (manifest()[:-1] + b',"x":' + b"9" * 5000 + b"}", "cannot be used"),
+        (b"\xff\xfe{}", "cannot be used"),
         (b"[]", "cannot be used"),
+        (b"null", "cannot be used"),
         (b"{", "cannot be used"),
     ],
 )
 def test_a_hostile_list_of_files_is_refused(raw: bytes, said: str) -> None:
     with pytest.raises(TrackingError, match=said):
         Manifest.read(raw, hashlib.sha256(raw).hexdigest(), "a version")
+
+
+class Stored(Registry):
+    """A registry of one version with these files, as a store gives them."""
+
+    def __init__(self, folder: Path, files: dict[str, bytes]) -> None:
+        super().__init__("sqlite:///none.db", folder / "home")
+        self.stored = files
+
+    def version(self, name: str, which: str = "champion", device: str | None = None) -> Version:
+        digests = (hashlib.sha256(self.stored[path]).hexdigest() for path in (MANIFEST, MODEL))
+        return Version(name, "1", dict(zip((MANIFEST_TAG, MODEL_TAG), digests, strict=True)))
+
+    def _download(self, version: Version, path: str, folder: Path, sizes: range) -> Path:
+        (folder / "file").write_bytes(self.stored[path])
+        return folder / "file"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+DEEP = [[]]
+for _ in range(500):
+    DEEP = [DEEP]
+HOSTILE = JSON | st.just(DEEP)
+TOLD = {
+    "provenance.json": {
+        "format": 1,
+        "kind": "secateur-version",
+        "name": "net",
+        "run": "run-1",
+        "data": "d",
+        "plan": "p",
+        "weights": {"baseline.safetensors": "0" * 64},
+        "device": {"name": "quick", "fingerprint": "f", "facts": {"cores": 2}},
+    },
+    "usage.json": {"image_size": 8, "mean": [0.5], "std": [0.5], "resize": "stretch", "classes": ["a", "b"]},
+    "gate.json": {
+        "passed": True,
+        "metric": "top1",
+        "checks": [{"name": "parity", "value": 1e-6, "relation": "<=", "bound": 1e-4, "ok": True}],
+        "models": {"baseline": {"top1": 0.9}, "compact": {"top1": 0.9, "peak_rss_bytes": None}},
+    },
+}
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Every place in a JSON value."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, part in parts for place in places(part, (*path, key)))]
+
+
+def put(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    """The same value with another one at a place."""
+    if not path:
+        return new
+    changed = dict(value) if isinstance(value, dict) else list(value)
+    changed[path[0]] = put(value[path[0]], path[1:], new)
+    return changed
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return linear_model(tmp_path_factory.mktemp("network") / "model.onnx").read_bytes()
+
+
+@given(data=st.data())
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@pytest.mark.parametrize("hostile", [None, *TOLD])
+def test_any_content_of_a_version_is_pulled_or_ends_in_one_refusal(
+    tmp_path_factory: pytest.TempPathFactory, network: bytes, hostile: str | None, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("hostile")
+    files = {MODEL: network}
+    for name in ("usage.json", "gate.json"):
+        told = TOLD[name]
+        if name == hostile:
+            told = put(told, data.draw(st.sampled_from(places(told))), data.draw(HOSTILE))
+        files[f"secateur/{name}"] = json.dumps(told).encode()
+    listed = {p: {"sha256": hashlib.sha256(raw).hexdigest(), "bytes": len(raw)} for p, raw in files.items()}
+    told = {**TOLD["provenance.json"], "files": listed}
+    if hostile == "provenance.json":
+        told = put(told, data.draw(st.sampled_from(places(told))), data.draw(HOSTILE))
+    registry = Stored(folder, {**files, MANIFEST: json.dumps(told).encode()})
+    try:
+        pulled = pull(registry, "net", folder / "model")
+    except TrackingError as error:
+        assert hostile is not None, error
+        assert not error.away
+        assert str(error).isprintable()
+        assert not (folder / "model").exists()
+    else:
+        assert (pulled.folder / "CARD.md").read_text().startswith("# net, version 1")
+    assert [file.name for file in folder.iterdir() if file.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("path", [MODEL, MANIFEST])
+def test_a_file_of_another_size_is_refused_before_it_is_sent(
+    filled: Path, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    (file,) = (file.parent / path for file in filled.joinpath("artifacts").rglob("MLmodel") if _is_of(file, "run-1"))
+    content = file.read_bytes()
+    sent = []
+    plain = LocalArtifactRepository.download_artifacts
+    monkeypatch.setattr(
+        LocalArtifactRepository, "download_artifacts", lambda *a, **k: (sent.append(a[1]), plain(*a, **k))[1]
+    )
+    try:
+        with file.open("r+b") as opened:
+            opened.truncate(MAX_BYTES)  # sparse: it takes no room
+        with pytest.raises(TrackingError, match=r"was changed: 4294967296 bytes, expected"):
+            pull(registry, "net", tmp_path / "model", which="1")
+        assert path not in sent
+        file.unlink()
+        file.mkdir()  # of which everything would be sent
+        with pytest.raises(TrackingError, match=f"has no file {path}"):
+            pull(registry, "net", tmp_path / "model", which="1")
+        assert path not in sent
+    finally:
+        file.rmdir()
+        file.write_bytes(content)
+
+
+def _is_of(file: Path, run: str) -> bool:
+    return bool(json.loads((file.parent / MANIFEST).read_text())["run"] == run)
 
 
 @pytest.mark.parametrize("path", ["secateur/loader.py", "secateur/MODEL.onnx", "secateur/deep/x", "secateur/card.md"])

@@ -1,0 +1,125 @@
+"""What a version's JSON files may hold: read as a stranger's, refused as a whole.
+
+Anybody who can write to the registry can write any JSON at all. It is checked here, once, so that what relies on it
+need not ask again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+MAX_DEPTH = 32
+"""How deep lists and mappings may lie within each other; ours have six levels."""
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
+class _Known(BaseModel):
+    """Types are not converted; keys that nobody here reads are of no concern."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+
+class FileEntry(_Known):
+    """A file of a version.
+
+    Args:
+        bytes: its size.
+    """
+
+    sha256: Digest
+    bytes: Annotated[int, Field(ge=0)]
+
+
+class DeviceEntry(_Known):
+    """The device that a version was made for; ``fingerprint`` is that of its hardware."""
+
+    name: str = "?"
+    fingerprint: str | None = None
+
+
+class Provenance(_Known):
+    """``provenance.json``."""
+
+    format: int
+    kind: str
+    files: dict[str, FileEntry]
+    name: str | None = None
+    run: str | None = None
+    data: str | None = None
+    code: str | None = None
+    plan: str | None = None
+    weights: dict[str, str] = {}
+    device: DeviceEntry = DeviceEntry()
+
+
+class Usage(_Known):
+    """``usage.json``: how images are prepared, and the names of classes."""
+
+    image_size: Annotated[int, Field(ge=1, le=100_000)]
+    mean: list[float]
+    std: list[float]
+    resize: str | None = None
+    classes: list[str] = []
+
+
+class Check(_Known):
+    """One check of a run's own gate; ``value`` None = unknown."""
+
+    name: str
+    value: float | None
+    relation: str
+    bound: float
+
+
+class GateFacts(_Known):
+    """``gate.json``: metrics of the models by name, and every check."""
+
+    passed: bool
+    metric: str = ""
+    checks: list[Check] = []
+    models: dict[str, dict[str, float | str | None]] = {}
+
+
+def read_json(raw: bytes) -> Any:
+    """The content of a JSON text.
+
+    Raises:
+        ValueError: it is none, or nested deeper than ``MAX_DEPTH``.
+    """
+    try:
+        data = json.loads(raw)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    level = [data]
+    for _ in range(MAX_DEPTH):
+        level = [value for part in level for value in _inside(part)]
+        if not level:
+            return data
+    raise ValueError("it is nested too deeply")
+
+
+def checked(schema: type[Schema], data: Any) -> Schema:
+    """Data of a known form.
+
+    Raises:
+        ValueError: it has another one; says where first.
+    """
+    try:
+        return schema.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part)[:80] for part in first["loc"]) or "it"
+        raise ValueError(f"{place}: {first['msg']}") from error
+
+
+def _inside(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    return value if isinstance(value, list) else []
