@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks._other_zoos import ZOOS
+
 TIMM = """
     beit_base_patch16_224 botnet26t_256 halonet26t lambda_resnet26t bat_resnext26ts gcresnet33ts repvgg_a0
     cait_xxs24_224 coat_lite_tiny convit_tiny convmixer_768_32 convnext_atto convnextv2_atto crossvit_tiny_240
@@ -40,12 +42,15 @@ def build(source: str, name: str) -> tuple[nn.Module, tuple[Any, ...]]:
     """A network in eval mode with random weights, and an example input (a tuple of arguments).
 
     Args:
-        source: ``torchvision`` or ``timm``.
+        source: ``torchvision``, ``timm`` or one of ``ZOOS``.
     """
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model, example = (_timm if source == "timm" else _torchvision)(name)
+        if source in ZOOS:
+            model, example = ZOOS[source][2](name)
+        else:
+            model, example = (_timm if source == "timm" else _torchvision)(name)
     calibrate(randomise(model.eval()), example)
     return model, example
 

@@ -1,6 +1,7 @@
 """Which networks can be pruned, proven right: every float network of torchvision, and one of each timm family.
 
     python benchmarks/coverage.py [--timm] [--peer torch-pruning] [--only REGEX] [--write PATH] [--json PATH]
+    python benchmarks/coverage.py --zoo NAME [--zoo NAME ...]    networks of other packages instead: `_other_zoos.py`
 
 Each network runs in a process of its own under a time limit, with random weights and one thread: trace, keep a random
 half of the channels of every group, prune, certify against the masked network, compare `cost` with counting, and check
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import json
 import math
 import multiprocessing
@@ -42,6 +44,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pruning.trial  # noqa: F401 - before the forks
+from benchmarks._other_zoos import ZOOS
 from benchmarks._output import Figure, parser, present
 from benchmarks._zoo import TIMM, build, torchvision_names
 from pruning import ChannelGraph, PruningPlan, certify, cost, prune, uniform_plan
@@ -78,6 +81,7 @@ def ours(model: nn.Module, example: Example) -> Row:
         return row | {"why": f"{type(error).__name__}: {error}"}
     row["groups"] = len(graph.groups)
     row["frozen_macs"] = sum({f.layer: f.macs_share for f in graph.frozen}.values())
+    row["frozen_why"] = next((f.reason for f in sorted(graph.frozen, key=lambda f: -f.macs_share)), "")
     if not graph.groups:
         return row | {"why": "no channel group"}
     try:
@@ -271,7 +275,7 @@ def in_process(target: Callable[..., None], arguments: tuple[Any, ...], limits: 
 
 
 MEMORY = ("resnet50", "densenet201", "swin_t", "ssdlite320_mobilenet_v3_large")
-BARE = ("status", "name", "groups", "error", "macs_left", "forward_s", "trace_s", "prune_s", "why", "peer", "peer_s")
+BARE = tuple("status name groups error frozen_macs macs_left forward_s trace_s prune_s why peer peer_s".split())
 
 
 def share(rows: Sequence[Row], status: str = "ok", key: str = "status") -> float:
@@ -294,6 +298,12 @@ def figures_of(rows: Sequence[Row]) -> list[Figure]:
             add(f"{source}_wrong", wrong, 0, wrong == 0)
             if any("peer" in row for row in some):
                 add(f"{source}_ok_share_of_torch_pruning", share(some, key="peer"), 0, True)
+    for zoo in dict.fromkeys(row["source"] for row in rows if row["source"] in ZOOS):
+        some = [row for row in rows if row["source"] == zoo]
+        free = sum(row["status"] == "ok" and row["frozen_macs"] < 0.5 for row in some) / len(some)
+        wrong = sum(row["status"] == "wrong" for row in some)
+        add(f"{zoo}_ok_with_under_half_frozen", free, 0.95, free >= 0.95)
+        add(f"{zoo}_wrong", wrong, 0, wrong == 0)
     if tasks:
         add("detection_and_segmentation_ok_share", share(tasks), 1, share(tasks) == 1)
     traced = [row for row in rows if "trace_s" in row]
@@ -352,6 +362,8 @@ def _line(row: Row, with_peer: bool) -> str:
         gain = f"{row['peer_s'] / (row['trace_s'] + row['prune_s']):.1f}x" if ran else ""
         cells += [row.get("peer", ""), number("peer_macs_left", ".0%"), gain]
     why = row.get("why", "") if row["status"] != "ok" else row.get("peer_why", "") and f"peer: {row['peer_why']}"
+    if row["status"] == "ok" and row.get("frozen_macs", 0) >= 0.5:
+        why = f"{row['frozen_macs']:.0%} frozen: {row['frozen_why']}"
     return f"| {' | '.join(cells)} | {' '.join(why.split())[:120].replace('|', '/')} |"
 
 
@@ -369,6 +381,7 @@ def warm_up() -> None:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--timm", action="store_true", help="one network of each timm family as well")
+    arguments.add_argument("--zoo", action="append", default=[], choices=ZOOS, help="another package's networks")
     arguments.add_argument("--no-torchvision", action="store_true", help="leave torchvision out")
     arguments.add_argument("--peer", choices=["torch-pruning"], help="measure it too, in the same processes")
     arguments.add_argument("--only", default="", metavar="REGEX", help="names to run")
@@ -377,10 +390,13 @@ def main() -> None:
     arguments.add_argument("--jobs", type=int, default=1, help="networks at a time (default 1; more disturb timings)")
     arguments.add_argument("--write", type=Path, metavar="PATH", help="write the tables as Markdown")
     options = arguments.parse_args()
-    jobs = [] if options.no_torchvision else [("torchvision", name) for name in torchvision_names()]
+    jobs = [] if options.no_torchvision or options.zoo else [("torchvision", name) for name in torchvision_names()]
     jobs += [("timm", name) for name in TIMM] if options.timm else []
+    jobs += [(zoo, name) for zoo in options.zoo for name in ZOOS[zoo][1]]
     jobs = [(source, name) for source, name in jobs if re.search(options.only, name)]
     torch.set_num_threads(1)
+    for zoo in options.zoo:
+        importlib.import_module(ZOOS[zoo][0])
     if options.timm:
         import timm  # noqa: F401 - before the forks
     if options.peer:

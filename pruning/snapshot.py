@@ -168,13 +168,14 @@ class Snapshot:
                 self._classes.append((value, dict(vars(value))))
             elif not isinstance(value, (tuple, frozenset)):
                 mapping = value if isinstance(value, dict) else vars(value)
-                self._mappings.append((root, mapping, dict(mapping)))
+                kind: Any = OrderedDict if isinstance(mapping, OrderedDict) else dict  # past what a subclass overrides
+                self._mappings.append((root, mapping, dict(kind.items(mapping))))
 
     def restore(self) -> None:
         """Put everything back that has changed."""
         for _, mapping, before in self._mappings:
             if not _same_mapping(mapping, before):
-                kind: Any = OrderedDict if isinstance(mapping, OrderedDict) else dict  # past what a subclass overrides
+                kind = OrderedDict if isinstance(mapping, OrderedDict) else dict
                 kind.clear(mapping)
                 for key, item in before.items():
                     kind.__setitem__(mapping, key, item)

@@ -194,6 +194,10 @@ def _embedding(module: Any) -> None:
     module.num_embeddings, module.embedding_dim = module.weight.shape
 
 
+def _bilinear(module: Any) -> None:
+    module.out_features, module.in1_features, module.in2_features = _weight(module).shape
+
+
 def _attention(module: Any) -> None:
     if module.in_proj_weight is not None:
         module.embed_dim = module.kdim = module.vdim = module.in_proj_weight.shape[1]
@@ -207,6 +211,7 @@ def _prelu(module: Any) -> None:
 ADAPTERS: dict[type[nn.Module], Callable[[Any], None]] = {
     _ConvNd: _conv,
     nn.Linear: _linear,
+    nn.Bilinear: _bilinear,
     _NormBase: _norm,
     nn.LayerNorm: _layer_norm,
     nn.RMSNorm: _layer_norm,

@@ -52,7 +52,7 @@ TRIAL_TOLERANCE = 1e-2
 """Relative error of a trial: wrong channels differ by more, half precision by less."""
 
 CLEAN = 2
-"""Trials in a row, at different widths, that must find nothing."""
+"""Trials in a row, at different widths, that must find nothing; in them every group loses something."""
 
 
 def settle(tracer: Tracer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ChannelGraph:
@@ -65,14 +65,14 @@ def settle(tracer: Tracer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Ch
     batch = batch_size(args, kwargs)
     findings = _Findings(tracer)
     assembly = assemble(tracer, batch, findings.followed)
-    clean = 0
+    clean, cut = 0, set[str]()
     shapes_only = not tracer.values
     for attempt in range(ROUNDS):
         graph = assembly.graph
         if not any((assembly.group[labels] >= 0).any() for labels, _ in tracer.labels.stated):
             return graph
         plan = trial_plan(graph, attempt)
-        to_be_proven = findings.changed and clean == CLEAN - 1
+        to_be_proven = findings.changed and clean >= CLEAN - 1
         try:
             trial = _Trial(tracer, assembly, plan, shapes_only=shapes_only and not to_be_proven)
             trial.run(args, kwargs)
@@ -80,17 +80,18 @@ def settle(tracer: Tracer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Ch
             shapes_only = False
             continue
         if findings.learn(trial):
-            clean = 0
+            clean, cut = 0, set()
             assembly = assemble(tracer, batch, findings.followed)
             continue
         clean += 1
-        if clean < CLEAN:
+        cut |= {group.name for group in graph.groups if plan.widths[group.name] < group.size}
+        if clean < CLEAN or len(cut) < len(graph.groups):
             continue
         if to_be_proven and (wrong := trial.differs_from_masked(args, kwargs)):
             findings.withdraw(wrong)
         elif not _try_turns(findings, assembly, trial, args, kwargs):
             return graph
-        clean = 0
+        clean, cut = 0, set()
         assembly = assemble(tracer, batch, findings.followed)
     for labels, reason in tracer.labels.stated:
         tracer.labels.freeze(labels, f"{reason}, and {ROUNDS} trials did not settle it")
@@ -164,7 +165,7 @@ def _different_widths(size: int, number: int, num_streams: int, seed: int, rng: 
             widths = np.sort(rng.permutation(allowed)[:number])
             few = number - num_streams
             return [int(width) for width in (*rng.permutation(widths[:few]), *rng.permutation(widths[few:]))]
-    places = [(i + seed * (1 + i // len(allowed))) % len(allowed) for i in range(number)]
+    places = [(i + seed * (1 + i // len(allowed)) + seed // 2) % len(allowed) for i in range(number)]
     return [int(allowed[place]) for place in places]
 
 
@@ -200,9 +201,10 @@ class Number(int):
     dense: int
 
     @classmethod
-    def of(cls, value: int, sources: tuple[Source, ...], dense: int, exact: bool = True) -> Number:
+    def of(cls, value: int, sources: tuple[Source, ...], dense: int | None = None, exact: bool = True) -> Number:
         number = cls(value)
-        number.sources, number.dense, number.exact = sources, dense, exact
+        number.sources, number.exact = sources, exact
+        number.dense = value if dense is None else dense
         return number
 
     def __neg__(self) -> Number:

@@ -111,3 +111,37 @@ def attention(p: Propagation, a: Arguments, out: Any) -> None:
         if result.shape == (*query.shape[:3], value.shape[3]):
             p.set(result, (p.tie(q[0], k[0], v[0]), heads, q[2], v[3]))
             return
+
+
+def distance(p: Propagation, a: Arguments, out: Any) -> None:
+    """``cdist``: every row of ``(..., m, k)`` to every row of ``(..., n, k)``; distances are over the kept k only."""
+    x, y = a["x1"], a["x2"]
+    p.contract(x, -1, y, -1)
+    p.normalise(p.of(x)[-1])
+    p.normalise(p.of(y)[-1])
+    leading = out.ndim - 2
+    batch = [
+        p.tie(*(p.of(t)[d - 2] for t in (x, y) if t.ndim - 2 >= -d and t.shape[d - 2] == out.shape[d - 2] != 1))
+        for d in range(-leading, 0)
+    ]
+    p.set(out, [*batch, p.of(x)[-2], p.of(y)[-2]])
+
+
+def trilinear(p: Propagation, a: Arguments, out: Any) -> None:
+    """Three tensors multiplied and summed (``nn.Bilinear``): each has ones at ``expand``, ``sumdim`` is summed over."""
+    tensors = [a["i1"], a["i2"], a["i3"]]
+    places: list[list[tuple[Tensor, int]]] = []
+    for tensor, expanded in zip(tensors, (a["expand1"], a["expand2"], a["expand3"]), strict=True):
+        own = iter(range(tensor.ndim))
+        for d in range(tensor.ndim + len(expanded)):
+            places += [[]] if d == len(places) else []
+            if d not in expanded:
+                places[d].append((tensor, next(own)))
+    dims = [p.tie(*(p.of(t)[i] for t, i in facing)) for facing in places]
+    has_weight = any(p.source(t) is not None for t in tensors)
+    for d in a["sumdim"]:
+        for tensor, i in places[d]:
+            p.read(tensor, i)
+        if (dim := dims[d]) is not None and not has_weight:
+            p.mixed.append(dim)
+    p.set(out, [dim for d, dim in enumerate(dims) if d not in a["sumdim"]])

@@ -40,9 +40,11 @@ from pruning.rules.products import (
     attention,
     convolution,
     deform_conv,
+    distance,
     dot,
     linear,
     matmul,
+    trilinear,
 )
 from pruning.rules.shapes import (
     as_strided,
@@ -134,6 +136,9 @@ RULES: dict[str, Rule] = {
     "bmm": partial(matmul, left="self", right="mat2"),
     "mv": partial(matmul, left="self", right="vec"),
     "index_add": index_add,
+    "_cdist_forward": distance,
+    "_euclidean_dist": distance,
+    "_trilinear": trilinear,
     "dot": dot,
     "vdot": partial(dot, right="other"),
     "addmm": partial(matmul, left="mat1", right="mat2", bias="self"),
@@ -170,6 +175,7 @@ MACS: dict[str, Callable[[Arguments, Any], list[list[Factor]]]] = {
     "bmm": _macs_matmul("self", "mat2"),
     "mv": _macs_matmul("self", "vec"),
     "addmm": _macs_matmul("mat1", "mat2"),
+    "_trilinear": lambda a, out: [[*_all(out), *((a["i2"], d) for d in (1, 2))]],
     "baddbmm": _macs_matmul("batch1", "batch2"),
     **dict.fromkeys(
         _ATTENTION.split(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +17,7 @@ from pruning.cost import count
 from pruning.snapshot import Snapshot
 from pruning.surgery import certify, prune
 from pruning.tracer import PruningError, undisturbed
-from tests.pruning.models import half, randomise
+from tests.pruning.models import Net, certified, half, randomise
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 SEEN: dict[str, Tensor] = {}
@@ -379,3 +379,24 @@ def test_fused_attention_of_a_module_is_not_taken() -> None:
     assert graph.groups
     with undisturbed(layer):
         assert F.relu(layer(x, x, x)[0]).shape == x.shape
+
+
+class Makers(OrderedDict[str, type[nn.Module]]):
+    """A dict whose items are made when they are looked up (the activations of transformers)."""
+
+    def __getitem__(self, key: str) -> nn.Module:
+        raise AssertionError(f"{key} was looked up")
+
+
+MAKERS = Makers(relu=nn.ReLU)
+
+
+def test_a_dict_that_makes_its_items_is_not_asked_for_them() -> None:
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        assert "relu" in MAKERS
+        return m.b(m.a(x).relu())
+
+    model = Net(run, a=nn.Linear(4, 6), b=nn.Linear(6, 2))
+    model.makers = MAKERS
+    graph, certificate = certified(model, torch.randn(2, 4))
+    assert certificate.ok and len(graph.groups) == 1

@@ -290,6 +290,37 @@ CASES = QUERIES | {
     "the last channels written": part("a=12 a#2=4 b=12", write_last),
     "a slice of a slice written": part("a=4 a#2=8 b=12", write_nested),
     "frames shifted": shift(4, torch.zeros_like),
+    "distances to a codebook": Case(
+        "a=8 k=5 b=6",
+        lambda: Net(
+            lambda m, x: m.c(m.b(torch.cdist(m.a(x.flatten(2).mT), m.k).sigmoid())),
+            a=nn.Linear(3, 8),
+            k=nn.Parameter(noise(5, 8)),
+            b=nn.Linear(5, 6),
+            c=nn.Linear(6, 2),
+        ),
+    ),
+    "distances among tokens": Case(
+        "a=8",
+        lambda: Net(
+            lambda m, x: m.b(
+                (-torch.cdist(m.a(x.flatten(2).mT), m.a(x.flatten(2).mT), p=1.0)).softmax(-1) @ x.flatten(2).mT
+            ),
+            a=nn.Linear(3, 8),
+            b=nn.Linear(3, 2),
+        ),
+    ),
+    "bilinear": Case(
+        "a=8 b=10 both=12",
+        lambda: Net(
+            lambda m, x: m.out(m.both(m.a(x), m.b(x)).sigmoid()),
+            a=nn.Linear(10, 8),
+            b=nn.Linear(10, 10),
+            both=nn.Bilinear(8, 10, 12),
+            out=nn.Linear(12, 2),
+        ),
+        CODE,
+    ),
     "frames shifted in new zeros": shift(3, lambda x: torch.zeros(x.shape)),
 }
 
@@ -331,3 +362,25 @@ def test_one_attribute_for_channels_and_for_a_fixed_size_freezes_the_channels() 
     model = Both()
     graph = ChannelGraph.trace(model, IMAGE)
     assert not graph.groups and "size written in the code" in graph.frozen[0].reason
+
+
+def test_small_groups_that_stay_whole_in_one_trial_lose_something_in_another() -> None:
+    """Nine attentions whose heads have three channels each, all of a width that the module keeps."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.all_heads = 6
+            self.q, self.k, self.v = (nn.Linear(10, 6) for _ in range(3))
+            self.out = nn.Linear(6, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            b, n, _ = x.shape
+            q, k, v = (layer(x).view(b, n, 2, -1).transpose(1, 2) for layer in (self.q, self.k, self.v))
+            return x + self.out(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).reshape(b, n, self.all_heads))
+
+    tokens = noise(2, 5, 10)
+    model = nn.Sequential(*(Heads() for _ in range(9)), nn.Linear(10, 2))
+    graph = ChannelGraph.trace(model, tokens)
+    plan = uniform_plan(graph, 0.5, saliency="random")
+    assert certify(model, prune(model, graph, plan), graph, plan, tokens).ok
