@@ -63,7 +63,7 @@ def main() -> None:
             "compact": (plan, compact),
             "baseline, tuned equally": _tuned(run, "baseline", PruningPlan.full(graph.groups), model, graph),
         }
-        space, macs = run.space(graph, model), cost(graph, plan).macs
+        space, macs = run.space(graph), cost(graph, plan).macs
         torch.manual_seed(run.config.seed)  # of random weights
         for name in filter(None, arguments.controls.split(",")):
             chosen = plan if name == "scratch" else CONTROLS[name](model, graph, space, macs, run.config.seed)

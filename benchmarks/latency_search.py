@@ -36,8 +36,8 @@ from device_profiles.staircase import probe
 from export import export_onnx
 from pipeline.assemble import widths_costs
 from pipeline.config import LatencySection
-from pipeline.device import group_multiples
 from pipeline.latency import Latencies, widths_of
+from pipeline.widths import group_multiples
 from pruning import PruningPlan
 from pruning.cost import cost, count
 from pruning.plan import SearchSpace

@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks._output import Figure, parser, present
 from device_profiles import load_profile, open_target
-from pipeline.assemble import open_workload
 from pipeline.config import load_run_file
 from pipeline.evaluator import Evaluator
 from pipeline.journal import Journal
+from pipeline.opening import open_workload
 from pipeline.study import Study
 from pipeline.tracking import Tracker
 from pruning import ChannelGraph, PruningPlan

@@ -36,10 +36,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks._output import Figure, parser, present
 from benchmarks.overhead import RUN_FILE, random_plan
 from device_profiles import load_profile, open_target
-from pipeline.assemble import open_workload
 from pipeline.config import TrackingSection, load_run_file
 from pipeline.evaluator import Evaluator
 from pipeline.journal import Journal, Record
+from pipeline.opening import open_workload
 from pipeline.study import describe
 from pipeline.tracking import Tracker
 from pipeline.tracking import tracker as delivery

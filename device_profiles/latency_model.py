@@ -18,8 +18,6 @@ from typing import Self
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import nnls
-from scipy.stats import spearmanr
 
 from device_profiles.layers import KINDS, IntArray, LayerTable
 from device_profiles.measure import BenchmarkResult, Node
@@ -243,6 +241,8 @@ def _trust(table: LayerTable, samples: Sequence[Sample]) -> Trust:
     errors = np.abs(predicted / ratios - 1)
     if not np.isfinite(errors).all() or np.ptp(ratios) == 0 or np.ptp(predicted) == 0:
         return Trust(float("inf"), 0.0, float("inf"), len(samples))
+    from scipy.stats import spearmanr  # not at the top: what only predicts needs no SciPy
+
     spearman = float(spearmanr(predicted, ratios).statistic)
     return Trust(float(np.median(errors)), spearman, float(1.96 * np.sqrt(np.mean(errors**2))), len(samples))
 
@@ -257,6 +257,8 @@ def _times(samples: Sequence[Sample]) -> FloatArray:
 
 def _coefficients(table: LayerTable, features: FloatArray, times: FloatArray) -> FloatArray:
     """Non-negative least squares per kind of layer, shape ``(kinds, features)``."""
+    from scipy.optimize import nnls
+
     kinds, found = _kind_numbers(table), np.zeros((len(KINDS), features.shape[2]))
     floor = 0.2 * float(np.nanmedian(times))
     for kind in np.unique(kinds):

@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper, numpy_helper
 
 from device_profiles.errors import DeviceError
 from device_profiles.layers import KINDS, LayerKind
@@ -31,8 +29,6 @@ WIDTHS = tuple(range(33, 65))
 MULTIPLES = (1, 2, 4, 8, 16)
 SLACK = 0.02
 """A larger multiple is preferred where rounding up to it costs no more than this on the mean."""
-PIXELS = {"conv": 14, "pointwise": 28, "depthwise": 28, "linear": 14}
-DEPTH = {"conv": 3, "pointwise": 4, "depthwise": 6, "linear": 4}
 FINGERPRINT_KEYS = ("board", "cpu", "machine", "cpus", "onnxruntime", "freq_max_mhz")
 
 
@@ -134,6 +130,8 @@ def probe(
     """
     if not profile.timing:
         raise DeviceError(f"device profile {profile.name} is emulated (timing: false): it has no latency", "profile")
+    from device_profiles.chains import chain  # makes ONNX files; what only reads a probe needs none
+
     answer = target.prepare()
     share = seconds / (len(kinds) + 1)
     tier = Tier(processes=1, warmup=3, min_repeats=30, min_seconds=min(2.0, share), max_seconds=share)
@@ -212,24 +210,3 @@ def _typical_ms(result: BenchmarkResult, name: str) -> float:
     """Lower quartile of the time that decides (CPU time where it tells, else wall time): other work only adds to it."""
     times = result.cpu_ms(name) if result.statistic == "cpu" else result.wall_ms(name)
     return float(np.percentile(times, 25))
-
-
-def chain(kind: LayerKind, width: int) -> onnx.ModelProto:
-    """A network of equal layers of one kind, ``width`` channels wide from input to output; random weights."""
-    rng = np.random.default_rng([width, KINDS.index(kind)])
-    pixels, depth = PIXELS[kind], DEPTH[kind]
-    shape = [1, pixels * pixels, width] if kind == "linear" else [1, width, pixels, pixels]
-    size = {"conv": (width, width, 3, 3), "pointwise": (width, width, 1, 1), "depthwise": (width, 1, 3, 3)}
-    weights, nodes = [], []
-    for i in range(depth):
-        values = rng.standard_normal(size.get(kind, (width, width))).astype(np.float32)
-        weights.append(numpy_helper.from_array(values / np.float32(np.sqrt(9 * width)), f"weight{i}"))
-        names = [f"x{i}", f"weight{i}"], [f"x{i + 1}"]
-        if kind == "linear":
-            nodes.append(helper.make_node("MatMul", *names))
-        else:
-            pads = [0] * 4 if kind == "pointwise" else [1] * 4
-            nodes.append(helper.make_node("Conv", *names, pads=pads, group=width if kind == "depthwise" else 1))
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("x0", f"x{depth}")]
-    graph = helper.make_graph(nodes, f"{kind}-{width}", ends[:1], ends[1:], weights)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from datetime import datetime
-from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
@@ -19,33 +17,34 @@ import numpy as np
 import torch
 from torch import nn
 
-from device_profiles import DeviceError, DeviceProfile, Target, load_profile, open_target, plain_yaml
+from device_profiles import DeviceProfile, Multiples, Target, open_target, plain_yaml
 from device_profiles.cores import usable_cores
 from device_profiles.wording import command
 from pipeline.config import RunFile, home, method_options, parse_run_file
 from pipeline.crew import Crew, Engine
-from pipeline.device import InTurn, RunDevice, common_multiples, group_multiples, meet
+from pipeline.device import InTurn, RunDevice, meet
 from pipeline.errors import SurroundingsError, UserError
 from pipeline.evaluator import Evaluator
 from pipeline.files import write_whole
 from pipeline.fleet import Device, Fleet, FleetProgress
 from pipeline.journal import Journal, Record
+from pipeline.opening import search_space
 from pipeline.origin import ORIGIN, check_tracked_at, origin_of
+from pipeline.preflight import examine
 from pipeline.progress import ProgressView
 from pipeline.study import to_evaluation
 from pipeline.surroundings import HOME, made
 from pipeline.tracking import Tracker
 from pipeline.tracking.check import require_tracking
 from pipeline.training import keep_freed_memory
-from pipeline.workloads import Workload
-from pipeline.workloads.carried import open_section
+from pipeline.widths import common_multiples
 from pipeline.workloads.data.content import Reading
 from pipeline.workloads.data.record import DataRecord, differences
 from pipeline.workloads.data.record import read as read_record
 from pipeline.workloads.data.record import write as write_record
 from pruning.channels import ChannelGraph
 from pruning.cost import costs
-from pruning.plan import IntArray, PlanError, SearchSpace
+from pruning.plan import IntArray, SearchSpace
 from pruning.reward import Reward, make_reward
 from pruning.search import load as load_method
 from pruning.search.protocol import Budget, Evaluation, FloatArray, Problem, Strategy
@@ -92,7 +91,7 @@ class Run:
         progress: where long work is shown.
 
     Raises:
-        UserError: data, weights, profile, tracking or compute device named in the run file are not usable.
+        UserError: something that the run file asks for is not possible; lists everything (``preflight``).
         TrackingError: a tracking server that is required does not answer.
         JournalError: the journal is damaged, foreign or in use.
     """
@@ -104,14 +103,12 @@ class Run:
         require_tracking(self.config, home(), progress.say)
         torch.set_num_threads(self.config.threads or usable_cores())
         keep_freed_memory()
-        self.device = compute_device(self.config.compute)
-        self.profiles = device_profiles(self.config)
+        found = examine(self.config, Reading(progress), begun=has_begun(self.directory / "journal.jsonl"))
+        self.profiles, self.device, self.workload = found.require(str(self.directory / "run.yaml"))
         self.profile = self.profiles[0]
-        self.workload = open_workload(self.config, Reading(progress))
         check_data(self.directory, self.workload.record)
-        for note in self.workload.notes:
+        for note in found.notes:
             progress.say(f"Note: {note}")
-        check_forward(self.workload.build_model(), self.workload.example_input())
         fingerprint = self.workload.fingerprint
         metrics = (self.workload.metric, self.workload.search_metric)
         self.journal = Journal(self.directory / "journal.jsonl", self.run_id, self.config.digest, fingerprint, metrics)
@@ -238,27 +235,14 @@ class Run:
             self.crew = Crew(self.engine, self.config, self.directory / "baseline.safetensors", self.directory / "crew")
         return self.crew
 
-    def space(self, graph: ChannelGraph, model: nn.Module) -> SearchSpace:
+    def space(self, graph: ChannelGraph) -> SearchSpace:
         """The widths the search may choose from, on this device.
 
         Raises:
             UserError: ``search.frozen`` matches nothing, or nothing is left to prune.
         """
-        section = self.config.search
-        names = [group.name for group in graph.groups]
-        unmatched = [p for p in section.frozen if not any(fnmatchcase(n, p) for n in names)]
-        if unmatched:
-            raise UserError(f"search.frozen: {unmatched} match no channel group; the network has {', '.join(names)}")
-        frozen = [n for n in names if any(fnmatchcase(n, p) for p in section.frozen)]
-        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        probed = group_multiples(graph, shapes, common_multiples(self.facts_of_devices.values()))
-        multiple = self.config.device.channel_multiple or probed
-        try:
-            return SearchSpace.of(
-                graph.groups, channel_multiple=multiple, min_keep_ratio=section.min_keep_ratio, frozen=frozen
-            )
-        except PlanError as error:
-            raise UserError(f"{error}\n{graph.report()}") from error
+        steps = common_multiples(Multiples(**facts.multiples) for facts in self.facts_of_devices.values())
+        return search_space(self.config, graph, steps)
 
     def reward(self, reference: Evaluation, metric: str) -> Reward:
         """The run's reward, weighed against the unpruned network; tracked candidates carry it from now on.
@@ -311,67 +295,6 @@ def widths_costs(graph: ChannelGraph, space: SearchSpace, widths: IntArray) -> d
     return {name: getattr(found, name).astype(float) for name in ("macs", "params", "activation_bytes")}
 
 
-def compute_device(name: str) -> torch.device:
-    """Where networks are trained and evaluated.
-
-    Raises:
-        UserError: ``cuda`` is asked for and not there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("compute: cuda, but PyTorch finds no CUDA device; set compute: auto or cpu")
-    return torch.device(name)
-
-
-def device_profiles(config: RunFile) -> tuple[DeviceProfile, ...]:
-    """The device profiles a run file names, its own device first; unknown or invalid ones are the user's mistake."""
-    section = config.device
-    found = [_profile(section.profile, "device.profile"), *(_profile(name, "device.others") for name in section.others)]
-    names = [profile.name for profile in found]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise UserError(f"device.others: {', '.join(twice)} would be measured twice; name each device once")
-    unfit = [name for name in names if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name)]
-    if unfit and len(names) > 1:
-        raise UserError(
-            f"device.others: metrics and files are named after the devices, and {unfit[0]!r} has other characters than "
-            "letters, digits, '_', '-' and '.'; rename its profile's file"
-        )
-    return tuple(found)
-
-
-def device_profile(config: RunFile) -> DeviceProfile:
-    """The profile of the run's own device, with all of them checked."""
-    return device_profiles(config)[0]
-
-
-def _profile(name: str, key: str) -> DeviceProfile:
-    try:
-        profile = load_profile(name, [home() / "devices"])
-    except DeviceError as error:
-        raise UserError(f"{key}: {error}") from error
-    if not profile.timing:
-        raise UserError(
-            f"device profile {profile.name} is emulated (timing: false): its times say nothing about a device"
-        )
-    if (profile.batch, profile.precision) != (1, "fp32"):
-        raise UserError(f"device profile {profile.name}: only batch 1 in fp32 is measured so far")
-    return profile
-
-
-def open_workload(config: RunFile, reading: Reading = Reading()) -> Workload:  # noqa: B008 - frozen
-    """The run's model, data, loss and metric.
-
-    Args:
-        reading: how thoroughly image files are looked at.
-
-    Raises:
-        UserError: data or weights are missing, damaged, or do not fit.
-    """
-    return open_section(config.workload, reading)
-
-
 def check_data(directory: Path, found: DataRecord) -> None:
     """Write down which images a run begins with; if it has begun, see that they are still those, in those splits.
 
@@ -405,22 +328,6 @@ def has_begun(journal: Path) -> bool:
         return journal.read_bytes().count(b"\n") > 1
     except OSError:
         return False
-
-
-def check_forward(model: nn.Module, example: torch.Tensor) -> None:
-    """Run the model once on the example input.
-
-    Raises:
-        UserError: it fails there; nothing later could work.
-    """
-    try:
-        with torch.no_grad():
-            model.eval()(example)
-    except Exception as error:
-        raise UserError(
-            f"the model's forward fails on the example input of shape {tuple(example.shape)}: {type(error).__name__}: "
-            f"{error}. Check data.image_size and data.channels against what the network expects"
-        ) from error
 
 
 def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

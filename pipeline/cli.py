@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from pipeline import deploy_cli, devices_cli, errors, registry_cli
+from pipeline import deploy_cli, devices_cli, errors, registry_cli, validate_cli
 from pipeline.foreign import exit_code as exit_code
 from pipeline.foreign import expected
 from pipeline.surroundings import prepare
@@ -33,6 +33,7 @@ app.add_typer(devices_cli.app, name="devices")
 app.command(name="benchmark")(devices_cli.benchmark)
 for registered_ in (registry_cli.pull, registry_cli.promote, registry_cli.rollback, registry_cli.history):
     app.command()(registered_)
+app.command()(validate_cli.validate)
 app.command()(deploy_cli.deploy)
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and Prefect's log.")]
 SET_HELP = (
@@ -80,22 +81,6 @@ def resume(
     directory = run_dir.absolute()
     return_to_origin(directory)
     _execute(directory, debug)
-
-
-@app.command()
-def validate(file: Annotated[Path, typer.Argument(help="The run file (YAML).")], set_: Overrides = None) -> None:
-    """Check a run file, its device profile, its data and its weights; report everything that is wrong."""
-    from pipeline.config import load_run_file
-
-    config = load_run_file(file, set_ or [])
-    from pipeline.assemble import check_forward, device_profile, open_workload
-
-    profile, workload = device_profile(config), open_workload(config)
-    check_forward(workload.build_model(), workload.example_input())
-    sizes = ", ".join(f"{len(getattr(workload, part)):,} {part}" for part in ("train", "search", "test"))
-    for note in workload.notes:
-        out.print(f"Note: {note}")
-    out.print(f"{one_line(file)} is valid: {config.search.method} for device {profile.name}; images: {sizes}.")
 
 
 @app.command(name="rescore")

@@ -338,6 +338,19 @@ class Fault:
         return f"{place}{f' ({self.where})' if self.where else ''}: {self.message}"
 
 
+class FaultsError(UserError):
+    """Everything wrong with a run file, in one message.
+
+    Args:
+        name: of the run file, as a user knows it.
+    """
+
+    def __init__(self, name: str, faults: Sequence[Fault]) -> None:
+        self.faults = tuple(faults)
+        listing = "\n".join(f"  {fault}" for fault in faults)
+        super().__init__(f"{name} has {len(faults)} fault{'s' * (len(faults) != 1)}:\n{listing}")
+
+
 def workload_names() -> list[str]:
     """Names of the task families: the modules of ``pipeline.workloads`` that define ``Options``."""
     import pipeline.workloads as package
@@ -398,9 +411,7 @@ def parse_run_file(text: str, name: str = "run file", overrides: Sequence[str] =
     _check_method(data.get("search"), faults)
     _check_reward(data.get("reward"), faults)
     if faults or not isinstance(run_file, RunFile):
-        placed = [Fault(f.place, f.message, _origin(origins, f.place)) for f in faults]
-        listing = "\n".join(f"  {fault}" for fault in placed)
-        raise UserError(f"{name} has {len(faults)} fault{'s' if len(faults) > 1 else ''}:\n{listing}")
+        raise FaultsError(name, [Fault(f.place, f.message, _origin(origins, f.place)) for f in faults])
     return run_file
 
 

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from device_profiles import DeviceProfile, Multiples, Target
+from device_profiles import DeviceProfile, Target
 from device_profiles.calibration import load, save
-from device_profiles.layers import KINDS, LayerKind
 from device_profiles.staircase import FINGERPRINT_KEYS, Staircase, fingerprint_of, probe
 from device_profiles.target import Progress
 from pipeline.errors import SurroundingsError
 from pipeline.files import write_whole
 from pipeline.progress import ProgressView
-from pruning.channels import ChannelGraph
 
 
 @dataclass(frozen=True)
@@ -141,42 +138,3 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any], profile: DeviceP
         f"device {profile.name} is not the one this run began with ({'; '.join(changes) or 'its settings changed'}): "
         "latencies would not be comparable. Restore it and resume, or start a new run"
     )
-
-
-def common_multiples(devices: Iterable[RunDevice]) -> Multiples:
-    """Per kind of layer, the least width that suits all devices: the least common multiple of theirs."""
-    found = [Multiples(**device.multiples) for device in devices]
-    return Multiples(**{kind: math.lcm(*(getattr(of, kind) for of in found)) for kind in KINDS})
-
-
-def group_multiples(graph: ChannelGraph, shapes: Mapping[str, tuple[int, ...]], of: Multiples) -> dict[str, int]:
-    """The channel multiple of every group: the smallest that suits every layer which makes or reads its channels.
-
-    Where a layer has several channels per channel of the group (attention heads, a flatten), fewer do.
-
-    Args:
-        shapes: of the network's tensors, by name.
-        of: the device's multiple per kind of layer.
-    """
-    return {
-        group.name: math.lcm(
-            *(
-                getattr(of, kind) // math.gcd(getattr(of, kind), member.index.shape[1])
-                for member in group.members
-                if (kind := _kind(member.tensor, graph, shapes))
-            )
-        )
-        for group in graph.groups
-    }
-
-
-def _kind(tensor: str, graph: ChannelGraph, shapes: Mapping[str, tuple[int, ...]]) -> LayerKind | None:
-    """The kind of layer a weight belongs to; None for what is no convolution or linear layer (a bias, a norm)."""
-    shape = shapes[tensor]
-    if len(shape) < 2:
-        return None
-    if len(shape) == 2:
-        return "linear"
-    if shape[1] == 1 and tensor in graph.scaled_groups:
-        return "depthwise"
-    return "pointwise" if math.prod(shape[2:]) == 1 else "conv"

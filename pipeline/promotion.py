@@ -199,7 +199,7 @@ class _Opened:
 
 def _open(challenger: Contender, workload: Workload | None) -> _Opened:
     """The gates and the workload of the run that made a version."""
-    from pipeline.assemble import open_workload
+    from pipeline.opening import open_workload
 
     file = challenger.folder / "run.yaml"
     if not file.is_file():

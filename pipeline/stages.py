@@ -36,6 +36,8 @@ from pipeline.errors import TrackingError, UserError
 from pipeline.evaluator import Evaluator
 from pipeline.files import sha256_of, write_whole
 from pipeline.fleet import Device, Tally
+from pipeline.opening import trace
+from pipeline.proof import facts_of, prove
 from pipeline.ranking import rank_exactly
 from pipeline.report import write_report
 from pipeline.rescore import check_whole, front_rows, rank_agreement
@@ -47,13 +49,11 @@ from pipeline.workloads import Split
 from pipeline.workloads.data.record import FACTS as DATA_FACTS
 from pruning.channels import ChannelGraph
 from pruning.cost import cost
-from pruning.plan import PruningPlan, SearchSpace
+from pruning.plan import PruningPlan
 from pruning.reward import Reward
-from pruning.saliency import uniform_plan
 from pruning.search.protocol import RANDOM, BudgetSpent, Candidate, Entry, Evaluation, FineTune, Learn
 from pruning.search.support import SearchError
-from pruning.surgery import Certificate, certify, prune
-from pruning.tracer import PruningError
+from pruning.surgery import certify, prune
 
 Facts = Mapping[str, Any]
 NUM_PICTURES = 4
@@ -124,8 +124,8 @@ def search(run: Run, facts: Facts) -> dict[str, Any]:
     """Trace, certify, search; the archive, best by reward first."""
     del facts
     model, graph = load_baseline(run)
-    space = run.space(graph, model)
-    certificate = prove_graph(run, model, graph, space)
+    space = run.space(graph)
+    certificate = facts_of(prove(model, graph, space, run.workload.example_input(), run.config.seed))
     oracle = run.evaluator(model, graph, space)
     reference = measure_reference(run, oracle, graph)
     reward = run.reward(reference, run.workload.search_metric)
@@ -216,7 +216,7 @@ def export(run: Run, facts: Facts) -> dict[str, Any]:
             exported[name] = _export_one(run, name, network, plan.digest if name == "compact" else "")
             report(i + 1, 2, f"largest relative difference {exported[name]['parity']['max_relative_error']:.1e}")
     certificate = certify(model, prune(model, graph, plan), graph, plan, run.workload.example_input())
-    exported["certificate"] = _certificate_facts(certificate)
+    exported["certificate"] = facts_of(certificate)
     artifacts = [exported[name][kind] for name in ("baseline", "compact") for kind in _kinds(exported[name])]
     exported["usage"] = dict(run.workload.usage)
     return {**exported, "files": {Path(a["path"]).name: a["sha256"] for a in artifacts}}
@@ -464,11 +464,7 @@ def load_baseline(run: Run) -> tuple[nn.Module, ChannelGraph]:
     model = run.workload.build_model()
     model.load_state_dict(load_weights(run.directory / "baseline.safetensors"))
     model.eval()
-    try:
-        graph = ChannelGraph.trace(model, run.workload.example_input())
-    except PruningError as error:
-        raise UserError(str(error)) from error
-    return model, graph
+    return model, trace(model, run.workload.example_input())
 
 
 def load_compact(run: Run, model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:
@@ -476,32 +472,6 @@ def load_compact(run: Run, model: nn.Module, graph: ChannelGraph, plan: PruningP
     compact = prune(model, graph, plan)
     compact.load_state_dict(load_weights(run.directory / "compact.safetensors"))
     return compact.eval()
-
-
-def prove_graph(run: Run, model: nn.Module, graph: ChannelGraph, space: SearchSpace) -> dict[str, Any]:
-    """Cut every searched group in half at random and compare with the masked network, before anything relies on it.
-
-    Raises:
-        UserError: the pruned network fails or is wrong; the groups cannot be trusted for this model.
-    """
-    halves = uniform_plan(graph, 0.5, model=model, saliency="random", seed=run.config.seed)
-    plan = space.full.replace({name: halves.kept[name] for name in space.names})
-    certificate = certify(model, prune(model, graph, plan), graph, plan, run.workload.example_input())
-    if not certificate.ok:
-        raise UserError(
-            f"this network cannot be pruned safely: {certificate.reason}. "
-            f"Freeze the layers concerned with search.frozen.\n{graph.report()}"
-        )
-    return _certificate_facts(certificate)
-
-
-def _certificate_facts(certificate: Certificate) -> dict[str, Any]:
-    error = certificate.max_relative_error
-    return {
-        "ok": certificate.ok,
-        "max_relative_error": None if math.isnan(error) else error,
-        "reason": certificate.reason,
-    }
 
 
 def measure_reference(run: Run, oracle: Evaluator, graph: ChannelGraph) -> Evaluation:

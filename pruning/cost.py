@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pruning.channels import ChannelGraph, Products
+from pruning.modes import Watcher
 from pruning.plan import IntArray, PruningPlan
 from pruning.rules import macs_of, operator_of, written_by
 from pruning.tracer import batch_size, undisturbed
@@ -104,7 +104,7 @@ def _numel(tensors: Iterable[nn.Parameter]) -> int:
     return sum(tensor.numel() for tensor in tensors)
 
 
-class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Counter(Watcher):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.macs = 0

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pruning.channels import ChannelGraph
+from pruning.modes import Watcher
 from pruning.plan import IntArray, PruningPlan
 from pruning.rules import ATTENTIONS, TensorMap, operator_of, propagation, tensors_in
 from pruning.tracer import Entered, Told, modules_entered, tensors_of, undisturbed
@@ -80,7 +80,7 @@ def _masked(tensor: Tensor, kept: Mapping[int, IntArray]) -> Tensor:
     return torch.where(stays, tensor.detach(), 0)
 
 
-class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Arithmetic(Watcher):
     """Keeps the numbers that operators are given."""
 
     def __init__(self, entered: Entered) -> None:
@@ -177,7 +177,7 @@ def _on_kept(func: Any, arguments: Mapping[str, Any]) -> list[Tensor]:
     return [torch.softmax(scores, -1) @ value]
 
 
-class _Reference(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Reference(Watcher):
     def __init__(
         self, entered: Entered, model: nn.Module, graph: ChannelGraph, plan: PruningPlan, numbers: Numbers
     ) -> None:

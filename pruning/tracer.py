@@ -18,10 +18,10 @@ from torch.nn.modules import module as nn_module
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from pruning.lines import running_line
+from pruning.modes import Watcher
 from pruning.plan import IntArray
 from pruning.rules import (
     Factor,
@@ -283,7 +283,7 @@ def _convolution(
     return torch.empty(x.shape[0], outputs, *space, dtype=x.dtype, device=x.device, memory_format=layout).zero_()
 
 
-class NoArithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class NoArithmetic(Watcher):
     """Runs a model for its shapes: heavy operators give zeros."""
 
     def __init__(self) -> None:
@@ -377,7 +377,7 @@ class _Functions(Told):
                 labels.state(dim)
 
 
-class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Tracer(Watcher):
     """Runs a model with labels and keeps what the run shows.
 
     Args:

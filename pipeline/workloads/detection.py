@@ -55,14 +55,18 @@ class ModelOptions(Section):
     """Further arguments of the network's builder."""
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+Deviation = Annotated[float, Field(gt=0, le=100)]
+
+
 class InputOptions(Section):
     """How images are prepared."""
 
     image_size: Annotated[int, Field(ge=16, le=4096)] | None = None
     """Side of the square that images are resized to; None = what the network says."""
-    mean: tuple[float, float, float] | None = None
+    mean: tuple[Share, Share, Share] | None = None
     """Per channel, of pixels in 0..1; None = what the network says."""
-    std: tuple[float, float, float] | None = None
+    std: tuple[Deviation, Deviation, Deviation] | None = None
     augment: Literal["none", "ssd"] = "ssd"
     """ssd: Liu et al.'s photometric distortion, zoom out and crops that keep objects, on training images."""
     zoom_out: Annotated[float, Field(ge=1, le=100)] = 4.0

@@ -23,26 +23,27 @@ from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import numpy as np
-import optuna
 
 from device_profiles.wording import command
 from pruning.plan import SearchSpace
 from pruning.search.protocol import Candidate, Evaluation, Problem, Strategy, Target
 from pruning.search.support import Limit, SearchError, best_first, bisect, check_ranges, evaluate, limit_of, score
 
-SAMPLERS: dict[str, tuple[Callable[..., Any], Mapping[str, object]]] = {
-    "tpe": (optuna.samplers.TPESampler, {}),
-    "random": (optuna.samplers.RandomSampler, {}),
-    "cmaes": (optuna.samplers.CmaEsSampler, {"warn_independent_sampling": False}),
-    "nsga2": (optuna.samplers.NSGAIISampler, {"population_size": 10}),
-    "nsga3": (optuna.samplers.NSGAIIISampler, {"population_size": 10}),
-    "gp": (optuna.samplers.GPSampler, {"deterministic_objective": True, "warn_independent_sampling": False}),
+SAMPLERS: dict[str, tuple[str, Mapping[str, object]]] = {
+    "tpe": ("TPESampler", {}),
+    "random": ("RandomSampler", {}),
+    "cmaes": ("CmaEsSampler", {"warn_independent_sampling": False}),
+    "nsga2": ("NSGAIISampler", {"population_size": 10}),
+    "nsga3": ("NSGAIIISampler", {"population_size": 10}),
+    "gp": ("GPSampler", {"deterministic_objective": True, "warn_independent_sampling": False}),
     "qmc": (
-        optuna.samplers.QMCSampler,
+        "QMCSampler",
         {"scramble": True, "warn_independent_sampling": False, "warn_asynchronous_seeding": False},
     ),
 }
-"""Name -> Optuna's sampler and our defaults for its arguments (Optuna's populations of 50 are for longer searches)."""
+"""Name -> Optuna's class and our defaults for its arguments (Optuna's populations of 50 are for longer searches).
+
+Optuna itself is imported when a search begins: a run file is checked without it."""
 
 NEEDS = {"cmaes": "cmaes", "gp": "torch"}
 """Packages that a sampler needs and Optuna does not bring."""
@@ -80,7 +81,9 @@ class Options:
             close = difflib.get_close_matches(self.sampler, SAMPLERS, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else "."
             raise ValueError(f"unknown sampler {self.sampler!r}{hint} Known samplers: {', '.join(sorted(SAMPLERS))}")
-        known = sorted(inspect.signature(SAMPLERS[self.sampler][0]).parameters.keys() - {"seed"})
+        if not self.sampler_options:
+            return
+        known = sorted(inspect.signature(_sampler(self.sampler)).parameters.keys() - {"seed"})
         if unknown := sorted(self.sampler_options.keys() - set(known)):
             raise ValueError(f"sampler {self.sampler!r} has no options {unknown}; it has {known}")
 
@@ -159,8 +162,18 @@ def fitted(space: SearchSpace, profile: Sequence[float], limit: Limit | None) ->
     return widths(bisect(limit, widths, meets=0.0, fails=whole))
 
 
+def _sampler(name: str) -> Callable[..., Any]:
+    """Optuna's class for a sampler."""
+    import optuna
+
+    found: Callable[..., Any] = getattr(optuna.samplers, SAMPLERS[name][0])
+    return found
+
+
 def _distributions(space: SearchSpace, blocks: Sequence[str]) -> dict[str, Any]:
     """Per block the keep ratios to draw from: from the smallest allowed one of its groups to 1."""
+    import optuna
+
     least: dict[str, float] = {}
     for name, block in zip(space.names, blocks, strict=True):
         least[block] = min(least.get(block, 1.0), space.allowed[name][0] / space.sizes[name])
@@ -169,7 +182,9 @@ def _distributions(space: SearchSpace, blocks: Sequence[str]) -> dict[str, Any]:
 
 def _study(options: Options, seed: int, ratios: Mapping[str, Any]) -> Any:
     """A study in memory, whose first trial is the uniform profile."""
-    sampler, defaults = SAMPLERS[options.sampler]
+    import optuna
+
+    sampler, defaults = _sampler(options.sampler), SAMPLERS[options.sampler][1]
     with quiet():
         study = optuna.create_study(
             sampler=sampler(**{**defaults, **options.sampler_options, "seed": seed}),
@@ -181,6 +196,8 @@ def _study(options: Options, seed: int, ratios: Mapping[str, Any]) -> Any:
 
 
 def _tell(study: Any, trial: Any, reward: float) -> None:
+    import optuna
+
     if math.isfinite(reward):
         study.tell(trial, reward)
     else:
@@ -217,6 +234,8 @@ def _misses(
 @contextmanager
 def quiet() -> Iterator[None]:
     """Optuna says nothing meanwhile: neither of its trials nor that a sampler is experimental."""
+    import optuna
+
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:

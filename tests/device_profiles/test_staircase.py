@@ -12,14 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from device_profiles import DeviceError, LocalTarget, Multiples, measure
+from device_profiles.chains import DEPTH, chain
 from device_profiles.layers import KINDS
 from device_profiles.staircase import (
-    DEPTH,
     MULTIPLES,
     SLACK,
     WIDTHS,
     Staircase,
-    chain,
     fingerprint_of,
     losses_of,
     noise_floor,

@@ -21,9 +21,8 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"method": "global", "target": {"macs_ratio": 0.6}, "options": {"criterion": "l3"}},
         "unknown saliency criterion 'l3'",
     ),
-    "unreachable target": ({"method": "uniform", "target": {"macs_ratio": 0.001}}, "smallest reachable is"),
-    "below the frozen layers": (
-        {"method": "uniform", "target": {"macs_ratio": 0.3}, "frozen": ["layer*"]},
+    "out of reach for the widths of the device": (
+        {"method": "uniform", "target": {"macs_ratio": 0.06}},
         "smallest reachable is",
     ),
     "a window that rejects everything": (
@@ -31,7 +30,6 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         "none of 20 uniform draws",
     ),
     "no target": ({"method": "cpmc"}, "search.target"),
-    "nothing to prune": ({"method": "uniform", "frozen": ["*"]}, "search space is empty"),
     "budget spent at once": (
         {"method": "dais", "target": {"macs_ratio": 0.6}, "budget": {"epochs": 0.5}},
         "exceed what is left of the budget",

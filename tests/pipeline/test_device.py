@@ -18,9 +18,10 @@ from torch import nn
 from device_profiles import DeviceProfile, Multiples
 from device_profiles.calibration import load, path_of
 from device_profiles.layers import KINDS
-from pipeline.device import RunDevice, group_multiples, meet
+from pipeline.device import RunDevice, meet
 from pipeline.errors import SurroundingsError
 from pipeline.progress import Report, Silent
+from pipeline.widths import group_multiples
 from pruning.channels import ChannelGraph
 from tests.device_profiles.layered import LawTarget, padded
 from tests.device_profiles.tiny import quick_profile

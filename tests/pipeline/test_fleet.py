@@ -21,15 +21,17 @@ from device_profiles import DeviceError, Ratio
 from device_profiles.profile import Multiples
 from export.slicing import OnnxTemplate
 from pipeline import fleet as fleets
-from pipeline.assemble import Run, create_run_directory, device_profiles
+from pipeline.assemble import Run, create_run_directory
 from pipeline.config import RunFile, parse_run_file
-from pipeline.device import RunDevice, common_multiples, meet
+from pipeline.device import meet
 from pipeline.errors import SurroundingsError, UserError
 from pipeline.evaluator import Evaluator
 from pipeline.fleet import Device, Fleet, FleetLatencies, SharedFiles, Tally, mean_of, worst_of
 from pipeline.latency import LATENCIES
+from pipeline.opening import device_profiles
 from pipeline.progress import Silent
 from pipeline.report import final_table
+from pipeline.widths import common_multiples
 from pruning.channels import ChannelGraph
 from pruning.plan import PruningPlan
 from pruning.saliency import uniform_plan
@@ -205,10 +207,7 @@ def test_a_device_that_was_asked_in_one_process_leaves_worst_and_mean_without_an
 
 
 def test_only_common_multiples_are_searched() -> None:
-    def of(**multiples: int) -> RunDevice:
-        return RunDevice("x", Multiples(**multiples).model_dump(), None, {}, "", {})
-
-    found = common_multiples([of(conv=16, linear=5), of(conv=4, linear=2), of(depthwise=1)])
+    found = common_multiples([Multiples(conv=16, linear=5), Multiples(conv=4, linear=2), Multiples(depthwise=1)])
     assert found == Multiples(conv=16, pointwise=8, depthwise=8, linear=40)
 
 

@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.assemble import Run, check_forward, create_run_directory
+from pipeline.assemble import Run, create_run_directory
 from pipeline.config import RunFile
 from pipeline.errors import JournalError, UserError
+from pipeline.opening import check_forward
 from pipeline.progress import Silent
 from pipeline.report import final_table
 from pipeline.stages import STAGES, load_baseline, load_benchmark, load_compact

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from pipeline.errors import UserError
+from pipeline.workloads.data import digits
 from pipeline.workloads.data.decode import Pixels
 from pipeline.workloads.data.scenes import SEARCH_FRACTION, Boxes, Flags, Indices, SceneData
 from pipeline.workloads.data.sources import Sizes
@@ -121,10 +122,8 @@ class DigitScenes:
 @functools.cache
 def _bundled_digits() -> tuple[list[Pixels], Indices]:
     """The ink of all 1,797 digits, and which digit each is."""
-    from sklearn.datasets import load_digits
-
-    bundled = load_digits()
-    return [_ink(image) for image in bundled.images], bundled.target.astype(np.int64)
+    images, labels = digits.read()
+    return [_ink(image) for image in images], labels
 
 
 def _ink(image: npt.NDArray[np.float64]) -> Pixels:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
+from importlib.util import find_spec
+from pathlib import Path
+
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.workloads.data.sources import ArraySource, ImageData
 
@@ -14,9 +20,20 @@ def load(size: int | None, channels: int | None) -> ImageData:
         size: side in pixels; None = 8.
         channels: 1 or 3; None = 1.
     """
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    images = np.round(data.images * (255 / 16)).astype(np.uint8)
-    source = ArraySource(images, data.target.astype(np.int64), size or 8, channels, "digit")
+    pixels, labels = read()
+    images = np.round(pixels * (255 / 16)).astype(np.uint8)
+    source = ArraySource(images, labels, size or 8, channels, "digit")
     return ImageData(source, tuple(str(digit) for digit in range(10)))
+
+
+def read() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Images of shape (1797, 8, 8) with values from 0 to 16, and their labels, as ``sklearn.datasets.load_digits``.
+
+    Read from scikit-learn's file without importing it, which would take longer than everything else that is done here.
+    """
+    package = find_spec("sklearn")
+    assert package is not None and package.submodule_search_locations
+    file = Path(package.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")
+    with gzip.open(file, "rt", encoding="ascii", newline="") as opened:
+        rows = np.array([[float(value) for value in row] for row in csv.reader(opened)])
+    return rows[:, :-1].reshape(-1, 8, 8), rows[:, -1].astype(np.int64)

@@ -1,0 +1,46 @@
+"""The proof that a network is pruned rightly, before anything relies on it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.errors import UserError
+from pruning.channels import ChannelGraph
+from pruning.plan import SearchSpace
+from pruning.saliency import uniform_plan
+from pruning.surgery import Certificate, certify, prune
+
+
+def prove(model: nn.Module, graph: ChannelGraph, space: SearchSpace, example: torch.Tensor, seed: int) -> Certificate:
+    """Cut every searched group in half at random and compare with the masked network.
+
+    Args:
+        example: shape (n, channels, height, width).
+        seed: of what is cut.
+
+    Raises:
+        UserError: the pruned network fails or is wrong; the groups cannot be trusted for this model.
+    """
+    halves = uniform_plan(graph, 0.5, model=model, saliency="random", seed=seed)
+    plan = space.full.replace({name: halves.kept[name] for name in space.names})
+    certificate = certify(model, prune(model, graph, plan), graph, plan, example)
+    if not certificate.ok:
+        raise UserError(
+            f"this network cannot be pruned safely: {certificate.reason}. "
+            f"Freeze the layers concerned with search.frozen.\n{graph.report()}"
+        )
+    return certificate
+
+
+def facts_of(certificate: Certificate) -> dict[str, Any]:
+    """A certificate as JSON can hold it."""
+    error = certificate.max_relative_error
+    return {
+        "ok": certificate.ok,
+        "max_relative_error": None if math.isnan(error) else error,
+        "reason": certificate.reason,
+    }

@@ -1,0 +1,49 @@
+"""Which widths pay on a device, per channel group: the step of the search's widths."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+from device_profiles.layers import KINDS, LayerKind
+from device_profiles.profile import Multiples
+from pruning.channels import ChannelGraph
+
+
+def common_multiples(devices: Iterable[Multiples]) -> Multiples:
+    """Per kind of layer, the least width that suits all devices: the least common multiple of theirs."""
+    found = list(devices)
+    return Multiples(**{kind: math.lcm(*(getattr(of, kind) for of in found)) for kind in KINDS})
+
+
+def group_multiples(graph: ChannelGraph, shapes: Mapping[str, tuple[int, ...]], of: Multiples) -> dict[str, int]:
+    """The channel multiple of every group: the smallest that suits every layer which makes or reads its channels.
+
+    Where a layer has several channels per channel of the group (attention heads, a flatten), fewer do.
+
+    Args:
+        shapes: of the network's tensors, by name.
+        of: the device's multiple per kind of layer.
+    """
+    return {
+        group.name: math.lcm(
+            *(
+                getattr(of, kind) // math.gcd(getattr(of, kind), member.index.shape[1])
+                for member in group.members
+                if (kind := _kind(member.tensor, graph, shapes))
+            )
+        )
+        for group in graph.groups
+    }
+
+
+def _kind(tensor: str, graph: ChannelGraph, shapes: Mapping[str, tuple[int, ...]]) -> LayerKind | None:
+    """The kind of layer a weight belongs to; None for what is no convolution or linear layer (a bias, a norm)."""
+    shape = shapes[tensor]
+    if len(shape) < 2:
+        return None
+    if len(shape) == 2:
+        return "linear"
+    if shape[1] == 1 and tensor in graph.scaled_groups:
+        return "depthwise"
+    return "pointwise" if math.prod(shape[2:]) == 1 else "conv"
