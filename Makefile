@@ -8,8 +8,9 @@ UV_VERSION := 0.13.9
 RUN_FILE ?= pipeline/runs/digits.yaml
 WORKERS ?= 2
 PART ?= 12
+KILLS ?= 50
 
-.PHONY: run test test-all test-avx2 parts lint audit sbom image-check bench lock help
+.PHONY: run test test-all test-avx2 chaos parts lint audit sbom image-check bench lock help
 
 run: $(STAMP) ## Run the main job (RUN_FILE=path for another run file)
 	$(BIN)/secateur run $(RUN_FILE)
@@ -25,6 +26,9 @@ test-avx2: $(STAMP) ## Tests with AVX2 at most: a part drawn by the commit (PART
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
 	  -m "$(if $(filter all,$(PART)),not long,not long and not slow)" $$files
+
+chaos: $(STAMP) ## Kill and interrupt real runs at random (KILLS=50 SEED=N; minutes), and count what is lost, doubled, left
+	$(BIN)/python -m tests.tools.chaos --kills $(KILLS) $(if $(SEED),--seed $(SEED))
 
 parts: $(STAMP) ## Fetch what some tests need, without root: an SSH server, an emulated ARM device (into .parts/)
 	tests/tools/install_sshd.sh

@@ -1,5 +1,5 @@
 """``python -m pipeline`` is ``secateur``."""
 
-from pipeline.cli import main
+from pipeline.program import run_program
 
-main()
+run_program()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import shutil
-import signal
 import sys
 import traceback
 from importlib.util import find_spec
@@ -13,10 +12,10 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from pipeline import deploy_cli, devices_cli, errors, registry_cli, validate_cli
+from pipeline import children, deploy_cli, devices_cli, errors, interrupts, registry_cli, validate_cli
 from pipeline.foreign import exit_code as exit_code
 from pipeline.foreign import expected
-from pipeline.surroundings import prepare
+from pipeline.surroundings import home, prepare
 from pipeline.terminal import command, err, one_line, out, table, use_any_encoding
 
 app = typer.Typer(
@@ -179,8 +178,9 @@ def _execute(directory: Path, debug: bool) -> None:
     from pipeline.tracking import shown
 
     runtime_env(directory, debug)
+    interrupts.current.go_on = command("secateur", "resume", directory)
     try:
-        with Run(directory, RichProgress(err)) as opened:
+        with children.kept(home(), f"run {directory.name}"), Run(directory, RichProgress(err)) as opened:
             facts = execute(opened, debug)
             uri = shown(opened.tracker.uri)
     except UndeliveredError as left:
@@ -188,12 +188,6 @@ def _execute(directory: Path, debug: bool) -> None:
         raise errors.SurroundingsError(
             f"{left}\nThe model is not registered yet; run: {command('secateur', 'resume', directory)}"
         ) from left
-    except KeyboardInterrupt as stop:
-        what, code = "Interrupted", errors.EXIT_INTERRUPTED
-        if isinstance(stop, errors.Terminated):
-            what, code = "Terminated", errors.EXIT_TERMINATED
-        err.print(f"\n{what}; nothing is lost. Continue with: {command('secateur', 'resume', directory)}")
-        raise typer.Exit(code) from None
     _show(facts, directory, uri)
     decisions = facts.get("promote", {}).get("devices", {}).values()
     refused = any(decision["outcome"] == "refused" for decision in decisions)
@@ -229,23 +223,22 @@ def _show(facts: Any, directory: Path, tracking_uri: str) -> None:
         out.print(f"  {command('secateur', 'list', 'methods')}")
 
 
-def terminate(*_: object) -> NoReturn:
-    """What SIGTERM does: everything under way is cleaned up, an agent on a device is ended."""
-    raise errors.Terminated
-
-
-def main() -> None:
-    """Entry point: turns expected errors into one message and an exit code."""
+def main() -> NoReturn:
+    """Perform a command; turns expected errors into one message and an exit code."""
     debug = "--debug" in sys.argv
     use_any_encoding()
-    signal.signal(signal.SIGTERM, terminate)
     try:
         prepare()
+        children.sweep(home())
         sys.exit(app(standalone_mode=False) or errors.EXIT_OK)
     except typer.TyperException as error:  # a mistake in the command itself
+        if interrupts.current.stopping:
+            raise
         error.show()  # type: ignore[attr-defined]
         sys.exit(errors.EXIT_USER)
-    except Exception as error:  # noqa: BLE001  the outermost edge: every error becomes one message and a code
+    except Exception as error:
+        if interrupts.current.stopping:  # whatever it is, it comes from the end that was asked for
+            raise
         if debug:
             err.print(errors.masked(traceback.format_exc()))
         meant = expected(error)
@@ -255,7 +248,3 @@ def main() -> None:
         else:
             err.labelled("Error", "bold red", errors.masked(str(meant)))
         sys.exit(exit_code(error))
-
-
-if __name__ == "__main__":
-    main()

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from device_profiles.cores import usable_cores
+from pipeline.children import keep_from_children
 from pipeline.errors import SurroundingsError, UserError
 from pipeline.files import sha256_of, write_whole
 from pipeline.scoring import Ask, Key, Scored, Scorer
@@ -99,7 +100,7 @@ class Crew:
         self._carry: Callable[[], Path] | None = None
         self._carrying = threading.Lock()
         self._under_way: dict[Key, tuple[Future[list[Scored]], int]] = {}
-        self._pool = ThreadPoolExecutor(engine.count, "crew")  # one thread waits for one batch
+        self._pool = ThreadPoolExecutor(engine.count, "crew", keep_from_children)  # one thread waits for one batch
 
     def begin(self, scorer: Scorer, asks: Mapping[Key, Ask], bases: Mapping[str, BaseFile]) -> None:
         """Hand out candidates; those handed out before and not answered yet are given up.

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from export.slicing import OnnxTemplate
+from pipeline.children import leave_terminal
 from pipeline.config import SearchSection, home
 from pipeline.crew import IMAGES, ask_from_json, groups_digest
 from pipeline.errors import UserError
@@ -62,6 +63,7 @@ def score_batch(spec: Mapping[str, Any], batch: Mapping[str, Any], shelf: Shelf 
         ``answers``, the fields of a ``Scored`` each, in order; or ``missing``: the hash of a blob to be published; or
         ``error``: what the user has to change.
     """
+    leave_terminal()
     with _one_at_a_time:
         try:
             resident = _resident(spec, shelf)
@@ -75,7 +77,8 @@ def score_batch(spec: Mapping[str, Any], batch: Mapping[str, Any], shelf: Shelf 
 
 
 def end_with(parent: int) -> None:
-    """End this process soon after its parent: a killed driver must not leave workers behind."""
+    """End this process soon after its parent, and hear no signal of its terminal."""
+    leave_terminal()
 
     def watch() -> None:
         while os.getppid() == parent:

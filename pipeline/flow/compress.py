@@ -10,20 +10,18 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
-import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from device_profiles.wording import command
+from pipeline import children
 from pipeline.assemble import Run
-from pipeline.errors import SurroundingsError, TrackingError
+from pipeline.config import home
+from pipeline.errors import TrackingError
 from pipeline.files import sha256_of
 from pipeline.flow.environment import runtime_env
 from pipeline.flow.fanout import open_engine
+from pipeline.flow.server import serving
 from pipeline.flow.turns import device_turn
 from pipeline.report import final_table_markdown
 from pipeline.stages import STAGES, Facts, Stage
@@ -47,27 +45,20 @@ def execute(run: Run, debug: bool = False) -> Facts:
 
     if not debug:
         logging.getLogger("prefect").setLevel(logging.CRITICAL)
-    _end_orphaned_server(run.directory)
 
     @prefect.flow(name="secateur", flow_run_name=run.run_id, validate_parameters=False)
     def secateur() -> tuple[Facts, TrackingError | None]:
         starting.close()
-        _record_server(run.directory)
         return work_through(run, AT_A_TERMINAL_S)
 
-    resume_tracking(run)
-    turns = {profile.name: device_turn(profile, run.progress.say) for profile in run.profiles}
-    run.turn, run.turns = turns[run.profile.name], turns
-    starting = contextlib.ExitStack()
-    starting.enter_context(run.progress.stage("Start Prefect"))
-    try:
+    with contextlib.ExitStack() as starting, contextlib.ExitStack() as held:
+        starting.enter_context(run.progress.stage("Start Prefect"))
+        held.enter_context(children.kept(home(), f"run {run.run_id}"))
+        held.enter_context(serving())
+        resume_tracking(run)
+        turns = {profile.name: device_turn(profile, run.progress.say) for profile in run.profiles}
+        run.turn, run.turns = turns[run.profile.name], turns
         facts, undelivered = secateur()
-    except RuntimeError as error:
-        if "Prefect" not in str(error):
-            raise
-        raise SurroundingsError(f"{error}. Run: {command('secateur', 'resume', run.directory)}") from error
-    finally:
-        starting.close()
     if undelivered is not None:
         raise UndeliveredError(facts, undelivered)
     return facts
@@ -153,24 +144,3 @@ def _stands(directory: Path, result: Mapping[str, Any]) -> bool:
         (directory / name).is_file() and sha256_of(directory / name) == digest
         for name, digest in result.get("files", {}).items()
     )
-
-
-def _record_server(directory: Path) -> None:
-    """Note the embedded server's process, so that a later start can end it should this process be killed."""
-    children = psutil.Process().children(recursive=True)
-    pids = [(p.pid, p.create_time()) for p in children if "uvicorn" in " ".join(p.cmdline())]
-    with contextlib.suppress(OSError):
-        (directory / "server.json").write_text(json.dumps(pids), encoding="utf-8")
-
-
-def _end_orphaned_server(directory: Path) -> None:
-    """End the embedded server of an earlier, killed process of this run (it would live for ever)."""
-    try:
-        noted = json.loads((directory / "server.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return
-    for pid, created in noted:
-        with contextlib.suppress(psutil.Error, OSError):
-            process = psutil.Process(pid)
-            if abs(process.create_time() - created) < 1 and "uvicorn" in " ".join(process.cmdline()):
-                os.kill(pid, signal.SIGTERM)

@@ -28,7 +28,7 @@ from prefect.states import Completed, Crashed, Failed
 
 from device_profiles import DeviceError, DeviceProfile, open_target
 from export.errors import ExportError
-from pipeline import foreign
+from pipeline import children, foreign
 from pipeline.assemble import Run
 from pipeline.config import TrackingSection, home, load_run_file
 from pipeline.device import InTurn
@@ -86,7 +86,7 @@ def compress(job: Compress) -> State[Any]:
         say(f"Continues what flow run {taken.earlier} left")
         mark_crashed(taken.earlier, flow_run)
     try:
-        with foreign.told(), taken.run as run:
+        with foreign.told(), children.kept(home(), f"flow run {flow_run}"), taken.run as run:
             turns = {profile.name: device_turn(profile, say) for profile in run.profiles}
             run.turn, run.turns = turns[run.profile.name], turns
             resume_tracking(run)

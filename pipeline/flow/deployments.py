@@ -12,7 +12,8 @@ from device_profiles.wording import command
 from pipeline.config import RunFile, home, load_run_file
 from pipeline.errors import SurroundingsError, UserError
 from pipeline.flow.parameters import Compress, Parameters, Profile, Promote
-from pipeline.flow.turns import limit_name, make_limit, server_url
+from pipeline.flow.server import server_url
+from pipeline.flow.turns import limit_name, make_limit
 from pipeline.opening import device_profiles
 from pipeline.surroundings import DATA, HOME, folder
 

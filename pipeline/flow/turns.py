@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from device_profiles import DeviceError, DeviceProfile
 from device_profiles.wording import command
 from pipeline.errors import SurroundingsError
+from pipeline.flow.server import server_url
 
 TURN_WAIT_S, LEASE_S, AWAY_S = 3600.0, 60.0, 300.0
 """How long a flow waits for a device that others use, how long a killed flow keeps its turn, and for how long a server
@@ -117,13 +118,6 @@ def make_limit(name: str) -> None:
         pass  # another flow made it at this very moment
     except httpx.HTTPError as error:
         raise SurroundingsError(f"the Prefect server at {server_url()} does not answer: {error}") from error
-
-
-def server_url() -> str | None:
-    """Address of the Prefect server, None where Prefect is embedded."""
-    from prefect.settings import PREFECT_API_URL
-
-    return PREFECT_API_URL.value() or None
 
 
 def limit_name(profile: DeviceProfile) -> str:

@@ -33,8 +33,8 @@ from mlflow.entities import ViewType  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
 
-for noisy in ("mlflow", "alembic"):
-    logging.getLogger(noisy).setLevel(logging.ERROR)
+for noisy in ("mlflow", "alembic"):  # what a user has to know of a failure is in the exception
+    logging.getLogger(noisy).setLevel(logging.CRITICAL)
 
 Unreachable = (MlflowException, SQLAlchemyError, OSError)
 """What MLflow raises when a server is away or refuses."""
