@@ -7,6 +7,7 @@ nothing else. A gate that cannot be decided is not passed.
 from __future__ import annotations
 
 import json
+import secrets
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ import torch
 from device_profiles import BenchmarkResult, DeviceProfile, Ratio, Target, measure
 from device_profiles.cores import usable_cores
 from device_profiles.intervals import MANY_PROCESSES, of_processes, processes_that_tell
+from device_profiles.wording import command
 from export.verify import predict
 from pipeline.config import GateSection, parse_run_file
 from pipeline.errors import UserError
@@ -27,7 +29,7 @@ from pipeline.files import write_whole
 from pipeline.progress import ProgressView, Silent
 from pipeline.tracking import ChampionMovedError, Decision, Gate, Registry, Version, alias_of
 from pipeline.tracking.contents import FOLDER, MODEL
-from pipeline.tracking.registry import CHALLENGER, CHAMPION, MANIFEST_TAG, RUN_TAG, STABLE
+from pipeline.tracking.registry import CHALLENGER, CHAMPION, MANIFEST_TAG, RUN_TAG, STABLE, DeletedChampion
 from pipeline.workloads import Split, Workload
 from pipeline.workloads.data.content import Reading
 from pipeline.workloads.data.record import FACTS
@@ -116,7 +118,7 @@ def promote(
             decision, files = _compare(
                 registry, profile, target, chosen, champion, section, workload, noise_floor, recorded, folder, view
             )
-            own = f"{key or f'{time.time_ns():x}'} {decision.version} {decision.champion or 'none'} {decision.device}"
+            own = f"{key or secrets.token_hex(8)} {decision.version} {decision.champion or 'none'} {decision.device}"
             decision = replace(decision, run_id=registry.log_decision(decision, own, files))
         if not decision.passed:
             return decision
@@ -151,6 +153,9 @@ def _compare(
         if not registry.take_over:
             return Decision(*about, (Gate("champion", None, 1.0, False, _unproven(champion, profile.name)),)), []
         champion = None
+    lost = registry.deleted_champion(chosen.name, profile.name) if about[3] is None else None
+    if lost is not None and lost.earlier is not None:
+        return Decision(*about, (Gate("champion", None, 1.0, False, _lost(chosen.name, profile.name, lost)),)), []
     with progress.stage("Fetch challenger and champion"):
         challenger = fetch(registry, chosen, folder / CHALLENGER)
         reigning = None if champion is None else fetch(registry, champion, folder / CHAMPION)
@@ -160,6 +165,9 @@ def _compare(
     if result is None or reigning is not None:
         result, name = _measure(target, profile, challenger, reigning, noise_floor, rules, progress), CHALLENGER
     gates = [Gate("gate of its run", 1.0, 1.0, True), _parity(challenger)]
+    if lost is not None:
+        reason = f"version {lost.version} was champion and was deleted, and none before it is left to compare with"
+        gates.append(Gate("champion", 1.0, 1.0, True, reason))
     gates += accuracy_gates(rules, challenger, reigning, opened, progress)
     gates += absolute_gates(rules, profile, challenger, result, name)
     if rules.require_stable:
@@ -177,6 +185,15 @@ def _unproven(champion: Version, device: str) -> str:
         f"champion version {champion.version} was not made by Secateur, so nothing says what it is. To let another "
         f"take its place all the same, resume the run with tracking.take_over: true in its run.yaml, or remove alias "
         f"{alias_of(CHAMPION, device)}; a roll-back can go back to it"
+    )
+
+
+def _lost(name: str, device: str, lost: DeletedChampion) -> str:
+    """Why nobody takes the place of a champion that was deleted before there is one again."""
+    back = command("secateur", "rollback", name, "--device", device)
+    return (
+        f"champion version {lost.version} was deleted, so there is nothing to compare with. Restore the one before it, "
+        f"version {lost.earlier}, with: {back}; then promote again"
     )
 
 

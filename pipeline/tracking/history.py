@@ -2,16 +2,20 @@
 
 An entry is written before the alias moves, and marked as done after. A process may die between the two: whether the
 move of an unmarked entry took place is told by the next one, which names the champion it found, or by the alias.
+Entries are numbered one after the other; the clock, which somebody may set back, is only shown.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import secrets
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 EVENTS = "secateur.event."
+DIGITS = 17
+"""Of an entry's number, so that keys sort as numbers do."""
 PROMOTE, ROLLBACK, FOUND = "promote", "rollback", "found"
 
 
@@ -23,7 +27,7 @@ class Event:
         kind: ``promote``, ``rollback``, or ``found``: plain ``champion`` was this version, set by somebody else,
             before it was made to follow the device's again.
         previous: the champion it replaced; None = there was none.
-        at: seconds since 1970.
+        at: seconds since 1970, as the clock had it; nothing is ordered by it.
         done: whether the move took place (a process may have died between the entry and the move).
         run_id: of the MLflow run with the decision; empty where there is none.
     """
@@ -44,6 +48,16 @@ def read_events(tags: Mapping[str, str]) -> list[Event]:
         with contextlib.suppress(ValueError, TypeError):  # written by somebody else
             found.append(Event(**{"done": False, **json.loads(text)}))
     return found
+
+
+def next_key(tags: Mapping[str, str]) -> str:
+    """The key of the entry after those among a registered model's tags.
+
+    Earlier versions took microseconds since 1970 for numbers; counting goes on from there.
+    """
+    numbers = [key.removeprefix(EVENTS).partition("-")[0] for key in tags if key.startswith(EVENTS)]
+    number = max((int(found) for found in numbers if found.isdecimal() and len(found) <= DIGITS), default=0) + 1
+    return f"{EVENTS}{number:0{DIGITS}d}-{secrets.token_hex(2)}"
 
 
 def happened(events: Sequence[Event], current: str | None) -> list[Event]:
@@ -81,6 +95,17 @@ def champions(events: Sequence[Event], current: str | None) -> list[str]:
         reign(event.version)
     reign(current)
     return stack
+
+
+def deleted_champion(events: Sequence[Event], current: str | None, exist: Collection[str]) -> str | None:
+    """The champion of a device that is gone with its version; None where the device has one, or somebody removed it.
+
+    Args:
+        current: the champion there is.
+        exist: the versions there are.
+    """
+    reign = champions(events, current)
+    return reign[-1] if reign and reign[-1] not in exist else None
 
 
 def is_known(version: str, events: Sequence[Event], current: str | None) -> bool:

@@ -49,3 +49,15 @@ def no_store(file: Path) -> str:
         f"there is no MLflow store at {file}{because}, and none is made to be read. Set {HOME} to the one that the run "
         f"was made with, or name its store with --uri or {TRACKING_URI}"
     )
+
+
+def equals(key: str, text: str) -> str:
+    """A condition of MLflow's searches for a text with any characters; what it finds has to be compared all the same.
+
+    MLflow knows no escapes: a text with both kinds of quotes is searched with any character in the place of one kind.
+    """
+    if "'" not in text:
+        return f"{key} = '{text}'"
+    if '"' not in text:
+        return f'{key} = "{text}"'
+    return f"{key} LIKE '{text.replace(chr(39), '_')}'"

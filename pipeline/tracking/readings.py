@@ -10,6 +10,7 @@ from urllib.parse import urlsplit, urlunsplit
 from mlflow.entities import Metric, RunTag
 
 from pipeline.errors import TrackingError
+from pipeline.tracking.place import equals
 from pipeline.tracking.store import RUN_TAG, Unreachable, connect, experiment_of, first_line, shown
 
 READING_TAG, LAST_TAG = "secateur.champion", "secateur.last_reading"
@@ -42,7 +43,8 @@ def record_reading(
         client = connect(uri, make=False)
         experiment_id = experiment_of(client, uri, experiment, home)
         label = f"{name}/{version}/{device}"
-        found = client.search_runs([experiment_id], f"tags.`{READING_TAG}` = '{label}'", max_results=1)
+        likely = client.search_runs([experiment_id], equals(f"tags.`{READING_TAG}`", label))
+        found = [run for run in likely if run.data.tags[READING_TAG] == label]
         tags = {READING_TAG: label, "model": name, "version": version, "device": device}
         run = (
             found[0] if found else client.create_run(experiment_id, tags=tags, run_name=f"{name} {version} on {device}")

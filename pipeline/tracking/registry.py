@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import re
-import secrets
 import shutil
 import tempfile
 import time
@@ -42,11 +41,20 @@ from pipeline.tracking.contents import (
     code_facts,
     write_manifest,
 )
-from pipeline.tracking.history import EVENTS, FOUND, Event, champions, happened, is_known, read_events
+from pipeline.tracking.history import (
+    FOUND,
+    Event,
+    champions,
+    deleted_champion,
+    happened,
+    is_known,
+    next_key,
+    read_events,
+)
 from pipeline.tracking.ownership import CHALLENGER as CHALLENGER
 from pipeline.tracking.ownership import CHAMPION as CHAMPION
 from pipeline.tracking.ownership import DEFAULT_DEVICE, PROMPT_TAG, model_refused, prompt_refused
-from pipeline.tracking.place import sqlite_file
+from pipeline.tracking.place import equals, sqlite_file
 from pipeline.tracking.store import RUN_TAG as RUN_TAG
 from pipeline.tracking.store import Unreachable, connect, experiment_of, first_line, shown
 
@@ -156,6 +164,18 @@ class Decision:
         return {**own, "run_id": self.run_id, "reason": self.reason, "gates": [gate.to_dict() for gate in self.gates]}
 
 
+@dataclass(frozen=True)
+class DeletedChampion:
+    """A champion whose version was deleted, its alias with it.
+
+    Args:
+        earlier: the champion that a roll-back restores; None = there is none.
+    """
+
+    version: str
+    earlier: str | None
+
+
 class ChampionMovedError(SurroundingsError):
     """Another promotion took place since the comparison was made."""
 
@@ -205,8 +225,9 @@ class Registry:
         """
         aliases = _aliases(self._model(name))
         with self._talking() as client:
-            found = list(_pages(lambda token: client.search_model_versions(f"name = '{name}'", page_token=token)))
-        return sorted((_version_of(v, aliases) for v in found), key=lambda v: -int(v.version))
+            query = equals("name", name)
+            found = list(_pages(lambda token: client.search_model_versions(query, page_token=token)))
+        return sorted((_version_of(v, aliases) for v in found if v.name == name), key=lambda v: -int(v.version))
 
     def version(self, name: str, which: str = CHAMPION, device: str | None = None) -> Version:
         """One version of a model.
@@ -257,9 +278,23 @@ class Registry:
             UserError: there is no such model.
         """
         model = self._model(name)
-        devices = {event.device for event in read_events(model.tags)}
-        found = [event for device in devices for event in happened(*_reign(model, device))]
-        return sorted(found, key=lambda event: event.at)
+        events = read_events(model.tags)
+        told = {device: iter(happened(*_reign(model, device))) for device in {event.device for event in events}}
+        return [next(told[event.device]) for event in events]
+
+    def deleted_champion(self, name: str, device: str) -> DeletedChampion | None:
+        """The champion of a device, where it is gone with its version; None where it is not.
+
+        Raises:
+            UserError: there is no such model.
+        """
+        events, current = _reign(self._model(name), device)
+        exist = {version.version for version in self.versions(name)}
+        gone = deleted_champion(events, current, exist)
+        if gone is None:
+            return None
+        earlier = [version for version in champions(events, current) if version in exist]
+        return DeletedChampion(gone, earlier[-1] if earlier else None)
 
     def files(self, version: Version) -> Manifest:
         """The list of a version's files with their digests, as its tag vouches for it.
@@ -404,7 +439,8 @@ class Registry:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
-                if client.search_registered_models(f"name = '{name}' AND tags.`{PROMPT_TAG}` = 'true'"):
+                prompts = client.search_registered_models(f"{equals('name', name)} AND tags.`{PROMPT_TAG}` = 'true'")
+                if any(prompt.name == name for prompt in prompts):
                     raise UserError(prompt_refused(name)) from None
                 return False
             if DEFAULT_DEVICE in model.tags:
@@ -499,7 +535,7 @@ class Registry:
 
     def _enter(self, name: str, event: Event, key: str = "") -> str:
         """Write an entry, under its key where it has one; returns the key."""
-        key = key or f"{EVENTS}{int(event.at * 1e6):017d}-{secrets.token_hex(2)}"
+        key = key or next_key(self._model(name).tags)
         with self._talking() as client:
             client.set_registered_model_tag(name, key, json.dumps(asdict(event)))
         return key
@@ -551,7 +587,8 @@ class Registry:
         with self._talking() as client:
             experiment = self._experiment(version) + PROMOTIONS
             experiment_id = experiment_of(client, self.uri, experiment, self.home, self.take_over)
-            known = client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{key}'", ViewType.ACTIVE_ONLY, 1)
+            likely = client.search_runs([experiment_id], equals(f"tags.`{KEY_TAG}`", key), ViewType.ACTIVE_ONLY)
+            known = [run for run in likely if run.data.tags[KEY_TAG] == key]
             outcome = decision.outcome
             tags = {
                 KEY_TAG: key,

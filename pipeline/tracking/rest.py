@@ -21,6 +21,7 @@ from device_profiles.wording import cut, printable
 from pipeline.errors import masked
 from pipeline.surroundings import variable
 from pipeline.tracking.ownership import DEFAULT_DEVICE, MADE_TAG, PROMPT_TAG, RUN_TAG, RUN_TAGS, is_alias_of_ours
+from pipeline.tracking.place import equals
 from pipeline.tracking.stores import Experiment, Model, Store, StoreAwayError, StoreRefusedError
 
 ANSWER_S = 5.0
@@ -79,9 +80,10 @@ class RestStore(Store):
     def model(self, name: str) -> Model | None:
         answer = self._api("registered-models/get", {"name": name})
         if answer is None:
-            query = f"name = '{name}' AND tags.`{PROMPT_TAG}` = 'true'"
+            query = f"{equals('name', name)} AND tags.`{PROMPT_TAG}` = 'true'"
             prompts = self._api("registered-models/search", {"filter": query}) or {}
-            return Model({PROMPT_TAG: "true"}, {}) if prompts.get("registered_models") else None
+            known = any(isinstance(m, Mapping) and m.get("name") == name for m in prompts.get("registered_models", ()))
+            return Model({PROMPT_TAG: "true"}, {}) if known else None
         found = answer.get("registered_model")
         if not isinstance(found, Mapping):
             raise StoreRefusedError(_NO_MLFLOW)

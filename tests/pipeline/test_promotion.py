@@ -278,6 +278,30 @@ def test_a_first_champion_needs_no_rival_and_a_worse_challenger_is_refused_with_
     assert measured.names == ("champion", "challenger"), "both in one interleaved measurement"
 
 
+def test_a_challenger_does_not_slip_in_where_the_champion_was_deleted(
+    registry: Registry, device: Any, tmp_path: Path
+) -> None:
+    for i in range(2):
+        crown(registry, add(registry, tmp_path, linear_model(tmp_path / f"{i}.onnx", noise=0.01 * i), f"run-{i}"))
+    add(registry, tmp_path, linear_model(tmp_path / "worse.onnx", noise=1.0), "run-2")
+    client = MlflowClient(registry.uri, registry.uri)
+    client.delete_model_version("net", "2")
+    refused = promote(registry, device)
+    (gate,) = refused.gates
+    assert not refused.promoted
+    assert "champion version 2 was deleted" in gate.reason
+    assert "version 1, with: secateur rollback net --device quick" in gate.reason
+    assert registry.rollback("net").version == "1"
+    compared = promote(registry, device)
+    assert compared.champion == "1"
+    assert not compared.promoted
+    client.delete_model_version("net", "1")  # none is left to go back to
+    first = promote(registry, device)
+    assert first.promoted
+    (gate,) = [gate for gate in first.gates if gate.name == "champion"]
+    assert "version 1 was champion and was deleted" in gate.reason
+
+
 def test_a_slower_and_larger_challenger_is_refused_by_the_default_gates(
     registry: Registry, device: Any, tmp_path: Path
 ) -> None:

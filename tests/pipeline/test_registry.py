@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import subprocess
 import sys
 import textwrap
+import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from pipeline.errors import TrackingError, UserError
 from pipeline.tracking import ChampionMovedError, Registry, alias_of
 from pipeline.tracking.contents import MANIFEST, check_name
+from pipeline.tracking.history import Event
 from pipeline.tracking.pull import pull
+from pipeline.tracking.readings import record_reading
+from pipeline.tracking.registry import DeletedChampion
 from tests.servers import database_url, mlflow_server, postgres, running
 
 from ..servers import free_port
@@ -185,6 +192,85 @@ def test_a_deleted_version_is_passed_over_by_a_rollback(registry: Registry, mode
         crown(registry, version)
     MlflowClient(registry.uri, registry.uri).delete_model_version("net", "2")
     assert registry.rollback("net").version == "1"
+
+
+@pytest.mark.parametrize("back_s", [3600, 10**9])
+def test_a_clock_that_is_set_back_loses_no_champion(
+    registry: Registry, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, back_s: float
+) -> None:
+    versions = [add(registry, tmp_path, model, f"run-{i}") for i in range(4)]
+    now = time.time()
+    for i, version in enumerate(versions):  # each later by the history, earlier by the clock
+        monkeypatch.setattr("time.time", lambda i=i: now - i * back_s)
+        crown(registry, version)
+    assert [event.version for event in registry.history("net")] == ["1", "2", "3", "4"]
+    assert [registry.rollback("net").version for _ in range(3)] == ["3", "2", "1"]
+
+
+def test_entries_of_an_earlier_version_come_before_new_ones(registry: Registry, model: Path, tmp_path: Path) -> None:
+    versions = [add(registry, tmp_path, model, f"run-{i}") for i in range(3)]
+    client = MlflowClient(registry.uri, registry.uri)
+    ahead_us = int((time.time() + 10**6) * 1e6)  # of a machine whose clock was ahead
+    for i, version in enumerate(versions[:2]):
+        event = Event("promote", "quick", version.version, str(i) if i else None, ahead_us / 1e6 + i)
+        client.set_registered_model_tag("net", f"secateur.event.{ahead_us + i:017d}-abcd", json.dumps(asdict(event)))
+        client.set_registered_model_alias("net", "champion-quick", version.version)
+    crown(registry, versions[2])
+    assert [event.version for event in registry.history("net")] == ["1", "2", "3"]
+    assert [registry.rollback("net").version for _ in range(2)] == ["2", "1"]
+
+
+def test_a_deleted_champion_is_told_from_one_that_was_never_there_or_removed(
+    registry: Registry, model: Path, tmp_path: Path
+) -> None:
+    versions = [add(registry, tmp_path, model, f"run-{i}") for i in range(2)]
+    client = MlflowClient(registry.uri, registry.uri)
+    assert registry.deleted_champion("net", "quick") is None
+    for version in versions:
+        crown(registry, version)
+    assert registry.deleted_champion("net", "quick") is None
+    client.delete_model_version("net", "2")
+    assert registry.champion("net", "quick") is None
+    assert registry.deleted_champion("net", "quick") == DeletedChampion("2", "1")
+    assert registry.rollback("net").version == "1"
+    assert registry.deleted_champion("net", "quick") is None
+    client.delete_registered_model_alias("net", "champion-quick")  # by hand: it is to have none
+    assert registry.deleted_champion("net", "quick") is None
+    client.delete_model_version("net", "1")
+    assert registry.deleted_champion("net", "quick") == DeletedChampion("1", None)
+
+
+QUOTED = ["it's", 'say "hi"', "both ' and \"", "x' OR name = 'net", "back\\slash", "%_", "'"]
+
+
+@pytest.mark.parametrize("name", QUOTED)
+def test_names_with_quotes_are_found_and_nothing_else_is(registry: Registry, name: str) -> None:
+    client = MlflowClient(registry.uri, registry.uri)
+    for other in (name, name.replace("'", "-"), "net"):
+        with contextlib.suppress(MlflowException):
+            client.create_registered_model(other)
+            client.create_model_version(other, "file:///nowhere")
+    assert [(v.name, v.version) for v in registry.versions(name)] == [(name, "1")]
+    assert registry.version(name, "1").name == name
+    with pytest.raises(UserError, match="it has: 1"):
+        registry.version(name, "2")
+
+
+@pytest.mark.parametrize("device", QUOTED)
+def test_devices_with_quotes_keep_decisions_and_readings_once(
+    registry: Registry, model: Path, tmp_path: Path, device: str
+) -> None:
+    version = add(registry, tmp_path, model, "run-1", device)
+    for like in (device, device.replace("'", "-")):
+        runs = {registry.log_decision(decided(version, None, like), f"key {like}") for _ in range(2)}
+        assert len(runs) == 1
+        readings = [
+            record_reading(registry.uri, registry.home, ("net", "1", like), str(i), {"p50_ms": 1.0}, "{}")
+            for i in range(2)
+        ]
+        assert len(set(readings)) == 1
+    crown(registry, version, device)
+    assert registry.version("net", "champion", device).version == "1"
 
 
 def test_an_alias_moved_by_hand_is_where_a_rollback_starts_from(
