@@ -34,9 +34,9 @@ from device_profiles import Multiples, load_profile, measure, open_target
 from device_profiles.latency_model import LatencyModel
 from device_profiles.staircase import probe
 from export import export_onnx
-from pipeline.assemble import widths_costs
 from pipeline.config import LatencySection
 from pipeline.latency import Latencies, widths_of
+from pipeline.opening import widths_costs
 from pipeline.widths import group_multiples
 from pruning import PruningPlan
 from pruning.cost import cost, count

@@ -33,11 +33,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks._output import Figure, parser, present
 from device_profiles import load_profile, open_target
-from pipeline.assemble import widths_costs
 from pipeline.config import RunFile, parse_run_file
 from pipeline.evaluator import Evaluator
 from pipeline.journal import Journal
-from pipeline.opening import open_workload
+from pipeline.opening import open_workload, widths_costs
 from pipeline.study import Study
 from pruning import ChannelGraph, SearchSpace
 from pruning.reward import make_reward

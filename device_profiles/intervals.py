@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import stdtrit
 
 MIN_PROCESSES = 3
 """Under three processes an interval is unknown: that of two is 12.7 standard errors wide and tells nothing."""
@@ -78,6 +77,8 @@ def of_processes(estimates: Sequence[float], rounding: float = 0.0) -> Ratio:
     middle, count = float(logs.mean()), len(logs)
     if count < MIN_PROCESSES:
         return Ratio.unknown(math.exp(middle))
+    from scipy.special import stdtrit  # not at the top: what only reads profiles needs no SciPy
+
     half = max(float(stdtrit(count - 1, 0.975)) * float(logs.std(ddof=1)) / math.sqrt(count), rounding)
     return Ratio(math.exp(middle), math.exp(middle - half), math.exp(middle + half))
 

@@ -13,14 +13,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from device_profiles import DeviceProfile, Multiples, Target, open_target, plain_yaml
 from device_profiles.cores import usable_cores
 from device_profiles.wording import command
-from pipeline.config import RunFile, home, method_options, parse_run_file
+from pipeline.config import RunFile, home, parse_run_file
 from pipeline.crew import Crew, Engine
 from pipeline.device import InTurn, RunDevice, meet
 from pipeline.errors import SurroundingsError, UserError
@@ -28,7 +27,7 @@ from pipeline.evaluator import Evaluator
 from pipeline.files import write_whole
 from pipeline.fleet import Device, Fleet, FleetProgress
 from pipeline.journal import Journal, Record
-from pipeline.opening import search_space
+from pipeline.opening import make_strategy, search_space
 from pipeline.origin import ORIGIN, check_tracked_at, origin_of
 from pipeline.preflight import examine
 from pipeline.progress import ProgressView
@@ -43,11 +42,9 @@ from pipeline.workloads.data.record import DataRecord, differences
 from pipeline.workloads.data.record import read as read_record
 from pipeline.workloads.data.record import write as write_record
 from pruning.channels import ChannelGraph
-from pruning.cost import costs
-from pruning.plan import IntArray, SearchSpace
+from pruning.plan import SearchSpace
 from pruning.reward import Reward, make_reward
-from pruning.search import load as load_method
-from pruning.search.protocol import Budget, Evaluation, FloatArray, Problem, Strategy
+from pruning.search.protocol import Budget, Evaluation, Strategy
 from pruning.search.protocol import Target as SearchTarget
 
 
@@ -270,29 +267,7 @@ class Run:
 
     def strategy(self, graph: ChannelGraph, space: SearchSpace, reference: Evaluation, reward: Reward) -> Strategy:
         """The search method, ready to be asked for its first request."""
-        section = self.config.search
-        problem = Problem(
-            space,
-            reference,
-            reward,
-            lambda widths: widths_costs(graph, space, widths),
-            self.search_target,
-            np.random.default_rng(self.config.seed),
-            self.budget(),
-            self.workload.search_metric,
-        )
-        method = load_method(section.method)
-        strategy: Strategy = method.search(problem, method_options(section))
-        return strategy
-
-
-def widths_costs(graph: ChannelGraph, space: SearchSpace, widths: IntArray) -> dict[str, FloatArray]:
-    """``Problem.costs``: groups outside the space keep their full width."""
-    names = [group.name for group in graph.groups]
-    whole = np.repeat([[group.size for group in graph.groups]], len(widths), axis=0)
-    whole[:, [names.index(name) for name in space.names]] = widths
-    found = costs(graph, whole)
-    return {name: getattr(found, name).astype(float) for name in ("macs", "params", "activation_bytes")}
+        return make_strategy(self.config, graph, space, reference, reward, self.workload.search_metric)
 
 
 def check_data(directory: Path, found: DataRecord) -> None:

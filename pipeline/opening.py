@@ -10,20 +10,25 @@ import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
+import numpy as np
 import torch
 from torch import nn
 
 from device_profiles.calibration import load as load_probe
 from device_profiles.errors import DeviceError
 from device_profiles.profile import DeviceProfile, Multiples, load_profile
-from pipeline.config import Fault, FaultsError, RunFile, home
+from pipeline.config import Fault, FaultsError, RunFile, home, method_options
 from pipeline.errors import UserError
 from pipeline.widths import common_multiples, group_multiples
 from pipeline.workloads import Workload
 from pipeline.workloads.carried import open_section
 from pipeline.workloads.data.content import Reading
 from pruning.channels import ChannelGraph
-from pruning.plan import PlanError, SearchSpace
+from pruning.cost import costs
+from pruning.plan import IntArray, PlanError, SearchSpace
+from pruning.reward import Reward
+from pruning.search import load as load_method
+from pruning.search.protocol import Budget, Evaluation, FloatArray, Problem, Strategy, Target
 from pruning.tracer import PruningError
 
 
@@ -190,3 +195,46 @@ def known_steps(profiles: Iterable[DeviceProfile]) -> tuple[Multiples, bool]:
         found.append(profile.multiples if staircase is None else staircase.multiples)
         probed &= staircase is not None
     return common_multiples(found), probed
+
+
+def make_strategy(
+    config: RunFile,
+    graph: ChannelGraph,
+    space: SearchSpace,
+    reference: Evaluation,
+    reward: Reward,
+    metric: str,
+    *,
+    rehearsed: bool = False,
+) -> Strategy:
+    """The search method of a run file, ready to be asked for its first request.
+
+    Args:
+        reference: the unpruned network's evaluation.
+        metric: the accuracy that the search goes by.
+        rehearsed: the answers are made up, to count the requests; a method whose engine takes long to import has a
+            function ``rehearse`` for that, which asks for as much without it.
+    """
+    problem = Problem(
+        space,
+        reference,
+        reward,
+        lambda widths: widths_costs(graph, space, widths),
+        Target(config.search.target.macs_ratio, config.search.target.latency_ratio),
+        np.random.default_rng(config.seed),
+        Budget(**config.search.budget.model_dump()),
+        metric,
+    )
+    method = load_method(config.search.method)
+    search = getattr(method, "rehearse", method.search) if rehearsed else method.search
+    strategy: Strategy = search(problem, method_options(config.search))
+    return strategy
+
+
+def widths_costs(graph: ChannelGraph, space: SearchSpace, widths: IntArray) -> dict[str, FloatArray]:
+    """``Problem.costs``: groups outside the space keep their full width."""
+    names = [group.name for group in graph.groups]
+    whole = np.repeat([[group.size for group in graph.groups]], len(widths), axis=0)
+    whole[:, [names.index(name) for name in space.names]] = widths
+    found = costs(graph, whole)
+    return {name: getattr(found, name).astype(float) for name in ("macs", "params", "activation_bytes")}

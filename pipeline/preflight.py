@@ -51,6 +51,7 @@ class Network:
         smallest: the cost of the smallest plan of ``space``.
         bound: no plan costs less, whatever a probe of the devices finds.
         steps: where the widths of ``space`` come from.
+        probed: whether the devices' probes are known already.
     """
 
     input: tuple[int, ...]
@@ -60,6 +61,7 @@ class Network:
     smallest: Cost
     bound: Cost
     steps: str
+    probed: bool
 
     @property
     def frozen_share(self) -> float:
@@ -164,7 +166,7 @@ def _network(found: Preflight, model: torch.nn.Module, example: torch.Tensor) ->
         origin = "a kept probe of the device" if probed else "the device profile, unprobed"
     plans = (PruningPlan.full(graph.groups), space.smallest(), finest.smallest())
     whole, smallest, bound = (cost(graph, plan) for plan in plans)
-    return Network(tuple(example.shape), graph, space, whole, smallest, bound, origin)
+    return Network(tuple(example.shape), graph, space, whole, smallest, bound, origin, probed)
 
 
 def _check_images(found: Preflight, workload: Workload) -> None:

@@ -13,6 +13,7 @@ from pipeline.terminal import err, one_line, out, table
 
 if TYPE_CHECKING:
     from pipeline.config import Fault
+    from pipeline.estimate import Estimate
     from pipeline.preflight import Preflight
     from pipeline.workloads import DataSummary
 
@@ -30,6 +31,9 @@ def validate(
     every: Annotated[
         bool, typer.Option("--all", help="Decode every image, also where there are more than 20,000.")
     ] = False,
+    estimating: Annotated[
+        bool, typer.Option("--estimate/--no-estimate", help="Time a few steps to tell what the run takes.")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
 ) -> None:
     """Check all that a run needs, without training; report everything that is wrong, and what the run will be.
@@ -45,15 +49,17 @@ def validate(
             raise
         out.data({"format": FORMAT, "file": str(file), "valid": False, "faults": _faults(error.faults), "notes": []})
         raise typer.Exit(EXIT_USER) from error
+    from pipeline.estimate import estimate
     from pipeline.preflight import examine
     from pipeline.progress import RichProgress
     from pipeline.workloads.data.content import Reading
 
     found = examine(config, Reading(RichProgress(err), "all" if every else "sample"), tracking=True)
+    taken = estimate(found) if estimating else None
     if as_json:
-        out.data(document(file, found))
+        out.data(document(file, found, taken))
     else:
-        _show(found)
+        _show(found, taken)
     if found.faults and as_json:
         raise typer.Exit(EXIT_USER)
     if found.faults:
@@ -63,7 +69,7 @@ def validate(
         out.print(f"{one_line(file)} is valid: {config.search.method} for device {devices}.")
 
 
-def document(file: Path, found: Preflight) -> dict[str, Any]:
+def document(file: Path, found: Preflight, taken: Estimate | None = None) -> dict[str, Any]:
     """What is known of a run, as JSON can hold it; docs/run-file.md describes every key."""
     return {
         "format": FORMAT,
@@ -76,6 +82,24 @@ def document(file: Path, found: Preflight) -> dict[str, Any]:
         "compute": None if found.compute is None else found.compute.type,
         "data": None if found.data is None else _data(found.data, found),
         "network": _network(found),
+        "estimate": None if taken is None else _estimate(taken),
+    }
+
+
+def _estimate(taken: Estimate) -> dict[str, Any]:
+    return {
+        "seconds": round(taken.seconds, 1),
+        "cpu_seconds": round(taken.cpu_seconds, 1),
+        "parts": [
+            {"stage": part.stage, "seconds": round(part.seconds, 1), "cpu_seconds": round(part.cpu_seconds, 1)}
+            for part in taken.parts
+        ],
+        "memory_bytes": taken.memory_bytes,
+        "memory": dict(taken.memory),
+        "evaluations": taken.counted.evaluations,
+        "epochs": round(taken.counted.epochs, 3),
+        "measurements": round(taken.work["measurements"]),
+        "at_least": not taken.counted.complete,
     }
 
 
@@ -130,12 +154,14 @@ def _by_count(sizes: Mapping[tuple[int, int], int]) -> list[tuple[tuple[int, int
     return sorted(sizes.items(), key=lambda item: (-item[1], item[0]))
 
 
-def _show(found: Preflight) -> None:
+def _show(found: Preflight, taken: Estimate | None) -> None:
     """The same for people."""
     if found.data is not None:
         _show_data(found.data, found)
     if found.network is not None:
         _show_network(found)
+    if taken is not None:
+        _show_estimate(taken)
     for note in found.notes:
         out.print(f"Note: {note}")
 
@@ -172,3 +198,21 @@ def _show_network(found: Preflight) -> None:
         f"Smallest reachable: {smallest.macs:,} MACs ({smallest.macs / whole.macs:.3f}), {smallest.params:,} params "
         f"({smallest.params / whole.params:.3f}); widths by {network.steps}"
     )
+
+
+def _show_estimate(taken: Estimate) -> None:
+    counted = taken.counted
+    least = "" if counted.complete else "at least "
+    parts = ", ".join(f"{part.stage.lower()} {_duration(part.seconds)}" for part in taken.parts)
+    out.print(f"On this machine, within a factor of two: {least}{_duration(taken.seconds)} ({parts})")
+    out.print(
+        f"The search: {least}{counted.evaluations:,} evaluations and {counted.epochs:g} epochs of training; "
+        f"{round(taken.work['measurements']):,} measurements on the device; memory {taken.memory_bytes / 2**30:.1f} GiB"
+    )
+
+
+def _duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -135,6 +135,23 @@ def search(problem: Problem, options: Options) -> Strategy:
     return best_first(problem, [candidates[i] for i in usable], [evaluations[i] for i in usable])
 
 
+def rehearse(problem: Problem, options: Options) -> Strategy:
+    """As many random plans within the target: what a search will ask for, without the engine.
+
+    Raises:
+        SearchError: the target is out of reach.
+    """
+    limit = None if problem.target == Target() else (yield from limit_of(problem))
+    saliency = yield from score(options.saliency)
+    candidates: list[Candidate] = []
+    for i in range(options.num_plans):
+        profile = (1.0 - 0.9 * problem.rng.random(len(problem.space.names))).tolist()
+        plan = problem.space.decode(fitted(problem.space, profile, limit), saliency)
+        candidates.append(Candidate(i, plan, options.sampler))
+    evaluations = yield from evaluate(candidates, latency=True)
+    return best_first(problem, candidates, evaluations)
+
+
 def blocks_of(space: SearchSpace, blocks: int | None) -> list[str]:
     """Per group the first group of its block, shape ``(groups,)``; blocks are runs of neighbours, nearly equally long.
 

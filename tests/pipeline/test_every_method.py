@@ -16,10 +16,10 @@ from torch import nn
 from device_profiles import Target as DeviceTarget
 from device_profiles import load_profile, open_target
 from export.slicing import OnnxTemplate
-from pipeline.assemble import widths_costs
 from pipeline.config import FinetuneSection, Recipe, SearchSection
 from pipeline.evaluator import Evaluator, recalibrate
 from pipeline.journal import Journal
+from pipeline.opening import widths_costs
 from pipeline.study import Oracle, Study
 from pipeline.training import fit
 from pipeline.workloads import detection
