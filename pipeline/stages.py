@@ -364,6 +364,10 @@ def register(run: Run, facts: Facts) -> dict[str, Any]:
             raise TrackingError(
                 f"{waiting} candidates are not delivered to {shown(run.tracker.uri)}: {run.tracker.failure}"
             )
+        for key, reason in run.tracker.refused.items():
+            run.progress.say(
+                f"Note: MLflow does not take candidate {key} ({reason}); it is in the journal and in candidates.parquet"
+            )
         example, after = run.workload.example_input().numpy(), run.workload.postprocessing
         file = run.directory / ("compact.onnx" if after is None else f"compact.{after.name}.onnx")
         outputs = predict(file, example)

@@ -23,9 +23,11 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
 
 from pipeline.errors import SurroundingsError, masked
 from pipeline.locks import held
+from pipeline.tracking.answers import is_refusal
 from pipeline.tracking.ownership import CANDIDATE_TAG, PARENT_TAG
 from pipeline.tracking.store import Unreachable, connect, first_line
 
@@ -55,12 +57,27 @@ class CourierError(OSError):
     """MLflow could not be told by the process beside this one; says why."""
 
 
+class RefusedError(CourierError):
+    """MLflow took a candidate for wrong, and would do so again."""
+
+
 def write(client: MlflowClient, child: Child) -> None:
-    """Write a candidate's run; it is there in full once it is FINISHED."""
-    run = client.create_run(child.experiment_id, start_time=child.at_ms, tags=dict(child.tags), run_name=child.name)
-    metrics = [Metric(name, value, child.at_ms, 0) for name, value in child.metrics.items()]
-    client.log_batch(run.info.run_id, metrics=metrics)  # no params: they cost a quarter more than tags
-    client.set_terminated(run.info.run_id, "FINISHED", child.at_ms)
+    """Write a candidate's run; it is there in full once it is FINISHED.
+
+    Raises:
+        RefusedError: MLflow takes it for wrong; nothing of it is left there.
+    """
+    metrics, run = [Metric(name, value, child.at_ms, 0) for name, value in child.metrics.items()], None
+    try:
+        run = client.create_run(child.experiment_id, start_time=child.at_ms, tags=dict(child.tags), run_name=child.name)
+        client.log_batch(run.info.run_id, metrics=metrics)  # no params: they cost a quarter more than tags
+        client.set_terminated(run.info.run_id, "FINISHED", child.at_ms)
+    except MlflowException as error:
+        if not is_refusal(error):
+            raise
+        if run is not None:
+            client.delete_run(run.info.run_id)
+        raise RefusedError(first_line(error)) from error
 
 
 def is_there(client: MlflowClient, child: Child) -> bool:
@@ -116,7 +133,8 @@ class Courier:
         """Write a candidate's run.
 
         Raises:
-            CourierError: the server is away or refuses, or the process was killed.
+            RefusedError: MLflow takes it for wrong.
+        CourierError: the server is away or refuses everything, or the process was killed.
             RuntimeError: anything else went wrong there.
         """
         self._send(asdict(child))
@@ -124,8 +142,11 @@ class Courier:
         answer = self._process.stdout.readline()
         if not answer:
             raise self._death()
-        if away := json.loads(answer)["away"]:
-            raise CourierError(away)
+        told = json.loads(answer)
+        if told["refused"]:
+            raise RefusedError(told["refused"])
+        if told["away"]:
+            raise CourierError(told["away"])
 
     def close(self) -> None:
         """End the process; what it is writing is cut short, and written again by the run's next process."""
@@ -158,7 +179,7 @@ def main() -> None:
     told = json.loads(sys.stdin.readline())
     client, lock = None, None if told["lock"] is None else Path(told["lock"])
     for line in sys.stdin:
-        away = ""
+        away = refused = ""
         try:
             client = client or connect(told["uri"])
             child = Child(**json.loads(line))
@@ -167,9 +188,11 @@ def main() -> None:
                     return  # whoever has taken its place sees to this candidate
                 if not is_there(client, child):
                     write(client, child)
+        except RefusedError as error:
+            refused = first_line(error)
         except Unreachable as error:
             away = first_line(error)
-        answers.write(json.dumps({"away": away}) + "\n")
+        answers.write(json.dumps({"away": away, "refused": refused}) + "\n")
         answers.flush()
 
 

@@ -31,6 +31,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from pipeline.errors import SurroundingsError, TrackingError, UserError
 from pipeline.files import sha256_of
 from pipeline.locks import held, machine_lock
+from pipeline.tracking.answers import AnswerError
 from pipeline.tracking.contents import (
     FOLDER,
     MANIFEST,
@@ -745,7 +746,9 @@ def _reign(model: Any, device: str) -> tuple[list[Event], str | None]:
 
 
 def _is_away(error: BaseException) -> bool:
-    """Whether a server did not answer, or failed; not when it refused."""
+    """Whether a server did not answer, or failed; not when it refused, answered nonsense, or a file here fails."""
+    if isinstance(error, AnswerError) or (isinstance(error, OSError) and error.filename is not None):
+        return False
     if isinstance(error, MlflowException):
         return int(error.get_http_status_code()) >= 500
     status = getattr(getattr(error, "response", None), "status_code", None)

@@ -33,6 +33,8 @@ from mlflow.entities import ViewType  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
 
+from pipeline.tracking.answers import CheckedClient  # noqa: E402
+
 for noisy in ("mlflow", "alembic"):  # what a user has to know of a failure is in the exception
     logging.getLogger(noisy).setLevel(logging.CRITICAL)
 
@@ -54,7 +56,7 @@ def connect(uri: str, make: bool = True) -> MlflowClient:
         if not make and not file.exists():
             raise UserError(no_store(file))
         _make_store(file)
-    return MlflowClient(uri, uri)
+    return (CheckedClient if uri.startswith(SERVER) else MlflowClient)(uri, uri)
 
 
 def experiment_of(client: MlflowClient, uri: str, name: str, home: Path, take_over: bool = False) -> str:

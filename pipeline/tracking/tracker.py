@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
 
 from pipeline.config import TrackingSection
 from pipeline.errors import TrackingError, UserError, masked
 from pipeline.journal import Record
-from pipeline.tracking.courier import Child, Courier, alone, write
+from pipeline.tracking.answers import is_refusal
+from pipeline.tracking.courier import Child, Courier, RefusedError, alone, write
 from pipeline.tracking.ownership import CANDIDATE_TAG, PARENT_TAG
 from pipeline.tracking.registry import Registry, Version
 from pipeline.tracking.store import RUN_TAG, Unreachable, connect, experiment_of, first_line, shown, store_uri
@@ -66,6 +68,8 @@ class Tracker:
         self.uri = store_uri(section, home)
         self.reward: Callable[[Record], float | None] = lambda _: None
         self.failure = ""
+        self.refused: dict[str, str] = {}
+        """Candidates that MLflow took for wrong -> why; they are in the journal and the table of candidates."""
         self._client: MlflowClient | None = None
         self._parent = ""
         self._delivered: set[str] = set()
@@ -123,14 +127,20 @@ class Tracker:
             return client
 
     def _children(self, client: MlflowClient, experiment_id: str) -> set[str]:
-        """Ids of the candidates the server has in full; those cut short are removed and sent again."""
+        """Ids of the candidates the server has in full; those cut short are removed and sent again.
+
+        Whatever others nested under the run is no candidate, and left alone.
+        """
         ids, token = set(), None
         while True:
             query = f"tags.`{PARENT_TAG}` = '{self._parent}'"
             page = client.search_runs([experiment_id], query, max_results=1000, page_token=token)
             for run in page:
-                if run.info.status == "FINISHED" and run.data.tags[CANDIDATE_TAG] not in ids:
-                    ids.add(run.data.tags[CANDIDATE_TAG])
+                key = run.data.tags.get(CANDIDATE_TAG)
+                if key is None:
+                    continue
+                if run.info.status == "FINISHED" and key not in ids:
+                    ids.add(key)
                 else:
                     client.delete_run(run.info.run_id)
             token = page.token
@@ -170,7 +180,7 @@ class Tracker:
             try:
                 client = self._connect()
                 if record is not None:
-                    self._deliver(client, record)
+                    self._deliver_or_refuse(client, record)
                 if self._series_due():
                     self._tell_series(client)
             except BaseException as error:
@@ -195,10 +205,32 @@ class Tracker:
     def _tell_series(self, client: MlflowClient) -> None:
         """Points of the learning curve; MLflow takes a point it has already for the same one."""
         while self._series:
-            client.log_batch(self._parent, metrics=self._series[:MAX_SERIES])
+            try:
+                client.log_batch(self._parent, metrics=self._series[:MAX_SERIES])
+            except MlflowException as error:
+                if not is_refusal(error):
+                    raise
+                self._tell_each(client, self._series[:MAX_SERIES])
             with self._changed:
                 del self._series[:MAX_SERIES]
         self._series_told = time.monotonic()
+
+    def _tell_each(self, client: MlflowClient, points: Sequence[Metric]) -> None:
+        """Points one by one, without those that are refused: the candidates' own runs have their values."""
+        for point in points:
+            try:
+                client.log_batch(self._parent, metrics=[point])
+            except MlflowException as error:
+                if not is_refusal(error):
+                    raise
+
+    def _deliver_or_refuse(self, client: MlflowClient, record: Record) -> None:
+        """Deliver a candidate; one that is refused is noted, and does not block those behind it."""
+        try:
+            self._deliver(client, record)
+        except RefusedError as error:
+            self.refused[_key(record)] = first_line(error)
+            self._client = None  # should it be the experiment that is refused, connecting anew tells
 
     def _deliver(self, client: MlflowClient, record: Record) -> None:
         candidate, evaluation = record["candidate"], record["evaluation"]

@@ -24,12 +24,13 @@ from pipeline import cli, errors, registry_cli
 from pipeline.errors import TrackingError, UserError
 from pipeline.tracking import Registry, Version
 from pipeline.tracking.contents import MANIFEST, MAX_BYTES, MODEL, Manifest
-from pipeline.tracking.pull import _chosen, check_onnx, pull
+from pipeline.tracking.pull import Cache, _chosen, check_onnx, pull
 from pipeline.tracking.registry import MANIFEST_TAG, MODEL_TAG
 
 from ..servers import free_port
 from .helpers import digits
 from .registered import add, crown, embedded, linear_model, make_template, migrated_home
+from .test_tracking_check import PAGE, always, answering
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
 
@@ -214,6 +215,35 @@ def test_a_server_that_does_not_answer_ends_with_4_and_says_what_to_do(
     said = capsys.readouterr().err
     assert "hidden-word" not in said
     assert "127.0.0.1" in said
+
+
+NONSENSE = [
+    PAGE,
+    b"[]",
+    b"{}",
+    b"null",
+    b'"x"',
+    b"",
+    b'{"registered_model": 5}',
+    b'{"registered_model": {"name": ["net"]}}',
+    b'{"registered_model": {"aliases": [{}]}}',
+    b'{"registered_model":' + b"[" * 50_000 + b"]" * 50_000 + b"}",
+]
+
+
+@pytest.mark.parametrize("body", NONSENSE, ids=lambda body: body[:40].decode())
+def test_a_server_that_answers_nonsense_is_not_away_and_the_cache_does_not_answer_for_it(
+    registry: Registry, tmp_path: Path, body: bytes
+) -> None:
+    with answering(always(200, body)) as server:
+        reference = f"{server.url} net champion "
+        Cache(registry.home / "models").keep(registry, registry.version("net"), reference)
+        with pytest.raises(TrackingError, match="no MLflow server") as caught:
+            pull(Registry(server.url, registry.home), "net", tmp_path / "model")
+    assert not caught.value.away
+    assert not (tmp_path / "model").exists()
+    away = pull(Registry(server.url, registry.home), "net", tmp_path / "model")  # nobody is there any more
+    assert "Using what was pulled last: version 1" in away.notice
 
 
 # -- hostile versions --------------------------------------------------------------------------------------------------

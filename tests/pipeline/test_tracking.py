@@ -29,6 +29,7 @@ from pipeline.tracking.store import Unreachable, connect, first_line
 
 from ..servers import database_url, free_port, postgres, running
 from .helpers import end, start_server
+from .test_tracking_check import PAGE, always, answering
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
 
@@ -128,6 +129,67 @@ def test_a_restart_delivers_the_rest_and_doubles_nothing(home: Path) -> None:
     runs = children(first.uri)
     assert sorted(r.data.tags[CANDIDATE_TAG] for r in runs) == [f"search:evaluation:{i}" for i in range(6)]
     assert {r.info.status for r in runs} == {"FINISHED"}
+
+
+def test_runs_that_others_nested_under_a_run_are_left_alone_and_stop_nothing(home: Path) -> None:
+    first = tracker(home)
+    first.start()
+    first.candidate(record(0))
+    assert first.flush(60) == 0
+    first.close()
+    client = MlflowClient(first.uri)
+    (ours,) = children(first.uri)
+    parent = {PARENT_TAG: ours.data.tags[PARENT_TAG]}
+    theirs = [client.create_run(ours.info.experiment_id, tags=parent).info.run_id for _ in range(2)]
+    client.set_terminated(theirs[0])
+    second = tracker(home)
+    second.start()
+    for i in range(2):
+        second.candidate(record(i))
+    assert second.flush(60) == 0, second.failure
+    second.close()
+    kept = {run.info.run_id: run.info.status for run in children(first.uri) if CANDIDATE_TAG not in run.data.tags}
+    assert kept == {theirs[0]: "FINISHED", theirs[1]: "RUNNING"}
+    assert len(children(first.uri)) == 4
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("wrong", [{"metric": "no: such/../name\n"}, {"series": 1.0}, {"tag": "x"}])
+def test_a_candidate_that_mlflow_refuses_does_not_block_those_behind_it(
+    home: Path, monkeypatch: pytest.MonkeyPatch, beside: bool, wrong: dict[str, Any]
+) -> None:
+    if beside:
+        monkeypatch.setattr("pipeline.tracking.tracker.MANY", 0)
+    if "series" in wrong:
+        monkeypatch.setattr("pipeline.tracking.tracker.SERIES", ("top1", "bad:\nname"))
+    tracking = tracker(home)
+    tracking.start()
+    for i in range(4):
+        told = record(i, kind="finetune", **({wrong["metric"]: 1.0} if "metric" in wrong and i == 1 else {}))
+        if i == 1 and "tag" in wrong:
+            told["candidate"]["origin"] = "x" * 300_000  # of the run's name, which has a limit
+        tracking.candidate(told)
+    assert tracking.flush(60) == 0, tracking.failure
+    tracking.close()
+    delivered = sorted(run.data.tags[CANDIDATE_TAG] for run in children(tracking.uri))
+    refused = [] if "series" in wrong else sorted(tracking.refused)
+    assert refused in ([], ["search:finetune:1"])
+    assert delivered == [f"search:finetune:{i}" for i in range(4) if f"search:finetune:{i}" not in refused]
+    if "metric" in wrong:
+        assert "invalid" in tracking.refused["search:finetune:1"].lower()
+
+
+@pytest.mark.parametrize("body", [PAGE, b"[]", b"{}", b'{"run": 5, "experiment": 5}', b'{"experiment": {}}', b""])
+def test_an_answer_that_is_none_is_no_delivery(home: Path, body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    with answering(always(200, body)) as server:
+        tracking = tracker(home, server.url)
+        tracking.start()
+        tracking.candidate(record(0))
+        assert wait_for(lambda: bool(tracking.failure))
+        assert tracking.flush(0.1) == 1
+        assert "no MLflow server" in tracking.failure
+        assert tracking._thread.is_alive(), "it goes on trying"
+        tracking.close()
 
 
 def test_a_required_server_that_is_away_stops_the_run_at_its_start(home: Path) -> None:
