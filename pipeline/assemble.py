@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from device_profiles import DeviceProfile, Multiples, Target, open_target, plain_yaml
+from device_profiles import DeviceProfile, Multiples, Target, plain_yaml
 from device_profiles.cores import usable_cores
 from device_profiles.wording import command
+from pipeline import trust
 from pipeline.config import RunFile, home, parse_run_file
 from pipeline.crew import Crew, Engine
 from pipeline.device import InTurn, RunDevice, meet
@@ -28,7 +29,7 @@ from pipeline.files import write_whole
 from pipeline.fleet import Device, Fleet, FleetProgress
 from pipeline.journal import Journal, Record
 from pipeline.opening import make_strategy, search_space
-from pipeline.origin import ORIGIN, check_tracked_at, origin_of
+from pipeline.origin import FOLDER, ORIGIN, check_tracked_at, origin_of
 from pipeline.preflight import examine
 from pipeline.progress import ProgressView
 from pipeline.study import to_evaluation
@@ -59,6 +60,7 @@ def create_run_directory(config: RunFile) -> Path:
         write_whole(directory / ORIGIN, json.dumps(origin_of(directory.name, config)) + "\n")
     except OSError as error:
         raise SurroundingsError(f"cannot create run directory {directory}: {error.strerror}") from error
+    trust.hand_on(config, directory)
     return directory
 
 
@@ -69,7 +71,8 @@ def open_run_directory(directory: Path) -> tuple[str, RunFile]:
         UserError: it is none, or its ``run.yaml`` was edited into something invalid.
     """
     try:
-        run_id = str(json.loads((directory / ORIGIN).read_text(encoding="utf-8"))["run_id"])
+        origin = json.loads((directory / ORIGIN).read_text(encoding="utf-8"))
+        run_id, lay = str(origin["run_id"]), origin.get(FOLDER)
         text = (directory / "run.yaml").read_text(encoding="utf-8")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         recent = sorted((home() / "runs").glob("*/run.yaml"), key=lambda p: p.stat().st_mtime)[-3:]
@@ -77,7 +80,8 @@ def open_run_directory(directory: Path) -> tuple[str, RunFile]:
         raise UserError(
             f"{directory} is not a run directory (no readable run.yaml and origin.json in it){hint}"
         ) from error
-    return run_id, parse_run_file(text, str(directory / "run.yaml"))
+    config = parse_run_file(text, str(directory / "run.yaml"))
+    return run_id, config.lying_in(Path(lay) if isinstance(lay, str) else None)
 
 
 class Run:
@@ -96,6 +100,7 @@ class Run:
     def __init__(self, directory: Path, progress: ProgressView) -> None:
         self.directory, self.progress = directory.absolute(), progress
         self.run_id, self.config = open_run_directory(directory)
+        trust.require(trust.code_in(self.config, self.directory / "run.yaml"))
         check_tracked_at(self.directory, self.config)
         require_tracking(self.config, home(), progress.say)
         torch.set_num_threads(self.config.threads or usable_cores())
@@ -138,7 +143,7 @@ class Run:
         """The devices, opened; nothing is reached before its first use."""
         devices = []
         for profile in self.profiles:
-            target = open_target(profile)
+            target = trust.open_target(profile)
             self._resources.callback(target.close)
             devices.append(Device(profile, InTurn(target, partial(self._turn_of, profile))))
         section = self.config.device

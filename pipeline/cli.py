@@ -12,11 +12,12 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from pipeline import children, deploy_cli, devices_cli, errors, interrupts, registry_cli, validate_cli
+from pipeline import children, deploy_cli, devices_cli, errors, interrupts, registry_cli, trust_cli, validate_cli
 from pipeline.foreign import exit_code as exit_code
 from pipeline.foreign import expected
 from pipeline.surroundings import home, prepare
 from pipeline.terminal import command, err, one_line, out, table, use_any_encoding
+from pipeline.trust_cli import Trust
 
 app = typer.Typer(
     name="secateur",
@@ -34,6 +35,7 @@ for registered_ in (registry_cli.pull, registry_cli.promote, registry_cli.rollba
     app.command()(registered_)
 app.command()(validate_cli.validate)
 app.command()(deploy_cli.deploy)
+app.command()(trust_cli.trust)
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and Prefect's log.")]
 SET_HELP = (
     "Override a value of the run file, e.g. --set search.method=random "
@@ -46,6 +48,7 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE
 def run(
     file: Annotated[Path, typer.Argument(help="The run file (YAML); examples are in pipeline/runs/.")],
     set_: Overrides = None,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Run a run file from the baseline to the registered, device-timed compact model.
@@ -55,6 +58,7 @@ def run(
     from pipeline.config import load_run_file
 
     config = load_run_file(file, set_ or [])
+    trust_cli.consent(config, file, trust)
     from pipeline.assemble import create_run_directory
 
     directory = create_run_directory(config)
@@ -69,7 +73,9 @@ def run(
 
 @app.command()
 def resume(
-    run_dir: Annotated[Path, typer.Argument(help="The run directory printed by `secateur run`.")], debug: Debug = False
+    run_dir: Annotated[Path, typer.Argument(help="The run directory printed by `secateur run`.")],
+    trust: Trust = False,
+    debug: Debug = False,
 ) -> None:
     """Continue a run that was killed, interrupted or cut off: finished work is not done again.
 
@@ -79,6 +85,9 @@ def resume(
 
     directory = run_dir.absolute()
     return_to_origin(directory)
+    from pipeline.assemble import open_run_directory
+
+    trust_cli.consent(open_run_directory(directory)[1], directory / "run.yaml", trust)
     _execute(directory, debug)
 
 

@@ -24,6 +24,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PrivateAttr,
     TypeAdapter,
     ValidationError,
     create_model,
@@ -296,6 +297,18 @@ class RunFile(Section):
     """CPU threads for training and evaluation; None = all cores."""
     compute: Literal["auto", "cpu", "cuda"] = "auto"
     """Where candidates are trained and evaluated (the device is measured apart)."""
+    _folder: Path | None = PrivateAttr(default=None)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the file lay: modules that it names are looked for there; None = it came from no file."""
+        return self._folder
+
+    def lying_in(self, folder: Path | None) -> RunFile:
+        """The same run file, of another folder."""
+        copy = self.model_copy()
+        copy._folder = folder
+        return copy
 
     @property
     def digest(self) -> str:
@@ -386,7 +399,7 @@ def load_run_file(path: Path, overrides: Sequence[str] = ()) -> RunFile:
         raise UserError(f"cannot read run file {path}: {error.strerror}; examples: {examples}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"run file {path} is not UTF-8 text") from error
-    return parse_run_file(text, str(path), overrides)
+    return parse_run_file(text, str(path), overrides).lying_in(path.absolute().parent)
 
 
 def parse_run_file(text: str, name: str = "run file", overrides: Sequence[str] = ()) -> RunFile:

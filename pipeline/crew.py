@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from device_profiles.cores import usable_cores
+from pipeline import trust
 from pipeline.children import keep_from_children
 from pipeline.errors import SurroundingsError, UserError
 from pipeline.files import sha256_of, write_whole
@@ -202,6 +203,7 @@ class Crew:
         threads = config.threads or max(1, (usable_cores() // self.engine.count if self.engine.local else 0))
         return {
             "workload": config.workload,
+            "code": trust.allowed(),
             "search": config.search.model_dump(mode="json"),
             "seed": config.seed,
             "device": scorer.device.type,

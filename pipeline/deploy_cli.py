@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline.terminal import command, out
+from pipeline.trust_cli import Trust, consent
 
 
 def deploy(
@@ -22,6 +23,7 @@ def deploy(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the run file.")
     ] = None,
+    trust: Trust = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and Prefect's log.")] = False,
 ) -> None:
     """Make or update the deployments of a run file on a Prefect server: compress, profile (re-profile) and promote.
@@ -31,6 +33,9 @@ def deploy(
     from pipeline.flow import runtime_env
 
     runtime_env(debug=debug)
+    from pipeline.config import load_run_file
+
+    consent(load_run_file(file, set_ or ()), file, trust)
     from pipeline.flow.deployments import Order, deploy
 
     crons = {"compress": cron, "profile": profile_cron, "promote": promote_cron}

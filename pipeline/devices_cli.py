@@ -15,6 +15,7 @@ from rich.text import Text
 
 from pipeline import errors
 from pipeline.terminal import command, err, one_line, out, table
+from pipeline.trust_cli import Trust, consent_to_profile
 
 if TYPE_CHECKING:
     from device_profiles import BenchmarkResult, DeviceProfile, Target
@@ -116,14 +117,16 @@ def show(name: Name) -> None:
 
 
 @app.command()
-def check(name: Name, json_: Json = False) -> None:
+def check(name: Name, json_: Json = False, trust: Trust = False) -> None:
     """Check that a device is ready to be measured on, and say how to put right what is not.
 
     Ends with 0 if all is well or there are only warnings, with 4 if something is missing.
 
     Example: secateur devices check kitchen
     """
-    checks = _check(_load(name))
+    profile = _load(name)
+    consent_to_profile(name, trust)
+    checks = _check(profile)
     if json_:
         out.data([vars(c) for c in checks])
     else:
@@ -148,6 +151,7 @@ def add(
         bool, typer.Option("--force", help="Replace your profile of that name, or hide a shipped one.")
     ] = False,
     no_check: Annotated[bool, typer.Option("--no-check", help="Only write the profile.")] = False,
+    trust: Trust = False,
 ) -> None:
     """Add a device of your own, based on a template or on another device, and check it.
 
@@ -166,9 +170,12 @@ def add(
     settings |= {"timing": False} if emulated else {}
     path = _write(name, settings)
     out.print(f"Written: {one_line(path)}")
+    if python:  # said on the command line, by whoever is asked otherwise
+        consent_to_profile(name, given=True)
     if no_check:
         out.print(f"Next: {command('secateur', 'devices', 'check', name)}")
         return
+    consent_to_profile(name, trust)
     checks = _check(_load(name))
     _print_checks(name, checks)
     if any(c.status == "missing" for c in checks):
@@ -231,6 +238,7 @@ def benchmark(
     parity: Annotated[
         bool, typer.Option("--parity", help="Compare the outputs with this machine's instead of timing.")
     ] = False,
+    trust: Trust = False,
 ) -> None:
     """Time an ONNX file on a device, or compare its outputs there with those of this machine.
 
@@ -250,6 +258,7 @@ def benchmark(
                 f"no model file at {file}; give an ONNX file, such as compact.onnx of a run directory"
             )
     profile = _usable(device)
+    consent_to_profile(device, trust)
     if parity:
         _parity(profile, model)
         return
@@ -274,6 +283,7 @@ def probe(
     seconds: Annotated[
         float, typer.Option(min=1, max=LONGEST_S, help="Seconds of timed calls, at most; loading comes on top.")
     ] = 90.0,
+    trust: Trust = False,
 ) -> None:
     """Find the channel steps of a device: which widths cost no more than the next smaller ones.
 
@@ -287,6 +297,7 @@ def probe(
 
     profile = _usable(name)
     _require_timing(profile, "")
+    consent_to_profile(name, trust)
     with _opened(profile) as target, RichProgress(err).stage(f"probe {name}") as report:
         found = staircase.probe(target, profile, seconds=seconds, progress=report)
     path = calibration.save(_folder(), profile, found)
@@ -383,7 +394,7 @@ def _require_timing(profile: DeviceProfile, instead: str) -> None:
 
 @contextmanager
 def _opened(profile: DeviceProfile) -> Iterator[Target]:
-    from device_profiles import open_target
+    from pipeline.trust import open_target
 
     target = open_target(profile)
     try:

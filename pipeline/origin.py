@@ -19,13 +19,14 @@ from pipeline.surroundings import DATA, HOME, TRACKING_URI, home, variable
 from pipeline.tracking.place import SQLITE, shown, sqlite_file, store_uri
 
 ORIGIN = "origin.json"
-TRACKING = "tracking"
+TRACKING, FOLDER = "tracking", "folder"
 
 
 def origin_of(run_id: str, config: RunFile) -> dict[str, str | None]:
     """Whose run it is, what its relative paths are relative to, and where it is tracked."""
     folders = {"cwd": str(Path.cwd()), HOME: str(home()), DATA: variable(DATA)}
-    return {"run_id": run_id, **folders, TRACKING: tracked_at(config)}
+    lay = None if config.folder is None else str(config.folder)
+    return {"run_id": run_id, **folders, FOLDER: lay, TRACKING: tracked_at(config)}
 
 
 def read_origin(directory: Path) -> Mapping[str, Any]:

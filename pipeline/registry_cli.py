@@ -10,6 +10,7 @@ import typer
 
 from pipeline import errors
 from pipeline.terminal import err, one_line, out, table
+from pipeline.trust_cli import Trust, consent_to_profile
 
 if TYPE_CHECKING:
     from pipeline.tracking import Decision, Registry
@@ -57,20 +58,23 @@ def promote(
     device: Annotated[str, typer.Option("--device", "-d", metavar="D", help="The device profile to time both on.")],
     version: Annotated[str | None, typer.Option("--version", help="Default: the device's challenger.")] = None,
     uri: Uri = None,
+    trust: Trust = False,
 ) -> None:
     """Time the challenger and the champion in one measurement, compare, and promote if every gate holds.
 
     Example: secateur promote digits-resnet20 --device local
     """
-    from device_profiles import DeviceError, load_profile, open_target
+    from device_profiles import DeviceError, load_profile
     from pipeline.config import home
     from pipeline.progress import RichProgress
     from pipeline.promotion import promote as promote_
+    from pipeline.trust import open_target
 
     try:
         profile = load_profile(device, [home() / "devices"])
     except DeviceError as error:
         raise errors.UserError(f"--device: {error}") from error
+    consent_to_profile(device, trust)
     target = open_target(profile)
     try:
         decision = promote_(_registry(uri), name, profile, target, version=version, progress=RichProgress(err))

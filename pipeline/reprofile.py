@@ -21,9 +21,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from scipy import stats
 
-from device_profiles import BenchmarkResult, DeviceError, DeviceProfile, Target, load_profile, measure, open_target
+from device_profiles import BenchmarkResult, DeviceError, DeviceProfile, Target, load_profile, measure
 from device_profiles.intervals import MIN_PROCESSES, Ratio
 from device_profiles.staircase import FINGERPRINT_KEYS
+from pipeline import trust
 from pipeline.config import home
 from pipeline.device import InTurn
 from pipeline.errors import TrackingError, UserError
@@ -163,7 +164,7 @@ def reprofile(
     turn: Callable[[DeviceProfile], Turn],
     progress: ProgressView,
     profiles: Sequence[Path] = (),
-    opened: Callable[[DeviceProfile], Target] = open_target,
+    opened: Callable[[DeviceProfile], Target] = trust.open_target,
 ) -> Iterator[Reading | tuple[str, str, Exception]]:
     """Time champions again, one after another; a device that is away spoils no other champion's reading.
 
@@ -316,13 +317,16 @@ def profile_of(device: str, files: Sequence[Path] = ()) -> DeviceProfile:
     """The profile of a device by its name.
 
     Raises:
-        UserError: nobody knows it.
+        UserError: nobody knows it, or it names code that nobody has consented to.
     """
     place = next((str(file) for file in files if file.stem == device), device)
     try:
-        return load_profile(place, [home() / "devices"])
+        profile = load_profile(place, [home() / "devices"])
     except DeviceError as error:
         raise UserError(f"the champion's device: {error}") from error
+    if (code := trust.code_of_profile(place)) is not None:
+        trust.require([code])
+    return profile
 
 
 def markdown(readings: Sequence[Reading]) -> str:

@@ -68,6 +68,13 @@ class Terminal(Console):
         """JSON for programs: nothing but ASCII."""
         self.print(json.dumps(data, indent=2))
 
+    def confirmed(self, question: str) -> bool:
+        """Ask a person; anything but y or yes is a no."""
+        try:
+            return self.input(Text(f"{literal(question)} [y/N] ")).strip().lower() in ("y", "yes")
+        except EOFError:
+            return False
+
     def on_broken_pipe(self) -> NoReturn:
         """Whoever read the output has seen enough: no error, and nothing more is written."""
         self.quiet = True

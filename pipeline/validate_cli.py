@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.errors import EXIT_USER, masked
+from pipeline.errors import EXIT_USER, UserError, masked
 from pipeline.terminal import err, one_line, out, table
+from pipeline.trust_cli import Trust, consent
 
 if TYPE_CHECKING:
     from pipeline.config import Fault
@@ -35,19 +36,22 @@ def validate(
         bool, typer.Option("--estimate/--no-estimate", help="Time a few steps to tell what the run takes.")
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
+    trust: Trust = False,
 ) -> None:
     """Check all that a run needs, without training; report everything that is wrong, and what the run will be.
 
     Example: secateur validate flowers.yaml --set search.target.macs_ratio=0.5
     """
-    from pipeline.config import FaultsError, load_run_file
+    from pipeline.config import Fault, FaultsError, load_run_file
 
     try:
         config = load_run_file(file, set_ or [])
-    except FaultsError as error:
+        consent(config, file, trust)
+    except UserError as error:
         if not as_json:
             raise
-        out.data({"format": FORMAT, "file": str(file), "valid": False, "faults": _faults(error.faults), "notes": []})
+        faults = error.faults if isinstance(error, FaultsError) else (Fault((), str(error)),)
+        out.data({"format": FORMAT, "file": str(file), "valid": False, "faults": _faults(faults), "notes": []})
         raise typer.Exit(EXIT_USER) from error
     from pipeline.estimate import estimate
     from pipeline.preflight import examine

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from export.slicing import OnnxTemplate
+from pipeline import trust
 from pipeline.children import leave_terminal
 from pipeline.config import SearchSection, home
 from pipeline.crew import IMAGES, ask_from_json, groups_digest
@@ -149,6 +150,7 @@ class Resident:
 
 def _resident(spec: Mapping[str, Any], shelf: Shelf | None) -> Resident:
     """The scorer for a run; made, where there is none."""
+    trust.accept(spec["code"])
     content = {name: value for name, value in spec.items() if name != IMAGES}
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     if spec["threads"]:

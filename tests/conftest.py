@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,3 +26,19 @@ settings.load_profile("secateur")
 @pytest.fixture(autouse=True)
 def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECATEUR_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    if (trust := sys.modules.get("pipeline.trust")) is not None:
+        trust.withdraw_all()
+
+
+@pytest.fixture
+def trusted() -> Callable[[str], None]:
+    """Consent, as a person would give it, to a ``module:factory`` of the tests' own."""
+    from pipeline import trust
+    from pipeline.config import RunFile
+
+    def consent(name: str) -> None:
+        config = RunFile(name="tests", workload={"name": "detection", "model": {"name": name}})
+        trust.allow(entry for found in trust.code_in(config, Path("run.yaml")) for entry in found.entries)
+
+    return consent

@@ -26,9 +26,9 @@ from prefect.runtime import deployment as this_deployment
 from prefect.runtime import flow_run as this_flow_run
 from prefect.states import Completed, Crashed, Failed
 
-from device_profiles import DeviceError, DeviceProfile, open_target
+from device_profiles import DeviceError, DeviceProfile
 from export.errors import ExportError
-from pipeline import children, foreign
+from pipeline import children, foreign, trust
 from pipeline.assemble import Run
 from pipeline.config import TrackingSection, home, load_run_file
 from pipeline.device import InTurn
@@ -78,6 +78,8 @@ def answering(work: Callable[..., State[Any]]) -> Callable[..., State[Any]]:
 def compress(job: Compress) -> State[Any]:
     """Run a run file from the baseline to the registered, device-timed compact model; or finish a run left undone."""
     config = load_run_file(Path(job.file), job.overrides)
+    trust.accept(job.trusted)
+    trust.require(trust.code_in(config, Path(job.file)))
     flow_run, deployment = own_id(), this_deployment.id or "none"
     progress = LogProgress(say)
     taken = adopt.take(config, deployment, flow_run, lambda directory: Run(directory, progress), say)
@@ -115,6 +117,7 @@ def compress(job: Compress) -> State[Any]:
 @answering
 def profile(job: Profile) -> State[Any]:
     """Time registered champions again on their devices; an alarm where one has become slower or larger."""
+    trust.accept(job.trusted)
     registry, uri = registry_of(job)
     champions = chosen(registry, job.names, job.device)
     readings: list[Reading] = []
@@ -154,6 +157,7 @@ def promote(job: Promote) -> State[Any]:
     """Compare challengers with the champions of their devices; those that pass every gate take their place."""
     from pipeline import promotion
 
+    trust.accept(job.trusted)
     registry, _ = registry_of(job)
     faults: list[str] = []
     decisions: list[Decision] = []
@@ -162,7 +166,7 @@ def promote(job: Promote) -> State[Any]:
         with told(faults, name, device):
             where = profile_of(device, [Path(file) for file in job.device_profiles])
             make_limit(limit)
-            target = InTurn(open_target(where), turn_of(where))
+            target = InTurn(trust.open_target(where), turn_of(where))
             try:
                 with Turns(limit, say).turn():
                     decisions.append(

@@ -9,7 +9,9 @@ from typing import Any
 
 from device_profiles import DeviceProfile
 from device_profiles.wording import command
+from pipeline import trust
 from pipeline.config import RunFile, home, load_run_file
+from pipeline.consents import written
 from pipeline.errors import SurroundingsError, UserError
 from pipeline.flow.parameters import Compress, Parameters, Profile, Promote
 from pipeline.flow.server import server_url
@@ -43,10 +45,11 @@ def deploy(order: Order) -> list[str]:
     """Make or update work pool, deployments and limits; returns what was done, in lines.
 
     Raises:
-        UserError: the run file or a cron expression is wrong.
+        UserError: the run file or a cron expression is wrong, or there is no consent for code that it names.
         SurroundingsError: there is no Prefect server, or it does not answer.
     """
     config = load_run_file(order.file, order.overrides)
+    trust.require(trust.code_in(config, order.file))
     profiles = device_profiles(config)
     schedules = {flow: _schedule(flow, cron, order) for flow, cron in order.crons.items()}
     url = server_url()
@@ -127,9 +130,11 @@ def _parameters(order: Order, config: RunFile) -> dict[str, Parameters]:
     section = config.device
     files = [str(Path(p).absolute()) for p in (section.profile, *section.others) if Path(p).suffix == ".yaml"]
     model = config.tracking.registered_model or config.name
-    about = {"names": [model], "tracking": config.tracking.uri, "device_profiles": files}
+    found = trust.code_in(config, order.file)
+    trusted = [written(entry) for one in found for entry in one.entries]
+    about = {"names": [model], "tracking": config.tracking.uri, "device_profiles": files, "trusted": trusted}
     return {
-        "compress": Compress(file=str(order.file.absolute()), overrides=list(order.overrides)),
+        "compress": Compress(file=str(order.file.absolute()), overrides=list(order.overrides), trusted=trusted),
         "profile": Profile(**about),  # type: ignore[arg-type]
         "promote": Promote(**about),  # type: ignore[arg-type]
     }

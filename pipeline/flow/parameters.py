@@ -13,6 +13,10 @@ class Parameters(BaseModel):
     """Refuses what it does not know."""
 
     model_config = ConfigDict(extra="forbid")
+    trusted: list[list[str]] = Field(
+        default_factory=list,
+        description="What names code and may run, as `secateur deploy` found it with consent; to change it, deploy.",
+    )
 
 
 class Compress(Parameters):

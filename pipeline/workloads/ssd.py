@@ -11,7 +11,6 @@ of class c, which is learned from like any other but neither rewarded nor missed
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import nms
 
+from pipeline import trust
 from pipeline.config import known
 from pipeline.errors import UserError
 
@@ -635,7 +635,7 @@ def build_detector(name: str, num_classes: int, options: dict[str, Any]) -> nn.M
     Raises:
         UserError: no such network, it does not take these options, or it lacks ``default_boxes``.
     """
-    builder = DETECTORS.get(name) or _factory(name)
+    builder = DETECTORS.get(name) or _factory(name, options)
     try:
         model = builder(num_classes, **options)
     except TypeError as error:
@@ -649,14 +649,7 @@ def build_detector(name: str, num_classes: int, options: dict[str, Any]) -> nn.M
     return model
 
 
-def _factory(name: str) -> Builder:
-    module, separator, attribute = name.partition(":")
-    if not separator:
+def _factory(name: str, options: dict[str, Any]) -> Builder:
+    if ":" not in name:
         raise UserError(f"unknown network {name!r}; {known(sorted(DETECTORS), name)}, or module:factory")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"network {name}: {error}; expected an importable module and a callable in it") from error
-    if not callable(found):
-        raise UserError(f"network {name}: {attribute} is a {type(found).__name__}, not a callable")
-    return cast(Builder, found)
+    return trust.factory(name, options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -271,7 +271,9 @@ def wrong_heads(num_classes: int) -> nn.Module:
     return Bare(num_classes + 1)
 
 
-def test_ones_own_detector_is_checked_when_the_run_begins() -> None:
+def test_ones_own_detector_is_checked_when_the_run_begins(trusted: Callable[[str], None]) -> None:
+    trusted(f"{Bare.__module__}:Bare")
+    trusted(f"{__name__}:wrong_heads")
     own = build(model={"name": f"{Bare.__module__}:Bare"}, input={"image_size": 32, **PLAIN})
     assert own.mean.flatten().tolist() == [0.5] * 3
     assert own.build_model()(own.example_input()).shape == (1, 4, 15)

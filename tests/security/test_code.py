@@ -1,0 +1,489 @@
+"""Run files and device profiles that name code: nothing of it is imported or started without consent.
+
+Every attack leaves a mark when its code runs; none may.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from device_profiles import load_profile
+from pipeline import cli, consents, trust
+from pipeline.config import load_run_file
+from pipeline.errors import EXIT_USER, UserError
+from tests.pipeline.helpers import TINY, merged, quick_device
+
+Secateur = Callable[..., tuple[int, str]]
+
+MODULE = """
+from pathlib import Path
+from torch import nn
+import torch
+
+Path({mark!r}).touch()
+
+
+class Net(nn.Module):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.image_size, self.body = 32, nn.Conv2d(3, 8, 3, 16, 1)
+        self.default_boxes = torch.rand(4, 4)
+
+    def forward(self, images):
+        return self.body(images).flatten(1).reshape(len(images), -1)
+
+
+def other(num_classes: int):
+    return Net(num_classes)
+
+
+def no_network(num_classes: int):
+    return dict(num_classes=num_classes)
+"""
+
+
+@pytest.fixture
+def mark(tmp_path: Path) -> Path:
+    """A file that is there when code has run."""
+    return tmp_path / "executed"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder as somebody sends it."""
+    made = tmp_path / "theirs"
+    made.mkdir()
+    return made
+
+
+@pytest.fixture
+def secateur(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Secateur:
+    """Run ``secateur ARGUMENTS`` in this process: exit code and what was printed."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        trust.withdraw_all()  # as a new process
+        monkeypatch.setattr(sys, "argv", ["secateur", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        shown = capsys.readouterr()
+        return int(ended.value.code or 0), shown.out + shown.err
+
+    yield run  # type: ignore[misc]
+    sys.modules.pop("theirs", None)
+    sys.path[:] = [entry for entry in sys.path if Path(entry).name != "theirs"]
+
+
+def write(folder: Path, name: str = "theirs:Net", **changes: Any) -> Path:
+    """A run file that names a factory."""
+    data = {"source": "digits", "scenes": 40, "image_size": 32}
+    workload = {"name": "detection", "model": {"name": name}, "data": data}
+    quick = folder / "quick.yaml"
+    device = {"profile": str(quick if quick.is_file() else quick_device(folder))}
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump(merged({"name": "theirs", "workload": workload, "device": device}, changes)))
+    return file
+
+
+def module(folder: Path, mark: Path) -> None:
+    (folder / "theirs.py").write_text(MODULE.format(mark=str(mark)))
+
+
+def profile(folder: Path, **connect: Any) -> Path:
+    """A run file whose device profile names code."""
+    quick_device(folder, **connect)
+    return write(folder, "small_ssd")
+
+
+COMMANDS = [("run",), ("validate",), ("deploy",)]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_factory_is_not_imported_without_consent(
+    command: tuple[str, ...], secateur: Secateur, folder: Path, mark: Path
+) -> None:
+    module(folder, mark)
+    code, said = secateur(*command, write(folder))
+    assert code == EXIT_USER and not mark.exists()
+    assert "theirs:Net" in said and str(folder / "theirs.py") in said, "exactly what would run"
+    assert f"secateur trust {folder}" in said, "and how to say yes"
+    assert not list((folder.parent / "home").glob("runs/*")), "and no run directory was made"
+
+
+def test_a_logging_configuration_is_no_network(secateur: Secateur, folder: Path, mark: Path) -> None:
+    """``uvicorn:Config`` with a logging file calls whatever that names; consent does not make it a network."""
+    log = {"version": 1, "handlers": {"a": {"class": "pathlib.Path.touch", "self": str(mark)}}}
+    (folder / "log.json").write_text(json.dumps(log))
+    options = {"model": {"options": {"log_config": str(folder / "log.json")}}}
+    file = write(folder, "uvicorn:Config", workload=options)
+    assert secateur("validate", file)[0] == EXIT_USER
+    code, said = secateur("validate", file, "--trust")
+    assert code == EXIT_USER and "builds no torch.nn.Module" in said and not mark.exists()
+
+
+@pytest.mark.parametrize("name", ["os:system", "subprocess:run", "runpy:run_path", "builtins:eval", "logging.config:x"])
+def test_python_itself_builds_no_networks(name: str, secateur: Secateur, folder: Path) -> None:
+    code, said = secateur("validate", write(folder, name), "--trust")
+    assert code == EXIT_USER and "is a part of Python" in said and "nn.Module builder" in said
+
+
+@pytest.mark.parametrize("name", ["uvicorn:run", "numpy:load", "torch:load", "torch.hub:load", "yaml:SafeLoader"])
+def test_callables_of_packages_that_build_no_network_are_not_called(
+    name: str, folder: Path, secateur: Secateur
+) -> None:
+    code, said = secateur("validate", write(folder, name), "--trust")
+    assert code == EXIT_USER and ("builds no torch.nn.Module" in said or "returned a" in said or "options" in said)
+
+
+def test_what_a_factory_returns_must_be_a_network(secateur: Secateur, folder: Path, mark: Path) -> None:
+    module(folder, mark)
+    code, said = secateur("validate", write(folder, "theirs:no_network"), "--trust")
+    assert code == EXIT_USER and "returned a dict" in said and "torch.nn.Module" in said
+
+
+@pytest.mark.parametrize("name", ["a b:c", "theirs:Net:x", "theirs:", ":Net", "../theirs:Net", "theirs:Net.x", "a\n:b"])
+def test_names_that_are_no_factory(name: str, secateur: Secateur, folder: Path, mark: Path) -> None:
+    module(folder, mark)
+    code, said = secateur("validate", write(folder, name), "--trust")
+    assert code == EXIT_USER and not mark.exists() and "Traceback" not in said
+
+
+def hostile_interpreter(folder: Path, mark: Path) -> Path:
+    return profile(folder, connect={"python": ["/bin/sh", "-c", f"touch {mark}"]})
+
+
+def hostile_proxy(folder: Path, mark: Path) -> Path:
+    (folder / "ssh").write_text(f"Host *\n  ProxyCommand touch {mark}\n")
+    return profile(folder, target="ssh", connect={"host": "127.0.0.1", "port": 1, "config": str(folder / "ssh")})
+
+
+def hostile_match(folder: Path, mark: Path) -> Path:
+    (folder / "ssh").write_text(f'Match exec "touch {mark}"\n  User x\n')
+    return profile(folder, target="ssh", connect={"host": "127.0.0.1", "port": 1, "config": str(folder / "ssh")})
+
+
+PROFILES = [hostile_interpreter, hostile_proxy, hostile_match]
+
+
+@pytest.mark.parametrize("attack", PROFILES)
+@pytest.mark.parametrize(
+    "command", [*COMMANDS, ("devices", "check"), ("devices", "probe"), ("benchmark",), ("promote", "net")]
+)
+def test_a_device_profile_starts_nothing_without_consent(
+    attack: Callable[[Path, Path], Path], command: tuple[str, ...], secateur: Secateur, folder: Path, mark: Path
+) -> None:
+    subject: tuple[Path | str, ...] = (attack(folder, mark),)
+    if command not in COMMANDS:
+        subject = (folder / "quick.yaml",)
+    if command == ("benchmark",):
+        (folder / "model.onnx").touch()
+        subject = (folder / "model.onnx", "--device", folder / "quick.yaml")
+    if command[0] == "promote":
+        subject = ("--device", str(folder / "quick.yaml"))
+    code, said = secateur(*command, *subject)
+    assert code == EXIT_USER and not mark.exists()
+    assert "connect." in said and f"secateur trust {folder}" in said
+    assert ("touch" in said) == (attack is hostile_interpreter), "exactly what would run"
+
+
+@pytest.mark.parametrize("attack", PROFILES)
+def test_the_last_door_is_closed_too(attack: Callable[[Path, Path], Path], folder: Path, mark: Path) -> None:
+    """Whatever way leads to a device: nothing is opened that was not consented to in this process."""
+    attack(folder, mark)
+    with pytest.raises(UserError, match="nobody has consented"):
+        trust.open_target(load_profile(folder / "quick.yaml"))
+    module(folder, mark)
+    sys.path.append(str(folder))
+    try:
+        with pytest.raises(UserError, match="nobody has consented"):
+            trust.factory("theirs:Net", {})
+    finally:
+        sys.path.remove(str(folder))
+    assert not mark.exists()
+
+
+def test_a_base_brings_its_interpreter_along(secateur: Secateur, folder: Path, mark: Path) -> None:
+    hostile_interpreter(folder, mark)
+    (folder / "heir.yaml").write_text("extends: quick\n")
+    code, said = secateur("devices", "check", folder / "heir.yaml")
+    assert code == EXIT_USER and "/bin/sh" in said and not mark.exists()
+
+
+def test_only_the_devices_scope_opens_targets() -> None:
+    """No module of pipeline opens a device by another way than ``trust.open_target``."""
+    package = Path(trust.__file__).parent
+    opening = [
+        str(file.relative_to(package))
+        for file in package.rglob("*.py")
+        if "device_profiles import" in file.read_text()
+        and any(
+            "open_target" in line and "import" in line and "trust" not in line for line in file.read_text().splitlines()
+        )
+    ]
+    assert not opening
+
+
+# ------------------------------------------------------------------------------------------------ what consent covers
+
+
+def kept(folder: Path) -> set[str]:
+    return {entry.text.partition(" of ")[0] for entry in consents.kept(folder.resolve())}
+
+
+def test_consent_is_once_per_folder_and_entry(secateur: Secateur, folder: Path, mark: Path) -> None:
+    module(folder, mark)
+    file = write(folder)
+    code, said = secateur("trust", folder)
+    assert code == 0 and "theirs:Net" in said and not mark.exists(), "consent runs nothing"
+    trust.require(trust.code_in(load_run_file(file), file))
+    (folder / "theirs.py").write_text(MODULE.format(mark=str(mark)) + "# changed\n")
+    trust.withdraw_all()
+    trust.require(trust.code_in(load_run_file(file), file))  # one's own module may change
+    trust.withdraw_all()
+    write(folder, "theirs:other")
+    with pytest.raises(UserError, match="theirs:other"):  # a changed entry asks again
+        trust.require(trust.code_in(load_run_file(file), file))
+    elsewhere = folder.parent / "copy"
+    shutil.copytree(folder, elsewhere)
+    write(elsewhere)
+    with pytest.raises(UserError, match="secateur trust"):  # and so does another folder
+        trust.require(trust.code_in(load_run_file(elsewhere / "run.yaml"), elsewhere / "run.yaml"))
+
+
+def test_a_module_that_comes_from_elsewhere_asks_again(
+    secateur: Secateur, folder: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module(folder, mark)
+    file = write(folder)
+    secateur("trust", folder)
+    other = folder.parent / "other"
+    other.mkdir()
+    module(other, mark)
+    monkeypatch.syspath_prepend(str(other))
+    trust.withdraw_all()
+    with pytest.raises(UserError, match=str(other / "theirs.py")):
+        trust.require(trust.code_in(load_run_file(file), file))
+
+
+def test_the_record_is_for_this_user_alone(secateur: Secateur, folder: Path, mark: Path, tmp_path: Path) -> None:
+    module(folder, mark)
+    write(folder)
+    secateur("trust", folder)
+    (record,) = (tmp_path / "home/trust").iterdir()
+    key = tmp_path / "config/secateur/trust.key"
+    assert [path.stat().st_mode & 0o777 for path in (record, key)] == [0o600, 0o600]
+    assert kept(folder) == {"theirs:Net"}
+    key.chmod(0o644)
+    assert not kept(folder), "a key that others can read seals nothing"
+
+
+def test_a_folder_brings_no_consent_along(
+    secateur: Secateur, folder: Path, mark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``SECATEUR_HOME`` is .secateur of the current folder, which may be theirs."""
+    module(folder, mark)
+    file = write(folder)
+    monkeypatch.setenv("SECATEUR_HOME", str(folder / ".secateur"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "their-config"))
+    assert secateur("trust", folder)[0] == 0  # where they are at home
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    assert secateur("validate", file)[0] == EXIT_USER, "no key of mine"
+    (folder / "own").mkdir()
+    (folder / "own" / "run.yaml").write_text(yaml.safe_dump(TINY))
+    write(folder / "own")
+    module(folder / "own", mark)
+    secateur("trust", folder / "own")  # now there is a key of mine
+    code, said = secateur("validate", file)
+    assert code == EXIT_USER and not mark.exists() and "secateur trust" in said
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{}", '{"content": 1, "seal": 2}', "[" * 10_000, "\0"])
+def test_a_damaged_record_is_no_consent(
+    damage: str, secateur: Secateur, folder: Path, mark: Path, tmp_path: Path
+) -> None:
+    module(folder, mark)
+    file = write(folder)
+    secateur("trust", folder)
+    (record,) = (tmp_path / "home/trust").iterdir()
+    text = json.loads(record.read_text())
+    text["content"]["entries"].append(["workload.model.name", "theirs:other", ""])
+    for content in (damage, json.dumps(text)):
+        record.write_text(content)
+        assert not kept(folder)
+        code, said = secateur("validate", file)
+        assert code == EXIT_USER and "Traceback" not in said and not mark.exists()
+
+
+def test_consent_can_be_taken_back(secateur: Secateur, folder: Path, mark: Path) -> None:
+    module(folder, mark)
+    file = write(folder)
+    secateur("trust", folder)
+    assert "Consent taken back" in secateur("trust", "--forget", folder)[1]
+    assert secateur("validate", file)[0] == EXIT_USER and not mark.exists()
+
+
+@pytest.mark.parametrize("what", ["folder", "run.yaml", "theirs.py", "above", "ssh"])
+@pytest.mark.parametrize("mode", [0o002, 0o020])
+def test_what_others_can_write_gets_no_consent(
+    what: str, mode: int, secateur: Secateur, folder: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consents, "_is_own_group", lambda *_: False)
+    module(folder, mark)
+    file = write(folder)
+    if what == "ssh":
+        hostile_proxy(folder, mark)
+        write(folder)
+    path = {"folder": folder, "above": folder.parent}.get(what, folder / what)
+    path.chmod(path.stat().st_mode | mode)
+    code, said = secateur("validate", file, "--trust")
+    assert code == EXIT_USER and "others than you can write" in said and not mark.exists()
+    assert f"chmod go-w {path}" in said
+    assert not kept(folder)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_what_another_user_owns_gets_no_consent(secateur: Secateur, folder: Path, mark: Path) -> None:
+    module(folder, mark)
+    file = write(folder)
+    os.chown(folder / "theirs.py", 12345, 12345)
+    code, said = secateur("validate", file, "--trust")
+    assert code == EXIT_USER and "others than you can write" in said and not mark.exists()
+
+
+def test_a_person_at_a_terminal_is_asked(
+    secateur: Secateur, folder: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module(folder, mark)
+    file = write(folder)
+    for stream in (sys.stdin, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    answers = iter(["n", "", "what", "y"])
+    asked: list[str] = []
+
+    def answer(self: object, prompt: object = "", **_: Any) -> str:
+        asked.append(str(prompt))
+        return next(answers)
+
+    monkeypatch.setattr("pipeline.terminal.Terminal.input", answer)
+    for _ in range(3):
+        code, said = secateur("validate", file)
+        assert code == EXIT_USER and "theirs:Net" in said and not mark.exists()
+    secateur("validate", file)
+    assert mark.exists() and kept(folder) == {"theirs:Net"} and len(asked) == 4
+    secateur("validate", file)
+    assert len(asked) == 4, "once"
+
+
+def test_shipped_files_and_networks_by_name_need_none(tmp_path: Path) -> None:
+    package = Path(trust.__file__).parent
+    for file in package.glob("runs/*.yaml"):
+        assert trust.code_in(load_run_file(file), file) == []
+    for file in Path(package.parent, "device_profiles").glob("*.yaml"):
+        assert trust.code_of_profile(file) is None
+    (tmp_path / "board.yaml").write_text("target: ssh\nconnect: {host: a, python: python3}\n")
+    assert trust.code_of_profile(tmp_path / "board.yaml") is None, "the default is no choice"
+
+
+def test_builders_of_torchvision_need_none_unless_they_load_files(folder: Path) -> None:
+    name = "torchvision.models.detection:ssd300_vgg16"
+    file = write(folder, name)
+    assert trust.code_in(load_run_file(file), file) == []
+    for other in (
+        write(folder, name, workload={"model": {"options": {"weights_backbone": "file:///x"}}}),
+        write(folder, "torchvision.ops:nms"),
+    ):
+        assert trust.code_in(load_run_file(other), other)
+
+
+def test_a_package_called_torchvision_in_their_folder_is_not_it(folder: Path, mark: Path) -> None:
+    (folder / "timm").mkdir()
+    (folder / "timm" / "__init__.py").write_text(f"open({str(mark)!r}, 'w')\n")
+    file = write(folder, "timm:resnet18")
+    found = trust.code_in(load_run_file(file), file)
+    assert [entry.text for one in found for entry in one.entries] and not mark.exists()
+
+
+def test_a_device_added_with_an_interpreter_was_asked_for(
+    secateur: Secateur, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("devices", "add", "mine", "--from", "local", "--python", sys.executable, "--no-check")
+    assert secateur(*words)[0] == 0
+    trust.withdraw_all()
+    found = trust.code_of_profile("mine")
+    assert found is not None
+    trust.require([found])
+
+
+# --------------------------------------------------------------------------------------- runs, deployments, workers
+
+
+def test_a_run_directory_may_be_resumed_and_a_strangers_may_not(folder: Path, mark: Path) -> None:
+    from pipeline.assemble import create_run_directory, open_run_directory
+
+    module(folder, mark)
+    file = write(folder)
+    config = load_run_file(file)
+    trust.require(trust.code_in(config, file), lambda _: True)
+    directory = create_run_directory(config)
+    trust.withdraw_all()
+    _, resumed = open_run_directory(directory)
+    assert resumed.folder == folder
+    trust.require(trust.code_in(resumed, directory / "run.yaml"))
+    copied = folder.parent / "sent"
+    shutil.copytree(directory, copied)
+    trust.withdraw_all()
+    with pytest.raises(UserError, match="secateur trust"):
+        trust.require(trust.code_in(open_run_directory(copied)[1], copied / "run.yaml"))
+    assert not mark.exists()
+
+
+def test_a_run_checks_before_it_opens_anything(folder: Path, mark: Path) -> None:
+    from pipeline.assemble import Run, create_run_directory
+    from pipeline.progress import Silent
+
+    module(folder, mark)
+    directory = create_run_directory(load_run_file(write(folder)))
+    with pytest.raises(UserError, match="nobody has consented"):
+        Run(directory, Silent())
+    assert not mark.exists()
+
+
+def test_a_deployment_records_consent_and_its_runs_check_it(folder: Path, mark: Path) -> None:
+    pytest.importorskip("prefect")
+    from pipeline.flow.deployments import Order, _parameters
+
+    module(folder, mark)
+    file = write(folder)
+    order = Order(file, (), {})
+    told = _parameters(order, load_run_file(file))
+    trusted = told["compress"].model_dump()["trusted"]
+    assert [entry[1].partition(" of ")[0] for entry in trusted] == ["theirs:Net"]
+    assert told["profile"].model_dump()["trusted"] == trusted
+    trust.withdraw_all()
+    trust.accept(trusted)
+    trust.require(trust.code_in(load_run_file(file), file))
+    write(folder, "theirs:other")
+    with pytest.raises(UserError, match="theirs:other"):
+        trust.require(trust.code_in(load_run_file(file), file))
+
+
+def test_a_worker_may_run_what_its_driver_may(folder: Path, mark: Path) -> None:
+    module(folder, mark)
+    file = write(folder)
+    trust.require(trust.code_in(load_run_file(file), file), lambda _: True)
+    handed = json.loads(json.dumps(trust.allowed()))
+    trust.withdraw_all()
+    with pytest.raises(UserError):
+        trust.factory("theirs:Net", {})
+    trust.accept(handed)
+    assert trust.factory("theirs:Net", {})(2).default_boxes.shape == (4, 4)
+    sys.modules.pop("theirs", None)
+    sys.path.remove(str(folder))
