@@ -68,6 +68,11 @@ class Terminal(Console):
         """JSON for programs: nothing but ASCII."""
         self.print(json.dumps(data, indent=2))
 
+    @property
+    def is_attended(self) -> bool:
+        """Whether a person can be asked here."""
+        return sys.stdin is not None and sys.stdin.isatty() and self.file.isatty()
+
     def confirmed(self, question: str) -> bool:
         """Ask a person; anything but y or yes is a no."""
         try:

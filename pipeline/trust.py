@@ -194,9 +194,10 @@ def require(found: Iterable[Found], ask: Callable[[Found], bool] | None = None) 
     Raises:
         UserError: there is none, or others can write what would run; says what would run and the command to paste.
     """
-    open_: list[Found] = []
+    found, open_ = list(found), list[Found]()
     for one in found:
         refuse_what_others_write(one)
+    for one in found:
         known = _allowed | kept(one.folder)
         if not set(one.entries) <= known:
             if ask is None or not ask(one):
@@ -271,10 +272,13 @@ def factory(name: str, options: object, place: str = "workload.model.name") -> C
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(f"{name}: {error}; expected an importable module and an nn.Module builder in it") from error
-    fix = "a factory is a class derived from torch.nn.Module, or a function that returns one"
+    fix = (
+        "a factory is a class derived from torch.nn.Module, or a function that returns one; a function of an installed "
+        "package says so (def build(num_classes) -> nn.Module)"
+    )
     if not callable(found):
         raise UserError(f"{name} is a {type(found).__name__}, not a callable; {fix}")
-    if not _may_build(found):
+    if not _may_build(found, anything=not _is_installed(_find(module, None)[0])):
         raise UserError(f"{name} builds no torch.nn.Module; {fix}")
 
     def build(*arguments: Any, **given: Any) -> nn.Module:
@@ -293,21 +297,27 @@ def factory(name: str, options: object, place: str = "workload.model.name") -> C
     return build
 
 
-def _may_build(found: Any) -> bool:
-    """Whether a callable can be a builder of networks, as far as it can be known before it is called."""
+def _may_build(found: Any, anything: bool) -> bool:
+    """Whether a callable can be a builder of networks, as far as it can be known before it is called.
+
+    Args:
+        anything: whether a function may, that does not say what it returns.
+    """
     from torch import nn
 
     if isinstance(found, type):
         return issubclass(found, nn.Module)
-    written = inspect.unwrap(found)
-    if not inspect.isfunction(written):
+    plain = inspect.unwrap(found)
+    if not inspect.isfunction(plain):
         return False
     try:
-        returned = typing.get_type_hints(written).get("return", nn.Module)
-    except Exception:  # noqa: BLE001 - annotations of others may raise anything; what it returns is looked at
-        return True
+        returned = typing.get_type_hints(plain).get("return", Any)
+    except Exception:  # noqa: BLE001 - annotations of others may raise anything
+        returned = Any
+    if returned is Any:
+        return anything
     kinds = typing.get_args(returned) or (returned,)
-    return any(issubclass(kind, nn.Module) for kind in kinds if isinstance(kind, type)) or returned is Any
+    return any(isinstance(kind, type) and issubclass(kind, nn.Module) for kind in kinds)
 
 
 def open_target(profile: DeviceProfile) -> Target:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -75,8 +74,7 @@ def asker(given: bool) -> Callable[[Found], bool]:
     """How consent is asked for where none is kept: it is given, a person at a terminal is asked, or it is not there."""
 
     def ask(found: Found) -> bool:
-        asked = sys.stdin.isatty() and sys.stderr.isatty()
-        if not given and not asked:
+        if not given and not err.is_attended:
             return False
         err.print(f"{one_line(found.file)} names code, which runs with all your rights:")
         for entry in found.entries:

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +77,15 @@ def secateur(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         shown = capsys.readouterr()
         return int(ended.value.code or 0), shown.out + shown.err
 
-    yield run  # type: ignore[misc]
+    return run
+
+
+@pytest.fixture(autouse=True)
+def _import_nothing_of_earlier_tests() -> Iterator[None]:
+    before = list(sys.path)
+    yield
+    sys.path[:] = before
     sys.modules.pop("theirs", None)
-    sys.path[:] = [entry for entry in sys.path if Path(entry).name != "theirs"]
 
 
 def write(folder: Path, name: str = "theirs:Net", **changes: Any) -> Path:
@@ -140,7 +146,7 @@ def test_callables_of_packages_that_build_no_network_are_not_called(
     name: str, folder: Path, secateur: Secateur
 ) -> None:
     code, said = secateur("validate", write(folder, name), "--trust")
-    assert code == EXIT_USER and ("builds no torch.nn.Module" in said or "returned a" in said or "options" in said)
+    assert code == EXIT_USER and "builds no torch.nn.Module" in said
 
 
 def test_what_a_factory_returns_must_be_a_network(secateur: Secateur, folder: Path, mark: Path) -> None:
@@ -202,11 +208,8 @@ def test_the_last_door_is_closed_too(attack: Callable[[Path, Path], Path], folde
         trust.open_target(load_profile(folder / "quick.yaml"))
     module(folder, mark)
     sys.path.append(str(folder))
-    try:
-        with pytest.raises(UserError, match="nobody has consented"):
-            trust.factory("theirs:Net", {})
-    finally:
-        sys.path.remove(str(folder))
+    with pytest.raises(UserError, match="nobody has consented"):
+        trust.factory("theirs:Net", {})
     assert not mark.exists()
 
 
@@ -258,16 +261,14 @@ def test_consent_is_once_per_folder_and_entry(secateur: Secateur, folder: Path, 
         trust.require(trust.code_in(load_run_file(elsewhere / "run.yaml"), elsewhere / "run.yaml"))
 
 
-def test_a_module_that_comes_from_elsewhere_asks_again(
-    secateur: Secateur, folder: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_module_that_comes_from_elsewhere_asks_again(secateur: Secateur, folder: Path, mark: Path) -> None:
     module(folder, mark)
     file = write(folder)
     secateur("trust", folder)
     other = folder.parent / "other"
     other.mkdir()
     module(other, mark)
-    monkeypatch.syspath_prepend(str(other))
+    sys.path.insert(0, str(other))
     trust.withdraw_all()
     with pytest.raises(UserError, match=str(other / "theirs.py")):
         trust.require(trust.code_in(load_run_file(file), file))
@@ -403,9 +404,10 @@ def test_builders_of_torchvision_need_none_unless_they_load_files(folder: Path) 
         assert trust.code_in(load_run_file(other), other)
 
 
-def test_a_package_called_torchvision_in_their_folder_is_not_it(folder: Path, mark: Path) -> None:
+def test_a_package_called_timm_in_their_folder_is_not_it(folder: Path, mark: Path) -> None:
     (folder / "timm").mkdir()
     (folder / "timm" / "__init__.py").write_text(f"open({str(mark)!r}, 'w')\n")
+    sys.path.insert(0, str(folder))
     file = write(folder, "timm:resnet18")
     found = trust.code_in(load_run_file(file), file)
     assert [entry.text for one in found for entry in one.entries] and not mark.exists()
@@ -485,5 +487,3 @@ def test_a_worker_may_run_what_its_driver_may(folder: Path, mark: Path) -> None:
         trust.factory("theirs:Net", {})
     trust.accept(handed)
     assert trust.factory("theirs:Net", {})(2).default_boxes.shape == (4, 4)
-    sys.modules.pop("theirs", None)
-    sys.path.remove(str(folder))
