@@ -62,13 +62,7 @@ def run(
     from pipeline.assemble import create_run_directory
 
     directory = create_run_directory(config)
-    err.print(f"Run directory: {one_line(directory)}")
-    try:
-        _execute(directory, debug)
-    except errors.UserError:
-        if not (directory / "journal.jsonl").exists():  # refused before it began
-            shutil.rmtree(directory)
-        raise
+    _execute_new(directory, debug)
 
 
 @app.command()
@@ -178,6 +172,17 @@ def _first_line(module: str) -> str:
     spec = find_spec(module)
     assert spec is not None and spec.origin is not None
     return (ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or "").split("\n")[0]
+
+
+def _execute_new(directory: Path, debug: bool) -> None:
+    """Execute a run in a directory just made, which is removed where the run is refused before it begins."""
+    err.print(f"Run directory: {one_line(directory)}")
+    try:
+        _execute(directory, debug)
+    except errors.UserError:
+        if not (directory / "journal.jsonl").exists():
+            shutil.rmtree(directory)
+        raise
 
 
 def _execute(directory: Path, debug: bool) -> None:

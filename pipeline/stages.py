@@ -35,6 +35,7 @@ from pipeline.config import TrackingSection, home
 from pipeline.errors import TrackingError, UserError
 from pipeline.evaluator import Evaluator
 from pipeline.files import sha256_of, write_whole
+from pipeline.finish import chosen_plan, only
 from pipeline.fleet import Device, Tally
 from pipeline.opening import trace
 from pipeline.proof import facts_of, prove
@@ -146,7 +147,8 @@ def search(run: Run, facts: Facts) -> dict[str, Any]:
             run.journal, oracle, notify, budget=run.budget(), watch=lambda work: report(count, 0, f"{work} ...")
         )
         try:
-            archive = study.run(run.strategy(graph, space, reference, reward))
+            plan = chosen_plan(run.directory, graph)
+            archive = study.run(only(plan) if plan else run.strategy(graph, space, reference, reward))
         except (SearchError, BudgetSpent) as error:
             raise UserError(f"search.{run.config.search.method}: {error}") from error
     full, again = PruningPlan.full(graph.groups), Study(run.journal, oracle, stage="ranking")
