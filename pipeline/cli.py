@@ -85,6 +85,29 @@ def resume(
     _execute(directory, debug)
 
 
+@app.command()
+def finish(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory; it is left as it is.")],
+    candidate: Annotated[int | None, typer.Option(min=0, help="Number of a candidate of its search.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="A plan, as `secateur rescore` writes it.")] = None,
+    trust: Trust = False,
+    debug: Debug = False,
+) -> None:
+    """Take another plan of a run to the end, as a run of its own: fine-tuned, exported, timed, judged, registered.
+
+    Example: secateur finish .secateur/runs/digits-... --plan .secateur/runs/digits-.../rescore-mnasnet.plan.json
+    """
+    from pipeline.origin import return_to_origin
+
+    given, directory = None if plan is None else plan.absolute(), run_dir.absolute()
+    return_to_origin(directory)
+    from pipeline.assemble import open_run_directory
+    from pipeline.finish import begin
+
+    trust_cli.consent(open_run_directory(directory)[1], directory / "run.yaml", trust)
+    _execute_new(begin(directory, candidate, given), debug)
+
+
 @app.command(name="rescore")
 def rescore_(
     run_dir: Annotated[Path, typer.Argument(help="The run directory printed by `secateur run`.")],

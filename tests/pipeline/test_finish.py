@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from pipeline.assemble import Run
-from pipeline.errors import UserError
+from pipeline.cli import app
+from pipeline.errors import EXIT_GATE, EXIT_OK, UserError
 from pipeline.finish import CHOSEN, begin, chosen_plan
 from pipeline.progress import Silent
 from pipeline.rescore import history
+from pipeline.tracking import Registry
 from pruning.plan import PruningPlan
 
 from .helpers import tiny_config
@@ -46,6 +52,31 @@ def test_another_candidate_is_fine_tuned_exported_timed_judged_and_registered(
         again = perform(run, "search")  # as a resume does: from the journal
         assert again["search"]["archive"] == facts["search"]["archive"]
     assert (directory / "journal.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_the_command_finishes_a_plan_of_a_run_and_registers_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECATEUR_HOME", str(tmp_path / "home"))
+    with opened(tiny_config(tmp_path, search={"target": {"macs_ratio": 0.8}})) as first:
+        perform(first, "search")
+        directory, past = first.directory, history(first.journal.records)
+    command = ["finish", str(directory), "--candidate", str(past[-1].candidate.id)]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    found = subprocess.run(
+        [sys.executable, "-m", "pipeline", *command], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert found.returncode in (EXIT_OK, EXIT_GATE), found.stderr
+    (new,) = (d for d in directory.parent.iterdir() if d != directory)
+    assert (new / "report.html").is_file()
+    versions = Registry(f"sqlite:///{tmp_path}/home/mlflow.db", tmp_path / "home").versions("tiny")
+    assert [version.tags["plan_digest"] for version in versions] == [past[-1].candidate.plan.digest]
+
+
+def test_the_command_says_what_is_missing(begun: Path) -> None:
+    result = CliRunner().invoke(app, ["finish", str(begun)])
+    assert isinstance(result.exception, UserError)
+    assert "--candidate" in str(result.exception)
+    assert [d.name for d in begun.parent.iterdir()] == [begun.name]
 
 
 @pytest.fixture
