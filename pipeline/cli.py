@@ -17,6 +17,7 @@ from pipeline.foreign import exit_code as exit_code
 from pipeline.foreign import expected
 from pipeline.surroundings import home, prepare
 from pipeline.terminal import command, err, one_line, out, table, use_any_encoding
+from pipeline.texts import make_logs_harmless
 from pipeline.trust_cli import Trust
 
 app = typer.Typer(
@@ -264,6 +265,7 @@ def main() -> NoReturn:
     """Perform a command; turns expected errors into one message and an exit code."""
     debug = "--debug" in sys.argv
     use_any_encoding()
+    make_logs_harmless()
     try:
         prepare()
         children.sweep(home())

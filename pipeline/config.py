@@ -37,7 +37,7 @@ from device_profiles.plain_yaml import Content, Plain
 from device_profiles.plain_yaml import Place as Location
 from device_profiles.settle import Schema, schema_of, settle
 from device_profiles.wording import cut, printable, shown
-from pipeline.errors import UserError
+from pipeline.errors import UserError, is_secret
 from pipeline.surroundings import home as home
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -270,9 +270,9 @@ class TrackingSection(Section):
     def _without_a_password(cls, uri: str | None) -> str | None:
         if uri is not None and has_password(uri):
             raise ValueError(
-                "holds a password, which would be copied into the run directory; leave it out here and set "
-                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment (for a database, leave out "
-                "tracking.uri and set SECATEUR_TRACKING_URI)"
+                "holds a password or a token, which would be copied into the run directory; leave it out here and set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in the environment "
+                "(for a database, leave out tracking.uri and set SECATEUR_TRACKING_URI)"
             )
         return uri
 
@@ -330,10 +330,12 @@ def _digested(section: Section) -> dict[str, Any]:
 
 
 def has_password(uri: str) -> bool:
-    """Whether an address holds a password: before its host, or among its parameters."""
+    """Whether an address holds a password or a token: before its host, or among its parameters."""
     try:
         parts = urlsplit(uri)
-        return bool(parts.password) or any("passw" in key.lower() for key, _ in parse_qsl(parts.query))
+        token = parts.scheme in ("http", "https") and bool(parts.username)
+        names = [name for text in (parts.query, parts.fragment) for name, _ in parse_qsl(text)]
+        return token or bool(parts.password) or any(map(is_secret, names))
     except ValueError:  # no address; whoever uses it says so
         return False
 

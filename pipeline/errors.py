@@ -49,9 +49,29 @@ class TrackingError(SurroundingsError):
 
 
 def masked(text: str) -> str:
-    """A text without the passwords of addresses in it: libraries put whole addresses into their errors."""
-    return _PARAMETERS.sub(r"\1***", _CREDENTIALS.sub(r"\1***@", text))
+    """A text without passwords, tokens and keys: libraries put whole addresses, headers and requests into their errors.
+
+    In addresses what is before the host (all but a user's name with a password), parameters and settings with a telling
+    name (``is_secret``), the same in JSON and the like, and what stands in an Authorization header.
+    """
+    text = _CREDENTIALS.sub(r"\1***@", _USER_ALONE.sub(r"\1***@", text))
+    text = _HEADERS.sub(r"\1***", _SCHEMES.sub(r"\1 ***", text))
+    return _SETTINGS.sub(lambda found: f"{found[1]}***" if is_secret(found[2] or found[3]) else found[0], text)
 
 
+def is_secret(name: str) -> bool:
+    """Whether a parameter's name says that its value is secret: ``password``, ``api_key``, ``X-Amz-Signature`` ..."""
+    return _SECRET.search(name.lower()) is not None
+
+
+_SECRET = re.compile(
+    r"passw|passphrase|secret|token|credential|signature|authorization|apikey|(?:^|[-_.])(?:key|sig|pwd|pw|pass|auth)$"
+)
+_USER_ALONE = re.compile(r"(https?://)[^/\s:@?#]+@", re.IGNORECASE)
+"""A token in the place of a user's name."""
 _CREDENTIALS = re.compile(r"(://[^/\s:@]*:)[^\s]+@")
-_PARAMETERS = re.compile(r"((?:^|(?<=[?&\s]))[\w-]*(?:passw|secret|token)[\w-]*=)[^&\s'\"]+", re.IGNORECASE)
+_SCHEMES = re.compile(r"\b(Bearer|Basic|Digest)\s+(?!\*\*\*)(?=\S*[\d=_.~+/-])[^\s'\"]{6,}", re.IGNORECASE)
+_HEADERS = re.compile(r"(\b(?:proxy-)?authorization['\"]?\s*[:=]\s*['\"]?)(?!\w+ \*\*\*)[^\r\n'\"]+", re.IGNORECASE)
+_SETTINGS = re.compile(
+    r"""((?:(?<![\w.-])([\w-]+)=|['"]([\w.-]+)\\?['"]\s*[:=]\s*)(?:\\?['"])?)(?:(?<=['"])(?:[^'"\\]|\\.)*|[^&\s'",;)}\]]+)"""
+)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from pipeline.config import has_password
 from pipeline.reprofile import Tolerances
 
 
@@ -39,6 +40,16 @@ class Registered(Parameters):
         description="MLflow's address, without a password (that belongs into SECATEUR_TRACKING_URI or "
         "MLFLOW_TRACKING_PASSWORD of the worker); none = SECATEUR_TRACKING_URI, else the store in SECATEUR_HOME.",
     )
+
+    @field_validator("tracking")
+    @classmethod
+    def _without_credentials(cls, uri: str | None) -> str | None:
+        if uri is not None and has_password(uri):
+            raise ValueError(
+                "holds a password or a token; set MLFLOW_TRACKING_TOKEN, or _USERNAME and _PASSWORD, instead"
+            )
+        return uri
+
     device_profiles: list[str] = Field(
         default_factory=list, description="Files of device profiles that are neither installed nor in SECATEUR_HOME."
     )

@@ -36,7 +36,7 @@ def test_a_password_in_the_run_file_is_refused_and_not_repeated(uri: str) -> Non
     assert CANARY not in str(caught.value)
 
 
-@pytest.mark.parametrize("uri", ["http://tracking.example:5000", "http://someone@tracking.example", "sqlite:///a.db"])
+@pytest.mark.parametrize("uri", ["http://tracking.example:5000", "postgresql://someone@db/mlflow", "sqlite:///a.db"])
 def test_addresses_without_a_password_are_fine(uri: str) -> None:
     assert parse_run_file(yaml.safe_dump(merged(TINY, {"tracking": {"uri": uri}}))).tracking.uri == uri
 
