@@ -166,9 +166,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if not options.no_run:
             rows, figures = run_beside(options.file, changes, Path(folder) / "run")
-            present(f"{options.file}: estimated and taken", rows, [], None)
+            present(f"{Path(options.file).name}: estimated, taken", rows, [], None)
         light, more = validate_beside_import(options.file, changes, Path(folder) / "validate", options.repeats)
-    present(f"validate, in fresh processes, {options.repeats} of each", light, [*figures, *more], None)
+    present(f"Fresh processes, {options.repeats} of each", light, [*figures, *more], None)
     if options.json is not None:
         found = {"figures": [asdict(figure) for figure in [*figures, *more]], "rows": [*rows, *light]}
         options.json.write_text(json.dumps(found, indent=1) + "\n")

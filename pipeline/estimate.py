@@ -38,6 +38,8 @@ SPENT_ON_A_STEP = 0.05
 """CPU-seconds that the forward pass of a timed batch may take; the batch is made no larger."""
 TRAIN_OVER_FORWARD = 3.0
 """A step's time, forward and backward, to that of the forward pass alone: the backward one has two products of each."""
+SCORED_OVER_FORWARD = 0.4
+"""A candidate's images by the fastest forward pass (``pipeline.inference``) to those by the plain one."""
 REPEATS = 2
 
 
@@ -61,13 +63,13 @@ TEMPLATE = Seconds(5.0, 5.0)
 """The first ONNX export of a process, which is most of what it takes; for the search, and for the final files."""
 EXPORT = Seconds(2.0, 2.0)
 """A further export, with its optimisation."""
-REGISTER = Seconds(12.0, 12.0)
+REGISTER = Seconds(4.0, 4.0)
 """Report, registry, and what they import."""
 PROBE = Seconds(30.0, 30.0)
 """The probe of a device that was never probed."""
 PROCESS = Seconds(1.2, 1.2)
 """A measuring process: its start, loading the models, and calls until they are steady."""
-LOOK = Seconds(0.1, 0.1)
+LOOK = Seconds(0.03, 0.03)
 """Finding the fastest forward pass of a pruned network, beside cutting it."""
 LIBRARIES = 600 << 20
 """Bytes that a run's other libraries take: exporting, tracking and scheduling."""
@@ -153,6 +155,7 @@ def estimate(found: Preflight) -> Estimate | None:
         "images_trained": steps.train,
         "images_taught": steps.forward,
         "images_forwarded": steps.forward,
+        "images_scored": steps.forward.times(SCORED_OVER_FORWARD),
         "networks": Seconds(steps.cut.wall + LOOK.wall, steps.cut.cpu + LOOK.cpu),
         "measurements": max(searching),  # devices measure side by side
         "timings": max(timing),
@@ -246,7 +249,10 @@ def _timed_steps(
     forward(1)
     one = timed(lambda: forward(1), compute)
     num = int(min(recipe.batch_size, max(1, SPENT_ON_A_STEP // one.cpu), len(workload.search), len(workload.train)))
-    evaluated = one if num == 1 else timed(lambda: forward(num), compute).times(1 / num)
+    evaluated = one
+    if num > 1:
+        forward(num)  # what is prepared for a batch of this size is prepared once
+        evaluated = timed(lambda: forward(num), compute).times(1 / num)
     saved_by = 1.0
     if compute.type == "cpu" and threads > 1 and one.cpu < SLOW_STEP:
         torch.set_num_threads(threads)
@@ -279,17 +285,17 @@ def _timed_training(
         kept.setdefault(storage.data_ptr(), storage.nbytes())
         return tensor
 
-    def train(num: int) -> None:
+    def train() -> None:
         images, targets = batch(num, train=True)
         with torch.autocast(compute.type, torch.bfloat16, enabled=bf16):
             loss = workload.loss(model(images), targets, recipe.label_smoothing)
         torch.autograd.grad(loss, learned, allow_unused=True)  # an optimiser would import PyTorch's compiler
 
     model.train()
-    few, num = 2, max(2, num)  # batch norm needs two
+    num = max(2, num)  # batch norm needs two
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        train(few)
-    return sum(kept.values()) / few, timed(lambda: train(num), compute).times(1 / num)
+        train()
+    return sum(kept.values()) / num, timed(train, compute).times(1 / num)
 
 
 def timed(work: Callable[[], Any], compute: torch.device) -> Seconds:

@@ -170,7 +170,8 @@ class Rehearsal:
         if key not in self._met:
             self._met.add(key)
             self.work["networks"] += 1
-            self.work["images_forwarded"] += self.num_scored * share(ratio) * (0.5 if given_up else 1.0)
+            way = "images_forwarded" if exact else "images_scored"
+            self.work[way] += self.num_scored * share(ratio) * (0.5 if given_up else 1.0)
             self.work["images_forwarded"] += self.config.search.recalibrate_images * share(ratio)
         if given_up:
             return Evaluation("infeasible", "cannot reach the floor")

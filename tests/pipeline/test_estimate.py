@@ -26,7 +26,7 @@ from .helpers import tiny_config, write_tiny
 
 Changes = dict[str, Any]
 HALF = {"macs_ratio": 0.5}
-SECONDS = {"images_trained": 0.01, "images_forwarded": 0.001, "networks": 0.1, "measurements": 1.0}
+SECONDS = {"images_trained": 0.01, "images_scored": 0.001, "networks": 0.1, "measurements": 1.0}
 """Made-up prices."""
 
 
