@@ -238,5 +238,8 @@ def save_weights(path: Path, state: dict[str, Tensor]) -> str:
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors state dict onto the CPU."""
-    return dict(load_file(path))
+    """Read a safetensors state dict onto the CPU, into memory of its own.
+
+    Tensors in a file are not aligned, and kernels may then add in another order: the same weights gave other outputs.
+    """
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}

@@ -368,7 +368,7 @@ def load_pruned(path_dir: str | Path, dense_model: nn.Module, graph: ChannelGrap
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
             metadata = file.metadata() or {}
             digest = metadata.get("plan")
-            state: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            state: dict[str, Tensor] = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         slices = graph.slices(plan)
         extra = json.loads(metadata.get("extra", "{}"))
     except (OSError, ValueError, SafetensorError) as error:

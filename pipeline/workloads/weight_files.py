@@ -75,7 +75,7 @@ def read_file(path: Path) -> object:
         if _is_safetensors(path, start):
             from safetensors.torch import load_file
 
-            return dict(load_file(path))
+            return {name: tensor.clone() for name, tensor in load_file(path).items()}
         _check_others(path, start)
         check_archive(path, "torch.save compresses nothing, so this is none of its files", compressed=False)
         inert = torch.serialization.safe_globals([(Inert, name) for name in HARMLESS])

@@ -157,3 +157,11 @@ def test_weights_survive_the_file_bit_for_bit(workload: Classification, tmp_path
     loaded = load_weights(tmp_path / "w.safetensors")
     assert loaded.keys() == state.keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+
+
+def test_weights_are_read_into_aligned_memory(tmp_path: Path) -> None:
+    state = {f"t{n}": torch.arange(n, dtype=torch.float32) for n in (1, 3, 5, 7, 9)}
+    save_weights(tmp_path / "w.safetensors", state)
+    found = load_weights(tmp_path / "w.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    assert {tensor.data_ptr() % 64 for tensor in found.values()} == {0}
