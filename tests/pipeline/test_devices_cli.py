@@ -322,7 +322,7 @@ def test_files_of_the_same_name_are_told_apart(call: Call, folder: Path, tmp_pat
 def test_an_emulator_is_compared_with_this_machine(call: Call, folder: Path, tmp_path: Path) -> None:
     (folder / "emulated.yaml").write_text(f"extends: local\ntiming: false\nconnect: {{python: ['{sys.executable}']}}\n")
     model = write_conv(tmp_path / "m.onnx")
-    code, out, _ = call("benchmark", model, "--device", "emulated", "--parity")
+    code, out, _ = call("benchmark", model, "--device", "emulated", "--parity", "--trust")
     assert code == 0
     assert "(1, 4, 8, 8)" in out
     assert "The same" in out
