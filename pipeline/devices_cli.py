@@ -603,6 +603,8 @@ def _measure(
 
 def _print_result(result: BenchmarkResult, models: Mapping[str, Path]) -> None:
     """The table of a measurement, the ratio, and what speaks against the numbers."""
+    from device_profiles.intervals import MIN_PROCESSES
+
     count = len(result.processes)
     title = f"{count} {'process' if count == 1 else 'processes'} on {result.profile}, tier {result.tier}"
     rows = table("one warm call", *models, title=title, right=tuple(models))
@@ -613,8 +615,12 @@ def _print_result(result: BenchmarkResult, models: Mapping[str, Path]) -> None:
         reference, name = result.names[0], result.names[1]
         kind = "CPU time" if result.statistic == "cpu" else "wall time"
         ratio, speedup = result.ratio(name, reference), result.speedup(name, reference)
-        out.print(f"Ratio: {ratio} of the baseline's {kind}, 95 % interval")
-        out.print(f"Speed-up: {speedup.value:.2f}x, 95 % {speedup.low:.2f} to {speedup.high:.2f}")
+        if ratio.known:
+            out.print(f"Ratio: {ratio} of the baseline's {kind}, 95 % interval")
+            out.print(f"Speed-up: {speedup.value:.2f}x, 95 % {speedup.low:.2f} to {speedup.high:.2f}")
+        else:
+            out.print(f"Ratio: {ratio.value:.3f} of the baseline's {kind}, a point estimate")
+            out.print(f"Speed-up: {speedup.value:.2f}x; an interval needs {MIN_PROCESSES} processes (--tier final)")
     for flag in result.flags:
         out.labelled(flag, "yellow", FLAGS.get(flag, "see docs/devices.md"))
 

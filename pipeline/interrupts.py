@@ -95,7 +95,8 @@ class Interrupts:
         threading.excepthook = lambda _: None
         sys.unraisablehook = lambda _: None
         with contextlib.suppress(OSError, ValueError):
-            sys.stdout.flush()
+            if sys.__stdout__ is not None:
+                sys.__stdout__.flush()
         with contextlib.suppress(OSError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, 1)

@@ -59,8 +59,8 @@ def final_table(facts: Facts) -> list[Row]:
         rows.append((f"p50 with {after['name']}", f"{before:.3f} ms", f"{now:.3f} ms", f"{now / before - 1:+.1%}"))
     faster = facts["benchmark"]["speedup"]
     rows.append(("speed-up", "1.00x", f"{faster['value']:.2f}x", interval(faster)))
-    if facts["benchmark"]["flags"]:
-        rows.append(("what disturbed the timing", "", "", ", ".join(facts["benchmark"]["flags"])))
+    if flags := facts["benchmark"].get("flags"):
+        rows.append(("what disturbed the timing", "", "", ", ".join(flags)))
     others = [row for row in _devices(facts) if row[0] != facts["benchmark"]["device"]]
     return rows + [(f"p50 on {name}", before, now, change) for name, before, now, change in others]
 

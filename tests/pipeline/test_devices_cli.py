@@ -285,6 +285,7 @@ def test_a_model_is_timed_against_another(call: Call, folder: Path, tmp_path: Pa
         assert word in out
     assert "Ratio: 0." in out
     assert "Speed-up: " in out
+    assert "an interval needs 3 processes" in out
     assert "timing on quick" in err
     result = BenchmarkResult.from_json(raw.read_text())
     assert result.names == ("baseline.onnx", "compact.onnx")
@@ -296,7 +297,7 @@ def test_a_ratio_is_measured_until_it_is_known_well_enough(call: Call, folder: P
     quick_device(folder)
     model, baseline = write_conv(tmp_path / "compact.onnx", 4), write_conv(tmp_path / "baseline.onnx", 64)
     arguments = ("benchmark", model, "--against", baseline, "--device", "quick")
-    assert "3 processes on quick" in call(*arguments, "--within", 1000)[1]
+    assert "7 processes on quick" in call(*arguments, "--within", 1000)[1]
     assert "1 process on quick" in call(*arguments, "--within", 0.01, "--seconds", 0.01)[1]
     assert "name the other model with --against" in call("benchmark", model, "--within", 1)[2]
 
@@ -306,7 +307,7 @@ def test_a_single_model_and_the_longer_name_of_the_command(call: Call, folder: P
     model = write_conv(tmp_path / "compact.onnx", 4)
     code, out, _ = call("devices", "benchmark", model, "--device", "quick")
     assert code == 0
-    assert "2 processes on quick, tier final" in out
+    assert "3 processes on quick, tier final" in out
     assert "Ratio" not in out
 
 

@@ -31,6 +31,7 @@ from pipeline.reprofile import (
 )
 from pipeline.tracking import Version
 from pipeline.tracking.readings import READING_TAG, record_reading
+from pipeline.tracking.store import connect
 
 from .helpers import quick_device
 
@@ -251,6 +252,7 @@ def test_readings_are_series_of_one_run_and_none_is_kept_twice(tmp_path: Path) -
     from mlflow import MlflowClient
 
     uri, champion = f"sqlite:///{tmp_path}/mlflow.db", ("digits", "3", "quick")
+    connect(uri)  # the store of the champion's run
     found = reading(result(1.0), result(1.2, seed=1))
     for key in ("night-1", "night-1", "night-2"):
         run_id = record_reading(uri, tmp_path, champion, key, found.metrics(), found.to_json())
