@@ -209,7 +209,7 @@ class Snapshot:
             if root[1] in ("", "_buffers"):
                 for name in dict.fromkeys((*before, *now)) if not _same_mapping(now, before) else ():
                     values = before.get(name, MISSING), now.get(name, MISSING)
-                    if name not in REGISTERS and values[0] is not values[1]:
+                    if name not in REGISTERS and not _is_still(*values):
                         changed[root[0], name] = values
         nested = [(root, list(now.values()), list(before.values())) for root, now, before in self._mappings]
         for root, items, before_items in (*nested, *self._sequences):
@@ -284,6 +284,18 @@ def _same(items: Iterable[Any], before: list[Any]) -> bool:
 
 def _same_mapping(mapping: dict[Any, Any], before: dict[Any, Any]) -> bool:
     return _same(mapping, list(before)) and _same(mapping.values(), list(before.values()))
+
+
+def _is_still(value: Any, other: Any) -> bool:
+    """Whether a value is the same object, or a list, tuple or dict made anew of the same objects: anchors that each
+    forward converts to the type and device they have already."""
+    if value is other:
+        return True
+    if type(value) is not type(other) or not isinstance(value, (list, tuple, dict)) or len(value) != len(other):
+        return False
+    if isinstance(value, dict):
+        return all(key in other and _is_still(item, other[key]) for key, item in value.items())
+    return all(map(_is_still, value, other))
 
 
 def _equal(tensor: Tensor, values: Tensor) -> bool:

@@ -147,7 +147,7 @@ def test_a_run_on_an_emulated_device_is_refused(
     devices.mkdir(parents=True)
     (devices / "emulated-arm64.yaml").write_text(yaml.safe_dump(profile))
     run_file = write_tiny(tmp_path, device={"profile": "emulated-arm64"})
-    monkeypatch.setattr(sys, "argv", ["secateur", "run", str(run_file)])
+    monkeypatch.setattr(sys, "argv", ["secateur", "run", str(run_file), "--trust"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2

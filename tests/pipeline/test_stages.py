@@ -117,7 +117,8 @@ def test_the_report_holds_everything_and_loads_nothing(finished: Any) -> None:
         assert text in html
     data = json.loads((run.directory / "report.json").read_text())
     assert data["facts"]["judge"] == facts["judge"]
-    assert len(final_table(facts)) == 7
+    disturbed = bool(facts["benchmark"]["flags"])
+    assert len(final_table(facts)) == 7 + disturbed
 
 
 def test_a_baseline_is_trained_once_per_content(tmp_path: Path) -> None:
@@ -133,9 +134,7 @@ def test_a_baseline_is_trained_once_per_content(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("search", "budgets", "said"),
     [
-        ({"target": {"macs_ratio": 0.01}}, {}, r"macs_ratio 0\.01: the smallest reachable is 0\.\d+"),
         ({"target": {"latency_ratio": 0.001}}, {}, r"latency_ratio 0\.001: the smallest reachable is \d"),
-        ({}, {"size_bytes": 10}, r"budget size_bytes 10 of device quick: the smallest reachable is \d+"),
         ({}, {"p95_ms": 1e-6}, r"budget p95_ms 1e-06 of device quick"),
     ],
 )
@@ -184,12 +183,6 @@ def test_opening_a_run_with_bad_input_says_what_is_wrong(tmp_path: Path, changes
         pytest.skip("there is a CUDA device")
     with pytest.raises(UserError, match=said):
         opened(tiny_config(tmp_path, **changes))
-
-
-def test_frozen_groups_must_exist(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, search={"frozen": ("layer9*",)}, baseline={"epochs": 0.2})
-    with opened(config) as run, pytest.raises(UserError, match=r"layer9\*.*match no channel group"):
-        perform(run, "search")
 
 
 def test_a_model_that_cannot_run_is_refused_with_its_own_error() -> None:

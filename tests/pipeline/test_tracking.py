@@ -248,7 +248,7 @@ SECRET = "a-password-of-the-tests"
         (f"postgresql+psycopg2://me:a@{SECRET}@host/db", "postgresql+psycopg2://me:***@host/db"),
         (f"postgresql+psycopg2://host/db?user=me&password={SECRET}&x=1", None),
         (f"http://host/?token={SECRET}", None),
-        ("http://me@host/x", "http://me@host/x"),
+        ("http://me@host/x", "http://***@host/x"),  # a name alone may be a token
         ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
         ("http://[bad", None),
     ],

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pruning.channels import ChannelGraph
 from pruning.cost import count
+from pruning.saliency import uniform_plan
 from pruning.snapshot import Snapshot
 from pruning.surgery import certify, prune
 from pruning.tracer import PruningError, undisturbed
@@ -400,3 +401,34 @@ def test_a_dict_that_makes_its_items_is_not_asked_for_them() -> None:
     model.makers = MAKERS
     graph, certificate = certified(model, torch.randn(2, 4))
     assert certificate.ok and len(graph.groups) == 1
+
+
+class Anchored(nn.Module):
+    """Keeps tensors from its construction in a list that every forward makes anew of the same tensors."""
+
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        made = [torch.arange(4.0), torch.ones(4)]
+        self.anchors = made if kind is list else tuple(made) if kind is tuple else dict(enumerate(made))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.anchors, dict):
+            self.anchors = {key: value.to(x.dtype) for key, value in self.anchors.items()}
+            first, second = self.anchors.values()
+        else:
+            self.anchors = type(self.anchors)(value.to(x.dtype) for value in self.anchors)
+            first, second = self.anchors
+        return self.head(self.conv(x).relu()).mean((2, 3)) * first + second
+
+
+@pytest.mark.parametrize("kind", [list, tuple, dict])
+@pytest.mark.parametrize("has_run", [False, True])
+def test_what_a_module_was_made_with_reaches_the_pruned_network(kind: type, has_run: bool) -> None:
+    model, example = Anchored(kind).eval(), torch.randn(1, 3, 8, 8)
+    if has_run:
+        model(example)
+    graph = ChannelGraph.trace(model, example)
+    assert graph.groups
+    plan = uniform_plan(graph, 0.5, model=model)
+    assert certify(model, prune(model, graph, plan), graph, plan, example).ok
