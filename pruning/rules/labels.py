@@ -56,6 +56,24 @@ class TensorMap(Generic[T]):
         return None if entry is None or entry[0].expired() else entry[1]
 
 
+BINS = "its places are numbered: bins of a distribution, of which an expected value is taken"
+
+
+def numbers_places(tensor: Tensor, dim: int) -> bool:
+    """Whether a tensor gives the places along a dimension, and nothing else, equally spaced numbers (0, 1, 2 ...).
+
+    What is multiplied with it and summed becomes an expected value: the bins of a distribution head, which mean nothing
+    once some are missing. Weights that were trained or drawn are never equally spaced.
+    """
+    if tensor.shape[dim] < 4 or not tensor.numel() or not tensor.is_floating_point():
+        return False
+    places = tensor.detach().movedim(dim, -1)
+    steps = places[(0,) * (places.ndim - 1)].double().diff()
+    if not steps[0] or not torch.allclose(steps, steps[0].expand_as(steps), rtol=1e-3, atol=0.0):
+        return False
+    return bool((places == places[(0,) * (places.ndim - 1)]).all())  # repeated for a batch, maybe
+
+
 class Propagation:
     """Labels of the live tensors, and what the operators seen so far say about them.
 
@@ -242,6 +260,8 @@ class Propagation:
     def contract(self, a: Tensor, a_dim: int, b: Tensor, b_dim: int) -> None:
         """A dimension of ``a`` multiplied with one of ``b`` and summed over."""
         dim = self.tie(self.of(a)[a_dim], self.of(b)[b_dim])
+        if numbers_places(a, a_dim) or numbers_places(b, b_dim):
+            self.freeze(dim, BINS)
         if dim is not None and self.source(a) is None and self.source(b) is None:
             self.mixed.append(dim)
         if self.source(b) is None:

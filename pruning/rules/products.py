@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from pruning.rules.labels import Dim, Grouped, Propagation, fixed, weight_name
+from pruning.rules.labels import BINS, Dim, Grouped, Propagation, elementwise, fixed, numbers_places, weight_name
 from pruning.rules.operators import Arguments, tensors_in
 
 
@@ -35,6 +35,8 @@ def _direct(p: Propagation, x: Dim, weight: Tensor, groups: int, num_inputs: int
     if groups > 1 and w[0] is not None:
         p.grouped.append(Grouped(p.source(weight), groups, x, w[0], w[1]))
     else:
+        if groups == 1 and numbers_places(weight, 1):
+            p.freeze(p.tie(x, w[1]), BINS)
         p.tie(x, w[1] if w[1] is None or groups == 1 else np.tile(w[1], groups))
         p.tie_rows(x, groups)
     p.read(weight, 1)
@@ -64,6 +66,15 @@ def _scale_groups(p: Propagation, weight: Tensor) -> None:
     source = p.source(weight)
     if source is not None:
         p.scaled_groups.setdefault(weight_name(source))
+
+
+def product(p: Propagation, a: Arguments, out: Any) -> None:
+    """Element by element; an expected value may be written as a product and a sum."""
+    elementwise(p, a, out)
+    for factor in tensors_in(a.values()):
+        for d in range(-factor.ndim, 0):
+            if factor.shape[d] == out.shape[d] and numbers_places(factor, d):
+                p.freeze(p.of(out)[d], BINS)
 
 
 def matmul(p: Propagation, a: Arguments, out: Any, *, left: str, right: str, bias: str | None = None) -> None:

@@ -384,3 +384,37 @@ def test_small_groups_that_stay_whole_in_one_trial_lose_something_in_another() -
     graph = ChannelGraph.trace(model, tokens)
     plan = uniform_plan(graph, 0.5, saliency="random")
     assert certify(model, prune(model, graph, plan), graph, plan, tokens).ok
+
+
+class Bins(nn.Module):
+    """A head that predicts distances as distributions over bins, as detectors do; only expected values are returned."""
+
+    def __init__(self, how: str, bins: int = 16) -> None:
+        super().__init__()
+        self.bins = bins
+        self.stem, self.head, self.how = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4 * bins, 1), how
+        self.expected = nn.Conv2d(bins, 1, 1, bias=False).requires_grad_(False)
+        self.expected.weight.data[:] = torch.arange(bins, dtype=torch.float).view(1, -1, 1, 1)
+        self.register_buffer("project", torch.linspace(0, 0.9, bins))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.head(self.stem(x).relu()).flatten(2)
+        shares = x.view(x.shape[0], 4, self.bins, -1).softmax(2)
+        if self.how == "a convolution":
+            return self.expected(shares.transpose(1, 2)).squeeze(1)
+        shares = shares.transpose(2, 3)
+        if self.how == "a linear layer":
+            return nn.functional.linear(shares, self.project[None]).squeeze(-1)
+        if self.how == "a product of matrices":
+            return shares @ self.project
+        return (shares * self.project).sum(-1)
+
+
+@pytest.mark.parametrize("how", ["a convolution", "a linear layer", "a product of matrices", "a product and a sum"])
+def test_bins_of_a_distribution_stay(how: str) -> None:
+    model, example = Bins(how).eval(), torch.randn(1, 3, 6, 6)
+    graph = ChannelGraph.trace(model, example)
+    assert [group.name for group in graph.groups] == ["stem"]
+    assert "bins of a distribution" in graph.report()
+    plan = uniform_plan(graph, 0.5, model=model)
+    assert certify(model, prune(model, graph, plan), graph, plan, example).ok
