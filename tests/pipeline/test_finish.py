@@ -54,7 +54,7 @@ def test_another_candidate_is_fine_tuned_exported_timed_judged_and_registered(
     assert (directory / "journal.jsonl").read_bytes() == before
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_command_finishes_a_plan_of_a_run_and_registers_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECATEUR_HOME", str(tmp_path / "home"))
     with opened(tiny_config(tmp_path, search={"target": {"macs_ratio": 0.8}})) as first:

@@ -120,7 +120,7 @@ def what_was_asked(records: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
     return [(r["stage"], r["kind"], *(r["candidate"][fact] for fact in facts)) for r in records]
 
 
-@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.long), 4])
+@pytest.mark.parametrize("every", [*(pytest.param(n, marks=pytest.mark.long) for n in (1, 4)), 8])
 def test_a_run_killed_at_many_moments_ends_like_one_that_was_left_alone(
     tmp_path: Path, prefect_home: Path, every: int
 ) -> None:
