@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from pruning.rules.labels import BINS, Dim, Grouped, Propagation, elementwise, fixed, numbers_places, weight_name
+from pruning.rules.labels import BINS, Dim, Grouped, Propagation, fixed, numbers_places, weight_name
 from pruning.rules.operators import Arguments, tensors_in
 
 
@@ -66,15 +66,6 @@ def _scale_groups(p: Propagation, weight: Tensor) -> None:
     source = p.source(weight)
     if source is not None:
         p.scaled_groups.setdefault(weight_name(source))
-
-
-def product(p: Propagation, a: Arguments, out: Any) -> None:
-    """Element by element; an expected value may be written as a product and a sum."""
-    elementwise(p, a, out)
-    for factor in tensors_in(a.values()):
-        for d in range(-factor.ndim, 0):
-            if factor.shape[d] == out.shape[d] and numbers_places(factor, d):
-                p.freeze(p.of(out)[d], BINS)
 
 
 def matmul(p: Propagation, a: Arguments, out: Any, *, left: str, right: str, bias: str | None = None) -> None:
