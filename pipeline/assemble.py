@@ -28,7 +28,7 @@ from pipeline.evaluator import Evaluator
 from pipeline.files import write_whole
 from pipeline.fleet import Device, Fleet, FleetProgress
 from pipeline.journal import Journal, Record
-from pipeline.opening import make_strategy, search_space
+from pipeline.opening import check_forward, make_strategy, open_workload, search_space
 from pipeline.origin import FOLDER, ORIGIN, check_tracked_at, origin_of
 from pipeline.preflight import examine
 from pipeline.progress import ProgressView
@@ -47,6 +47,8 @@ from pruning.plan import SearchSpace
 from pruning.reward import Reward, make_reward
 from pruning.search.protocol import Budget, Evaluation, Strategy
 from pruning.search.protocol import Target as SearchTarget
+
+__all__ = ["Run", "check_forward", "create_run_directory", "open_run_directory", "open_workload"]
 
 
 def create_run_directory(config: RunFile) -> Path:
