@@ -14,6 +14,8 @@ import time
 
 MARK = "SECATEUR_PROCESS"
 GRACE_S, LOOK_S = 1.0, 0.02
+LAST_S = 3.0
+"""How long what was killed is waited for; the kernel keeps what hangs in a device for as long as it likes."""
 
 
 def marked(mark: str) -> list[int]:
@@ -31,7 +33,7 @@ def end_marked(mark: str, grace_s: float = GRACE_S) -> None:
     """End all processes that carry a mark: asked first, killed after ``grace_s``; those they still start, too."""
     give_up = time.monotonic() + grace_s
     asked: set[int] = set()
-    while left := marked(mark):
+    while (left := marked(mark)) and time.monotonic() < give_up + LAST_S:
         late = time.monotonic() >= give_up
         for pid in left:
             if late or pid not in asked:

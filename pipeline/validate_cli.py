@@ -208,7 +208,7 @@ def _show_estimate(taken: Estimate) -> None:
     counted = taken.counted
     least = "" if counted.complete else "at least "
     parts = ", ".join(f"{part.stage.lower()} {_duration(part.seconds)}" for part in taken.parts)
-    out.print(f"On this machine, within a factor of two: {least}{_duration(taken.seconds)} ({parts})")
+    out.print(f"On this machine, about {least}{_duration(taken.seconds)} ({parts})")
     out.print(
         f"The search: {least}{counted.evaluations:,} evaluations and {counted.epochs:g} epochs of training; "
         f"{round(taken.work['measurements']):,} measurements on the device; memory {taken.memory_bytes / 2**30:.1f} GiB"

@@ -11,10 +11,9 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -24,6 +23,7 @@ from typer.testing import CliRunner
 from device_profiles import load_profile
 from pipeline.cli import app
 from pipeline.config import parse_run_file
+from tests.pipeline.helpers import merged
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))
@@ -101,14 +101,6 @@ def test_python_runs_and_prints_what_stands_below_it(page: str, tmp_path: Path) 
 
 
 # -- YAML
-
-
-def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    result = dict(base)
-    for key, value in changes.items():
-        nested = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-        result[key] = merged(result[key], value) if nested else value
-    return result
 
 
 @pytest.mark.parametrize("block", of("yaml"), ids=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from pipeline.tracking.ownership import PROMPT_TAG
 
@@ -51,17 +52,20 @@ class StoreAwayError(Exception):
     """A store that does not answer now, and may do so later."""
 
 
-class Store:
+class Store(Protocol):
     """What a check asks of MLflow.
 
     Raises, in every method:
-        StoreRefusedError, StoreAwayError.
+        StoreRefusedError: it cannot be used as it stands.
+        StoreAwayError: it does not answer now.
     """
 
     notes: tuple[str, ...] = ()
 
     def experiment(self, name: str) -> Experiment | None:
-        raise NotImplementedError
+        """The experiment of a name, deleted ones too; None = there is none."""
+        ...
 
     def model(self, name: str) -> Model | None:
-        raise NotImplementedError
+        """The registered model or prompt of a name; None = there is none."""
+        ...

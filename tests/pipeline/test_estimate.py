@@ -184,7 +184,7 @@ def test_validate_tells_it(
             cli.main()
         return capsys.readouterr().out
 
-    assert ("On this machine, within a factor of two: " in call()) is wanted
+    assert ("On this machine, about " in call()) is wanted
     told = json.loads(call("--json"))["estimate"]
     assert (told is not None) is wanted
     if wanted:
