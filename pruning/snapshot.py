@@ -13,7 +13,7 @@ import functools
 import sys
 import types
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
@@ -197,11 +197,15 @@ class Snapshot:
             if values is not None and not _equal(tensor, values):  # a batch norm writes without raising the version
                 tensor.detach().copy_(values)
 
-    def remade(self) -> tuple[Remade, ...]:
+    def remade(self, has_channels: Callable[[Tensor], bool]) -> tuple[Remade, ...]:
         """Attributes that a forward has changed since, of modules where one of these holds tensors now.
 
         The others of such a module belong to it: the flag beside a cache, say. Of a buffer it counts that it is
-        another tensor.
+        another tensor. What the module was made with stays, although the forward makes it anew (anchors that it
+        converts to the type of its input), if there are no channels in it.
+
+        Args:
+            has_channels: whether a tensor of the forward has a dimension whose size may follow a width.
         """
         changed: dict[Root, tuple[Any, Any]] = {}
         attributes = {root[0]: (now, before) for root, now, before in self._mappings if root[1] == ""}
@@ -209,13 +213,18 @@ class Snapshot:
             if root[1] in ("", "_buffers"):
                 for name in dict.fromkeys((*before, *now)) if not _same_mapping(now, before) else ():
                     values = before.get(name, MISSING), now.get(name, MISSING)
-                    if name not in REGISTERS and not _is_still(*values):
+                    if name not in REGISTERS and values[0] is not values[1]:
                         changed[root[0], name] = values
         nested = [(root, list(now.values()), list(before.values())) for root, now, before in self._mappings]
         for root, items, before_items in (*nested, *self._sequences):
             if root[1] not in ALREADY and root not in changed and not _same(items, before_items):
                 now, before = attributes[root[0]]
                 changed[root] = before.get(root[1], MISSING), now.get(root[1], MISSING)
+        changed = {
+            root: (before, now)
+            for root, (before, now) in changed.items()
+            if not _holds_tensors(before) or not _holds_tensors(now) or _holds_tensors(now, has_channels)
+        }
         holding = {module for (module, _), (_, now) in changed.items() if _holds_tensors(now)}
         found = [Remade(*root, before) for root, (before, _) in changed.items() if root[0] in holding]
         kept = {id(tensor): copied for _, tensor, _, copied in self._tensors}
@@ -258,9 +267,10 @@ def _drop_tensors(container: Any) -> None:
         (container.update if isinstance(container, set) else container.extend)(kept)
 
 
-def _holds_tensors(value: Any, above: tuple[int, ...] = ()) -> bool:
+def _holds_tensors(value: Any, such: Callable[[Tensor], bool] = lambda _: True, above: tuple[int, ...] = ()) -> bool:
+    """Whether a value is a tensor, or a container or object with one in it, of such a kind."""
     if isinstance(value, Tensor):
-        return True
+        return such(value)
     if type(value) in ATOMS or isinstance(value, nn.Module) or id(value) in above:
         return False
     items: Iterable[Any] = ()
@@ -268,7 +278,7 @@ def _holds_tensors(value: Any, above: tuple[int, ...] = ()) -> bool:
         items = value.values() if isinstance(value, dict) else value
     elif hasattr(value, "__dict__") and _is_own(type(value)):
         items = vars(value).values()
-    return any(_holds_tensors(item, (*above, id(value))) for item in items)
+    return any(_holds_tensors(item, such, (*above, id(value))) for item in items)
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -284,18 +294,6 @@ def _same(items: Iterable[Any], before: list[Any]) -> bool:
 
 def _same_mapping(mapping: dict[Any, Any], before: dict[Any, Any]) -> bool:
     return _same(mapping, list(before)) and _same(mapping.values(), list(before.values()))
-
-
-def _is_still(value: Any, other: Any) -> bool:
-    """Whether a value is the same object, or a list, tuple or dict made anew of the same objects: anchors that each
-    forward converts to the type and device they have already."""
-    if value is other:
-        return True
-    if type(value) is not type(other) or not isinstance(value, (list, tuple, dict)) or len(value) != len(other):
-        return False
-    if isinstance(value, dict):
-        return all(key in other and _is_still(item, other[key]) for key, item in value.items())
-    return all(map(_is_still, value, other))
 
 
 def _equal(tensor: Tensor, values: Tensor) -> bool:

@@ -450,7 +450,7 @@ class Tracer(Watcher):
                 with _Functions(self, entered), self:
                     outputs = self.model(*args, **kwargs)
                 if not training:
-                    self.remade = before.remade()
+                    self.remade = before.remade(self.labels.is_labelled)
             except NeedsValuesError:
                 raise
             except Exception as error:

@@ -403,32 +403,46 @@ def test_a_dict_that_makes_its_items_is_not_asked_for_them() -> None:
     assert certificate.ok and len(graph.groups) == 1
 
 
-class Anchored(nn.Module):
-    """Keeps tensors from its construction in a list that every forward makes anew of the same tensors."""
+class Holder:
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.tensors = tensors
 
-    def __init__(self, kind: type) -> None:
+
+ANCHORS: dict[str, tuple[Callable[[list[Tensor]], Any], Callable[[Any], list[Tensor]]]] = {
+    "a list": (list, list),
+    "a tuple": (tuple, list),
+    "a dict": (lambda tensors: dict(enumerate(tensors)), lambda held: list(held.values())),
+    "a list of lists": (lambda tensors: [[tensor] for tensor in tensors], lambda held: [tensor for (tensor,) in held]),
+    "an object": (Holder, lambda held: held.tensors),
+}
+"""How a module holds tensors: made of them, and read."""
+
+
+class Anchored(nn.Module):
+    """Keeps tensors from its construction, and makes what holds them anew in every forward, of the type it works in."""
+
+    def __init__(self, held_in: str, dtype: torch.dtype) -> None:
         super().__init__()
         self.conv, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
-        made = [torch.arange(4.0), torch.ones(4)]
-        self.anchors = made if kind is list else tuple(made) if kind is tuple else dict(enumerate(made))
+        self.make, self.read = ANCHORS[held_in]
+        self.anchors = self.make([torch.arange(4, dtype=dtype), torch.ones(4, dtype=dtype)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if isinstance(self.anchors, dict):
-            self.anchors = {key: value.to(x.dtype) for key, value in self.anchors.items()}
-            first, second = self.anchors.values()
-        else:
-            self.anchors = type(self.anchors)(value.to(x.dtype) for value in self.anchors)
-            first, second = self.anchors
+        self.anchors = self.make([tensor.to(x.dtype) for tensor in self.read(self.anchors)])
+        first, second = self.read(self.anchors)
         return self.head(self.conv(x).relu()).mean((2, 3)) * first + second
 
 
-@pytest.mark.parametrize("kind", [list, tuple, dict])
+@pytest.mark.parametrize("held_in", ANCHORS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("has_run", [False, True])
-def test_what_a_module_was_made_with_reaches_the_pruned_network(kind: type, has_run: bool) -> None:
-    model, example = Anchored(kind).eval(), torch.randn(1, 3, 8, 8)
+def test_what_a_module_was_made_with_reaches_the_pruned_network(
+    held_in: str, dtype: torch.dtype, has_run: bool
+) -> None:
+    model, example = Anchored(held_in, dtype).eval(), torch.randn(1, 3, 8, 8)
     if has_run:
         model(example)
     graph = ChannelGraph.trace(model, example)
-    assert graph.groups
+    assert [group.name for group in graph.groups] == ["conv"]
     plan = uniform_plan(graph, 0.5, model=model)
     assert certify(model, prune(model, graph, plan), graph, plan, example).ok
