@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pruning.rules.labels import Propagation, as_list
+from pruning.rules.labels import BINS, Propagation, as_list
 from pruning.rules.operators import Arguments, tensors_in
 
 
@@ -77,6 +77,8 @@ def reduce(p: Propagation, a: Arguments, out: Any, *, order: bool = False) -> No
             p.depend(result, x[d])
     for d in over:
         p.normalise(x[d])
+        if p.numbered.get(a["self"]) == d:
+            p.freeze(x[d], BINS)
 
 
 def spatial(p: Propagation, a: Arguments, out: Any, *, num_dims: int) -> None:

@@ -109,6 +109,8 @@ class Propagation:
         """Tensors that got labels after they were made, by the running operator."""
         self.rules = rules
         self._notes: TensorMap[_Note] = TensorMap()
+        self.numbered: TensorMap[int] = TensorMap()
+        """The dimension along which a product was taken with numbers of the places (``numbers_places``)."""
 
     def fresh(self, size: int) -> IntArray:
         """New labels, shape ``(size,)``."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from pruning.rules.labels import BINS, Dim, Grouped, Propagation, fixed, numbers_places, weight_name
+from pruning.rules.labels import BINS, Dim, Grouped, Propagation, elementwise, fixed, numbers_places, weight_name
 from pruning.rules.operators import Arguments, tensors_in
 
 
@@ -66,6 +66,15 @@ def _scale_groups(p: Propagation, weight: Tensor) -> None:
     source = p.source(weight)
     if source is not None:
         p.scaled_groups.setdefault(weight_name(source))
+
+
+def product(p: Propagation, a: Arguments, out: Any) -> None:
+    """Element by element; with the sum over one dimension an expected value, which ``reduce`` then sees."""
+    elementwise(p, a, out)
+    for factor in tensors_in(a.values()):
+        for d in range(-factor.ndim, 0):
+            if factor.shape[d] == out.shape[d] and numbers_places(factor, d):
+                p.numbered[out] = out.ndim + d
 
 
 def matmul(p: Propagation, a: Arguments, out: Any, *, left: str, right: str, bias: str | None = None) -> None:

@@ -44,6 +44,7 @@ from pruning.rules.products import (
     dot,
     linear,
     matmul,
+    product,
     trilinear,
 )
 from pruning.rules.shapes import (
@@ -132,6 +133,7 @@ RULES: dict[str, Rule] = {
     "torchvision::deform_conv2d": deform_conv,
     "convolution": convolution,
     "linear": linear,
+    "mul": product,
     "mm": partial(matmul, left="self", right="mat2"),
     "bmm": partial(matmul, left="self", right="mat2"),
     "mv": partial(matmul, left="self", right="vec"),

@@ -405,10 +405,12 @@ class Bins(nn.Module):
         shares = shares.transpose(2, 3)
         if self.how == "a linear layer":
             return nn.functional.linear(shares, self.project[None]).squeeze(-1)
-        return shares @ self.project
+        if self.how == "a product of matrices":
+            return shares @ self.project
+        return (shares * self.project).sum(-1)
 
 
-@pytest.mark.parametrize("how", ["a convolution", "a linear layer", "a product of matrices"])
+@pytest.mark.parametrize("how", ["a convolution", "a linear layer", "a product of matrices", "a product and a sum"])
 def test_bins_of_a_distribution_stay(how: str) -> None:
     model, example = Bins(how).eval(), torch.randn(1, 3, 6, 6)
     graph = ChannelGraph.trace(model, example)
