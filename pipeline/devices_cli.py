@@ -511,7 +511,7 @@ def _connect(base: DeviceProfile, host: str, python: str) -> dict[str, Any]:
     connect = _address(host, set(known)) if host else {}
     if python:
         try:
-            connect["python"] = shlex.split(python)
+            connect["python"] = [python] if Path(python).is_file() else shlex.split(python)  # a path may have spaces
         except ValueError as error:
             raise errors.UserError(f"--python {python!r}: {error}") from error
     return connect

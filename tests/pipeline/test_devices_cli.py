@@ -263,12 +263,17 @@ def test_a_profile_that_turns_out_not_valid_is_taken_back(call: Call, folder: Pa
     assert (folder / "kitchen.yaml").read_text() == "extends: local\n"
 
 
-def test_an_emulator_is_added_as_one(call: Call, folder: Path) -> None:
-    arguments = ("--python", sys.executable, "--emulated", "--no-check")
-    assert call("devices", "add", "fake", "--from", "local", *arguments)[0] == 0
-    profile = load_profile("fake", [folder])
-    assert not profile.timing
-    assert profile.connect == {"python": [sys.executable]}
+def test_an_emulator_is_added_as_one(call: Call, folder: Path, tmp_path: Path) -> None:
+    spaced = tmp_path / "a folder" / "python"
+    spaced.parent.mkdir()
+    spaced.symlink_to(sys.executable)
+    ways = {str(spaced): [str(spaced)], f"qemu-aarch64 '{spaced}'": ["qemu-aarch64", str(spaced)]}
+    for i, (given, expected) in enumerate(ways.items()):
+        arguments = ("--python", given, "--emulated", "--no-check")
+        assert call("devices", "add", f"fake{i}", "--from", "local", *arguments)[0] == 0
+        profile = load_profile(f"fake{i}", [folder])
+        assert not profile.timing
+        assert profile.connect == {"python": expected}
 
 
 # ---------------------------------------------------------------------------------------------------- benchmark, parity

@@ -235,7 +235,7 @@ def test_the_webhook_s_address_is_never_logged(
     monkeypatch.setattr(notify.logger, "propagate", True)
     monkeypatch.setattr(notify.logger, "disabled", False)  # MLflow's migrations, in this process, switch loggers off
     monkeypatch.setattr(logging.getLogger("prefect"), "propagate", True)
-    with webhook(500) as (refusing, _), caplog.at_level(logging.DEBUG):
+    with webhook(500) as (refusing, _), caplog.at_level(logging.DEBUG, notify.logger.name):
         for address in (refusing, f"http://127.0.0.1:{free_port()}/hook-secret", "file:///hook-secret"):
             monkeypatch.setenv(notify.VARIABLE, address)
             notify.tell(FLOW, FLOW_RUN, ended("Failed", "FAILED"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import urllib.request
@@ -123,7 +124,7 @@ def test_the_command_says_which_variable_is_wrong(tmp_path: Path, env: dict[str,
 def test_a_current_folder_that_was_removed_is_one_message(tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()
-    words = f"cd {gone}; rmdir {gone}; {sys.executable} -m pipeline run x.yaml"
+    words = f"cd {gone}; rmdir {gone}; {shlex.quote(sys.executable)} -m pipeline run x.yaml"
     env = {key: value for key, value in os.environ.items() if key != "SECATEUR_HOME"}
     found = subprocess.run(["bash", "-c", words], capture_output=True, text=True, env={**env, "PYTHONPATH": str(ROOT)})
     assert found.returncode == 2 and "Traceback" not in found.stderr

@@ -8,6 +8,7 @@ import itertools
 import os
 import pty
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -207,7 +208,7 @@ def test_a_file_whose_name_is_no_utf8_is_read_and_named(tmp_path: Path) -> None:
 
 
 def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
-    words = f"{sys.executable} -m pipeline explain ccep | head -c 1; exit ${{PIPESTATUS[0]}}"
+    words = f"{shlex.quote(sys.executable)} -m pipeline explain ccep | head -c 1; exit ${{PIPESTATUS[0]}}"
     found = subprocess.run(
         ["bash", "-c", words], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )

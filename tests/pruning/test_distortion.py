@@ -123,6 +123,7 @@ def test_a_zero_filter_and_no_filter_do_no_damage() -> None:
         model.layer1.conv1.weight[3] = 0
         model.layer1.bn1.weight[3] = 0
         model.layer1.bn1.bias[3] = -1  # ReLU makes it zero
+        model.layer1.bn1.bias[2] = 5  # and cannot make this one zero
     graph = ChannelGraph.trace(model, IMAGES)
     full = PruningPlan.full(graph.groups)
     removed = [{"layer1.conv1": (3,)}, {"layer1.conv1": ()}, {"layer1.conv1": (2,)}, {"layer2.conv1": (0,)}]
