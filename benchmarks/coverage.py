@@ -41,6 +41,8 @@ import psutil
 import torch
 from torch import nn
 
+from pruning.trace import trace
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pruning.trial  # noqa: F401 - before the forks
@@ -76,7 +78,7 @@ def ours(model: nn.Module, example: Example) -> Row:
     row: Row = {"status": "refused"}
     try:
         row["forward_s"] = forward_seconds(model, example)
-        row["trace_s"], graph = timed(lambda: ChannelGraph.trace(model, *example))
+        row["trace_s"], graph = timed(lambda: trace(model, *example))
     except Exception as error:  # noqa: BLE001 - the table says what happened
         return row | {"why": f"{type(error).__name__}: {error}"}
     row["groups"] = len(graph.groups)
@@ -190,7 +192,7 @@ def peers(model: nn.Module, example: Example) -> Row:
 
 def prune_speedup(model: nn.Module, example: Example) -> Row:
     """Plan -> new network, against copying the network and the peer's step; three times in turn."""
-    graph = ChannelGraph.trace(model, *example)
+    graph = trace(model, *example)
     plan = uniform_plan(graph, 0.5, model=model)
     times = []
     for _ in range(3):
@@ -216,7 +218,7 @@ def memory(source: str, name: str, connection: Any) -> None:
     model, example = build(source, name)
     with torch.no_grad():
         forward = peak_memory(model, example, lambda: model(*example))
-    trace = peak_memory(model, example, lambda: ChannelGraph.trace(model, *example))
+    trace = peak_memory(model, example, lambda: trace(model, *example))
     connection.send({"trace_memory_ratio": (trace - before) / (forward - before)})
     os._exit(0)
 
@@ -374,7 +376,7 @@ def warm_up() -> None:
         nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Flatten(2), nn.Linear(16, 8), layer, nn.Linear(8, 2)
     )
     example = torch.randn(1, 3, 4, 4)
-    graph = ChannelGraph.trace(model.eval(), example)
+    graph = trace(model.eval(), example)
     prune(model, graph, uniform_plan(graph, 0.5, saliency="random"))
 
 

@@ -30,14 +30,14 @@ from benchmarks._output import Figure, parser, present
 from device_profiles import measure
 from export.onnx_export import export_onnx
 from export.verify import predict
-from pipeline.assemble import Run
-from pipeline.config import home
 from pipeline.progress import RichProgress
+from pipeline.run.run import Run
 from pipeline.stages import first_batch, load_baseline, load_compact
+from pipeline.surroundings import home
 from pipeline.terminal import Terminal
-from pipeline.training import fit, load_weights, save_weights
-from pipeline.workloads.boxes import average_precision
+from pipeline.training.loop import fit, load_weights, save_weights
 from pipeline.workloads.detection import judged
+from pipeline.workloads.detection.boxes import average_precision
 from pruning.channels import ChannelGraph
 from pruning.cost import cost
 from pruning.plan import PruningPlan, SearchSpace

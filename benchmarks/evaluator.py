@@ -41,7 +41,7 @@ from benchmarks._output import Figure, parser, present
 from benchmarks.methods import Bench, Scale
 from pruning import PruningPlan
 from pruning.cost import cost
-from pruning.search import ccep
+from pruning.search.methods import ccep
 from pruning.search.protocol import Candidate, Evaluate, Evaluation, Problem, Target
 
 CCEP_SPEEDUP, PLAN_SPEEDUP = 10.0, 6.0

@@ -26,16 +26,18 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
+from pruning.trace import trace
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks._output import Figure, parser, present
 from device_profiles import BenchmarkResult, Tier, load_profile, measure, open_target
 from export.layers import layer_table
 from export.slicing import OnnxTemplate
-from pipeline.config import LatencySection
-from pipeline.latency import MULTIPLES, Latencies, plan_of
-from pipeline.workloads.networks import build_network
-from pruning import ChannelGraph, PruningPlan
+from pipeline.config.schema import LatencySection
+from pipeline.evaluation.latency import MULTIPLES, Latencies, plan_of
+from pipeline.workloads.classification.networks import build_network
+from pruning import PruningPlan
 from pruning.cost import costs
 from pruning.plan import IntArray, SearchSpace
 
@@ -56,7 +58,7 @@ class Network:
         built, classes, size = NETWORKS[name]
         self.model: nn.Module = build_network(built, classes, 3, {}).eval()
         self.example: Tensor = torch.randn(1, 3, size, size)
-        self.graph = ChannelGraph.trace(self.model, self.example)
+        self.graph = trace(self.model, self.example)
         self.template = OnnxTemplate.export(self.model, self.example, self.graph)
         self.table = layer_table(self.template)
         self.full = PruningPlan.full(self.graph.groups)

@@ -34,17 +34,17 @@ from device_profiles import Multiples, load_profile, measure, open_target
 from device_profiles.latency_model import LatencyModel
 from device_profiles.staircase import probe
 from export import export_onnx
-from pipeline.config import LatencySection
-from pipeline.latency import Latencies, widths_of
-from pipeline.opening import widths_costs
-from pipeline.widths import group_multiples
+from pipeline.config.schema import LatencySection
+from pipeline.evaluation.latency import Latencies, widths_of
+from pipeline.run.opening import widths_costs
+from pipeline.run.widths import group_multiples
 from pruning import PruningPlan
 from pruning.cost import cost, count
 from pruning.plan import SearchSpace
-from pruning.reward import make_reward
 from pruning.saliency import channel_saliency
 from pruning.search import load
 from pruning.search.protocol import Archive, Evaluate, Evaluation, Problem, Request, Score, Target
+from pruning.search.reward import make_reward
 
 NETWORKS = ("mobilenet_v2", "resnet18")
 BOUNDS = {"mobilenet_v2_gain": 1.5}

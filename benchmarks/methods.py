@@ -29,19 +29,21 @@ import numpy as np
 import torch
 from torch import nn
 
+from pruning.trace import trace
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks._output import Figure, parser, present
 from device_profiles import load_profile, open_target
-from pipeline.config import RunFile, parse_run_file
-from pipeline.evaluator import Evaluator
-from pipeline.journal import Journal
-from pipeline.opening import open_workload, widths_costs
-from pipeline.study import Study
-from pruning import ChannelGraph, SearchSpace
-from pruning.reward import make_reward
+from pipeline.config.schema import RunFile, parse_run_file
+from pipeline.evaluation.evaluator import Evaluator
+from pipeline.run.journal import Journal
+from pipeline.run.opening import open_workload, widths_costs
+from pipeline.run.study import Study
+from pruning import SearchSpace
 from pruning.search import load
 from pruning.search.protocol import RANDOM, Budget, Candidate, Entry, FineTune, Problem, Target
+from pruning.search.reward import make_reward
 
 RUN = """
 name: methods
@@ -132,7 +134,7 @@ class Bench:
         self.scale, self.config = scale, _config(scale)
         self.workload = open_workload(self.config)
         self.model = self.workload.build_model()
-        self.graph = ChannelGraph.trace(self.model, self.workload.example_input())
+        self.graph = trace(self.model, self.workload.example_input())
         self.space = SearchSpace.of(self.graph.groups, channel_multiple=channel_multiple, min_keep_ratio=0.1)
         self.profile = load_profile("local")
         self.target = open_target(self.profile)

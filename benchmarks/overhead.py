@@ -20,15 +20,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from pruning.trace import trace
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks._output import Figure, parser, present
 from device_profiles import load_profile, open_target
-from pipeline.config import load_run_file
-from pipeline.evaluator import Evaluator
-from pipeline.journal import Journal
-from pipeline.opening import open_workload
-from pipeline.study import Study
+from pipeline.config.schema import load_run_file
+from pipeline.evaluation.evaluator import Evaluator
+from pipeline.run.journal import Journal
+from pipeline.run.opening import open_workload
+from pipeline.run.study import Study
 from pipeline.tracking import Tracker
 from pruning import ChannelGraph, PruningPlan
 from pruning.search.protocol import Candidate, Evaluate
@@ -55,7 +57,7 @@ def main() -> None:
     config = load_run_file(RUN_FILE)
     workload = open_workload(config)
     model = workload.build_model()
-    graph = ChannelGraph.trace(model, workload.example_input())
+    graph = trace(model, workload.example_input())
     profile = load_profile("local")
     rng = np.random.default_rng(0)
     rows: list[dict[str, Any]] = []

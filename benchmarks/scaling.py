@@ -28,6 +28,8 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
+from pruning.trace import trace
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
@@ -35,14 +37,14 @@ import torch
 
 from benchmarks._output import Figure, parser, present
 from export.slicing import OnnxTemplate
-from pipeline.config import RunFile, WorkersSection
-from pipeline.crew import Crew
+from pipeline.config.schema import RunFile, WorkersSection
+from pipeline.evaluation.accuracy import Ask, Scorer, recalibrate
+from pipeline.evaluation.shipped_data import open_section
+from pipeline.evaluation.worker_pool import Crew
 from pipeline.flow import runtime_env
-from pipeline.flow.fanout import open_engine
-from pipeline.scoring import Ask, Scorer, recalibrate
-from pipeline.training import save_weights
-from pipeline.workloads.carried import open_section
-from pruning import ChannelGraph, PruningPlan
+from pipeline.flow.worker_engines import open_engine
+from pipeline.training.loop import save_weights
+from pruning import PruningPlan
 from pruning.saliency import uniform_plan
 
 BATCH = WorkersSection().batch
@@ -64,7 +66,7 @@ class Scene:
         torch.manual_seed(0)
         self.model = workload.fresh_model()
         recalibrate(self.model, workload, 256, torch.device("cpu"))
-        self.graph = ChannelGraph.trace(self.model, workload.example_input())
+        self.graph = trace(self.model, workload.example_input())
         self.baseline = folder / "baseline.safetensors"
         save_weights(self.baseline, self.model.state_dict())
         template = OnnxTemplate.export(self.model, workload.example_input(), self.graph, folder / "template.onnx")

@@ -27,6 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pruning.trace import trace
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks._output import Figure, parser, present
@@ -89,7 +91,7 @@ def both(
 def measure(name: str, plans: int, folder: Path) -> dict[str, Any]:
     """One row; the first plan only warms up."""
     model, example = network(name)
-    graph = ChannelGraph.trace(model, example)
+    graph = trace(model, example)
     rng = np.random.default_rng(0)
     started = time.perf_counter()
     template = OnnxTemplate.export(model, example, graph)

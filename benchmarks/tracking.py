@@ -31,19 +31,21 @@ import numpy as np
 import psutil
 import torch
 
+from pruning.trace import trace
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks._output import Figure, parser, present
 from benchmarks.overhead import RUN_FILE, random_plan
 from device_profiles import load_profile, open_target
-from pipeline.config import TrackingSection, load_run_file
-from pipeline.evaluator import Evaluator
-from pipeline.journal import Journal, Record
-from pipeline.opening import open_workload
-from pipeline.study import describe
+from pipeline.config.schema import TrackingSection, load_run_file
+from pipeline.evaluation.evaluator import Evaluator
+from pipeline.run.journal import Journal, Record
+from pipeline.run.opening import open_workload
+from pipeline.run.study import describe
 from pipeline.tracking import Tracker
 from pipeline.tracking import tracker as delivery
-from pruning import ChannelGraph, PruningPlan
+from pruning import PruningPlan
 from pruning.search.protocol import Candidate
 from tests.servers import database_url, mlflow_server, postgres, running
 
@@ -84,7 +86,7 @@ def evaluation_s(plans: int) -> tuple[float, list[Record]]:
     config = load_run_file(RUN_FILE)
     workload = open_workload(config)
     model = workload.build_model()
-    graph = ChannelGraph.trace(model, workload.example_input())
+    graph = trace(model, workload.example_input())
     rng, profile = np.random.default_rng(0), load_profile("local")
     records: list[Record] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -164,7 +166,7 @@ def deliver(
 
 def _beside() -> float:
     """CPU seconds of the process that tells MLflow."""
-    told = (p.cpu_times() for p in psutil.Process().children() if "pipeline.tracking.courier" in p.cmdline())
+    told = (p.cpu_times() for p in psutil.Process().children() if "pipeline.tracking.delivery" in p.cmdline())
     return sum(times.user + times.system for times in told)
 
 

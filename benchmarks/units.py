@@ -26,11 +26,11 @@ import torch
 from benchmarks._output import parser, present
 from benchmarks.scaling import BATCH, Scene
 from export.slicing import OnnxTemplate
-from pipeline import workers
-from pipeline.journal import Journal
-from pipeline.scoring import Ask
-from pipeline.study import describe
-from pipeline.workloads import carried
+from pipeline.evaluation import shipped_data as carried
+from pipeline.evaluation import worker as workers
+from pipeline.evaluation.accuracy import Ask
+from pipeline.run.journal import Journal
+from pipeline.run.study import describe
 from pruning.search.protocol import Candidate
 
 

@@ -140,7 +140,7 @@ class BenchmarkResult:
         processes: one entry per fresh process.
         seed: of the inputs.
         noise_floor: half-width (fraction, 95 %) of a model against itself in one process, as the device's probe found
-            it; widens comparisons of measurements of different days (see ``pipeline.reprofile``).
+            it; widens comparisons of measurements of different days (see ``pipeline.lifecycle.reprofile``).
         max_temperature_c: the profile's limit.
         spoiled: what was wrong with each process that was thrown away and measured again.
         disturbed: what is wrong with processes that count all the same, because no more were to be thrown away.

@@ -18,9 +18,12 @@ from device_profiles import plain_yaml
 from device_profiles.errors import DeviceError
 from device_profiles.plain_yaml import Content, Document, Place, Plain
 from device_profiles.settle import Schema, schema_of, settle
+from device_profiles.shelf import Shelf
 from device_profiles.wording import command, printable, shown
 
-HERE = Path(__file__).parent
+BOARDS = Path(__file__).with_name("boards")
+TARGETS = Shelf("device_profiles.targets", "target", ("Settings", "open_target"))
+"""The kinds of target, named as their modules."""
 NOT_SETTINGS = ("extends",)
 """Keys of a file that say where its settings come from."""
 
@@ -195,7 +198,7 @@ def load_profile(name: str | Path, extra_dirs: Iterable[str | Path] = ()) -> Dev
 def _all_profiles(folders: Iterable[str | Path]) -> dict[str, list[Path]]:
     """Name -> every file of that name, in the order in which later ones hide earlier ones."""
     found: dict[str, list[Path]] = {}
-    for folder in dict.fromkeys([HERE, *(Path(f).absolute() for f in folders)]):
+    for folder in dict.fromkeys([BOARDS, *(Path(f).absolute() for f in folders)]):
         for path in sorted(folder.glob("*.yaml")):
             found.setdefault(path.stem, []).append(path)
     return found
@@ -266,11 +269,9 @@ def _read(text: str, path: Path) -> Document:
 
 def _schemas(target: str) -> dict[Place, Schema | None]:
     """What the places of a profile take."""
-    from device_profiles.target import target_module, target_names  # which imports this module
-
     own = schema_of(DeviceProfile)
     properties = {**own["properties"], **{key: {"type": "string"} for key in NOT_SETTINGS}}
-    connect = schema_of(target_module(target).Settings) if target in target_names() else None
+    connect = schema_of(TARGETS.load(target).Settings) if target in TARGETS.names() else None
     return {(): {**own, "properties": properties}, ("connect",): connect}
 
 
@@ -321,14 +322,12 @@ def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 
 def _connect_faults(settings: Mapping[str, Any], lines: Mapping[str, int], told: Collection[str]) -> list[str]:
     """What the module of the target has against the ``connect`` section."""
-    from device_profiles.target import target_module, target_names  # which imports this module
-
     target, connect = settings.get("target", "local"), settings.get("connect", {})
     if not isinstance(target, str) or not isinstance(connect, Mapping) or "target" in told:
         return []  # said elsewhere
-    if target not in target_names():
-        return [_at("target", f"unknown target {_unknown(target, target_names())}", lines)]
-    model: type[BaseModel] = target_module(target).Settings
+    if target not in TARGETS.names():
+        return [_at("target", f"unknown target {_unknown(target, TARGETS.names())}", lines)]
+    model: type[BaseModel] = TARGETS.load(target).Settings
     try:
         model.model_validate(dict(connect))
     except ValidationError as error:

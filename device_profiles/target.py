@@ -6,19 +6,14 @@ section) and ``open_target(profile, settings)``.
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol
 
 from pydantic import ValidationError
 
-from device_profiles import targets
 from device_profiles.errors import DeviceError
-from device_profiles.profile import DeviceProfile
+from device_profiles.profile import TARGETS, DeviceProfile
 
 AGENT = Path(__file__).with_name("agent.py")
 Progress = Callable[[Mapping[str, Any]], None]
@@ -53,25 +48,6 @@ class Target(Protocol):
     def close(self) -> None: ...
 
 
-def target_names() -> list[str]:
-    """The kinds of target a profile can name."""
-    return sorted(module.name for module in pkgutil.iter_modules(targets.__path__))
-
-
-def target_module(name: str) -> ModuleType:
-    """The module of a kind of target.
-
-    Raises:
-        DeviceError: there is none; lists the known ones.
-    """
-    known = target_names()
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise DeviceError(f"unknown target {name!r}.{hint} Known: {', '.join(known)}.", "profile")
-    return importlib.import_module(f"device_profiles.targets.{name}")
-
-
 def open_target(profile: DeviceProfile) -> Target:
     """The target a profile names; nothing is reached before its first use.
 
@@ -79,7 +55,7 @@ def open_target(profile: DeviceProfile) -> Target:
         DeviceError: the profile's ``connect`` section does not fit its kind of target.
     """
     profile.require_host()
-    module = target_module(profile.target)
+    module = TARGETS.load(profile.target)
     try:
         settings = module.Settings(**profile.connect)
     except ValidationError as error:

@@ -1,5 +1,5 @@
 """``python -m pipeline`` is ``secateur``."""
 
-from pipeline.program import run_program
+from pipeline.cli.program import run_program
 
 run_program()

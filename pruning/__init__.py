@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pruning.surgery import prune as prune
     from pruning.surgery import save_pruned as save_pruned
     from pruning.surgery import scatter as scatter
+    from pruning.trace import trace as trace
     from pruning.tracer import PruningError as PruningError
     from pruning.weights import inherit as inherit
 
@@ -45,7 +46,7 @@ _HOME = {
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
-__all__ = sorted([*_MODULE_OF, "cost"])
+__all__ = sorted([*_MODULE_OF, "cost", "trace"])
 
 
 def __getattr__(name: str) -> Any:
@@ -57,15 +58,14 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """Lets ``from pruning import cost`` give the function, although a module has that name too."""
+    """Lets ``from pruning import cost, trace`` give the functions, although modules have those names too."""
 
-    @property
-    def cost(self) -> Any:
-        return import_module("pruning.cost").cost
+    @staticmethod
+    def _function(name: str) -> property:
+        """A function that stands for its module; the import system may bind the module, ``sys.modules`` has it."""
+        return property(lambda _: getattr(import_module(f"pruning.{name}"), name), lambda _, _module: None)
 
-    @cost.setter
-    def cost(self, module: ModuleType) -> None:
-        """The import system's attempt to bind the submodule; ``sys.modules`` has it."""
+    cost, trace = _function("cost"), _function("trace")
 
 
 sys.modules[__name__].__class__ = _Package

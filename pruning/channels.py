@@ -15,15 +15,14 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from math import prod
-from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from pruning.plan import BoolArray, ChannelGroup, IntArray, Member, PruningPlan
 from pruning.rules import Rule, weight_name
 from pruning.snapshot import Remade
-from pruning.tracer import NeedsValuesError, PruningError, Tracer
+from pruning.tracer import PruningError, Tracer
 
 
 @dataclass(frozen=True)
@@ -131,42 +130,6 @@ class ChannelGraph:
     macs: Products = field(repr=False)
     params: Products = field(repr=False)
     activation_bytes: Products = field(repr=False)
-
-    @classmethod
-    def trace(
-        cls,
-        model: nn.Module,
-        *example_inputs: Any,
-        freeze: Iterable[str] = (),
-        rules: Mapping[str, Rule] | None = None,
-        **kwargs: Any,
-    ) -> ChannelGraph:
-        """Run the model once in eval mode and find its channel groups. The model is left as it was.
-
-        Where the code states sizes, the network is also pruned and run on trial: sizes that do not follow the widths
-        are tied to those that do, or to an attribute of the module, or freeze what they touch (``pruning.trial``).
-
-        Args:
-            model: any module whose forward runs on the example.
-            example_inputs: positional arguments of the forward; the first dimension of the first tensor is the batch.
-            freeze: layers whose output channels stay: names of modules or patterns (``head``, ``layer4.*.conv3``).
-            rules: rules for further operators, or instead of those of ``pruning.rules.RULES``, by operator name.
-            kwargs: keyword arguments of the forward.
-
-        Raises:
-            PruningError: the forward fails on the example (says in which module and with which shapes), or a name
-                in ``freeze`` matches no layer.
-        """
-        from pruning.trial import settle  # prunes, so it stands above this module
-
-        try:
-            tracer = Tracer(model, rules, values=False)
-            tracer.run(example_inputs, kwargs)
-        except NeedsValuesError:
-            tracer = Tracer(model, rules)
-            tracer.run(example_inputs, kwargs)
-        freeze_layers(tracer, freeze)
-        return settle(tracer, example_inputs, kwargs)
 
     def group(self, name: str) -> ChannelGroup:
         """A group by name.

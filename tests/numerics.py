@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-import pipeline.precision
+import pipeline.training.precision
 from pruning.surgery import compare_outputs
 
 CONFIDENCE = 4.0
@@ -57,7 +57,7 @@ def assert_same(found: Iterable[Any], expected: Iterable[Any], tolerance: float)
 
 def pretend_bf16(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
     """Have this process believe that its processor multiplies bfloat16, or that it does not."""
-    monkeypatch.setattr(pipeline.precision, "native_bf16", lambda _: native)
+    monkeypatch.setattr(pipeline.training.precision, "native_bf16", lambda _: native)
 
 
 def run_lowered(*tests: str) -> str:

@@ -40,7 +40,7 @@ def test_files_with_numerics_are_drawn_from_and_whole_runs_are_not(tmp_path: Pat
     assert eligible(tmp_path) == ["tests/test_net.py"]
     assert commit_of(tmp_path) == "0" * 40
     assert "tests/pruning/test_feature_maps.py" in eligible()
-    assert "tests/pipeline/test_inference.py" in eligible()
+    assert "tests/pipeline/evaluation/test_inference.py" in eligible()
 
 
 def test_what_is_drawn_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

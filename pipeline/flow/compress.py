@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import children
-from pipeline.assemble import Run
-from pipeline.config import home
 from pipeline.errors import TrackingError
 from pipeline.files import sha256_of
+from pipeline.flow.device_lease import device_turn
 from pipeline.flow.environment import runtime_env
-from pipeline.flow.fanout import open_engine
 from pipeline.flow.server import serving
-from pipeline.flow.turns import device_turn
+from pipeline.flow.worker_engines import open_engine
 from pipeline.report import final_table_markdown
+from pipeline.run.run import Run
+from pipeline.run.study import to_evaluation
 from pipeline.stages import STAGES, Facts, Stage
-from pipeline.study import to_evaluation
+from pipeline.surroundings import home
 
 AT_A_TERMINAL_S, ON_SCHEDULE_S = (3.0, 9.0), (10.0, 60.0, 300.0, 900.0)
 """Pauses before a stage is tried again: short where somebody waits, long where a device may be away for a while."""

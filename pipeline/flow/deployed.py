@@ -28,22 +28,23 @@ from prefect.states import Completed, Crashed, Failed
 
 from device_profiles import DeviceError, DeviceProfile
 from export.errors import ExportError
-from pipeline import children, foreign, trust
-from pipeline.assemble import Run
-from pipeline.config import TrackingSection, home, load_run_file
-from pipeline.device import InTurn
+from pipeline import children, foreign
+from pipeline.config import trust
+from pipeline.config.schema import TrackingSection, load_run_file
+from pipeline.devices.device import InTurn
 from pipeline.errors import SurroundingsError, TrackingError, UserError
-from pipeline.flow import adopt
+from pipeline.flow import run_claim as adopt
 from pipeline.flow.compress import ON_SCHEDULE_S, resume_tracking, work_through
+from pipeline.flow.device_lease import Turns, device_turn, make_limit, promotion_limit
 from pipeline.flow.logs import LogProgress
 from pipeline.flow.notify import ALARM, PROMOTED, tell
 from pipeline.flow.parameters import Compress, Profile, Promote, Registered
-from pipeline.flow.turns import Turns, device_turn, make_limit, promotion_limit
+from pipeline.lifecycle.reprofile import Reading, chosen, markdown, profile_of, reprofile
 from pipeline.report import registered
-from pipeline.reprofile import Reading, chosen, markdown, profile_of, reprofile
-from pipeline.surroundings import prepare
+from pipeline.run.run import Run
+from pipeline.surroundings import home, prepare
 from pipeline.tracking import Decision, Registry, alias_of, store_uri
-from pipeline.tracking.readings import page_of, record_reading
+from pipeline.tracking.reprofiles import page_of, record_reading
 
 Expected = (UserError, SurroundingsError, DeviceError, ExportError)
 NOT_PASSED, NOT_PROMOTED = "Gate not passed", "Not promoted"
@@ -155,7 +156,7 @@ def profile(job: Profile) -> State[Any]:
 @answering
 def promote(job: Promote) -> State[Any]:
     """Compare challengers with the champions of their devices; those that pass every gate take their place."""
-    from pipeline import promotion
+    from pipeline.lifecycle import promotion
 
     trust.accept(job.trusted)
     registry, _ = registry_of(job)

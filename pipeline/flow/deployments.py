@@ -9,15 +9,15 @@ from typing import Any
 
 from device_profiles import DeviceProfile
 from device_profiles.wording import command
-from pipeline import trust
-from pipeline.config import RunFile, home, load_run_file
-from pipeline.consents import written
+from pipeline.config import trust
+from pipeline.config.consents import written
+from pipeline.config.schema import RunFile, load_run_file
 from pipeline.errors import SurroundingsError, UserError
+from pipeline.flow.device_lease import limit_name, make_limit
 from pipeline.flow.parameters import Compress, Parameters, Profile, Promote
 from pipeline.flow.server import server_url
-from pipeline.flow.turns import limit_name, make_limit
-from pipeline.opening import device_profiles
-from pipeline.surroundings import DATA, HOME, folder
+from pipeline.run.opening import device_profiles
+from pipeline.surroundings import DATA, HOME, folder, home
 
 TAG = "secateur"
 

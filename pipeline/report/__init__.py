@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from device_profiles import BenchmarkResult, DeviceProfile
-from pipeline.config import RunFile
+from pipeline.config.schema import RunFile
 from pipeline.files import write_whole
 from pipeline.report.charts import cloud, histogram, lines
 
@@ -120,7 +120,7 @@ def write_report(
 
     Args:
         records: the journal's.
-        front: the Pareto front, as ``pipeline.rescore.front_rows`` gives it.
+        front: the Pareto front, as ``pipeline.lifecycle.rescore.front_rows`` gives it.
         pictures: what the baseline and the compact model find on the same images, uint8 (3, H, W).
         away: whether the tracking server is away just now.
     """

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from pipeline.config import RunFile
+from pipeline.config.schema import RunFile
 from pipeline.errors import TrackingError, UserError
 from pipeline.tracking import ownership
 from pipeline.tracking.database import postgres_store, sqlite_store

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.config import TrackingSection
+from pipeline.config.schema import TrackingSection
 from pipeline.errors import masked
 from pipeline.surroundings import HOME, TRACKING_URI, folder, variable
 

@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 from device_profiles.wording import printable
 from pipeline.errors import SurroundingsError, TrackingError, UserError
 from pipeline.files import sha256_of, write_whole
-from pipeline.tracking.contents import FOLDER, MODEL, Manifest
+from pipeline.tracking.manifest import FOLDER, MODEL, Manifest
 from pipeline.tracking.registry import CHAMPION, MODEL_TAG, Registry, Version
 from pipeline.tracking.schemas import GateFacts, Provenance, Schema, Usage, checked, read_json
 from pipeline.tracking.store import shown

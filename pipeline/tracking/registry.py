@@ -32,16 +32,6 @@ from pipeline.errors import SurroundingsError, TrackingError, UserError
 from pipeline.files import sha256_of
 from pipeline.locks import held, machine_lock
 from pipeline.tracking.answers import AnswerError
-from pipeline.tracking.contents import (
-    FOLDER,
-    MANIFEST,
-    MAX_MANIFEST,
-    MODEL,
-    Manifest,
-    check_name,
-    code_facts,
-    write_manifest,
-)
 from pipeline.tracking.history import (
     FOUND,
     Event,
@@ -51,6 +41,16 @@ from pipeline.tracking.history import (
     is_known,
     next_key,
     read_events,
+)
+from pipeline.tracking.manifest import (
+    FOLDER,
+    MANIFEST,
+    MAX_MANIFEST,
+    MODEL,
+    Manifest,
+    check_name,
+    code_facts,
+    write_manifest,
 )
 from pipeline.tracking.ownership import CHALLENGER as CHALLENGER
 from pipeline.tracking.ownership import CHAMPION as CHAMPION

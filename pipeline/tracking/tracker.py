@@ -20,16 +20,17 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
-from pipeline.config import TrackingSection
+from pipeline.config.schema import TrackingSection
 from pipeline.errors import TrackingError, UserError, masked
-from pipeline.journal import Record
 from pipeline.tracking.answers import is_refusal
-from pipeline.tracking.courier import Child, Courier, RefusedError, alone, write
+from pipeline.tracking.delivery import Child, Courier, RefusedError, alone, write
 from pipeline.tracking.ownership import CANDIDATE_TAG, PARENT_TAG
 from pipeline.tracking.registry import Registry, Version
 from pipeline.tracking.store import RUN_TAG, Unreachable, connect, experiment_of, first_line, shown, store_uri
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
+Record = Mapping[str, Any]
+"""A line of a run's journal."""
 MAX_TEXT = 5000
 MANY = 64
 """With so many candidates delivered, a process beside this one takes over: it costs some seconds to start."""

@@ -5,12 +5,13 @@ to each, in ask order; at its end it returns its archive. It draws every random 
 its requests depend on nothing but that generator and earlier answers, so replaying the answers from a journal is
 resuming the search. It never sees a model, a file, a tracker or a clock.
 
-Each method is one module of this package: its file name is its name in a run file, ``Options`` (a frozen
+Each method is one module of ``pruning.search.methods``: its file name is its name in a run file, ``Options`` (a frozen
 dataclass) are its options, and ``search(problem, options)`` is the generator.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -179,7 +180,7 @@ class Learn:
     """Request: train the whole network with something added that learns about its channels. Answer: ``Learned``.
 
     Args:
-        kind: a module of ``pipeline.learning``: what is added (``pruning_net``, ``shared``, ``indicators``,
+        kind: a module of ``pipeline.training.auxiliary``: what is added (``pruning_net``, ``shared``, ``indicators``,
             ``sparsity`` ...).
         epochs: of the training split.
         base: whose weights training begins with.
@@ -310,3 +311,8 @@ class Problem:
 
 
 Strategy = Generator[Request, Answer, Archive]
+
+
+def digest_of(request: Request) -> str:
+    """16 hexadecimal digits that name a request's content."""
+    return hashlib.sha256(repr(request).encode()).hexdigest()[:16]

@@ -7,11 +7,11 @@ import pytest
 from scipy.stats import mannwhitneyu
 
 from pruning.plan import PruningPlan, SearchSpace
-from pruning.search import load, methods
+from pruning.search import METHODS
 from pruning.search.protocol import Archive, Candidate, Score, Target
-from tests.search.fakes import BASELINE, FakeStudy, chain, drive, study
+from tests.pruning.search.fakes import BASELINE, FakeStudy, chain, drive, study
 
-METHODS = sorted(set(methods()) - {"random"})
+METHODS = sorted(set(METHODS.names()) - {"random"})
 SEEDS = range(20)
 FEW = range(8)
 """Seeds where only a warning is wanted: enough for p < 0.01 where a method beats random search clearly."""
@@ -82,7 +82,7 @@ def best(archive: Archive, fake: FakeStudy, macs_ratio: float) -> float:
 @pytest.mark.parametrize("seeds", [FEW, pytest.param(SEEDS, marks=pytest.mark.long)], ids=["few", "many"])
 @pytest.mark.parametrize("method", METHODS)
 def test_it_beats_random_search_at_equal_evaluations(method, seeds, record_property):
-    module, control, goal = load(method), load("random"), target(method)
+    module, control, goal = METHODS.load(method), METHODS.load("random"), target(method)
     options = module.Options(**SHORT.get(method, {}))
     found, drawn = [], []
     for seed in seeds:

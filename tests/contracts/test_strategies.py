@@ -1,4 +1,4 @@
-"""What every search method promises. A new module in ``pruning/search`` joins this suite by existing."""
+"""What every search method promises. A new module in ``pruning/search/methods`` joins this suite by existing."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from pruning.search import load, methods
+from pruning.search import METHODS
 from pruning.search.protocol import DENSE, RANDOM, Evaluate, FineTune, FineTuned, Learned, Target
-from tests.search.fakes import FakeStudy, drive, study
+from tests.pruning.search.fakes import FakeStudy, drive, study
 
-METHODS = sorted(methods())
+METHODS = METHODS.names()
 TARGET = Target(macs_ratio=0.6)
 SPACES = {"fine": ((8, 12, 16), 1), "coarse": ((64, 24, 64), 8)}
 
@@ -26,7 +26,7 @@ def make(space: str) -> FakeStudy:
 
 
 def run(method: str, fake: FakeStudy, seed: int = 0):
-    module = load(method)
+    module = METHODS.load(method)
     return drive(module.search(fake.problem(TARGET, seed), module.Options()), fake)
 
 
@@ -66,7 +66,7 @@ def test_replaying_the_answers_repeats_the_requests(method, space):
         assert request == recorded
         return answer
 
-    module = load(method)
+    module = METHODS.load(method)
     again = drive(module.search(fake.problem(TARGET), module.Options()), replay)
     assert log == []
     assert bare(again) == bare(archive)
@@ -139,7 +139,7 @@ def test_the_best_plan_meets_the_macs_target(method, space):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_latency_target_alone_is_met(method):
-    fake, module = make("fine"), load(method)
+    fake, module = make("fine"), METHODS.load(method)
     target = Target(latency_ratio=0.8)
     archive = drive(module.search(fake.problem(target), module.Options()), fake)
     assert min((fake.macs(e.candidate.plan) / fake.macs(fake.space.full)) ** 0.5 for e in archive) <= 0.8
@@ -157,7 +157,7 @@ def test_failed_candidates_are_survived_and_left_out(method, space):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_options_are_frozen_documented_and_closed(method):
-    options = load(method).Options
+    options = METHODS.load(method).Options
     assert dataclasses.is_dataclass(options)
     assert options.__dataclass_params__.frozen
     for field in dataclasses.fields(options):
@@ -170,4 +170,4 @@ def test_options_are_frozen_documented_and_closed(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_docstring_begins_with_one_sentence_for_the_list(method):
-    assert re.fullmatch(r"[A-Z].{20,110}\.", methods()[method])
+    assert re.fullmatch(r"[A-Z].{20,110}\.", METHODS.descriptions()[method])

@@ -139,7 +139,7 @@ def test_a_killed_agent_leaves_no_worker(emulated: Target, models: Mapping[str, 
 def test_a_run_on_an_emulated_device_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    from pipeline import cli
+    from pipeline.cli import app as cli
     from tests.pipeline.helpers import write_tiny
 
     profile = arm.emulated_profile().model_dump(mode="json", include={"target", "connect", "timing"})

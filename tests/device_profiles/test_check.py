@@ -9,8 +9,7 @@ import pytest
 
 from device_profiles import DeviceError, DeviceProfile, LocalTarget, load_profile
 from device_profiles.check import Check, judge, throttle_signs
-
-from .tiny import quick_profile
+from tests.device_profiles.tiny import quick_profile
 
 NEWEST = {"onnxruntime": "1.31.1", "numpy": "2.4.0"}
 GOOD: dict[str, Any] = {

@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from device_profiles import DeviceError, DeviceProfile, load_profile
+from device_profiles.profile import TARGETS
 from device_profiles.settle import schema_of
-from device_profiles.target import target_module, target_names
 from tests.tools import schemas
 
 SHARED = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -36,8 +36,8 @@ def strategy() -> st.SearchStrategy[str]:
         for key, below in own["properties"].items()
         if key != "connect"
     ]
-    for target in target_names():
-        settings_ = schema_of(target_module(target).Settings)
+    for target in TARGETS.names():
+        settings_ = schema_of(TARGETS.load(target).Settings)
         lines.append(
             schemas.values(settings_, settings_.get("$defs", {})).map(
                 lambda text, target=target: f"target: {target}\nconnect: {text}"
@@ -65,8 +65,8 @@ def test_any_text_is_a_profile_or_told_what_is_wrong(tmp_path: Path, text: str) 
 def test_every_number_of_a_profile_and_of_every_target_has_bounds(tmp_path: Path, number: str) -> None:
     own = schema_of(DeviceProfile)
     found = [(key, form, "") for key, form in schemas.numbers(own, own["$defs"])]
-    for target in target_names():
-        settings_ = schema_of(target_module(target).Settings)
+    for target in TARGETS.names():
+        settings_ = schema_of(TARGETS.load(target).Settings)
         places = schemas.numbers(settings_, settings_.get("$defs", {}), "connect")
         found += [(key, form, f"target: {target}\n") for key, form in places]
     assert {"threads", "final.min_repeats", "channel_multiple.conv", "connect.port"} <= {key for key, *_ in found}

@@ -18,7 +18,7 @@ from export import ExportError
 from export.detections import Suppression, append_detections, compare_detections
 from export.onnx_export import export_proto
 from export.verify import open_session
-from pipeline.workloads import ssd
+from pipeline.workloads.detection import ssd
 
 BOXES = 24
 DEFAULT_BOXES = ssd.grid_boxes([4, 2], [[(0.3, 0.3)], [(0.5, 0.4), (0.3, 0.6)]])

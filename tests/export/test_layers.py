@@ -17,6 +17,7 @@ from export.slicing import OnnxTemplate
 from pruning.channels import ChannelGraph
 from pruning.plan import PruningPlan
 from pruning.surgery import prune
+from pruning.trace import trace
 from tests.device_profiles.tiny import quick_profile
 from tests.export import nets
 from tests.export.nets import prepared, random_plan
@@ -70,7 +71,7 @@ def case(name: str) -> Case:
     if name not in cases:
         model = prepared(BUILDERS[name]())
         x = torch.randn(SHAPES.get(name, (1, 3, 8, 8)), generator=torch.Generator().manual_seed(0))
-        graph = ChannelGraph.trace(model, x)
+        graph = trace(model, x)
         template = OnnxTemplate.export(model, x, graph)
         cases[name] = model, x, graph, template, layer_table(template)
     return cases[name]

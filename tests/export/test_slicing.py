@@ -20,6 +20,7 @@ from export.slicing import OnnxTemplate, _compare, candidate_onnx
 from pruning.channels import ChannelGraph
 from pruning.plan import PruningPlan
 from pruning.surgery import prune
+from pruning.trace import trace
 from tests.export import nets
 from tests.export.nets import prepared, random_plan
 
@@ -30,7 +31,7 @@ def traced(
     model: nn.Module, shape: tuple[int, ...] = SMALL
 ) -> tuple[nn.Module, torch.Tensor, ChannelGraph, OnnxTemplate]:
     model, x = prepared(model), torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    graph = ChannelGraph.trace(model, x)
+    graph = trace(model, x)
     return model, x, graph, OnnxTemplate.export(model, x, graph)
 
 
@@ -108,7 +109,7 @@ def test_group_norms_keep_their_groups_and_follow_the_width(groups: int, channel
     nn.init.uniform_(norm.weight, 0.5, 1.5)
     model = nn.Sequential(nn.Conv2d(3, channels, 3, padding=1), norm, nn.ReLU(), nn.Conv2d(channels, 4, 1)).eval()
     x = torch.randn(2, 3, size, size)
-    graph = ChannelGraph.trace(model, x)
+    graph = trace(model, x)
     template = OnnxTemplate.export(model, x, graph)
     group = graph.groups[0]
     for kept in (range(group.size), range(max(1, group.size // 2)), (group.size - 1,)):
@@ -119,7 +120,7 @@ def test_group_norms_keep_their_groups_and_follow_the_width(groups: int, channel
 def test_lists_and_mappings_in_and_several_outputs(tmp_path: Path):
     model = prepared(nets.Heads())
     example = ([torch.randn(SMALL), torch.randn(SMALL)], {"scale": torch.tensor(0.5)})
-    graph = ChannelGraph.trace(model, *example)
+    graph = trace(model, *example)
     template = OnnxTemplate.export(model, example, graph)
     plan = random_plan(graph)
     pruned = prune(model, graph, plan)

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.config import RunFile, parse_run_file
+from pipeline.config.schema import RunFile, parse_run_file
 from pipeline.workloads import classification
 
 QUICK_DEVICE = {

@@ -15,8 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from sklearn.linear_model import LogisticRegression
 
 from pipeline.tracking import Decision, Gate, Registry, Version
-
-from .helpers import TINY, digits, merged
+from tests.pipeline.helpers import TINY, digits, merged
 
 EXAMPLE = np.zeros((1, 1, 8, 8), np.float32)
 OUTPUTS = np.zeros((1, 10), np.float32)

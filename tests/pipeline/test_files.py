@@ -18,13 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import errors, files
-from pipeline.baselines import BaselineCache
 from pipeline.errors import SurroundingsError
 from pipeline.files import sha256_of, sweep_parts, write_whole
 from pipeline.foreign import exit_code
-from pipeline.training import load_weights, save_checkpoint, save_weights
-
-from .test_faults_device import largest_file
+from pipeline.training.baselines import BaselineCache
+from pipeline.training.loop import load_weights, save_checkpoint, save_weights
+from tests.pipeline.devices.test_faults_device import largest_file
 
 ROOT = Path(__file__).parents[2]
 WRITES_FOR_EVER = """

@@ -23,7 +23,8 @@ import yaml
 
 from device_profiles import DeviceError
 from export import ExportError
-from pipeline import cli, errors, foreign
+from pipeline import errors, foreign
+from pipeline.cli import app as cli
 from pipeline.errors import EXIT_BUG, EXIT_SURROUNDINGS, EXIT_USER
 
 USER, AROUND, BUG = EXIT_USER, EXIT_SURROUNDINGS, EXIT_BUG

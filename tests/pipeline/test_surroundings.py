@@ -14,8 +14,7 @@ import pytest
 from pipeline import surroundings
 from pipeline.errors import SurroundingsError, UserError
 from pipeline.surroundings import FOLDERS, folder, home, made, prepare, variable
-
-from .helpers import write_tiny
+from tests.pipeline.helpers import write_tiny
 
 ROOT = Path(__file__).parents[2]
 DEAD_PROXY = "http://127.0.0.1:9"

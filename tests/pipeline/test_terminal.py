@@ -21,8 +21,7 @@ from hypothesis import strategies as st
 from device_profiles.wording import command, printable, printable_lines
 from pipeline.progress import RichProgress
 from pipeline.terminal import Terminal, table
-
-from .helpers import quick_device, write_tiny
+from tests.pipeline.helpers import quick_device, write_tiny
 
 ROOT = Path(__file__).parents[2]
 NAMES = [
@@ -232,7 +231,7 @@ def test_on_a_terminal_too_a_label_has_its_colour_and_a_text_has_none(tmp_path: 
 PRINTERS = {"pipeline/terminal.py", "pipeline/progress.py"}
 ALONE = {"device_profiles/agent.py", "pipeline/tracking/loader.py", "pipeline/workloads/data/decode.py"}
 """Programs of their own, which run without the rest of Secateur; and the courier speaks to its parent on stdout."""
-TALKS = {"pipeline/tracking/courier.py"}
+TALKS = {"pipeline/tracking/delivery.py"}
 
 
 def modules() -> Iterator[tuple[str, ast.Module]]:

@@ -15,6 +15,7 @@ from pruning.channels import ChannelGraph
 from pruning.plan import PruningPlan
 from pruning.saliency import uniform_plan
 from pruning.surgery import Certificate, certify, prune
+from pruning.trace import trace
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, FrozenBatchNorm2d)
 
@@ -40,7 +41,7 @@ def half(graph: ChannelGraph, seed: int = 0) -> PruningPlan:
 
 def certified(model: nn.Module, *inputs: Tensor, seed: int = 0) -> tuple[ChannelGraph, Certificate]:
     """Trace, prune half of everything, certify."""
-    graph = ChannelGraph.trace(model, *inputs)
+    graph = trace(model, *inputs)
     plan = half(graph, seed)
     return graph, certify(model, prune(model, graph, plan), graph, plan, *inputs)
 

@@ -17,6 +17,7 @@ from pruning.channels import ChannelGraph, components
 from pruning.cost import cost, count
 from pruning.plan import PlanError, PruningPlan
 from pruning.surgery import prune
+from pruning.trace import trace
 from pruning.tracer import PruningError
 from tests.pruning.models import CifarResNet, PlainCNN, Tied, TwoBranches, certified, half
 
@@ -47,7 +48,7 @@ def test_importing_the_search_protocol_needs_no_torch() -> None:
 
 
 def test_groups_of_a_plain_network() -> None:
-    graph = ChannelGraph.trace(PlainCNN(), IMAGES.repeat(1, 1, 2, 2))
+    graph = trace(PlainCNN(), IMAGES.repeat(1, 1, 2, 2))
     assert [(g.name, g.size) for g in graph.groups] == [("conv1", 8), ("conv2", 12), ("fc1", 20)]
     members = {(m.tensor, m.dim): m for m in graph.group("conv2").members}
     assert set(members) == {("conv2.weight", 0), ("conv2.bias", 0), ("fc1.weight", 1)}
@@ -57,20 +58,20 @@ def test_groups_of_a_plain_network() -> None:
 
 
 def test_slices_follow_concatenation() -> None:
-    graph = ChannelGraph.trace(TwoBranches(), IMAGES)
+    graph = trace(TwoBranches(), IMAGES)
     plan = PruningPlan.full(graph.groups).replace({"left": (0, 5), "right": (1, 2)})
     assert graph.slices(plan)["merge.weight"][1].tolist() == [0, 5, 7, 8]
     assert graph.slices(PruningPlan.full(graph.groups)) == {}
 
 
 def test_slices_refuse_a_foreign_plan() -> None:
-    graph = ChannelGraph.trace(TwoBranches(), IMAGES)
+    graph = trace(TwoBranches(), IMAGES)
     with pytest.raises(PlanError, match="another network"):
-        graph.slices(PruningPlan.full(ChannelGraph.trace(CifarResNet("B"), IMAGES).groups))
+        graph.slices(PruningPlan.full(trace(CifarResNet("B"), IMAGES).groups))
 
 
 def test_slices_name_all_tied_tensors() -> None:
-    graph = ChannelGraph.trace(Tied(), torch.randn(2, 3))
+    graph = trace(Tied(), torch.randn(2, 3))
     slices = graph.slices(half(graph))
     assert slices["a.weight"] is slices["b.weight"]
     assert slices["a.weight"].keys() == {0, 1}
@@ -89,7 +90,7 @@ def test_option_a_shortcut_freezes_only_the_padded_positions() -> None:
 
 
 def test_channel_order_is_that_of_the_producer() -> None:
-    graph = ChannelGraph.trace(Net(lambda x: x.flip(1)), IMAGES)
+    graph = trace(Net(lambda x: x.flip(1)), IMAGES)
     members = {(m.tensor, m.dim): m.index.ravel().tolist() for m in graph.group("first").members}
     assert members["first.weight", 0] == list(range(8))
     assert members["last.weight", 1] == list(reversed(range(8)))
@@ -159,13 +160,13 @@ FROZEN = {
 @pytest.mark.parametrize("name", FROZEN)
 def test_what_cannot_be_followed_is_frozen_with_its_reason(name: str) -> None:
     between, out, reason = FROZEN[name]
-    graph = ChannelGraph.trace(Net(between, out=out), IMAGES)
+    graph = trace(Net(between, out=out), IMAGES)
     assert graph.groups == ()
     assert re.search(reason, reasons(graph)["first"])
 
 
 def test_unknown_operators_are_reported() -> None:
-    graph = ChannelGraph.trace(Net(lambda x: torch.cummax(x, 2).values), IMAGES)
+    graph = trace(Net(lambda x: torch.cummax(x, 2).values), IMAGES)
     assert graph.unknown == {"cummax": ("",)}
     report = graph.report()
     assert "operators without a rule" in report and "100.0% of the MACs" in report
@@ -186,7 +187,7 @@ def test_unused_and_opaque_layers_are_frozen() -> None:
             x = self.first(x)
             return self.last(self.hidden(x + self.memory(x)[0]))
 
-    graph = ChannelGraph.trace(Odd(), torch.randn(2, 5, 3))
+    graph = trace(Odd(), torch.randn(2, 5, 3))
     assert [g.name for g in graph.groups] == ["hidden"]
     plan, x = half(graph), torch.randn(2, 5, 3)
     assert cost(graph, plan) == count(prune(Odd(), graph, plan), x)
@@ -222,21 +223,21 @@ def test_a_failing_forward_is_explained() -> None:
     with pytest.raises(
         PruningError, match=r"in module 'fc1' \(Linear\), given \[0\]\[0\] \(2, 3, 8, 8\): RuntimeError"
     ) as info:
-        ChannelGraph.trace(model, IMAGES)
+        trace(model, IMAGES)
     assert isinstance(info.value.__cause__, RuntimeError)
     assert all(m.training for m in model.modules())
     assert not nn.modules.module._global_forward_pre_hooks
 
 
 def test_report_of_a_network() -> None:
-    report = ChannelGraph.trace(CifarResNet("B"), IMAGES).report()
+    report = trace(CifarResNet("B"), IMAGES).report()
     assert report.startswith("6 channel groups")
     assert "layer1.conv1" in report and "reaches the model's output" in report
 
 
 def test_unknown_group_names_the_known_ones() -> None:
     with pytest.raises(PruningError, match="'left', 'right'"):
-        ChannelGraph.trace(TwoBranches(), IMAGES).group("middle")
+        trace(TwoBranches(), IMAGES).group("middle")
 
 
 def test_components() -> None:
@@ -251,7 +252,7 @@ def test_lazy_layers_are_named_with_the_way_out(lazy: nn.Module) -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 1), lazy, nn.LazyConv2d(4, 1))
     kind = type(lazy).__name__
     with pytest.raises(PruningError, match=rf"1 \({kind}\) has no sizes before .*; run the model once"):
-        ChannelGraph.trace(model, IMAGES)
+        trace(model, IMAGES)
     model(IMAGES)
     _, certificate = certified(model, IMAGES)
     assert certificate.ok, certificate

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pruning.channels import ChannelGraph
 from pruning.plan import PruningPlan
 from pruning.surgery import certify, prune
+from pruning.trace import trace
 from tests.pruning.models import certified, half, randomise
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -79,7 +79,7 @@ class Branching(nn.Module):
 def test_a_branch_that_turns_at_some_width_is_never_wrong(form: str, a: int, b: int) -> None:
     torch.manual_seed(0)
     model = randomise(nn.Sequential(Branching(form, a, b), nn.Conv2d(4, 6, 1), nn.Conv2d(6, 2, 1))).eval()
-    graph = ChannelGraph.trace(model, IMAGES)
+    graph = trace(model, IMAGES)
     assert "1" in [group.name for group in graph.groups], graph.report()
     full = PruningPlan.full(graph.groups)
     sizes = {group.name: group.size for group in graph.groups if group.name in ("0.first", "0.second")}

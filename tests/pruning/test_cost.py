@@ -8,11 +8,11 @@ import torch
 import torchvision
 from torch import nn
 
-from pruning.channels import ChannelGraph
 from pruning.cost import Cost, cost, costs, count
 from pruning.plan import PlanError, PruningPlan
 from pruning.saliency import uniform_plan
 from pruning.surgery import prune
+from pruning.trace import trace
 from tests.pruning.models import CifarResNet, PlainCNN, TwoBranches
 
 IMAGES = torch.randn(2, 3, 16, 16)
@@ -20,7 +20,7 @@ IMAGES = torch.randn(2, 3, 16, 16)
 
 def test_cost_by_hand() -> None:
     model = TwoBranches()
-    graph = ChannelGraph.trace(model, IMAGES)
+    graph = trace(model, IMAGES)
     pixels = 256
     assert cost(graph, PruningPlan.full(graph.groups)) == Cost(
         macs=pixels * (3 * 10 + 10 * 5), params=3 * 10 + 10 + 10 * 5 + 5, activation_bytes=4 * pixels * (10 + 10 + 5)
@@ -36,7 +36,7 @@ def test_known_networks() -> None:
 @pytest.mark.parametrize("option", ["A", "B"])
 def test_costs_equal_counts_for_random_plans(option: str) -> None:
     model = CifarResNet(option)
-    graph = ChannelGraph.trace(model, IMAGES)
+    graph = trace(model, IMAGES)
     plans = [uniform_plan(graph, ratio, saliency="random", seed=k) for k, ratio in enumerate((0.1, 0.4, 0.8, 1.0))]
     found = costs(graph, plans)
     for i, plan in enumerate(plans):
@@ -62,7 +62,7 @@ def test_matrix_products_are_counted() -> None:
             return self.out((self.q(x) @ self.k(x).transpose(1, 2)).softmax(-1) @ self.v(x))
 
     model, x = Attention(), torch.randn(2, 5, 3)
-    graph = ChannelGraph.trace(model, x)
+    graph = trace(model, x)
     assert [(g.name, g.size) for g in graph.groups] == [("q", 8), ("v", 6)]
     plan = PruningPlan.full(graph.groups).replace({"q": (0, 3, 4), "v": (1, 5)})
     found = cost(graph, plan)
@@ -72,11 +72,11 @@ def test_matrix_products_are_counted() -> None:
 
 def test_batch_does_not_matter() -> None:
     model = PlainCNN()
-    full = [ChannelGraph.trace(model, torch.randn(n, 3, 16, 16)) for n in (1, 4)]
+    full = [trace(model, torch.randn(n, 3, 16, 16)) for n in (1, 4)]
     assert len({cost(graph, PruningPlan.full(graph.groups)) for graph in full}) == 1
 
 
 def test_a_foreign_plan_is_refused() -> None:
-    graph = ChannelGraph.trace(PlainCNN(), IMAGES)
+    graph = trace(PlainCNN(), IMAGES)
     with pytest.raises(PlanError, match="another network"):
         cost(graph, PruningPlan({"x": 1}, {"x": (0,)}))

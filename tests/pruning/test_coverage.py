@@ -7,7 +7,7 @@ import torch
 
 from benchmarks._zoo import TIMM, build, torchvision_names
 from benchmarks.coverage import figures_of, peers, proven, write
-from pruning.channels import ChannelGraph
+from pruning.trace import trace
 
 NETWORKS = {
     "torchvision": (
@@ -26,7 +26,7 @@ NETWORKS = {
 @pytest.mark.parametrize(("source", "name"), [(source, name) for source, names in NETWORKS.items() for name in names])
 def test_half_of_every_group_can_go(source: str, name: str) -> None:
     model, example = build(source, name)
-    graph = ChannelGraph.trace(model, *example)
+    graph = trace(model, *example)
     row = proven(model, example, graph)
     assert row["status"] == "ok", row
     assert row["macs_left"] < 0.75
@@ -71,5 +71,5 @@ def test_the_page_and_the_figures(tmp_path) -> None:  # type: ignore[no-untyped-
 def test_on_a_gpu_and_in_half_precision(dtype: torch.dtype) -> None:
     model, (images,) = build("torchvision", "mobilenet_v3_small")
     model, example = model.to("cuda", dtype), (images.to("cuda", dtype),)
-    row = proven(model, example, ChannelGraph.trace(model, *example))
+    row = proven(model, example, trace(model, *example))
     assert row["status"] == "ok", row

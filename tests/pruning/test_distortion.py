@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruning.channels import ChannelGraph
 from pruning.distortion import distortions
 from pruning.plan import PruningPlan
 from pruning.surgery import prune
+from pruning.trace import trace
 from tests.pruning.models import CifarResNet, Net, PlainCNN, TwoBranches, half, randomise
 
 IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -39,7 +39,7 @@ def naive(
 
 
 def one(model: nn.Module, removed: Mapping[str, Sequence[int]], plan: PruningPlan | None = None) -> dict[str, float]:
-    graph = ChannelGraph.trace(model, IMAGES)
+    graph = trace(model, IMAGES)
     found = distortions(model, graph, plan or PruningPlan.full(graph.groups), [removed], [IMAGES])
     return {name: float(values[0]) for name, values in found.items()}
 
@@ -92,7 +92,7 @@ def test_in_a_linear_net_a_channel_before_a_flatten_is_several_inputs() -> None:
 def test_inplace_activations_and_grouped_convolutions() -> None:
     layers = [nn.Conv2d(3, 8, 3), nn.ReLU(True), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(True), nn.Conv2d(8, 4, 3)]
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * 10 * 10, 2)).eval()
-    graph = ChannelGraph.trace(model, IMAGES)
+    graph = trace(model, IMAGES)
     (group,) = (g for g in graph.groups if any(m.tensor == "2.weight" and m.reads for m in g.members))
     (member,) = (m for m in group.members if m.tensor == "2.weight" and m.reads)
     inputs = [half * 4 + int(i) for half in range(2) for i in member.index[1]]  # the same place in both halves
@@ -109,7 +109,7 @@ def test_each_half_of_a_concatenation_is_looked_at_alone() -> None:
 
 def test_with_a_plan_the_pruned_network_runs_and_channels_keep_their_numbers() -> None:
     model = randomise(CifarResNet("B")).eval()
-    graph = ChannelGraph.trace(model, IMAGES)
+    graph = trace(model, IMAGES)
     plan = half(graph)
     kept = plan.kept["layer3.conv1"]
     pruned = prune(model, graph, plan).eval()
@@ -124,7 +124,7 @@ def test_a_zero_filter_and_no_filter_do_no_damage() -> None:
         model.layer1.bn1.weight[3] = 0
         model.layer1.bn1.bias[3] = -1  # ReLU makes it zero
         model.layer1.bn1.bias[2] = 5  # and cannot make this one zero
-    graph = ChannelGraph.trace(model, IMAGES)
+    graph = trace(model, IMAGES)
     full = PruningPlan.full(graph.groups)
     removed = [{"layer1.conv1": (3,)}, {"layer1.conv1": ()}, {"layer1.conv1": (2,)}, {"layer2.conv1": (0,)}]
     found = distortions(model, graph, full, removed, [IMAGES] * 4)
@@ -137,7 +137,7 @@ def test_a_zero_filter_and_no_filter_do_no_damage() -> None:
 def test_the_weights_of_a_base_are_looked_at_and_the_model_is_left_as_it_was() -> None:
     model, other = randomise(CifarResNet("B")).train(), randomise(CifarResNet("B"), seed=1).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    graph = ChannelGraph.trace(model, IMAGES)
+    graph = trace(model, IMAGES)
     full = PruningPlan.full(graph.groups)
     found = distortions(model, graph, full, [{"layer1.conv1": [0]}], [IMAGES], other.state_dict())
     assert found["layer1.conv1"][0] == pytest.approx(one(other, {"layer1.conv1": [0]})["layer1.conv1"])
@@ -166,7 +166,7 @@ def test_errors_name_the_group() -> None:
     model = TwoBranches().eval()
     with pytest.raises(ValueError, match=r"no channel group 'up'; the network has \['left', 'right'"):
         one(model, {"up": [0]})
-    graph = ChannelGraph.trace(model, IMAGES)
+    graph = trace(model, IMAGES)
     plan = PruningPlan.full(graph.groups).replace({"left": [0, 1]})
     with pytest.raises(ValueError, match=r"batch 0: channels \[4\] of group 'left' are not kept by the plan"):
         one(model, {"left": [1, 4]}, plan)
@@ -177,7 +177,7 @@ def test_errors_name_the_group() -> None:
         head=nn.Linear(16, 2),
     ).eval()
     tokens = torch.randn(2, 5, 16)
-    graph = ChannelGraph.trace(attention, tokens)
+    graph = trace(attention, tokens)
     (name,) = [group.name for group in graph.groups if group.size == 8]
     with pytest.raises(ValueError, match=r"'q' is read by no linear layer and no convolution.*search.frozen"):
         distortions(attention, graph, PruningPlan.full(graph.groups), [{name: [0]}], [tokens])

@@ -12,7 +12,8 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from pruning.channels import ChannelGraph
 from pruning.feature_maps import cosine_distance, feature_distance
-from pruning.search.clustering import dbscan, num_kept
+from pruning.search.methods.clustering import dbscan, num_kept
+from pruning.trace import trace
 from tests.numerics import rounding
 from tests.pruning.models import CifarResNet, Net, PlainCNN, TwoBranches, randomise
 
@@ -33,7 +34,7 @@ def mean_rows(maps: Tensor) -> Tensor:
 
 def traced(model: nn.Module) -> tuple[nn.Module, ChannelGraph]:
     randomise(model).eval()
-    return model, ChannelGraph.trace(model, IMAGES[:1])
+    return model, trace(model, IMAGES[:1])
 
 
 def test_maps_are_taken_before_batch_norm_and_averaged_over_images() -> None:
@@ -55,7 +56,7 @@ def test_images_may_come_as_a_list_and_differ_in_size() -> None:
     model = Net(
         lambda m, images: [m.last(m.first(x[None])) for x in images], first=nn.Conv2d(3, 8, 1), last=nn.Conv2d(8, 4, 1)
     )
-    graph = ChannelGraph.trace(model, [IMAGES[0]])
+    graph = trace(model, [IMAGES[0]])
     small = F.avg_pool2d(IMAGES[1], 2)
     found = feature_distance(model, graph, [[IMAGES[0]], [small]], max_positions=64)["first"]
     maps = torch.stack([F.adaptive_avg_pool2d(model.first(x), 8) for x in (IMAGES[0], small)])
@@ -130,7 +131,7 @@ def test_depthwise_convolutions_are_left_out() -> None:
         depth=nn.Conv2d(8, 8, 3, groups=8),
         last=nn.Conv2d(8, 4, 1),
     )
-    graph = ChannelGraph.trace(model, IMAGES[:1])
+    graph = trace(model, IMAGES[:1])
     assert feature_distance(model, graph, [IMAGES])["first"] == pytest.approx(
         cosine(mean_rows(model.first(IMAGES))), abs=NEAR
     )
@@ -138,7 +139,7 @@ def test_depthwise_convolutions_are_left_out() -> None:
 
 def test_transposed_convolutions_hold_their_channels_in_the_second_dimension() -> None:
     model = Net(lambda m, x: m.last(F.relu(m.up(x))), up=nn.ConvTranspose2d(3, 8, 2, stride=2), last=nn.Conv2d(8, 4, 1))
-    graph = ChannelGraph.trace(model, IMAGES[:1])
+    graph = trace(model, IMAGES[:1])
     assert feature_distance(model, graph, [IMAGES])["up"] == pytest.approx(
         cosine(mean_rows(model.up(IMAGES))), abs=NEAR
     )
@@ -150,7 +151,7 @@ def test_a_layer_that_runs_twice_has_both_maps_side_by_side() -> None:
         head=nn.Conv2d(3, 8, 1),
         last=nn.Conv2d(8, 4, 1),
     )
-    graph = ChannelGraph.trace(model, IMAGES[:1])
+    graph = trace(model, IMAGES[:1])
     both = [mean_rows(model.head(x)) for x in (IMAGES, F.avg_pool2d(IMAGES, 2))]
     assert feature_distance(model, graph, [IMAGES])["head"] == pytest.approx(cosine(torch.cat(both, 1)), abs=NEAR)
 
@@ -158,7 +159,7 @@ def test_a_layer_that_runs_twice_has_both_maps_side_by_side() -> None:
 def test_a_parametrized_weight_is_followed_to_its_layer() -> None:
     model = TwoBranches()
     weight_norm(model.left)
-    graph = ChannelGraph.trace(model, IMAGES[:1])
+    graph = trace(model, IMAGES[:1])
     expected = cosine(mean_rows(model.left(IMAGES)))
     assert feature_distance(model, graph, [IMAGES])["left"] == pytest.approx(expected, abs=NEAR)
 
@@ -166,7 +167,7 @@ def test_a_parametrized_weight_is_followed_to_its_layer() -> None:
 def test_weights_outside_of_layers_are_compared_themselves() -> None:
     w = nn.Parameter(torch.randn(3, 8))
     model = Net(lambda m, x: m.last((x.mean((2, 3)) @ m.w).relu()), w=w, last=nn.Linear(8, 4))
-    graph = ChannelGraph.trace(model, IMAGES[:1])
+    graph = trace(model, IMAGES[:1])
     assert feature_distance(model, graph, [IMAGES])["w"] == pytest.approx(cosine(w.detach().T), abs=NEAR)
 
 
@@ -202,7 +203,7 @@ def test_opposite_maps_are_at_distance_two() -> None:
 
 def test_the_model_comes_back_untouched() -> None:
     model = randomise(CifarResNet("A")).train()
-    graph = ChannelGraph.trace(model, IMAGES[:1])
+    graph = trace(model, IMAGES[:1])
     before = {name: (tensor.clone(), tensor._version) for name, tensor in model.state_dict(keep_vars=True).items()}
     random, hooks = torch.random.get_rng_state(), len(nn_module._global_forward_hooks)
     feature_distance(model, graph, [IMAGES])

@@ -18,10 +18,10 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from pruning.channels import ChannelGraph
 from pruning.cost import cost, count
 from pruning.saliency import uniform_plan
 from pruning.surgery import certify, prune
+from pruning.trace import trace
 from tests.pruning.models import CifarResNet, Net, randomise
 
 
@@ -1156,7 +1156,7 @@ def test_operator(name: str) -> None:
     case = CASES[name]
     torch.manual_seed(0)
     model = randomise(case.build()).train()
-    graph = ChannelGraph.trace(model, *case.inputs, **case.kwargs)
+    graph = trace(model, *case.inputs, **case.kwargs)
     assert {g.name: g.size for g in graph.groups} == {n: int(k) for n, k in (g.split("=") for g in case.groups.split())}
     for keep_ratio in (0.5, 1e-9):
         plan = uniform_plan(graph, keep_ratio, saliency="random")

@@ -19,6 +19,7 @@ from pruning.channels import ChannelGraph, assemble
 from pruning.cost import cost, count
 from pruning.plan import PruningPlan
 from pruning.surgery import certify, load_pruned, prune, save_pruned, scatter
+from pruning.trace import trace
 from pruning.weights import inherit
 from tests.pruning.models import CifarResNet, Net, PlainCNN, TwoBranches, certified, randomise
 
@@ -129,7 +130,7 @@ SEEDS = st.integers(0, 2**16)
 def traced(kinds: list[tuple[str, int]], seed: int) -> tuple[nn.Module, ChannelGraph]:
     torch.manual_seed(seed)
     model = randomise(Composed(kinds), seed)
-    return model, ChannelGraph.trace(model, SMALL)
+    return model, trace(model, SMALL)
 
 
 def random_plan(graph: ChannelGraph, rng: np.random.Generator, least: int = 1) -> PruningPlan:
@@ -168,7 +169,7 @@ def test_pruning_twice_is_pruning_by_the_composed_plan(kinds: list[tuple[str, in
     rng = np.random.default_rng(seed)
     first = random_plan(graph, rng, least=2)
     once = prune(model, graph, first)
-    regraph = ChannelGraph.trace(once, SMALL)
+    regraph = trace(once, SMALL)
     assert {g.name: g.size for g in regraph.groups} == first.widths
     second = random_plan(regraph, rng)
     composed = first.replace({n: [first.kept[n][i] for i in kept] for n, kept in second.kept.items()})

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruning.channels import ChannelGraph
 from pruning.cost import cost, count
 from pruning.plan import PruningPlan
 from pruning.surgery import certify, prune
+from pruning.trace import trace
 from tests.pruning.models import half, randomise
 
 TOKENS = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(1))
@@ -51,7 +51,7 @@ KERNELS: dict[str, Callable[[], dict[str, object]]] = {
 def test_fused_attention_with_heads_of_unequal_sizes(name: str, value_dim: int, widths: tuple[int, int]) -> None:
     torch.manual_seed(0)
     model = randomise(nn.Sequential(nn.Linear(6, 6), Fused(KERNELS[name], value_dim), nn.Linear(6, 2))).eval()
-    graph = ChannelGraph.trace(model, TOKENS)
+    graph = trace(model, TOKENS)
     sizes = {group.name: group.size for group in graph.groups}
     assert sizes["1.q"] == 8 and sizes["1.v"] == value_dim
     kept = {"1.q": range(widths[0]), "1.v": range(min(value_dim, widths[1]))}
@@ -99,7 +99,7 @@ def test_views_with_an_inferred_size(form: str, heads: int, head_dim: int) -> No
     if form == "size" and heads != 3:
         pytest.skip("the literal is 3")
     model = randomise(nn.Sequential(model, nn.Linear(6, 2))).eval()
-    graph = ChannelGraph.trace(model, TOKENS)
+    graph = trace(model, TOKENS)
     assert "0.qkv" in [group.name for group in graph.groups], graph.report()
     for seed in range(2):
         plan = half(graph, seed)

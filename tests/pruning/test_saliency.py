@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pruning.channels import ChannelGraph
 from pruning.plan import PruningPlan
 from pruning.saliency import CRITERIA, channel_saliency, directions, distances, uniform_plan
+from pruning.trace import trace
 from tests.pruning.models import CifarResNet, Net, PlainCNN, TwoBranches, randomise
 
 IMAGES = torch.randn(2, 3, 16, 16)
@@ -37,12 +38,12 @@ def rows(weight: Tensor, dim: int = 0) -> np.ndarray:
 def resnet() -> tuple[nn.Module, ChannelGraph]:
     torch.manual_seed(3)
     model = randomise(CifarResNet("B"))
-    return model, ChannelGraph.trace(model, IMAGES)
+    return model, trace(model, IMAGES)
 
 
 def test_norms_of_the_producing_rows() -> None:
     model = TwoBranches()
-    graph = ChannelGraph.trace(model, IMAGES)
+    graph = trace(model, IMAGES)
     left = rows(model.left.weight)
     assert np.allclose(channel_saliency(model, graph, "l1")["left"], np.abs(left).sum(1))
     assert np.allclose(channel_saliency(model, graph, "l2")["left"], np.sqrt((left**2).sum(1)))
@@ -50,7 +51,7 @@ def test_norms_of_the_producing_rows() -> None:
 
 def test_scores_are_summed_over_the_layers_of_a_group() -> None:
     model = CifarResNet("B")
-    graph = ChannelGraph.trace(model, IMAGES)
+    graph = trace(model, IMAGES)
     expected = sum(w.detach().abs().double().sum((1, 2, 3)) for w in (model.conv1.weight, model.layer1.conv2.weight))
     scores = channel_saliency(model, graph, "l1")
     assert np.allclose(scores["conv1"], expected.numpy())
@@ -87,13 +88,13 @@ def test_scales_of_all_batch_norms_that_carry_the_channel() -> None:
 
 def test_without_batch_norm_a_group_falls_back_to_relative_norms_and_a_network_is_refused() -> None:
     model = PlainCNN()
-    scores = channel_saliency(model, ChannelGraph.trace(model, IMAGES), "bn_scale")
+    scores = channel_saliency(model, trace(model, IMAGES), "bn_scale")
     norm = np.linalg.norm(rows(model.conv2.weight), axis=1)
     assert np.allclose(scores["conv1"], model.bn1.weight.detach().double())
     assert np.allclose(scores["conv2"], norm / norm.mean())
     bare = TwoBranches()
     with pytest.raises(ValueError, match=r"needs batch norms .* use l1, l2 or taylor"):
-        channel_saliency(bare, ChannelGraph.trace(bare, IMAGES), "bn_scale")
+        channel_saliency(bare, trace(bare, IMAGES), "bn_scale")
 
 
 def test_weight_dependency_by_hand() -> None:
@@ -109,7 +110,7 @@ def test_weight_dependency_by_hand() -> None:
 
 def test_bn_dependency_by_hand_with_a_flatten() -> None:
     model = randomise(PlainCNN())
-    scores = channel_saliency(model, ChannelGraph.trace(model, IMAGES), "bn_dependency")
+    scores = channel_saliency(model, trace(model, IMAGES), "bn_dependency")
     read = np.linalg.norm(rows(model.conv2.weight, 1), axis=1)
     assert np.allclose(scores["conv1"], model.bn1.weight.detach().abs().double().numpy() * read)
     blocks = rows(model.fc1.weight, 1).reshape(12, -1)  # a channel of conv2 is 16 inputs of fc1
@@ -234,7 +235,7 @@ def test_every_kind_of_layer_is_scored_and_the_model_is_left_as_it_was(layer: st
     torch.manual_seed(0)
     model = build().train()
     model.a.weight.requires_grad_(False)
-    graph = ChannelGraph.trace(model, torch.randn(2, *shape))
+    graph = trace(model, torch.randn(2, *shape))
     data = [(torch.randn(4, *shape), torch.randint(5, (4,))) for _ in range(2)]
     before = {n: t.clone() for n, t in model.state_dict().items()}
     state = torch.get_rng_state()
@@ -255,7 +256,7 @@ def test_dropout_falls_the_same_under_the_same_seed(criterion: str) -> None:
     model = Net(
         lambda m, x: m.b(m.drop(F.relu(m.a(x)))), a=nn.Linear(3, 8), b=nn.Linear(8, 5), drop=nn.Dropout(0.5)
     ).eval()
-    graph = ChannelGraph.trace(model, torch.randn(2, 3))
+    graph = trace(model, torch.randn(2, 3))
     data = [(torch.randn(4, 3), torch.randint(5, (4,)))]
 
     def score(seed: int) -> list[float]:
@@ -268,14 +269,14 @@ def test_dropout_falls_the_same_under_the_same_seed(criterion: str) -> None:
 
 
 def test_random_depends_on_the_seed_only() -> None:
-    graph = ChannelGraph.trace(TwoBranches(), IMAGES)
+    graph = trace(TwoBranches(), IMAGES)
     plans = [uniform_plan(graph, 0.5, saliency="random", seed=s) for s in (1, 1, 2)]
     assert plans[0] == plans[1] != plans[2]
 
 
 def test_uniform_plan_keeps_the_largest() -> None:
     model = TwoBranches()
-    graph = ChannelGraph.trace(model, IMAGES)
+    graph = trace(model, IMAGES)
     with torch.no_grad():
         model.left.weight[:] = torch.tensor([1.0, 9, 8, 2, 7, 3]).view(6, 1, 1, 1)
     plan = uniform_plan(graph, 0.5, model=model)
@@ -287,7 +288,7 @@ def test_uniform_plan_keeps_the_largest() -> None:
 
 def test_wrong_arguments_name_the_right_ones() -> None:
     model = TwoBranches()
-    graph = ChannelGraph.trace(model, IMAGES)
+    graph = trace(model, IMAGES)
     with pytest.raises(ValueError, match=r"unknown saliency criterion 'l3'; known: \['bn_dependency', .*'random'"):
         channel_saliency(model, graph, "l3")
     with pytest.raises(ValueError, match="'taylor' is computed from gradients: pass batches= and loss="):

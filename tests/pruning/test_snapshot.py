@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruning.channels import ChannelGraph
 from pruning.cost import count
 from pruning.saliency import uniform_plan
 from pruning.snapshot import Snapshot
 from pruning.surgery import certify, prune
+from pruning.trace import trace
 from pruning.tracer import PruningError, undisturbed
 from tests.pruning.models import Net, certified, half, randomise
 
@@ -266,7 +266,7 @@ def test_tracing_and_all_that_runs_a_model_leave_no_marks(name: str, has_run: bo
     if has_run:
         model(IMAGES)
     before = image_of(model), image_of(SEEN)
-    graph = ChannelGraph.trace(model, IMAGES)
+    graph = trace(model, IMAGES)
     plan = half(graph)
     certify(model, prune(model, graph, plan), graph, plan, IMAGES)
     count(model, IMAGES)
@@ -278,7 +278,7 @@ def test_tracing_and_all_that_runs_a_model_leave_no_marks(name: str, has_run: bo
 def test_what_a_forward_kept_does_not_reach_the_pruned_network(name: str, gradients: bool) -> None:
     SEEN.clear()
     model = randomise(MODELS[name]()).eval()
-    graph = ChannelGraph.trace(model, IMAGES)
+    graph = trace(model, IMAGES)
     assert graph.groups
     plan = half(graph)
     with torch.set_grad_enabled(gradients):  # caches and features of the dense size are there now
@@ -299,7 +299,7 @@ def test_a_model_traced_after_a_run_is_pruned_rightly() -> None:
         SEEN.clear()
         model = randomise(make()).eval()
         model(IMAGES)
-        graph = ChannelGraph.trace(model, IMAGES)
+        graph = trace(model, IMAGES)
         plan = half(graph)
         certificate = certify(model, prune(model, graph, plan), graph, plan, IMAGES)
         assert certificate.ok, (name, certificate)
@@ -307,7 +307,7 @@ def test_a_model_traced_after_a_run_is_pruned_rightly() -> None:
 
 def test_what_cannot_be_copied_is_named() -> None:
     model = Keeps()
-    graph = ChannelGraph.trace(model, IMAGES)
+    graph = trace(model, IMAGES)
     model.second.lock = threading.Lock()
     with pytest.raises(PruningError, match="attribute 'lock' of second"):
         prune(model, graph, half(graph))
@@ -324,14 +324,14 @@ def test_two_threads_trace_at_once() -> None:
     torch.backends.mha.set_fastpath_enabled(True)
     models = [randomise(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), seed).eval() for seed in range(4)]
     tokens = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
-    alone = [group.name for group in ChannelGraph.trace(models[0], tokens).groups]
+    alone = [group.name for group in trace(models[0], tokens).groups]
     found: list[Any] = []
     stop = threading.Event()
 
-    def trace(model: nn.Module) -> None:
+    def trace_often(model: nn.Module) -> None:
         try:
             for _ in range(3):
-                graph = ChannelGraph.trace(model, tokens)
+                graph = trace(model, tokens)
                 plan = half(graph)
                 found.append([g.name for g in graph.groups])
                 assert certify(model, prune(model, graph, plan), graph, plan, tokens).ok
@@ -348,7 +348,7 @@ def test_two_threads_trace_at_once() -> None:
                 found.append(error)
                 return
 
-    threads = [threading.Thread(target=trace, args=(model,)) for model in (*models, models[0])]
+    threads = [threading.Thread(target=trace_often, args=(model,)) for model in (*models, models[0])]
     bystander = threading.Thread(target=infer)
     bystander.start()
     for thread in threads:
@@ -376,7 +376,7 @@ def test_no_flag_of_torch_is_changed_for_other_threads() -> None:
 def test_fused_attention_of_a_module_is_not_taken() -> None:
     layer = nn.MultiheadAttention(8, 2, batch_first=True)
     x = torch.randn(1, 3, 8)
-    graph = ChannelGraph.trace(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), x)
+    graph = trace(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), x)
     assert graph.groups
     with undisturbed(layer):
         assert F.relu(layer(x, x, x)[0]).shape == x.shape
@@ -442,7 +442,7 @@ def test_what_a_module_was_made_with_reaches_the_pruned_network(
     model, example = Anchored(held_in, dtype).eval(), torch.randn(1, 3, 8, 8)
     if has_run:
         model(example)
-    graph = ChannelGraph.trace(model, example)
+    graph = trace(model, example)
     assert [group.name for group in graph.groups] == ["conv"]
     plan = uniform_plan(graph, 0.5, model=model)
     assert certify(model, prune(model, graph, plan), graph, plan, example).ok

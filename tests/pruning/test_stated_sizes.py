@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruning.channels import ChannelGraph
 from pruning.saliency import uniform_plan
 from pruning.surgery import certify, prune
+from pruning.trace import trace
 from tests.pruning.models import Net, randomise
 
 
@@ -330,7 +330,7 @@ def test_all_of_it_can_go_by_random_plans(name: str) -> None:
     case = CASES[name]
     torch.manual_seed(0)
     model = randomise(case.build()).eval()
-    graph = ChannelGraph.trace(model, case.example)
+    graph = trace(model, case.example)
     assert {g.name: g.size for g in graph.groups} == {n: int(k) for n, k in (g.split("=") for g in case.groups.split())}
     for seed, ratio in enumerate((0.3, 0.5, 0.7, 1e-9)):
         plan = uniform_plan(graph, ratio, saliency="random", seed=seed)
@@ -346,7 +346,7 @@ def test_a_made_tensor_that_meets_channels_and_an_input_freezes_the_channels() -
         return m.b(m.a(x * one) * one)
 
     model = Net(run, a=nn.Conv2d(3, 3, 1), b=nn.Conv2d(3, 2, 1))
-    assert not ChannelGraph.trace(model, IMAGE).groups
+    assert not trace(model, IMAGE).groups
 
 
 def test_one_attribute_for_channels_and_for_a_fixed_size_freezes_the_channels() -> None:
@@ -360,7 +360,7 @@ def test_one_attribute_for_channels_and_for_a_fixed_size_freezes_the_channels() 
             return self.b(self.a(x).view(2, self.n, 64).view(2, -1, self.n, 8))
 
     model = Both()
-    graph = ChannelGraph.trace(model, IMAGE)
+    graph = trace(model, IMAGE)
     assert not graph.groups and "size written in the code" in graph.frozen[0].reason
 
 
@@ -381,7 +381,7 @@ def test_small_groups_that_stay_whole_in_one_trial_lose_something_in_another() -
 
     tokens = noise(2, 5, 10)
     model = nn.Sequential(*(Heads() for _ in range(9)), nn.Linear(10, 2))
-    graph = ChannelGraph.trace(model, tokens)
+    graph = trace(model, tokens)
     plan = uniform_plan(graph, 0.5, saliency="random")
     assert certify(model, prune(model, graph, plan), graph, plan, tokens).ok
 
@@ -413,7 +413,7 @@ class Bins(nn.Module):
 @pytest.mark.parametrize("how", ["a convolution", "a linear layer", "a product of matrices", "a product and a sum"])
 def test_bins_of_a_distribution_stay(how: str) -> None:
     model, example = Bins(how).eval(), torch.randn(1, 3, 6, 6)
-    graph = ChannelGraph.trace(model, example)
+    graph = trace(model, example)
     assert [group.name for group in graph.groups] == ["stem"]
     assert "bins of a distribution" in graph.report()
     plan = uniform_plan(graph, 0.5, model=model)

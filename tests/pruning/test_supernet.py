@@ -13,6 +13,7 @@ from torch import nn
 from pruning.channels import ChannelGraph
 from pruning.plan import PruningPlan
 from pruning.supernet import PruningNet, Supernet, involved, run_at, scaled_space, weights_for
+from pruning.trace import trace
 from pruning.weights import inherit
 from tests.pruning.models import BasicBlock, Net, PlainCNN, half, randomise
 
@@ -62,7 +63,7 @@ def traced(name: str) -> tuple[nn.Module, ChannelGraph, torch.Tensor]:
     torch.manual_seed(0)
     x = example(side=16 if name == "plain" else 8)
     model = randomise(NETWORKS[name]()).eval()
-    return model, ChannelGraph.trace(model, x), x
+    return model, trace(model, x), x
 
 
 def state_of(model: nn.Module, graph: ChannelGraph, net: PruningNet, plan: PruningPlan) -> dict[str, torch.Tensor]:

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from pruning.channels import ChannelGraph
 from pruning.cost import cost, count
 from pruning.plan import PruningPlan
 from pruning.saliency import uniform_plan
 from pruning.surgery import certify, compare_outputs, copied, load_pruned, prune, save_pruned, scatter
+from pruning.trace import trace
 from pruning.tracer import PruningError
 from pruning.weights import inherit
 from tests.pruning.models import CifarResNet, PlainCNN, Tied, TwoBranches, certified, half, randomise
@@ -43,7 +43,7 @@ TORCHVISION = {
 def test_certificate_and_cost_on_torchvision(name: str) -> None:
     torch.manual_seed(0)
     model = randomise(getattr(torchvision.models, name)(weights=None, num_classes=10, **TORCHVISION[name]))
-    graph = ChannelGraph.trace(model, LARGE)
+    graph = trace(model, LARGE)
     plan = half(graph)
     pruned = prune(model, graph, plan)
     certificate = certify(model, pruned, graph, plan, LARGE)
@@ -85,7 +85,7 @@ def test_surgery_updates_the_layers_own_sizes() -> None:
 def test_pruned_copy_is_independent_and_trains() -> None:
     model = CifarResNet("B").train()
     model.conv1.weight.requires_grad_(False)
-    graph = ChannelGraph.trace(model, IMAGES)
+    graph = trace(model, IMAGES)
     pruned = prune(model, graph, half(graph))
     assert pruned.training
     assert {p.data_ptr() for p in pruned.parameters()}.isdisjoint(p.data_ptr() for p in model.parameters())
@@ -129,14 +129,14 @@ def test_tied_weights_stay_tied() -> None:
 
 
 def test_prune_refuses_another_architecture() -> None:
-    graph = ChannelGraph.trace(CifarResNet("B"), IMAGES)
+    graph = trace(CifarResNet("B"), IMAGES)
     with pytest.raises(PruningError, match=r"layer2.shortcut.0.weight: expected \(16, 8, 1, 1\), got no such tensor"):
         prune(CifarResNet("A"), graph, half(graph))
 
 
 def test_scatter_is_the_inverse_of_slicing() -> None:
     model = randomise(CifarResNet("A"))
-    graph = ChannelGraph.trace(model, IMAGES)
+    graph = trace(model, IMAGES)
     plan = half(graph)
     state = {
         n: torch.randn_like(t) if t.is_floating_point() else t
@@ -150,7 +150,7 @@ def test_scatter_is_the_inverse_of_slicing() -> None:
 
 def test_pruning_twice_is_pruning_by_the_composed_plan() -> None:
     model = randomise(CifarResNet("B"))
-    graph = ChannelGraph.trace(model, IMAGES)
+    graph = trace(model, IMAGES)
     first = uniform_plan(graph, 0.75, model=model)
     second = first.replace({name: kept[::2] for name, kept in first.kept.items()})
     assert second.is_within(first)
@@ -159,7 +159,7 @@ def test_pruning_twice_is_pruning_by_the_composed_plan() -> None:
         for parameter in trained.parameters():
             parameter.mul_(1.1)
     composed = inherit(model, graph, second, scatter(model, graph, first, trained.state_dict()))
-    regraph = ChannelGraph.trace(trained, IMAGES)
+    regraph = trace(trained, IMAGES)
     sub = PruningPlan.full(regraph.groups).replace({n: range(0, s, 2) for n, s in first.widths.items()})
     direct = prune(trained, regraph, sub)
     assert all(
@@ -169,7 +169,7 @@ def test_pruning_twice_is_pruning_by_the_composed_plan() -> None:
 
 def test_wrong_states_are_refused() -> None:
     model = CifarResNet("B")
-    graph = ChannelGraph.trace(model, IMAGES)
+    graph = trace(model, IMAGES)
     with pytest.raises(PruningError, match="conv1"):
         scatter(model, graph, half(graph), model.state_dict())
     with pytest.raises(PruningError, match="conv1"):
@@ -178,7 +178,7 @@ def test_wrong_states_are_refused() -> None:
 
 def test_save_and_load(tmp_path: Path) -> None:
     for model, x in ((randomise(CifarResNet("A")), IMAGES), (Tied(), torch.randn(2, 3))):
-        graph = ChannelGraph.trace(model, x)
+        graph = trace(model, x)
         plan = half(graph)
         pruned = prune(model, graph, plan).eval()
         save_pruned(tmp_path, pruned, plan)
@@ -191,7 +191,7 @@ def test_save_and_load(tmp_path: Path) -> None:
 
 def test_load_explains_what_does_not_fit(tmp_path: Path) -> None:
     model = CifarResNet("B")
-    graph = ChannelGraph.trace(model, IMAGES)
+    graph = trace(model, IMAGES)
     plan = half(graph)
     with pytest.raises(PruningError, match=r"cannot load .*plan\.json"):
         load_pruned(tmp_path, model, graph)
@@ -199,7 +199,7 @@ def test_load_explains_what_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(PruningError, match="not the traced one"):
         load_pruned(tmp_path, CifarResNet("A"), graph)
     with pytest.raises(PruningError, match="another network"):
-        load_pruned(tmp_path, TwoBranches(), ChannelGraph.trace(TwoBranches(), IMAGES))
+        load_pruned(tmp_path, TwoBranches(), trace(TwoBranches(), IMAGES))
     data = json.loads((tmp_path / "plan.json").read_text())
     data["groups"]["conv1"]["keep"] = "0-3"
     (tmp_path / "plan.json").write_text(json.dumps(data))
@@ -213,7 +213,7 @@ def test_load_explains_what_does_not_fit(tmp_path: Path) -> None:
 
 def test_a_pruned_model_with_any_byte_changed_or_cut_there_is_loaded_or_refused(tmp_path: Path) -> None:
     model = PlainCNN()
-    graph = ChannelGraph.trace(model, IMAGES)
+    graph = trace(model, IMAGES)
     plan = half(graph)
     save_pruned(tmp_path, prune(model, graph, plan), plan)
     rng = np.random.default_rng(0)
@@ -242,7 +242,7 @@ ODD_PLANS = {
 @pytest.mark.parametrize("kind", ODD_PLANS)
 def test_plans_that_are_none(kind: str, tmp_path: Path) -> None:
     model = PlainCNN()
-    graph = ChannelGraph.trace(model, IMAGES)
+    graph = trace(model, IMAGES)
     save_pruned(tmp_path, prune(model, graph, half(graph)), half(graph))
     (tmp_path / "plan.json").write_bytes(ODD_PLANS[kind])
     with pytest.raises(PruningError, match="cannot load"):
@@ -251,7 +251,7 @@ def test_plans_that_are_none(kind: str, tmp_path: Path) -> None:
 
 def test_the_certificate_catches_wrong_weights_and_shapes() -> None:
     model = randomise(PlainCNN())
-    graph = ChannelGraph.trace(model, IMAGES)
+    graph = trace(model, IMAGES)
     plan = half(graph)
     pruned = prune(model, graph, plan)
     pruned.conv1.weight.data[0, 0, 0, 0] += 1
@@ -271,7 +271,7 @@ def test_the_certificate_says_which_sizes_written_in_the_code_fail() -> None:
             return self.fc2(self.fc1(x.view(-1, 12 * 16)))
 
     model = randomise(PlainCNN())
-    graph = ChannelGraph.trace(model, IMAGES)
+    graph = trace(model, IMAGES)
     baked = Baked()
     baked.load_state_dict(model.state_dict())
     certificate = certify(baked, prune(baked, graph, half(graph)), graph, half(graph), IMAGES)
@@ -319,7 +319,7 @@ class WithExtraState(nn.Conv2d):
 @pytest.mark.parametrize("extra", [{"steps": [1, 2.5, "a"], "none": None}, 3, "text", None, []])
 def test_extra_state_is_saved_and_loaded(tmp_path: Path, extra: object) -> None:
     model = nn.Sequential(WithExtraState(3, 8, 1), nn.Conv2d(8, 4, 1)).eval()
-    graph = ChannelGraph.trace(model, IMAGES)
+    graph = trace(model, IMAGES)
     plan = half(graph)
     pruned = prune(model, graph, plan)
     pruned[0].set_extra_state(extra)
@@ -333,7 +333,7 @@ def test_extra_state_is_saved_and_loaded(tmp_path: Path, extra: object) -> None:
 @pytest.mark.parametrize("extra", [torch.zeros(2), (1, 2), {1: 2}, b"bytes", {1}, object(), float("nan")])
 def test_extra_state_that_no_file_holds_is_refused_by_name(tmp_path: Path, extra: object) -> None:
     model = nn.Sequential(WithExtraState(3, 8, 1), nn.Conv2d(8, 4, 1))
-    graph = ChannelGraph.trace(model, IMAGES)
+    graph = trace(model, IMAGES)
     plan = half(graph)
     pruned = prune(model, graph, plan)
     pruned[0].set_extra_state(extra)
@@ -353,7 +353,7 @@ def test_hooks_that_rename_a_state_dict_do_not_matter(tmp_path: Path) -> None:
     for hook in (rename, drop):
         model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)).eval()
         model[1].register_buffer("passing", torch.ones(8), persistent=False)
-        graph = ChannelGraph.trace(model, IMAGES)
+        graph = trace(model, IMAGES)
         plan = half(graph)
         model[0].register_state_dict_post_hook(hook)
         pruned = prune(model, graph, plan)
@@ -372,7 +372,7 @@ def test_channels_last_weights_stay_channels_last(tmp_path: Path, dims: int) -> 
     conv, layout = (nn.Conv2d, torch.channels_last) if dims == 2 else (nn.Conv3d, torch.channels_last_3d)
     model = nn.Sequential(conv(3, 8, 3, padding=1), conv(8, 6, 1), conv(6, 4, 3)).to(memory_format=layout).eval()
     x = torch.randn(1, 3, *(8,) * dims).to(memory_format=layout)
-    graph = ChannelGraph.trace(model, x)
+    graph = trace(model, x)
     plan = half(graph)
     pruned = prune(model, graph, plan)
     save_pruned(tmp_path, pruned, plan)
@@ -381,5 +381,5 @@ def test_channels_last_weights_stay_channels_last(tmp_path: Path, dims: int) -> 
             assert network[i].weight.is_contiguous(memory_format=layout)
             assert not network[i].weight.is_contiguous()
     contiguous = nn.Sequential(conv(3, 8, 3), conv(8, 4, 3))
-    graph = ChannelGraph.trace(contiguous, x)
+    graph = trace(contiguous, x)
     assert all(p.is_contiguous() for p in prune(contiguous, graph, half(graph)).parameters())

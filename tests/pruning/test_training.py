@@ -15,8 +15,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from pruning.channels import ChannelGraph
 from pruning.surgery import load_pruned, prune, save_pruned
+from pruning.trace import trace
 from tests.pruning.models import CifarResNet, Net, PlainCNN, Tied, half, randomise
 
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -60,7 +60,7 @@ def pruned_half(name: str) -> tuple[nn.Module, nn.Module, Tensor]:
     torch.manual_seed(0)
     build, x = NETWORKS[name]
     model = randomise(build())
-    graph = ChannelGraph.trace(model, x)
+    graph = trace(model, x)
     return model, prune(model, graph, half(graph)).eval(), x
 
 
@@ -95,7 +95,7 @@ def test_a_head_that_only_training_uses() -> None:
         return [m.head(y), m.auxiliary(y)] if m.training else [m.head(y)]
 
     model = Net(run, trunk=nn.Conv2d(3, 8, 1), head=nn.Conv2d(8, 2, 1), auxiliary=nn.Conv2d(8, 2, 1))
-    graph = ChannelGraph.trace(model, IMAGES)
+    graph = trace(model, IMAGES)
     pruned = prune(model, graph, half(graph)).train()
     assert [tuple(y.shape) for y in pruned(IMAGES)] == [(4, 2, 16, 16)] * 2
 
@@ -121,7 +121,7 @@ def test_saved_after_training(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     build, x = NETWORKS[name]
     model = build()
-    graph = ChannelGraph.trace(model, x)
+    graph = trace(model, x)
     plan = half(graph)
     pruned = prune(model, graph, plan).train()
     pruned(x).square().sum().backward()
@@ -212,5 +212,5 @@ def test_looking_at_what_runs_in_training_only_leaves_running_statistics_as_they
     parts = {"trunk": nn.Conv2d(3, 8, 1), "norm": nn.BatchNorm2d(8), "head": nn.Conv2d(8, 2, 1)}
     model = Net(run, **parts, auxiliary=nn.Conv2d(8, 2, 1)).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    ChannelGraph.trace(model, torch.randn(2, 3, 4, 4))
+    trace(model, torch.randn(2, 3, 4, 4))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

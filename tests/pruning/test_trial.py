@@ -24,6 +24,7 @@ from pruning.cost import cost, count
 from pruning.lines import is_foreign
 from pruning.plan import ChannelGroup, Member
 from pruning.surgery import certify, load_pruned, prune, save_pruned
+from pruning.trace import trace
 from pruning.tracer import PruningError
 from pruning.trial import Number, Source, trial_plan
 from tests.pruning.models import Net, certified, half, randomise
@@ -90,12 +91,12 @@ def test_a_size_taken_from_an_input_ties_the_two() -> None:
 
 def test_followed_sizes_survive_saving(tmp_path: Any) -> None:
     model = transformer(Attention(12, 2))
-    graph = ChannelGraph.trace(model, TOKENS)
+    graph = trace(model, TOKENS)
     plan = half(graph)
     pruned = prune(model, graph, plan).eval()
     save_pruned(tmp_path, pruned, plan)
     fresh = transformer(Attention(12, 2))
-    loaded, _ = load_pruned(tmp_path, fresh, ChannelGraph.trace(fresh, TOKENS))
+    loaded, _ = load_pruned(tmp_path, fresh, trace(fresh, TOKENS))
     assert torch.equal(loaded.eval()(TOKENS), pruned(TOKENS))
 
 
@@ -126,7 +127,7 @@ def test_a_tie_between_groups_of_equal_size_is_always_seen(seed: int) -> None:
 
     torch.manual_seed(seed)
     model = Net(run, a=nn.Conv2d(3, 6, 1), b=nn.Conv2d(3, 6, 1), head=nn.Conv2d(12, 4, 1))
-    graph = ChannelGraph.trace(randomise(model), IMAGES)
+    graph = trace(randomise(model), IMAGES)
     a, b = (next(g for g in graph.groups if any(m.tensor == f"{n}.weight" for m in g.members)) for n in "ab")
     assert a is b
     for plan_seed in range(4):
@@ -257,12 +258,12 @@ def two_layers() -> nn.Module:
 
 
 def test_layers_are_frozen_by_name_or_pattern() -> None:
-    assert [g.name for g in ChannelGraph.trace(two_layers(), IMAGES, freeze=["1"]).groups] == ["0"]
-    graph = ChannelGraph.trace(two_layers(), IMAGES, freeze=("[01]",))
+    assert [g.name for g in trace(two_layers(), IMAGES, freeze=["1"]).groups] == ["0"]
+    graph = trace(two_layers(), IMAGES, freeze=("[01]",))
     assert graph.groups == ()
     assert {f.layer: f.reason for f in graph.frozen}["0"] == "frozen by name ([01])"
     with pytest.raises(PruningError, match="'head' matches no layer; the network has 0, 1, 2"):
-        ChannelGraph.trace(two_layers(), IMAGES, freeze=("head",))
+        trace(two_layers(), IMAGES, freeze=("head",))
 
 
 def test_a_user_adds_a_rule_without_touching_the_table() -> None:
@@ -271,8 +272,8 @@ def test_a_user_adds_a_rule_without_touching_the_table() -> None:
             p.set(result, p.of(a["self"]))
 
     model = randomise(Net(lambda m, x: m.b(torch.cummax(m.a(x), 2).values), a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(8, 4, 1)))
-    assert ChannelGraph.trace(model, IMAGES).groups == ()
-    graph = ChannelGraph.trace(model, IMAGES, rules={"cummax": cummax})
+    assert trace(model, IMAGES).groups == ()
+    graph = trace(model, IMAGES, rules={"cummax": cummax})
     plan = half(graph)
     assert [g.name for g in graph.groups] == ["a"] and not graph.unknown
     assert certify(model, prune(model, graph, plan), graph, plan, IMAGES).ok
@@ -352,7 +353,7 @@ def test_freezes_inside_a_library_between_name_the_line_that_calls_it(library: s
         first=nn.Conv2d(3, 8, 1),
         last=nn.Conv2d(8, 4, 1),
     )
-    graph = ChannelGraph.trace(randomise(model), IMAGES)
+    graph = trace(randomise(model), IMAGES)
     reason = next(f.reason for f in graph.frozen if f.layer == "first")
     assert "test_trial.py:" in reason and "regroup" in reason
     assert is_foreign(str(file)) and not is_foreign(str(tmp_path / "model.py"))

@@ -17,8 +17,9 @@ import pytest
 import yaml
 
 from device_profiles import load_profile
-from pipeline import cli, consents, trust
-from pipeline.config import load_run_file
+from pipeline.cli import app as cli
+from pipeline.config import consents, trust
+from pipeline.config.schema import load_run_file
 from pipeline.errors import EXIT_USER, UserError
 from tests.pipeline.helpers import TINY, merged, quick_device
 
@@ -428,7 +429,7 @@ def test_a_device_added_with_an_interpreter_was_asked_for(
 
 
 def test_a_run_directory_may_be_resumed_and_a_strangers_may_not(folder: Path, mark: Path) -> None:
-    from pipeline.assemble import create_run_directory, open_run_directory
+    from pipeline.run.run import create_run_directory, open_run_directory
 
     module(folder, mark)
     file = write(folder)
@@ -448,8 +449,8 @@ def test_a_run_directory_may_be_resumed_and_a_strangers_may_not(folder: Path, ma
 
 
 def test_a_run_checks_before_it_opens_anything(folder: Path, mark: Path) -> None:
-    from pipeline.assemble import Run, create_run_directory
     from pipeline.progress import Silent
+    from pipeline.run.run import Run, create_run_directory
 
     module(folder, mark)
     directory = create_run_directory(load_run_file(write(folder)))

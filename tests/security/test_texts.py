@@ -16,10 +16,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import has_password, parse_run_file
+from pipeline.cli.texts import harmless, make_logs_harmless
+from pipeline.config.schema import has_password, parse_run_file
 from pipeline.errors import UserError, is_secret, masked
 from pipeline.terminal import Terminal
-from pipeline.texts import harmless, make_logs_harmless
 from tests.pipeline.helpers import TINY, merged
 
 CANARY = "c0ffee-c4n4ry"

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from device_profiles.cores import usable_cores
-from pipeline.config import home
 from pipeline.errors import UserError
 from pipeline.progress import ProgressView, Report, Silent, silent
+from pipeline.surroundings import home
 from pipeline.workloads.data import decode
 from pipeline.workloads.data.notes import Tally, some
 

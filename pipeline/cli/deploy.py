@@ -1,0 +1,46 @@
+"""The command ``secateur deploy``: schedules on a Prefect server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.trust import Trust, consent
+from pipeline.terminal import command, out
+
+
+def deploy(
+    file: Annotated[Path, typer.Argument(help="The run file (YAML).")],
+    cron: Annotated[str | None, typer.Option(help="When to run it, e.g. '0 2 * * *'; without: by hand only.")] = None,
+    profile_cron: Annotated[str | None, typer.Option(help="When to time the champions again.")] = None,
+    promote_cron: Annotated[str | None, typer.Option(help="When to compare challengers with champions.")] = None,
+    timezone: Annotated[str, typer.Option(help="Of the schedules.")] = "UTC",
+    pool: Annotated[str, typer.Option(help="Work pool (of type process); made where there is none.")] = "secateur",
+    name: Annotated[str | None, typer.Option(help="Of the deployments; without: the run file's name.")] = None,
+    paused: Annotated[bool, typer.Option("--paused", help="Leave the schedules switched off.")] = False,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the run file.")
+    ] = None,
+    trust: Trust = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and Prefect's log.")] = False,
+) -> None:
+    """Make or update the deployments of a run file on a Prefect server: compress, profile (re-profile) and promote.
+
+    Needs PREFECT_API_URL. Example: secateur deploy pipeline/runs/digits.yaml --cron "0 2 * * *"
+    """
+    from pipeline.flow import runtime_env
+
+    runtime_env(debug=debug)
+    from pipeline.config.schema import load_run_file
+
+    consent(load_run_file(file, set_ or ()), file, trust)
+    from pipeline.flow.deployments import Order, deploy
+
+    crons = {"compress": cron, "profile": profile_cron, "promote": promote_cron}
+    order = Order(file, tuple(set_ or ()), crons, name, pool, timezone, paused)
+    for line in deploy(order):
+        out.print(line)
+    out.print("Next:")
+    out.print(f"  {command('prefect', 'worker', 'start', '--pool', pool)}")

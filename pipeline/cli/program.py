@@ -1,0 +1,39 @@
+"""The program ``secateur``: signals are its own from the first import on."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from typing import NoReturn
+
+from pipeline.cli import interrupts
+
+
+def run_program() -> NoReturn:
+    """Perform the command of this command line, and exit as it says, or as a signal says."""
+    debug = "--debug" in sys.argv
+    interrupts.current = stop = interrupts.Interrupts(quiet=not debug).install()
+    try:
+        if not debug:
+            keep_libraries_quiet()
+        from pipeline import children
+        from pipeline.cli import app as cli
+
+        stop.last = children.end_all
+        cli.main()
+    except BaseException:
+        if not stop.stopping:
+            raise
+    stop.leave()
+
+
+def keep_libraries_quiet() -> None:
+    """No log line and no traceback of a library reaches the terminal: what a user has to know is a message of ours."""
+    logging.disable(logging.CRITICAL)
+    threading.excepthook = lambda _: None
+    sys.unraisablehook = lambda _: None
+
+
+if __name__ == "__main__":
+    run_program()

@@ -1,0 +1,110 @@
+"""The command ``secateur trust``, and the question that the other commands ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline import errors
+from pipeline.terminal import err, one_line, out
+
+if TYPE_CHECKING:
+    from pipeline.config.consents import Found
+    from pipeline.config.schema import RunFile
+
+TRUST_HELP = "Consent to the code that the run file or device profile names, as `secateur trust` does."
+Trust = Annotated[bool, typer.Option("--trust", help=TRUST_HELP)]
+
+
+def trust(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR", help="Folders of run files and device profiles.")],
+    forget: Annotated[bool, typer.Option("--forget", help="Take the consent back.")] = False,
+) -> None:
+    """Consent to the code that the run files and device profiles in a folder name, after you have looked at it.
+
+    A run file only chooses a run. Some entries name code, though, which runs with all your rights: a factory
+    (workload.model.name: module:factory), a device's interpreter (connect.python), an SSH configuration of its own
+    (connect.config, which can start commands). Those need your consent, once per folder and set of such entries: your
+    module may change, a new or changed entry asks again. Folders that others can write get none. Shipped profiles,
+    networks by name and builders of torchvision and timm need none.
+
+    Example: secateur trust my-runs
+
+    Example: secateur trust --forget my-runs
+    """
+    from pipeline.config import consents
+    from pipeline.config.trust import require
+
+    for folder in folders:
+        if not folder.is_dir():
+            raise errors.UserError(f"{folder} is no folder; name the one that the run file or device profile lies in")
+        if forget:
+            took = consents.forget(folder)
+            out.print(f"{'Consent taken back' if took else 'There was no consent'}: {one_line(folder)}")
+            continue
+        found = _code_below(folder)
+        require(found, asker(given=True))
+        if not found:
+            out.print(f"Nothing in {one_line(folder)} names code; no consent is needed.")
+
+
+def consent(config: RunFile, file: Path, given: bool) -> None:
+    """See that there is consent for the code that a run file and its device profiles name; asks on a terminal.
+
+    Args:
+        given: whether the command line says so.
+    """
+    from pipeline.config.trust import code_in, require
+
+    require(code_in(config, file), asker(given))
+
+
+def consent_to_profile(name: str, given: bool) -> None:
+    """The same for a device profile."""
+    from pipeline.config.trust import code_of_profile, require
+
+    found = code_of_profile(name)
+    require([found] if found else [], asker(given))
+
+
+def asker(given: bool) -> Callable[[Found], bool]:
+    """How consent is asked for where none is kept: it is given, a person at a terminal is asked, or it is not there."""
+
+    def ask(found: Found) -> bool:
+        if not given and not err.is_attended:
+            return False
+        err.print(f"{one_line(found.file)} names code, which runs with all your rights:")
+        for entry in found.entries:
+            err.print(f"  {one_line(entry)}")
+        if given:
+            err.print(f"Consent is kept for {one_line(found.folder)}")
+            return True
+        return err.confirmed("Have you looked at it, and shall it run?")
+
+    return ask
+
+
+def _code_below(folder: Path) -> list[Found]:
+    """What names code in the files of a folder; those that are neither run file nor profile are passed over."""
+    from pipeline.config.schema import load_run_file
+    from pipeline.config.trust import code_in, code_of_profile
+    from pipeline.run.origin import ORIGIN
+    from pipeline.run.run import open_run_directory
+
+    found: list[Found] = []
+    for file in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):
+        try:
+            begun = file.name == "run.yaml" and (folder / ORIGIN).is_file()
+            config = open_run_directory(folder)[1] if begun else load_run_file(file)
+        except errors.UserError as error:
+            profile = code_of_profile(file)
+            if profile is not None:
+                found.append(profile)
+            elif "workload" in str(error):
+                err.print(f"Passed over: {one_line(str(error).splitlines()[0])}")
+            continue
+        found += code_in(config, file)
+    return found

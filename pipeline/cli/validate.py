@@ -1,0 +1,222 @@
+"""``secateur validate``: everything that is wrong with a run, and what is known of it, before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline.cli.trust import Trust, consent
+from pipeline.errors import EXIT_USER, UserError, masked
+from pipeline.terminal import err, one_line, out, table
+
+if TYPE_CHECKING:
+    from pipeline.config.schema import Fault
+    from pipeline.run.estimate import Estimate
+    from pipeline.run.preflight import Preflight
+    from pipeline.workloads import DataSummary
+
+FORMAT = 1
+"""Of the JSON document; raised when a key changes its meaning or goes."""
+MOST_ROWS = 50
+"""Classes and sizes that are printed; ``--json`` has all."""
+
+
+def validate(
+    file: Annotated[Path, typer.Argument(help="The run file (YAML).")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the run file.")
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Decode every image, also where there are more than 20,000.")
+    ] = False,
+    estimating: Annotated[
+        bool, typer.Option("--estimate/--no-estimate", help="Time a few steps to tell what the run takes.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
+    trust: Trust = False,
+) -> None:
+    """Check all that a run needs, without training; report everything that is wrong, and what the run will be.
+
+    Example: secateur validate flowers.yaml --set search.target.macs_ratio=0.5
+    """
+    from pipeline.config.schema import Fault, FaultsError, load_run_file
+
+    try:
+        config = load_run_file(file, set_ or [])
+        consent(config, file, trust)
+    except UserError as error:
+        if not as_json:
+            raise
+        faults = error.faults if isinstance(error, FaultsError) else (Fault((), str(error)),)
+        out.data({"format": FORMAT, "file": str(file), "valid": False, "faults": _faults(faults), "notes": []})
+        raise typer.Exit(EXIT_USER) from error
+    from pipeline.progress import RichProgress
+    from pipeline.run.estimate import estimate
+    from pipeline.run.preflight import examine
+    from pipeline.workloads.data.content import Reading
+
+    found = examine(config, Reading(RichProgress(err), "all" if every else "sample"), tracking=True)
+    taken = estimate(found) if estimating else None
+    if as_json:
+        out.data(document(file, found, taken))
+    else:
+        _show(found, taken)
+    if found.faults and as_json:
+        raise typer.Exit(EXIT_USER)
+    if found.faults:
+        raise FaultsError(str(file), found.faults)
+    if not as_json:
+        devices = ", ".join(profile.name for profile in found.profiles or ())
+        out.print(f"{one_line(file)} is valid: {config.search.method} for device {devices}.")
+
+
+def document(file: Path, found: Preflight, taken: Estimate | None = None) -> dict[str, Any]:
+    """What is known of a run, as JSON can hold it; docs/run-file.md describes every key."""
+    return {
+        "format": FORMAT,
+        "file": str(file),
+        "valid": not found.faults,
+        "faults": _faults(found.faults),
+        "notes": list(found.notes),
+        "method": found.config.search.method,
+        "devices": None if found.profiles is None else [profile.name for profile in found.profiles],
+        "compute": None if found.compute is None else found.compute.type,
+        "data": None if found.data is None else _data(found.data, found),
+        "network": _network(found),
+        "estimate": None if taken is None else _estimate(taken),
+    }
+
+
+def _estimate(taken: Estimate) -> dict[str, Any]:
+    return {
+        "seconds": round(taken.seconds, 1),
+        "cpu_seconds": round(taken.cpu_seconds, 1),
+        "parts": [
+            {"stage": part.stage, "seconds": round(part.seconds, 1), "cpu_seconds": round(part.cpu_seconds, 1)}
+            for part in taken.parts
+        ],
+        "memory_bytes": taken.memory_bytes,
+        "memory": dict(taken.memory),
+        "evaluations": taken.counted.evaluations,
+        "epochs": round(taken.counted.epochs, 3),
+        "measurements": round(taken.work["measurements"]),
+        "at_least": not taken.counted.complete,
+    }
+
+
+def _faults(faults: tuple[Fault, ...] | list[Fault]) -> list[dict[str, str]]:
+    return [
+        {"key": ".".join(map(str, fault.place)), "where": fault.where, "message": masked(fault.message)}
+        for fault in faults
+    ]
+
+
+def _data(data: DataSummary, found: Preflight) -> dict[str, Any]:
+    return {
+        "images": _images(found),
+        "counted": data.counted,
+        "classes": [{"name": c.name, "train": c.train, "search": c.search, "test": c.test} for c in data.classes],
+        "sizes": [{"width": width, "height": height, "images": num} for (width, height), num in _by_count(data.sizes)],
+    }
+
+
+def _images(found: Preflight) -> dict[str, int]:
+    """Images of each split."""
+    workload = found.workload
+    assert workload is not None
+    return {"train": len(workload.train), "search": len(workload.search), "test": len(workload.test)}
+
+
+def _network(found: Preflight) -> dict[str, Any] | None:
+    network = found.network
+    if network is None:
+        return None
+    whole, smallest, space = network.whole, network.smallest, network.space
+    return {
+        "input": list(network.input),
+        "macs": whole.macs,
+        "params": whole.params,
+        "groups": [
+            {"name": group.name, "channels": group.size, "widths": list(space.allowed.get(group.name, (group.size,)))}
+            for group in network.graph.groups
+        ],
+        "frozen_macs_share": network.frozen_share,
+        "smallest": {
+            "macs": smallest.macs,
+            "params": smallest.params,
+            "macs_ratio": smallest.macs / whole.macs,
+            "params_ratio": smallest.params / whole.params,
+            "widths_from": network.steps,
+        },
+    }
+
+
+def _by_count(sizes: Mapping[tuple[int, int], int]) -> list[tuple[tuple[int, int], int]]:
+    return sorted(sizes.items(), key=lambda item: (-item[1], item[0]))
+
+
+def _show(found: Preflight, taken: Estimate | None) -> None:
+    """The same for people."""
+    if found.data is not None:
+        _show_data(found.data, found)
+    if found.network is not None:
+        _show_network(found)
+    if taken is not None:
+        _show_estimate(taken)
+    for note in found.notes:
+        out.print(f"Note: {note}")
+
+
+def _show_data(data: DataSummary, found: Preflight) -> None:
+    images = _images(found)
+    parts = tuple(images)
+    rows = table("class", *parts, title=f"{data.counted.capitalize()} of each class", right=parts)
+    for c in data.classes[:MOST_ROWS]:
+        rows.add_row(c.name, *(f"{num:,}" for num in (c.train, c.search, c.test)))
+    if len(data.classes) > MOST_ROWS:
+        rows.add_row(f"and {len(data.classes) - MOST_ROWS:,} more classes (--json has all)")
+    out.print(rows)
+    out.print("Images: " + ", ".join(f"{num:,} {part}" for part, num in images.items()))
+    sizes = _by_count(data.sizes)
+    shown = ", ".join(f"{width}x{height} ({num:,})" for (width, height), num in sizes[:5])
+    more = f" and {len(sizes) - 5:,} more" if len(sizes) > 5 else ""
+    out.print(f"Image sizes (width x height): {shown}{more}")
+
+
+def _show_network(found: Preflight) -> None:
+    network = found.network
+    assert network is not None
+    whole, smallest, space = network.whole, network.smallest, network.space
+    groups = network.graph.groups
+    channels = sum(group.size for group in groups)
+    searched = sum(group.name in space.allowed for group in groups)
+    out.print(f"Network: {whole.macs:,} MACs, {whole.params:,} params for inputs of shape {network.input}")
+    out.print(
+        f"Channel groups: {len(groups)} with {channels:,} channels, {searched} of them searched; "
+        f"layers with {network.frozen_share:.1%} of the MACs keep their channels"
+    )
+    out.print(
+        f"Smallest reachable: {smallest.macs:,} MACs ({smallest.macs / whole.macs:.3f}), {smallest.params:,} params "
+        f"({smallest.params / whole.params:.3f}); widths by {network.steps}"
+    )
+
+
+def _show_estimate(taken: Estimate) -> None:
+    counted = taken.counted
+    least = "" if counted.complete else "at least "
+    parts = ", ".join(f"{part.stage.lower()} {_duration(part.seconds)}" for part in taken.parts)
+    out.print(f"On this machine, about {least}{_duration(taken.seconds)} ({parts})")
+    out.print(
+        f"The search: {least}{counted.evaluations:,} evaluations and {counted.epochs:g} epochs of training; "
+        f"{round(taken.work['measurements']):,} measurements on the device; memory {taken.memory_bytes / 2**30:.1f} GiB"
+    )
+
+
+def _duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,632 @@
+"""The run file: its schema, and one report of everything that is wrong with it.
+
+A run file is YAML. ``workload`` and ``search.options`` have schemas of their own, which live beside the code they
+configure (``pipeline/workloads`` and ``pruning/search/methods``), so a new method or workload is one new file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, get_args
+from urllib.parse import parse_qsl, urlsplit
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    TypeAdapter,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
+
+from device_profiles import plain_yaml
+from device_profiles.plain_yaml import Content, Plain
+from device_profiles.plain_yaml import Place as Location
+from device_profiles.settle import Schema, schema_of, settle
+from device_profiles.shelf import Shelf
+from device_profiles.wording import cut, printable, shown
+from pipeline.errors import UserError, is_secret
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+WORKLOADS = Shelf("pipeline.workloads", "workload", ("Options", "build"))
+"""The task families, named as their modules."""
+CHOOSERS = {"search.method": "ccep", "reward.preset": "device"}
+"""Keys that choose whose ``options`` a section holds, with their defaults."""
+UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
+"""Pydantic's names for a key that a schema does not know."""
+
+
+class Section(BaseModel):
+    """A part of the run file: immutable, and it refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    later: ClassVar[frozenset[str]] = frozenset()
+    """Keys that came when there were run directories already: at their default they are no part of the digest, so those
+    runs can still be resumed."""
+    passing: ClassVar[frozenset[str]] = frozenset()
+    """Keys that change no result, and so are no part of the digest: they may be another when a run is resumed."""
+
+
+class Distillation(Section):
+    """Learning from the unpruned baseline: loss = (1 - weight) * task loss + weight * T^2 * KL(teacher || student)."""
+
+    weight: Annotated[float, Field(ge=0, le=1)] = 0.7
+    temperature: Annotated[float, Field(gt=0, le=1000)] = 4.0
+
+
+class Recipe(Section):
+    """How a network is trained: SGD with Nesterov momentum, linear warm-up, cosine decay to zero."""
+
+    epochs: Annotated[float, Field(gt=0, le=100_000)] = 10
+    lr: Annotated[float, Field(gt=0, le=1000)] = 0.05
+    batch_size: Annotated[int, Field(gt=0, le=1_000_000)] = 128
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0, le=1000)] = 5e-4
+    warmup_epochs: Annotated[float, Field(ge=0, le=100_000)] = 0.5
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Keep an exponential moving average of the weights with this decay per step, and end with it; 0 = off. The first
+    steps count more: the decay begins near 0.1 and rises to this."""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """bf16 = mixed precision; auto = bf16 where the hardware multiplies it natively, else fp32."""
+
+
+class DeviceSection(Section):
+    """The device to prune for: a profile by name (``secateur list devices``) or the path of a YAML file."""
+
+    later = frozenset({"others", "combine"})
+    passing = frozenset({"wait_s"})
+    profile: str = "local"
+    others: tuple[str, ...] = ()
+    """More devices: each candidate is measured on all of them at once, and the gate asks the same of each."""
+    combine: Literal["worst", "mean"] = "worst"
+    """The latency ratio that targets and rewards see where there are several devices: the worst, or the mean."""
+    wait_s: Annotated[float, Field(ge=0, le=1e8)] = 0.0
+    """How long a device may be away, at a time, before the run ends; 0 = not at all. A scheduled run may want hours."""
+    channel_multiple: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    """Overrides the width granularity that a probe of the device found, or the profile's."""
+    probe: bool = True
+    """Probe a device that was never probed, at the start of the run: where its latency steps with width (under a minute
+    on a PC); False = use a kept probe, or else the profile's ``channel_multiple``."""
+
+
+class TargetSection(Section):
+    """When the search may stop; ratios to the unpruned network."""
+
+    macs_ratio: Fraction | None = None
+    latency_ratio: Fraction | None = None
+
+
+class BudgetSection(Section):
+    """What the search may spend; None = no such limit. The search ends with what it has found by then."""
+
+    evaluations: Annotated[int, Field(gt=0, le=10**9)] | None = None
+    """Candidates evaluated, fine-tuned ones included."""
+    seconds: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    """Nothing begins after so many seconds of search (what is under way is finished, and one plan is evaluated)."""
+    epochs: Annotated[float, Field(ge=0, le=1e9)] | None = None
+    """Epochs of training during the search."""
+
+
+class LatencySection(Section):
+    """How candidates' latency is known."""
+
+    mode: Literal["auto", "measure"] = "auto"
+    """auto = predicted by a model of this network on this device where that proves good enough, measured otherwise;
+    measure = every candidate is measured. What is fine-tuned is measured in any case."""
+    measurements: Annotated[int, Field(ge=6, le=100_000)] = 15
+    """Measurements the model may ask for; those of candidates count too."""
+    max_error: Annotated[float, Field(gt=0, le=1000)] = 0.08
+    """Largest median error (fraction) of plans left out, for the model to be trusted."""
+    min_spearman: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Smallest rank correlation of plans left out, for the model to be trusted."""
+
+
+class SearchSection(Section):
+    """The search: method, its options, its limits, and how candidates are evaluated."""
+
+    later = frozenset({"forward"})
+    method: str = "ccep"
+    options: dict[str, Any] = Field(default_factory=dict)
+    target: TargetSection = TargetSection()
+    budget: BudgetSection = BudgetSection()
+    latency: LatencySection = LatencySection()
+    min_keep_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    frozen: tuple[str, ...] = ()
+    """Channel groups that are left alone; ``*`` and ``?`` match as in file names."""
+    images: Annotated[int, Field(gt=0, le=10**9)] = 1000
+    """Images of the search split each candidate is scored on."""
+    recalibrate_images: Annotated[int, Field(ge=0, le=10**9)] = 0
+    """Training images for re-estimating batch-norm statistics of a candidate; 0 = off."""
+    memory_mb: Annotated[int, Field(gt=0, le=10**8)] = 1024
+    """Bound on the activations of one batch."""
+    seconds_per_candidate: Annotated[float, Field(gt=0, le=1e9)] = 120.0
+    """A candidate that takes longer is recorded as failed."""
+    forward: Literal["auto", "steady"] = "auto"
+    """auto = the fastest forward pass, found by trials; steady = one that gives the same numbers to the last bit in
+    every process and order. With ``workers`` it is always steady."""
+
+
+class WorkersSection(Section):
+    """Worker processes that score candidates; how many there are changes no answer, so a run may go on with others."""
+
+    engine: Literal["none", "processes", "dask", "ray"] = "none"
+    """none = this process scores all candidates itself; processes = on this machine; dask, ray = on a cluster (or one
+    made for this run on this machine), with the extra of that name."""
+    count: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """Batches under way at once, which is worker processes on this machine; null = as many as the machine has cores, or
+    the cluster has."""
+    batch: Annotated[int, Field(ge=1, le=1_000_000)] = 32
+    """Candidates of a batch, at most: what is repeated when a worker dies. Each is a task, which has its price."""
+    address: str | None = None
+    """Of an existing cluster: Dask's scheduler (``tcp://host:8786``) or Ray's (``host:6379``, ``ray://...``, ``auto``);
+    null = make one on this machine."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> WorkersSection:
+        if self.address is not None and self.engine not in ("dask", "ray"):
+            raise ValueError(f"engine {self.engine!r} has no address; set engine: dask or ray")
+        return self
+
+
+class RewardSection(Section):
+    """Which reward ranks candidates; ``options`` are the preset's parameters."""
+
+    preset: str = "device"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class FinetuneSection(Recipe):
+    """The fine-tuning of the best plans."""
+
+    top: Annotated[int, Field(ge=1, le=10_000)] = 2
+    """How many plans of the archive are fine-tuned; the best by reward becomes the compact model."""
+    distill: Distillation | None = Distillation()
+    from_scratch: bool = False
+    """Train the chosen plans from random weights instead of the search's: the control for every method."""
+
+
+class ExportSection(Section):
+    """The ONNX export and its proof."""
+
+    opset: Annotated[int, Field(ge=18, le=25)] = 20
+    tolerance: Annotated[float, Field(gt=0, le=1)] = 1e-4
+    """Largest relative difference between the ONNX file and the PyTorch model."""
+    dynamic_batch: bool = False
+    """Whether the files take any number of images at once, instead of one."""
+    parity_images: Annotated[int, Field(gt=0, le=10**9)] = 64
+
+
+class GateSection(Section):
+    """What a compact model must show before it may become ``champion``; None switches a check off.
+
+    The first ones are asked of the run's own measurements, the others when the model is to take a champion's place.
+    """
+
+    later = frozenset({"promote", "min_accuracy", "max_p95_ms", "max_peak_rss_bytes", "max_drop_champion"}) | {
+        *("max_latency_increase", "max_resource_increase", "require_stable", "sure")
+    }
+    max_drop: Annotated[float, Field(ge=0, le=1)] | None = 0.02
+    """Largest loss of accuracy on the test split, as a fraction (0.02 = two percentage points)."""
+    min_speedup: Annotated[float, Field(gt=0, le=1e6)] | None = 1.0
+    """The lower end of the speed-up's 95 % interval must lie above this."""
+    max_macs_ratio: Fraction | None = None
+    budgets: bool = True
+    """Whether the device profile's budgets (p50_ms, p95_ms, size_bytes, peak_rss_bytes) must be met."""
+    promote: bool = True
+    """Whether the run itself promotes a model that passes; false = it stays a challenger for `secateur promote`."""
+    min_accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Smallest accuracy on the test split."""
+    max_p95_ms: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    max_peak_rss_bytes: Annotated[int, Field(gt=0, le=2**50)] | None = None
+    max_drop_champion: Annotated[float, Field(ge=0, le=1)] | None = 0.01
+    """Largest loss of accuracy against the reigning champion, on the same test images."""
+    max_latency_increase: Annotated[float, Field(ge=0, le=1e6)] | None = 0.05
+    """Largest increase of p50 and p95 over the champion's (0.05 = five per cent); what counts is the upper end of the
+    95 % interval of their ratio, measured in one interleaved run of as many processes as it takes to tell."""
+    max_resource_increase: Annotated[float, Field(ge=0, le=1e6)] | None = 0.10
+    """The same for the first call, peak RSS and the file's size."""
+    require_stable: bool = True
+    """Whether a timing in which disturbed processes count keeps a model from becoming champion."""
+    sure: bool = False
+    """Whether accuracy and its drop are judged by the far end of their 95 % interval over images, instead of exactly on
+    these test images."""
+
+
+class TrackingSection(Section):
+    """MLflow: where candidates go and where the final model is registered."""
+
+    uri: str | None = None
+    """None = SQLite and a folder under SECATEUR_HOME."""
+    experiment: Annotated[str, Field(pattern=r"^[^\p{Cc}]*$", max_length=200)] = "secateur"
+    registered_model: Annotated[str, Field(pattern=r"^[^/:.%\"'\\`\p{Cc}]+$", max_length=200)] | None = None
+    """None = the run's name."""
+    take_over: bool = False
+    """Whether an experiment, a registered model or an alias that Secateur did not make may become its own."""
+    required: bool = False
+    """Whether an unreachable server stops the run at its start."""
+
+    @field_validator("experiment", "registered_model", "uri")
+    @classmethod
+    def _not_blank(cls, text: str | None) -> str | None:
+        if text is not None and not text.strip():
+            raise ValueError("is blank; write a name, or leave it out for the default")
+        return text
+
+    @field_validator("uri")
+    @classmethod
+    def _without_a_password(cls, uri: str | None) -> str | None:
+        if uri is not None and has_password(uri):
+            raise ValueError(
+                "holds a password or a token, which would be copied into the run directory; leave it out here and set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in the environment "
+                "(for a database, leave out tracking.uri and set SECATEUR_TRACKING_URI)"
+            )
+        return uri
+
+
+class RunFile(Section):
+    """Everything one run needs to know."""
+
+    passing = frozenset({"workers"})
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=100)]
+    workload: dict[str, Any]
+    device: DeviceSection = DeviceSection()
+    search: SearchSection = SearchSection()
+    reward: RewardSection = RewardSection()
+    baseline: Recipe = Recipe()
+    finetune: FinetuneSection = FinetuneSection()
+    export: ExportSection = ExportSection()
+    gate: GateSection = GateSection()
+    tracking: TrackingSection = TrackingSection()
+    workers: WorkersSection = WorkersSection()
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """CPU threads for training and evaluation; None = all cores."""
+    compute: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where candidates are trained and evaluated (the device is measured apart)."""
+    _folder: Path | None = PrivateAttr(default=None)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the file lay: modules that it names are looked for there; None = it came from no file."""
+        return self._folder
+
+    def lying_in(self, folder: Path | None) -> RunFile:
+        """The same run file, of another folder."""
+        copy = self.model_copy()
+        copy._folder = folder
+        return copy
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that name this configuration; where it is tracked does not matter to a resumed run."""
+        content = {key: value for key, value in _digested(self).items() if key != "tracking"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _digested(section: Section) -> dict[str, Any]:
+    """A section as JSON, without what its digest leaves out."""
+    content = section.model_dump(mode="json")
+    for key, field in type(section).model_fields.items():
+        value = getattr(section, key)
+        if isinstance(value, Section):
+            content[key] = _digested(value)
+        if key in section.passing or (key in section.later and value == field.get_default(call_default_factory=True)):
+            del content[key]
+    return content
+
+
+def has_password(uri: str) -> bool:
+    """Whether an address holds a password or a token: before its host, or among its parameters."""
+    try:
+        parts = urlsplit(uri)
+        token = parts.scheme in ("http", "https") and bool(parts.username)
+        names = [name for text in (parts.query, parts.fragment) for name, _ in parse_qsl(text)]
+        return token or bool(parts.password) or any(map(is_secret, names))
+    except ValueError:  # no address; whoever uses it says so
+        return False
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing wrong with a run file, at one place; ``where``: a line of the file, or ``--set``."""
+
+    place: Location
+    message: str
+    where: str = ""
+
+    def __str__(self) -> str:
+        place = printable(".".join(cut(str(part)) for part in self.place)) or "the file"
+        return f"{place}{f' ({self.where})' if self.where else ''}: {self.message}"
+
+
+class FaultsError(UserError):
+    """Everything wrong with a run file, in one message.
+
+    Args:
+        name: of the run file, as a user knows it.
+    """
+
+    def __init__(self, name: str, faults: Sequence[Fault]) -> None:
+        self.faults = tuple(faults)
+        listing = "\n".join(f"  {fault}" for fault in faults)
+        super().__init__(f"{name} has {len(faults)} fault{'s' * (len(faults) != 1)}:\n{listing}")
+
+
+def known(names: Sequence[str], wrong: str) -> str:
+    """``"known: a, b; did you mean a?"``"""
+    close = difflib.get_close_matches(str(wrong), list(names), n=1)
+    return f"known: {', '.join(names)}" + (f"; did you mean {close[0]!r}?" if close else "")
+
+
+def load_run_file(path: Path, overrides: Sequence[str] = ()) -> RunFile:
+    """Read and check a run file.
+
+    Args:
+        path: the YAML file.
+        overrides: ``section.key=value`` texts, applied before checking; values are YAML.
+
+    Raises:
+        UserError: the file cannot be read, or anything in it is wrong; all faults in one message.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        examples = ", ".join(sorted(str(p) for p in Path(__file__).parents[1].joinpath("runs").glob("*.yaml")))
+        raise UserError(f"cannot read run file {path}: {error.strerror}; examples: {examples}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"run file {path} is not UTF-8 text") from error
+    return parse_run_file(text, str(path), overrides).lying_in(path.absolute().parent)
+
+
+def parse_run_file(text: str, name: str = "run file", overrides: Sequence[str] = ()) -> RunFile:
+    """Check the text of a run file; ``load_run_file`` without the file."""
+    try:
+        document = plain_yaml.read(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{name} is not valid YAML: {error}") from error
+    content = document.content
+    if not isinstance(content, dict):
+        raise UserError(f"{name}: expected a mapping with the keys {', '.join(RunFile.model_fields)}")
+    origins = {place: f"line {line}" for place, line in document.lines.items()}
+    for override in sorted(overrides, key=lambda text: text.partition("=")[0] not in CHOOSERS):
+        place = _apply(content, override)
+        origins = {at: origin for at, origin in origins.items() if at[: len(place)] != place}
+        origins[place] = "--set"
+    faults = [Fault(place, f"given {len(lines)} times") for place, lines in document.repeated.items()]
+    data, misread = settle(content, _schemas(content))
+    faults += [Fault(found.place, found.message) for found in misread]
+    run_file = _check(RunFile, data, (), faults)
+    _check_workload(data.get("workload"), faults)
+    _check_method(data.get("search"), faults)
+    _check_reward(data.get("reward"), faults)
+    if faults or not isinstance(run_file, RunFile):
+        raise FaultsError(name, [Fault(f.place, f.message, _origin(origins, f.place)) for f in faults])
+    return run_file
+
+
+def reward_options(preset: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The options of a reward, checked as those of a run file are.
+
+    Args:
+        overrides: ``parameter=value`` texts; values are YAML.
+
+    Raises:
+        UserError: there is no such reward, or anything in its options is wrong; all faults in one message.
+    """
+    from pruning.search import reward
+
+    content: dict[str, Content] = {}
+    for override in overrides:
+        _apply(content, override, "parameter=value, for example --set alpha=1")
+    data, misread = settle(content, {(): _reward_schema(preset)})
+    faults = [Fault(found.place, found.message) for found in misread]
+    if preset in reward.PRESETS:
+        _check(_reward_model(preset), data, (), faults)
+    if not faults:
+        _check_reward({"preset": preset, "options": data}, faults)
+    if faults:
+        raise UserError("; ".join(str(fault) for fault in faults))
+    return dict(data)
+
+
+def _schemas(content: Mapping[str, Content]) -> dict[Location, Schema | None]:
+    """What the places of a run file take: its sections, and the options of what they name."""
+    from pruning.search import METHODS
+
+    workload = _named(content, "workload", "name")
+    method, preset = _named(content, "search", "method"), _named(content, "reward", "preset")
+    return {
+        (): schema_of(RunFile),
+        ("workload",): schema_of(WORKLOADS.load(workload).Options) if workload in WORKLOADS.names() else None,
+        ("search", "options"): schema_of(METHODS.load(method).Options) if method in METHODS.names() else None,
+        ("reward", "options"): _reward_schema(preset),
+    }
+
+
+def _named(content: Mapping[str, Content], section: str, key: str) -> str:
+    """The text at ``section.key``, before anything of it was checked."""
+    found, default = content.get(section), CHOOSERS.get(f"{section}.{key}", "")
+    value = found.get(key, default) if isinstance(found, dict) else default
+    return value.written if isinstance(value, Plain) else str(value)
+
+
+def _reward_schema(preset: str) -> Schema | None:
+    from pruning.search import reward
+
+    return schema_of(_reward_model(preset)) if preset in reward.PRESETS else None
+
+
+@functools.cache
+def _reward_model(preset: str) -> type[Section]:
+    """The options of a reward as a section."""
+    from pruning.search import reward
+
+    kind, _ = reward.PRESETS[preset]
+    parameters = inspect.signature(kind, eval_str=True).parameters
+    known: Any = {name: (p.annotation, p.default) for name, p in parameters.items() if name != "reference"}
+    return create_model("RewardOptions", __base__=Section, **known)
+
+
+def workload_options(data: dict[str, Any]) -> Any:
+    """The checked options of a workload section (an instance of its module's ``Options``)."""
+    return WORKLOADS.load(data["name"]).Options.model_validate(data)
+
+
+def method_options(section: SearchSection) -> Any:
+    """The checked options of a search method (an instance of its module's ``Options``)."""
+    from pruning.search import METHODS
+
+    return TypeAdapter(METHODS.load(section.method).Options).validate_python(section.options)
+
+
+def _check_workload(section: object, faults: list[Fault]) -> None:
+    if not isinstance(section, dict):
+        return
+    names, name = WORKLOADS.names(), section.get("name")
+    if name not in names:
+        _add(faults, Fault(("workload", "name"), f"unknown workload {shown(name)}; {known(names, str(name))}"))
+        return
+    _check(WORKLOADS.load(section["name"]).Options, section, ("workload",), faults)
+
+
+def _check_method(section: object, faults: list[Fault]) -> None:
+    from pruning.search import METHODS
+
+    section = section if isinstance(section, dict) else {}
+    method = section.get("method", SearchSection.model_fields["method"].default)
+    if not isinstance(method, str):
+        return  # the schema has said so already
+    if method not in METHODS.names():
+        names = METHODS.names()
+        _add(faults, Fault(("search", "method"), f"unknown method {shown(method)}; {known(names, method)}"))
+        return
+    options = section.get("options", {})
+    if isinstance(options, dict):
+        _check(METHODS.load(method).Options, options, ("search", "options"), faults)
+
+
+def _check_reward(section: object, faults: list[Fault]) -> None:
+    from pruning.search import reward
+    from pruning.search.protocol import Evaluation
+
+    section = section if isinstance(section, dict) else {}
+    preset, options = section.get("preset", CHOOSERS["reward.preset"]), section.get("options", {})
+    if not isinstance(options, dict) or not isinstance(preset, str) or _told(faults, ("reward", "preset")):
+        return  # the schema has said so already
+    if preset in reward.PRESETS and _check(_reward_model(preset), options, ("reward", "options"), faults) is None:
+        return
+    sample = Evaluation(metrics={"top1": 0.9, "macs": 1e6, "params": 1e5, "latency_ratio": 1.0, "p50_ms": 1.0})
+    try:
+        reward.make_reward(preset, sample, **options)
+    except (ValueError, TypeError) as error:
+        faults.append(Fault(("reward", "options") if preset in reward.PRESETS else ("reward",), str(error)))
+
+
+def _told(faults: Sequence[Fault], place: Location) -> bool:
+    return any(fault.place == place for fault in faults)
+
+
+def _add(faults: list[Fault], fault: Fault) -> None:
+    """What is wrong with a place already is not told in other words."""
+    if not _told(faults, fault.place):
+        faults.append(fault)
+
+
+def _check(schema: Any, data: object, prefix: Location, faults: list[Fault]) -> object:
+    """Validate ``data``; on failure append every fault that is not told yet, with known alternatives, return None."""
+    try:
+        return TypeAdapter(schema).validate_python(data)
+    except ValidationError as error:
+        told = {fault.place for fault in faults}
+        for item in error.errors():
+            place = (*prefix, *(part for part in item["loc"] if not _is_union_tag(part)))
+            message = item["msg"].removeprefix("Value error, ")
+            if item["type"] in UNKNOWN_KEY:
+                siblings = _field_names(schema, item["loc"][:-1])
+                message = f"unknown key; {known(siblings, str(item['loc'][-1]))}"
+            elif item["type"] not in ("missing", "value_error"):
+                message = f"{message}, got {shown(item['input'])}"
+            if place not in told:
+                faults.append(Fault(place, message))
+        unknown = {e["loc"][0] for e in error.errors() if len(e["loc"]) == 1 and e["type"] in UNKNOWN_KEY}
+        if unknown and isinstance(data, dict):  # they may hide faults of the keys that are known
+            _check(schema, {key: value for key, value in data.items() if key not in unknown}, prefix, faults)
+        return None
+
+
+def _is_union_tag(part: object) -> bool:
+    """Pydantic puts the class or type of a union's branch into the place of a fault; users do not write those."""
+    return isinstance(part, str) and (part[:1].isupper() or part in ("float", "int", "str") or "[" in part)
+
+
+def _field_names(schema: Any, path: Sequence[str | int]) -> list[str]:
+    """Keys that the part of ``schema`` at ``path`` knows."""
+    for part in path:
+        if isinstance(schema, type) and issubclass(schema, BaseModel) and part in schema.model_fields:
+            schema = schema.model_fields[str(part)].annotation
+        models = [a for a in get_args(schema) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if models:
+            schema = next((m for m in models if m.__name__ == part), models[0])
+    if isinstance(schema, type) and issubclass(schema, BaseModel):
+        return list(schema.model_fields)
+    return [f.name for f in fields(schema)] if is_dataclass(schema) else []
+
+
+def _apply(
+    content: dict[str, Content], override: str, form: str = "section.key=value, for example --set search.method=random"
+) -> Location:
+    """Set one ``section.key=value``, and return its place; another method or reward begins with default options."""
+    key, separator, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise UserError(f"--set {shown(override)}: write it as {form}")
+    here: Any = content
+    for depth, parent in enumerate(parts[:-1], start=1):
+        if parent not in here or (isinstance(here[parent], Plain) and here[parent].value is None):
+            here[parent] = {}
+        here = here[parent]
+        if not isinstance(here, dict):
+            what = "a list; set the whole list" if isinstance(here, list) else "a value, not a section"
+            raise UserError(f"--set {shown(override)}: {printable('.'.join(parts[:depth]))!r} is {what}")
+    chooser, before = ".".join(parts), here.get(parts[-1])
+    here[parts[-1]] = _value(override, text)
+    if chooser in CHOOSERS and (before or CHOOSERS[chooser]) != here[parts[-1]]:
+        here.pop("options", None)  # they are the options of what was chosen before
+    return tuple(parts)
+
+
+def _value(override: str, text: str) -> Content:
+    """The value of an override, as YAML."""
+    quoted = f"a text with special characters needs quotes within the quotes: {override.partition('=')[0]}='\"...\"'"
+    try:
+        found = plain_yaml.read(text).content
+    except yaml.YAMLError as error:
+        why = printable(str(error).splitlines()[0])
+        raise UserError(f"--set {shown(override)}: the value is not valid YAML ({why}); {quoted}") from error
+    written, given = found.written if isinstance(found, Plain) else found, text.strip()
+    if isinstance(written, str) and given[:1] not in ("'", '"', "|", ">", "&", "!"):
+        lost = not written if isinstance(found, Plain) else written != given
+        if given and lost:
+            raise UserError(f"--set {shown(override)}: YAML reads {shown(written)}, the rest is a comment; {quoted}")
+    return found
+
+
+def _origin(origins: Mapping[Location, str], place: Location) -> str:
+    """Where a place, or its nearest parent, was given (defaults were nowhere)."""
+    while place and place not in origins:
+        place = place[:-1]
+    return origins.get(place, "")

@@ -1,0 +1,337 @@
+"""Code that run files and device profiles name, and the consent it needs before any of it is imported or started.
+
+A run file chooses a run; it is no program. Where it names one all the same (a ``module:factory``, an interpreter, an
+SSH configuration of its own, which may start commands), whoever runs it must have said yes: once per folder and set of
+such entries (``consents.py`` keeps it). What stands in one's own module may change meanwhile.
+
+Doors at which nothing passes without it, whatever was forgotten before: ``factory`` and ``open_target``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import re
+import shutil
+import sys
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from device_profiles.wording import command, printable
+from pipeline.config.consents import Entry, Found, keep, kept, refuse_what_others_write, written
+from pipeline.errors import UserError
+from pipeline.surroundings import home
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from device_profiles import DeviceProfile, Target
+    from pipeline.config.schema import RunFile
+
+CODE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+"""``module:attribute``, which imports."""
+PLACES = (("name",), ("task",), ("model", "name"), ("model", "factory"))
+"""Places of the ``workload`` section that may name code."""
+ZOOS = ("torchvision", "timm")
+"""Packages whose own builders of networks need no consent."""
+LOADING = re.compile(r"pretrained|checkpoint|weights")
+"""Options with which a builder of theirs reads files or addresses."""
+DEFAULT_PYTHON = ("python3",)
+FIX = "name an nn.Module builder of a module in the run file's folder, or of an installed package"
+
+
+_allowed: set[Entry] = set()
+"""What this process may run."""
+
+
+# ------------------------------------------------------------------------------------------------- what names code
+
+
+def code_in(config: RunFile, file: Path) -> list[Found]:
+    """What names code in a run file and in the device profiles that it names; nothing is imported or started.
+
+    Args:
+        file: where the run file is; relative modules are looked for in ``config.folder``.
+
+    Raises:
+        UserError: a factory's module is not in the run file's folder or the environment, or is one of Python's own.
+    """
+    found = [_in_workload(config.workload, file, config.folder)]
+    found += [code_of_profile(name) for name in (config.device.profile, *config.device.others)]
+    return [one for one in found if one is not None]
+
+
+def code_of_profile(name: str | Path) -> Found | None:
+    """What names code in a device profile, by name or path; None where nothing does, or where it is not valid."""
+    from device_profiles import DeviceError, known_profiles, load_profile
+
+    folders = [home() / "devices"]
+    try:
+        profile = load_profile(name, folders)
+    except DeviceError:  # whoever uses it says so
+        return None
+    entries, others = _of_profile(profile)
+    if not entries:
+        return None
+    file = Path(name) if str(name).endswith((".yaml", ".yml")) else known_profiles(folders)[str(name)]
+    return Found(file, entries, others)
+
+
+def _in_workload(section: dict[str, Any], file: Path, near: Path | None) -> Found | None:
+    entries, others = [], []
+    model = section.get("model")
+    options = model.get("options", {}) if isinstance(model, dict) else {}
+    for place in PLACES:
+        value: Any = section
+        for key in place:
+            value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, str) or ":" not in value or _is_of_a_zoo(value, options):
+            continue
+        entry, module = _entry_of(value, ".".join(("workload", *place)), near)
+        entries.append(entry)
+        if not _is_installed(module):
+            others.append(module)
+    return Found(file, tuple(entries), tuple(others)) if entries else None
+
+
+def _entry_of(name: str, place: str, near: Path | None) -> tuple[Entry, Path]:
+    """What a ``module:factory`` would run, and the module's file."""
+    if not CODE.fullmatch(name):
+        raise UserError(f"{place}: {printable(name)!r} is no module:factory; {FIX}, as package.module:factory")
+    module = name.partition(":")[0]
+    file, root = _find(module, near)
+    return Entry(place, f"{name} of {printable(file)}", str(root)), file
+
+
+def _find(module: str, near: Path | None) -> tuple[Path, Path]:
+    """The file of a module that the environment or a folder provides, and the folder it is imported from.
+
+    Nothing of it is imported, nor of the packages above it.
+
+    Raises:
+        UserError: there is none, or it is a part of Python.
+    """
+    if module.partition(".")[0] in sys.stdlib_module_names:
+        raise UserError(f"{module} is a part of Python and builds no networks; {FIX}")
+    parts = module.split(".")
+    for start in (None, *([[str(near)]] if near else [])):
+        path: Sequence[str] | None = start
+        spec = top = None
+        for depth in range(1, len(parts) + 1):
+            spec = _spec(".".join(parts[:depth]), path)
+            if spec is None:
+                break
+            top = top or spec
+            path = list(spec.submodule_search_locations or ())
+        place = spec and (spec.origin or next(iter(path or ()), None))
+        if place and top:
+            first = Path(next(iter(top.submodule_search_locations or ()), top.origin or place))
+            return Path(place).absolute(), first.absolute().parent
+    raise UserError(f"no module {module} in {f'{near} or ' if near else ''}the environment; {FIX}")
+
+
+def _spec(module: str, path: Sequence[str] | None) -> Any:
+    """A module's spec as the import system finds it."""
+    found = (finder.find_spec(module, path) for finder in sys.meta_path if hasattr(finder, "find_spec"))
+    return next((spec for spec in found if spec is not None), None)
+
+
+def _is_installed(file: Path) -> bool:
+    """Whether a file belongs to the environment that runs us: who can write it there can write all of ours."""
+    prefixes = {Path(prefix) for prefix in (sys.prefix, sys.base_prefix)}
+    return any(file.is_relative_to(place) for prefix in prefixes for place in (prefix.absolute(), prefix.resolve()))
+
+
+def _is_of_a_zoo(name: str, options: object) -> bool:
+    """Whether this is a builder of the installed torchvision or timm, with options that load nothing."""
+    module, _, attribute = name.partition(":")
+    top = module.partition(".")[0]
+    loads = not isinstance(options, dict) or any(LOADING.search(str(key)) for key in options)
+    if top not in ZOOS or not CODE.fullmatch(name) or loads:
+        return False
+    try:
+        installed = all(_is_installed(_find(part, None)[0]) for part in (top, module))
+    except UserError:
+        return False
+    zoo: Any = importlib.import_module("timm" if top == "timm" else "torchvision.models") if installed else None
+    return installed and attribute in zoo.list_models()
+
+
+def _of_profile(profile: DeviceProfile) -> tuple[tuple[Entry, ...], tuple[Path, ...]]:
+    """What a device profile would start, beyond the default."""
+    connect, entries, others = profile.connect, [], []
+    given = connect.get("python") or ()
+    words = (given,) if isinstance(given, str) else tuple(map(str, given))
+    if words and not (profile.target == "ssh" and words == DEFAULT_PYTHON):
+        where = "on this machine"
+        if profile.target == "ssh":
+            user = f"{connect['user']}@" if connect.get("user") else ""
+            port = f":{connect['port']}" if connect.get("port") else ""
+            where = f"on {user}{connect.get('host')}{port}"
+        elif (program := shutil.which(words[0])) is not None:
+            words = (str(Path(program).absolute()), *words[1:])
+            others.append(Path(words[0]))
+        entries.append(Entry("connect.python", f"{command(*words)} ({printable(where)})"))
+    if connect.get("config"):
+        file = Path(connect["config"]).expanduser().absolute()
+        others.append(file)
+        entries.append(Entry("connect.config", f"{printable(file)} (an SSH configuration can start commands here)"))
+    return tuple(entries), tuple(file for file in others if file.is_file())
+
+
+# ---------------------------------------------------------------------------------------------------------- consent
+
+
+def require(found: Iterable[Found], ask: Callable[[Found], bool] | None = None) -> None:
+    """See that there is consent for what names code; from here on, this process may run it.
+
+    Args:
+        ask: asked where none is kept; a yes is kept.
+
+    Raises:
+        UserError: there is none, or others can write what would run; says what would run and the command to paste.
+    """
+    found, open_ = list(found), list[Found]()
+    for one in found:
+        refuse_what_others_write(one)
+    for one in found:
+        known = _allowed | kept(one.folder)
+        if not set(one.entries) <= known:
+            if ask is None or not ask(one):
+                open_.append(one)
+                continue
+            keep(one)
+        allow(one.entries)
+    if open_:
+        raise UserError(refusal(open_))
+
+
+def refusal(found: Sequence[Found]) -> str:
+    """What would run, and how to say yes."""
+    listed = "\n".join(f"  {printable(one.file)}: {entry}" for one in found for entry in one.entries)
+    folders = list(dict.fromkeys(one.folder for one in found))
+    return (
+        f"this names code, which would run with all your rights, and nobody has consented to it:\n{listed}\n"
+        f"Look at it; if you trust it, run: {command('secateur', 'trust', *folders)}\n"
+        "(or give --trust to this command)"
+    )
+
+
+def allow(entries: Iterable[Entry]) -> None:
+    """Let this process run something; a module is found in the folder it was in when it was shown."""
+    for entry in entries:
+        _allowed.add(entry)
+        if entry.root and entry.root not in map(os.path.abspath, sys.path):
+            sys.path.append(entry.root)  # last: nothing there hides an installed module
+
+
+def allowed() -> list[list[str]]:
+    """What this process may run, for one that works for it."""
+    return [written(entry) for entry in sorted(_allowed)]
+
+
+def accept(entries: Iterable[Sequence[str]]) -> None:
+    """Take over what was allowed elsewhere: by the process that this one works for, or when a deployment was made."""
+    allow(Entry(*entry) for entry in entries)
+
+
+def withdraw_all() -> None:
+    """Forget what this process may run; for tests."""
+    _allowed.clear()
+
+
+def hand_on(config: RunFile, directory: Path) -> None:
+    """A run directory made of a run file that may run here may be resumed without another question."""
+    for one in code_in(config, directory / "run.yaml"):
+        if one.folder == directory.resolve() and set(one.entries) <= _allowed:
+            keep(one)
+
+
+# ------------------------------------------------------------------------------------------------------------ doors
+
+
+def factory(name: str, options: object, place: str = "workload.model.name") -> Callable[..., nn.Module]:
+    """The builder that a ``module:factory`` names, imported; it is made sure that it returns a network.
+
+    Args:
+        options: what it will be given.
+        place: where it is named.
+
+    Raises:
+        UserError: there is no consent for it, no such thing, or it builds no ``nn.Module``.
+    """
+    if not _is_of_a_zoo(name, options):
+        entry, _ = _entry_of(name, place, None)
+        if entry not in _allowed:
+            raise UserError(f"{entry} names code, and nobody has consented to it here: see `secateur trust --help`")
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{name}: {error}; expected an importable module and an nn.Module builder in it") from error
+    fix = (
+        "a factory is a class derived from torch.nn.Module, or a function that returns one; a function of an installed "
+        "package says so (def build(num_classes) -> nn.Module)"
+    )
+    if not callable(found):
+        raise UserError(f"{name} is a {type(found).__name__}, not a callable; {fix}")
+    if not _may_build(found, anything=not _is_installed(_find(module, None)[0])):
+        raise UserError(f"{name} builds no torch.nn.Module; {fix}")
+
+    def build(*arguments: Any, **given: Any) -> nn.Module:
+        from torch import nn
+
+        try:
+            network = found(*arguments, **given)
+        except (TypeError, UserError):  # options that it does not take, which its caller words
+            raise
+        except Exception as error:
+            raise UserError(f"{name} failed: {type(error).__name__}: {error}") from error
+        if not isinstance(network, nn.Module):
+            raise UserError(f"{name} returned a {type(network).__name__}; {fix}")
+        return network
+
+    return build
+
+
+def _may_build(found: Any, anything: bool) -> bool:
+    """Whether a callable can be a builder of networks, as far as it can be known before it is called.
+
+    Args:
+        anything: whether a function may, that does not say what it returns.
+    """
+    from torch import nn
+
+    if isinstance(found, type):
+        return issubclass(found, nn.Module)
+    plain = inspect.unwrap(found)
+    if not inspect.isfunction(plain):
+        return False
+    try:
+        returned = typing.get_type_hints(plain).get("return", Any)
+    except Exception:  # noqa: BLE001 - annotations of others may raise anything
+        returned = Any
+    if returned is Any:
+        return anything
+    kinds = typing.get_args(returned) or (returned,)
+    return any(isinstance(kind, type) and issubclass(kind, nn.Module) for kind in kinds)
+
+
+def open_target(profile: DeviceProfile) -> Target:
+    """``device_profiles.open_target``, for what may be started.
+
+    Raises:
+        UserError: the profile names code that nobody has consented to.
+    """
+    import device_profiles
+
+    closed = [entry for entry in _of_profile(profile)[0] if entry not in _allowed]
+    if closed:
+        raise UserError(
+            f"device profile {profile.name} names code, and nobody has consented to it: "
+            f"{'; '.join(map(str, closed))}; see `secateur trust --help`"
+        )
+    return device_profiles.open_target(profile)

@@ -1,0 +1,99 @@
+"""A run file's workload, opened in any process; where one cannot open the data, with images carried to it.
+
+What is carried is what ``Workload.batch`` reads, of the images that are needed: pixels as the source gives them,
+labels, and what was measured on the training images. The test split is never carried.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.config.schema import workload_options
+from pipeline.errors import UserError
+from pipeline.files import write_whole
+from pipeline.workloads import Split, Workload
+from pipeline.workloads.classification import Classification
+from pipeline.workloads.data.content import Reading
+from pipeline.workloads.data.record import DataRecord
+from pipeline.workloads.data.sources import ArraySource
+
+
+def open_section(section: dict[str, Any], reading: Reading = Reading()) -> Workload:  # noqa: B008 - frozen
+    """The workload that a run file's ``workload`` section names.
+
+    Args:
+        reading: how thoroughly image files are looked at.
+
+    Raises:
+        UserError: data or weights are missing or do not fit.
+    """
+    module = importlib.import_module(f"pipeline.workloads.{section['name']}")
+    workload: Workload = module.build(workload_options(section), reading)
+    return workload
+
+
+def pack(workload: Workload, num_train: int, num_search: int, path: Path) -> Path:
+    """Write the first images of both splits into a file.
+
+    Raises:
+        UserError: this kind of workload cannot be carried.
+    """
+    found: object = workload
+    if not isinstance(found, Classification):
+        raise UserError(
+            "workers cannot open the data of the run file, and only classification data can be sent to them; put the "
+            "data on every worker, at the path of the run file or under its SECATEUR_DATA"
+        )
+    arrays: dict[str, Any] = {"mean": found.mean.numpy(), "std": found.std.numpy()}
+    arrays["num_classes"], arrays["fingerprint"] = found.num_classes, found.fingerprint
+    parts = {"train": found.train.first(max(1, num_train)), "search": found.search.first(num_search)}
+    for name, split in parts.items():
+        arrays[name] = split.source.read(split.indices)
+        arrays[f"{name}_labels"] = split.source.labels[split.indices]
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    write_whole(path, content.getbuffer())
+    return path
+
+
+def unpack(section: dict[str, Any], path: Path) -> Workload:
+    """The workload of a packed file.
+
+    Raises:
+        UserError: the file is none.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            arrays = dict(content)
+        workload: Any = _Carried(section, arrays)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} holds no carried images: {error}") from error
+    carried: Workload = workload
+    return carried
+
+
+class _Carried(Classification):
+    """Classification on images that came along."""
+
+    def __init__(self, section: dict[str, Any], arrays: dict[str, Any]) -> None:
+        self.options = workload_options(section)
+        self.num_classes, self.fingerprint = int(arrays["num_classes"]), str(arrays["fingerprint"])
+        self.mean, self.std = torch.from_numpy(arrays["mean"]), torch.from_numpy(arrays["std"])
+        self.train, self.search = (self._split(arrays[name], arrays[f"{name}_labels"]) for name in ("train", "search"))
+        self.test = Split(self.search.source, np.arange(0))
+        _, high, wide, channels = arrays["search"].shape
+        self.shape = (channels, high, wide)
+        self.classes, self.named, self.resize = tuple(map(str, range(self.num_classes))), False, "stretch"
+        self.notes, self.record = (), DataRecord(self.fingerprint, {}, (), False)
+        self.pretrained, self._content = False, None
+
+    @staticmethod
+    def _split(images: np.ndarray, labels: np.ndarray) -> Split:
+        return Split(ArraySource(images, labels, None, None), np.arange(len(images)))

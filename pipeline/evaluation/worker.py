@@ -1,0 +1,204 @@
+"""A worker process of a crew: scores batches of candidates with a scorer that stays, for as long as the process lives.
+
+The first batch of a run makes the scorer: the workload, the baseline, its channel groups, the ONNX template. Files come
+by hash: from where the driver has them if that can be seen from here, else from the engine's object store, into
+``blobs`` of this machine's SECATEUR_HOME. Nothing is unpickled here: weights are safetensors, arrays are npy and npz.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from export.slicing import OnnxTemplate
+from pipeline.children import leave_terminal
+from pipeline.config import trust
+from pipeline.config.schema import SearchSection
+from pipeline.errors import UserError
+from pipeline.evaluation import shipped_data as carried
+from pipeline.evaluation.accuracy import Scorer
+from pipeline.evaluation.worker_pool import IMAGES, ask_from_json, groups_digest
+from pipeline.files import sha256_of, write_whole
+from pipeline.surroundings import home
+from pipeline.training.loop import keep_freed_memory, load_weights
+from pipeline.workloads import Workload
+from pipeline.workloads.data.content import Reading
+from pruning.plan import PruningPlan
+from pruning.trace import trace
+
+RESIDENTS = 2
+"""Scorers that stay in one process; the one used longest ago goes."""
+PARENT_EVERY_S = 1.0
+
+
+class Shelf(Protocol):
+    """Where an engine keeps blobs for workers that do not see the driver's files."""
+
+    def fetch(self, sha256: str) -> bytes | None:
+        """A blob's content; None if it was not published."""
+
+
+class MissingError(LookupError):
+    """A blob is neither here nor on the shelf; ``args[0]`` names it."""
+
+
+def score_batch(spec: Mapping[str, Any], batch: Mapping[str, Any], shelf: Shelf | None = None) -> dict[str, Any]:
+    """Score the candidates of a batch.
+
+    Args:
+        spec: of the run, as ``Crew`` describes it.
+        batch: ``asks``, and the ``bases`` they refer to.
+
+    Returns:
+        ``answers``, the fields of a ``Scored`` each, in order; or ``missing``: the hash of a blob to be published; or
+        ``error``: what the user has to change.
+    """
+    leave_terminal()
+    with _one_at_a_time:
+        try:
+            resident = _resident(spec, shelf)
+            for name, file in batch["bases"].items():
+                resident.know(name, file, shelf)
+            return {"answers": [asdict(resident.scorer.compute(ask_from_json(row))) for row in batch["asks"]]}
+        except MissingError as missing:
+            return {"missing": missing.args[0]}
+        except UserError as error:
+            return {"error": str(error)}
+
+
+def end_with(parent: int) -> None:
+    """End this process soon after its parent, and hear no signal of its terminal."""
+    leave_terminal()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_EVERY_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+_one_at_a_time = threading.Lock()  # some engines run several tasks in one process
+_residents: OrderedDict[str, Resident] = OrderedDict()
+
+
+class Resident:
+    """A scorer with what it was made of.
+
+    Raises:
+        MissingError: a blob has to be published first.
+        UserError: this process finds another network or other channel groups than the driver.
+    """
+
+    def __init__(self, spec: Mapping[str, Any], shelf: Shelf | None) -> None:
+        keep_freed_memory()
+        self.files = tempfile.TemporaryDirectory(prefix="secateur-worker-")
+        baseline = find_blob(spec["baseline"], shelf)
+        template = None if spec["template"] is None else find_blob(spec["template"], shelf)
+        order = None if spec["order"] is None else np.load(find_blob(spec["order"], shelf), allow_pickle=False).tolist()
+        workload = open_data(spec, shelf)
+        model = workload.fresh_model()
+        model.load_state_dict(load_weights(baseline))
+        graph = trace(model.eval(), workload.example_input())
+        if (found := groups_digest(graph)) != spec["groups"]:
+            raise UserError(
+                f"a worker finds other channel groups ({found}) than the driver ({spec['groups']}); install the same "
+                "versions of Secateur and PyTorch on all machines"
+            )
+        self.scorer = Scorer(
+            model,
+            graph,
+            workload,
+            Path(self.files.name),
+            SearchSection.model_validate(spec["search"]),
+            lambda: None if template is None else OnnxTemplate.load(template, graph),
+            seed=spec["seed"],
+            device=_device(spec["device"]),
+            steady=True,
+            way=spec["way"],
+            order=order,
+        )
+        self._known: dict[str, str] = {}
+
+    def know(self, name: str, file: Mapping[str, Any], shelf: Shelf | None) -> None:
+        """Make a base usable."""
+        if self._known.get(name) == file["sha256"]:
+            return
+        bases, path = self.scorer.bases, self.scorer.bases.path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        path.symlink_to(find_blob(file, shelf))
+        if file["kind"]:
+            bases.restore_learned(name, file["kind"], file)
+        else:
+            plan = None if file["plan"] is None else PruningPlan.from_json(file["plan"])
+            whole = PruningPlan.full(self.scorer.graph.groups)
+            bases.restore_tuned(name, plan or whole, plan is None, file)
+        self._known[name] = file["sha256"]
+
+
+def _resident(spec: Mapping[str, Any], shelf: Shelf | None) -> Resident:
+    """The scorer for a run; made, where there is none."""
+    trust.accept(spec["code"])
+    content = {name: value for name, value in spec.items() if name != IMAGES}
+    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    if spec["threads"]:
+        torch.set_num_threads(spec["threads"])
+    if key not in _residents:
+        made = Resident(spec, shelf)  # before another one goes: it may fail
+        _residents[key] = made
+        if len(_residents) > RESIDENTS:
+            _residents.popitem(last=False)[1].files.cleanup()
+    _residents.move_to_end(key)
+    return _residents[key]
+
+
+def _device(kind: str) -> torch.device:
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError("a worker has no CUDA device, and the driver has; set compute: cpu, or take it off the cluster")
+    return torch.device(kind)
+
+
+def open_data(spec: Mapping[str, Any], shelf: Shelf | None) -> Workload:
+    """The run's workload: from the data the run file names, if it is here and the same; else from images sent along."""
+    with contextlib.suppress(UserError):
+        workload = carried.open_section(spec["workload"], Reading(check="none"))
+        if workload.fingerprint == spec["fingerprint"]:
+            return workload
+    if spec[IMAGES] is None:
+        raise MissingError(IMAGES)
+    return carried.unpack(spec["workload"], find_blob(spec[IMAGES], shelf))
+
+
+def find_blob(blob: Mapping[str, Any], shelf: Shelf | None) -> Path:
+    """A file with the blob's content: the driver's own, or one kept here.
+
+    Raises:
+        MissingError: it is not here, and not on the shelf.
+        UserError: what came from the shelf is something else.
+    """
+    kept: Path = home() / "blobs" / blob["sha256"]
+    for path in (Path(blob["path"]), kept):
+        with contextlib.suppress(OSError):  # another machine: no such folder, or no right to look into it
+            if path.is_file() and sha256_of(path) == blob["sha256"]:
+                return path
+    content = None if shelf is None else shelf.fetch(blob["sha256"])
+    if content is None:
+        raise MissingError(blob["sha256"])
+    if hashlib.sha256(content).hexdigest() != blob["sha256"]:
+        raise UserError(f"blob {blob['sha256'][:16]} arrived altered; look at the engine's object store")
+    write_whole(kept, content)
+    return kept

@@ -1,0 +1,249 @@
+"""The driver's side of a crew: worker processes that score candidates, wherever they run.
+
+The driver says ahead which candidates it will ask for. They go to the workers in batches, and ``answer`` waits for each
+in turn; so what is journalled and told keeps its order, whoever is finished first. A worker that dies costs its batch,
+which another one gets. How a batch reaches a worker is an engine's business (``pipeline.flow.worker_engines``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from device_profiles.cores import usable_cores
+from pipeline.children import keep_from_children
+from pipeline.config import trust
+from pipeline.errors import SurroundingsError, UserError
+from pipeline.evaluation import shipped_data as carried
+from pipeline.evaluation.accuracy import Ask, Key, Scored, Scorer
+from pipeline.files import sha256_of, write_whole
+from pruning.channels import ChannelGraph
+from pruning.plan import PruningPlan
+
+if TYPE_CHECKING:
+    from pipeline.config.schema import RunFile
+
+LIVES = 3
+"""Deaths of workers over one batch, before its candidates are tried one by one; and then over one candidate."""
+IMAGES = "images"
+"""What a worker names as missing if it cannot open the run's data itself."""
+
+
+class WorkerDiedError(RuntimeError):
+    """The process that had a batch is gone; the batch may be tried again."""
+
+
+class Engine(Protocol):
+    """Brings batches to worker processes.
+
+    Args:
+        count: batches that are under way at once.
+        local: whether workers run on this machine.
+    """
+
+    count: int
+    local: bool
+
+    def perform(self, spec: Mapping[str, Any], batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What ``pipeline.evaluation.worker.score_batch`` answers in some worker process; called by several threads.
+
+        Raises:
+            WorkerDiedError: the process died.
+        """
+
+    def publish(self, sha256: str, path: Path) -> None:
+        """Make a file's content available to workers that do not see the file."""
+
+
+@dataclass(frozen=True)
+class BaseFile:
+    """What another process needs to know of a base.
+
+    Args:
+        sha256: of the file.
+        path: the safetensors file.
+        plan: the file holds a pruned network of this plan; None = it has every channel.
+        kind: the kind of learning that made it; "" = fine-tuning did.
+    """
+
+    sha256: str
+    path: Path
+    plan: PruningPlan | None = None
+    kind: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        plan = None if self.plan is None else self.plan.to_json()
+        return {"sha256": self.sha256, "path": str(self.path), "plan": plan, "kind": self.kind}
+
+
+class Crew:
+    """Workers of one run and one baseline.
+
+    Args:
+        engine: how to reach them.
+        config: the run file.
+        baseline: the unpruned network's weights.
+        folder: for files made for the workers.
+    """
+
+    def __init__(self, engine: Engine, config: RunFile, baseline: Path, folder: Path) -> None:
+        self.engine, self.config, self.baseline, self.folder = engine, config, baseline, folder
+        self._spec: dict[str, Any] = {}
+        self._carry: Callable[[], Path] | None = None
+        self._carrying = threading.Lock()
+        self._under_way: dict[Key, tuple[Future[list[Scored]], int]] = {}
+        self._pool = ThreadPoolExecutor(engine.count, "crew", keep_from_children)  # one thread waits for one batch
+
+    def begin(self, scorer: Scorer, asks: Mapping[Key, Ask], bases: Mapping[str, BaseFile]) -> None:
+        """Hand out candidates; those handed out before and not answered yet are given up.
+
+        A single one is left to the driver if the workers share its machine: it has more threads, and nothing to send.
+        """
+        self._forget()
+        if not asks or (len(asks) == 1 and self.engine.local):
+            return
+        if not self._spec:
+            self._spec = self._describe(scorer)
+        size = max(1, min(self.config.workers.batch, -(-len(asks) // self.engine.count)))
+        keys, told = list(asks), {name: file.to_json() for name, file in bases.items()}
+        for start in range(0, len(keys), size):
+            part = keys[start : start + size]
+            rows = [ask_to_json(asks[key]) for key in part]
+            future = self._pool.submit(self._deliver, rows, told)
+            self._under_way |= {key: (future, place) for place, key in enumerate(part)}
+
+    def answer(self, key: Key) -> Scored | None:
+        """What the workers found, waited for; None if they were not asked.
+
+        Raises:
+            UserError: the workers cannot do this at all; says what to change.
+        """
+        if key not in self._under_way:
+            return None
+        future, place = self._under_way[key]
+        return future.result()[place]
+
+    def rest(self) -> None:
+        """Wait until no worker computes: who measures on their machine needs it for itself."""
+        wait({future for future, _ in self._under_way.values()})
+
+    def close(self) -> None:
+        """Give up what is not begun, and wait for the rest."""
+        self._forget()
+        self._pool.shutdown(cancel_futures=True)
+
+    # -- the parts ---------------------------------------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        for future, _ in self._under_way.values():
+            future.cancel()
+        self._under_way = {}
+
+    def _deliver(self, rows: Sequence[Mapping[str, Any]], bases: Mapping[str, Any]) -> list[Scored]:
+        """Scores of a batch; a candidate that no worker survives has failed."""
+        for _ in range(LIVES):
+            with contextlib.suppress(WorkerDiedError):
+                return self._perform({"asks": list(rows), "bases": dict(bases)})
+        if len(rows) > 1:
+            return [scored for row in rows for scored in self._deliver([row], bases)]
+        return [Scored("failed", f"every worker process that tried it died ({LIVES} in turn); out of memory?")]
+
+    def _perform(self, batch: Mapping[str, Any]) -> list[Scored]:
+        published: set[str] = set()
+        while True:
+            answer = self.engine.perform(self._spec, batch)
+            if "answers" in answer:
+                return [Scored(**row) for row in answer["answers"]]
+            if "error" in answer:
+                raise UserError(f"workers: {answer['error']}")
+            missing = answer["missing"]
+            if missing in published:
+                raise SurroundingsError(f"workers: {missing} was sent to a worker and did not arrive; see its log")
+            published.add(missing)
+            if missing == IMAGES:
+                self._take_images_along()
+            else:
+                self.engine.publish(missing, self._path_of(missing, batch))
+
+    def _path_of(self, sha256: str, batch: Mapping[str, Any]) -> Path:
+        blobs = [*self._spec.values(), *batch["bases"].values()]
+        (path, *_) = [b["path"] for b in blobs if isinstance(b, Mapping) and b.get("sha256") == sha256]
+        return Path(path)
+
+    def _take_images_along(self) -> None:
+        """Put the images that workers need into a file; they are told of it from now on."""
+        with self._carrying:
+            if self._spec[IMAGES] is None:
+                assert self._carry is not None
+                self._spec = {**self._spec, IMAGES: _blob(self._carry())}
+
+    def _describe(self, scorer: Scorer) -> dict[str, Any]:
+        """All that workers must know, as JSON; files by path and hash."""
+        config, inference = self.config, scorer.steady
+        order, template = scorer.order(), scorer.folder / "template.onnx"
+        if order is not None:
+            content = io.BytesIO()
+            np.save(content, np.array(order, dtype=np.int64))
+            write_whole(self.folder / "order.npy", content.getbuffer())
+        num_train = scorer.num_recalibration_images
+
+        def carry() -> Path:
+            return carried.pack(scorer.workload, num_train, len(scorer.split), self.folder / "images.npz")
+
+        self._carry = carry
+        threads = config.threads or max(1, (usable_cores() // self.engine.count if self.engine.local else 0))
+        return {
+            "workload": config.workload,
+            "code": trust.allowed(),
+            "search": config.search.model_dump(mode="json"),
+            "seed": config.seed,
+            "device": scorer.device.type,
+            "threads": threads if self.engine.local or config.threads else None,
+            "fingerprint": scorer.workload.fingerprint,
+            "groups": groups_digest(scorer.graph),
+            "way": inference.way,
+            "baseline": _blob(self.baseline),
+            "template": _blob(template) if inference.way == "onnx" else None,
+            "order": None if order is None else _blob(self.folder / "order.npy"),
+            IMAGES: None,
+        }
+
+
+def ask_to_json(ask: Ask) -> dict[str, Any]:
+    """An ask as JSON's types."""
+    return {
+        "plan": ask.plan.to_json(),
+        "base": ask.base,
+        "floor": ask.floor,
+        "exact": ask.exact,
+        "brief": ask.brief,
+    }
+
+
+def ask_from_json(row: Mapping[str, Any]) -> Ask:
+    """The inverse of ``ask_to_json``."""
+    return Ask(PruningPlan.from_json(row["plan"]), row["base"], row["floor"], row["exact"], row["brief"])
+
+
+def groups_digest(graph: ChannelGraph) -> str:
+    """Names what plans of a graph mean: its groups, and what each removes from which tensor."""
+    content = hashlib.sha256()
+    for group in graph.groups:
+        content.update(f"{group.name} {group.size}\n".encode())
+        for member in group.members:
+            content.update(f"{member.tensor} {member.dim} {member.reads} {member.index.shape}\n".encode())
+            content.update(np.ascontiguousarray(member.index, dtype=np.int64).tobytes())
+    return content.hexdigest()[:16]
+
+
+def _blob(path: Path) -> dict[str, str]:
+    return {"sha256": sha256_of(path), "path": str(path.absolute())}

@@ -1,0 +1,241 @@
+"""What a run file names and needs neither a device nor a tracker for: profiles, data, model, channel groups, widths.
+
+Together with ``assemble`` the composition root; apart from it, because ``secateur validate`` stops here and must be
+quick.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+import numpy as np
+import torch
+from torch import nn
+
+from device_profiles.calibration import load as load_probe
+from device_profiles.errors import DeviceError
+from device_profiles.profile import DeviceProfile, Multiples, load_profile
+from pipeline.config.schema import Fault, FaultsError, RunFile, method_options
+from pipeline.errors import UserError
+from pipeline.evaluation.shipped_data import open_section
+from pipeline.run.widths import common_multiples, group_multiples
+from pipeline.surroundings import home
+from pipeline.workloads import Workload
+from pipeline.workloads.data.content import Reading
+from pruning.channels import ChannelGraph
+from pruning.cost import costs
+from pruning.plan import IntArray, PlanError, SearchSpace
+from pruning.search import METHODS
+from pruning.search.protocol import Budget, Evaluation, FloatArray, Problem, Strategy, Target
+from pruning.search.reward import Reward
+from pruning.tracer import PruningError
+
+
+def compute_device(name: str) -> torch.device:
+    """Where networks are trained and evaluated.
+
+    Raises:
+        UserError: ``cuda`` is asked for and not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("PyTorch finds no CUDA device here; set compute: auto or cpu")
+    return torch.device(name)
+
+
+def device_profiles(config: RunFile) -> tuple[DeviceProfile, ...]:
+    """The device profiles a run file names, its own device first.
+
+    Raises:
+        FaultsError: profiles are unknown, invalid, templates, not measured on so far, or do not go together.
+    """
+    section = config.device
+    asked = [("device.profile", section.profile), *(("device.others", name) for name in section.others)]
+    found, faults = [], []
+    for key, name in asked:
+        try:
+            found.append(_profile(name))
+        except (UserError, DeviceError) as error:
+            faults.append(Fault(tuple(key.split(".")), str(error)))
+    names = [profile.name for profile in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        faults.append(Fault(("device", "others"), f"{', '.join(twice)} would be measured twice; name each device once"))
+    unfit = [name for name in names if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name)]
+    if unfit and len(asked) > 1:
+        faults.append(
+            Fault(
+                ("device", "others"),
+                f"metrics and files are named after the devices, and {unfit[0]!r} has other characters than letters, "
+                "digits, '_', '-' and '.'; rename its profile's file",
+            )
+        )
+    if faults:
+        raise FaultsError("the run file", faults)
+    return tuple(found)
+
+
+def device_profile(config: RunFile) -> DeviceProfile:
+    """The profile of the run's own device, with all of them checked."""
+    return device_profiles(config)[0]
+
+
+def _profile(name: str) -> DeviceProfile:
+    profile = load_profile(name, [home() / "devices"])
+    profile.require_host()
+    if not profile.timing:
+        raise UserError(
+            f"device profile {profile.name} is emulated (timing: false): its times say nothing about a device; "
+            "name one that can be timed (`secateur list devices`)"
+        )
+    if (profile.batch, profile.precision) != (1, "fp32"):
+        raise UserError(
+            f"device profile {profile.name}: only batch 1 in fp32 is measured so far; set batch: 1 and precision: fp32"
+        )
+    return profile
+
+
+def open_workload(config: RunFile, reading: Reading = Reading()) -> Workload:  # noqa: B008 - frozen
+    """The run's model, data, loss and metric.
+
+    Args:
+        reading: how thoroughly image files are looked at.
+
+    Raises:
+        UserError: data or weights are missing, damaged, or do not fit.
+    """
+    return open_section(config.workload, reading)
+
+
+def check_forward(model: nn.Module, example: torch.Tensor) -> tuple[int, ...]:
+    """Run the model once on the example input; returns its output's shape (empty where it is no tensor).
+
+    Raises:
+        UserError: it fails there, or its outputs are no finite numbers; nothing later could work.
+    """
+    try:
+        with torch.no_grad():
+            outputs = model.eval()(example)
+    except Exception as error:
+        raise UserError(
+            f"the model's forward fails on the example input of shape {tuple(example.shape)}: {type(error).__name__}: "
+            f"{error}. Check data.image_size and data.channels against what the network expects"
+        ) from error
+    if not isinstance(outputs, torch.Tensor):
+        return ()
+    if not bool(torch.isfinite(outputs).all()):
+        raise UserError(
+            "the network's outputs on the example input are NaN or infinite: its weights are damaged, or data.std is "
+            "too small"
+        )
+    return tuple(outputs.shape)
+
+
+def trace(model: nn.Module, example: torch.Tensor) -> ChannelGraph:
+    """The network's channel groups.
+
+    Raises:
+        UserError: the network cannot be traced; says where and why.
+    """
+    try:
+        return trace(model, example)
+    except PruningError as error:
+        raise UserError(str(error)) from error
+
+
+def frozen_groups(patterns: Sequence[str], graph: ChannelGraph) -> list[str]:
+    """The channel groups that ``search.frozen`` names.
+
+    Raises:
+        UserError: a pattern matches none.
+    """
+    names = [group.name for group in graph.groups]
+    unmatched = [p for p in patterns if not any(fnmatchcase(n, p) for n in names)]
+    if unmatched:
+        raise FaultsError(
+            "the run file",
+            [Fault(("search", "frozen"), f"{unmatched} match no channel group; the network has {', '.join(names)}")],
+        )
+    return [n for n in names if any(fnmatchcase(n, p) for p in patterns)]
+
+
+def search_space(config: RunFile, graph: ChannelGraph, steps: Multiples | int) -> SearchSpace:
+    """The widths the search may choose from.
+
+    Args:
+        steps: the width granularity of the devices; ``device.channel_multiple`` goes before it.
+
+    Raises:
+        UserError: ``search.frozen`` matches nothing, or nothing is left to prune.
+    """
+    section = config.search
+    frozen = frozen_groups(section.frozen, graph)
+    multiple: int | dict[str, int] | None = config.device.channel_multiple
+    if multiple is None:
+        multiple = steps if isinstance(steps, int) else group_multiples(graph, graph.shapes, steps)
+    try:
+        return SearchSpace.of(
+            graph.groups, channel_multiple=multiple, min_keep_ratio=section.min_keep_ratio, frozen=frozen
+        )
+    except PlanError as error:
+        raise UserError(f"{error}\n{graph.report()}") from error
+
+
+def known_steps(profiles: Iterable[DeviceProfile]) -> tuple[Multiples, bool]:
+    """The width granularity of devices as far as it is known without reaching them, and whether all were probed."""
+    found = []
+    probed = True
+    for profile in profiles:
+        try:
+            staircase = load_probe(home() / "devices", profile)
+        except DeviceError:
+            staircase = None  # a damaged file; the run probes again
+        found.append(profile.multiples if staircase is None else staircase.multiples)
+        probed &= staircase is not None
+    return common_multiples(found), probed
+
+
+def make_strategy(
+    config: RunFile,
+    graph: ChannelGraph,
+    space: SearchSpace,
+    reference: Evaluation,
+    reward: Reward,
+    metric: str,
+    *,
+    rehearsed: bool = False,
+) -> Strategy:
+    """The search method of a run file, ready to be asked for its first request.
+
+    Args:
+        reference: the unpruned network's evaluation.
+        metric: the accuracy that the search goes by.
+        rehearsed: the answers are made up, to count the requests; a method whose engine takes long to import has a
+            function ``rehearse`` for that, which asks for as much without it.
+    """
+    problem = Problem(
+        space,
+        reference,
+        reward,
+        lambda widths: widths_costs(graph, space, widths),
+        Target(config.search.target.macs_ratio, config.search.target.latency_ratio),
+        np.random.default_rng(config.seed),
+        Budget(**config.search.budget.model_dump()),
+        metric,
+    )
+    method = METHODS.load(config.search.method)
+    search = getattr(method, "rehearse", method.search) if rehearsed else method.search
+    strategy: Strategy = search(problem, method_options(config.search))
+    return strategy
+
+
+def widths_costs(graph: ChannelGraph, space: SearchSpace, widths: IntArray) -> dict[str, FloatArray]:
+    """``Problem.costs``: groups outside the space keep their full width."""
+    names = [group.name for group in graph.groups]
+    whole = np.repeat([[group.size for group in graph.groups]], len(widths), axis=0)
+    whole[:, [names.index(name) for name in space.names]] = widths
+    found = costs(graph, whole)
+    return {name: getattr(found, name).astype(float) for name in ("macs", "params", "activation_bytes")}

@@ -1,0 +1,215 @@
+"""What will fail, known before anything is trained: everything at once, each with its fix.
+
+``secateur validate`` and the start of every run ask the same function. It opens what the run file names, runs the
+network once, finds its channel groups, and compares what is asked for with what there is. Nothing is trained, no device
+is reached, and nothing is written but caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+
+from device_profiles.profile import DeviceProfile
+from pipeline.config.schema import ExportSection, Fault, FaultsError, RunFile, SearchSection
+from pipeline.errors import UserError
+from pipeline.run.opening import (
+    check_forward,
+    compute_device,
+    device_profiles,
+    known_steps,
+    open_workload,
+    search_space,
+    trace,
+)
+from pipeline.run.proof import prove
+from pipeline.surroundings import home
+from pipeline.tracking.check import check_tracking
+from pipeline.workloads import DataSummary, Workload
+from pipeline.workloads.data.content import Reading
+from pruning.channels import ChannelGraph
+from pruning.cost import Cost, cost
+from pruning.plan import PruningPlan, SearchSpace
+
+BYTES_PER_PARAM = 4
+"""Of the fp32 files that are exported."""
+Place = tuple[str | int, ...]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Network:
+    """The unpruned network, and how small it can become.
+
+    Args:
+        input: shape of one input.
+        graph: its channel groups.
+        space: the widths a search may choose from, by what is known of the devices without reaching them.
+        whole: its cost.
+        smallest: the cost of the smallest plan of ``space``.
+        bound: no plan costs less, whatever a probe of the devices finds.
+        steps: where the widths of ``space`` come from.
+        probed: whether the devices' probes are known already.
+    """
+
+    input: tuple[int, ...]
+    graph: ChannelGraph
+    space: SearchSpace
+    whole: Cost
+    smallest: Cost
+    bound: Cost
+    steps: str
+    probed: bool
+
+    @property
+    def frozen_share(self) -> float:
+        """Fraction of the MACs in layers whose output channels no plan removes."""
+        return sum({frozen.layer: frozen.macs_share for frozen in self.graph.frozen}.values())
+
+
+@dataclass
+class Preflight:
+    """What is known of a run before it begins.
+
+    Args:
+        config: the run file.
+        faults: what will fail; a run with any does not begin.
+        notes: what its user should know.
+        profiles: the devices' profiles; None where one cannot be used, and so on.
+    """
+
+    config: RunFile
+    faults: list[Fault] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    profiles: tuple[DeviceProfile, ...] | None = None
+    compute: torch.device | None = None
+    workload: Workload | None = None
+    data: DataSummary | None = None
+    network: Network | None = None
+
+    def require(self, name: str) -> tuple[tuple[DeviceProfile, ...], torch.device, Workload]:
+        """The parts of a run that can begin.
+
+        Args:
+            name: of the run file, as a user knows it.
+
+        Raises:
+            FaultsError: it cannot; lists every fault.
+        """
+        if self.faults or self.profiles is None or self.compute is None or self.workload is None:
+            raise FaultsError(name, self.faults)
+        return self.profiles, self.compute, self.workload
+
+    def attempt(self, place: Place, work: Callable[[], T]) -> T | None:
+        """What ``work`` returns; where a user's mistake stops it, that is a fault at ``place``, and None."""
+        try:
+            return work()
+        except FaultsError as error:
+            self.faults += error.faults
+        except UserError as error:
+            self.faults.append(Fault(place, str(error)))
+        return None
+
+
+def examine(
+    config: RunFile,
+    reading: Reading = Reading(),  # noqa: B008 - frozen
+    *,
+    begun: bool = False,
+    tracking: bool = False,
+) -> Preflight:
+    """Find what will fail.
+
+    Args:
+        reading: how thoroughly image files are looked at.
+        begun: the run has begun already, so that what the run file asks for was found possible.
+        tracking: whether MLflow is asked too (a run asks it by itself, and waits for a server that is away).
+    """
+    found = Preflight(config)
+    found.profiles = found.attempt(("device",), lambda: device_profiles(config))
+    found.compute = found.attempt(("compute",), lambda: compute_device(config.compute))
+    if tracking:
+        report = check_tracking(config, home())
+        found.faults += [Fault(("tracking",), message) for message in report.faults]
+        found.notes += report.notes
+    workload = found.workload = found.attempt(("workload",), lambda: open_workload(config, reading))
+    if workload is None:
+        return found
+    found.notes += workload.notes
+    if not begun:
+        _check_images(found, workload)
+    example = workload.example_input()
+    model = found.attempt(("workload", "model"), workload.build_model)
+    if model is None or found.attempt(("workload",), lambda: check_forward(model, example)) is None:
+        return found
+    if begun:
+        return found
+    found.data = workload.summary()
+    found.network = found.attempt(("search",), lambda: _network(found, model, example))
+    if found.network is not None:
+        _check_targets(found, found.network)
+        space, graph = found.network.space, found.network.graph
+        found.attempt(("search",), lambda: prove(model, graph, space, example, config.seed))
+    return found
+
+
+def _network(found: Preflight, model: torch.nn.Module, example: torch.Tensor) -> Network:
+    config, graph = found.config, trace(model, example)
+    steps, probed = known_steps(found.profiles or ())
+    space = search_space(config, graph, steps)
+    finest = search_space(config, graph, 1)
+    if config.device.channel_multiple is not None:
+        origin = "device.channel_multiple"
+    else:
+        origin = "a kept probe of the device" if probed else "the device profile, unprobed"
+    plans = (PruningPlan.full(graph.groups), space.smallest(), finest.smallest())
+    whole, smallest, bound = (cost(graph, plan) for plan in plans)
+    return Network(tuple(example.shape), graph, space, whole, smallest, bound, origin, probed)
+
+
+def _check_images(found: Preflight, workload: Workload) -> None:
+    """Compare the images asked for with those there are; a default takes what there is."""
+    search, export = found.config.search, found.config.export
+    train, held_out = ("train", len(workload.train)), ("search", len(workload.search))
+    asked = (
+        (("search", "images"), search.images, SearchSection().images, held_out),
+        (("search", "recalibrate_images"), search.recalibrate_images, 0, train),
+        (("export", "parity_images"), export.parity_images, ExportSection().parity_images, held_out),
+    )
+    for place, wanted, default, (split, there) in asked:
+        name = ".".join(place)
+        if wanted > there and wanted != default:
+            message = f"{wanted:,} images, and the {split} split has {there:,}; set {name}: {there} or less"
+            found.faults.append(Fault(place, message))
+        elif wanted > there:
+            found.notes.append(f"{name} is {wanted:,}, the {split} split has {there:,} images: all are used")
+
+
+def _check_targets(found: Preflight, network: Network) -> None:
+    """Compare what is asked for with the smallest network that can be reached."""
+    config, way = found.config, "lower search.min_keep_ratio, freeze less, or start from a smaller network"
+    least, likely = network.bound.macs / network.whole.macs, network.smallest.macs / network.whole.macs
+    ratios = (
+        (("search", "target", "macs_ratio"), config.search.target.macs_ratio),
+        (("gate", "max_macs_ratio"), config.gate.max_macs_ratio),
+    )
+    for place, wanted in ratios:
+        if wanted is not None and wanted < least:
+            message = f"{wanted:g} cannot be met: the smallest reachable is {least:.3f}; raise it, {way}"
+            found.faults.append(Fault(place, message))
+        elif wanted is not None and wanted < likely:
+            found.notes.append(
+                f"{'.'.join(place)} {wanted:g} may be out of reach: with the widths of {network.steps} the smallest "
+                f"reachable is {likely:.3f}"
+            )
+    for profile in (found.profiles or ()) if config.gate.budgets else ():
+        limit, size = profile.budgets.size_bytes, network.bound.params * BYTES_PER_PARAM
+        if limit is not None and limit < size:
+            message = (
+                f"budget size_bytes {limit:,} of {profile.name} cannot be met: the smallest network has {size:,} bytes "
+                f"of weights; raise the budget, set gate.budgets: false, {way}"
+            )
+            found.faults.append(Fault(("device", "profile"), message))

@@ -1,0 +1,323 @@
+"""The composition root: the only place that turns the names of a run file into objects."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from datetime import datetime
+from functools import cached_property, partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from device_profiles import DeviceProfile, Multiples, Target, plain_yaml
+from device_profiles.cores import usable_cores
+from device_profiles.wording import command
+from pipeline.config import trust
+from pipeline.config.schema import RunFile, parse_run_file
+from pipeline.devices.device import InTurn, RunDevice, meet
+from pipeline.devices.fleet import Device, Fleet, FleetProgress
+from pipeline.errors import SurroundingsError, UserError
+from pipeline.evaluation.evaluator import Evaluator
+from pipeline.evaluation.worker_pool import Crew, Engine
+from pipeline.files import write_whole
+from pipeline.progress import ProgressView
+from pipeline.run.journal import Journal, Record
+from pipeline.run.opening import check_forward, make_strategy, open_workload, search_space
+from pipeline.run.origin import FOLDER, ORIGIN, check_tracked_at, origin_of
+from pipeline.run.preflight import examine
+from pipeline.run.study import to_evaluation
+from pipeline.run.widths import common_multiples
+from pipeline.surroundings import HOME, home, made
+from pipeline.tracking import Tracker
+from pipeline.tracking.check import require_tracking
+from pipeline.training.loop import keep_freed_memory
+from pipeline.workloads.data.content import Reading
+from pipeline.workloads.data.record import DataRecord, differences
+from pipeline.workloads.data.record import read as read_record
+from pipeline.workloads.data.record import write as write_record
+from pruning.channels import ChannelGraph
+from pruning.plan import SearchSpace
+from pruning.search.protocol import Budget, Evaluation, Strategy
+from pruning.search.protocol import Target as SearchTarget
+from pruning.search.reward import Reward, make_reward
+
+__all__ = ["Run", "check_forward", "create_run_directory", "open_run_directory", "open_workload"]
+
+
+def create_run_directory(config: RunFile) -> Path:
+    """A new directory with ``run.yaml`` (the whole configuration, itself a run file) and the run's id."""
+    stamp = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    directory = made(home(), HOME) / "runs" / f"{config.name}-{stamp}"
+    content = plain_yaml.dump(config.model_dump(mode="json"))
+    try:
+        directory.mkdir(parents=True)
+        write_whole(directory / "run.yaml", content)
+        write_whole(directory / ORIGIN, json.dumps(origin_of(directory.name, config)) + "\n")
+    except OSError as error:
+        raise SurroundingsError(f"cannot create run directory {directory}: {error.strerror}") from error
+    trust.hand_on(config, directory)
+    return directory
+
+
+def open_run_directory(directory: Path) -> tuple[str, RunFile]:
+    """Run id and configuration of an existing run directory.
+
+    Raises:
+        UserError: it is none, or its ``run.yaml`` was edited into something invalid.
+    """
+    try:
+        origin = json.loads((directory / ORIGIN).read_text(encoding="utf-8"))
+        run_id, lay = str(origin["run_id"]), origin.get(FOLDER)
+        text = (directory / "run.yaml").read_text(encoding="utf-8")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        recent = sorted((home() / "runs").glob("*/run.yaml"), key=lambda p: p.stat().st_mtime)[-3:]
+        hint = f"; recent runs: {', '.join(str(p.parent) for p in recent)}" if recent else ""
+        raise UserError(
+            f"{directory} is not a run directory (no readable run.yaml and origin.json in it){hint}"
+        ) from error
+    config = parse_run_file(text, str(directory / "run.yaml"))
+    return run_id, config.lying_in(Path(lay) if isinstance(lay, str) else None)
+
+
+class Run:
+    """One run: its configuration, its directory, and the objects made from them, each when first needed.
+
+    Args:
+        directory: a run directory made by ``create_run_directory``.
+        progress: where long work is shown.
+
+    Raises:
+        UserError: something that the run file asks for is not possible; lists everything (``preflight``).
+        TrackingError: a tracking server that is required does not answer.
+        JournalError: the journal is damaged, foreign or in use.
+    """
+
+    def __init__(self, directory: Path, progress: ProgressView) -> None:
+        self.directory, self.progress = directory.absolute(), progress
+        self.run_id, self.config = open_run_directory(directory)
+        trust.require(trust.code_in(self.config, self.directory / "run.yaml"))
+        check_tracked_at(self.directory, self.config)
+        require_tracking(self.config, home(), progress.say)
+        torch.set_num_threads(self.config.threads or usable_cores())
+        keep_freed_memory()
+        found = examine(self.config, Reading(progress), begun=has_begun(self.directory / "journal.jsonl"))
+        self.profiles, self.device, self.workload = found.require(str(self.directory / "run.yaml"))
+        self.profile = self.profiles[0]
+        check_data(self.directory, self.workload.record)
+        for note in found.notes:
+            progress.say(f"Note: {note}")
+        fingerprint = self.workload.fingerprint
+        metrics = (self.workload.metric, self.workload.search_metric)
+        self.journal = Journal(self.directory / "journal.jsonl", self.run_id, self.config.digest, fingerprint, metrics)
+        self.turn: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+        """Entered around every use of the device: a scheduler's way to keep other flows off it meanwhile."""
+        self.turns: Mapping[str, Callable[[], AbstractContextManager[None]]] = {}
+        """The same of ``device.others``, by name."""
+        self.engine: Engine | None = None
+        """How worker processes are reached, where the run file wants some; given by who runs the stages."""
+        self.crew: Crew | None = None
+        self._resources = contextlib.ExitStack()
+        self._resources.callback(self.journal.close)
+        params = flatten(self.config.model_dump(mode="json"))
+        compat = bool(self.config.search.options.get("paper_compat"))
+        labels = {"secateur.method": self.config.search.method, "secateur.paper_compat": str(compat).lower()}
+        lock = self.directory / "tracking.lock"
+        self.tracker = Tracker(self.config.tracking, home(), self.run_id, self.run_id, params, labels, lock)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.tracker.close()
+        self._resources.close()
+
+    @cached_property
+    def _opened(self) -> Fleet:
+        """The devices, opened; nothing is reached before its first use."""
+        devices = []
+        for profile in self.profiles:
+            target = trust.open_target(profile)
+            self._resources.callback(target.close)
+            devices.append(Device(profile, InTurn(target, partial(self._turn_of, profile))))
+        section = self.config.device
+        return Fleet(devices, section.combine, section.wait_s, self.progress.say)
+
+    @contextlib.contextmanager
+    def _turn_of(self, profile: DeviceProfile) -> Iterator[None]:
+        if self.crew is not None and self.crew.engine.local and profile.target == "local":
+            self.crew.rest()  # workers on the very machine that is measured would take its cores and its caches
+        with self.turn_of(profile.name):
+            yield
+
+    def turn_of(self, name: str) -> AbstractContextManager[None]:
+        return self.turn() if name == self.profile.name else self.turns.get(name, contextlib.nullcontext)()
+
+    @property
+    def target(self) -> Target:
+        """The run's own device, opened."""
+        return self._opened.primary.target
+
+    @cached_property
+    def fleet(self) -> Fleet:
+        """The run's devices, met: probed now if that is asked for and was never done, and those the run began with."""
+        section, fleet = self.config.device, self._opened
+
+        def met(device: Device, progress: ProgressView) -> RunDevice:
+            return meet(
+                device.target,
+                device.profile,
+                self.directory,
+                home(),
+                probing=section.probe and section.channel_multiple is None,
+                progress=progress,
+                name=fleet.file("device", ".json", device.name),
+            )
+
+        if len(fleet) == 1:
+            fleet.meet(lambda device: met(device, self.progress))
+        else:
+            with self.progress.stage(f"Meet {', '.join(fleet.names)}") as report:
+                shown = FleetProgress(report, fleet.names)
+                fleet.meet(lambda device: met(device, shown.of(device.name)))
+        return fleet
+
+    @property
+    def device_facts(self) -> RunDevice:
+        """What is known of the run's own device."""
+        return self.facts_of_devices[self.profile.name]
+
+    @property
+    def facts_of_devices(self) -> dict[str, RunDevice]:
+        """What is known of every device."""
+        return {device.name: device.facts for device in self.fleet if device.facts is not None}
+
+    def evaluator(self, baseline: nn.Module, graph: ChannelGraph, space: SearchSpace | None = None) -> Evaluator:
+        """An evaluator for the trained baseline; ``space`` is where its latency model may draw plans from."""
+        return Evaluator(
+            baseline,
+            graph,
+            self.workload,
+            self.profile,
+            self.target,
+            self.directory / "candidates",
+            self.config.search,
+            self.config.finetune,
+            seed=self.config.seed,
+            device=self.device,
+            progress=self.progress,
+            space=space,
+            fleet=self.fleet,
+            steady=self.config.search.forward == "steady" or self.engine is not None,
+            crew=self._new_crew(),
+        )
+
+    @contextlib.contextmanager
+    def with_workers(self, engine: Engine | None) -> Iterator[None]:
+        """Evaluators made meanwhile have candidates scored by worker processes; None = by this one."""
+        self.engine = engine
+        try:
+            yield
+        finally:
+            if self.crew is not None:
+                self.crew.close()
+            self.engine = self.crew = None
+
+    def _new_crew(self) -> Crew | None:
+        """Worker processes for another evaluator, in place of the last one's."""
+        if self.crew is not None:
+            self.crew.close()
+        if self.engine is not None:
+            self.crew = Crew(self.engine, self.config, self.directory / "baseline.safetensors", self.directory / "crew")
+        return self.crew
+
+    def space(self, graph: ChannelGraph) -> SearchSpace:
+        """The widths the search may choose from, on this device.
+
+        Raises:
+            UserError: ``search.frozen`` matches nothing, or nothing is left to prune.
+        """
+        steps = common_multiples(Multiples(**facts.multiples) for facts in self.facts_of_devices.values())
+        return search_space(self.config, graph, steps)
+
+    def reward(self, reference: Evaluation, metric: str) -> Reward:
+        """The run's reward, weighed against the unpruned network; tracked candidates carry it from now on.
+
+        Args:
+            metric: the accuracy it looks at, the workload's own or the search's.
+        """
+        section, final, searched = self.config.reward, self.workload.metric, self.workload.search_metric
+        rewards = {name: make_reward(section.preset, reference, name, **section.options) for name in (final, searched)}
+
+        def of(record: Record) -> float | None:
+            return rewards[final if record["stage"] == "final" else searched](to_evaluation(record["evaluation"]))
+
+        self.tracker.reward = of
+        return rewards[metric]
+
+    @property
+    def search_target(self) -> SearchTarget:
+        """What the search aims at; nothing meets it if none is set."""
+        return SearchTarget(self.config.search.target.macs_ratio, self.config.search.target.latency_ratio)
+
+    def budget(self) -> Budget:
+        """What the search may spend."""
+        return Budget(**self.config.search.budget.model_dump())
+
+    def strategy(self, graph: ChannelGraph, space: SearchSpace, reference: Evaluation, reward: Reward) -> Strategy:
+        """The search method, ready to be asked for its first request."""
+        return make_strategy(self.config, graph, space, reference, reward, self.workload.search_metric)
+
+
+def check_data(directory: Path, found: DataRecord) -> None:
+    """Write down which images a run begins with; if it has begun, see that they are still those, in those splits.
+
+    Raises:
+        UserError: they are not; says how many are gone, new and changed, and both ways on.
+        SurroundingsError: the record cannot be written.
+    """
+    recorded = read_record(directory)
+    if recorded is None:
+        if has_begun(directory / "journal.jsonl"):
+            raise UserError(
+                f"{directory} holds no data.json, which says which images the run began with: it was removed, or the "
+                "run was begun by an earlier version of Secateur, which drew the splits in another way. It cannot be "
+                "continued; start a new run with "
+                f"`{command('secateur', 'run', directory / 'run.yaml')}`"
+            )
+        write_record(found, directory)
+        return
+    told = differences(recorded, found)
+    if told:
+        raise UserError(
+            f"this is not the data that the run began with: {told}. It would be tested on other images than it was "
+            "kept from. Either restore the data as it was and resume again, or start a new run with "
+            f"`{command('secateur', 'run', directory / 'run.yaml')}`"
+        )
+
+
+def has_begun(journal: Path) -> bool:
+    """Whether a run has recorded anything; a damaged journal counts, for its reader to say so."""
+    try:
+        return journal.read_bytes().count(b"\n") > 1
+    except OSError:
+        return False
+
+
+def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one with dotted names; lists as JSON."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = json.dumps(value) if isinstance(value, list) else value
+    return flat

@@ -1,0 +1,69 @@
+"""Trainings that learn something about channels, one kind per module (``Learn`` requests name them).
+
+A kind is a module with ``learn(lesson) -> Outcome``. A kind whose weights depend on the plan (a supernet) also has
+``weights(model, graph, state, plan)``: dense-shaped weights for one plan, made from ``Outcome.state``; the evaluator
+re-estimates batch-norm statistics for every plan of such a base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from device_profiles.shelf import Shelf
+from pipeline.config.schema import FinetuneSection
+from pipeline.progress import Report
+from pipeline.workloads import Workload
+from pruning.channels import ChannelGraph
+from pruning.search.protocol import FloatArray
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a kind of learning is given.
+
+    Args:
+        model: a network of the dense shapes with the weights to begin with, on ``device``; may be trained in place.
+        graph: its channel groups.
+        workload: images, loss and metric; only ``workload.train`` may be read.
+        recipe: learning rate, batch size and so on, with the request's ``epochs``.
+        seed: of every random choice.
+        device: where to train.
+        checkpoint: file for ``pipeline.training.loop.fit`` to resume from.
+        report: told (step, steps, note) as it goes.
+        options: of the request.
+    """
+
+    model: nn.Module
+    graph: ChannelGraph
+    workload: Workload
+    recipe: FinetuneSection
+    seed: int
+    device: torch.device
+    checkpoint: Path
+    report: Report
+    options: Mapping[str, float | str]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was learned.
+
+    Args:
+        state: tensors that are saved under the new base's name: dense-shaped weights under the names of the model's
+            state dict, or whatever the kind's ``weights`` makes weights from.
+        scores: group name -> shape ``(size,)``.
+        images: training images passed forward and backward.
+    """
+
+    state: Mapping[str, Tensor]
+    scores: Mapping[str, FloatArray] = field(default_factory=dict)
+    images: int = 0
+
+
+TRAININGS = Shelf(__name__, "auxiliary training", ("learn",))
+"""Every kind, named as its module."""

@@ -1,0 +1,34 @@
+"""Shared weights: one dense set, cut to every width (Slimmable Neural Networks, Yu et al. 2019, arXiv 1812.08928).
+
+The cheap sibling of ``pruning_net``, and the one for large layers: no generators, the answer is an ordinary state dict.
+Training and options are those of ``pruning_net`` (``widths``, ``order``, ``label_smoothing``, ``lr``). One batch norm
+serves all widths; its statistics are re-estimated for every plan, so the switches of the paper are not needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from pipeline.training.auxiliary import Lesson, Outcome
+from pipeline.training.auxiliary.pruning_net import COMMON, read, train
+from pruning.channels import ChannelGraph
+from pruning.plan import PruningPlan
+from pruning.supernet import PruningNet
+
+
+def learn(lesson: Lesson) -> Outcome:
+    """Train the dense weights at random widths.
+
+    Raises:
+        ValueError: an option is unknown or has a value that means nothing.
+        TrainingError: the loss became NaN or infinite.
+    """
+    options = read(lesson.options, COMMON)
+    return train(lesson, PruningNet(lesson.model, lesson.graph, max_outputs=0), options)
+
+
+def weights(model: nn.Module, graph: ChannelGraph, state: Mapping[str, Tensor], plan: PruningPlan) -> dict[str, Tensor]:
+    """Dense-shaped state dict: the same for every plan. Batch-norm statistics have to be estimated for the plan."""
+    return {name: state[graph.aliases.get(name, name)] for name in model.state_dict()}

@@ -1,0 +1,127 @@
+"""DAFP: sparse training of batch-norm scales, then a global cut of what scales and next weights let through.
+
+Zhao et al., "Dependency Aware Filter Pruning" (arXiv 2005.02634). A channel matters as far as the next layer listens
+to it: its batch-norm scale times the norm of the weights that read it. Training adds a penalty on the scales whose
+strength a controller moves, so that a wanted share of them becomes small; then one threshold over the whole network
+cuts::
+
+    train with  loss + lambda_t sum |gamma|,   lambda_{t+1} = lambda_t (1 + eta sign(wanted_t - reached_t))
+    remove the channels of least |gamma_k| * ||W_next[:, k]||, down to the target
+
+Known are these ideas, not the formulas. Ours: the wanted share grows linearly from 0 to the share of channels that a
+uniform cut to the target removes; scores are divided by the Euclidean norm of their group before the global ranking,
+so that they say which share of the next layer's input comes through a channel (a batch norm behind that layer undoes
+any common factor). With ``epochs: 0`` the scores are those of the pretrained network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from pruning.plan import PruningPlan
+from pruning.search.methods.cpmc import normalised
+from pruning.search.methods.knapsack import at_least
+from pruning.search.protocol import DENSE, Answer, Candidate, FloatArray, Problem, Request, Strategy
+from pruning.search.support import (
+    Limit,
+    SearchError,
+    best_first,
+    check_ranges,
+    evaluate,
+    learn,
+    limit_of,
+    meet,
+    project,
+    score,
+)
+
+CRITERION = "bn_dependency"
+"""The saliency of networks that are not trained for sparsity."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of DAFP. The paper's settings are unknown; all defaults are ours.
+
+    Args:
+        epochs: of sparse training from the pretrained weights; 0 = none.
+        target_sparsity: share in 0..1 of the scales that training makes small; None = the share of channels that a
+            uniform cut to the target removes.
+        strength: lambda at the beginning.
+        rate: eta, in 0..1, relative change of lambda per hundredth of the training.
+        threshold: scales of less magnitude count as small.
+        normalise: scores are divided by their group's ``l2`` norm, its ``max``, or not (``none``: one threshold for the
+            bare scores).
+        min_keep: kept / width in 0..1 of every group.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    epochs: float = 10
+    target_sparsity: float | None = None
+    strength: float = 1e-4
+    rate: float = 0.2
+    threshold: float = 0.01
+    normalise: Literal["l2", "max", "none"] = "l2"
+    min_keep: float = 0.1
+
+    def __post_init__(self) -> None:
+        shares = dict.fromkeys(("target_sparsity", "rate", "min_keep"), (0.0, 1.0))
+        check_ranges(self, epochs=(0, math.inf), strength=(1e-12, 1.0), threshold=(1e-9, math.inf), **shares)
+
+
+def search(problem: Problem, options: Options) -> Strategy:
+    """Train sparsely, rank all channels, cut to the target, evaluate the one plan with the trained weights.
+
+    Raises:
+        SearchError: there is no target, it is out of reach with ``min_keep``, the sparse training failed, or the plan
+            could not be evaluated.
+    """
+    limit = yield from limit_of(problem)
+    problem = at_least(problem, limit, options.min_keep)
+    base, learned = yield from _dependency(problem, options, limit)
+    scores = {name: normalised(learned[name], options.normalise) for name in problem.space.names}
+
+    def cut(limit: Limit) -> PruningPlan:
+        return problem.space.decode(project(problem, limit, scores, per_cost=False), scores)
+
+    plan = yield from meet(problem, limit, cut)
+    candidates = [Candidate(0, plan, "dafp", (), base)]
+    evaluations = yield from evaluate(candidates, latency=True)
+    return best_first(problem, candidates, evaluations)
+
+
+def _dependency(
+    problem: Problem, options: Options, limit: Limit
+) -> Generator[Request, Answer, tuple[str, Mapping[str, FloatArray]]]:
+    """The weights to cut from, and the importance of every channel in them."""
+    if options.epochs == 0:
+        return DENSE, (yield from score(CRITERION))
+    wanted = options.target_sparsity
+    learned = yield from learn(
+        "sparsity",
+        options.epochs,
+        target_sparsity=uniform_sparsity(problem, limit) if wanted is None else wanted,
+        strength=options.strength,
+        rate=options.rate,
+        threshold=options.threshold,
+    )
+    if learned.evaluation.status != "ok":
+        raise SearchError(
+            f"dafp's sparse training failed: {learned.evaluation.reason}. Lower strength, rate or the recipe's lr, or "
+            "set epochs: 0 to rank the pretrained network"
+        )
+    return learned.base, learned.scores
+
+
+def uniform_sparsity(problem: Problem, limit: Limit) -> float:
+    """Share of the channels that goes when every group is cut to the largest ratio (in percent) within the limit."""
+    space = problem.space
+    for percent in range(100, -1, -1):
+        widths = [space.snap(name, percent / 100 * size) for name, size in space.sizes.items()]
+        if limit.of(widths) <= limit.bound:
+            break
+    return 1 - sum(widths) / sum(space.sizes.values())

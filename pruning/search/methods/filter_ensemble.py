@@ -1,0 +1,497 @@
+"""Linear filter ensembles: the loss under random masks, regressed on the masks, says what each channel is worth.
+
+Sándor, Pável, Csató, "Pruning CNN's with Linear Filter Ensembles" (ECAI 2020, arXiv 2001.08142). The importance of a
+filter is the change of the empirical loss by its presence or absence. Leaving out one filter at a time is costly and
+blind to company, so random sets of filters (ensembles) are masked, the loss is fitted by a linear model of the masks,
+and the filters with the smallest coefficients go::
+
+    repeat:
+        losses <- mean loss of the network under N random masks
+        loss(mask) ~ b + sum_k beta_k [k removed]
+        remove the filters of least beta, down to the target; fine-tune
+
+Only the abstract could be read; what follows is our design.
+
+*Sampling.* A mask keeps each filter with probability p. ``stratified`` (default) removes ``ceil((1 - p) n)`` of the n
+filters of every group on average: were it always as many, the columns of a group would add up to a constant and no
+regression could tell the level of one group from another's, so the number runs evenly over 0 .. twice that.
+``antithetic`` follows each such mask with one whose removed filters are others; ``bernoulli`` draws every filter alone;
+``layerwise`` removes from one group at a time, or from none (unbiased inside it, but every group needs masks of its
+own). All masks see the same images. There is always one channel left in a group.
+
+*Regression.* Ridge with the penalty of least generalised cross-validation (GCV) error, and standard errors. 2 masks per
+filter are drawn, then 1 more at a time until the median standard error is below a quarter of the distance between the
+25 % and the 50 % quantile of beta, up to 8. Every tenth mask is held out of a first fit; where that fit explains less
+than 0.3 of their variance (R2), too much was removed for effects to add up: 1 - p is halved and the masks are drawn
+anew, up to three times.
+
+*Cut.* One-shot by default: everything that has to go goes at once, by the in-order knapsack, which keeps the most beta
+under the target's cost. With ``rounds``, all but the last round remove the filters of least ``beta / cost^gamma``,
+bounded per round and group, and fine-tune. Nothing here knows of convolutions: groups of a fully connected network
+are pruned just so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import count
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from pruning.plan import BoolArray, IntArray, PruningPlan
+from pruning.search.methods.knapsack import at_least, knapsack
+from pruning.search.protocol import (
+    DENSE,
+    Answer,
+    Candidate,
+    Entry,
+    FineTuned,
+    FloatArray,
+    Problem,
+    Request,
+    Strategy,
+)
+from pruning.search.support import (
+    Limit,
+    SearchError,
+    check_ranges,
+    evaluate,
+    fine_tune,
+    limit_of,
+    meet,
+    probe,
+    project,
+    score,
+)
+
+Sampling = Literal["stratified", "bernoulli", "antithetic", "layerwise"]
+
+MIN_R2 = 0.3
+"""Share of the held-out variance the additive model has to explain."""
+RAISES = 3
+"""How often p is raised for want of it."""
+HELD_OUT = 10
+"""Every so-manieth mask is held out."""
+MIN_MASKS = 50
+"""Masks drawn at least, so that some are held out in a small network."""
+MANY_UNITS = 2000
+"""Channels from which on bundles are masked, unless ``bundle`` says otherwise."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of linear filter ensembles. The paper's settings are unknown; all defaults are ours.
+
+    Args:
+        rounds: of sampling, cutting and fine-tuning, at most; the last one goes all the way to the target. 1 =
+            one-shot; 8 to 10 with fine-tuning for the best result.
+        finetune_epochs: epochs after each round; None = 0 for one-shot, else 10 (10 to 20 for the best result).
+        round_share: fraction in 0..1 of the channels that one round removes, the last one excepted.
+        layer_share: fraction in 0..1 of a group that one round removes at most, the last one excepted. A group may
+            always take one step of the allowed widths.
+        min_keep: kept / width in 0..1 of every group, for good; at least 2 channels stay.
+        sampling: ``stratified``, ``bernoulli``, ``antithetic`` or ``layerwise``; see the module.
+        keep: p, probability in 0..1 that a mask keeps a channel.
+        min_masks: masks per channel (or bundle) drawn at least (and never fewer than 50).
+        max_masks: masks per channel (or bundle) drawn at most.
+        images: images of the search split per mask; None = as many as the run file gives candidates.
+        bundle: channels masked together, neighbours in the order of their L1 norms. None = 1, or 8 in networks of more
+            than 2,000 channels.
+        selection: how the target is met: ``knapsack`` (largest sum of beta it allows), or ``ranking`` (the least
+            ``beta / cost^gamma`` goes first; with gamma 0 the paper's).
+        cost_power: gamma; 0 = pure importance (paper), 1 = importance per MAC or per millisecond.
+        batch: masks asked for in one request; does not change what is found.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    rounds: int = 1
+    finetune_epochs: float | None = None
+    round_share: float = 0.1
+    layer_share: float = 0.25
+    min_keep: float = 0.1
+    sampling: Sampling = "stratified"
+    keep: float = 0.9
+    min_masks: float = 2.0
+    max_masks: float = 8.0
+    images: int | None = None
+    bundle: int | None = None
+    selection: Literal["knapsack", "ranking"] = "knapsack"
+    cost_power: float = 0.0
+    batch: int = 256
+
+    def __post_init__(self) -> None:
+        shares = dict.fromkeys(("round_share", "layer_share", "min_keep"), (0.0, 1.0))
+        counts = dict.fromkeys(("rounds", "images", "bundle", "batch"), (1.0, math.inf))
+        check_ranges(self, keep=(0.01, 0.99), min_masks=(0.1, math.inf), max_masks=(0.1, math.inf), **shares, **counts)
+        check_ranges(self, finetune_epochs=(0, math.inf), cost_power=(0, 10))
+        if self.max_masks < self.min_masks:
+            raise ValueError(f"max_masks {self.max_masks:g} must not lie below min_masks {self.min_masks:g}")
+
+
+def search(problem: Problem, options: Options) -> Strategy:
+    """Sample, fit, cut, fine-tune; the archive holds the network of every round, in the order found.
+
+    A network that could not be evaluated is dropped, and the next round starts from the same weights again.
+
+    Raises:
+        SearchError: there is no target, it is out of reach with ``min_keep``, losses are not numbers, or no network
+            could be evaluated.
+    """
+    limit = yield from limit_of(problem)
+    problem = at_least(problem, limit, options.min_keep, least=2)
+    ids, archive, reason = count(), list[Entry](), ""
+    plan, base, parents = problem.space.full, DENSE, tuple[int, ...]()
+    for left in reversed(range(options.rounds)):
+        beta = yield from importance(problem, options, plan, base)
+        plan_after = yield from _cut(problem, options, limit, plan, beta, last=left == 0)
+        candidate = Candidate(next(ids), plan_after, "ensemble", parents, base)
+        tuned = yield from _tune(candidate, options)
+        if tuned.evaluation.status != "ok":
+            reason = tuned.evaluation.reason
+            continue
+        plan, base, parents = plan_after, tuned.base, (candidate.id,)
+        archive.append(Entry(replace(candidate, base=base), tuned.evaluation))
+        if problem.target.met(tuned.evaluation, problem.reference):
+            break
+    if not archive:
+        raise SearchError(f"filter_ensemble found no network that can be evaluated; the last: {reason}")
+    return tuple(archive)
+
+
+# -- what is masked, and the masks -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """What masks remove: single channels, or bundles of them.
+
+    Args:
+        plan: channels that are there.
+        parts: group -> its units, each an array of channel indices; groups with a single unit cannot be masked and are
+            left out.
+    """
+
+    plan: PruningPlan
+    parts: Mapping[str, tuple[IntArray, ...]]
+
+    @classmethod
+    def of(cls, plan: PruningPlan, names: Sequence[str], order: Mapping[str, FloatArray] | None, bundle: int) -> Units:
+        """Units of ``bundle`` channels each (the last ones may differ by one), neighbours in ``order``."""
+        parts = {}
+        for name in names:
+            alive = np.array(plan.kept[name], dtype=np.int64)
+            if len(alive) > 1:
+                ordered = alive if order is None else alive[np.argsort(order[name][alive], kind="stable")]
+                parts[name] = tuple(np.array_split(ordered, max(2, round(len(alive) / bundle))))
+        return cls(plan, parts)
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Units per group."""
+        return [len(units) for units in self.parts.values()]
+
+    def plans(self, removed: BoolArray) -> list[PruningPlan]:
+        """Masked networks, one per row of shape ``(masks, units)``."""
+        ends = np.cumsum(self.sizes)
+        plans = []
+        for row in removed:
+            kept = {
+                name: sorted(np.concatenate([u for u, gone in zip(units, part, strict=True) if not gone]).tolist())
+                for (name, units), part in zip(self.parts.items(), np.split(row, ends[:-1]), strict=True)
+            }
+            plans.append(self.plan.replace(kept))
+        return plans
+
+    def spread(self, beta: FloatArray) -> dict[str, FloatArray]:
+        """Group -> importance per channel, shape ``(size,)``, from that of the units, shape ``(units,)``.
+
+        A unit's importance is divided evenly. Channels that are gone get -inf, and those of groups that cannot be
+        masked the largest of all.
+        """
+        ends = np.cumsum(self.sizes)
+        values = {}
+        for (name, units), part in zip(self.parts.items(), np.split(beta, ends[:-1]), strict=True):
+            values[name] = np.full(self.plan.sizes[name], -np.inf)
+            for unit, value in zip(units, part, strict=True):
+                values[name][unit] = value / len(unit)
+        top = max((float(value.max()) for value in values.values()), default=1.0)
+        for name, size in self.plan.sizes.items():
+            if name not in values:
+                values[name] = np.where(self.plan.mask(name), top, np.full(size, -np.inf))
+        return values
+
+
+def draw(sizes: Sequence[int], masks: int, keep: float, sampling: Sampling, rng: np.random.Generator) -> BoolArray:
+    """Random masks: shape ``(masks, sum(sizes))``, True = removed; each group keeps one.
+
+    Args:
+        sizes: units per group, each 2 or more.
+        keep: p.
+    """
+    parts = []
+    if sampling == "layerwise":
+        turns = _even(masks, len(sizes), rng)  # one turn is nobody's
+    for group, size in enumerate(sizes):
+        typical = _typical(size, keep)
+        if sampling == "bernoulli":
+            part = rng.random((masks, size)) >= keep
+            whole = np.flatnonzero(part.all(axis=1))
+            part[whole, rng.integers(size, size=len(whole))] = False
+        elif sampling == "layerwise":
+            part = _some(size, np.where(turns == group, typical, 0), rng)
+        elif sampling == "stratified":
+            part = _some(size, _even(masks, min(2 * typical, size - 1), rng), rng)
+        else:
+            numbers = _even(-(-masks // 2), min(2 * typical, size - 1), rng)
+            first = _some(size, numbers, rng)
+            second = _some(size, np.minimum(numbers, size - numbers), rng, barred=first)
+            part = np.stack([first, second], axis=1).reshape(-1, size)[:masks]
+        parts.append(part)
+    return np.concatenate(parts, axis=1)
+
+
+def _even(masks: int, most: int, rng: np.random.Generator) -> IntArray:
+    """Shape ``(masks,)``: 0 .. ``most`` equally often, in random order."""
+    return np.asarray(rng.permutation(np.arange(masks) % (most + 1)))
+
+
+def _typical(size: int, keep: float) -> int:
+    """Units of a group that a mask removes: ``ceil((1 - p) n)``, but never all."""
+    return min(math.ceil((1 - keep) * size - 1e-9), size - 1)
+
+
+def _some(size: int, numbers: IntArray, rng: np.random.Generator, barred: BoolArray | None = None) -> BoolArray:
+    """Shape ``(masks, size)``: in row i, ``numbers[i]`` random entries are True, ``barred`` ones last."""
+    keys = rng.random((len(numbers), size)) + (0 if barred is None else barred)
+    ranks = keys.argsort(axis=1).argsort(axis=1)
+    return np.asarray(ranks < numbers[:, None])
+
+
+# -- the linear model ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A linear model of the loss.
+
+    Args:
+        level: loss at ``centre``.
+        centre: mean mask, shape ``(units,)``.
+        beta: loss added when a unit is removed, shape ``(units,)``.
+        errors: standard errors of ``beta``, shape ``(units,)``.
+        penalty: of the ridge.
+    """
+
+    level: float
+    centre: FloatArray
+    beta: FloatArray
+    errors: FloatArray
+    penalty: float
+
+    def r2(self, removed: BoolArray, losses: FloatArray) -> float:
+        """Share of the variance of other losses, shape ``(masks,)``, that the model explains."""
+        spread = float(np.square(losses - losses.mean()).sum())
+        left = float(np.square(losses - self.level - (removed - self.centre) @ self.beta).sum())
+        return 1.0 - left / spread if spread > 0 else 1.0
+
+    @property
+    def settled(self) -> bool:
+        """The stopping rule: errors are small beside the differences among the lesser half of the units."""
+        low, middle = np.quantile(self.beta, [0.25, 0.5])
+        return bool(np.median(self.errors) <= (middle - low) / 4)
+
+
+def ridge(removed: BoolArray, losses: FloatArray, penalties: Sequence[float] | None = None) -> Fit:
+    """Ridge regression of losses on centred masks, with the penalty of least GCV error.
+
+    ``beta = argmin sum_i (y_i - b - z_i . beta)^2 + lambda |beta|^2``. One eigendecomposition, of the smaller of the
+    two Gram matrices, answers for every penalty; masks are zeros and ones, so the larger products are exact in float32.
+
+    Args:
+        removed: shape ``(masks, units)``, True = removed.
+        losses: shape ``(masks,)``.
+        penalties: to choose from, relative to the largest eigenvalue; None = 0 and 1e-8 ... 10.
+    """
+    n, k = removed.shape
+    centre, level = removed.mean(axis=0), float(losses.mean())
+    y = losses - level
+    moment = _product(removed, y[:, None])[:, 0]  # Z'y; y is centred, so Z needs not be
+    if k <= n:
+        s, V = np.linalg.eigh(_product(removed, removed) - n * np.outer(centre, centre))
+    else:
+        Z = removed - centre
+        s, U = np.linalg.eigh(Z @ Z.T)
+        V = Z.T @ U / np.sqrt(np.maximum(s, 1e-300))
+    real = s > 1e-9 * max(float(s[-1]), 1e-300)
+    s, V = s[real], V[:, real]
+    a = V.T @ moment
+    outside = max(0.0, float(y @ y - np.sum(a**2 / s)))  # what no beta explains
+    grid = np.array([0.0, *np.logspace(-8, 1, 37)] if penalties is None else penalties) * (s[-1] if len(s) else 1.0)
+    free = np.array([n - 1 - np.sum(s / (s + c)) for c in grid])
+    rest = np.array([outside + np.sum(a**2 / s * (c / (s + c)) ** 2) for c in grid])
+    gcv = np.where(free > 0.5, n * rest / np.maximum(free, 0.5) ** 2, np.inf)
+    best = int(np.argmin(gcv)) if np.isfinite(gcv).any() else len(grid) - 1
+    noise = rest[best] / max(free[best], 1.0)
+    beta = V @ (a / (s + grid[best]))
+    errors = np.sqrt(noise * (V**2 @ (s / (s + grid[best]) ** 2)))
+    scale = float(np.abs(beta).max(initial=0.0))
+    if scale > 0:  # so that ties stay ties whatever the order of summation
+        beta = np.round(beta / scale, 9) * scale
+    return Fit(level, centre, beta, errors, float(grid[best]))
+
+
+def _product(left: BoolArray, right: FloatArray | BoolArray, rows: int = 8192) -> FloatArray:
+    """``left.T @ right`` in float64, some rows at a time."""
+    kind = np.float32 if right.dtype == bool else np.float64
+    total = np.zeros((left.shape[1], right.shape[1]))
+    for at in range(0, len(left), rows):
+        total += left[at : at + rows].astype(kind).T @ right[at : at + rows].astype(kind)
+    return total
+
+
+# -- one round -------------------------------------------------------------------------------------------------------
+
+
+def importance(
+    problem: Problem, options: Options, plan: PruningPlan, base: str
+) -> Generator[Request, Answer, dict[str, FloatArray]]:
+    """Loss added by the removal of each channel of ``plan``: group -> shape ``(size,)``."""
+    names = problem.space.names
+    alive = sum(plan.widths[name] for name in names)
+    bundle = options.bundle or (1 if alive <= MANY_UNITS else 8)
+    order = None if bundle == 1 else (yield from score("l1", base, plan))
+    units = Units.of(plan, names, order, bundle)
+    if not units.parts:
+        return units.spread(np.zeros(0))
+    fit = yield from estimate(problem, options, units, base)
+    return units.spread(fit.beta)
+
+
+def estimate(problem: Problem, options: Options, units: Units, base: str) -> Generator[Request, Answer, Fit]:
+    """Draw masks until the stopping rule holds, and fit them all."""
+    sizes, keep = units.sizes, options.keep
+    num_units = sum(sizes)
+    least = max(MIN_MASKS, math.ceil(options.min_masks * num_units))
+    most = max(least, math.ceil(options.max_masks * num_units))
+
+    def sample(masks: int) -> Generator[Request, Answer, tuple[BoolArray, FloatArray]]:
+        removed = draw(sizes, masks, keep, options.sampling, problem.rng)
+        losses = np.zeros(masks)
+        for at in range(0, masks, options.batch):
+            part = slice(at, at + options.batch)
+            losses[part] = yield from probe(units.plans(removed[part]), base, options.images)
+        return removed, losses
+
+    for raises in count():
+        removed, losses = yield from sample(least)
+        if raises == RAISES or max(_typical(n, keep) for n in sizes) == 1 or _explained(removed, losses) >= MIN_R2:
+            break
+        keep = (1 + keep) / 2  # too many removed at once for effects to add up
+    fit = ridge(*_finite(removed, losses))
+    while not fit.settled and len(losses) < most:
+        more = yield from sample(min(num_units, most - len(losses)))
+        removed, losses = np.concatenate([removed, more[0]]), np.concatenate([losses, more[1]])
+        fit = ridge(*_finite(removed, losses))
+    return fit
+
+
+def _explained(removed: BoolArray, losses: FloatArray) -> float:
+    """R2 on every tenth mask of a fit to the others."""
+    removed, losses = _finite(removed, losses)
+    held = np.arange(len(losses)) % HELD_OUT == HELD_OUT - 1
+    if held.sum() < 2:
+        return -math.inf
+    return ridge(removed[~held], losses[~held]).r2(removed[held], losses[held])
+
+
+def _finite(removed: BoolArray, losses: FloatArray) -> tuple[BoolArray, FloatArray]:
+    """The masks whose loss is a number."""
+    good = np.isfinite(losses)
+    if good.sum() < 2:
+        raise SearchError(
+            f"{len(losses) - int(good.sum())} of {len(losses)} masked networks have a loss that is not a number; raise "
+            "keep so that masks remove less, or look whether the unpruned network's loss is finite"
+        )
+    return removed[good], losses[good]
+
+
+def _cut(
+    problem: Problem, options: Options, limit: Limit, plan: PruningPlan, beta: Mapping[str, FloatArray], *, last: bool
+) -> Generator[Request, Answer, PruningPlan]:
+    """The plan after a round: at the target where the round may reach it, else as far as a round may go."""
+    part = _window(problem, plan, 1.0 if last else options.layer_share)
+    space, start = part.space, [plan.widths[name] for name in part.space.names]
+    worth = {name: value for name, value in _positive(beta).items() if name in space.sizes}
+    ranked = _per_cost(part, limit, start, worth, options.cost_power)
+    if not last:
+        fewer = sum(start) - max(1, math.floor(options.round_share * sum(start)))
+        fewer = max(fewer, int(space.encode(space.smallest()).sum()))
+        channels = Limit("num_channels", lambda widths: widths.sum(axis=1).astype(np.float64), fewer)
+        widths = project(part, channels, ranked, start, per_cost=False)
+        if limit.of(widths) > limit.bound:
+            return space.decode(widths, ranked)
+
+    def within(limit: Limit) -> PruningPlan:
+        if options.selection == "knapsack":
+            return space.decode(knapsack(part, limit, worth), worth)
+        return space.decode(project(part, limit, ranked, start, per_cost=False), ranked)
+
+    return (yield from meet(part, limit, within))
+
+
+def _window(problem: Problem, plan: PruningPlan, share: float) -> Problem:
+    """The problem with the widths that one round may reach from ``plan``."""
+    space, allowed = problem.space, {}
+    for name in space.names:
+        width = plan.widths[name]
+        lowest = min(math.ceil((1 - share) * width - 1e-9), space.below(name, width))
+        allowed[name] = tuple(w for w in space.allowed[name] if lowest <= w <= width)
+    return replace(problem, space=replace(space, allowed=allowed))
+
+
+def _positive(beta: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
+    """Importance as something to keep: negative values are none at all, and next to nothing still orders channels.
+
+    A millionth of the mean, more for a higher rank, is added to each: what seems to do no good stays while the target
+    leaves room for it.
+    """
+    values = np.concatenate([value[np.isfinite(value)] for value in beta.values()])
+    kept = np.maximum(values, 0.0)
+    tiny = 1e-6 * (kept.mean() or 1.0)
+    levels = np.unique(values)
+    rank = {name: np.searchsorted(levels, value) / len(levels) for name, value in beta.items()}
+    return {
+        name: np.where(np.isfinite(value), np.maximum(value, 0.0) + tiny * (1 + rank[name]), -np.inf)
+        for name, value in beta.items()
+    }
+
+
+def _per_cost(
+    part: Problem, limit: Limit, start: Sequence[int], worth: Mapping[str, FloatArray], power: float
+) -> Mapping[str, FloatArray]:
+    """``score_k = beta_k / cost_k^gamma``; the cost of a channel is what its group saves per channel."""
+    if power == 0:
+        return worth
+    names, smallest = part.space.names, part.space.encode(part.space.smallest())
+    rows = np.repeat(np.array(start)[None], len(names), axis=0)
+    np.fill_diagonal(rows, smallest)
+    steps = np.maximum(1, np.array(start) - smallest)
+    costs = np.maximum(0.0, limit.of(start) - limit.ratios(rows)) / steps
+    costs = np.maximum(costs / max(float(costs.mean()), 1e-300), 1e-3)
+    return {name: worth[name] / cost**power for name, cost in zip(names, costs, strict=True)}
+
+
+def _tune(candidate: Candidate, options: Options) -> Generator[Request, Answer, FineTuned]:
+    """The network of a round fine-tuned, or as it is where no fine-tuning is wanted."""
+    epochs = options.finetune_epochs
+    if epochs is None:
+        epochs = 0 if options.rounds == 1 else 10
+    if epochs > 0:
+        return (yield from fine_tune(candidate, epochs))
+    (evaluation,) = yield from evaluate([candidate], latency=True)
+    return FineTuned(candidate.base, evaluation)

@@ -1,0 +1,46 @@
+"""The way in: a model, and what may be pruned of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from pruning.channels import ChannelGraph, freeze_layers
+from pruning.rules import Rule
+from pruning.tracer import NeedsValuesError, Tracer
+from pruning.trial import settle
+
+
+def trace(
+    model: nn.Module,
+    *example_inputs: Any,
+    freeze: Iterable[str] = (),
+    rules: Mapping[str, Rule] | None = None,
+    **kwargs: Any,
+) -> ChannelGraph:
+    """Run the model once in eval mode and find its channel groups. The model is left as it was.
+
+    Where the code states sizes, the network is also pruned and run on trial: sizes that do not follow the widths
+    are tied to those that do, or to an attribute of the module, or freeze what they touch (``pruning.trial``).
+
+    Args:
+        model: any module whose forward runs on the example.
+        example_inputs: positional arguments of the forward; the first dimension of the first tensor is the batch.
+        freeze: layers whose output channels stay: names of modules or patterns (``head``, ``layer4.*.conv3``).
+        rules: rules for further operators, or instead of those of ``pruning.rules.RULES``, by operator name.
+        kwargs: keyword arguments of the forward.
+
+    Raises:
+        PruningError: the forward fails on the example (says in which module and with which shapes), or a name
+            in ``freeze`` matches no layer.
+    """
+    try:
+        tracer = Tracer(model, rules, values=False)
+        tracer.run(example_inputs, kwargs)
+    except NeedsValuesError:
+        tracer = Tracer(model, rules)
+        tracer.run(example_inputs, kwargs)
+    freeze_layers(tracer, freeze)
+    return settle(tracer, example_inputs, kwargs)

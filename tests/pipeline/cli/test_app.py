@@ -1,0 +1,163 @@
+"""The command line as a user meets it: help, lists, validation, and one clear message per mistake."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import TypeAdapter
+
+from device_profiles import DeviceError
+from export import ExportError
+from pipeline import errors
+from pipeline.cli import app as cli
+from pruning.search import METHODS
+from tests.pipeline.helpers import quick_device, write_tiny
+
+Captured = pytest.CaptureFixture[str]
+LISTED = [("methods", "ccep"), ("methods", "uniform"), ("workloads", "classification"), ("devices", "local")]
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Run ``secateur ARGUMENTS`` in this process; returns the exit code."""
+    monkeypatch.setattr(sys, "argv", ["secateur", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+def test_help_names_every_command_and_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    assert call(monkeypatch, "--help") == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("run", "resume", "validate", "list", "Exit codes", "130"))
+
+
+@pytest.mark.parametrize(
+    ("what", "name"),
+    [("methods", "ccep"), ("methods", "uniform"), ("workloads", "classification"), ("devices", "local")],
+)
+def test_lists(monkeypatch: pytest.MonkeyPatch, capsys: Captured, what: str, name: str) -> None:
+    assert call(monkeypatch, "list", what) == 0
+    assert name in capsys.readouterr().out
+
+
+def test_own_devices_are_listed_even_when_broken(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured, tmp_path: Path
+) -> None:
+    devices = tmp_path / "home" / "devices"
+    devices.mkdir(parents=True)
+    quick_device(devices)
+    (devices / "broken.yaml").write_text("threads: many\n")
+    assert call(monkeypatch, "list", "devices") == 0
+    text = capsys.readouterr().out
+    assert "quick" in text
+    assert "unusable" in text
+
+
+def test_validate_tells_the_splits(monkeypatch: pytest.MonkeyPatch, capsys: Captured, tmp_path: Path) -> None:
+    assert call(monkeypatch, "validate", str(write_tiny(tmp_path))) == 0
+    assert " test" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("run", "nothing.yaml"), "digits.yaml"),
+        (("run", "RUN", "--set", "device.profile=lokal"), "local"),
+        (("run", "RUN", "--set", "workload.model.name=resnet18"), "channels: 3"),
+        (("run", "RUN", "--set", "sead=1"), "did you mean 'seed'"),
+        (("resume", "."), "not a run directory"),
+        (("list", "colours"), "methods, workloads or devices"),
+        (("prune",), "prune"),
+        (("run",), "FILE"),
+    ],
+)
+def test_mistakes_get_one_message_and_code_2(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Captured,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    said: str,
+) -> None:
+    file = str(write_tiny(tmp_path))
+    code = call(monkeypatch, *(file if a == "RUN" else a for a in arguments))
+    shown = capsys.readouterr()
+    assert code == errors.EXIT_USER
+    assert said.lower() in shown.err.lower()
+    assert "Traceback" not in shown.err + shown.out
+
+
+def test_a_refused_run_leaves_no_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = str(write_tiny(tmp_path))
+    assert call(monkeypatch, "run", file, "--set", "workload.model.weights=none.safetensors") == errors.EXIT_USER
+    assert not list((tmp_path / "home" / "runs").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.UserError("x"), 2),
+        (ExportError("x"), 2),
+        (errors.JournalError("x"), 4),
+        (errors.TrackingError("x"), 4),
+        (DeviceError("x"), 4),
+        (OSError(errno.ENOSPC, "full"), 4),
+        (OSError(errno.EPERM, "no"), 1),
+        (KeyError("x"), 1),
+    ],
+)
+def test_every_kind_of_error_has_its_code(error: Exception, code: int) -> None:
+    assert cli.exit_code(error) == code
+
+
+def test_an_interrupt_has_its_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(what: str) -> dict[str, str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_listing", interrupted)
+    assert call(monkeypatch, "list", "methods") == errors.EXIT_INTERRUPTED
+
+
+@pytest.mark.parametrize(("passed", "code"), [(True, errors.EXIT_OK), (False, errors.EXIT_GATE)])
+def test_a_run_that_fails_its_gate_says_why_and_ends_with_3(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured, tmp_path: Path, passed: bool, code: int
+) -> None:
+    import pipeline.flow
+
+    numbers = {"top1": 0.9, "macs": 1e6, "params": 1e4, "size_bytes": 1e5, "p50_ms": 1.0, "p95_ms": 2.0}
+    check = {"name": "drop in top1", "value": 0.05, "relation": "<=", "bound": 0.02, "ok": passed}
+    facts = {
+        "judge": {
+            "models": {"baseline": numbers, "compact": numbers},
+            "checks": [check],
+            "passed": passed,
+            "metric": "top1",
+        },
+        "benchmark": {"speedup": {"value": 1.5, "low": 1.4, "high": 1.6}, "device": "quick"},
+        "register": {"name": "tiny", "version": "1", "alias": "champion" if passed else "challenger"},
+        "report": {"html": "report.html"},
+    }
+    monkeypatch.setattr(pipeline.flow, "execute", lambda run, debug: facts)
+    assert call(monkeypatch, "run", str(write_tiny(tmp_path))) == code
+    text = capsys.readouterr().out
+    assert "1.50x" in text
+    assert ("drop in top1 is 0.05, must be <= 0.02" in text) is not passed
+
+
+@pytest.mark.parametrize("method", METHODS.names())
+def test_every_method_is_explained_with_options_that_can_be_pasted_into_a_run_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured, method: str
+) -> None:
+    assert call(monkeypatch, "explain", method) == 0
+    text = capsys.readouterr().out
+    section = yaml.safe_load(text[text.index("search:\n") :].partition("\n\n")[0])["search"]
+    options = METHODS.load(method).Options
+    assert TypeAdapter(options).validate_python(section["options"]) == options()
+
+
+def test_an_unknown_method_is_explained_by_the_known_ones(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    assert call(monkeypatch, "explain", "ccepp") == errors.EXIT_USER
+    assert "did you mean 'ccep'" in capsys.readouterr().err

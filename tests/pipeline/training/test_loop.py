@@ -1,0 +1,167 @@
+"""Training resumes exactly, distils, and stops with a clear word when it diverges."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from pipeline.config.schema import Distillation, Recipe
+from pipeline.files import sha256_of
+from pipeline.training import loop as training
+from pipeline.training.loop import TrainingError, fit, load_weights, save_weights
+from pipeline.workloads.classification import Classification
+from pipeline.workloads.classification.losses import distillation_loss
+from tests.pipeline.helpers import digits
+
+CPU = torch.device("cpu")
+RECIPE = Recipe(epochs=3, lr=0.05, batch_size=128)
+
+
+class KilledError(Exception):
+    """The process ends here."""
+
+
+@pytest.fixture(scope="module")
+def workload() -> Classification:
+    return digits(augment="shift")
+
+
+def trained(workload: Classification, checkpoint: Path, die_at: int = -1, recipe: Recipe = RECIPE) -> nn.Module:
+    def report(done: int, total: int, note: str = "") -> None:
+        if done == die_at:
+            raise KilledError
+
+    torch.manual_seed(0)
+    model = workload.build_model()
+    small = workload.train.first(384)
+    return fit(model, workload, small, recipe, seed=1, checkpoint=checkpoint, device=CPU, report=report)
+
+
+@pytest.mark.parametrize("die_at", [1, 3, 5, 7, 9])
+def test_a_killed_training_continues_to_the_same_weights(workload: Classification, tmp_path: Path, die_at: int) -> None:
+    expected = trained(workload, tmp_path / "a.ckpt").state_dict()
+    with pytest.raises(KilledError):
+        trained(workload, tmp_path / "b.ckpt", die_at)
+    resumed = trained(workload, tmp_path / "b.ckpt").state_dict()
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
+    assert not (tmp_path / "b.ckpt").exists()
+
+
+def test_a_moving_average_of_the_weights_is_what_training_ends_with(workload: Classification, tmp_path: Path) -> None:
+    recipe = RECIPE.model_copy(update={"epochs": 2.0, "ema": 0.9})
+    seen: list[dict[str, torch.Tensor]] = []
+
+    torch.manual_seed(0)
+    model = workload.build_model()
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def report(done: int, total: int, note: str = "") -> None:
+        seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+
+    small = workload.train.first(384)
+    fit(model, workload, small, recipe, seed=1, checkpoint=tmp_path / "a.ckpt", device=CPU, report=report)
+    for step, state in enumerate(seen):
+        decay = min(0.9, (1 + step) / (10 + step))
+        for name, tensor in state.items():
+            expected[name] = decay * expected[name] + (1 - decay) * tensor if tensor.is_floating_point() else tensor
+    found = model.state_dict()
+    assert all(torch.allclose(found[name], tensor, atol=1e-5) for name, tensor in expected.items())
+    assert not all(torch.allclose(found[name], tensor, atol=1e-5) for name, tensor in seen[-1].items())
+
+
+def test_a_killed_training_continues_its_average_too(workload: Classification, tmp_path: Path) -> None:
+    recipe = RECIPE.model_copy(update={"ema": 0.95})
+    expected = trained(workload, tmp_path / "a.ckpt", recipe=recipe).state_dict()
+    with pytest.raises(KilledError):
+        trained(workload, tmp_path / "b.ckpt", 5, recipe)
+    resumed = trained(workload, tmp_path / "b.ckpt", recipe=recipe).state_dict()
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_checkpoint_cut_short_begins_again(workload: Classification, tmp_path: Path) -> None:
+    expected = trained(workload, tmp_path / "a.ckpt").state_dict()
+    with pytest.raises(KilledError):
+        trained(workload, tmp_path / "b.ckpt", 5)
+    content = (tmp_path / "b.ckpt").read_bytes()
+    (tmp_path / "b.ckpt").write_bytes(content[: len(content) // 2])
+    resumed = trained(workload, tmp_path / "b.ckpt").state_dict()
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
+
+
+ODD_CHECKPOINTS: dict[str, object] = {
+    "a list": [1],
+    "a number": 3,
+    "other parts": {"model": 1, "optimizer": [], "step": None},
+}
+
+
+@pytest.mark.parametrize("kind", ["zeros", "empty", *ODD_CHECKPOINTS])
+def test_a_checkpoint_that_is_none_begins_again(kind: str, workload: Classification, tmp_path: Path) -> None:
+    file = tmp_path / "a.ckpt"
+    if kind in ODD_CHECKPOINTS:
+        torch.save(ODD_CHECKPOINTS[kind], file)
+    else:
+        file.write_bytes(b"" if kind == "empty" else bytes(4096))
+    model = workload.build_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert training._load_checkpoint(file, model, optimizer, None, CPU) == 0
+
+
+def test_divergence_names_the_step_and_the_fix(workload: Classification, tmp_path: Path) -> None:
+    recipe = RECIPE.model_copy(update={"lr": 1e6, "epochs": 20})
+    with pytest.raises(TrainingError, match="lower lr"):
+        trained(workload, tmp_path / "x.ckpt", recipe=recipe)
+
+
+def test_distillation_pulls_the_student_to_its_teacher(workload: Classification, tmp_path: Path) -> None:
+    teacher = trained(workload, tmp_path / "t.ckpt")
+    images, _ = workload.batch(workload.train, torch.arange(256), train=False, generator=None, device=CPU)
+
+    def distance(weight: float) -> float:
+        torch.manual_seed(5)
+        student = workload.build_model()
+        fit(
+            student,
+            workload,
+            workload.train.first(384),
+            RECIPE,
+            seed=2,
+            checkpoint=tmp_path / "s.ckpt",
+            device=CPU,
+            teacher=teacher,
+            distill=Distillation(weight=weight),
+        )
+        with torch.no_grad():
+            return distillation_loss(student(images), teacher(images), 1.0).item()
+
+    assert distance(1.0) < distance(0.0)
+
+
+@given(st.lists(st.floats(-5, 5, width=32), min_size=6, max_size=6), st.floats(0.5, 8))
+def test_distillation_loss_is_zero_only_for_equal_outputs(logits: list[float], temperature: float) -> None:
+    a = torch.tensor(logits).view(2, 3)
+    assert distillation_loss(a, a, temperature).item() == pytest.approx(0, abs=1e-5)
+    shifted = a + torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+    assert distillation_loss(shifted, a, temperature).item() > 0
+
+
+def test_weights_survive_the_file_bit_for_bit(workload: Classification, tmp_path: Path) -> None:
+    state = workload.build_model().state_dict()
+    digest = save_weights(tmp_path / "w.safetensors", state)
+    assert digest == sha256_of(tmp_path / "w.safetensors")
+    loaded = load_weights(tmp_path / "w.safetensors")
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+
+
+def test_weights_are_read_into_aligned_memory(tmp_path: Path) -> None:
+    state = {f"t{n}": torch.arange(n, dtype=torch.float32) for n in (1, 3, 5, 7, 9)}
+    save_weights(tmp_path / "w.safetensors", state)
+    found = load_weights(tmp_path / "w.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    assert {tensor.data_ptr() % 64 for tensor in found.values()} == {0}
