@@ -44,7 +44,7 @@ def test_every_package_is_installed() -> None:
         for file in (root / top).rglob("*.py")
         if "templates" not in file.parts
     }
-    assert set(named) >= found
+    assert set(named) == found
 
 
 def test_sqlalchemy_is_one_prefects_scheduler_works_with() -> None:

@@ -26,7 +26,7 @@ CODES = {signal.SIGINT: errors.EXIT_INTERRUPTED, signal.SIGTERM: errors.EXIT_TER
 WORDS = {signal.SIGINT: "Interrupted", signal.SIGTERM: "Terminated"}
 PROGRAM = """
 import hashlib, os, signal, sys, threading, time
-from pipeline import interrupts, program
+from pipeline.cli import interrupts, program
 import types
 
 interrupts.GRACE_S = {grace}
@@ -36,7 +36,7 @@ def main():
     interrupts.current.go_on = "secateur resume '/a b'"
     work()
 cli.main = main
-import pipeline
+import pipeline.cli
 pipeline.cli.app = cli
 def begin():
     os.write(1, b"working\\n")

@@ -14,7 +14,7 @@ from torch import nn
 
 from pipeline.config.schema import FinetuneSection
 from pipeline.progress import Report, silent
-from pipeline.training.auxiliary import Lesson, Outcome, load
+from pipeline.training.auxiliary import TRAININGS, Lesson, Outcome
 from pipeline.training.auxiliary.sparsity import BUFFER, channel_scales, learn, penalty, sparsity
 from pipeline.workloads import Workload
 from pruning.channels import ChannelGraph
@@ -192,4 +192,4 @@ def test_wrong_options_name_the_right_ones(workload, start, tmp_path, options, m
 
 
 def test_the_kind_is_found_by_name() -> None:
-    assert load("sparsity").learn is learn
+    assert TRAININGS.load("sparsity").learn is learn
