@@ -30,6 +30,7 @@ from pruning.plan import IntArray, PlanError, SearchSpace
 from pruning.search import METHODS
 from pruning.search.protocol import Budget, Evaluation, FloatArray, Problem, Strategy, Target
 from pruning.search.reward import Reward
+from pruning.trace import trace
 from pruning.tracer import PruningError
 
 
@@ -134,7 +135,7 @@ def check_forward(model: nn.Module, example: torch.Tensor) -> tuple[int, ...]:
     return tuple(outputs.shape)
 
 
-def trace(model: nn.Module, example: torch.Tensor) -> ChannelGraph:
+def trace_network(model: nn.Module, example: torch.Tensor) -> ChannelGraph:
     """The network's channel groups.
 
     Raises:

@@ -23,7 +23,7 @@ from pipeline.run.opening import (
     known_steps,
     open_workload,
     search_space,
-    trace,
+    trace_network,
 )
 from pipeline.run.proof import prove
 from pipeline.surroundings import home
@@ -157,7 +157,7 @@ def examine(
 
 
 def _network(found: Preflight, model: torch.nn.Module, example: torch.Tensor) -> Network:
-    config, graph = found.config, trace(model, example)
+    config, graph = found.config, trace_network(model, example)
     steps, probed = known_steps(found.profiles or ())
     space = search_space(config, graph, steps)
     finest = search_space(config, graph, 1)

@@ -37,7 +37,7 @@ from pipeline.lifecycle import promotion
 from pipeline.lifecycle.finish import chosen_plan, only
 from pipeline.lifecycle.rescore import check_whole, front_rows, rank_agreement
 from pipeline.report import write_report
-from pipeline.run.opening import trace
+from pipeline.run.opening import trace_network
 from pipeline.run.proof import facts_of, prove
 from pipeline.run.ranking import rank_exactly
 from pipeline.run.run import Run
@@ -471,7 +471,7 @@ def load_baseline(run: Run) -> tuple[nn.Module, ChannelGraph]:
     model = run.workload.build_model()
     model.load_state_dict(load_weights(run.directory / "baseline.safetensors"))
     model.eval()
-    return model, trace(model, run.workload.example_input())
+    return model, trace_network(model, run.workload.example_input())
 
 
 def load_compact(run: Run, model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:
