@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ import typer
 
 from pipeline import errors
 from pipeline.terminal import err, one_line, out, table
-from pipeline.trust_cli import Trust, consent_to_profile
+from pipeline.trust_cli import Trust, asker, consent_to_profile
 
 if TYPE_CHECKING:
     from pipeline.tracking import Decision, Registry
@@ -68,7 +69,7 @@ def promote(
     from pipeline.config import home
     from pipeline.progress import RichProgress
     from pipeline.promotion import promote as promote_
-    from pipeline.trust import open_target
+    from pipeline.trust import open_target, require
 
     try:
         profile = load_profile(device, [home() / "devices"])
@@ -77,7 +78,15 @@ def promote(
     consent_to_profile(device, trust)
     target = open_target(profile)
     try:
-        decision = promote_(_registry(uri), name, profile, target, version=version, progress=RichProgress(err))
+        decision = promote_(
+            _registry(uri),
+            name,
+            profile,
+            target,
+            version=version,
+            progress=RichProgress(err),
+            consent=partial(require, ask=asker(trust)),
+        )
     finally:
         target.close()
     show(decision)
