@@ -309,7 +309,7 @@ class BenchmarkResult:
             if not made.processes:
                 raise ValueError("no process")
             return made
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (DeviceError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DeviceError(f"not a benchmark result written by BenchmarkResult.to_json: {error!r}") from error
 
     def _samples(self, process: Process, name: str, kind: str | None = None) -> FloatArray:
