@@ -18,8 +18,8 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Number = Annotated[str, Field(pattern=r"^[0-9]{1,18}$")]
 """Of a version."""
 Name = Annotated[str, Field(max_length=1000)]
-LATEST = 250_000_000_000
-"""Seconds since 1970 that every time zone can show."""
+EARLIEST, LATEST = -60_000_000_000, 250_000_000_000
+"""Seconds since 1970 that every time zone can show; a clock may be set to any of them."""
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -119,7 +119,7 @@ class MoveTag(_Known):
     device: Name
     version: Number
     previous: Number | None
-    at: Annotated[float, Field(ge=0, le=LATEST, allow_inf_nan=False)]
+    at: Annotated[float, Field(ge=EARLIEST, le=LATEST, allow_inf_nan=False)]
     done: bool = False
     run_id: Name = ""
 
