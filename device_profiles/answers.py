@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -157,6 +157,26 @@ class InferAnswer(_Answer):
     """The answer to ``infer``: where the outputs lie on the device."""
 
     outputs: Annotated[Text, Field(min_length=1)]
+
+
+Texts = Annotated[tuple[Text, ...], Field(max_length=MAX_CALLS), BeforeValidator(_tuple)]
+
+
+class ResultHead(_Answer):
+    """A written measurement, but for its processes."""
+
+    model_config = ConfigDict(extra="forbid")
+    format: Literal[1]
+    profile: Text
+    tier: Text
+    names: Annotated[Texts, Field(min_length=1)]
+    sha256: dict[str, Text]
+    statistic: Literal["cpu", "wall"]
+    seed: Annotated[int, Field(ge=0, le=2**63)] = 0
+    noise_floor: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] | None = None
+    max_temperature_c: Number | None = None
+    spoiled: Texts = ()
+    disturbed: Texts = ()
 
 
 A = TypeVar("A", bound=_Answer)

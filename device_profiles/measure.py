@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from device_profiles.agent import PROTOCOL
-from device_profiles.answers import BenchmarkAnswer, SamplesAnswer, parse
+from device_profiles.answers import BenchmarkAnswer, ResultHead, SamplesAnswer, parse
 from device_profiles.errors import DeviceError
 from device_profiles.intervals import MANY_PROCESSES, MIN_PROCESSES_TO_STOP, Ratio, is_look, of_processes, rounding_of
 from device_profiles.profile import DeviceProfile, Tier
@@ -303,12 +303,13 @@ class BenchmarkResult:
         """
         try:
             data = json.loads(text)
-            if data.pop("format") != 1:
-                raise ValueError("unknown format")
-            processes = tuple(_process(p, data["names"]) for p in data.pop("processes"))
-            lists = {key: tuple(data[key]) for key in ("names", "spoiled", "disturbed") if key in data}
-            return cls(**{**data, **lists, "processes": processes})
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            processes = data.pop("processes")
+            head = parse(ResultHead, data).model_dump(exclude={"format"})
+            made = cls(**head, processes=tuple(_process(process, head["names"]) for process in processes))
+            if not made.processes:
+                raise ValueError("no process")
+            return made
+        except (DeviceError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DeviceError(f"not a benchmark result written by BenchmarkResult.to_json: {error!r}") from error
 
     def _samples(self, process: Process, name: str, kind: str | None = None) -> FloatArray:

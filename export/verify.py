@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from export.errors import ExportError
 from export.onnx_export import Example, arguments, evaluating, tensors_in
 
 Array = npt.NDArray[Any]
+MAX_INPUT = 1 << 28
+"""Numbers of an input that is tried with zeros: a gigabyte."""
 
 
 @dataclass(frozen=True)
@@ -135,10 +138,26 @@ def predict(
     for start in range(0, len(inputs), batch):
         part = inputs[start : start + batch]
         padding = [(0, batch - len(part))] + [(0, 0)] * (inputs.ndim - 1)
-        outputs.append(session.run(None, {port.name: np.pad(part, padding)})[0][: len(part)])
+        outputs.append(_run(session, {port.name: np.pad(part, padding)})[0][: len(part)])
         if progress:
             progress(start + len(part), len(inputs))
     return np.concatenate(outputs)
+
+
+def rehearse(path: Path) -> None:
+    """Run an ONNX file of float32 inputs once, on zeros; open dimensions are 1.
+
+    Raises:
+        ExportError: it has other inputs or too large ones, ONNX Runtime refuses it, or it fails.
+    """
+    session = open_session(path)
+    feed = {}
+    for port in session.get_inputs():
+        shape = [size if isinstance(size, int) else 1 for size in port.shape]
+        if port.type != "tensor(float)" or not 0 < math.prod(shape) <= MAX_INPUT:
+            raise ExportError(f"{path.name} takes a {port.type} of shape {port.shape}")
+        feed[port.name] = np.zeros(shape, np.float32)
+    _run(session, feed)
 
 
 def _run(session: onnxruntime.InferenceSession, feed: dict[str, Array]) -> list[Array]:

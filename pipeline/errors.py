@@ -28,6 +28,10 @@ class UserError(ValueError):
     """The user's input cannot work as it stands; the message names the fix."""
 
 
+class VersionError(UserError):
+    """A registered version holds what none of ours can: it cannot be used, and asking again changes nothing."""
+
+
 class SurroundingsError(RuntimeError):
     """Something outside the program failed; nothing is lost and the run can be resumed."""
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline import errors
-from pipeline.cli.trust import Trust, consent_to_profile
+from pipeline.cli.trust import Trust, asker, consent_to_profile
 from pipeline.terminal import err, one_line, out, table
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def promote(
     Example: secateur promote digits-resnet20 --device local
     """
     from device_profiles import DeviceError, load_profile
-    from pipeline.config.trust import open_target
+    from pipeline.config.trust import open_target, require
     from pipeline.lifecycle.promotion import promote as promote_
     from pipeline.progress import RichProgress
     from pipeline.surroundings import home
@@ -77,7 +78,15 @@ def promote(
     consent_to_profile(device, trust)
     target = open_target(profile)
     try:
-        decision = promote_(_registry(uri), name, profile, target, version=version, progress=RichProgress(err))
+        decision = promote_(
+            _registry(uri),
+            name,
+            profile,
+            target,
+            version=version,
+            progress=RichProgress(err),
+            consent=partial(require, ask=asker(trust)),
+        )
     finally:
         target.close()
     show(decision)

@@ -43,6 +43,10 @@ DEFAULT_PYTHON = ("python3",)
 FIX = "name an nn.Module builder of a module in the run file's folder, or of an installed package"
 
 
+class ClosedError(UserError):
+    """Code would be imported that nobody has consented to here, or that is not found."""
+
+
 _allowed: set[Entry] = set()
 """What this process may run."""
 
@@ -59,7 +63,7 @@ def code_in(config: RunFile, file: Path) -> list[Found]:
     Raises:
         UserError: a factory's module is not in the run file's folder or the environment, or is one of Python's own.
     """
-    found = [_in_workload(config.workload, file, config.folder)]
+    found = [code_of_workload(config, file)]
     found += [code_of_profile(name) for name in (config.device.profile, *config.device.others)]
     return [one for one in found if one is not None]
 
@@ -80,8 +84,9 @@ def code_of_profile(name: str | Path) -> Found | None:
     return Found(file, entries, others)
 
 
-def _in_workload(section: dict[str, Any], file: Path, near: Path | None) -> Found | None:
-    entries, others = [], []
+def code_of_workload(config: RunFile, file: Path) -> Found | None:
+    """What names code in a run file's workload; as ``code_in``."""
+    section, near, entries, others = config.workload, config.folder, [], []
     model = section.get("model")
     options = model.get("options", {}) if isinstance(model, dict) else {}
     for place in PLACES:
@@ -261,12 +266,16 @@ def factory(name: str, options: object, place: str = "workload.model.name") -> C
         place: where it is named.
 
     Raises:
-        UserError: there is no consent for it, no such thing, or it builds no ``nn.Module``.
+        ClosedError: there is no consent for it, or no such module.
+        UserError: there is no such thing in it, or it builds no ``nn.Module``.
     """
     if not _is_of_a_zoo(name, options):
-        entry, _ = _entry_of(name, place, None)
+        try:
+            entry, _ = _entry_of(name, place, None)
+        except UserError as error:
+            raise ClosedError(str(error)) from error
         if entry not in _allowed:
-            raise UserError(f"{entry} names code, and nobody has consented to it here: see `secateur trust --help`")
+            raise ClosedError(f"{entry} names code, and nobody has consented to it here: see `secateur trust --help`")
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -45,6 +44,7 @@ from pipeline.run.run import Run
 from pipeline.surroundings import home, prepare
 from pipeline.tracking import Decision, Registry, alias_of, store_uri
 from pipeline.tracking.reprofiles import page_of, record_reading
+from pipeline.tracking.schemas import DecisionTag, checked, read_json
 
 Expected = (UserError, SurroundingsError, DeviceError, ExportError)
 NOT_PASSED, NOT_PROMOTED = "Gate not passed", "Not promoted"
@@ -245,10 +245,10 @@ def challengers(registry: Registry, job: Promote) -> Iterator[tuple[str, str]]:
 def refused(tags: Any, device: str, champion: str | None) -> bool:
     """Whether a version has lost against this very champion: measuring until it wins by chance would be no gate."""
     try:
-        note = json.loads(tags[f"secateur.decision.{alias_of('', device).removeprefix('-')}"])
-        return bool(note["outcome"] == "refused" and note["champion"] == champion)
-    except (KeyError, ValueError, TypeError):
+        note = checked(DecisionTag, read_json(tags[f"secateur.decision.{alias_of('', device).removeprefix('-')}"]))
+    except (KeyError, ValueError):
         return False
+    return note.outcome == "refused" and note.champion == champion
 
 
 def summary(decision: Decision) -> str:

@@ -6,12 +6,12 @@ nothing else. A gate that cannot be decided is not passed.
 
 from __future__ import annotations
 
-import json
 import secrets
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,23 @@ import torch
 from device_profiles import BenchmarkResult, DeviceProfile, Ratio, Target, measure
 from device_profiles.cores import usable_cores
 from device_profiles.intervals import MANY_PROCESSES, of_processes, processes_that_tell
-from device_profiles.wording import command
-from export.verify import predict
-from pipeline.config.schema import GateSection, parse_run_file
-from pipeline.errors import UserError
+from device_profiles.wording import command, cut, printable
+from export.errors import ExportError
+from export.verify import predict, rehearse
+from pipeline.config import trust
+from pipeline.config.consents import Found
+from pipeline.config.schema import GateSection, RunFile, parse_run_file
+from pipeline.errors import UserError, VersionError
 from pipeline.files import write_whole
 from pipeline.progress import ProgressView, Silent
+from pipeline.run.origin import FOLDER as FOLDER_OF_RUN
+from pipeline.run.origin import read_origin
+from pipeline.surroundings import home
 from pipeline.tracking import ChampionMovedError, Decision, Gate, Registry, Version, alias_of
+from pipeline.tracking.fetched import facts_of, text_of
 from pipeline.tracking.manifest import FOLDER, MODEL
 from pipeline.tracking.registry import CHALLENGER, CHAMPION, MANIFEST_TAG, RUN_TAG, STABLE, DeletedChampion
+from pipeline.tracking.schemas import DataFacts, ParityFacts, Schema
 from pipeline.workloads import Split, Workload
 from pipeline.workloads.data.content import Reading
 from pipeline.workloads.data.record import FACTS
@@ -39,6 +47,7 @@ CHUNK_BYTES = 256 << 20
 """Images and outputs of a part of the test split stay below this."""
 ATTEMPTS = 3
 NETWORK, INPUTS = "network.onnx", "benchmark-input.npz"
+Consent = Callable[[Sequence[Found]], None]
 
 
 @dataclass(frozen=True)
@@ -59,17 +68,28 @@ class Contender:
     @property
     def data(self) -> str | None:
         """Fingerprint of the data and the network's options."""
-        found = self.provenance.get("data")
-        return None if found is None else str(found)
+        return self.provenance.get("data")
 
     @property
     def folder(self) -> Path:
         return self.model.parent / FOLDER
 
-    def facts(self, name: str) -> dict[str, Any]:
-        """A JSON file of the version; empty when it has none."""
-        file = self.folder / name
-        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    def facts(self, name: str, schema: type[Schema]) -> Schema | None:
+        """A JSON file of the version; None when it has none."""
+        return facts_of(self.folder / name, schema)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a version is judged by.
+
+    Args:
+        section: the gates.
+        open: gives the images that the run was made for; it may raise UserError.
+    """
+
+    section: GateSection
+    open: Callable[[], Workload]
 
 
 def promote(
@@ -85,6 +105,7 @@ def promote(
     recorded: BenchmarkResult | None = None,
     key: str = "",
     progress: ProgressView | None = None,
+    consent: Consent = trust.require,
 ) -> Decision:
     """Compare the challenger of a device with its champion, keep the decision, and promote it if every gate holds.
 
@@ -98,9 +119,11 @@ def promote(
         noise_floor: of the device, where it was probed.
         recorded: the version's measurement on this very device, which does where there is no champion to compare with.
         key: names the decision, so that a repeated call keeps it once; empty = every call is one of its own.
+        consent: what is asked before code is imported that the version's run file names. That is done only where the
+            test images are to be read and the workload cannot be opened without its network (detection).
 
     Raises:
-        UserError: there is no such version.
+        UserError: there is no such version; or it needs code that nobody has consented to.
         TrackingError: MLflow is away, or the files of a version are not those that were registered.
         DeviceError: the device cannot measure.
     """
@@ -115,8 +138,9 @@ def promote(
             return Decision(name, chosen.version, profile.name, None, (), True, reason="it is the champion already")
         with tempfile.TemporaryDirectory(prefix="secateur-") as temporary:
             folder = Path(temporary)
+            judged = partial(_rules, section=section, workload=workload, consent=consent)
             decision, files = _compare(
-                registry, profile, target, chosen, champion, section, workload, noise_floor, recorded, folder, view
+                registry, profile, target, chosen, champion, judged, noise_floor, recorded, folder, view
             )
             own = f"{key or secrets.token_hex(8)} {decision.version} {decision.champion or 'none'} {decision.device}"
             decision = replace(decision, run_id=registry.log_decision(decision, own, files))
@@ -137,17 +161,16 @@ def _compare(
     target: Target,
     chosen: Version,
     champion: Version | None,
-    section: GateSection | None,
-    workload: Workload | None,
+    judged: Callable[[Contender], Rules],
     noise_floor: float | None,
     recorded: BenchmarkResult | None,
     folder: Path,
     progress: ProgressView,
 ) -> tuple[Decision, list[Path]]:
-    """The decision, and the files it rests on."""
+    """The decision, and the files it rests on. A version that holds what none of ours can is refused by a gate."""
     about = (chosen.name, chosen.version, profile.name, champion.version if champion else None)
     if chosen.tags.get("gate") != "passed":
-        reason = f"the gate of the run that made it: {chosen.tags.get('gate', 'unknown')}"
+        reason = f"the gate of the run that made it: {printable(cut(chosen.tags.get('gate', 'unknown')))}"
         return Decision(*about, (Gate("gate of its run", 0.0, 1.0, False, reason),)), []
     if champion is not None and MANIFEST_TAG not in champion.tags:
         if not registry.take_over:
@@ -156,19 +179,30 @@ def _compare(
     lost = registry.deleted_champion(chosen.name, profile.name) if about[3] is None else None
     if lost is not None and lost.earlier is not None:
         return Decision(*about, (Gate("champion", None, 1.0, False, _lost(chosen.name, profile.name, lost)),)), []
+    found, gates = {}, []
     with progress.stage("Fetch challenger and champion"):
-        challenger = fetch(registry, chosen, folder / CHALLENGER)
-        reigning = None if champion is None else fetch(registry, champion, folder / CHAMPION)
-    opened = _open(challenger, workload)
-    rules = section or opened.section
+        for role, version in ((CHALLENGER, chosen), (CHAMPION, champion)):
+            if version is not None:
+                try:
+                    found[role] = fetch(registry, version, folder / role)
+                except VersionError as error:
+                    gates.append(_content(role, error))
+    if gates:
+        return Decision(*about, tuple(gates)), []
+    challenger, reigning = found[CHALLENGER], found.get(CHAMPION)
+    try:
+        parity, opened = _parity(challenger), judged(challenger)
+    except VersionError as error:
+        return Decision(*about, (_content(CHALLENGER, error),)), []
+    rules, accuracy = opened.section, accuracy_gates(opened, challenger, reigning, progress)
     result, name = recorded, "compact"
     if result is None or reigning is not None:
         result, name = _measure(target, profile, challenger, reigning, noise_floor, rules, progress), CHALLENGER
-    gates = [Gate("gate of its run", 1.0, 1.0, True), _parity(challenger)]
+    gates = [Gate("gate of its run", 1.0, 1.0, True), parity]
     if lost is not None:
         reason = f"version {lost.version} was champion and was deleted, and none before it is left to compare with"
         gates.append(Gate("champion", 1.0, 1.0, True, reason))
-    gates += accuracy_gates(rules, challenger, reigning, opened, progress)
+    gates += accuracy
     gates += absolute_gates(rules, profile, challenger, result, name)
     if rules.require_stable:
         gates.append(_stable(result))
@@ -197,35 +231,83 @@ def _lost(name: str, device: str, lost: DeletedChampion) -> str:
     )
 
 
+def _content(role: str, error: VersionError) -> Gate:
+    """What a version holds that none of ours can."""
+    way = "; roll back to the champion before it (`secateur rollback`)" if role == CHAMPION else ""
+    return Gate(f"content of the {role}", None, 1.0, False, f"{error}{way}")
+
+
 def fetch(registry: Registry, version: Version, folder: Path) -> Contender:
-    """A version's files, verified."""
+    """A version's files, verified, and its models run once.
+
+    Raises:
+        VersionError: it holds what no version of ours can.
+    """
     manifest = registry.fetch(version, folder)
     network = folder / FOLDER / NETWORK
     model = folder / MODEL
+    for file in (model, network) if network.is_file() else (model,):
+        try:
+            rehearse(file)
+        except ExportError as error:
+            raise VersionError(f"{file.name} of {version.uri} does not run: {_first_line(error)}") from error
     return Contender(version, model, network if network.is_file() else model, manifest.data)
 
 
-@dataclass(frozen=True)
-class _Opened:
-    """What a version's run file describes; ``fault``: why its data cannot be used here."""
+def _rules(challenger: Contender, section: GateSection | None, workload: Workload | None, consent: Consent) -> Rules:
+    """What a version is judged by: what is given, or what its own run file says.
 
-    section: GateSection
-    workload: Workload | None
-    fault: str = ""
+    Raises:
+        VersionError: nothing is given, and its run file says nothing.
+    """
+    if section is not None and workload is not None:
+        return Rules(section, lambda: workload)
+    name = f"run.yaml of {challenger.version.uri}"
+    try:
+        text = text_of(challenger.folder / "run.yaml")
+        if text is None:
+            raise UserError(f"there is no {name}")
+        config = parse_run_file(text, name)
+    except UserError as error:
+        fault = VersionError(_first_line(error))
+        if section is None:
+            raise fault from error
+
+        def closed() -> Workload:
+            raise fault
+
+        return Rules(section, closed if workload is None else lambda: workload)
+    return Rules(
+        section or config.gate,
+        (lambda: _opened(config, challenger.version, consent)) if workload is None else lambda: workload,
+    )
 
 
-def _open(challenger: Contender, workload: Workload | None) -> _Opened:
-    """The gates and the workload of the run that made a version."""
+def _opened(config: RunFile, version: Version, consent: Consent) -> Workload:
+    """The workload of a version's run file. Its network's code is looked for where its run did, else here.
+
+    Raises:
+        UserError: its data cannot be used here.
+        ClosedError: it needs code, and there is no consent for that.
+    """
     from pipeline.run.opening import open_workload
 
-    file = challenger.folder / "run.yaml"
-    if not file.is_file():
-        return _Opened(GateSection(), workload, "" if workload else "the version carries no run.yaml")
+    reading = Reading(check="none")
     try:
-        config = parse_run_file(file.read_text(encoding="utf-8"), f"run.yaml of {challenger.version.uri}")
-        return _Opened(config.gate, workload or open_workload(config, Reading(check="none")))
-    except UserError as error:
-        return _Opened(GateSection(), workload, "" if workload else str(error).splitlines()[0])
+        return open_workload(config, reading)
+    except trust.ClosedError:
+        directory = home() / "runs" / (version.run or "-")
+        lay = read_origin(directory).get(FOLDER_OF_RUN)
+        near, place = Path.cwd(), Path.cwd() / f"run.yaml of {version.name} version {version.version}"
+        if isinstance(lay, str):
+            near, place = Path(lay), directory / "run.yaml"
+        config = config.lying_in(near)
+        try:
+            code = trust.code_of_workload(config, place)
+            consent([] if code is None else [code])
+        except UserError as error:
+            raise trust.ClosedError(str(error)) from error
+        return open_workload(config, reading)
 
 
 def _measure(
@@ -267,30 +349,38 @@ def _measure(
 
 def _parity(challenger: Contender) -> Gate:
     """What the export found when it compared the file with its PyTorch model."""
-    found = challenger.facts("parity.json").get("compact", {})
-    bound, value = found.get("tolerance", 0.0), found.get("max_relative_error")
-    if value is None:
-        return Gate("parity", None, bound, False, "the version carries no parity table")
-    return Gate("parity", value, bound, bool(found["ok"] and value <= bound), "largest relative difference to PyTorch")
+    told = challenger.facts("parity.json", ParityFacts)
+    if told is None:
+        return Gate("parity", None, 0.0, False, "the version carries no parity table")
+    value, bound = told.compact.max_relative_error, told.compact.tolerance
+    return Gate("parity", value, bound, told.compact.ok and value <= bound, "largest relative difference to PyTorch")
 
 
 def accuracy_gates(
-    section: GateSection, challenger: Contender, champion: Contender | None, opened: _Opened, progress: ProgressView
+    rules: Rules, challenger: Contender, champion: Contender | None, progress: ProgressView
 ) -> list[Gate]:
-    """Accuracy on the test split, at least; and how much less it is than the champion's, at most."""
+    """Accuracy on the test split, at least; and how much less it is than the champion's, at most.
+
+    Raises:
+        ClosedError: the images can be read only with code that nobody has consented to.
+    """
+    section = rules.section
     wanted = [] if section.min_accuracy is None else [("accuracy", section.min_accuracy)]
     if champion is not None and section.max_drop_champion is not None:
         wanted.append(("accuracy drop", section.max_drop_champion))
-    fault = _unequal(challenger, champion, opened)
-    if fault or opened.workload is None:
-        return [Gate(name, None, bound, False, fault) for name, bound in wanted]
     if not wanted:
         return []
-    with progress.stage("Read the test split") as report:
-        found = [test_answers(opened.workload, c.network) for c in (challenger, champion) if c is not None]
-        accuracies = resampled(opened.workload, [answers for answers, _ in found], found[0][1])
-        report(1, 1, f"{opened.workload.metric} {accuracies[0, 0]:.4f}")
-    gates, metric = [], opened.workload.metric
+    try:
+        workload = _same_images(rules, challenger, champion)
+        with progress.stage("Read the test split") as report:
+            found = [_answers(workload, c) for c in (challenger, champion) if c is not None]
+            accuracies = resampled(workload, [answers for answers, _ in found], found[0][1])
+            report(1, 1, f"{workload.metric} {accuracies[0, 0]:.4f}")
+    except trust.ClosedError:
+        raise
+    except UserError as error:
+        return [Gate(name, None, bound, False, str(error)) for name, bound in wanted]
+    gates, metric = [], workload.metric
     for name, bound in wanted:
         drop = name == "accuracy drop"
         draws = accuracies[1] - accuracies[0] if drop else accuracies[0]
@@ -304,25 +394,56 @@ def accuracy_gates(
     return gates
 
 
-def _unequal(challenger: Contender, champion: Contender | None, opened: _Opened) -> str:
-    """Why the two cannot answer the same test images; empty when they can."""
-    if opened.workload is None:
-        return f"the test split cannot be read here: {opened.fault}"
-    if opened.workload.fingerprint != challenger.data:
-        return f"the data here is not the challenger's: {_differing(challenger, opened.workload.record.facts())}"
+def _same_images(rules: Rules, challenger: Contender, champion: Contender | None) -> Workload:
+    """The workload whose test images both can answer.
+
+    Raises:
+        UserError: there is none; says why.
+    """
+    try:
+        workload = rules.open()
+    except trust.ClosedError:
+        raise
+    except UserError as error:
+        raise UserError(f"the test split cannot be read here: {_first_line(error)}") from error
+    if workload.fingerprint != challenger.data:
+        differing = _differing(challenger, workload.record.facts()["parts"])
+        raise UserError(f"the data here is not the challenger's: {differing}")
     if champion is not None and champion.data != challenger.data:
-        return f"the champion was not made for the challenger's data: {_differing(champion, challenger.facts(FACTS))}"
-    return ""
+        own = challenger.facts(FACTS, DataFacts)
+        differing = _differing(champion, {} if own is None else own.parts)
+        raise UserError(f"the champion was not made for the challenger's data: {differing}")
+    return workload
 
 
-def _differing(contender: Contender, facts: Mapping[str, Any]) -> str:
+def _answers(workload: Workload, contender: Contender) -> tuple[torch.Tensor, torch.Tensor]:
+    """A version's answers on the test split.
+
+    Raises:
+        VersionError: they are none that the workload can judge.
+    """
+    try:
+        judged = contender.model if workload.postprocessing is None else contender.network
+        answers, targets = test_answers(workload, judged)
+        workload.metrics(answers, targets)
+    except (ExportError, RuntimeError, ValueError, IndexError, TypeError) as error:
+        text = f"{contender.version.uri} does not answer the test images: {type(error).__name__}: {_first_line(error)}"
+        raise VersionError(text) from error
+    return answers, targets
+
+
+def _differing(contender: Contender, parts: Mapping[str, str]) -> str:
     """What differs between the record of a version's data and another one, in words."""
-    own = contender.facts(FACTS)
-    if not own:
+    own = contender.facts(FACTS, DataFacts)
+    if own is None:
         return "it was made by an earlier version of Secateur, which drew the splits in another way"
-    names = [name for name, digest in own["parts"].items() if facts.get("parts", {}).get(name) != digest]
+    names = [printable(cut(name)) for name, digest in own.parts.items() if parts.get(name) != digest]
     what = {"data": "images or splits"}
     return f"{' and '.join(what.get(name, name) for name in names) or 'something'} differ"
+
+
+def _first_line(error: Exception) -> str:
+    return printable((str(error).splitlines() or [type(error).__name__])[0])
 
 
 def absolute_gates(

@@ -24,13 +24,15 @@ from scipy import stats
 from device_profiles import BenchmarkResult, DeviceError, DeviceProfile, Target, load_profile, measure
 from device_profiles.intervals import MIN_PROCESSES, Ratio
 from device_profiles.staircase import FINGERPRINT_KEYS
+from device_profiles.wording import printable
 from pipeline.config import trust
 from pipeline.devices.device import InTurn
-from pipeline.errors import TrackingError, UserError
+from pipeline.errors import TrackingError, UserError, VersionError
 from pipeline.files import sha256_of
 from pipeline.progress import ProgressView
 from pipeline.surroundings import home
-from pipeline.tracking import RUN_TAG, Registry, Version
+from pipeline.tracking import Registry, Version
+from pipeline.tracking.fetched import text_of
 
 MODEL = "model.onnx"
 INPUTS = "benchmark-input.npz"
@@ -208,11 +210,11 @@ def time_again(
     """
     before, own, reference = recorded(folder, profile.name)
     files = {path.name: path for path in folder.rglob("*") if path.is_file()}
-    kept = home() / "runs" / (version.tags.get(RUN_TAG) or "-")  # a version carries its model only
+    kept = home() / "runs" / (version.run or "-")  # a version carries its model only
     digests = {sha256_of(path): path for place in (kept, folder) for path in place.rglob("*.onnx")}
     models = {own: folder / MODEL}
-    if reference is not None and before.sha256[reference] in digests:
-        models = {reference: digests[before.sha256[reference]], **models}
+    if reference is not None and (known := digests.get(before.sha256.get(reference, ""))) is not None:
+        models = {reference: known, **models}
     with progress.stage(f"Time {version.name} {version.version} on {device} again") as report:
         now = measure(
             target,
@@ -236,10 +238,10 @@ def recorded(folder: Path, device: str) -> tuple[BenchmarkResult, str, str | Non
     digest = sha256_of(folder / MODEL)
     for file in sorted(folder.rglob("*.json")):
         try:
-            result = BenchmarkResult.from_json(file.read_text(encoding="utf-8"))
-        except (DeviceError, UnicodeDecodeError):
+            result = BenchmarkResult.from_json(text_of(file) or "")
+        except (DeviceError, VersionError):
             continue  # another kind of document
-        own = [name for name in result.names if result.sha256[name] == digest]
+        own = [name for name in result.names if result.sha256.get(name) == digest]
         if own and result.profile == device:
             return result, own[0], result.names[0] if result.names[0] != own[0] else None
     raise UserError("the version carries no benchmark of its model on this device; register it anew with a run")
@@ -290,14 +292,15 @@ def growth(now: Sequence[float], then: Sequence[float], noise_floor: float | Non
     a, b = np.log(np.asarray(now, dtype=float)), np.log(np.asarray(then, dtype=float))
     value = float(a.mean() - b.mean())
     if min(len(a), len(b)) < MIN_PROCESSES:
-        return Ratio.unknown(math.exp(value))
+        return Ratio.unknown(float(np.exp(value)))
     va, vb = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
     spread = 0.0
     if va + vb > 0:
         freedom = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
         spread = float(stats.t.ppf(0.975, freedom) * math.sqrt(va + vb))
     width = math.hypot(spread, noise_floor or 0.0)
-    return Ratio(math.exp(value), math.exp(value - width), math.exp(value + width))
+    with np.errstate(over="ignore"):
+        return Ratio(*np.exp([value, value - width, value + width]).tolist())
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, ...]:
@@ -320,6 +323,8 @@ def profile_of(device: str, files: Sequence[Path] = ()) -> DeviceProfile:
         UserError: nobody knows it, or it names code that nobody has consented to.
     """
     place = next((str(file) for file in files if file.stem == device), device)
+    if place == device and device.endswith((".yaml", ".yml")):  # a registry names devices, not files of this machine
+        raise UserError(f"the champion's device: {printable(device)} is no name of a device profile, but a path")
     try:
         profile = load_profile(place, [home() / "devices"])
     except DeviceError as error:

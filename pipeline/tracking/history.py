@@ -8,10 +8,11 @@ Entries are numbered one after the other; the clock, which somebody may set back
 from __future__ import annotations
 
 import contextlib
-import json
 import secrets
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+
+from pipeline.tracking.schemas import MoveTag, checked, read_json
 
 EVENTS = "secateur.event."
 DIGITS = 17
@@ -45,8 +46,8 @@ def read_events(tags: Mapping[str, str]) -> list[Event]:
     """The entries among a registered model's tags, the oldest first; ``done`` where they are marked so."""
     found = []
     for _, text in sorted((key, text) for key, text in tags.items() if key.startswith(EVENTS)):
-        with contextlib.suppress(ValueError, TypeError):  # written by somebody else
-            found.append(Event(**{"done": False, **json.loads(text)}))
+        with contextlib.suppress(ValueError):  # written by somebody else
+            found.append(Event(**dict(checked(MoveTag, read_json(text)))))
     return found
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from device_profiles.wording import printable
-from pipeline.errors import TrackingError
+from pipeline.errors import TrackingError, VersionError
 from pipeline.files import sha256_of
 from pipeline.tracking.schemas import Provenance, checked, read_json
 
@@ -51,7 +51,8 @@ class Manifest:
         """Check the bytes against their digest, then everything they claim before it is relied on.
 
         Raises:
-            TrackingError: they are others, or name files that no version may have.
+            TrackingError: they are others.
+            VersionError: they name files that no version may have, or are no list at all.
         """
         found = hashlib.sha256(raw).hexdigest()
         if found != expected:
@@ -69,9 +70,9 @@ class Manifest:
             if len({path.casefold() for path in known.files}) != len(sizes) or MODEL not in known.files:
                 raise ValueError("files are named twice, or the model is not")
         except ValueError as error:
-            raise TrackingError(f"the provenance of {what} cannot be used: {printable(error)}") from error
+            raise VersionError(f"the provenance of {what} cannot be used: {printable(error)}") from error
         if len(sizes) > MAX_FILES or sum(sizes) > MAX_BYTES:
-            raise TrackingError(f"{what} has {len(sizes)} files of {sum(sizes)} bytes: more than any version should")
+            raise VersionError(f"{what} has {len(sizes)} files of {sum(sizes)} bytes: more than any version should")
         return cls(raw, found, data)
 
     def verify(self, path: str, file: Path, what: str) -> None:
@@ -105,10 +106,10 @@ def check_name(path: str) -> None:
     """Refuse a path that could leave the folder it is for.
 
     Raises:
-        TrackingError: it is not made of plain names.
+        VersionError: it is not made of plain names.
     """
     if not all(_PART.fullmatch(part) for part in path.split("/")):
-        raise TrackingError(f"a file of a version cannot be called {path!r}")
+        raise VersionError(f"a file of a version cannot be called {path!r}")
 
 
 def code_facts() -> dict[str, Any]:

@@ -10,17 +10,13 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import onnx
-from google.protobuf.message import DecodeError
-
-from device_profiles.wording import printable
-from pipeline.errors import SurroundingsError, TrackingError, UserError
+from pipeline.errors import SurroundingsError, TrackingError, UserError, VersionError
 from pipeline.files import sha256_of, write_whole
+from pipeline.tracking.fetched import check_onnx, facts_of
 from pipeline.tracking.manifest import FOLDER, MODEL, Manifest
 from pipeline.tracking.registry import CHAMPION, MODEL_TAG, Registry, Version
-from pipeline.tracking.schemas import GateFacts, Provenance, Schema, Usage, checked, read_json
+from pipeline.tracking.schemas import CachedVersion, GateFacts, Provenance, Usage, checked, read_json
 from pipeline.tracking.store import shown
 from pipeline.workloads.data import decode
 
@@ -64,6 +60,7 @@ def pull(
     Raises:
         UserError: there is no such version, or the folder holds something else.
         TrackingError: MLflow is away and nothing was pulled before; or a file is not what was registered.
+        VersionError: the version holds what none of ours can.
     """
     _refuse_foreign(folder)
     cache = Cache(registry.home / CACHE)
@@ -108,7 +105,7 @@ class Cache:
         """Bring every file of a version that is not here yet, or not as it should be; returns the list of them."""
         manifest = registry.files(version)
         if manifest.data.get("name") != version.name or manifest.files[MODEL]["sha256"] != version.tags.get(MODEL_TAG):
-            raise TrackingError(f"the provenance of {version.uri} is that of another version; register it again")
+            raise VersionError(f"the provenance of {version.uri} is that of another version; register it again")
         for path, entry in manifest.files.items():
             if not self._holds(entry["sha256"]):
                 registry.fetch_file(version, manifest, path, self.blobs / entry["sha256"])
@@ -128,16 +125,16 @@ class Cache:
             TrackingError: it never was, or the cache is damaged.
         """
         try:
-            known = json.loads(self._reference(reference).read_text(encoding="utf-8"))
-            version = Version(known["name"], known["version"], known["tags"], tuple(known["aliases"]))
-            raw = (self.blobs / known["manifest"]).read_bytes()
+            known = checked(CachedVersion, read_json(self._reference(reference).read_bytes()))
+            raw = (self.blobs / known.manifest).read_bytes()
         except FileNotFoundError as error:
             raise TrackingError(
                 f"{reference.strip()} was never pulled to {self.references.parent}: pull it once while MLflow answers"
             ) from error
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise TrackingError(f"the cache in {self.references.parent} is damaged ({error}): remove it") from error
-        return version, Manifest.read(raw, known["manifest"], f"{version.uri} in the cache")
+        version = Version(known.name, known.version, known.tags, tuple(known.aliases))
+        return version, Manifest.read(raw, known.manifest, f"{version.uri} in the cache")
 
     def copy(self, manifest: Manifest, path: str, to: Path, what: str) -> None:
         """A file out of the cache, verified as it leaves.
@@ -163,45 +160,14 @@ def _chosen(manifest: Manifest, what: str) -> dict[str, str]:
     """The files that a user needs, and what they are called in the folder.
 
     Raises:
-        TrackingError: one would take another's place.
+        VersionError: one would take another's place.
     """
     found = {MODEL: MODEL, **{p: p.removeprefix(f"{FOLDER}/") for p in manifest.files if p.startswith(f"{FOLDER}/")}}
     taken = {MODEL, *WRITTEN}
     for path, own in found.items():
         if path != MODEL and ("/" in own or own.casefold() in {name.casefold() for name in taken}):
-            raise TrackingError(f"{what} has a file {path}, which no version of ours has: refused")
+            raise VersionError(f"{what} has a file {path}, which no version of ours has: refused")
     return found
-
-
-def check_onnx(file: Path) -> None:
-    """Refuse a file that is no ONNX model, or one whose weights are elsewhere (in any file of this machine).
-
-    Raises:
-        TrackingError: it is.
-    """
-    try:
-        model = onnx.load_model(file, load_external_data=False)
-        if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors(model)):
-            raise TrackingError(
-                f"{file.name} reads its weights from other files, which no version of ours does: refused"
-            )
-        onnx.checker.check_model(model)
-    except (DecodeError, onnx.checker.ValidationError, ValueError, RecursionError) as error:
-        text = (str(error).splitlines() or ["it is damaged"])[0]
-        raise TrackingError(f"{file.name} is no valid ONNX model: {text}") from error
-
-
-def _tensors(message: Any) -> Iterator[Any]:
-    """Every tensor in a protobuf message, at any depth."""
-    for described, value in message.ListFields():
-        if described.message_type is None:
-            continue
-        parts = value if hasattr(value, "__len__") else [value]
-        if described.message_type.name == "TensorProto":
-            yield from parts
-        else:
-            for part in parts:
-                yield from _tensors(part)
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -251,10 +217,10 @@ def card(version: Version, manifest: Manifest, folder: Path) -> str:
     """The model card, in Markdown.
 
     Raises:
-        TrackingError: ``usage.json`` or ``gate.json`` is not what that of a version can be.
+        VersionError: ``usage.json`` or ``gate.json`` is not what that of a version can be.
     """
     told, tags = checked(Provenance, manifest.data), version.tags
-    usage, gates = _facts(folder / "usage.json", Usage), _facts(folder / "gate.json", GateFacts)
+    usage, gates = facts_of(folder / "usage.json", Usage), facts_of(folder / "gate.json", GateFacts)
     lines = [f"# {version.name}, version {version.version}", ""]
     lines += [f"A pruned vision model, made and measured by Secateur for device `{told.device.name}`.", ""]
     if gates is not None and (compact := gates.models.get("compact")):
@@ -287,20 +253,6 @@ def card(version: Version, manifest: Manifest, folder: Path) -> str:
     facts |= {"sha256 of model.onnx": tags.get(MODEL_TAG), "sha256 of provenance.json": manifest.sha256}
     lines += [f"| {key} | `{value}` |" for key, value in facts.items() if value]
     return "\n".join("".join(c for c in line if c.isprintable()) for line in lines) + "\n"
-
-
-def _facts(file: Path, schema: type[Schema]) -> Schema | None:
-    """A JSON file of the version; None where it has none.
-
-    Raises:
-        TrackingError: it is not what that of a version can be.
-    """
-    if not file.is_file():
-        return None
-    try:
-        return checked(schema, read_json(file.read_bytes()))
-    except ValueError as error:
-        raise TrackingError(f"{file.name} of the version cannot be used: {printable(error)}") from error
 
 
 def _number(value: float | str | None) -> str:

@@ -67,6 +67,8 @@ PROMOTIONS = "-promotions"
 MAX_TAG = 5000
 MOVE_WAIT_S = 300.0
 """How long a move of an alias waits for one that another process makes; they take seconds."""
+RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+"""What a run can be called."""
 JSON_BYTES_PER_NUMBER = 52
 """MLflow writes an input example twice, as text."""
 MAX_EXAMPLE_JSON = 1_000_000
@@ -94,6 +96,12 @@ class Version:
     def device(self) -> str:
         """The device it was made for; empty when it does not say."""
         return self.tags.get(DEVICE_TAG, "")
+
+    @property
+    def run(self) -> str:
+        """Secateur's id of the run that made it, which names a folder; empty where it does not say, or names none."""
+        told = self.tags.get(RUN_TAG, "")
+        return told if RUN.fullmatch(told) else ""
 
     @property
     def uri(self) -> str:
@@ -302,6 +310,7 @@ class Registry:
 
         Raises:
             TrackingError: it has none, or another one than its tag says.
+            VersionError: it is no such list.
         """
         digest = version.tags.get(MANIFEST_TAG)
         if not digest:
@@ -314,11 +323,15 @@ class Registry:
         """Every file of a version into a folder, each of the sha256 that its provenance names.
 
         Raises:
-            TrackingError: a file is missing, is another one, or the version is larger than any should be.
+            TrackingError: a file is missing, or is another one.
+            VersionError: the version is larger than any should be, or holds no models where they should be.
         """
+        from pipeline.tracking.fetched import check_files
+
         manifest = self.files(version)
         for path in manifest.files:
             self.fetch_file(version, manifest, path, folder / path)
+        check_files(folder)
         (folder / MANIFEST).parent.mkdir(parents=True, exist_ok=True)
         (folder / MANIFEST).write_bytes(manifest.raw)
         return manifest

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 MAX_DEPTH = 32
 """How deep lists and mappings may lie within each other; ours have six levels."""
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
+Number = Annotated[str, Field(pattern=r"^[0-9]{1,18}$")]
+"""Of a version."""
+Name = Annotated[str, Field(max_length=1000)]
+EARLIEST, LATEST = -60_000_000_000, 250_000_000_000
+"""Seconds since 1970 that every time zone can show; a clock may be set to any of them."""
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -87,7 +91,57 @@ class GateFacts(_Known):
     models: dict[str, dict[str, float | str | None]] = {}
 
 
-def read_json(raw: bytes) -> Any:
+class Compared(_Known):
+    """A model's file compared with its PyTorch model."""
+
+    ok: bool
+    max_relative_error: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    tolerance: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+
+
+class ParityFacts(_Known):
+    """``parity.json``."""
+
+    compact: Compared
+
+
+class DataFacts(_Known):
+    """``data.json``: digests of what the data's fingerprint is made of, by name."""
+
+    parts: dict[Name, Name]
+
+
+class MoveTag(_Known):
+    """An entry of the history, in a tag of the registered model."""
+
+    model_config = ConfigDict(extra="forbid")
+    kind: Literal["promote", "rollback", "found"]
+    device: Name
+    version: Number
+    previous: Number | None
+    at: Annotated[float, Field(ge=EARLIEST, le=LATEST, allow_inf_nan=False)]
+    done: bool = False
+    run_id: Name = ""
+
+
+class DecisionTag(_Known):
+    """What was decided about a version last, in a tag of it."""
+
+    outcome: Name
+    champion: Number | None
+
+
+class CachedVersion(_Known):
+    """What a reference meant when it was pulled last."""
+
+    name: Name
+    version: Number
+    tags: dict[str, str]
+    aliases: list[str]
+    manifest: Digest
+
+
+def read_json(raw: bytes | str) -> Any:
     """The content of a JSON text.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +75,22 @@ def add(
     run: str,
     device: str = "quick",
     own_gate: str = "passed",
+    base: Mapping[str, Any] | None = None,
     **config: Any,
 ) -> Version:
-    """A version as a run would register it; the challenger of its device."""
+    """A version as a run would register it; the challenger of its device.
+
+    Args:
+        base: its run file; None = the tiny one.
+        config: changes of that.
+    """
     workload = digits(image_size=8)
     parts = folder / f"parts-{run}"
     parts.mkdir(parents=True, exist_ok=True)
     tiny = {**merged(TINY, {"workload": {"data": {"augment": "none"}}}), "device": {"profile": "local"}}
     parity = {"ok": True, "max_relative_error": 1e-6, "tolerance": 1e-4}
     made = {
-        "run.yaml": yaml.safe_dump(merged(tiny, config)),
+        "run.yaml": yaml.safe_dump(merged(dict(base or tiny), config)),
         "usage.json": json.dumps(dict(workload.usage)),
         "parity.json": json.dumps({"compact": parity}),
         "gate.json": json.dumps({"passed": own_gate == "passed", "metric": "top1", "checks": [], "models": {}}),

@@ -18,10 +18,14 @@ import yaml
 
 from device_profiles import load_profile
 from pipeline.cli import app as cli
+from pipeline.cli import registry as registry_cli
 from pipeline.config import consents, trust
 from pipeline.config.schema import load_run_file
-from pipeline.errors import EXIT_USER, UserError
+from pipeline.errors import EXIT_GATE, EXIT_USER, UserError
+from pipeline.lifecycle import promotion
+from pipeline.tracking import Registry
 from tests.pipeline.helpers import TINY, merged, quick_device
+from tests.pipeline.registered import add, crown, embedded, linear_model, make_template, migrated_home
 
 Secateur = Callable[..., tuple[int, str]]
 
@@ -491,3 +495,95 @@ def test_a_worker_may_run_what_its_driver_may(folder: Path, mark: Path) -> None:
         trust.factory("theirs:Net", {})
     trust.accept(handed)
     assert trust.factory("theirs:Net", {})(2).default_boxes.shape == (4, 4)
+
+
+# -- registered versions -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_template(tmp_path_factory.mktemp("mlflow") / "mlflow.db")
+
+
+@pytest.fixture
+def registry(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
+    found = embedded(migrated_home(tmp_path / "home", store))
+    monkeypatch.setattr(registry_cli, "_registry", lambda _: found)
+    monkeypatch.setattr(promotion, "RESAMPLES", 20)
+    return found
+
+
+def challenger(registry: Registry, folder: Path, run_file: Path) -> None:
+    """A version that a run of this run file would have made, and a champion."""
+    model = linear_model(folder / "model.onnx")
+    crown(registry, add(registry, folder, model, "run-1"))
+    config = load_run_file(run_file).model_dump(mode="json")
+    add(registry, folder, linear_model(folder / "other.onnx", noise=1e-4), "run-2", base=config)
+
+
+@pytest.mark.filterwarnings("ignore")  # MLflow's own
+def test_a_version_of_a_detector_with_a_factory_is_judged_with_consent_alone(
+    registry: Registry, secateur: Secateur, folder: Path, mark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A detector's boxes belong to its network, so the test images cannot be read without its code."""
+    module(folder, mark)
+    challenger(registry, tmp_path, write(folder))
+    monkeypatch.chdir(folder)  # where the module is
+    promoting = ("promote", "net", "--device", folder / "quick.yaml")
+    code, said = secateur(*promoting)
+    assert code == EXIT_USER and not mark.exists() and "Bug" not in said
+    assert "theirs:Net" in said and str(folder / "theirs.py") in said, "exactly what would run"
+    assert f"secateur trust {folder}" in said, "and how to say yes"
+    assert secateur("trust", folder)[0] == 0
+    code, said = secateur(*promoting)
+    assert mark.exists() and "names code" not in said and "Bug" not in said
+    mark.unlink()
+    sys.modules.pop("theirs")
+    consents.forget(folder)
+    assert secateur(*promoting)[0] == EXIT_USER and not mark.exists()
+    secateur(*promoting, "--trust")
+    assert mark.exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_version_of_a_run_that_was_made_here_needs_no_other_consent(
+    registry: Registry, secateur: Secateur, folder: Path, mark: Path, tmp_path: Path
+) -> None:
+    module(folder, mark)
+    challenger(registry, tmp_path, write(folder))
+    run = registry.home / "runs" / "run-2"
+    run.mkdir(parents=True)
+    config = load_run_file(folder / "run.yaml")
+    (run / "run.yaml").write_text((folder / "run.yaml").read_text())
+    (run / "origin.json").write_text(json.dumps({"run_id": "run-2", "folder": str(folder)}))
+    promoting = ("promote", "net", "--device", folder / "quick.yaml")
+    code, said = secateur(*promoting)
+    assert code == EXIT_USER and not mark.exists() and f"secateur trust {run}" in said
+    trust.require(trust.code_in(config, folder / "run.yaml"), lambda _: True)
+    trust.hand_on(config, run)
+    secateur(*promoting)
+    assert mark.exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("task", ["classification", "detection"])
+def test_nothing_is_imported_where_the_code_of_a_version_is_not_needed(
+    task: str, registry: Registry, secateur: Secateur, folder: Path, mark: Path, tmp_path: Path
+) -> None:
+    """A classifier is judged by its file and the images; and where no accuracy is asked for, so is a detector."""
+    module(folder, mark)
+    changes: dict[str, Any] = {"gate": {"max_drop_champion": None}}
+    if task == "classification":
+        data = {"source": "digits", "image_size": 8, "scenes": None}
+        changes = {"workload": {"name": "classification", "data": data}}
+    file = write(folder, **changes)
+    if task == "classification":
+        content = yaml.safe_load(file.read_text())
+        del content["workload"]["data"]["scenes"]
+        file.write_text(yaml.safe_dump(content))
+    challenger(registry, tmp_path, file)
+    code, said = secateur("promote", "net", "--device", folder / "quick.yaml")
+    assert code in (0, EXIT_GATE) and "promoted" in said and "names code" not in said
+    code, said = secateur("pull", "net", "-o", tmp_path / "model")
+    assert code == 0, said
+    assert not mark.exists() and "theirs" not in sys.modules

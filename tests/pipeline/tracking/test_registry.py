@@ -22,7 +22,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from pipeline.errors import TrackingError, UserError
+from pipeline.errors import TrackingError, UserError, VersionError
 from pipeline.tracking import ChampionMovedError, Registry, alias_of
 from pipeline.tracking.history import Event
 from pipeline.tracking.manifest import MANIFEST, check_name
@@ -102,7 +102,7 @@ def test_a_file_that_was_changed_in_the_store_is_refused(
 
 @pytest.mark.parametrize("path", ["../x", "/etc/x", "a/../../x", "a//x", "", ".hidden", "a\\x", "a\nb", "a/."])
 def test_a_file_name_that_could_leave_its_folder_is_refused(path: str) -> None:
-    with pytest.raises(TrackingError, match="cannot be called"):
+    with pytest.raises(VersionError, match="cannot be called"):
         check_name(path)
 
 
