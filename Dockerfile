@@ -20,21 +20,22 @@ ENV PATH=/opt/secateur/bin:$PATH \
     PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 # Dependencies first: these layers are built again only when a version changes. The lock constrains, so that the image
-# holds what the extras need and nothing of what only developers do.
+# holds what the extras need and nothing of what only developers do. Wheels only, and no isolation for the build of the
+# project itself: what would build a package is chosen by nobody but the lock.
 COPY docker/wanted.py requirements.lock pyproject.toml ./
 RUN python wanted.py --torch "$TORCH" --index "$TORCH_INDEX_URL" \
     && if [ "$TORCH" = cpu ]; then \
-        python -m pip install --no-deps --index-url "$TORCH_INDEX_URL" -r torch.txt; \
+        python -m pip install --no-deps --only-binary :all: --index-url "$TORCH_INDEX_URL" -r torch.txt; \
     fi
 RUN python wanted.py --extras "$EXTRAS" \
-    && python -m pip install -c requirements.lock -r wanted.txt
+    && python -m pip install --only-binary :all: -c requirements.lock -r wanted.txt
 COPY README.md LICENSE ./
 COPY device_profiles ./device_profiles
 COPY pruning ./pruning
 COPY export ./export
 COPY pipeline ./pipeline
 # `pip check` would object to a build of torch without its CUDA packages only if it asked for them: it does not.
-RUN python -m pip install --no-deps . \
+RUN python -m pip install --no-deps --no-build-isolation . \
     && python -m pip check
 COPY docker/sbom.py ./
 RUN python sbom.py > /opt/secateur/sbom.json
