@@ -1,11 +1,10 @@
 # An image that runs run files, flows and workers. docs/image.md has the build arguments and what was checked.
 #   docker build -t secateur .
 #   docker build -t secateur:cpu --build-arg TORCH=cpu --build-arg TORCH_INDEX_URL=... .
-ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm
-# A tag can be moved; a digest cannot: --build-arg PYTHON_DIGEST=@sha256:...
-ARG PYTHON_DIGEST=
+# A tag can be moved, a digest cannot; `make pin` writes it anew.
+ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm@sha256:65a93d69fa75478d554f4ad27c85c1e69fa184956261b4301ebaf6dbb0a3543d
 
-FROM ${PYTHON_IMAGE}${PYTHON_DIGEST} AS build
+FROM ${PYTHON_IMAGE} AS build
 # Read by pip from the environment of the RUN lines below; unset = pip's own default. It stays in this stage.
 ARG PIP_INDEX_URL
 # cuda = torch as in the lock, with NVIDIA's libraries (several GB); it runs on CPUs too.
@@ -40,7 +39,7 @@ RUN python -m pip install --no-deps --no-build-isolation . \
 COPY docker/sbom.py ./
 RUN python sbom.py > /opt/secateur/sbom.json
 
-FROM ${PYTHON_IMAGE}${PYTHON_DIGEST}
+FROM ${PYTHON_IMAGE}
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="Secateur" \
     org.opencontainers.image.description="Prunes a PyTorch vision model until it fits a device, with measured latency" \

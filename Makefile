@@ -10,7 +10,7 @@ WORKERS ?= 2
 PART ?= 12
 KILLS ?= 50
 
-.PHONY: run test test-all test-avx2 chaos parts lint audit sbom image-check bench lock help
+.PHONY: run test test-all test-avx2 chaos parts lint audit sbom pin image-check bench lock help
 
 run: $(STAMP) ## Run the main job (RUN_FILE=path for another run file)
 	$(BIN)/secateur run $(RUN_FILE)
@@ -47,6 +47,9 @@ audit: $(STAMP) ## The lock, the environment and licences, offline; known faults
 sbom: $(STAMP) ## Bill of materials of the environment, CycloneDX JSON (build/sbom.json)
 	@mkdir -p build
 	$(BIN)/python docker/sbom.py > build/sbom.json
+
+pin: ## Ask the registry for the digests of the images, and write them into Dockerfile and compose.yaml (needs docker)
+	$(PYTHON) docker/pin.py
 
 image-check: $(STAMP) ## Execute the Dockerfile on a bare Debian, without an engine (root; several GB; IMAGE=--reduced)
 	tests/tools/image.sh $(IMAGE)

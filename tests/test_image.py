@@ -22,6 +22,7 @@ import yaml
 
 from tests import servers
 from tests.tools import image
+from tests.tools.audit import pin
 
 CHECKOUT = Path(__file__).parents[1]
 DOCKERFILE = CHECKOUT / "Dockerfile"
@@ -45,10 +46,43 @@ def test_hadolint_has_nothing_to_say() -> None:
     assert result.returncode == 0, result.stdout
 
 
-def test_images_are_pinned_by_version_and_may_be_by_digest() -> None:
-    assert set(value.removesuffix(" AS build") for value in instructions("FROM")) == {"${PYTHON_IMAGE}${PYTHON_DIGEST}"}
-    assert re.fullmatch(r"PYTHON_IMAGE=python:\d+\.\d+\.\d+-slim-[a-z]+", instructions("ARG")[0])
-    assert re.match(r"postgres:\d+\.\d+-[a-z]+\$\{POSTGRES_DIGEST:-\}$", SERVICES["postgres"]["image"])
+def test_images_are_pinned_by_version_and_digest() -> None:
+    assert set(value.removesuffix(" AS build") for value in instructions("FROM")) == {"${PYTHON_IMAGE}"}
+    digest = r"@sha256:[0-9a-f]{64}"
+    assert re.fullmatch(rf"PYTHON_IMAGE=python:\d+\.\d+\.\d+-slim-[a-z]+{digest}", instructions("ARG")[0])
+    assert re.fullmatch(rf"postgres:\d+\.\d+-[a-z]+{digest}", SERVICES["postgres"]["image"])
+    assert pin.unpinned(CHECKOUT) == []
+
+
+def test_digests_are_written_as_the_registry_says(tmp_path: Path) -> None:
+    """The registry is played: by a program called ``docker`` in an otherwise empty PATH."""
+    for name in pin.FILES:
+        text = (CHECKOUT / name).read_text()
+        (tmp_path / name).write_text(re.sub(r"@sha256:\w+", "", text))
+    (tmp_path / "docker").mkdir()
+    shutil.copy(CHECKOUT / "docker/pin.py", tmp_path / "docker")
+    assert [line.split(":")[0] for line in pin.unpinned(tmp_path)] == ["Dockerfile", "compose.yaml"]
+
+    def run(answer: str) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin/docker").write_text(f"#!/bin/sh\n{answer}\n")
+        (tmp_path / "bin/docker").chmod(0o755)
+        command = [sys.executable, str(tmp_path / "docker/pin.py")]
+        return subprocess.run(command, env={"PATH": str(tmp_path / "bin")}, capture_output=True, text=True)
+
+    failed = run("echo no such host >&2; exit 1")
+    assert failed.returncode == 1 and failed.stderr.startswith("nothing was written: docker buildx imagetools inspect")
+    assert "expected sha256:" in run("echo '{}'").stderr
+    assert len(pin.unpinned(tmp_path)) == 2
+    asked = run(f"""case "$*" in
+        "buildx imagetools inspect --format {{{{json .Manifest}}}} "*) echo '{{"digest": "sha256:{"0" * 64}"}}';;
+    esac""")
+    assert asked.returncode == 0, asked.stderr
+    assert pin.unpinned(tmp_path) == []
+    for name in pin.FILES:
+        assert (tmp_path / name).read_text() == re.sub(
+            r"sha256:\w+", f"sha256:{'0' * 64}", (CHECKOUT / name).read_text()
+        )
 
 
 def test_it_does_not_run_as_root() -> None:

@@ -1,4 +1,5 @@
 """Checks what is installed against the lock, without a network; and, where a service answers, against known faults.
+Images must have digests, too.
 
     python tests/tools/audit.py [--online]
 
@@ -24,6 +25,7 @@ from packaging.requirements import Requirement
 
 CHECKOUT = Path(__file__).parents[2]
 sys.path.insert(0, str(CHECKOUT / "docker"))
+import pin  # noqa: E402
 from sbom import licences, normal  # noqa: E402
 
 PIP_AUDIT = "pip-audit==2.10.1"
@@ -160,6 +162,7 @@ def main() -> int:
     arguments = parser.parse_args()
     lock = CHECKOUT / "requirements.lock"
     faults = offline(lock, distributions())
+    faults += [f"{image} has no digest; run make pin" for image in pin.unpinned(CHECKOUT)]
     print(f"audit: {len(pins(lock.read_text().splitlines()))} packages of the lock: {len(faults)} faults")
     if arguments.online:
         known, how = online(lock)
