@@ -252,10 +252,14 @@ class Composed:
         self.ports = {"5000": servers.free_port(), "4200": servers.free_port(), "8080": servers.free_port()}
         self.database = "127.0.0.1:1"
 
+    def secret(self, name: str) -> str:
+        return (self.folder / "secrets" / name).read_text().strip()
+
     def here(self, text: str) -> str:
         """A value of compose.yaml, with what is this machine's in place of what is the container's."""
         text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
         text = text.replace("/run/secrets/mlflow_auth", str(self.folder / "secrets/mlflow_auth.ini"))
+        text = text.replace("/run/secrets", str(self.folder / "secrets"))
         text = text.replace("/var/lib/secateur", str(self.folder / "home")).replace("0.0.0.0", "127.0.0.1")
         text = text.replace("postgres:5432", self.database)
         text = re.sub(r"\b(mlflow|prefect)(?=:\d{4})", "127.0.0.1", text)
@@ -279,6 +283,14 @@ class Composed:
         url = settings["SECATEUR_HEALTH_URLS"]
         return servers.Server(url, command, self.folder / f"{name}.log", url, settings=settings)
 
+    def sql(self, role: str, password: str, database: str, *words: str) -> subprocess.CompletedProcess[str]:
+        """psql, over TCP as the servers do; ``words`` are its own."""
+        host, port = self.database.split(":")
+        program = [servers.postgres_tool("psql"), "-v", "ON_ERROR_STOP=1", "--no-psqlrc", "-At", "-h", host, "-p", port]
+        environment = {**os.environ, "PGPASSWORD": password}
+        command = [*program, "-U", role, "-d", database, *words]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
     def healthy(self, name: str) -> str:
         """What the image's health check says of a service; its exit code must be 0."""
         program = [sys.executable, str(CHECKOUT / "docker/health.py")]
@@ -289,19 +301,53 @@ class Composed:
 
 @pytest.fixture(scope="module")
 def composed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Composed]:
-    """PostgreSQL with compose.yaml's databases and made-up passwords."""
+    """PostgreSQL with compose.yaml's roles and databases; its superuser is the test's own."""
     found = Composed(tmp_path_factory.mktemp("composed"))
     (found.folder / "home").mkdir()
-    databases = tuple(re.findall(r"CREATE DATABASE (\w+)", (CHECKOUT / "docker/databases.sql").read_text()))
-    postgres = servers.postgres(
-        found.folder / "postgres", (SERVICES["postgres"]["environment"]["POSTGRES_DB"], *databases)
-    )
+    postgres = servers.postgres(found.folder / "postgres", ())
     found.database = postgres.url
-    password = (found.folder / "secrets/postgres_password").read_text().strip()
-    for file in (found.folder / "secrets").iterdir():  # the test's cluster has a password of its own
-        file.write_text(found.here(file.read_text().replace(password, "pruned")))
+    for file in (found.folder / "secrets").iterdir():
+        file.write_text(found.here(file.read_text()))
+    script = found.folder / "databases.sql"
+    script.write_text(found.here((CHECKOUT / "docker/databases.sql").read_text()))
     with servers.running(postgres):
+        made = found.sql("secateur", "pruned", "postgres", "-f", str(script))
+        assert made.returncode == 0, made.stderr
         yield found
+
+
+@pytest.mark.slow
+def test_each_server_owns_its_databases_and_reaches_no_other(composed: Composed) -> None:
+    """Not the other's, nor those of the superuser; and not with another's password."""
+    owned = {"mlflow": {"mlflow", "mlflow_auth"}, "prefect": {"prefect"}}
+    for role, own in owned.items():
+        password = composed.secret(f"postgres_{role}")
+        for database in ("mlflow", "mlflow_auth", "prefect", "postgres", "template1"):
+            result = composed.sql(role, password, database, "-c", "CREATE TABLE mine (); DROP TABLE mine")
+            if database in own:
+                assert result.returncode == 0, result.stderr
+            else:
+                assert f'permission denied for database "{database}"' in result.stderr
+        other = composed.secret(f"postgres_{'prefect' if role == 'mlflow' else 'mlflow'}")
+        refused = composed.sql(role, other, role, "-c", "SELECT 1")
+        assert "password authentication failed" in refused.stderr
+    query = "SELECT rolname, rolsuper OR rolcreatedb OR rolcreaterole OR rolbypassrls OR rolreplication, rolpassword"
+    roles = composed.sql(
+        "secateur", "pruned", "postgres", "-c", f"{query} FROM pg_authid WHERE rolcanlogin AND NOT rolsuper"
+    )
+    lines = [line.split("|") for line in roles.stdout.split()]
+    assert {name: (more, kept.split("$")[0]) for name, more, kept in lines} == dict.fromkeys(
+        owned, ("f", "SCRAM-SHA-256")
+    )
+
+
+def test_the_database_asks_every_connection_for_a_password_and_tells_nobody_the_superuser_s(tmp_path: Path) -> None:
+    assert "--auth=scram-sha-256" in SERVICES["postgres"]["environment"]["POSTGRES_INITDB_ARGS"]
+    make_secrets(tmp_path)
+    password = (tmp_path / "postgres_password").read_text().strip()
+    assert [file.name for file in tmp_path.iterdir() if password in file.read_text()] == ["postgres_password"]
+    holders = [name for name, service in SERVICES.items() if "postgres_password" in service.get("secrets", ())]
+    assert holders == ["postgres"]
 
 
 @pytest.mark.long
