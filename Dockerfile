@@ -52,7 +52,7 @@ RUN groupadd --gid 10001 secateur \
     && install --directory /data /app
 COPY --from=build /opt/secateur /opt/secateur
 COPY pipeline/runs/*.yaml /app/runs/
-COPY docker/health.py /app/
+COPY docker/health.py docker/accounts.py /app/
 ENV PATH=/opt/secateur/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \

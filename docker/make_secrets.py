@@ -27,8 +27,9 @@ FILES = {
     "prefect.env": "PREFECT_SERVER_DATABASE_CONNECTION_URL="
     "postgresql+asyncpg://prefect:{postgres_prefect}@postgres:5432/prefect\n"
     "PREFECT_SERVER_API_AUTH_STRING=secateur:{prefect}\n",
-    "worker.env": "MLFLOW_TRACKING_USERNAME=secateur\n"
-    "MLFLOW_TRACKING_PASSWORD={mlflow}\n"
+    "accounts.env": "MLFLOW_ADMIN=secateur:{mlflow}\nWORKER=worker:{worker}\n",
+    "worker.env": "MLFLOW_TRACKING_USERNAME=worker\n"
+    "MLFLOW_TRACKING_PASSWORD={worker}\n"
     "PREFECT_API_AUTH_STRING=secateur:{prefect}\n",
 }
 

@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 from tests import servers
+from tests.pipeline.helpers import write_tiny
 from tests.tools import image
 from tests.tools.audit import pin
 
@@ -195,10 +196,14 @@ def test_only_the_servers_are_published_and_only_to_this_machine() -> None:
 
 
 def test_services_wait_for_healthy_ones_and_say_how_they_are() -> None:
+    ending = {name for name, service in SERVICES.items() if service["restart"] == "no"}
+    assert ending == {"accounts"}
     for name, service in SERVICES.items():
         assert "healthcheck" in service or "SECATEUR_HEALTH_URLS" in service["environment"], name
-        assert all(need["condition"] == "service_healthy" for need in service.get("depends_on", {}).values())
-    assert set(SERVICES["worker"]["depends_on"]) == {"mlflow", "prefect"}
+        for needed, need in service.get("depends_on", {}).items():
+            ended = "service_completed_successfully" if needed in ending else "service_healthy"
+            assert need["condition"] == ended, f"{name} on {needed}"
+    assert set(SERVICES["worker"]["depends_on"]) == {"accounts", "mlflow", "prefect"}
 
 
 def test_no_secret_is_in_the_files_and_every_secret_file_is_made(tmp_path: Path) -> None:
@@ -352,12 +357,16 @@ def test_the_database_asks_every_connection_for_a_password_and_tells_nobody_the_
 
 @pytest.mark.long
 def test_the_services_start_with_their_own_commands_and_are_healthy(composed: Composed) -> None:
-    """PostgreSQL, then MLflow, Prefect and the worker, as processes instead of containers."""
+    """PostgreSQL, then MLflow, Prefect, the accounts and the worker, as processes instead of containers."""
     with servers.running(composed.server("mlflow")), servers.running(composed.server("prefect")):
-        worker = composed.environment("worker")
-        assert answer(f"{worker['SECATEUR_TRACKING_URI']}/api/2.0/mlflow/experiments/get?experiment_id=0") == 401
-        entry = f"{worker['MLFLOW_TRACKING_USERNAME']}:{worker['MLFLOW_TRACKING_PASSWORD']}"
-        assert answer(f"{worker['SECATEUR_TRACKING_URI']}/api/2.0/mlflow/experiments/get?experiment_id=0", entry) == 200
+        accounts, worker = composed.environment("accounts"), composed.environment("worker")
+        script = SERVICES["accounts"]["entrypoint"][1].replace("/app", str(CHECKOUT / "docker"))
+        subprocess.run([sys.executable, script], env=accounts, check=True)
+        experiment = f"{worker['SECATEUR_TRACKING_URI']}/api/2.0/mlflow/experiments/get?experiment_id=0"
+        user = f"{worker['MLFLOW_TRACKING_USERNAME']}:{worker['MLFLOW_TRACKING_PASSWORD']}"
+        entries = (None, user, accounts["MLFLOW_ADMIN"])
+        assert [answer(experiment, entry) for entry in entries] == [401, 403, 200]
+        assert answer(f"{worker['SECATEUR_TRACKING_URI']}/api/2.0/mlflow/users/current", user) == 200
         assert answer(f"{worker['PREFECT_API_URL']}/admin/version") == 401
         assert answer(f"{worker['PREFECT_API_URL']}/admin/version", worker["PREFECT_API_AUTH_STRING"]) == 200
         with servers.running(composed.server("worker")):
@@ -367,11 +376,90 @@ def test_the_services_start_with_their_own_commands_and_are_healthy(composed: Co
     assert composed.healthy("prefect").startswith("1 "), "a server that is gone is not healthy"
 
 
-def answer(url: str, entry: str | None = None) -> int:
+ADMIN, WORKER = "secateur:of-the-admin-only", "worker:of-the-worker-only"
+
+
+def accounts(url: str, worker: str = WORKER) -> subprocess.CompletedProcess[str]:
+    environment = {"MLFLOW_URL": url, "MLFLOW_ADMIN": ADMIN, "WORKER": worker}
+    program = [sys.executable, str(CHECKOUT / "docker/accounts.py")]
+    return subprocess.run(program, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of an MLflow with passwords, where the worker's user was made."""
+    name, _, password = ADMIN.partition(":")
+    with servers.running(servers.mlflow_server(tmp_path_factory.mktemp("mlflow"), auth=(name, password))) as server:
+        made = accounts(server.url)
+        assert (made.returncode, made.stdout) == (0, "worker was made\n"), made.stderr
+        yield server.url
+
+
+@pytest.mark.slow
+def test_the_worker_s_user_is_made_once_and_its_password_follows_the_secret(mlflow: str) -> None:
+    other = "worker:of-the-worker-later"
+    me = f"{mlflow}/api/2.0/mlflow/users/current"
+    for entry, before in ((other, WORKER), (WORKER, other)):
+        again = accounts(mlflow, entry)
+        assert (again.returncode, again.stdout) == (0, "worker is there; its password was set\n"), again.stderr
+        assert (answer(me, entry), answer(me, before)) == (200, 401)
+    refused = accounts(f"{mlflow}/nowhere")
+    assert refused.returncode == 1 and "could not be made: HTTP Error 404" in refused.stderr
+
+
+@pytest.mark.slow
+def test_the_worker_administers_nobody_and_changes_nothing_of_others(mlflow: str) -> None:
+    api = f"{mlflow}/api/2.0/mlflow"
+    assert answer(f"{api}/experiments/create", ADMIN, {"name": "of-others"}) == 200
+    assert answer(f"{api}/experiments/get-by-name?experiment_name=of-others", ADMIN) == 200
+    assert answer(f"{api}/experiments/get-by-name?experiment_name=of-others", WORKER) == 403
+    assert answer(f"{api}/registered-models/create", ADMIN, {"name": "of-others"}) == 200
+    assert answer(f"{api}/registered-models/get?name=of-others", WORKER) == 200
+    for method, path, body in (
+        ("POST", "2.0/mlflow/users/create", {"username": "friend", "password": "of-a-friend-only"}),
+        ("PATCH", "2.0/mlflow/users/update-password", {"username": "secateur", "password": "taken-over-by-me"}),
+        ("PATCH", "2.0/mlflow/users/update-admin", {"username": "worker", "is_admin": True}),
+        ("DELETE", "2.0/mlflow/users/delete", {"username": "secateur"}),
+        ("DELETE", "2.0/mlflow/registered-models/delete", {"name": "of-others"}),
+        (
+            "POST",
+            "2.0/mlflow/registered-models/alias",
+            {"name": "of-others", "alias": "champion", "version": "1"},
+        ),
+        ("POST", "3.0/mlflow/roles/create", {"name": "all", "workspace": "default"}),
+        (
+            "POST",
+            "3.0/mlflow/users/permissions/grant",
+            {"username": "worker", "resource_type": "experiment", "resource_id": "*", "permission": "MANAGE"},
+        ),
+    ):
+        assert answer(f"{mlflow}/api/{path}", WORKER, body, method) == 403, path
+    assert answer(f"{mlflow}/api/2.0/mlflow/users/get?username=secateur", ADMIN) == 200, "it is who it was"
+
+
+@pytest.mark.long
+def test_a_run_of_the_worker_s_user_is_tracked_registered_and_made_champion(mlflow: str, tmp_path: Path) -> None:
+    name, _, password = WORKER.partition(":")
+    environment = {**os.environ, **servers.QUIET, "SECATEUR_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    environment |= {"SECATEUR_TRACKING_URI": mlflow}
+    environment |= {"MLFLOW_TRACKING_USERNAME": name, "MLFLOW_TRACKING_PASSWORD": password}
+    gate = {"require_stable": False}
+    text = write_tiny(tmp_path, search={"budget": {"evaluations": 2}}, finetune={"top": 1}, gate=gate)
+    command = [sys.executable, "-m", "pipeline", "run", str(text), "--set", "tracking.required=true"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Registered: tiny version 1, alias champion" in result.stdout
+    assert answer(f"{mlflow}/api/2.0/mlflow/registered-models/alias?name=tiny&alias=champion", WORKER) == 200
+
+
+def answer(url: str, entry: str | None = None, body: object = None, method: str | None = None) -> int:
     """The status that an address answers with."""
     headers = {"Authorization": f"Basic {base64.b64encode(entry.encode()).decode()}"} if entry else {}
+    data = None if body is None else json.dumps(body).encode()
+    headers |= {} if data is None else {"Content-Type": "application/json"}
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as response:
+        asked = urllib.request.Request(url, data, headers, method=method)
+        with urllib.request.urlopen(asked, timeout=60) as response:
             return int(response.status)
     except urllib.error.HTTPError as error:
         return error.code
