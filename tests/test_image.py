@@ -183,6 +183,13 @@ def test_every_service_is_hardened(name: str) -> None:
     assert "network_mode" not in service and "pid" not in service
 
 
+def test_every_service_has_a_limit_of_memory_and_none_of_it_is_swap() -> None:
+    for name, service in SERVICES.items():
+        variable = rf"\$\{{{name.upper()}_MEMORY:-\d+g\}}"
+        assert re.fullmatch(rf"{variable}|\d+m", service["mem_limit"]), name
+        assert service["memswap_limit"] == service["mem_limit"], name
+
+
 def test_only_the_servers_are_published_and_only_to_this_machine() -> None:
     published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
     assert set(published) == {"mlflow", "prefect"}
