@@ -383,6 +383,14 @@ def test_the_services_start_with_their_own_commands_and_are_healthy(composed: Co
     assert composed.healthy("prefect").startswith("1 "), "a server that is gone is not healthy"
 
 
+def test_the_worker_has_no_administrator_s_password(tmp_path: Path) -> None:
+    make_secrets(tmp_path)
+    admin = re.findall(r"MLFLOW_ADMIN=secateur:(.+)", (tmp_path / "accounts.env").read_text())[0]
+    holders = {file.name for file in tmp_path.iterdir() if admin in file.read_text()}
+    assert holders == {"accounts.env", "mlflow_auth.ini"}
+    assert SERVICES["worker"]["env_file"] == ["secrets/worker.env"] and "secrets" not in SERVICES["worker"]
+
+
 ADMIN, WORKER = "secateur:of-the-admin-only", "worker:of-the-worker-only"
 
 
