@@ -10,7 +10,7 @@ WORKERS ?= 2
 PART ?= 12
 KILLS ?= 50
 
-.PHONY: run test test-all test-avx2 chaos parts lint audit sbom image-check bench lock help
+.PHONY: run test test-all test-avx2 chaos parts lint audit sbom pin image-check bench lock help
 
 run: $(STAMP) ## Run the main job (RUN_FILE=path for another run file)
 	$(BIN)/secateur run $(RUN_FILE)
@@ -48,6 +48,9 @@ sbom: $(STAMP) ## Bill of materials of the environment, CycloneDX JSON (build/sb
 	@mkdir -p build
 	$(BIN)/python docker/sbom.py > build/sbom.json
 
+pin: ## Ask the registry for the digests of the images, and write them into Dockerfile and compose.yaml (needs docker)
+	$(PYTHON) docker/pin.py
+
 image-check: $(STAMP) ## Execute the Dockerfile on a bare Debian, without an engine (root; several GB; IMAGE=--reduced)
 	tests/tools/image.sh $(IMAGE)
 
@@ -60,13 +63,15 @@ lock: ## Write requirements.lock anew from pyproject.toml (needs uv)
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
-# uv installs the lock three times faster; where it cannot be used, plain pip does the same work.
+# uv installs the lock three times faster; where it cannot be used, plain pip does the same work. Wheels only, and the
+# project is built by the lock's setuptools: nothing that builds comes from outside the lock.
 $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Secateur needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing the locked packages into $(VENV) (several GB; one to five minutes the first time)..."
 	( $(BIN)/python -m pip install -q "uv==$(UV_VERSION)" \
-	  && VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install -q --compile-bytecode -r requirements.lock \
-	  && VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install -q --no-deps -e . ) \
-	|| ( $(BIN)/python -m pip install -q -r requirements.lock && $(BIN)/python -m pip install -q --no-deps -e . )
+	  && VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install -q --compile-bytecode --only-binary :all: -r requirements.lock \
+	  && VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install -q --no-deps --no-build-isolation -e . ) \
+	|| ( $(BIN)/python -m pip install -q --only-binary :all: -r requirements.lock \
+	  && $(BIN)/python -m pip install -q --no-deps --no-build-isolation -e . )
 	@touch $(STAMP)

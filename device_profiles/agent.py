@@ -382,7 +382,8 @@ def lock_folder() -> str:
     if given:
         return given
     with contextlib.suppress(OSError):
-        if os.stat("/run/lock").st_mode & 0o1002 == 0o1002:  # every user may make files there, as in /tmp
+        open_to_all = os.stat("/run/lock").st_mode & 0o1002 == 0o1002  # every user may make files there, as in /tmp
+        if open_to_all and not os.statvfs("/run/lock").f_flag & os.ST_RDONLY:  # as in a container's read-only root
             return "/run/lock"
     return "/tmp"  # noqa: S108  the one folder that every user has
 

@@ -7,25 +7,29 @@ The folder is closed to others; the files in it can be read, because a container
 
 from __future__ import annotations
 
+import re
 import secrets
 import sys
 from pathlib import Path
 
-DATABASE = "secateur:{postgres}@postgres:5432"
 FILES = {
-    "postgres_password": "{postgres}\n",
-    "mlflow.env": f"MLFLOW_BACKEND_STORE_URI=postgresql+psycopg2://{DATABASE}/mlflow\n"
+    "postgres_password": "{postgres}\n",  # the superuser's: nobody but PostgreSQL is given it
+    "postgres_mlflow": "{postgres_mlflow}\n",
+    "postgres_prefect": "{postgres_prefect}\n",
+    "mlflow.env": "MLFLOW_BACKEND_STORE_URI=postgresql+psycopg2://mlflow:{postgres_mlflow}@postgres:5432/mlflow\n"
     "MLFLOW_FLASK_SERVER_SECRET_KEY={cookies}\n",
     "mlflow_auth.ini": "[mlflow]\n"
     "default_permission = NO_PERMISSIONS\n"
-    f"database_uri = postgresql+psycopg2://{DATABASE}/mlflow_auth\n"
+    "database_uri = postgresql+psycopg2://mlflow:{postgres_mlflow}@postgres:5432/mlflow_auth\n"
     "admin_username = secateur\n"
     "admin_password = {mlflow}\n"
     "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n",
-    "prefect.env": f"PREFECT_SERVER_DATABASE_CONNECTION_URL=postgresql+asyncpg://{DATABASE}/prefect\n"
+    "prefect.env": "PREFECT_SERVER_DATABASE_CONNECTION_URL="
+    "postgresql+asyncpg://prefect:{postgres_prefect}@postgres:5432/prefect\n"
     "PREFECT_SERVER_API_AUTH_STRING=secateur:{prefect}\n",
-    "worker.env": "MLFLOW_TRACKING_USERNAME=secateur\n"
-    "MLFLOW_TRACKING_PASSWORD={mlflow}\n"
+    "accounts.env": "MLFLOW_ADMIN=secateur:{mlflow}\nWORKER=worker:{worker}\n",
+    "worker.env": "MLFLOW_TRACKING_USERNAME=worker\n"
+    "MLFLOW_TRACKING_PASSWORD={worker}\n"
     "PREFECT_API_AUTH_STRING=secateur:{prefect}\n",
 }
 
@@ -43,7 +47,8 @@ def make(folder: Path) -> list[str]:
                 f"{folder} holds only {', '.join(there)}; remove the folder, or bring the others back"
             )
         return []
-    passwords = {name: secrets.token_urlsafe(24) for name in ("postgres", "mlflow", "prefect", "cookies")}
+    names = {name for text in FILES.values() for name in re.findall(r"{(\w+)}", text)}
+    passwords = {name: secrets.token_urlsafe(24) for name in names}
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
     for name, text in FILES.items():

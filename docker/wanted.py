@@ -15,16 +15,17 @@ TORCH = ("torch", "torchvision")
 
 
 def wanted(project: Path, extras: list[str]) -> list[str]:
-    """The project's requirements with those of some extras.
+    """The project's requirements with those of its build and of some extras.
 
     Raises:
         ValueError: there is no such extra.
     """
-    table = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
-    known = table["optional-dependencies"]
+    content = tomllib.loads(project.read_text(encoding="utf-8"))
+    table, known = content["project"], content["project"]["optional-dependencies"]
     if unknown := [name for name in extras if name not in known]:
         raise ValueError(f"no extra {', '.join(unknown)} in pyproject.toml; known: {', '.join(known)}")
-    return [*table["dependencies"], *(line for name in extras for line in known[name])]
+    chosen = [line for name in extras for line in known[name]]
+    return [*content["build-system"]["requires"], *table["dependencies"], *chosen]
 
 
 def torch_pins(lock: Path) -> list[str]:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 HOLD = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from pipeline.locks import held
 with held(Path(sys.argv[1]), "it", 0, print):
     print("held", flush=True)
@@ -81,9 +83,18 @@ def test_everybody_may_lock_it(tmp_path: Path) -> None:
     assert (tmp_path / "lock").stat().st_mode & 0o777 == 0o666
 
 
-@pytest.mark.parametrize(("mode", "found"), [(0o1777, "/run/lock"), (0o755, "/tmp"), (0o777, "/tmp"), (None, "/tmp")])
+@pytest.mark.parametrize(
+    ("mode", "flag", "found"),
+    [
+        (0o1777, 0, "/run/lock"),
+        (0o1777, os.ST_RDONLY, "/tmp"),
+        (0o755, 0, "/tmp"),
+        (0o777, 0, "/tmp"),
+        (None, 0, "/tmp"),
+    ],
+)
 def test_the_machine_s_locks_lie_in_one_folder_whoever_asks(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: int | None, found: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: int | None, flag: int, found: str
 ) -> None:
     monkeypatch.delenv("SECATEUR_LOCKS")
     stood_in = tmp_path / "lock"
@@ -92,6 +103,7 @@ def test_the_machine_s_locks_lie_in_one_folder_whoever_asks(
         stood_in.chmod(mode)
     real = os.stat
     monkeypatch.setattr(agent.os, "stat", lambda path, **more: real(stood_in if path == "/run/lock" else path, **more))
+    monkeypatch.setattr(agent.os, "statvfs", lambda _: SimpleNamespace(f_flag=flag))
     for home in ("a", "b"):
         for name in ("TMPDIR", "SECATEUR_HOME", "HOME"):
             monkeypatch.setenv(name, str(tmp_path / home))

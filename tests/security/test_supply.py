@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -41,6 +42,23 @@ def test_what_is_not_of_the_lock_is_a_fault() -> None:
     )
     assert faults == ["b 2 is installed, the lock says 1"]
     assert audit.environment_faults({"d": "1"}, {}) == ["d 1 is installed and not in the lock"]
+
+
+def test_what_builds_the_project_is_of_the_lock() -> None:
+    assert audit.build_faults(["setuptools>=77"], {"setuptools": {"84.2.1"}}) == []
+    assert audit.build_faults(["setuptools>=99"], {"setuptools": {"84.2.1"}}) == [
+        "the build asks for setuptools>=99, the lock says 84.2.1"
+    ]
+    assert audit.build_faults(["hatchling"], {}) == ["the build asks for hatchling, the lock says nothing"]
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Makefile"])
+def test_nothing_is_built_by_what_is_not_of_the_lock(name: str) -> None:
+    installs = re.findall(r"pip install [^\n]*", (LOCK.parent / name).read_text())
+    projects = [line for line in installs if re.search(r" (-e )?\.( |$)", line)]
+    assert projects and all("--no-deps --no-build-isolation" in line for line in projects)
+    files = [line for line in installs if " -r " in line]
+    assert files and all("--only-binary :all:" in line for line in files)
 
 
 @pytest.mark.parametrize(

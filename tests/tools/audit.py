@@ -1,11 +1,12 @@
 """Checks what is installed against the lock, without a network; and, where a service answers, against known faults.
+Images must have digests, too.
 
     python tests/tools/audit.py [--online]
 
 Offline: every requirement of the lock is one exact version from the index (no address, no path, no unpinned name), each
-installed package is in the lock at that version, every dependency of what is installed is met, and every licence is one
-that was looked at. ``--online`` also asks pip-audit's vulnerability service; where that does not answer, a line says
-so, and the exit code is that of the offline part.
+installed package is in the lock at that version, the lock has what builds the project, every dependency of what is
+installed is met, and every licence is one that was looked at. ``--online`` also asks pip-audit's vulnerability service;
+where that does not answer, a line says so, and the exit code is that of the offline part.
 """
 
 from __future__ import annotations
@@ -15,16 +16,20 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterable, Mapping
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 CHECKOUT = Path(__file__).parents[2]
 sys.path.insert(0, str(CHECKOUT / "docker"))
+import pin  # noqa: E402
 from sbom import licences, normal  # noqa: E402
 
 PIP_AUDIT = "pip-audit==2.10.1"
-TOOLS = frozenset(["secateur", "pip", "setuptools", "uv", "wheel"])
+TOOLS = frozenset(["secateur", "pip", "uv", "wheel"])
 """Installed, and not of the lock: ourselves, and what installs."""
 PINNED = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.!+]+)(?: ; (?P<marker>.+))?")
 
@@ -85,6 +90,16 @@ def environment_faults(installed: Mapping[str, str], locked: Mapping[str, set[st
     return found
 
 
+def build_faults(requires: Iterable[str], locked: Mapping[str, set[str]]) -> list[str]:
+    """What ``[build-system]`` asks for and the lock does not have: it is built without isolation, by the lock's."""
+    found = []
+    for need in map(Requirement, requires):
+        versions = locked.get(normal(need.name), set())
+        if not versions or not all(need.specifier.contains(version) for version in versions):
+            found.append(f"the build asks for {need}, the lock says {' or '.join(sorted(versions)) or 'nothing'}")
+    return found
+
+
 def licence_faults(name: str, words: list[str]) -> list[str]:
     """What a package's licence asks that nobody has looked at. A choice (``OR``) is fine if one of it is."""
     if name in LOOKED_AT or name in TOOLS or name.startswith(NVIDIA) or name.startswith("cuda-"):
@@ -101,6 +116,8 @@ def offline(lock: Path, installed: Iterable[Distribution]) -> list[str]:
     lines = lock.read_text(encoding="utf-8").splitlines()
     packages = {normal(each.metadata["Name"]): each for each in installed}
     found = lock_faults(lines)
+    project = tomllib.loads(lock.with_name("pyproject.toml").read_text(encoding="utf-8"))
+    found += build_faults(project["build-system"]["requires"], pins(lines))
     found += environment_faults({name: each.version for name, each in packages.items()}, pins(lines))
     for name, each in sorted(packages.items()):
         found += licence_faults(name, licences(each))
@@ -145,6 +162,7 @@ def main() -> int:
     arguments = parser.parse_args()
     lock = CHECKOUT / "requirements.lock"
     faults = offline(lock, distributions())
+    faults += [f"{image} has no digest; run make pin" for image in pin.unpinned(CHECKOUT)]
     print(f"audit: {len(pins(lock.read_text().splitlines()))} packages of the lock: {len(faults)} faults")
     if arguments.online:
         known, how = online(lock)
