@@ -21,7 +21,7 @@ from markdown_it import MarkdownIt
 from typer.testing import CliRunner
 
 from device_profiles import load_profile
-from pipeline.cli import app
+from pipeline.cli.app import app
 from pipeline.config.schema import parse_run_file
 from tests.pipeline.helpers import merged
 
