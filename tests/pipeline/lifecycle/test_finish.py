@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from pipeline.cli import app
+from pipeline.cli.app import app
 from pipeline.errors import EXIT_GATE, EXIT_OK, UserError
 from pipeline.lifecycle.finish import CHOSEN, begin, chosen_plan
 from pipeline.lifecycle.rescore import history

@@ -12,7 +12,7 @@ import yaml
 from typer.testing import CliRunner
 
 from pipeline import stages
-from pipeline.cli import app
+from pipeline.cli.app import app
 from pipeline.errors import JournalError, UserError
 from pipeline.lifecycle.rescore import front_rows, rescore, write_ranking
 from pipeline.run.journal import Journal
