@@ -9,8 +9,9 @@ RUN_FILE ?= pipeline/runs/digits.yaml
 WORKERS ?= 2
 PART ?= 12
 KILLS ?= 50
+BASE ?= HEAD~1
 
-.PHONY: run test test-all test-avx2 chaos parts lint audit sbom pin image-check bench lock help
+.PHONY: run test test-all test-avx2 chaos golden parts lint audit sbom pin image-check bench lock help
 
 run: $(STAMP) ## Run the main job (RUN_FILE=path for another run file)
 	$(BIN)/secateur run $(RUN_FILE)
@@ -29,6 +30,9 @@ test-avx2: $(STAMP) ## Tests with AVX2 at most: a part drawn by the commit (PART
 
 chaos: $(STAMP) ## Kill and interrupt real runs at random (KILLS=50 SEED=N; minutes), and count what is lost, doubled, left
 	$(BIN)/python -m tests.tools.chaos --kills $(KILLS) $(if $(SEED),--seed $(SEED))
+
+golden: $(STAMP) ## Run small fixed runs with two checkouts, and compare all results (BASE=commit, HEAD~1 unless given)
+	$(BIN)/python -m tests.golden.compare --base $(BASE)
 
 parts: $(STAMP) ## Fetch what some tests need, without root: an SSH server, an emulated ARM device (into .parts/)
 	tests/tools/install_sshd.sh
