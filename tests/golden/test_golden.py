@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.opening import widths_costs
-from pipeline.workloads.networks import build_network
-from pipeline.workloads.ssd import build_detector
+from pipeline.run.opening import widths_costs
+from pipeline.workloads.classification.networks import build_network
+from pipeline.workloads.detection.ssd import build_detector
 from pruning.channels import ChannelGraph
 from pruning.cost import cost
 from pruning.plan import PruningPlan, SearchSpace
@@ -24,7 +24,7 @@ from pruning.saliency import channel_saliency
 from pruning.search import load
 from pruning.search.protocol import Answer, Evaluate, Evaluation, Problem, Request, Score, Target
 from tests.golden import compare
-from tests.search.fakes import drive
+from tests.pruning.search.fakes import drive
 
 NETWORKS = {
     "digits": (lambda: build_network("cifar_resnet8", 10, 1, {}), (1, 1, 8, 8)),
