@@ -21,8 +21,9 @@ from pruning.channels import ChannelGraph
 from pruning.cost import cost
 from pruning.plan import PruningPlan, SearchSpace
 from pruning.saliency import channel_saliency
-from pruning.search import load
+from pruning.search import METHODS
 from pruning.search.protocol import Answer, Evaluate, Evaluation, Problem, Request, Score, Target
+from pruning.trace import trace
 from tests.golden import compare
 from tests.pruning.search.fakes import drive
 
@@ -85,7 +86,7 @@ class Network:
         def costs(widths: Any) -> Any:
             return widths_costs(self.graph, self.space, widths)
 
-        chosen: Any = load(method)
+        chosen: Any = METHODS.load(method)
         target = Target(macs_ratio=0.5)
         problem = Problem(self.space, reference, lambda _: 1.0, costs, target, np.random.default_rng(0))
         (entry,) = drive(chosen.search(problem, chosen.Options()), answer)
@@ -96,7 +97,7 @@ class Network:
 def network(request: pytest.FixtureRequest) -> tuple[str, Network]:
     build, shape = NETWORKS[request.param]
     model = fixed(build()).eval()
-    graph = ChannelGraph.trace(model, torch.zeros(shape))
+    graph = trace(model, torch.zeros(shape))
     return request.param, Network(model, graph, SearchSpace.of(graph.groups, channel_multiple=4, min_keep_ratio=0.1))
 
 
