@@ -30,7 +30,8 @@ def test_another_candidate_is_fine_tuned_exported_timed_judged_and_registered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SECATEUR_HOME", str(tmp_path / "home"))
-    with opened(tiny_config(tmp_path, search={"target": {"macs_ratio": 0.8}})) as first:
+    search = {"method": "random", "options": {"num_plans": 1}, "target": {"macs_ratio": 0.8}}
+    with opened(tiny_config(tmp_path, search=search)) as first:
         perform(first, "search")
         directory, past = first.directory, history(first.journal.records)
     before = (directory / "journal.jsonl").read_bytes()
@@ -71,18 +72,26 @@ def test_the_command_finishes_a_plan_of_a_run_and_registers_it(tmp_path: Path, m
     assert [version.tags["plan_digest"] for version in versions] == [past[-1].candidate.plan.digest]
 
 
-def test_the_command_says_what_is_missing(begun: Path) -> None:
+def test_the_command_says_what_is_missing(begun: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["finish", str(begun)])
     assert isinstance(result.exception, UserError)
     assert "--candidate" in str(result.exception)
-    assert [d.name for d in begun.parent.iterdir()] == [begun.name]
+    assert runs(tmp_path) == []
 
 
-@pytest.fixture
-def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("SECATEUR_HOME", str(tmp_path / "home"))
-    with opened(tiny_config(tmp_path)) as run:
-        return run.directory
+def runs(tmp_path: Path) -> list[str]:
+    """What was made in this test's own home."""
+    return [run.name for run in (tmp_path / "home" / "runs").glob("*")]
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run in which nothing was done yet."""
+    folder = tmp_path_factory.mktemp("begun")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SECATEUR_HOME", str(folder / "home"))
+        with opened(tiny_config(folder)) as run:
+            return run.directory
 
 
 @pytest.mark.parametrize(
@@ -104,7 +113,7 @@ def test_what_cannot_be_finished_is_refused_and_leaves_nothing(
         file.write_text(str(content))
     with pytest.raises(UserError, match=said):
         begin(begun, candidate, file)
-    assert [d.name for d in begun.parent.iterdir()] == [begun.name]
+    assert runs(tmp_path) == []
 
 
 def test_a_plan_of_another_network_is_refused(begun: Path, tmp_path: Path) -> None:

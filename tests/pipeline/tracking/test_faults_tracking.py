@@ -44,6 +44,7 @@ def send(tracking: Tracker, first: int, last: int) -> None:
         time.sleep(0.02)  # so that faults fall between and into deliveries
 
 
+@pytest.mark.long
 def test_the_server_is_killed_and_postgresql_restarted_in_mid_delivery(tmp_path: Path) -> None:
     with (
         running(postgres(tmp_path / "pg")) as database,
