@@ -14,6 +14,7 @@ from typing import Any, Literal
 from device_profiles.agent import EXIT_CODES
 from device_profiles.errors import DeviceError
 from device_profiles.profile import DeviceProfile
+from device_profiles.target import adding, is_template, needs
 from device_profiles.wording import command
 
 Status = Literal["ok", "warning", "missing"]
@@ -105,9 +106,8 @@ def _section(answer: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _profile(profile: DeviceProfile) -> Check:
-    if profile.is_template:
-        fix = command("secateur", "devices", "add", "NAME", "--from", profile.name, "--host", "user@address")
-        return Check("profile", "missing", "valid, but it needs a host", fix)
+    if is_template(profile):
+        return Check("profile", "missing", f"valid, but it needs {needs(profile)}", adding(profile))
     if not profile.timing:
         found = "valid; timing: false, so outputs can be compared here, but its times mean nothing"
         return Check("profile", "warning", found)
@@ -116,7 +116,7 @@ def _profile(profile: DeviceProfile) -> Check:
 
 def _failure(profile: DeviceProfile, error: DeviceError) -> Iterator[Check]:
     """The checks up to the one that failed; what comes after it is not known."""
-    if profile.is_template:
+    if is_template(profile):
         return
     if error.code not in AGENT_CODES:
         fix = f"as it says there; then: {command('secateur', 'devices', 'check', profile.name)}"

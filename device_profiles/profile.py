@@ -19,7 +19,7 @@ from device_profiles.errors import DeviceError
 from device_profiles.plain_yaml import Content, Document, Place, Plain
 from device_profiles.settle import Schema, schema_of, settle
 from device_profiles.shelf import Shelf
-from device_profiles.wording import command, printable, shown
+from device_profiles.wording import printable, shown
 
 BOARDS = Path(__file__).with_name("boards")
 TARGETS = Shelf("device_profiles.targets", "target", ("Settings", "open_target"))
@@ -147,24 +147,6 @@ class DeviceProfile(BaseModel):
         if isinstance(self.channel_multiple, Multiples):
             return self.channel_multiple
         return Multiples(**dict.fromkeys(Multiples.model_fields, self.channel_multiple))
-
-    @property
-    def is_template(self) -> bool:
-        """Whether it describes a kind of board but no board: its target needs a host and it names none."""
-        return self.target == "ssh" and not self.connect.get("host")
-
-    def require_host(self) -> None:
-        """Refuse a template.
-
-        Raises:
-            DeviceError: it has no host; says how to make a device of it.
-        """
-        if self.is_template:
-            raise DeviceError(
-                f"device profile {self.name} needs a host: "
-                + command("secateur", "devices", "add", "NAME", "--from", self.name, "--host", "user@address"),
-                "profile",
-            )
 
     def tier(self, name: Literal["search", "final"]) -> Tier:
         return self.search if name == "search" else self.final
@@ -331,7 +313,8 @@ def _connect_faults(settings: Mapping[str, Any], lines: Mapping[str, int], told:
     try:
         model.model_validate(dict(connect))
     except ValidationError as error:
-        details = [detail for detail in error.errors() if (detail["type"], detail["loc"]) != ("missing", ("host",))]
+        # A setting that is missing makes it a template; whoever uses it says so.
+        details = [detail for detail in error.errors() if detail["type"] != "missing" or len(detail["loc"]) > 1]
         placed = {_dotted(("connect", *d["loc"])): {**d, "loc": ("connect", *d["loc"])} for d in details}
         known = list(model.model_fields)
         return [_fault(detail, lines, known) for place, detail in placed.items() if place not in told]

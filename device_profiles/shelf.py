@@ -53,6 +53,10 @@ class Shelf:
             raise ValueError(f"unknown {self.kind} {name!r}{hint} Known: {', '.join(known)}")
         return import_module(f"{self.package}.{name}")
 
+    def loaded(self) -> dict[str, ModuleType]:
+        """Every module of the shelf that can be imported."""
+        return {name: self.load(name) for name in self.names()}
+
     def _files(self) -> dict[str, Path]:
         """Module name -> its file, or the ``__init__.py`` of its folder."""
         spec = find_spec(self.package)

@@ -1,19 +1,28 @@
 """How to reach a device: a port of five methods. Each kind of target is one module of ``device_profiles.targets``.
 
-The module's file name is the ``target`` of a profile; it has ``Settings`` (a pydantic model: the profile's ``connect``
-section) and ``open_target(profile, settings)``.
+The module's file name is the ``target`` of a profile. It has
+
+- ``Settings``: a pydantic model, the profile's ``connect`` section,
+- ``open_target(profile, settings)``: a ``Target``; nothing is reached yet,
+
+and, where the defaults of ``TargetKind`` do not fit, ``THIS_MACHINE``, ``ADD_OPTIONS``, ``missing(connect)``,
+``machine(connect)`` and ``address(connect)``. Nothing outside the module knows more about a kind of target.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from device_profiles.errors import DeviceError
 from device_profiles.profile import TARGETS, DeviceProfile
+from device_profiles.wording import command
 
 AGENT = Path(__file__).with_name("agent.py")
 Progress = Callable[[Mapping[str, Any]], None]
@@ -48,18 +57,149 @@ class Target(Protocol):
     def close(self) -> None: ...
 
 
+@dataclass(frozen=True)
+class AddOption:
+    """An option of ``secateur devices add``: a text on the command line that becomes settings of ``connect``.
+
+    Args:
+        name: without its dashes.
+        metavar: what the text is, in the help.
+        help: one sentence.
+        read: the text -> settings; raises ``ValueError`` where it cannot be read, with what to write instead.
+        example: a text that could be given.
+    """
+
+    name: str
+    metavar: str
+    help: str
+    read: Callable[[str], dict[str, Any]]
+    example: str
+
+
+def read_program(text: str) -> dict[str, Any]:
+    """A program and its arguments, as the setting ``python``; one that is a file may have spaces in its path.
+
+    Raises:
+        ValueError: a quotation mark is not closed.
+    """
+    return {"python": [text] if Path(text).is_file() else shlex.split(text)}
+
+
+PYTHON = AddOption("python", "COMMAND", "The Python there that has onnxruntime.", read_program, "/opt/ort/bin/python")
+"""The option of kinds of target that have a setting ``python``: a program and its arguments."""
+
+
+@dataclass(frozen=True)
+class TargetKind:
+    """What the module of a kind of target says of it, with defaults for what it leaves out."""
+
+    name: str
+    module: ModuleType
+
+    @property
+    def settings(self) -> type[BaseModel]:
+        """The model of ``connect``."""
+        return self.module.Settings  # type: ignore[no-any-return]
+
+    @property
+    def this_machine(self) -> bool:
+        """Whether it measures on the machine that Secateur runs on. ``THIS_MACHINE``; by default it does not."""
+        return bool(getattr(self.module, "THIS_MACHINE", False))
+
+    @property
+    def add_options(self) -> tuple[AddOption, ...]:
+        """What ``secateur devices add`` takes for it. ``ADD_OPTIONS``; none by default."""
+        return tuple(getattr(self.module, "ADD_OPTIONS", ()))
+
+    def missing(self, connect: Mapping[str, Any]) -> tuple[str, ...]:
+        """The settings without which no device can be reached. ``missing``; by default those that have no default."""
+        if hasattr(self.module, "missing"):
+            return tuple(self.module.missing(connect))
+        required = (name for name, field in self.settings.model_fields.items() if field.is_required())
+        return tuple(name for name in required if connect.get(name) in (None, ""))
+
+    def giving(self, settings: Collection[str]) -> list[AddOption]:
+        """The options that give any of these settings."""
+        return [option for option in self.add_options if set(settings) & option.read(option.example).keys()]
+
+    def machine(self, connect: Mapping[str, Any]) -> tuple[str, ...]:
+        """Words that tell one machine from another, its host first: only one measures on a machine at a time.
+
+        ``machine``; by default all devices of the kind are taken for one machine, which is slow and never wrong.
+        """
+        return tuple(self.module.machine(connect)) if hasattr(self.module, "machine") else ()
+
+    def address(self, connect: Mapping[str, Any]) -> str:
+        """Where the device is, for people. ``address``; by default the machine."""
+        if hasattr(self.module, "address"):
+            return str(self.module.address(connect))
+        return " ".join(self.machine(connect))
+
+
+def kind_of(profile: DeviceProfile) -> TargetKind:
+    """The kind of target of a profile.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    return TargetKind(profile.target, TARGETS.load(profile.target))
+
+
+def kinds() -> list[TargetKind]:
+    """Every kind of target that can be imported."""
+    return [TargetKind(name, module) for name, module in TARGETS.loaded().items()]
+
+
+def is_template(profile: DeviceProfile) -> bool:
+    """Whether a profile describes a kind of board but no board: settings that reach one are missing."""
+    return bool(kind_of(profile).missing(profile.connect))
+
+
+def adding(template: DeviceProfile, base: str = "") -> str:
+    """The command that makes a device of a template.
+
+    Args:
+        base: what to call the template; empty = by its name.
+    """
+    kind = kind_of(template)
+    options = kind.giving(kind.missing(template.connect))
+    words = (word for option in options for word in (f"--{option.name}", option.example))
+    return command("secateur", "devices", "add", "NAME", "--from", base or template.name, *words)
+
+
+def needs(profile: DeviceProfile) -> str:
+    """What a template lacks: ``a host``."""
+    return " and ".join(f"a{'n' * (name[0] in 'aeiou')} {name}" for name in kind_of(profile).missing(profile.connect))
+
+
+def require_complete(profile: DeviceProfile) -> None:
+    """Refuse a template.
+
+    Raises:
+        DeviceError: settings that reach a device are missing; says how to make a device of it.
+    """
+    if is_template(profile):
+        raise DeviceError(f"device profile {profile.name} needs {needs(profile)}: {adding(profile)}", "profile")
+
+
+def machine_of(profile: DeviceProfile) -> tuple[str, ...]:
+    """What tells the machine behind a profile from others; devices of one machine are not measured at the same time."""
+    kind = kind_of(profile)
+    return ("this machine",) if kind.this_machine else (profile.target, *kind.machine(profile.connect))
+
+
 def open_target(profile: DeviceProfile) -> Target:
     """The target a profile names; nothing is reached before its first use.
 
     Raises:
         DeviceError: the profile's ``connect`` section does not fit its kind of target.
     """
-    profile.require_host()
-    module = TARGETS.load(profile.target)
+    require_complete(profile)
+    kind = kind_of(profile)
     try:
-        settings = module.Settings(**profile.connect)
+        settings = kind.settings(**profile.connect)
     except ValidationError as error:
         faults = "; ".join(f"connect.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise DeviceError(f"device profile {profile.name}: {faults}", "profile") from error
-    target: Target = module.open_target(profile, settings)
+    target: Target = kind.module.open_target(profile, settings)
     return target

@@ -23,10 +23,12 @@ from device_profiles.answers import checked
 from device_profiles.errors import DeviceError
 from device_profiles.profile import DeviceProfile
 from device_profiles.protocol import CANCEL_LINE, Reader, hung, request_line
-from device_profiles.target import AGENT, Progress, Target
+from device_profiles.target import AGENT, PYTHON, Progress, Target
 
 GRACE_S = 5.0  # after its time-out, for the agent to say so and to clean up
 PREPARE_S = 180.0  # an emulator needs long to import the runtime
+THIS_MACHINE = True
+ADD_OPTIONS = (PYTHON,)
 
 
 class Settings(BaseModel):

@@ -34,7 +34,7 @@ from device_profiles.answers import checked
 from device_profiles.errors import DeviceError
 from device_profiles.profile import DeviceProfile
 from device_profiles.protocol import CANCEL_LINE, Reader, hung, request_line
-from device_profiles.target import AGENT, Progress, Target
+from device_profiles.target import AGENT, PYTHON, AddOption, Progress, Target
 
 T = TypeVar("T")
 Work = Callable[["_Session", Progress | None], Coroutine[Any, Any, T]]
@@ -54,6 +54,7 @@ END_S = 2.0  # for an agent to clean up after it was told to stop
 CLOSE_S = 15.0
 MAX_HOPS = 8
 ERROR_CHARS = 4000
+HOST = re.compile(r"(?:(?P<user>[^@\s]+)@)?(?P<host>\[[0-9a-fA-F:.%\w]+\]|[^\s:@/\[\]]+)(?::(?P<port>\d+))?")
 SYSTEM_KNOWN_HOSTS = Path("/etc/ssh/ssh_known_hosts")
 
 FOREIGN = "this program on the device is built for another machine; set connect.python of the device profile"
@@ -110,6 +111,42 @@ class Settings(BaseModel):
 def open_target(profile: DeviceProfile, settings: Settings) -> Target:
     """The device at ``settings.host``; it is not reached before its first use."""
     return SshTarget(settings)
+
+
+def machine(connect: Mapping[str, Any]) -> tuple[str, ...]:
+    """Host and port."""
+    return (str(connect.get("host")), str(connect.get("port")))
+
+
+def address(connect: Mapping[str, Any]) -> str:
+    """``user@host:port``, as far as they are given; empty without a host."""
+    if not connect.get("host"):
+        return ""
+    user = f"{connect['user']}@" if connect.get("user") else ""
+    port = f":{connect['port']}" if connect.get("port") else ""
+    return f"{user}{connect['host']}{port}"
+
+
+def read_address(text: str) -> dict[str, Any]:
+    """``user@host:port`` as settings.
+
+    Raises:
+        ValueError: it is no address.
+    """
+    match = HOST.fullmatch(text)
+    if match is None or (match["port"] and not 0 < int(match["port"]) < 65536):
+        raise ValueError("that is no address; write user@host:port, for example pi@192.168.1.20")
+    parts: dict[str, Any] = {"host": match["host"].strip("[]"), "user": match["user"]}
+    parts["port"] = int(match["port"]) if match["port"] else None
+    return {key: value for key, value in parts.items() if value is not None}
+
+
+ADD_OPTIONS = (
+    AddOption(
+        "host", "USER@HOST:PORT", "Where it is; user and port may be left out.", read_address, example="user@address"
+    ),
+    PYTHON,
+)
 
 
 class SshTarget:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.padding import Padding
 from rich.text import Text
+from typer.core import TyperCommand
 
 from pipeline import errors
 from pipeline.cli.trust import Trust, consent_to_profile
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from device_profiles.check import Check
     from device_profiles.measure import FloatArray
     from device_profiles.staircase import Staircase
+    from device_profiles.target import AddOption
 
 app = typer.Typer(
     name="devices",
@@ -33,7 +35,8 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A device profile; `secateur devices list` names them.")]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-HOST = re.compile(r"(?:(?P<user>[^@\s]+)@)?(?P<host>\[[0-9a-fA-F:.%\w]+\]|[^\s:@/\[\]]+)(?::(?P<port>\d+))?")
+GIVEN = "secateur.devices.add"
+"""Where a command's context keeps the options of the kinds of target."""
 PARITY_TOLERANCE = 1e-4
 PARITY_TIMEOUT_S = 900.0
 """An emulator takes minutes where the device takes milliseconds."""
@@ -60,9 +63,11 @@ def list_(json_: Json = False) -> None:
 
     Example: secateur devices list --json
     """
+    from device_profiles.target import adding, needs
+
     entries = [_entry(name, path) for name, path in sorted(_known().items())]
     if json_:
-        out.data(entries)
+        out.data([{key: value for key, value in entry.items() if key != "profile"} for entry in entries])
         return
     columns = ("name", "target", "host", "provider", "threads", "calibrated")
     devices = [entry for entry in entries if not entry["template"]]
@@ -75,8 +80,10 @@ def list_(json_: Json = False) -> None:
             out.print(Padding(one_line(_describe(devices[i - 1])), (0, 0, 0, 4)))
     templates = [entry for entry in entries if entry["template"]]
     if templates:
-        add = command("secateur", "devices", "add", "NAME", "--from", "THIS", "--host", "user@address")
-        out.print(f"\ntemplates, each needs a host:\n  {add}", style="bold")
+        adds = dict.fromkeys(
+            f"each needs {needs(entry['profile'])}:\n  {adding(entry['profile'], 'THIS')}" for entry in templates
+        )
+        out.print("\ntemplates, " + "\n  or ".join(adds), style="bold")
         listed = table("", "", box=None, show_header=False)
         for entry in templates:
             listed.add_row(entry["name"], entry["description"])
@@ -99,12 +106,12 @@ def show(name: Name) -> None:
     Example: secateur devices show raspberry-pi-5
     """
     from device_profiles import plain_yaml
+    from device_profiles.target import adding, is_template, needs
 
     profile, path = _load(name), _known().get(name, Path(name))
     notes = [f"# {path}"]
-    if profile.is_template:
-        add = command("secateur", "devices", "add", "NAME", "--from", name, "--host", "user@address")
-        notes.append(f"# needs a host: {add}")
+    if is_template(profile):
+        notes.append(f"# needs {needs(profile)}: {adding(profile)}")
     if _calibrated(profile.name):
         notes.append(f"# calibrated: {_probe_file(profile.name)}")
     else:
@@ -135,14 +142,44 @@ def check(name: Name, json_: Json = False, trust: Trust = False) -> None:
         raise typer.Exit(errors.EXIT_SURROUNDINGS)
 
 
-@app.command()
+class AddCommand(TyperCommand):
+    """``devices add``, with the options of every kind of target behind ``--from``."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        own = super().get_params(ctx)
+        after = next(i for i, parameter in enumerate(own) if "--from" in parameter.opts)
+        taken = {parameter.name for parameter in own}
+        options = [_parameter(own[after], option) for option in _add_options() if option.name not in taken]
+        return [*own[: after + 1], *options, *own[after + 1 :]]
+
+
+def _parameter(like: Any, option: AddOption) -> Any:
+    """A target's option as one of the command line, which is kept in the context's ``meta``."""
+    made = copy(like)
+    made.name, made.opts, made.metavar, made.help = option.name, [f"--{option.name}"], option.metavar, option.help
+    made.required, made.default, made.expose_value = False, None, False
+    made.callback = _keep
+    return made
+
+
+def _keep(ctx: typer.Context, parameter: Any, value: str | None) -> None:
+    if value:
+        ctx.meta.setdefault(GIVEN, {})[parameter.name] = value
+
+
+def _add_options() -> list[AddOption]:
+    """The options of every kind of target, each name once; a kind that cannot be loaded is told where it is used."""
+    from device_profiles.target import kinds
+
+    found = {option.name: option for kind in kinds() for option in kind.add_options}
+    return [found[name] for name in sorted(found)]
+
+
+@app.command(cls=AddCommand)
 def add(
+    context: typer.Context,
     name: Annotated[str, typer.Argument(help="How the device shall be called.")],
     base: Annotated[str, typer.Option("--from", metavar="BASE", help="The profile it is based on.")],
-    host: Annotated[
-        str, typer.Option(metavar="USER@HOST:PORT", help="Where it is; user and port may be left out.")
-    ] = "",
-    python: Annotated[str, typer.Option(metavar="COMMAND", help="The Python there that has onnxruntime.")] = "",
     threads: Annotated[
         int | None, typer.Option(min=1, max=1024, help="Threads of ONNX Runtime, instead of the base's.")
     ] = None,
@@ -164,13 +201,13 @@ def add(
     _check_name(name, base, force)
     parent = _load(base)
     settings: dict[str, Any] = {"extends": base}
-    connect = _connect(parent, host, python)
+    connect = _connect(parent, context.meta.get(GIVEN, {}))
     settings |= {"connect": connect} if connect else {}
     settings |= {"threads": threads} if threads else {}
     settings |= {"timing": False} if emulated else {}
     path = _write(name, settings)
     out.print(f"Written: {one_line(path)}")
-    if python:  # said on the command line, by whoever is asked otherwise
+    if "python" in connect:  # said on the command line, by whoever is asked otherwise
         consent_to_profile(name, given=True)
     if no_check:
         out.print(f"Next: {command('secateur', 'devices', 'check', name)}")
@@ -337,9 +374,12 @@ def descriptions() -> dict[str, str]:
 
 
 def _describe(entry: Mapping[str, Any]) -> str:
+    from device_profiles.target import needs
+
     if entry["fault"]:
         return f"unusable: {entry['fault']}"
-    remarks = [" (needs a host)"] * entry["template"] + [" (emulated: no times, only parity)"] * (not entry["timing"])
+    lack = [f" (needs {needs(entry['profile'])})"] if entry["template"] else []
+    remarks = lack + [" (emulated: no times, only parity)"] * (not entry["timing"])
     return str(entry["description"]) + "".join(remarks)
 
 
@@ -376,10 +416,11 @@ def _usable(name: str) -> DeviceProfile:
         UserError: as ``_load``, or it is a template.
     """
     from device_profiles import DeviceError
+    from device_profiles.target import require_complete
 
     profile = _load(name)
     try:
-        profile.require_host()
+        require_complete(profile)
     except DeviceError as error:
         raise errors.UserError(str(error)) from error
     return profile
@@ -404,8 +445,9 @@ def _opened(profile: DeviceProfile) -> Iterator[Target]:
 
 
 def _entry(name: str, path: Path) -> dict[str, Any]:
-    """What ``devices list`` tells of a profile."""
+    """What ``devices list`` tells of a profile, and the ``profile`` itself where it has no fault."""
     from device_profiles import DeviceError, load_profile
+    from device_profiles.target import is_template, kind_of
 
     entry: dict[str, Any] = {"name": name, "fault": "", "template": False, "file": str(path)}
     try:
@@ -415,22 +457,15 @@ def _entry(name: str, path: Path) -> dict[str, Any]:
         return entry | {"fault": lines[0] if len(lines) == 1 else f"{path.name}: {lines[1].strip()}"}
     return entry | {
         "target": profile.target,
-        "host": _host_text(profile.connect),
+        "host": kind_of(profile).address(profile.connect),
         "provider": profile.provider,
         "threads": profile.threads,
         "timing": profile.timing,
-        "template": profile.is_template,
+        "template": is_template(profile),
         "calibrated": _calibrated(name),
         "description": profile.description,
+        "profile": profile,
     }
-
-
-def _host_text(connect: Mapping[str, Any]) -> str:
-    if not connect.get("host"):
-        return ""
-    user = f"{connect['user']}@" if connect.get("user") else ""
-    port = f":{connect['port']}" if connect.get("port") else ""
-    return f"{user}{connect['host']}{port}"
 
 
 def _probe_file(name: str) -> Path:
@@ -447,6 +482,7 @@ def _check(profile: DeviceProfile) -> tuple[Check, ...]:
 
     from device_profiles import DeviceError
     from device_profiles.check import judge
+    from device_profiles.target import require_complete
     from pipeline.progress import RichProgress
 
     newest = {}
@@ -457,7 +493,7 @@ def _check(profile: DeviceProfile) -> tuple[Check, ...]:
             continue
     answer: Mapping[str, Any] | DeviceError
     try:
-        profile.require_host()
+        require_complete(profile)
         with _opened(profile) as target, RichProgress(err).stage(f"asking {profile.name}"):
             answer = target.prepare()
     except DeviceError as error:
@@ -495,39 +531,43 @@ def _check_name(name: str, base: str, force: bool) -> None:
         raise errors.UserError(f"{name} is a shipped profile; choose another name, or hide it with --force")
 
 
-def _connect(base: DeviceProfile, host: str, python: str) -> dict[str, Any]:
-    """The ``connect`` section of a new profile."""
-    from device_profiles.profile import TARGETS
+def _connect(base: DeviceProfile, given: Mapping[str, str]) -> dict[str, Any]:
+    """The ``connect`` section of a new profile.
 
-    known = TARGETS.load(base.target).Settings.model_fields
-    if host and "host" not in known:
-        raise errors.UserError(
-            f"{base.name} is a target of kind {base.target}, which has no host; "
-            "for a machine reached over SSH use --from generic-arm64 or another template "
-            f"({command('secateur', 'devices', 'list')})"
-        )
-    if base.is_template and not host:
-        raise errors.UserError(f"{base.name} is a template: say where the device is with --host user@address")
-    connect = _address(host, set(known)) if host else {}
-    if python:
+    Args:
+        given: option of ``devices add`` -> text.
+
+    Raises:
+        UserError: the base's kind of target has no such option, a text cannot be read, or what is needed is not given.
+    """
+    from device_profiles.target import kind_of
+
+    kind, connect = kind_of(base), dict[str, Any]()
+    known = {option.name: option for option in kind.add_options}
+    for name, text in given.items():
+        if name not in known:
+            raise errors.UserError(f"{base.name} is a target of kind {base.target}, which has no {name}{_other(name)}")
         try:
-            connect["python"] = [python] if Path(python).is_file() else shlex.split(python)  # a path may have spaces
+            connect |= known[name].read(text)
         except ValueError as error:
-            raise errors.UserError(f"--python {python!r}: {error}") from error
+            raise errors.UserError(f"--{name} {text!r}: {error}") from error
+    if missing := kind.missing({**base.connect, **connect}):
+        words = " ".join(f"--{option.name} {option.example}" for option in kind.giving(missing))
+        say = f"say where the device is with {words}" if words else f"give it a profile with connect.{missing[0]}"
+        raise errors.UserError(f"{base.name} is a template: {say}")
     return connect
 
 
-def _address(text: str, known: set[str]) -> dict[str, Any]:
-    """``user@host:port`` as settings of the target."""
-    match = HOST.fullmatch(text)
-    if match is None or (match["port"] and not 0 < int(match["port"]) < 65536):
-        raise errors.UserError(f"--host {text!r} is no address; write user@host:port, for example pi@192.168.1.20")
-    parts: dict[str, Any] = {"host": match["host"].strip("[]"), "user": match["user"]}
-    parts["port"] = int(match["port"]) if match["port"] else None
-    unknown = [key for key, value in parts.items() if value is not None and key not in known]
-    if unknown:
-        raise errors.UserError(f"--host {text!r}: this kind of target has no setting {', '.join(unknown)}")
-    return {key: value for key, value in parts.items() if value is not None}
+def _other(option: str) -> str:
+    """Which base a device with this option needs."""
+    from device_profiles.target import kinds
+
+    owners = {kind.name for kind in kinds() if option in [known.name for known in kind.add_options]}
+    bases = [entry for name, path in sorted(_known().items()) if (entry := _entry(name, path)).get("target") in owners]
+    if not bases:
+        return ""
+    listed = command("secateur", "devices", "list")
+    return f"; use --from {bases[0]['name']} or another one of kind {bases[0]['target']} ({listed})"
 
 
 def _write(name: str, settings: Mapping[str, Any]) -> Path:

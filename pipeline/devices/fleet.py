@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from device_profiles import DeviceError, DeviceProfile, Target
-from device_profiles.target import Progress
+from device_profiles.target import Progress, machine_of
 from pipeline.devices.device import RunDevice, check_same
 from pipeline.progress import ProgressView, Report
 
@@ -52,7 +52,7 @@ class Device:
     @property
     def machine(self) -> tuple[str, ...]:
         """Devices of one machine cannot be measured at the same time."""
-        return (self.profile.target, str(self.profile.connect.get("host")), str(self.profile.connect.get("port")))
+        return machine_of(self.profile)
 
 
 class Fleet:

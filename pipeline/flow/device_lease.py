@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 from device_profiles import DeviceError, DeviceProfile
+from device_profiles.target import kind_of
 from device_profiles.wording import command
 from pipeline.errors import SurroundingsError
 from pipeline.flow.server import server_url
@@ -122,7 +123,7 @@ def make_limit(name: str) -> None:
 
 def limit_name(profile: DeviceProfile) -> str:
     """The concurrency limit of the device behind a profile: profiles of one machine share it."""
-    host = profile.connect.get("host") or platform.node()
+    host = next(iter(kind_of(profile).machine(profile.connect)), platform.node())
     return "secateur-device-" + _safe(f"{profile.target}-{host}")
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from device_profiles.calibration import load as load_probe
 from device_profiles.errors import DeviceError
 from device_profiles.profile import DeviceProfile, Multiples, load_profile
+from device_profiles.target import require_complete
 from pipeline.config.schema import Fault, FaultsError, RunFile, method_options
 from pipeline.errors import UserError
 from pipeline.evaluation.shipped_data import open_section
@@ -86,7 +87,7 @@ def device_profile(config: RunFile) -> DeviceProfile:
 
 def _profile(name: str) -> DeviceProfile:
     profile = load_profile(name, [home() / "devices"])
-    profile.require_host()
+    require_complete(profile)
     if not profile.timing:
         raise UserError(
             f"device profile {profile.name} is emulated (timing: false): its times say nothing about a device; "

@@ -18,6 +18,7 @@ from torch import nn
 
 from device_profiles import DeviceProfile, Multiples, Target, plain_yaml
 from device_profiles.cores import usable_cores
+from device_profiles.target import kind_of
 from device_profiles.wording import command
 from pipeline.config import trust
 from pipeline.config.schema import RunFile, parse_run_file
@@ -153,7 +154,7 @@ class Run:
 
     @contextlib.contextmanager
     def _turn_of(self, profile: DeviceProfile) -> Iterator[None]:
-        if self.crew is not None and self.crew.engine.local and profile.target == "local":
+        if self.crew is not None and self.crew.engine.local and kind_of(profile).this_machine:
             self.crew.rest()  # workers on the very machine that is measured would take its cores and its caches
         with self.turn_of(profile.name):
             yield

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from device_profiles import DeviceError, known_profiles, load_profile
 from device_profiles.profile import Multiples
+from device_profiles.target import is_template, require_complete
 
 
 def test_every_shipped_profile_loads():
@@ -220,15 +221,15 @@ def test_the_connect_section_is_checked_by_its_target(tmp_path: Path, text: str,
 
 def test_a_template_loads_but_cannot_be_used(tmp_path: Path):
     board = load_profile("raspberry-pi-5")
-    assert board.is_template
+    assert is_template(board)
     with pytest.raises(
         DeviceError, match="needs a host: secateur devices add NAME --from raspberry-pi-5 --host"
     ) as caught:
-        board.require_host()
+        require_complete(board)
     assert caught.value.code == "profile"
     mine = load_profile(write(tmp_path, "mine", "extends: raspberry-pi-5\nconnect: {host: kitchen}\n"))
-    assert not mine.is_template
-    mine.require_host()
+    assert not is_template(mine)
+    require_complete(mine)
 
 
 def test_a_file_that_is_no_text(tmp_path: Path):
