@@ -1,4 +1,5 @@
-"""The one file that runs on the device: Python >= 3.8, standard library + numpy + onnxruntime, nothing of ours.
+"""The file that runs on the device, with that of a runtime beside it: Python >= 3.8, standard library, numpy and the
+runtime, nothing of ours.
 
 Reads one JSON request line on stdin, writes JSON lines on stdout; the last one is the answer. Protocol version 2:
 
@@ -10,7 +11,14 @@ Reads one JSON request line on stdin, writes JSON lines on stdout; the last one 
     {"protocol": 2, "op": "sweep"; optional: "keep_s" (3600), "part_age_s" (600), "max_store_bytes" (4 GiB)}
 
 Any request may have "timeout_s", "run_id", "work" (folder for files this call leaves), "python" (command that starts
-the worker's Python) and "parent_pid" (the client, where it runs on this machine).
+the worker's Python), "parent_pid" (the client, where it runs on this machine), "runtime" (its name; onnxruntime) and
+"runtime_file" (where that lies; ``runtimes/NAME.py`` beside this file).
+
+A runtime is a file of functions. ``facts()`` imports it and gives its ``version`` and ``providers``;
+``load(path, threads, provider)`` gives a session, of which ``inputs(session)`` tells names, shapes and number types,
+``outputs(session)`` the names, and ``run(session, feeds)`` the arrays. Where it has them, ``provider(session)`` tells
+which provider is really used, ``profile(path, threads, provider, feeds, folder)`` times single nodes, and
+``explain(error, name, version)`` puts its exceptions into words.
 
 This process supervises; what is measured runs in a fresh worker process (``--worker``), a session of its own, which
 the kernel kills when this process dies. **stdin is the dead-man switch**: its end means that the client is gone, and
@@ -31,6 +39,7 @@ import fcntl
 import gc
 import glob
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -78,16 +87,9 @@ STEADY_FLOOR_MS = 0.002  # smaller changes are the clock's
 CPU_PERIOD_US = 10000
 SLOWED = 0.95  # share of the highest clock below which a device counts as slowed down
 CRASHES = (signal.SIGILL, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV)
-DTYPES = {
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(double)": "float64",
-    "tensor(uint8)": "uint8",
-    "tensor(int8)": "int8",
-    "tensor(int32)": "int32",
-    "tensor(int64)": "int64",
-    "tensor(bool)": "bool",
-}
+DTYPES = ("float32", "float16", "float64", "uint8", "int8", "int32", "int64", "bool")
+RUNTIME = "onnxruntime"
+CPU = "CPUExecutionProvider"  # the word for the processor, whatever the runtime
 Request = Dict[str, Any]
 
 
@@ -247,7 +249,8 @@ def _read_request(line: str) -> Request:
     optional: Dict[str, Any] = {
         "timeout_s": number, "run_id": str, "work": str, "python": list, "parent_pid": int, "seed": int,
         "max_warmup_seconds": number, "cpu_share": number, "inputs": str, "keep_s": number, "part_age_s": number,
-        "max_store_bytes": number, "profile": bool, "energy": bool, "allow_busy": bool,
+        "max_store_bytes": number, "profile": bool, "energy": bool, "allow_busy": bool, "runtime": str,
+        "runtime_file": str,
     }  # fmt: skip
     wrong = [key for key, kind in optional.items() if request.get(key) is not None and not _is(request[key], kind)]
     if op in ("benchmark", "infer"):
@@ -603,6 +606,7 @@ class Worker:
         self.lines = Lines()
         self.errors = b""
         self.phase = "start"
+        self.runtime = job.get("runtime", RUNTIME)
         self.reply: Optional[Dict[str, Any]] = None
         with contextlib.suppress(OSError):  # its death shows when we read
             self.process.stdin.write((json.dumps(dict(job, op=op)) + "\n").encode("ascii"))
@@ -640,7 +644,7 @@ class Worker:
         number = -code if code < 0 else code - 128  # a shell around it says 128 + signal
         if number in CRASHES and self.phase in ("start", "import"):
             fix = "it was built for another CPU or system; install the build for this %s" % platform.machine()
-            detail = "importing onnxruntime ended with %s; %s%s" % (signal.Signals(number).name, fix, said)
+            detail = "importing %s ended with %s; %s%s" % (self.runtime, signal.Signals(number).name, fix, said)
             return AgentError("runtime-crashes-on-import", detail)
         if self.phase == "start" and code in (126, 127):
             return AgentError("no-python" if code == 127 else "wrong-arch", "set connect.python%s" % said)
@@ -974,8 +978,8 @@ def _phase(text: str) -> None:
 
 def import_only(job: Request) -> Dict[str, Any]:
     """Versions and providers of the runtime."""
-    ort, import_ms = _import_runtime()
-    return dict(describe_runtime(ort), import_ms=import_ms)
+    runtime, import_ms = _import_runtime(job)
+    return dict(runtime.described(), import_ms=import_ms)
 
 
 def measure_models(job: Request) -> Dict[str, Any]:
@@ -985,10 +989,10 @@ def measure_models(job: Request) -> Dict[str, Any]:
     for model in job["models"]:
         _verify(model)
     pinned = _pin(job.get("cores"))
-    ort, import_ms = _import_runtime()
+    runtime, import_ms = _import_runtime(job)
     base_rss = _status_bytes("VmRSS")
     _phase("load")
-    runners = [Runner(ort, model, job) for model in job["models"]]
+    runners = [Runner(runtime, model, job) for model in job["models"]]
     _phase("warm-up")
     warm_ups = warm_up(runners, job)
     _phase("timing")
@@ -996,7 +1000,7 @@ def measure_models(job: Request) -> Dict[str, Any]:
     gc.disable()
     wall, cpu = _interleave(runners, job)
     gc.enable()
-    environment = describe_runtime(ort)
+    environment = runtime.described()
     environment.update(_load_during(before, _load_signals()))
     environment.update(provider=runners[0].provider, threads=job["threads"])
     if pinned:
@@ -1008,7 +1012,7 @@ def measure_models(job: Request) -> Dict[str, Any]:
             facts["peak_rss_bytes"] += base_rss
         models[runner.name] = facts
     _measure_energy(runners, job, models)
-    _profile_nodes(ort, runners, job, models)
+    _profile_nodes(runtime, runners, job, models)
     _phase("done")
     answer = {"models": models, "environment": environment, "started": started, "ended": time.time()}
     if base_rss:
@@ -1021,13 +1025,13 @@ def run_once(job: Request) -> Dict[str, Any]:
     model = job["models"][0]
     _verify(model)
     _pin(job.get("cores"))
-    ort, _ = _import_runtime()
+    runtime, _ = _import_runtime(job)
     _phase("load")
-    runner = Runner(ort, model, dict(job, seed=job.get("seed", 0)), warm=False)
+    runner = Runner(runtime, model, dict(job, seed=job.get("seed", 0)), warm=False)
     _phase("infer")
     outputs = runner.first_call()
     path = os.path.join(job["work"], "outputs.npz")
-    named = {output.name: outputs[i] for i, output in enumerate(runner.session.get_outputs())}
+    named = {name: outputs[i] for i, name in enumerate(runtime.module.outputs(runner.session))}
     sha256 = _write_npz(path, named)
     return {"outputs": path, "output_sha256": runner.facts["output_sha256"], "sha256": sha256}
 
@@ -1041,7 +1045,7 @@ JOBS: Dict[str, Callable[[Request], Dict[str, Any]]] = {
 
 def warm_up(runners: List[Runner], job: Request) -> List[Dict[str, Any]]:
     """Call the models in turn until they are steady; returns ``warmup_calls`` and ``steady`` of each model."""
-    on_cpu = job["threads"] == 1 and job["provider"] == "CPUExecutionProvider"
+    on_cpu = job["threads"] == 1 and job["provider"] == CPU
     clock = time.process_time_ns if on_cpu else time.perf_counter_ns
     times: List[List[float]] = [[] for _ in runners]
     end = time.monotonic() + job.get("max_warmup_seconds", 0)
@@ -1096,22 +1100,25 @@ def _interleave(runners: List[Runner], request: Request) -> Tuple[List[List[floa
 class Runner:
     """One model, loaded, with its input; called once unless ``warm`` is False."""
 
-    def __init__(self, ort: Any, model: Dict[str, str], request: Request, warm: bool = True) -> None:
+    def __init__(self, runtime: Runtime, model: Dict[str, str], request: Request, warm: bool = True) -> None:
         self.name, self.path = model["name"], model["path"]
+        self.runtime, self.run = runtime, runtime.module.run
         self.facts: Dict[str, Any] = {}
+        runtime.require(request["provider"])
         rss = _reset_peak()
         t0 = time.perf_counter_ns()
         try:
-            self.session = open_session(ort, self.path, request)
+            self.session = runtime.module.load(self.path, request["threads"], request["provider"])
             t1 = time.perf_counter_ns()
-            self.feed = {i.name: _random_input(i, request["seed"]) for i in self.session.get_inputs()}
+            inputs = runtime.module.inputs(self.session)
+            self.feed = {name: _random_input(name, shape, kind, request["seed"]) for name, shape, kind in inputs}
             if "inputs" in request:
                 self.feed = _given_inputs(request["inputs"], self)
         except AgentError:
             raise
-        except Exception as error:  # onnxruntime's own exceptions share no base class
-            raise model_error("model-load", self.name, error, ort.__version__) from error
-        self.provider = self.session.get_providers()[0]
+        except Exception as error:  # a runtime's own exceptions share no base class
+            raise runtime.error("model-load", self.name, error) from error
+        self.provider = runtime.provider(self.session)
         if self.provider != request["provider"]:
             detail = "%s runs on %s, not on %s" % (self.name, self.provider, request["provider"])
             raise AgentError("model-load", detail)
@@ -1128,7 +1135,7 @@ class Runner:
         try:
             outputs = self.call()
         except Exception as error:
-            raise model_error("model-run", self.name, error, "") from error
+            raise self.runtime.error("model-run", self.name, error) from error
         self.facts["first_ms"] = (time.perf_counter_ns() - begin) / 1e6
         digest = hashlib.sha256()
         for output in outputs:
@@ -1137,62 +1144,18 @@ class Runner:
         return outputs
 
     def call(self) -> List[Any]:
-        return self.session.run(None, self.feed)  # type: ignore[no-any-return]
+        return self.run(self.session, self.feed)  # type: ignore[no-any-return]
 
 
-def open_session(ort: Any, path: str, request: Request, trace: Optional[str] = None) -> Any:
-    """A session with our settings; with ``trace`` (a file name's beginning) it profiles."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = request["threads"]
-    options.inter_op_num_threads = 1
-    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    if request["threads"] > 1:  # spinning workers on shared cores spoil wall and CPU time alike
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if trace:
-        options.enable_profiling = True
-        options.profile_file_prefix = trace
-    known = ort.get_available_providers()
-    if request["provider"] not in known:
-        detail = "no execution provider %s; this onnxruntime has %s" % (request["provider"], ", ".join(known))
-        raise AgentError("missing-runtime", detail)
-    return ort.InferenceSession(path, options, providers=[request["provider"]])
-
-
-def model_error(code: str, name: str, error: Exception, version: str) -> AgentError:
-    """What onnxruntime means by an exception, with the fix; ``code`` where it is none of the known causes."""
-    text = " ".join(str(error).split())
-    opset = re.search(r"Opset (\d+) is under development.*for domain (\S+) is till opset (\d+)", text)
-    version_of_file = re.search(r"model IR version: (\d+), max supported IR version: (\d+)", text)
-    if isinstance(error, MemoryError) or re.search(r"bad_alloc|Failed to allocate memory|Cannot allocate", text):
-        return AgentError("no-memory", "%s: %s; %s" % (name, text, MEMORY_FIX))
-    if opset:
-        needs = "opset %s of %s, this onnxruntime %s knows up to %s" % (opset[1], opset[2], version, opset[3])
-        return AgentError("runtime-too-old", "%s needs %s; install a newer one or export a lower opset" % (name, needs))
-    if version_of_file:
-        needs = "IR version %s, this onnxruntime %s knows up to %s" % (version_of_file[1], version, version_of_file[2])
-        fix = "install a newer one or export with an older IR version"
-        return AgentError("runtime-too-old", "%s needs %s; %s" % (name, needs, fix))
-    unknown = "NOT_IMPLEMENTED|No Op registered for|is not a registered function/op|Could not find an implementation"
-    if re.search(unknown, text):
-        fix = "replace this operator, export another opset, or install an onnxruntime that has it"
-        return AgentError("unknown-operator", "%s: %s; %s" % (name, text, fix))
-    fix = ""
-    if re.search("INVALID_PROTOBUF|No graph was found", text):
-        fix = "; the file is damaged or no ONNX model: export it again"
-    return AgentError(code, "%s: %s: %s%s" % (name, type(error).__name__, text, fix))
-
-
-def _random_input(spec: Any, seed: int) -> Any:
+def _random_input(name: str, shape: List[Any], dtype: str, seed: int) -> Any:
     """Standard normal (or small integers) of the model's own shape; a dynamic dimension is 1."""
     import numpy as np
 
-    shape = [d if isinstance(d, int) and d > 0 else 1 for d in spec.shape]
-    if spec.type not in DTYPES:
-        raise AgentError("model-load", "input %s is a %s; known: %s" % (spec.name, spec.type, ", ".join(DTYPES)))
+    shape = [d if isinstance(d, int) and d > 0 else 1 for d in shape]
+    if dtype not in DTYPES:
+        raise AgentError("model-load", "input %s is a %s; known: %s" % (name, dtype, ", ".join(DTYPES)))
     rng = np.random.default_rng([seed, *shape])
-    kind = np.dtype(DTYPES[spec.type])
+    kind = np.dtype(dtype)
     values = rng.standard_normal(shape) if kind.kind == "f" else rng.integers(0, 2, shape)
     return np.ascontiguousarray(values.astype(kind))
 
@@ -1300,50 +1263,19 @@ def _power_w() -> Optional[float]:
     return max(watts, default=None)
 
 
-def _profile_nodes(ort: Any, runners: List[Runner], job: Request, models: Dict[str, Dict[str, Any]]) -> None:
-    """Add ``nodes``: the time of each node, from sessions opened for that purpose."""
-    if not job.get("profile"):
+def _profile_nodes(runtime: Runtime, runners: List[Runner], job: Request, models: Dict[str, Dict[str, Any]]) -> None:
+    """Add ``nodes``: the time of each node, where the runtime can tell."""
+    if not job.get("profile") or not hasattr(runtime.module, "profile"):
         return
     _phase("profile")
-    for i, runner in enumerate(runners):
-        session = open_session(ort, runner.path, job, os.path.join(job["work"], "trace-%d" % i))
-        begin, calls = time.monotonic(), 0
-        while calls < 3 or (calls < 30 and time.monotonic() - begin < 1.0):
-            session.run(None, runner.feed)
-            calls += 1
-        path = session.end_profiling()
+    for runner in runners:
+        arguments = (runner.path, job["threads"], job["provider"], runner.feed, job["work"])
         try:
-            with open(path) as file:
-                models[runner.name]["nodes"] = parse_trace(json.load(file))
-        except ValueError as error:
-            detail = "onnxruntime wrote no readable profile to %s (%s); is the disk full?" % (path, error)
-            raise AgentError("disk-full", detail) from error
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-
-
-def parse_trace(events: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
-    """The nodes of an onnxruntime profile in the order they ran, each with its least time over the calls."""
-    nodes: Dict[Tuple[str, str], Dict[str, Any]] = {}
-    for event in events:
-        name, facts = str(event.get("name", "")), event.get("args") or {}
-        if event.get("cat") != "Node" or not name.endswith("_kernel_time"):
-            continue
-        name, index = name[: -len("_kernel_time")], str(facts.get("node_index", ""))
-        ms = event["dur"] / 1e3
-        node = nodes.get((name, index))
-        if node is None:
-            node = nodes[(name, index)] = {"name": name, "op": facts.get("op_name", ""), "ms": ms, "calls": 0}
-            if index.isdigit():
-                node["index"] = int(index)
-            for side in ("input", "output"):
-                tensors = [pair for entry in facts.get(side + "_type_shape") or [] for pair in entry.items()]
-                node[side + "_shapes"] = [shape for _, shape in tensors]
-                node[side + "_types"] = [kind for kind, _ in tensors]
-        node["ms"] = min(node["ms"], ms)
-        node["calls"] += 1
-    return list(nodes.values())
+            models[runner.name]["nodes"] = runtime.module.profile(*arguments)
+        except OSError:
+            raise
+        except Exception as error:
+            raise runtime.error("model-run", runner.name, error) from error
 
 
 def _verify(model: Dict[str, str]) -> None:
@@ -1366,13 +1298,68 @@ def _sha256(path: str) -> str:
     return digest.hexdigest()
 
 
-def _import_runtime() -> Tuple[Any, float]:
-    """The onnxruntime module, and the milliseconds its import took."""
+class Runtime:
+    """A runtime's file, imported, and the runtime itself with it.
+
+    Raises:
+        AgentError: there is no such file, or it does not fit this Python.
+        ImportError: the runtime is not installed here, or does not fit this device.
+    """
+
+    def __init__(self, job: Request) -> None:
+        self.name = job.get("runtime", RUNTIME)
+        here = os.path.dirname(os.path.abspath(__file__))
+        path = job.get("runtime_file") or os.path.join(here, "runtimes", self.name + ".py")
+        spec = importlib.util.spec_from_file_location("secateur_runtime_" + re.sub(r"\W", "_", self.name), path)
+        if spec is None or spec.loader is None or not os.path.isfile(path):
+            raise AgentError("missing-runtime", "no file of the runtime %s at %s" % (self.name, path))
+        self.module: Any = importlib.util.module_from_spec(spec)
+        writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # nothing is left beside the file
+        try:
+            spec.loader.exec_module(self.module)
+            sys.dont_write_bytecode = writes
+            self.facts = self.module.facts()
+        except ImportError:
+            raise
+        except Exception as error:
+            detail = "the runtime %s failed here: %s: %s" % (self.name, type(error).__name__, error)
+            raise AgentError("missing-runtime", detail) from error
+
+    def described(self) -> Dict[str, Any]:
+        import numpy as np
+
+        return {self.name: self.facts["version"], "numpy": np.__version__, "providers": self.facts["providers"]}
+
+    def require(self, provider: str) -> None:
+        if provider not in self.facts["providers"]:
+            known = ", ".join(self.facts["providers"])
+            detail = "no execution provider %s; this %s has %s" % (provider, self.name, known)
+            raise AgentError("missing-runtime", detail)
+
+    def provider(self, session: Any) -> str:
+        """What a session really uses; a runtime that does not tell uses the CPU."""
+        return str(self.module.provider(session)) if hasattr(self.module, "provider") else CPU
+
+    def error(self, code: str, name: str, error: Exception) -> AgentError:
+        """What an exception over a model means, with the fix; ``code`` where it is none of the known causes."""
+        text = " ".join(str(error).split())
+        if isinstance(error, MemoryError) or re.search(r"bad_alloc|Failed to allocate memory|Cannot allocate", text):
+            return AgentError("no-memory", "%s: %s; %s" % (name, text, MEMORY_FIX))
+        if hasattr(self.module, "explain"):
+            known = self.module.explain(error, name, self.facts["version"])
+            if known is not None:
+                return AgentError(known[0] or code, known[1])
+        return AgentError(code, "%s: %s: %s" % (name, type(error).__name__, text))
+
+
+def _import_runtime(job: Request) -> Tuple[Runtime, float]:
+    """The runtime, and the milliseconds its import took."""
     _phase("import")
     begin = time.perf_counter_ns()
     try:
         import numpy  # noqa: F401
-        import onnxruntime
+
+        runtime = Runtime(job)
     except ImportError as error:
         text = " ".join(str(error).rpartition("Original error was:")[2].split())  # numpy writes a page around it
         if re.search("failed to map segment|[Cc]annot allocate memory", text):
@@ -1380,9 +1367,9 @@ def _import_runtime() -> Tuple[Any, float]:
         here = "this is Python %s on %s" % (platform.python_version(), platform.machine())
         if re.search("wrong ELF class|invalid ELF header|seem incompatible|cannot open shared object", str(error)):
             here = "what is installed was built for another Python or machine; " + here
-        detail = "%s; run: pip install onnxruntime numpy (%s)" % (text[:300], here)
-        raise AgentError("missing-runtime", detail) from error
-    return onnxruntime, (time.perf_counter_ns() - begin) / 1e6
+        name = job.get("runtime", RUNTIME)
+        raise AgentError("missing-runtime", "%s; run: pip install %s numpy (%s)" % (text[:300], name, here)) from error
+    return runtime, (time.perf_counter_ns() - begin) / 1e6
 
 
 def _pin(cores: Optional[List[int]]) -> Optional[List[int]]:
@@ -1396,12 +1383,6 @@ def _pin(cores: Optional[List[int]]) -> Optional[List[int]]:
 
 
 # ---- descriptions and readings ----
-
-
-def describe_runtime(ort: Any) -> Dict[str, Any]:
-    import numpy as np
-
-    return {"onnxruntime": ort.__version__, "numpy": np.__version__, "providers": ort.get_available_providers()}
 
 
 def describe_limits() -> Dict[str, Any]:

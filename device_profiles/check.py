@@ -14,6 +14,7 @@ from typing import Any, Literal
 from device_profiles.agent import EXIT_CODES
 from device_profiles.errors import DeviceError
 from device_profiles.profile import DeviceProfile
+from device_profiles.runtime import Runtime, runtime_of
 from device_profiles.target import adding, is_template, needs
 from device_profiles.wording import command
 
@@ -21,10 +22,6 @@ Status = Literal["ok", "warning", "missing"]
 
 OLDEST_PYTHON = (3, 8)
 """What the agent is written for."""
-WHEEL_PYTHON = (3, 11)
-"""The oldest Python for which onnxruntime publishes wheels today; an older Python gets an older onnxruntime."""
-WHEEL_GLIBC = (2, 28)
-"""Of the manylinux tag of those wheels."""
 LEAST_DISK_BYTES, ENOUGH_DISK_BYTES = 20_000_000, 200_000_000
 LEAST_MEMORY_BYTES, ENOUGH_MEMORY_BYTES = 64_000_000, 256_000_000
 MAX_PRESSURE = 0.05
@@ -43,14 +40,6 @@ SENSORS = {
     "cooling": "cooling",
     "cpu_pressure_us": "load",
 }
-PACKAGES = {
-    "CPUExecutionProvider": "onnxruntime",
-    "CUDAExecutionProvider": "onnxruntime-gpu",
-    "TensorrtExecutionProvider": "onnxruntime-gpu",
-    "OpenVINOExecutionProvider": "onnxruntime-openvino",
-    "QNNExecutionProvider": "onnxruntime-qnn",
-}
-NO_WHEEL = "on armv7 and riscv64, where there is no wheel, Debian's python3-onnxruntime (trixie or newer)"
 
 
 @dataclass(frozen=True)
@@ -75,7 +64,7 @@ def judge(
 
     Args:
         answer: what ``Target.prepare`` returned or raised.
-        newest: package -> newest version known, for comparison (``onnxruntime``, ``numpy``).
+        newest: package -> newest version known, for comparison (the runtime's, ``numpy``).
     """
     checks = [_profile(profile)]
     if isinstance(answer, DeviceError):
@@ -87,7 +76,7 @@ def judge(
         Check("reachable", "ok", host),
         Check("agent", "ok", f"answers (protocol {answer.get('protocol', '?')})"),
     ]
-    checks += _python(device)
+    checks += _python(device, runtime_of(profile))
     checks += _runtime(profile, _section(answer, "runtime"), newest or {}, str(limits.get("libc", "")))
     checks += _architecture(profile, device)
     checks += _cores(profile, limits)
@@ -130,7 +119,7 @@ def _failure(profile: DeviceProfile, error: DeviceError) -> Iterator[Check]:
         yield Check("python", "missing", str(error), fix)
     elif error.code in RUNTIME_CODES:
         yield Check("agent", "ok", "answers")
-        yield Check("onnxruntime", "missing", str(error), _runtime_fix(error.code, profile.provider))
+        yield Check(runtime_of(profile).name, "missing", str(error), _runtime_fix(error.code, profile))
     elif error.code == "busy":
         yield Check("agent", "ok", "answers")
         yield Check("lock", "warning", str(error), "wait until that measurement is over, or end it")
@@ -140,16 +129,17 @@ def _failure(profile: DeviceProfile, error: DeviceError) -> Iterator[Check]:
         yield Check("agent", "missing", f"{error.code}: {error}", "see the troubleshooting table of docs/devices.md")
 
 
-def _python(device: Mapping[str, Any]) -> Iterator[Check]:
+def _python(device: Mapping[str, Any], runtime: Runtime) -> Iterator[Check]:
+    wheels = runtime.wheels.get("python", OLDEST_PYTHON)
     found = str(device.get("python", ""))
     if not found:
         return
     if _version(found) < OLDEST_PYTHON:
         yield Check("python", "missing", found, "the agent needs Python 3.8 or newer; set connect.python")
-    elif _version(found) < WHEEL_PYTHON:
-        yield Check(
-            "python", "warning", found, "the onnxruntime of today needs Python 3.11; this one gets an older one"
-        )
+    elif _version(found) < wheels:
+        needed = ".".join(map(str, wheels))
+        fix = f"the {runtime.name} of today needs Python {needed}; this one gets an older one"
+        yield Check("python", "warning", found, fix)
     else:
         yield Check("python", "ok", found)
 
@@ -157,14 +147,15 @@ def _python(device: Mapping[str, Any]) -> Iterator[Check]:
 def _runtime(
     profile: DeviceProfile, runtime: Mapping[str, Any], newest: Mapping[str, str], libc: str
 ) -> Iterator[Check]:
-    code = str(runtime.get("error") or ("missing-runtime" if not runtime.get("onnxruntime") else ""))
+    kind = runtime_of(profile)
+    code = str(runtime.get("error") or ("missing-runtime" if not runtime.get(kind.name) else ""))
     if code:
-        fix = _runtime_fix(code, profile.provider)
-        if libc.startswith("glibc") and _version(libc) < WHEEL_GLIBC:
-            fix += f"; its wheels need glibc 2.28, this device has {libc}"
-        yield Check("onnxruntime", "missing", str(runtime.get("detail") or code), fix)
+        fix, glibc = _runtime_fix(code, profile), kind.wheels.get("glibc", ())
+        if libc.startswith("glibc") and _version(libc) < glibc:
+            fix += f"; its wheels need glibc {'.'.join(map(str, glibc))}, this device has {libc}"
+        yield Check(kind.name, "missing", str(runtime.get("detail") or code), fix)
         return
-    for package in ("onnxruntime", "numpy"):
+    for package in (kind.name, "numpy"):
         found, known = str(runtime.get(package, "")), newest.get(package, "")
         if not found:
             continue
@@ -175,18 +166,19 @@ def _runtime(
             yield Check(package, "ok", found)
     providers = [str(name) for name in runtime.get("providers", [])]
     if providers and profile.provider not in providers:
-        package = PACKAGES.get(profile.provider, "an onnxruntime built with it")
+        package = kind.package(profile.provider) or f"an {kind.name} built with it"
         fix = f"python -m pip install {package}, or name one of these in the profile"
         yield Check("provider", "missing", f"no {profile.provider}; there are {', '.join(providers)}", fix)
     elif providers:
         yield Check("provider", "ok", profile.provider)
 
 
-def _runtime_fix(code: str, provider: str) -> str:
-    package = PACKAGES.get(provider, "onnxruntime")
+def _runtime_fix(code: str, profile: DeviceProfile) -> str:
+    kind = runtime_of(profile)
+    package = kind.package(profile.provider) or kind.name
     if code == "runtime-crashes-on-import":
         return f"this build does not fit the processor: install another version of {package}"
-    return f"on the device: python -m pip install {package} numpy; {NO_WHEEL}"
+    return "; ".join(filter(None, [f"on the device: python -m pip install {package} numpy", kind.install_hint]))
 
 
 def _architecture(profile: DeviceProfile, device: Mapping[str, Any]) -> Iterator[Check]:

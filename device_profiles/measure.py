@@ -24,6 +24,7 @@ from device_profiles.answers import BenchmarkAnswer, ResultHead, SamplesAnswer, 
 from device_profiles.errors import DeviceError
 from device_profiles.intervals import MANY_PROCESSES, MIN_PROCESSES_TO_STOP, Ratio, is_look, of_processes, rounding_of
 from device_profiles.profile import DeviceProfile, Tier
+from device_profiles.runtime import runtime_field
 from device_profiles.target import Target
 
 FloatArray = npt.NDArray[np.float64]
@@ -375,6 +376,7 @@ def measure(
         "protocol": PROTOCOL,
         "op": "benchmark",
         "models": [{"name": name, "path": places[name], "sha256": digests[name]} for name in models],
+        **runtime_field(profile),
         "provider": profile.provider,
         "threads": profile.threads,
         "warmup": rules.warmup,

@@ -24,6 +24,8 @@ from device_profiles.wording import printable, shown
 BOARDS = Path(__file__).with_name("boards")
 TARGETS = Shelf("device_profiles.targets", "target", ("Settings", "open_target"))
 """The kinds of target, named as their modules."""
+RUNTIMES = Shelf("device_profiles.runtimes", "runtime", ("FORMAT", "facts", "load", "inputs", "outputs", "run"))
+"""What networks run with on a device, named as their modules."""
 NOT_SETTINGS = ("extends",)
 """Keys of a file that say where its settings come from."""
 
@@ -103,7 +105,8 @@ class DeviceProfile(BaseModel):
     Args:
         target: how the device is reached: a module of ``device_profiles.targets``.
         connect: that target's settings (``host`` ...); checked by its module's ``Settings``.
-        provider: ONNX Runtime execution provider; a fallback to another one is an error, never silent.
+        runtime: what networks run with there: a module of ``device_profiles.runtimes``.
+        provider: the runtime's execution provider; a fallback to another one is an error, never silent.
         threads: intra-op threads; with one thread on a CPU, ratios come from CPU time (see ``measure``).
         channel_multiple: widths that are no multiple of it cost as much as the next multiple: one number, or one per
             kind of layer. ``secateur devices probe`` finds it.
@@ -122,6 +125,7 @@ class DeviceProfile(BaseModel):
     description: str = ""
     target: str = "local"
     connect: dict[str, Any] = Field(default_factory=dict)
+    runtime: str = "onnxruntime"
     provider: str = "CPUExecutionProvider"
     threads: int = Field(default=1, ge=1, le=1024)
     batch: int = Field(default=1, ge=1, le=65_536)
@@ -227,7 +231,7 @@ def _load(path: Path, found: Mapping[str, list[Path]], chain: tuple[Path, ...]) 
         profile = DeviceProfile(**{**settings, "name": path.stem})
     except ValidationError as error:
         faults += [_fault(detail, lines) for detail in error.errors() if _key(detail["loc"]) not in told]
-    faults += _connect_faults(settings, lines, told)
+    faults += _connect_faults(settings, lines, told) + _runtime_faults(settings, lines)
     if faults or profile is None:
         raise _invalid(path, faults)
     return profile
@@ -319,6 +323,14 @@ def _connect_faults(settings: Mapping[str, Any], lines: Mapping[str, int], told:
         known = list(model.model_fields)
         return [_fault(detail, lines, known) for place, detail in placed.items() if place not in told]
     return []
+
+
+def _runtime_faults(settings: Mapping[str, Any], lines: Mapping[str, int]) -> list[str]:
+    """What speaks against the runtime's name."""
+    runtime = settings.get("runtime")
+    if not isinstance(runtime, str) or runtime in (names := RUNTIMES.names()):
+        return []  # said elsewhere
+    return [_at("runtime", f"unknown runtime {_unknown(runtime, names)}", lines)]
 
 
 def _key(loc: Sequence[str | int]) -> str:

@@ -22,6 +22,7 @@ from device_profiles.errors import DeviceError
 from device_profiles.layers import KINDS, LayerKind
 from device_profiles.measure import BenchmarkResult, measure
 from device_profiles.profile import DeviceProfile, Multiples, Tier
+from device_profiles.runtime import DEFAULT, runtime_named
 from device_profiles.target import Target
 
 WIDTHS = tuple(range(33, 65))
@@ -105,8 +106,10 @@ def fingerprint_of(profile: DeviceProfile, answer: Mapping[str, Any]) -> str:
         answer: of ``Target.prepare`` (``device`` and ``runtime``), or the environment of a measurement.
     """
     facts = {**answer.get("device", {}), **answer.get("runtime", {}), **answer}
-    known = {key: facts[key] for key in FINGERPRINT_KEYS if key in facts}
+    name = runtime_named(profile.runtime).name
+    known = {key: facts[key] for key in (*FINGERPRINT_KEYS, name) if key in facts}
     settings = [profile.provider, profile.threads, profile.precision, profile.batch, profile.target]
+    settings += [] if profile.runtime == DEFAULT else [name]
     return hashlib.sha256(json.dumps([known, settings], sort_keys=True).encode()).hexdigest()[:16]
 
 

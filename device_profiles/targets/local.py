@@ -23,6 +23,7 @@ from device_profiles.answers import checked
 from device_profiles.errors import DeviceError
 from device_profiles.profile import DeviceProfile
 from device_profiles.protocol import CANCEL_LINE, Reader, hung, request_line
+from device_profiles.runtime import DEFAULT, Runtime, runtime_named, runtime_of
 from device_profiles.target import AGENT, PYTHON, Progress, Target
 
 GRACE_S = 5.0  # after its time-out, for the agent to say so and to clean up
@@ -47,7 +48,7 @@ class Settings(BaseModel):
 
 def open_target(profile: DeviceProfile, settings: Settings) -> Target:
     """This machine."""
-    return LocalTarget(python=settings.python, cpu_share=settings.cpu_share)
+    return LocalTarget(python=settings.python, cpu_share=settings.cpu_share, runtime=runtime_of(profile))
 
 
 class LocalTarget:
@@ -58,6 +59,7 @@ class LocalTarget:
         env: environment variables added to the agent's.
         python: command that starts the agent's Python; empty = this one.
         cpu_share: share of one core's time the measured process may use; None = all of it.
+        runtime: what networks run with; None = ONNX Runtime.
     """
 
     def __init__(
@@ -66,11 +68,13 @@ class LocalTarget:
         env: Mapping[str, str] | None = None,
         python: Sequence[str] = (),
         cpu_share: float | None = None,
+        runtime: Runtime | None = None,
     ) -> None:
         self.busy_wait_s = busy_wait_s
         self.env = {**os.environ, **(env or {})}
         self.python = tuple(python)
         self.cpu_share = cpu_share
+        self.runtime = runtime or runtime_named(DEFAULT)
         self._left: set[str] = set()  # folders that answers named
 
     def prepare(self) -> Mapping[str, Any]:
@@ -125,7 +129,8 @@ class LocalTarget:
 
     def _run_once(self, request: Mapping[str, Any], timeout_s: float, reader: Reader) -> dict[str, Any]:
         share = self.cpu_share if request.get("op") == "benchmark" else None
-        extra = {"parent_pid": os.getpid(), "python": list(self.python) or None}
+        extra: dict[str, Any] = {"parent_pid": os.getpid(), "python": list(self.python) or None}
+        extra |= self.runtime.fields(str(self.runtime.file.absolute()))
         line = request_line({"timeout_s": timeout_s, "cpu_share": share, **request}, **extra)
         agent = self._start()
         try:

@@ -34,6 +34,7 @@ from device_profiles.answers import checked
 from device_profiles.errors import DeviceError
 from device_profiles.profile import DeviceProfile
 from device_profiles.protocol import CANCEL_LINE, Reader, hung, request_line
+from device_profiles.runtime import DEFAULT, Runtime, runtime_named, runtime_of
 from device_profiles.target import AGENT, PYTHON, AddOption, Progress, Target
 
 T = TypeVar("T")
@@ -110,7 +111,7 @@ class Settings(BaseModel):
 
 def open_target(profile: DeviceProfile, settings: Settings) -> Target:
     """The device at ``settings.host``; it is not reached before its first use."""
-    return SshTarget(settings)
+    return SshTarget(settings, runtime_of(profile))
 
 
 def machine(connect: Mapping[str, Any]) -> tuple[str, ...]:
@@ -154,10 +155,12 @@ class SshTarget:
 
     Args:
         settings: how to reach it.
+        runtime: what networks run with there; None = ONNX Runtime.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, runtime: Runtime | None = None) -> None:
         self.settings = settings
+        self.runtime = runtime or runtime_named(DEFAULT)
         self._guard = threading.Lock()
         self._worker: _Worker | None = None
 
@@ -223,7 +226,7 @@ class SshTarget:
     def _wait(self, work: Work[T], progress: Progress | None = None) -> T:
         with self._guard:
             if self._worker is None:
-                self._worker = _Worker(self.settings)
+                self._worker = _Worker(self.settings, self.runtime)
             worker = self._worker
         return worker.wait(work, progress)
 
@@ -231,8 +234,8 @@ class SshTarget:
 class _Worker:
     """The thread with the event loop on which everything of one target happens."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._session = _Session(settings)
+    def __init__(self, settings: Settings, runtime: Runtime) -> None:
+        self._session = _Session(settings, runtime)
         self._stop = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         started: Future[asyncio.AbstractEventLoop] = Future()
@@ -324,8 +327,8 @@ class _Worker:
 class _Session:
     """What is done with the device, on the loop."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, runtime: Runtime) -> None:
+        self.settings, self.runtime = settings, runtime
         self._lock = asyncio.Lock()
         self._link: _Link | None = None
         self._placed: dict[str, tuple[Path, str, int]] = {}  # by path on the device
@@ -385,14 +388,20 @@ class _Session:
             return self._link
 
     async def _settle(self, link: _Link) -> None:
-        """Remove what our own broken transfers left, bring the agent unless the very same lies there."""
+        """Remove what our own broken transfers left, bring the agent and the runtime's file."""
         while self._litter:
             await link.remove(self._litter.pop())
-        agent = AGENT.read_bytes()
-        digest = hashlib.sha256(agent).hexdigest()
-        link.agent = f"{link.folder}/agent-{digest[:12]}.py"
-        if await link.read(link.agent, len(agent) + 1) != agent:
-            await self._upload(link, io.BytesIO(agent), link.agent, digest, len(agent))
+        link.agent = await self._bring(link, AGENT, "agent")
+        link.runtime = await self._bring(link, self.runtime.file, f"runtime-{self.runtime.name}")
+
+    async def _bring(self, link: _Link, file: Path, name: str) -> str:
+        """Bring a file of code unless the very same lies there; returns its path on the device."""
+        code = file.read_bytes()
+        digest = hashlib.sha256(code).hexdigest()
+        place = f"{link.folder}/{name}-{digest[:12]}.py"
+        if await link.read(place, len(code) + 1) != code:
+            await self._upload(link, io.BytesIO(code), place, digest, len(code))
+        return place
 
     async def _put(self, path: Path, digest: str, size: int, trust: bool = True) -> str:
         link = await self._ready()
@@ -434,7 +443,8 @@ class _Session:
         words = link.agent_command(self.settings)
         reader = Reader(report)
         python = None if self.settings.python == DEFAULT_PYTHON else link.python(self.settings)
-        line = request_line({"timeout_s": timeout_s, **request}, python=python)
+        runtime = self.runtime.fields(link.runtime)
+        line = request_line({"timeout_s": timeout_s, **request}, python=python, **runtime)
         with _faults(link, "running the agent"):
             status = await link.talk(words, line, reader, timeout_s)
             try:
@@ -488,6 +498,7 @@ class _Link:
     home: str
     folder: str
     agent: str = ""
+    runtime: str = ""
     dropped: bool = False
 
     @classmethod

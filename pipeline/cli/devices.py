@@ -482,11 +482,12 @@ def _check(profile: DeviceProfile) -> tuple[Check, ...]:
 
     from device_profiles import DeviceError
     from device_profiles.check import judge
+    from device_profiles.runtime import runtime_of
     from device_profiles.target import require_complete
     from pipeline.progress import RichProgress
 
     newest = {}
-    for package in ("onnxruntime", "numpy"):
+    for package in (runtime_of(profile).name, "numpy"):
         try:
             newest[package] = version(package)
         except PackageNotFoundError:
@@ -693,9 +694,10 @@ def _bytes(value: int | None) -> str:
 def _parity(profile: DeviceProfile, model: Path) -> None:
     """Print how far the device's outputs are from this machine's; ends with 3 if that is more than rounding."""
     from device_profiles import DeviceError, LocalTarget
+    from device_profiles.runtime import DEFAULT
     from pipeline.progress import RichProgress
 
-    local = profile.model_copy(update={"provider": "CPUExecutionProvider", "threads": 1})
+    local = profile.model_copy(update={"runtime": DEFAULT, "provider": "CPUExecutionProvider", "threads": 1})
     try:
         with RichProgress(err).stage(f"outputs of {model.name} on {profile.name}"):
             with _opened(profile) as target:
@@ -727,10 +729,12 @@ def _outputs(target: Target, profile: DeviceProfile, model: Path) -> dict[str, A
 
     import numpy as np
 
+    from device_profiles.runtime import runtime_field
     from pipeline.archives import check_archive
 
     place = {"name": model.name, "path": target.put(model), "sha256": hashlib.sha256(model.read_bytes()).hexdigest()}
     request = {"op": "infer", "models": [place], "provider": profile.provider, "threads": profile.threads, "seed": 0}
+    request |= runtime_field(profile)
     answer = target.run(request, timeout_s=PARITY_TIMEOUT_S)
     with tempfile.TemporaryDirectory(prefix="secateur-parity-") as folder:
         file = Path(folder) / "outputs.npz"

@@ -28,6 +28,7 @@ from onnx import TensorProto, helper
 
 from device_profiles import agent as agent_module
 from device_profiles.agent import EXIT_CODES, PROTOCOL, AgentError
+from device_profiles.runtimes.onnxruntime import parse_trace
 from device_profiles.target import AGENT
 from tests.device_profiles.tiny import write_conv
 
@@ -320,7 +321,7 @@ def test_trace_keeps_the_least_time_of_each_node():
         event("a_kernel_time", 900, "1", **shapes),
         {"cat": "Node", "name": "old_kernel_time", "dur": 10},
     ]
-    nodes = agent_module.parse_trace(events)
+    nodes = parse_trace(events)
     assert [(node["name"], node.get("index"), node["ms"], node["calls"]) for node in nodes] == [
         ("a", 1, 0.2, 3),
         ("", 2, 0.07, 1),
@@ -994,7 +995,7 @@ def test_the_agent_is_one_file_for_old_pythons():
             else []
         )
     }
-    assert imported <= sys.stdlib_module_names | {"numpy", "onnxruntime"}
+    assert imported <= sys.stdlib_module_names | {"numpy"}
     assert not {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} & {
         "removeprefix",
         "removesuffix",

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from device_profiles import DeviceError, measure, open_target
 from device_profiles.agent import PROTOCOL
+from device_profiles.runtime import DEFAULT, runtime_named
 from device_profiles.target import AGENT
 from device_profiles.targets import ssh
 from device_profiles.targets.ssh import Settings, SshTarget
@@ -52,6 +53,8 @@ def test_prepare_and_measure(device: Device, tmp_path: Path):
     store = device.home / "store"
     digest = hashlib.sha256(AGENT.read_bytes()).hexdigest()
     assert (store / f"agent-{digest[:12]}.py").read_bytes() == AGENT.read_bytes()
+    runtime = runtime_named(DEFAULT).file.read_bytes()
+    assert (store / f"runtime-onnxruntime-{hashlib.sha256(runtime).hexdigest()[:12]}.py").read_bytes() == runtime
     assert store.stat().st_mode & 0o777 == 0o700
     for path in models.values():
         kept = store / "models" / f"{hashlib.sha256(path.read_bytes()).hexdigest()}.onnx"
