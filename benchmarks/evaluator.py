@@ -84,7 +84,7 @@ class Comparison:
         self.oracle = self.bench.evaluator(folder)
         self.model, self.images = self.bench.model, images
         self.clock = time.process_time if threads == 1 else time.perf_counter
-        split, whole = self.oracle.split, torch.arange(images)
+        split, whole = self.oracle.accuracy.split, torch.arange(images)
         load = self.bench.workload.batch
         self.batches = [
             load(split, part, train=False, generator=None, device=torch.device("cpu")) for part in whole.split(BATCH)
@@ -155,7 +155,7 @@ def compare(both: Comparison, options: Any) -> None:
     full, rng = both.bench.space.full, np.random.default_rng(0)
     inner = [name for name in both.bench.space.names if name.endswith(".conv1")]
     after = macs_after(both.model, both.batches[0][0][:1])
-    both.oracle.inference._patience_s = 0.0
+    both.oracle.accuracy.inference._patience_s = 0.0
     first_s, _ = both.plan(full)
     shared_s = first_s / len(inner)
     rows: list[dict[str, Any]] = []
@@ -198,7 +198,7 @@ def compare(both: Comparison, options: Any) -> None:
     title = (
         f"ResNet-56, {both.images} images, torch {torch.__version__}, {options.threads} thread(s); matrix product "
         f"{both.rate / 1e9:.0f} GMAC/s, so float32 allows at most {rows[-1]['loop_s'] / rows[-1]['limit_s']:.2g} for "
-        f"plans; choosing a way took {first_s:.0f} s\n{both.oracle.inference.describe()}"
+        f"plans; choosing a way took {first_s:.0f} s\n{both.oracle.accuracy.inference.describe()}"
     )
     present(title, rows, figures, options.json)
 

@@ -36,7 +36,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks._output import Figure, parser, present
 from device_profiles import load_profile, open_target
 from pipeline.config.schema import RunFile, parse_run_file
-from pipeline.evaluation.evaluator import Evaluator
+from pipeline.devices.fleet import Device, Fleet
+from pipeline.evaluation.baseline import Baseline
+from pipeline.evaluation.evaluator import Evaluator, make_evaluator
 from pipeline.run.journal import Journal
 from pipeline.run.opening import open_workload, widths_costs
 from pipeline.run.study import Study
@@ -141,17 +143,9 @@ class Bench:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def evaluator(self, folder: Path) -> Evaluator:
-        return Evaluator(
-            self.model,
-            self.graph,
-            self.workload,
-            self.profile,
-            self.target,
-            folder,
-            self.config.search,
-            self.config.finetune,
-            device=self.device,
-        )
+        baseline = Baseline(self.model, self.graph, self.workload, compute=self.device)
+        fleet = Fleet([Device(self.profile, self.target)])
+        return make_evaluator(baseline, fleet, folder, self.config.search, self.config.finetune)
 
     def run(self, method: str, share: float, folder: Path) -> dict[str, Any]:
         """One method at one target, or what is left of it: a row of the table."""

@@ -27,7 +27,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks._output import Figure, parser, present
 from device_profiles import load_profile, open_target
 from pipeline.config.schema import load_run_file
-from pipeline.evaluation.evaluator import Evaluator
+from pipeline.devices.fleet import Device, Fleet
+from pipeline.evaluation.baseline import Baseline
+from pipeline.evaluation.evaluator import make_evaluator
 from pipeline.run.journal import Journal
 from pipeline.run.opening import open_workload
 from pipeline.run.study import Study
@@ -64,7 +66,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         target = open_target(profile)
-        evaluator = Evaluator(model, graph, workload, profile, target, home / "c", config.search, config.finetune)
+        fleet = Fleet([Device(profile, target)])
+        evaluator = make_evaluator(Baseline(model, graph, workload), fleet, home / "c", config.search, config.finetune)
         tracker = Tracker(config.tracking, home, "overhead", "overhead", {})
         tracker.start()
         with Journal(home / "journal.jsonl", "overhead", config.digest) as journal:

@@ -38,7 +38,8 @@ import torch
 from benchmarks._output import Figure, parser, present
 from export.slicing import OnnxTemplate
 from pipeline.config.schema import RunFile, WorkersSection
-from pipeline.evaluation.accuracy import Ask, Scorer, recalibrate
+from pipeline.evaluation.accuracy import AccuracyEvaluator, Ask, recalibrate
+from pipeline.evaluation.baseline import Baseline
 from pipeline.evaluation.shipped_data import open_section
 from pipeline.evaluation.worker_pool import Crew
 from pipeline.flow import runtime_env
@@ -70,9 +71,8 @@ class Scene:
         self.baseline = folder / "baseline.safetensors"
         save_weights(self.baseline, self.model.state_dict())
         template = OnnxTemplate.export(self.model, workload.example_input(), self.graph, folder / "template.onnx")
-        self.scorer = Scorer(
-            self.model, self.graph, workload, folder, self.config.search, lambda: template, steady=True
-        )
+        baseline = Baseline(self.model, self.graph, workload)
+        self.accuracy = AccuracyEvaluator(baseline, folder, self.config.search, lambda: template, steady=True)
 
     def crew(self, engine: Any, batch: int) -> Crew:
         config = self.config.model_copy(update={"workers": WorkersSection(batch=batch)})
@@ -88,13 +88,13 @@ class Scene:
     def alone(self, plans: Sequence[PruningPlan]) -> tuple[float, float, list[float]]:
         """Wall seconds, seconds of scoring, losses."""
         started = time.perf_counter()
-        found = [self.scorer.compute(Ask(plan)) for plan in plans]
+        found = [self.accuracy.evaluate(Ask(plan)) for plan in plans]
         return time.perf_counter() - started, sum(s.seconds for s in found), [s.metrics["loss"] for s in found]
 
     def together(self, crew: Crew, plans: Sequence[PruningPlan]) -> tuple[float, float, list[float]]:
         asks = {("", plan.digest, True, False): Ask(plan) for plan in plans}
         started = time.perf_counter()
-        crew.begin(self.scorer, asks, {})
+        crew.begin(self.accuracy, asks)
         found = [scored for key in asks if (scored := crew.answer(key)) is not None]
         return time.perf_counter() - started, sum(s.seconds for s in found), [s.metrics["loss"] for s in found]
 

@@ -39,7 +39,9 @@ from benchmarks._output import Figure, parser, present
 from benchmarks.overhead import RUN_FILE, random_plan
 from device_profiles import load_profile, open_target
 from pipeline.config.schema import TrackingSection, load_run_file
-from pipeline.evaluation.evaluator import Evaluator
+from pipeline.devices.fleet import Device, Fleet
+from pipeline.evaluation.baseline import Baseline
+from pipeline.evaluation.evaluator import make_evaluator
 from pipeline.run.journal import Journal, Record
 from pipeline.run.opening import open_workload
 from pipeline.run.study import describe
@@ -91,7 +93,9 @@ def evaluation_s(plans: int) -> tuple[float, list[Record]]:
     records: list[Record] = []
     with tempfile.TemporaryDirectory() as folder:
         target = open_target(profile)
-        evaluator = Evaluator(model, graph, workload, profile, target, Path(folder), config.search, config.finetune)
+        fleet = Fleet([Device(profile, target)])
+        baseline = Baseline(model, graph, workload)
+        evaluator = make_evaluator(baseline, fleet, Path(folder), config.search, config.finetune)
         evaluator.evaluate(Candidate(0, PruningPlan.full(graph.groups), "warm-up"), latency=False)
         for i in range(plans):
             candidate = Candidate(i, random_plan(graph, rng), "random")

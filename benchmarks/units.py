@@ -83,16 +83,18 @@ def main() -> None:
         row("description of the run, with each batch", engine.spec)
         row("weights, once per worker", scene.baseline.stat().st_size)
         row("template, once per worker", (scene.folder / "template.onnx").stat().st_size)
-        scorer = scene.scorer
+        accuracy = scene.accuracy
         images = carried.pack(
-            scorer.workload, scorer.num_recalibration_images, len(scorer.split), folder / "images.npz"
+            accuracy.baseline.workload, accuracy.num_recalibration_images, len(accuracy.split), folder / "images.npz"
         )
         row("images, once per worker", images.stat().st_size)
 
-        template = OnnxTemplate.export(scene.model, scorer.workload.example_input(), scene.graph, folder / "t.onnx")
+        template = OnnxTemplate.export(
+            scene.model, accuracy.baseline.workload.example_input(), scene.graph, folder / "t.onnx"
+        )
         row("ONNX file", statistics.median(len(template.slice(p)) for p in plans), **timed(template.slice, plans))
 
-        metrics = dict(scorer.compute(Ask(plans[0])).metrics)
+        metrics = dict(accuracy.evaluate(Ask(plans[0])).metrics)
         with Journal(folder / "journal.jsonl", "units", "units") as journal:
             evaluation = {"status": "ok", "reason": "", "metrics": metrics}
             records = [

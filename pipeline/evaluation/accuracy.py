@@ -1,7 +1,7 @@
 """PruningPlan -> accuracy on the search split: the part of an evaluation that needs no device, so anyone may do it.
 
-The driver of a run is a ``Scorer`` that also trains and measures (``evaluator``); a worker process is one and nothing
-else (``worker``). Both must find the same numbers to the last bit: see ``SteadyInference``.
+The driver of a run owns an ``AccuracyEvaluator`` beside what trains and measures (``evaluator``); a worker process
+holds one and nothing else (``worker``). Both must find the same numbers to the last bit: see ``SteadyInference``.
 """
 
 from __future__ import annotations
@@ -9,42 +9,25 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from export.errors import TemplateError
 from export.slicing import OnnxTemplate
 from pipeline.config.schema import SearchSection
-from pipeline.evaluation.inference import (
-    BLOCKS,
-    CHECK_IMAGES,
-    CHUNKS,
-    PLAIN,
-    TOLERANCE,
-    ForwardError,
-    Inference,
-    Run,
-    State,
-    Trial,
-    first_line,
-)
-from pipeline.evaluation.weights import Bases
+from pipeline.evaluation.baseline import Baseline
+from pipeline.evaluation.deterministic import SteadyInference, Way
+from pipeline.evaluation.inference import PLAIN, Inference
+from pipeline.evaluation.weights import Weights
 from pipeline.progress import ProgressView, Silent
-from pipeline.training.loop import move
 from pipeline.workloads import Split, Workload
-from pruning.channels import ChannelGraph
 from pruning.cost import cost
 from pruning.plan import PruningPlan
 from pruning.search.protocol import DENSE
-from pruning.surgery import compare_outputs
-from pruning.weights import inherit
 
 MAX_BATCH = 128
 CACHED_BYTES = 2 << 30
@@ -54,7 +37,6 @@ SUPERNET_IMAGES = 1000
 
 Status = Literal["ok", "infeasible", "failed"]
 NOTHING: Mapping[str, float] = {}
-Way = Literal["onnx", "plain"]
 Key = tuple[str, str, bool, bool]
 """Under which metrics are remembered: base, digest of the plan, in float32, the search's metric alone."""
 
@@ -105,143 +87,63 @@ class Scored:
     forward: str = ""
 
 
-class SteadyInference(Inference):
-    """Outputs that depend on the network, the plan and the images alone.
-
-    ``Inference`` goes by the clock (which way is fastest, and from when on) and by what it has seen (candidates that
-    differ in one group); each of its ways has last bits of its own. Here the way is chosen once, by a check that has
-    no clock in it, and no candidate profits from another: so it does not matter who computes which candidate, and in
-    which order. ONNX Runtime computes chunks of a fixed size on one thread each, so the number of threads does not
-    matter either. A candidate for which that way fails is tried once more and then is an error: another forward pass
-    would have other last bits, and nobody would know.
+@dataclass(frozen=True)
+class Agreed:
+    """What another process found with the same network and images, and this one has to do alike.
 
     Args:
-        way: as another process found it with the same network; None = find it.
+        way: the forward pass; None = find it.
+        order: of the search images, shape ``(images,)``; None = find it.
     """
 
-    def __init__(self, *arguments: object, way: Way | None = None, **options: object) -> None:
-        super().__init__(*arguments, **options, patience_s=0.0)  # type: ignore[arg-type]
-        self._way = way
-
-    @property
-    def way(self) -> Way:
-        """ONNX Runtime where it computes what the plain network does, else plain PyTorch."""
-        if not self.trials:
-            self._try_ways()
-        return "onnx" if self._exact == self._onnx else "plain"
-
-    def _try_ways(self) -> None:
-        self._block, self._chunk = BLOCKS[0], CHUNKS[0]
-        reason = "" if self.device.type == "cpu" and self._way != "plain" else "not asked for"
-        error = math.nan
-        if not reason:
-            try:
-                self._template = self._open_template()
-                if self._way is None:
-                    plan, images = self._random_plan(np.random.default_rng(0)), next(iter(self.images()))[:CHECK_IMAGES]
-                    found, expected = (self._result(way, plan, images) for way in (self._onnx, self._plain))
-                    certificate = compare_outputs(found, expected, TOLERANCE)
-                    reason, error = certificate.reason, certificate.max_relative_error
-                elif self._template is None:
-                    raise TemplateError("the network's template was not handed over")
-            except (torch.OutOfMemoryError, MemoryError):
-                raise
-            except Exception as failure:
-                if self._way is not None:
-                    raise
-                reason = first_line(failure)
-        name = f"ONNX Runtime, blocks of {self._block} channels, {self._chunk} images at once"
-        tried = Trial(name, math.nan, error, reason=reason)
-        self.trials = (tried, Trial("PyTorch", math.nan, 0.0)) if reason else (tried,)
-        self._fast = self._exact = self._plain if reason else self._onnx
-        if reason:
-            self._template = None
-
-    def _instead(self, plan: PruningPlan, state: State | None, failure: Exception) -> Run:
-        """The same way once more; what fails twice is an error, never another forward pass."""
-        del failure  # it is shown if it comes again
-
-        def failed(error: Exception) -> ForwardError:
-            return ForwardError(
-                f"{self.used} failed twice for {plan.digest}: {first_line(error)}. A deterministic search takes no "
-                "other forward pass for one candidate: resume to try again, with more free memory or fewer threads; if "
-                "that does not help, start a run with search.forward: auto and no workers"
-            )
-
-        try:
-            run = self._fast(plan, state)
-        except Exception as error:
-            raise failed(error) from error
-
-        def again(number: int, images: Tensor) -> object:
-            try:
-                return run(number, images)
-            except Exception as error:
-                raise failed(error) from error
-
-        return again
-
-    def _from_branch(self, plan: PruningPlan, base: str, state: State | None) -> Run | None:
-        return None
+    way: Way | None = None
+    order: Sequence[int] | None = None
 
 
-class Scorer:
-    """Scores plans of one baseline network on the search split; what can be done once is done once.
+class AccuracyEvaluator:
+    """Evaluates plans of one baseline network on the search split; what can be done once is done once.
 
     Args:
-        model: the trained, unpruned network; left as it is.
-        graph: its channel groups.
-        workload: images, loss and metric.
+        baseline: the unpruned network with its images, loss and metric.
         folder: for weights.
         settings: the ``search`` section (images, bounds, batch-norm recalibration).
         template: gives the network's ONNX template, or None where it has none.
-        seed: of random weights.
-        device: where networks run.
         steady: numbers are the same to the last bit in every process; else the fastest forward pass is looked for.
-        way: of a steady scorer, where another process has found it.
-        order: of the search images, shape ``(images,)``, where another process has found it.
+        agreed: what a steady evaluator takes from another process.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        graph: ChannelGraph,
-        workload: Workload,
+        baseline: Baseline,
         folder: Path,
         settings: SearchSection,
         template: Callable[[], OnnxTemplate | None],
         *,
-        seed: int = 0,
-        device: torch.device | None = None,
         progress: ProgressView | None = None,
         steady: bool = False,
-        way: Way | None = None,
-        order: Sequence[int] | None = None,
+        agreed: Agreed = Agreed(),
     ) -> None:
-        self.device = device or torch.device("cpu")
-        self.model, self.graph, self.workload = model.to(self.device).eval(), graph, workload
-        self.folder, self.settings, self.seed = folder, settings, seed
+        self.baseline, self.folder, self.settings = baseline, folder, settings
         self.progress = progress or Silent()
-        self.split: Split = workload.search.first(settings.images)
-        dense_bytes = cost(graph, PruningPlan.full(graph.groups)).activation_bytes
+        self.weights = Weights(baseline, folder / "weights")
+        self.split: Split = baseline.workload.search.first(settings.images)
+        dense_bytes = cost(baseline.graph, baseline.full).activation_bytes
         self._batch_size = max(1, min(MAX_BATCH, (settings.memory_mb << 20) // max(1, dense_bytes)))
-        self.bases = Bases(self.model, graph, self._fresh, folder / "weights", self.device)
-        options = {"device": self.device, "cache_bytes": settings.memory_mb << 20}
+        options = {"device": baseline.compute, "cache_bytes": settings.memory_mb << 20}
         images = lambda: (images for images, _ in self._images())  # noqa: E731
         self.inference = (
-            SteadyInference(self.model, graph, images, template, way=way, **options)
+            SteadyInference(baseline.model, baseline.graph, images, template, way=agreed.way, **options)
             if steady
-            else Inference(self.model, graph, images, template, **options)  # type: ignore[arg-type]
+            else Inference(baseline.model, baseline.graph, images, template, **options)  # type: ignore[arg-type]
         )
-        self.spent = Counter({"images_forwarded": 0, "images_trained": 0, "measurements": 0})
-        self._accuracies: dict[Key, Scored] = {}
+        self.images_forwarded = 0
         self._batches: list[tuple[Tensor, Tensor]] | None = None
-        self._order = order
+        self._order = agreed.order
 
     @property
     def steady(self) -> SteadyInference:
         """Its inference, of which other processes must know the way."""
-        assert isinstance(self.inference, SteadyInference), "a crew needs a steady scorer"
+        assert isinstance(self.inference, SteadyInference), "worker processes need a steady evaluator"
         return self.inference
 
     @property
@@ -249,16 +151,16 @@ class Scorer:
         """Training images that batch-norm statistics may be taken anew on."""
         return self.settings.recalibrate_images or SUPERNET_IMAGES
 
-    def compute(self, ask: Ask) -> Scored:
+    def evaluate(self, ask: Ask) -> Scored:
         """The metrics of a candidate, computed now, or why it has none."""
-        started, before = time.perf_counter(), self.spent["images_forwarded"]
+        started, before = time.perf_counter(), self.images_forwarded
 
         def scored(status: Status, reason: str = "", metrics: Mapping[str, float] = NOTHING) -> Scored:
-            images = self.spent["images_forwarded"] - before
+            images = self.images_forwarded - before
             forward = PLAIN if self._num_recalibrated(ask.base) else self.inference.used
             return Scored(status, reason, metrics, images, time.perf_counter() - started, forward)
 
-        steady = isinstance(self.inference, SteadyInference) and self.device.type == "cpu"
+        steady = isinstance(self.inference, SteadyInference) and self.baseline.compute.type == "cpu"
         try:
             with _one_thread() if steady else contextlib.nullcontext():
                 return scored("ok", "", self._metrics(ask, started))
@@ -267,11 +169,14 @@ class Scorer:
         except (GivenUpError, torch.OutOfMemoryError) as error:
             return scored("failed", str(error).splitlines()[0])
 
-    # -- the parts ---------------------------------------------------------------------------------------------------
+    def key(self, ask: Ask) -> Key:
+        """Under which a candidate's metrics are remembered."""
+        return ask.base, ask.plan.digest, ask.exact or self.inference.precision == "fp32", ask.brief
 
-    def network(self, plan: PruningPlan, base: str = DENSE) -> nn.Module:
-        """The pruned network with weights cut from ``base``, on the compute device, in eval mode."""
-        return move(inherit(self.model, self.graph, plan, self.bases.state(base, plan)), self.device).eval()
+    def order(self) -> Sequence[int] | None:
+        """In which order the search images are gone through; None = as they come."""
+        self._images()
+        return self._order
 
     def outputs(self, network: nn.Module) -> tuple[Tensor, Tensor]:
         """Outputs and targets of the search images."""
@@ -279,9 +184,15 @@ class Scorer:
             pairs = [(network(images).float(), labels) for images, labels in self._images()]
         return torch.cat([outputs for outputs, _ in pairs]), torch.cat([labels for _, labels in pairs])
 
-    def _key(self, ask: Ask) -> Key:
-        """Under which a candidate's metrics are remembered."""
-        return ask.base, ask.plan.digest, ask.exact or self.inference.precision == "fp32", ask.brief
+    def batches(self, num_images: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of the first search images, preprocessed, in the order of the split; None = all of them."""
+        count = min(num_images or len(self.split), len(self.split))
+        for indices in torch.split(torch.arange(count), self._batch_size):
+            yield self.baseline.workload.batch(
+                self.split, indices, train=False, generator=None, device=self.baseline.compute
+            )
+
+    # -- the parts ---------------------------------------------------------------------------------------------------
 
     def _metrics(self, ask: Ask, started: float) -> Mapping[str, float]:
         """Metrics on the search split.
@@ -290,13 +201,13 @@ class Scorer:
             HopelessError: the floor cannot be reached any more.
             GivenUpError: it took too long.
         """
-        workload, base, plan = self.workload, ask.base, ask.plan
+        workload, base, plan = self.baseline.workload, ask.base, ask.plan
         answers, targets, seen, tried = [], [], 0, self.inference.trials
         for (_, labels), outputs in zip(self._images(), self._forward(base, plan, ask.exact), strict=True):
             answers.append(workload.answers(outputs, labels, brief=ask.brief))
             targets.append(labels)
             seen += len(labels)
-            self.spent["images_forwarded"] += len(labels)
+            self.images_forwarded += len(labels)
             if self.inference.trials is not tried:  # trying ways is nobody's candidate's time
                 started, tried = time.perf_counter(), self.inference.trials
             if time.perf_counter() - started > self.settings.seconds_per_candidate:
@@ -315,36 +226,25 @@ class Scorer:
 
     def _num_recalibrated(self, base: str) -> int:
         """Training images on which a candidate's batch-norm statistics are taken anew; 0 = they are not."""
-        return self.settings.recalibrate_images or (SUPERNET_IMAGES if self.bases.is_supernet(base) else 0)
+        return self.settings.recalibrate_images or (SUPERNET_IMAGES if self.weights.is_supernet(base) else 0)
 
     def _forward(self, base: str, plan: PruningPlan, exact: bool = False) -> Iterator[Tensor]:
         """Outputs of a candidate for each batch of search images; ``exact`` = in float32."""
         num_images = self._num_recalibrated(base)
         if not num_images:
             tried = self.inference.trials
-            yield from self.inference.outputs(plan, base, self.bases.state(base, plan), exact=exact)
+            yield from self.inference.outputs(plan, base, self.weights.state(base, plan), exact=exact)
             if self.inference.trials is not tried:
                 with self.progress.stage("  Find the fastest forward pass") as report:
                     report(1, 1, self.inference.describe().partition("\n")[0])
             return
-        network = self.network(plan, base)
-        recalibrate(network, self.workload, num_images, self.device)
-        self.spent["images_forwarded"] += num_images
+        network = self.weights.network(plan, base)
+        recalibrate(network, self.baseline.workload, num_images, self.baseline.compute)
+        self.images_forwarded += num_images
         for images, _ in self._images():
             with torch.inference_mode():
                 outputs: Tensor = network(images).float()
             yield outputs
-
-    def _fresh(self) -> nn.Module:
-        """The network with random weights, the same for the same seed."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            return self.workload.fresh_model()
-
-    def order(self) -> Sequence[int] | None:
-        """In which order the search images are gone through; None = as they come."""
-        self._images()
-        return self._order
 
     def _images(self) -> Iterable[tuple[Tensor, Tensor]]:
         """Batches of the search images, preprocessed; kept if they are small enough.
@@ -354,26 +254,21 @@ class Scorer:
         """
         if self._batches is not None:
             return self._batches
-        one = self.workload.example_input()
+        one = self.baseline.workload.example_input()
         if one.numel() * one.element_size() * len(self.split) > CACHED_BYTES:
-            return self._batches_of(len(self.split))
-        batches = list(self._batches_of(len(self.split)))
+            return self.batches()
+        batches = list(self.batches())
         images, labels = torch.cat([i for i, _ in batches]), torch.cat([t for _, t in batches])
         if self._order is None:
             with torch.inference_mode():
-                outputs = torch.cat([self.model(images).float() for images, _ in batches])
-            self._order = torch.argsort(self.workload.ease(outputs, labels), stable=True).tolist()
-        order = torch.tensor(self._order, device=self.device)
+                outputs = torch.cat([self.baseline.model(images).float() for images, _ in batches])
+            self._order = torch.argsort(self.baseline.workload.ease(outputs, labels), stable=True).tolist()
+        order = torch.tensor(self._order, device=self.baseline.compute)
         channels_last = images[order].contiguous(memory_format=torch.channels_last)
         self._batches = list(
             zip(torch.split(channels_last, self._batch_size), torch.split(labels[order], self._batch_size), strict=True)
         )
         return self._batches
-
-    def _batches_of(self, num_images: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of the first search images, preprocessed, in the order of the split."""
-        for indices in torch.split(torch.arange(min(num_images, len(self.split))), self._batch_size):
-            yield self.workload.batch(self.split, indices, train=False, generator=None, device=self.device)
 
 
 @contextlib.contextmanager

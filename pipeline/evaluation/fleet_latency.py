@@ -5,17 +5,14 @@ What counts is the worst ratio or the mean (``device.combine``); every device's 
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from device_profiles import Ratio
 from pipeline.devices.fleet import Combine, Fleet, Tally
-from pipeline.evaluation.latency import LATENCIES, Figures, Latencies
+from pipeline.evaluation.latency import LATENCIES, Figures, Latencies, Watch, unwatched
 from pruning.plan import PruningPlan
 
 RATIO = ("latency_ratio", "latency_ratio_low", "latency_ratio_high")
@@ -30,7 +27,16 @@ class FleetLatencies:
 
     def __init__(self, fleet: Fleet, members: Mapping[str, Latencies]) -> None:
         self.fleet, self.members = fleet, members
-        self.watch: Callable[[int, int], None] = lambda done, total: None
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Their names, the run's own first."""
+        return tuple(self.members)
+
+    @property
+    def num_measurements(self) -> int:
+        """How often a device has measured, over all of them."""
+        return sum(member.num_measurements for member in self.members.values())
 
     def of(self, plan: PruningPlan, *, exact: bool) -> Figures:
         """Figures of a plan, combined and per device (``NAME`` behind a dot); see ``Latencies.of``.
@@ -48,12 +54,10 @@ class FleetLatencies:
         for name, member in self.members.items():
             member.take(plan, {key: figures[f"{key}.{name}"] for key in LATENCIES if f"{key}.{name}" in figures})
 
-    def model(self) -> None:
+    def model(self, watch: Watch = unwatched) -> None:
         """Let every device's model measure what it needs; no model of one device says what all of them take."""
-        tally = Tally(lambda done, total, note="": self.watch(done, total), self.members)
-        for name, member in self.members.items():
-            member.watch = tally.of(name)
-        self.fleet.each(lambda device: self.members[device.name].model())
+        tally = Tally(lambda done, total, note="": watch(done, total), self.members)
+        self.fleet.each(lambda device: self.members[device.name].model(tally.of(device.name)))
 
     def report(self) -> dict[str, Any]:
         """As ``Latencies.report``, summed, and per device under ``devices``."""
@@ -107,39 +111,3 @@ def mean_of(ratios: Sequence[Ratio]) -> Ratio:
         return Ratio.unknown(mean)
     below, above = (float(np.linalg.norm(gap)) / count for gap in (values - lows, highs - values))
     return Ratio(mean, mean - below, mean + above)
-
-
-class SharedFiles:
-    """Files that several threads use at a time: made by the first that asks, removed after the last.
-
-    Args:
-        make: ``make(plan, name)`` writes a file of that name and returns where; called by one thread at a time.
-    """
-
-    def __init__(self, make: Callable[[PruningPlan, str], Path]) -> None:
-        self._make, self._lock = make, threading.Lock()
-        self._used: dict[str, tuple[str, Path, int]] = {}
-
-    @contextmanager
-    def of(self, plan: PruningPlan) -> Iterator[Path]:
-        """The file of a plan, while the context lasts."""
-        with self._lock:
-            name, path, users = self._used.get(plan.digest) or (self._free(), Path(), 0)
-            if not users:
-                path = self._make(plan, name)
-            self._used[plan.digest] = (name, path, users + 1)
-        try:
-            yield path
-        finally:
-            with self._lock:
-                name, path, users = self._used.pop(plan.digest)
-                if users > 1:
-                    self._used[plan.digest] = (name, path, users - 1)
-                else:
-                    path.unlink(missing_ok=True)
-
-    def _free(self) -> str:
-        """A name nobody uses; the same few come again, so that killed runs do not fill a disk."""
-        taken = {name for name, _, _ in self._used.values()}
-        names = ["candidate.onnx", *(f"candidate-{i}.onnx" for i in range(1, len(taken) + 1))]
-        return next(name for name in names if name not in taken)

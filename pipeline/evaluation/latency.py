@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -35,6 +35,37 @@ REFIT_EVERY = 5
 CHECK_EVERY = 10
 """One in so many predicted plans is measured all the same: devices drift."""
 
+Watch = Callable[[int, int], None]
+"""Told how much of how much is done."""
+
+
+def unwatched(done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+class LatencyOracle(Protocol):
+    """The latencies of one network's plans: on one device (``Latencies``) or on many (``FleetLatencies``)."""
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Their names, the run's own first."""
+
+    @property
+    def num_measurements(self) -> int:
+        """How often a device has measured."""
+
+    def of(self, plan: PruningPlan, *, exact: bool) -> Figures:
+        """Figures of a plan, measured or predicted; ``exact`` = measured in any case."""
+
+    def take(self, plan: PruningPlan, figures: Figures) -> None:
+        """Take a plan's figures from an earlier evaluation."""
+
+    def model(self, watch: Watch = unwatched) -> LatencyModel | None:
+        """The one model of the latency that is trusted, if there is one; measures plans of its own first."""
+
+    def report(self) -> dict[str, Any]:
+        """How many plans were measured and predicted, and what the model is worth."""
+
 
 class Latencies:
     """Latencies of one network's plans on one device.
@@ -47,6 +78,7 @@ class Latencies:
         settings: ``search.latency`` of the run file.
         space: where plans to measure are drawn from; None = the model gets no measurements of its own.
         seed: of the draws.
+        device: its name.
     """
 
     def __init__(
@@ -57,10 +89,11 @@ class Latencies:
         settings: LatencySection,
         space: SearchSpace | None = None,
         seed: int = 0,
-        watch: Callable[[int, int], None] = lambda done, total: None,
+        device: str = "the device",
     ) -> None:
         self._table, self._measure, self.file, self.settings = table, measure, file, settings
-        self.space, self.seed, self.watch = space, seed, watch
+        self.space, self.seed, self.devices = space, seed, (device,)
+        self.num_measurements = 0
         self.measured: dict[str, Figures] = {}
         self.samples: dict[str, Sample] = {}
         self.num_predicted = 0
@@ -86,6 +119,7 @@ class Latencies:
     def measure(self, plan: PruningPlan) -> Figures:
         """Measure a plan, and learn from it."""
         figures, result = self._measure(plan)
+        self.num_measurements += 1
         self.take(plan, {**figures, "latency_measured": 1.0})
         if not plan.is_full:
             self._learn(plan, result)
@@ -95,8 +129,12 @@ class Latencies:
         """Take a plan's figures, measured here or in an earlier evaluation; whatever else is among them is left out."""
         self.measured[plan.digest] = {name: figures[name] for name in LATENCIES if name in figures}
 
-    def model(self) -> LatencyModel | None:
-        """The model, if it is trusted; measures plans of its own first, as far as the run file allows."""
+    def model(self, watch: Watch = unwatched) -> LatencyModel | None:
+        """The model, if it is trusted; measures plans of its own first, as far as the run file allows.
+
+        Args:
+            watch: told how many of its measurements are done.
+        """
         table = self._layers()
         if self.settings.mode == "measure" or self.space is None or table is None:
             return None
@@ -105,7 +143,7 @@ class Latencies:
         pool = pool[(pool != widths_of(self.space.full)).any(axis=1)]  # its ratio is 1 and teaches nothing
         unread = 0
         while len(self.samples) + unread < self.settings.measurements:
-            self.watch(len(self.samples), self.settings.measurements)
+            watch(len(self.samples), self.settings.measurements)
             chosen = np.array([sample.widths for sample in self.samples.values()]).reshape(-1, pool.shape[1])
             pool = pool[(pool[:, None] != chosen[None]).any(axis=2).all(axis=1)]
             if not len(pool):

@@ -1,23 +1,23 @@
 """Weights by name: what ``Candidate.base`` refers to, in memory as far as it fits and in files always.
 
 ``DENSE`` is the trained baseline, ``RANDOM`` the network with fresh weights; every fine-tuning and every ``Learn``
-request adds a base. A base is kept as one safetensors file and loaded again when it was pushed out of memory.
+request adds a checkpoint under a name of its own. It is loaded again when it was pushed out of memory.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from pipeline.evaluation.baseline import Baseline
 from pipeline.files import sha256_of
-from pipeline.training import auxiliary as learning
+from pipeline.training import auxiliary
 from pipeline.training.loop import load_weights, save_weights
-from pruning.channels import ChannelGraph
 from pruning.plan import PruningPlan
 from pruning.search.protocol import DENSE, RANDOM
 from pruning.surgery import scatter
@@ -26,44 +26,49 @@ State = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Origin:
-    """How a base's file is turned into weights.
+class Checkpoint:
+    """A file of weights, and how it is turned into weights: what any process needs to use it.
 
     Args:
-        file: the safetensors file.
-        plan: the file holds a pruned network of this plan; None = dense shapes, or what ``kind`` makes of it.
-        kind: the kind of learning whose ``weights`` makes dense-shaped weights for each plan; "" = none.
+        sha256: of the file.
+        path: the safetensors file.
+        plan: the file holds a pruned network of this plan; None = dense shapes, or what ``training`` makes of it.
+        training: the auxiliary training that left it; "" = fine-tuning did.
     """
 
-    file: Path
+    sha256: str
+    path: Path
     plan: PruningPlan | None = None
-    kind: str = ""
+    training: str = ""
+
+    @property
+    def is_supernet(self) -> bool:
+        """Whether the weights depend on the plan that is cut from them."""
+        return bool(self.training) and hasattr(auxiliary.TRAININGS.load(self.training), "weights")
+
+    def to_json(self) -> dict[str, Any]:
+        plan = None if self.plan is None else self.plan.to_json()
+        return {"sha256": self.sha256, "path": str(self.path), "plan": plan, "training": self.training}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], path: Path) -> Checkpoint:
+        """The inverse of ``to_json``, with the file where this process has it."""
+        plan = None if data["plan"] is None else PruningPlan.from_json(data["plan"])
+        return cls(data["sha256"], path, plan, data["training"])
 
 
-class Bases:
+class Weights:
     """The weights of one run.
 
     Args:
-        model: the baseline, on the compute device.
-        graph: its channel groups.
-        fresh: makes the network with random weights.
+        baseline: the unpruned network that has the weights ``DENSE``.
         folder: for the files.
-        device: where weights are kept while in use.
         memory_bytes: of loaded weights; the least recently used ones are dropped beyond it.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        graph: ChannelGraph,
-        fresh: Callable[[], nn.Module],
-        folder: Path,
-        device: torch.device,
-        memory_bytes: int = 1 << 30,
-    ) -> None:
-        self.model, self.graph, self.fresh, self.folder, self.device = model, graph, fresh, folder, device
-        self.memory_bytes = memory_bytes
-        self._origins: dict[str, Origin] = {}
+    def __init__(self, baseline: Baseline, folder: Path, memory_bytes: int = 1 << 30) -> None:
+        self.baseline, self.folder, self.memory_bytes = baseline, folder, memory_bytes
+        self.checkpoints: dict[str, Checkpoint] = {}
         self._loaded: OrderedDict[str, State] = OrderedDict()
 
     def state(self, base: str, plan: PruningPlan) -> State | None:
@@ -71,66 +76,56 @@ class Bases:
         if base == DENSE:
             return None
         loaded = self._load(base)
-        kind = "" if base == RANDOM else self._origins[base].kind
-        if not kind:
+        if not self.is_supernet(base):
             return loaded
-        made: State = learning.TRAININGS.load(kind).weights(self.model, self.graph, loaded, plan)
+        training = auxiliary.TRAININGS.load(self.checkpoints[base].training)
+        made: State = training.weights(self.baseline.model, self.baseline.graph, loaded, plan)
         return made
+
+    def network(self, plan: PruningPlan, base: str = DENSE) -> nn.Module:
+        """The pruned network with weights cut from ``base``, on the compute device, in eval mode."""
+        return self.baseline.cut(plan, self.state(base, plan))
 
     def is_supernet(self, base: str) -> bool:
         """Whether the weights depend on the plan, so that batch-norm statistics must be taken anew for each."""
-        return base in self._origins and bool(self._origins[base].kind)
+        return base in self.checkpoints and self.checkpoints[base].is_supernet
 
     def path(self, base: str) -> Path:
-        """The file of a base."""
+        """The file of a checkpoint that this process writes."""
         return self.folder / f"{base}.safetensors"
 
-    def tuned(self, base: str, parent: str, plan: PruningPlan, state: State, write_back: bool) -> str:
+    def save_tuned(self, base: str, parent: str, plan: PruningPlan, state: State, write_back: bool) -> str:
         """Keep a fine-tuned network's weights; returns the file's sha256.
 
-        With ``write_back`` they are put into the weights of ``parent``, so that the base has every channel.
+        With ``write_back`` they are put into the weights of ``parent``, so that every channel is there.
         """
-        if not write_back:
-            digest = save_weights(self.path(base), dict(state))
-            return self._know(base, Origin(self.path(base), plan), digest)
-        parent_state = self.state(parent, plan)
-        dense = scatter(self.model, self.graph, plan, state, parent_state)
-        digest = save_weights(self.path(base), dense)
-        return self._know(base, Origin(self.path(base)), digest)
+        if write_back:
+            state = scatter(self.baseline.model, self.baseline.graph, plan, state, self.state(parent, plan))
+        return self._save(base, state, None if write_back else plan)
 
-    def learned(self, base: str, kind: str, state: State) -> str:
-        """Keep what a kind of learning left; returns the file's sha256."""
-        digest = save_weights(self.path(base), dict(state))
-        return self._know(base, self._learned(base, kind), digest)
+    def save_learned(self, base: str, training: str, state: State) -> str:
+        """Keep what an auxiliary training left; returns the file's sha256."""
+        return self._save(base, state, training=training)
 
-    def restore_tuned(self, base: str, plan: PruningPlan, write_back: bool, checkpoint: Mapping[str, str]) -> bool:
-        """Know a base of an earlier process again; False if its file is gone or altered."""
-        return self._restore(base, Origin(self.path(base), None if write_back else plan), checkpoint)
-
-    def restore_learned(self, base: str, kind: str, checkpoint: Mapping[str, str]) -> bool:
-        """The same, for a base of a ``Learn`` request."""
-        return self._restore(base, self._learned(base, kind), checkpoint)
-
-    def _learned(self, base: str, kind: str) -> Origin:
-        depends = hasattr(learning.TRAININGS.load(kind), "weights")
-        return Origin(self.path(base), kind=kind if depends else "")
-
-    def _restore(self, base: str, origin: Origin, checkpoint: Mapping[str, str]) -> bool:
-        if not checkpoint:  # the training failed; nothing was saved, nothing is needed
-            return True
-        if not origin.file.is_file() or sha256_of(origin.file) != checkpoint["sha256"]:
+    def restore(self, base: str, checkpoint: Checkpoint) -> bool:
+        """Know the weights of an earlier or another process; False if their file is gone or altered."""
+        if not checkpoint.path.is_file() or sha256_of(checkpoint.path) != checkpoint.sha256:
             return False
-        self._know(base, origin, checkpoint["sha256"])
+        self._know(base, checkpoint)
         return True
 
-    def _know(self, base: str, origin: Origin, digest: str) -> str:
-        self._origins[base] = origin
-        self._loaded.pop(base, None)
+    def _save(self, base: str, state: State, plan: PruningPlan | None = None, training: str = "") -> str:
+        digest = save_weights(self.path(base), dict(state))
+        self._know(base, Checkpoint(digest, self.path(base), plan, training))
         return digest
+
+    def _know(self, base: str, checkpoint: Checkpoint) -> None:
+        self.checkpoints[base] = checkpoint
+        self._loaded.pop(base, None)
 
     def _load(self, base: str) -> State:
         if base not in self._loaded:
-            self._loaded[base] = {name: t.to(self.device) for name, t in self._read(base).items()}
+            self._loaded[base] = {name: t.to(self.baseline.compute) for name, t in self._read(base).items()}
             sizes = {
                 name: sum(t.numel() * t.element_size() for t in state.values()) for name, state in self._loaded.items()
             }
@@ -141,10 +136,10 @@ class Bases:
 
     def _read(self, base: str) -> State:
         if base == RANDOM:
-            return self.fresh().state_dict()
-        origin = self._origins[base]
-        state = load_weights(origin.file)
-        if origin.plan is None:
+            return self.baseline.fresh().state_dict()
+        checkpoint = self.checkpoints[base]
+        state = load_weights(checkpoint.path)
+        if checkpoint.plan is None:
             return state
-        moved = {name: tensor.to(self.device) for name, tensor in state.items()}
-        return scatter(self.model, self.graph, origin.plan, moved)
+        moved = {name: tensor.to(self.baseline.compute) for name, tensor in state.items()}
+        return scatter(self.baseline.model, self.baseline.graph, checkpoint.plan, moved)

@@ -1,8 +1,8 @@
-"""A worker process of a crew: scores batches of candidates with a scorer that stays, for as long as the process lives.
+"""A worker process of a crew: evaluates batches of candidates with an accuracy evaluator that stays between them.
 
-The first batch of a run makes the scorer: the workload, the baseline, its channel groups, the ONNX template. Files come
-by hash: from where the driver has them if that can be seen from here, else from the engine's object store, into
-``blobs`` of this machine's SECATEUR_HOME. Nothing is unpickled here: weights are safetensors, arrays are npy and npz.
+The first batch of a run makes it: the workload, the baseline, its channel groups, the ONNX template. Files come by
+hash: from where the driver has them if that can be seen from here, else from the engine's object store, into ``blobs``
+of this machine's SECATEUR_HOME. Nothing is unpickled here: weights are safetensors, arrays are npy and npz.
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ from pipeline.config import trust
 from pipeline.config.schema import SearchSection
 from pipeline.errors import UserError
 from pipeline.evaluation import shipped_data as carried
-from pipeline.evaluation.accuracy import Scorer
+from pipeline.evaluation.accuracy import AccuracyEvaluator, Agreed
+from pipeline.evaluation.baseline import Baseline
+from pipeline.evaluation.weights import Checkpoint
 from pipeline.evaluation.worker_pool import IMAGES, ask_from_json, groups_digest
 from pipeline.files import sha256_of, write_whole
 from pipeline.surroundings import home
 from pipeline.training.loop import keep_freed_memory, load_weights
 from pipeline.workloads import Workload
 from pipeline.workloads.data.content import Reading
-from pruning.plan import PruningPlan
 from pruning.trace import trace
 
 RESIDENTS = 2
-"""Scorers that stay in one process; the one used longest ago goes."""
+"""Evaluators that stay in one process; the one used longest ago goes."""
 PARENT_EVERY_S = 1.0
 
 
@@ -72,7 +73,7 @@ def score_batch(spec: Mapping[str, Any], batch: Mapping[str, Any], shelf: Shelf 
             resident = _resident(spec, shelf)
             for name, file in batch["bases"].items():
                 resident.know(name, file, shelf)
-            return {"answers": [asdict(resident.scorer.compute(ask_from_json(row))) for row in batch["asks"]]}
+            return {"answers": [asdict(resident.accuracy.evaluate(ask_from_json(row))) for row in batch["asks"]]}
         except MissingError as missing:
             return {"missing": missing.args[0]}
         except UserError as error:
@@ -96,7 +97,7 @@ _residents: OrderedDict[str, Resident] = OrderedDict()
 
 
 class Resident:
-    """A scorer with what it was made of.
+    """An accuracy evaluator with what it was made of.
 
     Raises:
         MissingError: a blob has to be published first.
@@ -118,40 +119,24 @@ class Resident:
                 f"a worker finds other channel groups ({found}) than the driver ({spec['groups']}); install the same "
                 "versions of Secateur and PyTorch on all machines"
             )
-        self.scorer = Scorer(
-            model,
-            graph,
-            workload,
+        self.accuracy = AccuracyEvaluator(
+            Baseline(model, graph, workload, spec["seed"], _device(spec["device"])),
             Path(self.files.name),
             SearchSection.model_validate(spec["search"]),
             lambda: None if template is None else OnnxTemplate.load(template, graph),
-            seed=spec["seed"],
-            device=_device(spec["device"]),
             steady=True,
-            way=spec["way"],
-            order=order,
+            agreed=Agreed(spec["way"], order),
         )
-        self._known: dict[str, str] = {}
 
     def know(self, name: str, file: Mapping[str, Any], shelf: Shelf | None) -> None:
-        """Make a base usable."""
-        if self._known.get(name) == file["sha256"]:
-            return
-        bases, path = self.scorer.bases, self.scorer.bases.path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        path.symlink_to(find_blob(file, shelf))
-        if file["kind"]:
-            bases.restore_learned(name, file["kind"], file)
-        else:
-            plan = None if file["plan"] is None else PruningPlan.from_json(file["plan"])
-            whole = PruningPlan.full(self.scorer.graph.groups)
-            bases.restore_tuned(name, plan or whole, plan is None, file)
-        self._known[name] = file["sha256"]
+        """Make a checkpoint's weights usable."""
+        weights = self.accuracy.weights
+        if name not in weights.checkpoints or weights.checkpoints[name].sha256 != file["sha256"]:
+            weights.restore(name, Checkpoint.from_json(file, find_blob(file, shelf)))
 
 
 def _resident(spec: Mapping[str, Any], shelf: Shelf | None) -> Resident:
-    """The scorer for a run; made, where there is none."""
+    """The evaluator for a run; made, where there is none."""
     trust.accept(spec["code"])
     content = {name: value for name, value in spec.items() if name != IMAGES}
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

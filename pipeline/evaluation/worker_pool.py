@@ -13,7 +13,6 @@ import io
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,7 +23,8 @@ from pipeline.children import keep_from_children
 from pipeline.config import trust
 from pipeline.errors import SurroundingsError, UserError
 from pipeline.evaluation import shipped_data as carried
-from pipeline.evaluation.accuracy import Ask, Key, Scored, Scorer
+from pipeline.evaluation.accuracy import AccuracyEvaluator, Ask, Key, Scored
+from pipeline.evaluation.onnx_files import TEMPLATE
 from pipeline.files import sha256_of, write_whole
 from pruning.channels import ChannelGraph
 from pruning.plan import PruningPlan
@@ -64,27 +64,6 @@ class Engine(Protocol):
         """Make a file's content available to workers that do not see the file."""
 
 
-@dataclass(frozen=True)
-class BaseFile:
-    """What another process needs to know of a base.
-
-    Args:
-        sha256: of the file.
-        path: the safetensors file.
-        plan: the file holds a pruned network of this plan; None = it has every channel.
-        kind: the kind of learning that made it; "" = fine-tuning did.
-    """
-
-    sha256: str
-    path: Path
-    plan: PruningPlan | None = None
-    kind: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        plan = None if self.plan is None else self.plan.to_json()
-        return {"sha256": self.sha256, "path": str(self.path), "plan": plan, "kind": self.kind}
-
-
 class Crew:
     """Workers of one run and one baseline.
 
@@ -103,7 +82,7 @@ class Crew:
         self._under_way: dict[Key, tuple[Future[list[Scored]], int]] = {}
         self._pool = ThreadPoolExecutor(engine.count, "crew", keep_from_children)  # one thread waits for one batch
 
-    def begin(self, scorer: Scorer, asks: Mapping[Key, Ask], bases: Mapping[str, BaseFile]) -> None:
+    def begin(self, accuracy: AccuracyEvaluator, asks: Mapping[Key, Ask]) -> None:
         """Hand out candidates; those handed out before and not answered yet are given up.
 
         A single one is left to the driver if the workers share its machine: it has more threads, and nothing to send.
@@ -112,9 +91,10 @@ class Crew:
         if not asks or (len(asks) == 1 and self.engine.local):
             return
         if not self._spec:
-            self._spec = self._describe(scorer)
+            self._spec = self._describe(accuracy)
         size = max(1, min(self.config.workers.batch, -(-len(asks) // self.engine.count)))
-        keys, told = list(asks), {name: file.to_json() for name, file in bases.items()}
+        keys, used = list(asks), {ask.base for ask in asks.values()}
+        told = {base: c.to_json() for base, c in accuracy.weights.checkpoints.items() if base in used}
         for start in range(0, len(keys), size):
             part = keys[start : start + size]
             rows = [ask_to_json(asks[key]) for key in part]
@@ -186,18 +166,18 @@ class Crew:
                 assert self._carry is not None
                 self._spec = {**self._spec, IMAGES: _blob(self._carry())}
 
-    def _describe(self, scorer: Scorer) -> dict[str, Any]:
+    def _describe(self, accuracy: AccuracyEvaluator) -> dict[str, Any]:
         """All that workers must know, as JSON; files by path and hash."""
-        config, inference = self.config, scorer.steady
-        order, template = scorer.order(), scorer.folder / "template.onnx"
+        config, inference, baseline = self.config, accuracy.steady, accuracy.baseline
+        order, template = accuracy.order(), accuracy.folder / TEMPLATE
         if order is not None:
             content = io.BytesIO()
             np.save(content, np.array(order, dtype=np.int64))
             write_whole(self.folder / "order.npy", content.getbuffer())
-        num_train = scorer.num_recalibration_images
+        num_train, num_search = accuracy.num_recalibration_images, len(accuracy.split)
 
         def carry() -> Path:
-            return carried.pack(scorer.workload, num_train, len(scorer.split), self.folder / "images.npz")
+            return carried.pack(baseline.workload, num_train, num_search, self.folder / "images.npz")
 
         self._carry = carry
         threads = config.threads or max(1, (usable_cores() // self.engine.count if self.engine.local else 0))
@@ -206,10 +186,10 @@ class Crew:
             "code": trust.allowed(),
             "search": config.search.model_dump(mode="json"),
             "seed": config.seed,
-            "device": scorer.device.type,
+            "device": baseline.compute.type,
             "threads": threads if self.engine.local or config.threads else None,
-            "fingerprint": scorer.workload.fingerprint,
-            "groups": groups_digest(scorer.graph),
+            "fingerprint": baseline.workload.fingerprint,
+            "groups": groups_digest(baseline.graph),
             "way": inference.way,
             "baseline": _blob(self.baseline),
             "template": _blob(template) if inference.way == "onnx" else None,

@@ -56,8 +56,7 @@ def execute(run: Run, debug: bool = False) -> Facts:
         held.enter_context(children.kept(home(), f"run {run.run_id}"))
         held.enter_context(serving())
         resume_tracking(run)
-        turns = {profile.name: device_turn(profile, run.progress.say) for profile in run.profiles}
-        run.turn, run.turns = turns[run.profile.name], turns
+        run.lease_devices({profile.name: device_turn(profile, run.progress.say) for profile in run.profiles})
         facts, undelivered = secateur()
     if undelivered is not None:
         raise UndeliveredError(facts, undelivered)

@@ -90,8 +90,7 @@ def compress(job: Compress) -> State[Any]:
         mark_crashed(taken.earlier, flow_run)
     try:
         with foreign.told(), children.kept(home(), f"flow run {flow_run}"), taken.run as run:
-            turns = {profile.name: device_turn(profile, say) for profile in run.profiles}
-            run.turn, run.turns = turns[run.profile.name], turns
+            run.lease_devices({profile.name: device_turn(profile, say) for profile in run.profiles})
             resume_tracking(run)
             facts, undelivered = work_through(run, ON_SCHEDULE_S)
             link(run)

@@ -25,7 +25,8 @@ from pipeline.config.schema import RunFile, parse_run_file
 from pipeline.devices.device import InTurn, RunDevice, meet
 from pipeline.devices.fleet import Device, Fleet, FleetProgress
 from pipeline.errors import SurroundingsError, UserError
-from pipeline.evaluation.evaluator import Evaluator
+from pipeline.evaluation.baseline import Baseline
+from pipeline.evaluation.evaluator import Evaluator, make_evaluator
 from pipeline.evaluation.worker_pool import Crew, Engine
 from pipeline.files import write_whole
 from pipeline.progress import ProgressView
@@ -48,6 +49,9 @@ from pruning.plan import SearchSpace
 from pruning.search.protocol import Budget, Evaluation, Strategy
 from pruning.search.protocol import Target as SearchTarget
 from pruning.search.reward import Reward, make_reward
+
+Lease = Callable[[], AbstractContextManager[None]]
+"""Entered for as long as a device is used."""
 
 __all__ = ["Run", "check_forward", "create_run_directory", "open_run_directory", "open_workload"]
 
@@ -117,20 +121,19 @@ class Run:
         fingerprint = self.workload.fingerprint
         metrics = (self.workload.metric, self.workload.search_metric)
         self.journal = Journal(self.directory / "journal.jsonl", self.run_id, self.config.digest, fingerprint, metrics)
-        self.turn: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
-        """Entered around every use of the device: a scheduler's way to keep other flows off it meanwhile."""
-        self.turns: Mapping[str, Callable[[], AbstractContextManager[None]]] = {}
-        """The same of ``device.others``, by name."""
-        self.engine: Engine | None = None
-        """How worker processes are reached, where the run file wants some; given by who runs the stages."""
-        self.crew: Crew | None = None
+        self._leases: Mapping[str, Lease] = {}
+        self._engine: Engine | None = None
+        self._crew: Crew | None = None
+        self._rewards: dict[str, Reward] = {}
         self._resources = contextlib.ExitStack()
         self._resources.callback(self.journal.close)
         params = flatten(self.config.model_dump(mode="json"))
         compat = bool(self.config.search.options.get("paper_compat"))
         labels = {"secateur.method": self.config.search.method, "secateur.paper_compat": str(compat).lower()}
         lock = self.directory / "tracking.lock"
-        self.tracker = Tracker(self.config.tracking, home(), self.run_id, self.run_id, params, labels, lock)
+        self.tracker = Tracker(
+            self.config.tracking, home(), self.run_id, self.run_id, params, labels, lock, self._reward_of
+        )
 
     def __enter__(self) -> Run:
         return self
@@ -154,13 +157,18 @@ class Run:
 
     @contextlib.contextmanager
     def _turn_of(self, profile: DeviceProfile) -> Iterator[None]:
-        if self.crew is not None and self.crew.engine.local and kind_of(profile).this_machine:
-            self.crew.rest()  # workers on the very machine that is measured would take its cores and its caches
-        with self.turn_of(profile.name):
+        if self._crew is not None and self._crew.engine.local and kind_of(profile).this_machine:
+            self._crew.rest()  # workers on the very machine that is measured would take its cores and its caches
+        with self._leases.get(profile.name, contextlib.nullcontext)():
             yield
 
-    def turn_of(self, name: str) -> AbstractContextManager[None]:
-        return self.turn() if name == self.profile.name else self.turns.get(name, contextlib.nullcontext)()
+    def lease_devices(self, leases: Mapping[str, Lease]) -> None:
+        """Enter a device's lease around every use of it from now on: a scheduler's way to keep other flows off it.
+
+        Args:
+            leases: by the devices' names.
+        """
+        self._leases = leases
 
     @property
     def target(self) -> Target:
@@ -203,42 +211,37 @@ class Run:
 
     def evaluator(self, baseline: nn.Module, graph: ChannelGraph, space: SearchSpace | None = None) -> Evaluator:
         """An evaluator for the trained baseline; ``space`` is where its latency model may draw plans from."""
-        return Evaluator(
-            baseline,
-            graph,
-            self.workload,
-            self.profile,
-            self.target,
+        return make_evaluator(
+            Baseline(baseline, graph, self.workload, self.config.seed, self.device),
+            self.fleet,
             self.directory / "candidates",
             self.config.search,
             self.config.finetune,
-            seed=self.config.seed,
-            device=self.device,
             progress=self.progress,
             space=space,
-            fleet=self.fleet,
-            steady=self.config.search.forward == "steady" or self.engine is not None,
+            steady=self.config.search.forward == "steady" or self._engine is not None,
             crew=self._new_crew(),
         )
 
     @contextlib.contextmanager
     def with_workers(self, engine: Engine | None) -> Iterator[None]:
         """Evaluators made meanwhile have candidates scored by worker processes; None = by this one."""
-        self.engine = engine
+        self._engine = engine
         try:
             yield
         finally:
-            if self.crew is not None:
-                self.crew.close()
-            self.engine = self.crew = None
+            if self._crew is not None:
+                self._crew.close()
+            self._engine = self._crew = None
 
     def _new_crew(self) -> Crew | None:
         """Worker processes for another evaluator, in place of the last one's."""
-        if self.crew is not None:
-            self.crew.close()
-        if self.engine is not None:
-            self.crew = Crew(self.engine, self.config, self.directory / "baseline.safetensors", self.directory / "crew")
-        return self.crew
+        if self._crew is not None:
+            self._crew.close()
+        if self._engine is not None:
+            baseline, folder = self.directory / "baseline.safetensors", self.directory / "crew"
+            self._crew = Crew(self._engine, self.config, baseline, folder)
+        return self._crew
 
     def space(self, graph: ChannelGraph) -> SearchSpace:
         """The widths the search may choose from, on this device.
@@ -255,14 +258,15 @@ class Run:
         Args:
             metric: the accuracy it looks at, the workload's own or the search's.
         """
-        section, final, searched = self.config.reward, self.workload.metric, self.workload.search_metric
-        rewards = {name: make_reward(section.preset, reference, name, **section.options) for name in (final, searched)}
+        section, names = self.config.reward, (self.workload.metric, self.workload.search_metric)
+        self._rewards = {name: make_reward(section.preset, reference, name, **section.options) for name in names}
+        return self._rewards[metric]
 
-        def of(record: Record) -> float | None:
-            return rewards[final if record["stage"] == "final" else searched](to_evaluation(record["evaluation"]))
-
-        self.tracker.reward = of
-        return rewards[metric]
+    def _reward_of(self, record: Record) -> float | None:
+        """What tracked candidates carry; None before there is a reference."""
+        metric = self.workload.metric if record["stage"] == "final" else self.workload.search_metric
+        reward = self._rewards.get(metric)
+        return None if reward is None else reward(to_evaluation(record["evaluation"]))
 
     @property
     def search_target(self) -> SearchTarget:

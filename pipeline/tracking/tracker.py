@@ -63,11 +63,11 @@ class Tracker:
         params: Mapping[str, Any],
         labels: Mapping[str, str] | None = None,
         lock: Path | None = None,
+        reward: Callable[[Record], float | None] = lambda _: None,
     ) -> None:
         self.section, self.home, self.run_id, self.run_name, self.params = section, home, run_id, run_name, params
-        self.labels, self.lock = dict(labels or {}), lock
+        self.labels, self.lock, self.reward = dict(labels or {}), lock, reward
         self.uri = store_uri(section, home)
-        self.reward: Callable[[Record], float | None] = lambda _: None
         self.failure = ""
         self.refused: dict[str, str] = {}
         """Candidates that MLflow took for wrong -> why; they are in the journal and the table of candidates."""

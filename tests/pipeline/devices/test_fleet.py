@@ -25,9 +25,11 @@ from pipeline.devices import fleet as fleets
 from pipeline.devices.device import meet
 from pipeline.devices.fleet import Device, Fleet, Tally
 from pipeline.errors import SurroundingsError, UserError
-from pipeline.evaluation.evaluator import Evaluator
-from pipeline.evaluation.fleet_latency import FleetLatencies, SharedFiles, mean_of, worst_of
+from pipeline.evaluation.baseline import Baseline
+from pipeline.evaluation.evaluator import Evaluator, make_evaluator
+from pipeline.evaluation.fleet_latency import FleetLatencies, mean_of, worst_of
 from pipeline.evaluation.latency import LATENCIES
+from pipeline.evaluation.onnx_files import SharedFiles
 from pipeline.progress import Silent
 from pipeline.report import final_table
 from pipeline.run.opening import device_profiles
@@ -121,9 +123,7 @@ def evaluator(network: Any, template: Path, tmp_path: Path) -> Callable[..., Eva
         fleet, folder = Fleet(devices, combine), tmp_path / "candidates"
         folder.mkdir(exist_ok=True)
         shutil.copy(template, folder)
-        first = fleet.primary
-        parts = (first.profile, first.target, folder, config.search, config.finetune)
-        return Evaluator(*network, WORKLOAD, *parts, fleet=fleet)
+        return make_evaluator(Baseline(*network, WORKLOAD), fleet, folder, config.search, config.finetune)
 
     return build
 
@@ -347,9 +347,12 @@ def test_an_error_names_the_device_and_what_others_measured_is_kept(
     folder = tmp_path / "candidates"
     assert len((folder / "latencies.jsonl").read_text().splitlines()) == 1
     assert not (folder / "latencies.jetson.jsonl").exists()
-    calls = {d.name: len(d.target.target.calls) for d in oracle.fleet}
+    calls = {d.name: len(d.target.target.calls) for d in oracle.latencies.fleet}
     assert oracle.latency(some_plan(network))["latency_measured"] == 1
-    assert {d.name: len(d.target.target.calls) for d in oracle.fleet} == {**calls, "jetson": calls["jetson"] + 1}
+    assert {d.name: len(d.target.target.calls) for d in oracle.latencies.fleet} == {
+        **calls,
+        "jetson": calls["jetson"] + 1,
+    }
 
 
 def test_what_is_no_devices_fault_is_not_called_one() -> None:

@@ -13,7 +13,10 @@ from torch import nn
 
 from device_profiles import load_profile, open_target
 from pipeline.config.schema import FinetuneSection, SearchSection
-from pipeline.evaluation.evaluator import Evaluator, recalibrate
+from pipeline.devices.fleet import Device, Fleet
+from pipeline.evaluation.accuracy import recalibrate
+from pipeline.evaluation.baseline import Baseline
+from pipeline.evaluation.evaluator import Evaluator, make_evaluator
 from pipeline.evaluation.inference import FORWARDS, PLAIN
 from pipeline.run.study import to_dict, to_evaluation
 from pruning.channels import ChannelGraph
@@ -44,7 +47,8 @@ def make(network: tuple[nn.Module, ChannelGraph], tmp_path: Path) -> Iterator[An
     def build(**search: Any) -> Evaluator:
         recipe = FinetuneSection(epochs=1, batch_size=128, lr=0.05)
         settings = SearchSection(images=100, **search)
-        return Evaluator(*network, WORKLOAD, profile, target, tmp_path / "c", settings, recipe, seed=1)
+        fleet = Fleet([Device(profile, target)])
+        return make_evaluator(Baseline(*network, WORKLOAD, seed=1), fleet, tmp_path / "c", settings, recipe)
 
     yield build
     target.close()
@@ -80,8 +84,8 @@ def test_accuracy_of_a_candidate_is_the_masked_networks(network: Any, make: Any)
     plan = candidate(network).plan
     plan = plan.replace({"conv1": range(plan.sizes["conv1"])})
     evaluator = make()
-    pruned, _ = evaluator.outputs(evaluator.network(plan))
-    silent, targets = evaluator.outputs(masked(model, plan))
+    pruned, _ = evaluator.accuracy.outputs(evaluator.network(plan))
+    silent, targets = evaluator.accuracy.outputs(masked(model, plan))
     assert torch.allclose(pruned, silent, atol=1e-4)
     evaluation = evaluator.evaluate(Candidate(0, plan, "test"), latency=False)
     assert evaluation["top1"] == WORKLOAD.metrics(silent, targets)["top1"]
@@ -89,7 +93,8 @@ def test_accuracy_of_a_candidate_is_the_masked_networks(network: Any, make: Any)
 
 def test_an_accuracy_says_its_forward_pass_and_the_exact_one_is_of_float32(network: Any, make: Any) -> None:
     chosen, evaluator, other = candidate(network), make(), make()
-    evaluator.inference._fast = evaluator.inference._bf16  # as on a processor on which it is the fastest
+    inference = evaluator.accuracy.inference
+    inference._fast = inference._bf16  # as on a processor on which it is the fastest
     rough = evaluator.evaluate(chosen, latency=False)
     assert rough.forward == FORWARDS["_bf16"]
     assert to_evaluation(to_dict(rough)) == rough
@@ -123,8 +128,8 @@ def test_a_plan_seen_before_is_neither_run_nor_timed_again(network: Any, make: A
     evaluator = make()
     chosen = candidate(network)
     first = evaluator.evaluate(chosen, latency=True)
-    monkeypatch.setattr(evaluator, "_forward", None)
-    monkeypatch.setattr(evaluator, "_time", None)
+    monkeypatch.setattr(evaluator.accuracy, "_forward", None)
+    monkeypatch.setattr(evaluator.latencies, "_measure", None)
     again = evaluator.evaluate(Candidate(9, chosen.plan, "again"), latency=True)
     without = ("seconds",)
     assert {k: v for k, v in first.metrics.items() if k not in without} == {
@@ -142,10 +147,10 @@ def test_a_candidate_beyond_the_time_bound_fails_with_its_reason(network: Any, m
 def test_memory_bounds_the_batch_but_not_the_result(network: Any, make: Any) -> None:
     sizes = []
     narrow = make(memory_mb=1)
-    hook = narrow.model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    hook = narrow.accuracy.baseline.model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
     expected = make().evaluate(Candidate(0, PruningPlan.full(network[1].groups), "x"), latency=False)
     sizes.clear()
-    outputs, targets = narrow.outputs(narrow.model)
+    outputs, targets = narrow.accuracy.outputs(narrow.accuracy.baseline.model)
     hook.remove()
     assert max(sizes) < 100
     assert WORKLOAD.metrics(outputs, targets)["top1"] == expected["top1"]
@@ -164,7 +169,7 @@ def test_fine_tuned_weights_are_inherited_by_narrower_plans_and_restored(network
     assert other.restore(request, answer.base, checkpoint)
     assert other.evaluate(narrow, latency=False)["loss"] == before["loss"]
     assert evaluator.spent["images_trained"] == len(WORKLOAD.train)
-    file = evaluator.bases.path(answer.base)
+    file = evaluator.accuracy.weights.path(answer.base)
     file.write_bytes(file.read_bytes()[:-1])
     assert not make().restore(request, answer.base, checkpoint)
 
@@ -174,7 +179,7 @@ def test_weights_written_back_leave_every_other_channel_as_it_was(network: Any, 
     first = candidate(network, seed=1)
     answer, checkpoint = evaluator.finetune(FineTune(first, 1, write_back=True, latency=False))
     full = PruningPlan.full(graph.groups)
-    dense, written = network[0].state_dict(), evaluator.bases.state(answer.base, full)
+    dense, written = network[0].state_dict(), evaluator.accuracy.weights.state(answer.base, full)
     trained = evaluator.network(first.plan, answer.base).state_dict()
     slices = graph.slices(first.plan)
     for name, tensor in written.items():
@@ -196,12 +201,12 @@ def test_weights_written_back_leave_every_other_channel_as_it_was(network: Any, 
 
 def test_weights_pushed_out_of_memory_are_read_again(network: Any, make: Any) -> None:
     evaluator = make()
-    evaluator.bases.memory_bytes = 1
+    evaluator.accuracy.weights.memory_bytes = 1
     tuned = [candidate(network, seed=i, ratio=0.75) for i in (1, 2)]
     answers = [evaluator.finetune(FineTune(c, 1))[0] for c in tuned]
     full = PruningPlan.full(network[1].groups)
-    states = [evaluator.bases.state(a.base, full) for a in [*answers, *answers]]
-    assert len(evaluator.bases._loaded) == 1
+    states = [evaluator.accuracy.weights.state(a.base, full) for a in [*answers, *answers]]
+    assert len(evaluator.accuracy.weights._loaded) == 1
     assert all(torch.equal(states[0][n], states[2][n]) for n in states[0])
     assert not torch.equal(states[0]["linear.weight"], states[1]["linear.weight"])
 
@@ -220,7 +225,7 @@ def test_fine_tuning_learns_and_a_diverging_one_is_a_failed_evaluation(network: 
     raw = evaluator.evaluate(chosen, latency=False)
     answer, _ = evaluator.finetune(FineTune(chosen, 2))
     assert answer.evaluation["loss"] < raw["loss"]
-    evaluator.recipe = evaluator.recipe.model_copy(update={"lr": 1e9, "warmup_epochs": 0.0})
+    evaluator.trainer.recipe = evaluator.trainer.recipe.model_copy(update={"lr": 1e9, "warmup_epochs": 0.0})
     failed, checkpoint = evaluator.finetune(FineTune(Candidate(7, chosen.plan, "x"), 8))
     assert failed.evaluation.status == "failed"
     assert "lower lr" in failed.evaluation.reason
@@ -242,7 +247,7 @@ def test_outputs_that_are_no_numbers_fail_with_a_reason(network: Any, make: Any)
     evaluator = make()
     full = PruningPlan.full(network[1].groups)
     broken = {**network[0].state_dict(), "linear.bias": torch.full((10,), float("nan"))}
-    evaluator.bases.learned("broken", "sparsity", broken)
+    evaluator.accuracy.weights.save_learned("broken", "sparsity", broken)
     evaluation = evaluator.evaluate(Candidate(0, full, "x", (), "broken"), latency=False)
     assert evaluation.status == "failed"
     assert "NaN" in evaluation.reason
@@ -262,7 +267,7 @@ def test_probes_are_losses_of_masked_networks_on_the_first_images(network: Any, 
 
 def test_images_the_unpruned_network_gets_wrong_are_seen_first(network: Any, make: Any) -> None:
     evaluator = make(memory_mb=1)
-    outputs, targets = evaluator.outputs(network[0])
+    outputs, targets = evaluator.accuracy.outputs(network[0])
     right = (outputs.argmax(1) == targets).int()
     assert 0 < int(right.sum()) < len(right)
     assert torch.equal(right, right.sort().values)

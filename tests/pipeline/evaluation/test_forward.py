@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.evaluation.accuracy import SteadyInference
+from pipeline.evaluation.deterministic import SteadyInference
 from pipeline.evaluation.inference import FORWARDS, PLAIN, ForwardError, Inference
 from pruning.plan import PruningPlan
 from tests.pipeline.evaluation.test_inference import (

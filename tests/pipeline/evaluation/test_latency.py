@@ -90,8 +90,7 @@ def ready(device: Device, **settings: Any) -> Latencies:
 def test_the_model_measures_as_many_plans_as_it_may_and_each_once(device: Device) -> None:
     seen: list[tuple[int, int]] = []
     latencies = device.latencies()
-    latencies.watch = lambda done, total: seen.append((done, total))
-    assert latencies.model() is not None
+    assert latencies.model(lambda done, total: seen.append((done, total))) is not None
     assert len(device.plans) == BUDGET == len({plan.digest for plan in device.plans})
     assert seen == [(i, BUDGET) for i in range(BUDGET)]
     assert latencies.model() is not None

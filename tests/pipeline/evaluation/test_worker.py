@@ -23,9 +23,12 @@ import torch
 from device_profiles import load_profile, open_target
 from export.slicing import OnnxTemplate
 from pipeline.config.schema import RunFile, WorkersSection, load_run_file
+from pipeline.devices.fleet import Device, Fleet
 from pipeline.errors import UserError
 from pipeline.evaluation import worker as workers
-from pipeline.evaluation.evaluator import Evaluator, recalibrate
+from pipeline.evaluation.accuracy import recalibrate
+from pipeline.evaluation.baseline import Baseline
+from pipeline.evaluation.evaluator import Evaluator, make_evaluator
 from pipeline.evaluation.worker_pool import Crew, Engine, WorkerDiedError
 from pipeline.flow.environment import runtime_env
 from pipeline.flow.worker_engines import Dask, Processes, Ray, open_engine
@@ -52,6 +55,9 @@ class Scene:
     model: torch.nn.Module
     graph: ChannelGraph
     baseline: Path
+
+    def network(self) -> Baseline:
+        return Baseline(self.model, self.graph, digits(image_size=8, augment="shift"), seed=3)
 
     def candidates(self, number: int, base: str = "", first: int = 0) -> tuple[Candidate, ...]:
         """Random plans, the same for the same ids."""
@@ -109,8 +115,8 @@ def make(scene: Scene, tmp_path: Path) -> Iterator[Make]:
         shutil.copyfile(scene.folder / "template.onnx", folder / "template.onnx")  # exporting it takes seconds
         crew = None if engine is None else Crew(engine, config, scene.baseline, folder / "crew")
         crews.extend([crew] if crew else [])
-        arguments = (scene.model, scene.graph, digits(image_size=8, augment="shift"), profile, target, folder)
-        return Evaluator(*arguments, config.search, config.finetune, seed=3, steady=True, crew=crew)
+        fleet = Fleet([Device(profile, target)])
+        return make_evaluator(scene.network(), fleet, folder, config.search, config.finetune, steady=True, crew=crew)
 
     yield build
     for crew in crews:
@@ -178,8 +184,8 @@ def alone(scene: Scene, tmp_path_factory: pytest.TempPathFactory) -> list[dict[s
     folder = tmp_path_factory.mktemp("alone")
     shutil.copyfile(scene.folder / "template.onnx", folder / "template.onnx")
     profile = load_profile(scene.config.device.profile)
-    arguments = (scene.model, scene.graph, digits(image_size=8, augment="shift"), profile, open_target(profile), folder)
-    oracle = Evaluator(*arguments, scene.config.search, scene.config.finetune, seed=3, steady=True)
+    fleet, config = Fleet([Device(profile, open_target(profile))]), scene.config
+    oracle = make_evaluator(scene.network(), fleet, folder, config.search, config.finetune, steady=True)
     return journalled(folder, oracle, asks(scene))
 
 
@@ -278,10 +284,9 @@ def test_workers_elsewhere_get_files_by_hash_and_only_the_images_they_need(
 def test_nothing_is_timed_on_a_machine_whose_workers_compute(target: str, local: bool, waits: bool) -> None:
     said: list[str] = []
     run: Any = Run.__new__(Run)
-    run.crew = SimpleNamespace(engine=SimpleNamespace(local=local), rest=lambda: said.append("rest"))
-    run.profile = SimpleNamespace(name="here", target=target)
-    run.turn = contextlib.nullcontext
-    with run._turn_of(run.profile):
+    run._crew = SimpleNamespace(engine=SimpleNamespace(local=local), rest=lambda: said.append("rest"))
+    run.lease_devices({})
+    with run._turn_of(SimpleNamespace(name="here", target=target)):
         said.append("timed")
     assert said == (["rest", "timed"] if waits else ["timed"])
 

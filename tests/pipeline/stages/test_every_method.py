@@ -17,7 +17,10 @@ from device_profiles import Target as DeviceTarget
 from device_profiles import load_profile, open_target
 from export.slicing import OnnxTemplate
 from pipeline.config.schema import FinetuneSection, Recipe, SearchSection
-from pipeline.evaluation.evaluator import Evaluator, recalibrate
+from pipeline.devices.fleet import Device, Fleet
+from pipeline.evaluation.accuracy import recalibrate
+from pipeline.evaluation.baseline import Baseline
+from pipeline.evaluation.evaluator import Evaluator, make_evaluator
 from pipeline.run.journal import Journal
 from pipeline.run.opening import widths_costs
 from pipeline.run.study import Oracle, Study
@@ -90,9 +93,8 @@ class Network:
     def oracle(self, folder: Path) -> Evaluator:
         shutil.copy(self.template, folder / "template.onnx")  # exported once: it takes seconds
         settings = SearchSection(images=self.images)
-        return Evaluator(
-            self.model, self.graph, self.workload, self.profile, self.target, folder, settings, self.recipe, seed=1
-        )
+        baseline = Baseline(self.model, self.graph, self.workload, seed=1)
+        return make_evaluator(baseline, Fleet([Device(self.profile, self.target)]), folder, settings, self.recipe)
 
     def costs(self, widths: IntArray) -> dict[str, Any]:
         return widths_costs(self.graph, self.space, widths)

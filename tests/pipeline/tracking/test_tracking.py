@@ -56,9 +56,8 @@ def home(tmp_path: Path, migrated: Path) -> Path:
 
 def tracker(home: Path, uri: str | None = None, required: bool = False) -> Tracker:
     section = TrackingSection(experiment="tests", uri=uri, required=required)
-    made = Tracker(section, home, "run-1", "run one", {"seed": 0, "search.method": "ccep"})
-    made.reward = lambda r: 2 * r["evaluation"]["metrics"]["top1"]
-    return made
+    reward = lambda r: 2 * r["evaluation"]["metrics"]["top1"]  # noqa: E731
+    return Tracker(section, home, "run-1", "run one", {"seed": 0, "search.method": "ccep"}, reward=reward)
 
 
 def wait_for(moment: Callable[[], bool]) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.schema import FinetuneSection
-from pipeline.evaluation.evaluator import recalibrate
+from pipeline.evaluation.accuracy import recalibrate
 from pipeline.progress import silent
 from pipeline.training import auxiliary as learning
 from pipeline.training.auxiliary import Lesson, Outcome, pruning_net, shared

@@ -19,8 +19,10 @@ from device_profiles import load_profile, open_target
 from export.onnx_export import export_onnx
 from export.verify import predict
 from pipeline.config.schema import WORKLOADS, FinetuneSection, Recipe, SearchSection, load_run_file, workload_options
+from pipeline.devices.fleet import Device, Fleet
 from pipeline.errors import UserError
-from pipeline.evaluation.evaluator import Evaluator
+from pipeline.evaluation.baseline import Baseline
+from pipeline.evaluation.evaluator import Evaluator, make_evaluator
 from pipeline.training.loop import fit
 from pipeline.workloads import detection
 from pipeline.workloads.detection import ssd
@@ -346,7 +348,8 @@ def evaluator(workload: detection.Detection, tmp_path: Path) -> Iterator[Evaluat
     profile = load_profile(quick_device(tmp_path))
     target = open_target(profile)
     recipe, settings = FinetuneSection(epochs=1, batch_size=32, lr=0.01, distill=None), SearchSection(images=6)
-    yield Evaluator(model, graph, workload, profile, target, tmp_path / "c", settings, recipe, seed=1)
+    baseline, fleet = Baseline(model, graph, workload, seed=1), Fleet([Device(profile, target)])
+    yield make_evaluator(baseline, fleet, tmp_path / "c", settings, recipe)
     target.close()
 
 
@@ -355,7 +358,7 @@ def test_the_evaluator_gets_what_it_asks_for(evaluator: Evaluator, workload: det
     plan = uniform_plan(graph, 0.5, model=model, saliency="random", seed=0)
     found = evaluator.evaluate(Candidate(0, plan, "test"), latency=True, floor=0.99)
     assert found.status == "ok", found.reason
-    outputs, targets = evaluator.outputs(evaluator.network(plan))
+    outputs, targets = evaluator.accuracy.outputs(evaluator.network(plan))
     assert found["map50"] == measured(workload, outputs, targets)["map50"]
     assert found["loss"] == pytest.approx(measured(workload, outputs, targets)["loss"], rel=1e-4)
     assert found["latency_ratio"] > 0

@@ -1,0 +1,59 @@
+"""What candidates are cut from and judged by: one trained, unpruned network with its channels and its data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.training.loop import move
+from pipeline.workloads import Workload
+from pruning.channels import ChannelGraph
+from pruning.plan import PruningPlan
+from pruning.weights import inherit
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, eq=False)
+class Baseline:
+    """The unpruned network of an evaluator.
+
+    Args:
+        model: trained; brought to ``compute`` and into eval mode, otherwise left as it is.
+        graph: its channel groups.
+        workload: images, loss and metric.
+        seed: of random weights, of training, and of the training images that saliencies look at.
+        compute: where networks are trained and evaluated.
+    """
+
+    model: nn.Module
+    graph: ChannelGraph
+    workload: Workload
+    seed: int = 0
+    compute: torch.device = CPU
+
+    def __post_init__(self) -> None:
+        self.model.to(self.compute).eval()
+
+    @cached_property
+    def full(self) -> PruningPlan:
+        """The plan that keeps every channel."""
+        return PruningPlan.full(self.graph.groups)
+
+    def cut(self, plan: PruningPlan, state: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """The pruned network, on ``compute``, in eval mode.
+
+        Args:
+            state: dense-shaped weights to cut from; None = the network's own.
+        """
+        return move(inherit(self.model, self.graph, plan, state), self.compute).eval()
+
+    def fresh(self) -> nn.Module:
+        """The unpruned network with random weights, the same for the same seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return self.workload.fresh_model()

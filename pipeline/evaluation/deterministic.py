@@ -1,0 +1,108 @@
+"""A forward pass whose outputs depend on the network, the plan and the images alone: the same bits in every process."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from export.errors import TemplateError
+from pipeline.evaluation.inference import (
+    BLOCKS,
+    CHECK_IMAGES,
+    CHUNKS,
+    TOLERANCE,
+    ForwardError,
+    Inference,
+    Run,
+    State,
+    Trial,
+    first_line,
+)
+from pruning.plan import PruningPlan
+from pruning.surgery import compare_outputs
+
+Way = Literal["onnx", "plain"]
+
+
+class SteadyInference(Inference):
+    """Outputs that depend on the network, the plan and the images alone.
+
+    ``Inference`` goes by the clock (which way is fastest, and from when on) and by what it has seen (candidates that
+    differ in one group); each of its ways has last bits of its own. Here the way is chosen once, by a check that has
+    no clock in it, and no candidate profits from another: so it does not matter who computes which candidate, and in
+    which order. ONNX Runtime computes chunks of a fixed size on one thread each, so the number of threads does not
+    matter either. A candidate for which that way fails is tried once more and then is an error: another forward pass
+    would have other last bits, and nobody would know.
+
+    Args:
+        way: as another process found it with the same network; None = find it.
+    """
+
+    def __init__(self, *arguments: object, way: Way | None = None, **options: object) -> None:
+        super().__init__(*arguments, **options, patience_s=0.0)  # type: ignore[arg-type]
+        self._way = way
+
+    @property
+    def way(self) -> Way:
+        """ONNX Runtime where it computes what the plain network does, else plain PyTorch."""
+        if not self.trials:
+            self._try_ways()
+        return "onnx" if self._exact == self._onnx else "plain"
+
+    def _try_ways(self) -> None:
+        self._block, self._chunk = BLOCKS[0], CHUNKS[0]
+        reason = "" if self.device.type == "cpu" and self._way != "plain" else "not asked for"
+        error = math.nan
+        if not reason:
+            try:
+                self._template = self._open_template()
+                if self._way is None:
+                    plan, images = self._random_plan(np.random.default_rng(0)), next(iter(self.images()))[:CHECK_IMAGES]
+                    found, expected = (self._result(way, plan, images) for way in (self._onnx, self._plain))
+                    certificate = compare_outputs(found, expected, TOLERANCE)
+                    reason, error = certificate.reason, certificate.max_relative_error
+                elif self._template is None:
+                    raise TemplateError("the network's template was not handed over")
+            except (torch.OutOfMemoryError, MemoryError):
+                raise
+            except Exception as failure:
+                if self._way is not None:
+                    raise
+                reason = first_line(failure)
+        name = f"ONNX Runtime, blocks of {self._block} channels, {self._chunk} images at once"
+        tried = Trial(name, math.nan, error, reason=reason)
+        self.trials = (tried, Trial("PyTorch", math.nan, 0.0)) if reason else (tried,)
+        self._fast = self._exact = self._plain if reason else self._onnx
+        if reason:
+            self._template = None
+
+    def _instead(self, plan: PruningPlan, state: State | None, failure: Exception) -> Run:
+        """The same way once more; what fails twice is an error, never another forward pass."""
+        del failure  # it is shown if it comes again
+
+        def failed(error: Exception) -> ForwardError:
+            return ForwardError(
+                f"{self.used} failed twice for {plan.digest}: {first_line(error)}. A deterministic search takes no "
+                "other forward pass for one candidate: resume to try again, with more free memory or fewer threads; if "
+                "that does not help, start a run with search.forward: auto and no workers"
+            )
+
+        try:
+            run = self._fast(plan, state)
+        except Exception as error:
+            raise failed(error) from error
+
+        def again(number: int, images: Tensor) -> object:
+            try:
+                return run(number, images)
+            except Exception as error:
+                raise failed(error) from error
+
+        return again
+
+    def _from_branch(self, plan: PruningPlan, base: str, state: State | None) -> Run | None:
+        return None

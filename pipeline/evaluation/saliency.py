@@ -1,0 +1,112 @@
+"""What channels do: saliencies, losses of masked networks, and how much the next layers change without them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.errors import UserError
+from pipeline.evaluation.accuracy import AccuracyEvaluator
+from pruning.distortion import distortions
+from pruning.feature_maps import feature_distance
+from pruning.saliency import channel_saliency
+from pruning.search.protocol import Distort, Probe, Score, digest_of
+from pruning.weights import silence
+
+
+class SaliencyScorer:
+    """Scores channels of one baseline network.
+
+    Args:
+        accuracy: has the network, its weights, and the forward pass that losses come from.
+    """
+
+    def __init__(self, accuracy: AccuracyEvaluator) -> None:
+        self.accuracy, self.baseline, self.weights = accuracy, accuracy.baseline, accuracy.weights
+        self.images_forwarded = 0
+
+    def score(self, request: Score) -> Mapping[str, np.ndarray]:
+        """Saliency of every channel of every group, or the distances between them.
+
+        Raises:
+            UserError: there is no such criterion, or it does not take these options.
+        """
+        graph, plan = self.baseline.graph, request.plan or self.baseline.full
+        dense = self.weights.network(self.baseline.full, request.base)
+        silence(dense, graph, plan)
+        try:
+            if request.criterion == "feature_distance":
+                options: dict[str, Any] = {**request.options}
+                batches = self._train_batches(request, int(options.pop("images", 200)))
+                scores = feature_distance(dense, graph, [images for images, _ in batches], **options)
+            else:
+                batches = self._train_batches(request, int(request.options.get("images", 128)))
+                scores = channel_saliency(
+                    dense,
+                    graph,
+                    request.criterion,
+                    self.baseline.seed,
+                    batches=batches,
+                    loss=self.baseline.workload.loss,
+                    options=request.options,
+                )
+        except ValueError as error:  # an unknown criterion: it lists the known ones
+            raise UserError(f"search.options: {error}") from error
+        return {name: _outside(values, plan.mask(name)) for name, values in scores.items()}
+
+    def probe(self, request: Probe) -> np.ndarray:
+        """Mean loss of each masked network, shape ``(plans,)``."""
+        workload, inference = self.baseline.workload, self.accuracy.inference
+        batches, losses = list(self.accuracy.batches(request.images)), []
+        targets = torch.cat([labels for _, labels in batches])
+        for plan in request.plans:
+            state = self.weights.state(request.base, plan)
+            outputs = inference.outputs(plan, request.base, state, images=[images for images, _ in batches])
+            pairs = zip(outputs, (labels for _, labels in batches), strict=True)
+            answers = torch.cat([workload.answers(found, labels, brief=True) for found, labels in pairs])
+            losses.append(workload.metrics(answers, targets)["loss"])
+            self.images_forwarded += len(targets)
+        return np.array(losses)
+
+    def distort(self, request: Distort) -> Mapping[str, np.ndarray]:
+        """Change of the next layers' outputs, per group of shape ``(batches,)``.
+
+        Raises:
+            UserError: the request names channels that the network does not have.
+        """
+        batches = self._train_batches(request, len(request.removed) * request.batch_size, request.batch_size)
+        state = self.weights.state(request.base, self.baseline.full)
+        images = [images for images, _ in batches]
+        try:
+            return distortions(self.baseline.model, self.baseline.graph, request.plan, request.removed, images, state)
+        except ValueError as error:
+            raise UserError(f"search: {error}") from error
+
+    def _train_batches(
+        self, request: Score | Distort, num_images: int, batch_size: int = 64
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Random training images without augmentation, the same for the same request."""
+        workload, split = self.baseline.workload, self.baseline.workload.train
+        generator = torch.Generator().manual_seed(self.baseline.seed ^ int(digest_of(request)[:12], 16))
+        order = torch.cat(
+            [torch.randperm(len(split), generator=generator) for _ in range(1 + (num_images - 1) // len(split))]
+        )[:num_images]
+        self.images_forwarded += num_images
+        return [
+            workload.batch(split, indices, train=False, generator=None, device=self.baseline.compute)
+            for indices in torch.split(order, batch_size)
+        ]
+
+
+def _outside(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Scores with the channels outside the mask as ``Score`` wants them: -inf, or inf where they are distances."""
+    values = values.copy()
+    if values.ndim == 1:
+        values[~mask] = -np.inf
+    else:
+        values[~mask], values[:, ~mask] = np.inf, np.inf
+    return values

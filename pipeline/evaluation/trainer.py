@@ -1,0 +1,122 @@
+"""Trainings that a search asks for: candidates fine-tuned, and auxiliary trainings that learn about channels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pipeline.config.schema import Distillation, FinetuneSection
+from pipeline.errors import UserError
+from pipeline.evaluation.baseline import Baseline
+from pipeline.evaluation.weights import Checkpoint, Weights
+from pipeline.progress import ProgressView
+from pipeline.training import auxiliary
+from pipeline.training.loop import fit
+from pruning.search.protocol import FineTune, FloatArray, Learn, digest_of
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training left.
+
+    Args:
+        base: the name of its weights.
+        sha256: of their file.
+        scores: what it learned about each channel, group name -> shape ``(size,)``.
+    """
+
+    base: str
+    sha256: str
+    scores: Mapping[str, FloatArray] = field(default_factory=dict)
+
+
+class Trainer:
+    """Trains networks of one baseline.
+
+    Args:
+        baseline: the teacher, and what auxiliary trainings train a copy of.
+        weights: where trainings begin, and where what they leave is kept.
+        recipe: how networks are trained; ``epochs`` comes with the request.
+    """
+
+    def __init__(self, baseline: Baseline, weights: Weights, recipe: FinetuneSection, progress: ProgressView) -> None:
+        self.baseline, self.weights, self.recipe, self.progress = baseline, weights, recipe, progress
+        self.images_trained = 0
+
+    def finetune(self, request: FineTune) -> Trained:
+        """Train the candidate's network, by default with the baseline as teacher.
+
+        Raises:
+            TrainingError: the loss became NaN or infinite.
+        """
+        candidate, base = request.candidate, _name(f"{request.candidate.id}-tuned", request)
+        student, train = self.weights.network(candidate.plan, candidate.base), self.baseline.workload.train
+        distill = self._distillation(request)
+        with self.progress.stage(f"  fine-tune {candidate.origin} {candidate.id}") as report:
+            fit(
+                student,
+                self.baseline.workload,
+                train,
+                self._recipe(request),
+                seed=self.baseline.seed,
+                checkpoint=self.weights.path(base).with_suffix(".ckpt"),
+                device=self.baseline.compute,
+                teacher=self.baseline.model if distill else None,
+                distill=distill,
+                part=request.part,
+                report=report,
+            )
+        self.images_trained += round(request.epochs * len(train))
+        state = student.state_dict()
+        return Trained(base, self.weights.save_tuned(base, candidate.base, candidate.plan, state, request.write_back))
+
+    def learn(self, request: Learn) -> Trained:
+        """Train the unpruned network with something added that learns about its channels.
+
+        Raises:
+            TrainingError: the loss became NaN or infinite.
+            UserError: there is no such training, or it does not take these options.
+        """
+        base = _name(request.kind, request)
+        with self.progress.stage(f"  learn {request.kind}") as report:
+            try:
+                training = auxiliary.TRAININGS.load(request.kind)
+                lesson = auxiliary.Lesson(
+                    self.weights.network(self.baseline.full, request.base),
+                    self.baseline.graph,
+                    self.baseline.workload,
+                    self._recipe(request),
+                    self.baseline.seed,
+                    self.baseline.compute,
+                    self.weights.path(base).with_suffix(".ckpt"),
+                    report,
+                    request.options,
+                )
+                outcome = training.learn(lesson)
+            except ValueError as error:
+                raise UserError(f"search: learning {request.kind}: {error}") from error
+        self.images_trained += outcome.images or round(request.epochs * len(self.baseline.workload.train))
+        return Trained(base, self.weights.save_learned(base, request.kind, outcome.state), outcome.scores)
+
+    def restore(self, request: FineTune | Learn, base: str, checkpoint: Mapping[str, str]) -> bool:
+        """Make the weights of a journalled training usable again; False if the file is gone or altered."""
+        if not checkpoint:  # the training failed; nothing was saved, nothing is needed
+            return True
+        path, sha256 = self.weights.path(base), checkpoint["sha256"]
+        if isinstance(request, Learn):
+            return self.weights.restore(base, Checkpoint(sha256, path, training=request.kind))
+        plan = None if request.write_back else request.candidate.plan
+        return self.weights.restore(base, Checkpoint(sha256, path, plan))
+
+    def _recipe(self, request: FineTune | Learn) -> FinetuneSection:
+        return self.recipe.model_copy(update={"epochs": request.epochs})
+
+    def _distillation(self, request: FineTune) -> Distillation | None:
+        if request.distill is False:
+            return None
+        return (self.recipe.distill or Distillation()) if request.distill else self.recipe.distill
+
+
+def _name(prefix: str, request: FineTune | Learn) -> str:
+    """A name for what a request leaves behind; the same request gives the same name."""
+    return f"{prefix}-{digest_of(request)[:12]}"
