@@ -44,7 +44,7 @@ from pipeline.evaluation.baseline import Baseline
 from pipeline.evaluation.evaluator import make_evaluator
 from pipeline.run.journal import Journal, Record
 from pipeline.run.opening import open_workload
-from pipeline.run.study import describe
+from pipeline.run.records import describe
 from pipeline.tracking import Tracker
 from pipeline.tracking import tracker as delivery
 from pruning import PruningPlan

@@ -30,7 +30,7 @@ from pipeline.evaluation import shipped_data as carried
 from pipeline.evaluation import worker as workers
 from pipeline.evaluation.accuracy import Ask
 from pipeline.run.journal import Journal
-from pipeline.run.study import describe
+from pipeline.run.records import describe
 from pruning.search.protocol import Candidate
 
 

@@ -14,7 +14,8 @@ from pipeline.evaluation.accuracy import AccuracyEvaluator
 from pruning.distortion import distortions
 from pruning.feature_maps import feature_distance
 from pruning.saliency import channel_saliency
-from pruning.search.protocol import Distort, Probe, Score, digest_of
+from pruning.search.identity import draws_of
+from pruning.search.protocol import Distort, Probe, Score
 from pruning.weights import silence
 
 
@@ -91,7 +92,7 @@ class SaliencyScorer:
     ) -> list[tuple[Tensor, Tensor]]:
         """Random training images without augmentation, the same for the same request."""
         workload, split = self.baseline.workload, self.baseline.workload.train
-        generator = torch.Generator().manual_seed(self.baseline.seed ^ int(digest_of(request)[:12], 16))
+        generator = torch.Generator().manual_seed(self.baseline.seed ^ int(draws_of(request), 16))
         order = torch.cat(
             [torch.randperm(len(split), generator=generator) for _ in range(1 + (num_images - 1) // len(split))]
         )[:num_images]

@@ -12,7 +12,8 @@ from pipeline.evaluation.weights import Checkpoint, Weights
 from pipeline.progress import ProgressView
 from pipeline.training import auxiliary
 from pipeline.training.loop import fit
-from pruning.search.protocol import FineTune, FloatArray, Learn, digest_of
+from pruning.search.identity import draws_of
+from pruning.search.protocol import FineTune, FloatArray, Learn
 
 
 @dataclass(frozen=True)
@@ -119,4 +120,4 @@ class Trainer:
 
 def _name(prefix: str, request: FineTune | Learn) -> str:
     """A name for what a request leaves behind; the same request gives the same name."""
-    return f"{prefix}-{digest_of(request)[:12]}"
+    return f"{prefix}-{draws_of(request)}"

@@ -22,8 +22,8 @@ from pipeline.flow.environment import runtime_env
 from pipeline.flow.server import serving
 from pipeline.flow.worker_engines import open_engine
 from pipeline.report import final_table_markdown
+from pipeline.run.records import to_evaluation
 from pipeline.run.run import Run
-from pipeline.run.study import to_evaluation
 from pipeline.stages import STAGES, Facts, Stage
 from pipeline.surroundings import home
 

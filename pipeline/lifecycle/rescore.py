@@ -19,8 +19,8 @@ from device_profiles.wording import command
 from pipeline.errors import JournalError, UserError
 from pipeline.files import write_whole
 from pipeline.run.journal import Journal, Record, read_journal
+from pipeline.run.records import describe, to_candidate, to_dict, to_evaluation
 from pipeline.run.run import open_run_directory
-from pipeline.run.study import describe, to_candidate, to_dict, to_evaluation
 from pipeline.workloads.data.record import read as read_record
 from pruning.search.front import pareto_front
 from pruning.search.protocol import Candidate, Evaluation

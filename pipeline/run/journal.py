@@ -3,7 +3,8 @@
 Replaying the journal is resuming the run (``study.py``), delivering it is tracking (``tracking.py``), and re-scoring
 it is choosing another winner. A line carries its number and a checksum; a last line cut short by a crash is dropped on
 opening (that was the evaluation in flight), any other damage is an error, and so are lines that are missing, doubled or
-out of order. Journals of format 2 have no numbers; they are read and continued as they began.
+out of order. Journals of formats 2 and 3 are read; they cannot be continued, for their requests have other digests.
+Those of format 2 have no numbers.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from types import TracebackType
 from typing import Any
 
 from device_profiles.wording import command
-from pipeline.errors import JournalError
+from pipeline.errors import JournalError, UserError
 
-FORMAT, UNNUMBERED = 3, 2
+FORMAT, UNNUMBERED = 4, 2
+READABLE = (FORMAT, 3, UNNUMBERED)
+NOT_THERE = "nothing"
+"""What an option is said to be that one of two versions does not have."""
 Record = Mapping[str, Any]
 
 
@@ -34,15 +38,24 @@ class Journal:
         config_digest: which configuration it must have been written under.
         data: fingerprint of the data it must have been written about; empty = not asked.
         metrics: the accuracies that its candidates have, the one that counts first; a new journal writes them down.
+        options: of the search method, defaults included, which it must have been written under; None = not asked.
 
     Raises:
         JournalError: in use, damaged, of another run, configuration or data, or not writable.
+        UserError: an older version of Secateur began it, or this version's method would search with other options.
     """
 
     def __init__(
-        self, path: Path, run_id: str, config_digest: str, data: str = "", metrics: Sequence[str] = ()
+        self,
+        path: Path,
+        run_id: str,
+        config_digest: str,
+        data: str = "",
+        metrics: Sequence[str] = (),
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         self.path, self.metrics = path, tuple(dict.fromkeys(metrics))
+        self.options = None if options is None else json.loads(json.dumps(options))
         self.records: list[Record] = []
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,10 +80,11 @@ class Journal:
             os.ftruncate(self._fd, good)
         if not self.records:
             header = {"kind": "run", "format": FORMAT, "run_id": run_id, "config": config_digest}
-            told = {"data": data, "metrics": list(self.metrics)}
+            told = {"data": data, "metrics": list(self.metrics), "options": self.options}
             self.append({**header, **{name: value for name, value in told.items() if value}})
             return
         first = self.records[0]
+        require_format(self.path, first)
         if first.get("run_id") != run_id or first.get("config") != config_digest:
             raise JournalError(
                 f"{self.path} belongs to run {first.get('run_id')} with configuration {first.get('config')}, "
@@ -82,6 +96,18 @@ class Journal:
                 f"{self.path} was written about other data ({first['data']}) than {data}; restore the run directory's "
                 "own files, or start a new run with `secateur run`"
             )
+        self._require_options(first.get("options", {}))
+
+    def _require_options(self, recorded: Mapping[str, Any]) -> None:
+        if self.options is None:
+            return
+        for name in dict.fromkeys((*recorded, *self.options)):
+            before, now = (json.dumps(options.get(name, NOT_THERE)) for options in (recorded, self.options))
+            if before != now:
+                raise UserError(
+                    f"the run was begun with {before} for search.options.{name}, and this version of Secateur would "
+                    f"go on with {now}: a default has changed. {_anew(self.path)}"
+                )
 
     def append(self, record: Record) -> Record:
         """Write one record and wait until it is on disk; returns it as stored (with its time).
@@ -90,8 +116,7 @@ class Journal:
             JournalError: the disk is full or failing; the journal is left whole, without this record.
         """
         stored = {**record, "time": round(time.time(), 3)}
-        numbered = not self.records or self.records[0]["format"] != UNNUMBERED
-        line = _encode({"line": len(self.records) + 1, **stored} if numbered else stored)
+        line = _encode({"line": len(self.records) + 1, **stored})
         before = os.lseek(self._fd, 0, os.SEEK_END)
         try:
             written = 0
@@ -166,13 +191,31 @@ def _is_numbered(header: Record, path: Path) -> bool:
     Raises:
         JournalError: it is no first line, or of a format that this version does not know.
     """
-    if header.get("kind") == "run" and header.get("format") in (FORMAT, UNNUMBERED):
-        return bool(header["format"] == FORMAT)
+    if header.get("kind") == "run" and header.get("format") in READABLE:
+        return bool(header["format"] != UNNUMBERED)
     said = f"its first line is of kind {header.get('kind')!r}, format {header.get('format')!r}"
     raise JournalError(
         f"{path} is not a Secateur journal of format {FORMAT} ({said}); restore the file from a copy, or use a new run "
         "directory"
     )
+
+
+def require_format(path: Path, header: Record) -> None:
+    """See that a journal can be continued.
+
+    Raises:
+        UserError: an older version of Secateur began it.
+    """
+    if header["format"] != FORMAT:
+        raise UserError(
+            f"{path.parent} was begun by an older version of Secateur (its journal has format {header['format']}, this "
+            f"version continues format {FORMAT}) and cannot be continued. Its report stays as it is, and `secateur "
+            f"rescore` and `secateur finish` still read it. {_anew(path)}"
+        )
+
+
+def _anew(path: Path) -> str:
+    return f"Start it anew with: {command('secateur', 'run', path.parent / 'run.yaml')}"
 
 
 def _encode(record: Record) -> bytes:

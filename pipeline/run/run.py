@@ -7,6 +7,7 @@ import json
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,20 +22,20 @@ from device_profiles.cores import usable_cores
 from device_profiles.target import kind_of
 from device_profiles.wording import command
 from pipeline.config import trust
-from pipeline.config.schema import RunFile, parse_run_file
+from pipeline.config.schema import RunFile, method_options, parse_run_file
 from pipeline.devices.device import InTurn, RunDevice, meet
 from pipeline.devices.fleet import Device, Fleet, FleetProgress
-from pipeline.errors import SurroundingsError, UserError
+from pipeline.errors import JournalError, SurroundingsError, UserError
 from pipeline.evaluation.baseline import Baseline
 from pipeline.evaluation.evaluator import Evaluator, make_evaluator
 from pipeline.evaluation.worker_pool import Crew, Engine
 from pipeline.files import write_whole
 from pipeline.progress import ProgressView
-from pipeline.run.journal import Journal, Record
+from pipeline.run.journal import Journal, Record, read_journal, require_format
 from pipeline.run.opening import check_forward, make_strategy, open_workload, search_space
 from pipeline.run.origin import FOLDER, ORIGIN, check_tracked_at, origin_of
 from pipeline.run.preflight import examine
-from pipeline.run.study import to_evaluation
+from pipeline.run.records import to_evaluation
 from pipeline.run.widths import common_multiples
 from pipeline.surroundings import HOME, home, made
 from pipeline.tracking import Tracker
@@ -107,6 +108,7 @@ class Run:
     def __init__(self, directory: Path, progress: ProgressView) -> None:
         self.directory, self.progress = directory.absolute(), progress
         self.run_id, self.config = open_run_directory(directory)
+        check_format(self.directory / "journal.jsonl")
         trust.require(trust.code_in(self.config, self.directory / "run.yaml"))
         check_tracked_at(self.directory, self.config)
         require_tracking(self.config, home(), progress.say)
@@ -120,7 +122,9 @@ class Run:
             progress.say(f"Note: {note}")
         fingerprint = self.workload.fingerprint
         metrics = (self.workload.metric, self.workload.search_metric)
-        self.journal = Journal(self.directory / "journal.jsonl", self.run_id, self.config.digest, fingerprint, metrics)
+        options = asdict(method_options(self.config.search))
+        file = self.directory / "journal.jsonl"
+        self.journal = Journal(file, self.run_id, self.config.digest, fingerprint, metrics, options)
         self._leases: Mapping[str, Lease] = {}
         self._engine: Engine | None = None
         self._crew: Crew | None = None
@@ -307,6 +311,16 @@ def check_data(directory: Path, found: DataRecord) -> None:
             "kept from. Either restore the data as it was and resume again, or start a new run with "
             f"`{command('secateur', 'run', directory / 'run.yaml')}`"
         )
+
+
+def check_format(journal: Path) -> None:
+    """See that a journal, if there is one, can be continued; a damaged one counts, for its reader to say so.
+
+    Raises:
+        UserError: an older version of Secateur began it.
+    """
+    with contextlib.suppress(JournalError):
+        require_format(journal, read_journal(journal)[0])
 
 
 def has_begun(journal: Path) -> bool:

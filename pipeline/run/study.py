@@ -6,9 +6,7 @@ the same strategy again and answering from the journal until the journal ends.
 
 from __future__ import annotations
 
-import base64
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +16,7 @@ import numpy as np
 
 from pipeline.errors import JournalError
 from pipeline.run.journal import Journal, Record
-from pruning.plan import PruningPlan
+from pipeline.run.records import heading, heading_of_exact, pack, to_dict, to_evaluation, unpack
 from pruning.search.protocol import (
     Answer,
     Archive,
@@ -39,7 +37,6 @@ from pruning.search.protocol import (
     Score,
     Strategy,
     Time,
-    digest_of,
 )
 
 PATIENCE = 1000
@@ -156,24 +153,19 @@ class Study:
             case Learn():
                 return self._learn(request)
             case Score():
-                asked = {"kind": "score", "request": digest_of(request), "criterion": request.criterion}
-                return self._arrays(asked, lambda: self.oracle.score(request))
+                return self._arrays(request, lambda: self.oracle.score(request))
             case Distort():
-                asked = {"kind": "distort", "request": digest_of(request)}
-                return self._arrays(asked, lambda: self.oracle.distort(request))
+                return self._arrays(request, lambda: self.oracle.distort(request))
             case Probe():
-                asked = {"kind": "probe", "request": digest_of(request)}
-                return self._arrays(asked, lambda: {"": self.oracle.probe(request)})[""]
+                return self._arrays(request, lambda: {"": self.oracle.probe(request)})[""]
             case Time():
-                asked = {"kind": "time", "request": digest_of(request)}
-                return self._arrays(asked, lambda: {"": self.oracle.time(request)})[""]
+                return self._arrays(request, lambda: {"": self.oracle.time(request)})[""]
             case Predict():
-                return self._arrays({"kind": "predict"}, lambda: self.oracle.predict(request))
+                return self._arrays(request, lambda: self.oracle.predict(request))
 
     def evaluate(self, candidate: Candidate, latency: bool, floor: float | None = None) -> Evaluation:
         """One candidate's evaluation, journalled before it is returned."""
-        asked = {"kind": "evaluation", "latency": latency, "candidate": describe(candidate)}
-        replayed = bool(self._replay)
+        asked, replayed = heading(Evaluate((candidate,), latency)), bool(self._replay)
         record = self._record(asked, lambda: {"evaluation": to_dict(self.oracle.evaluate(candidate, latency, floor))})
         self.spent["evaluations"] += 1
         evaluation = to_evaluation(record["evaluation"])
@@ -185,8 +177,8 @@ class Study:
 
     def exact(self, candidate: Candidate) -> Evaluation:
         """The accuracy of a candidate met before, in float32, journalled before it is returned; nobody is notified."""
-        asked = {"kind": "exact", "candidate": describe(candidate)}
-        return to_evaluation(self._record(asked, lambda: {"exact": to_dict(self.oracle.exact(candidate))})["exact"])
+        record = self._record(heading_of_exact(candidate), lambda: {"exact": to_dict(self.oracle.exact(candidate))})
+        return to_evaluation(record["exact"])
 
     def finetune(self, request: FineTune) -> FineTuned:
         """One candidate trained and evaluated, journalled before it is returned."""
@@ -197,9 +189,7 @@ class Study:
             return {"base": answer.base, "checkpoint": dict(checkpoint), "evaluation": evaluation}
 
         candidate, replayed = request.candidate, bool(self._replay)
-        told = {"epochs": request.epochs, "part": list(request.part), "write_back": request.write_back}
-        asked = {"kind": "finetune", **told, "distill": request.distill, "latency": request.latency}
-        record = self._record({**asked, "candidate": describe(candidate)}, train, request)
+        record = self._record(heading(request), train, request)
         self.spent["evaluations"] += 1
         self.spent["epochs"] += request.epochs
         tuned = FineTuned(record["base"], to_evaluation(record["evaluation"]))
@@ -216,15 +206,12 @@ class Study:
             facts = {"base": answer.base, "checkpoint": dict(checkpoint), "evaluation": to_dict(answer.evaluation)}
             return {**facts, "scores": pack(answer.scores)}
 
-        asked = {"kind": "learn", "learning": request.kind, "epochs": request.epochs, "base_of": request.base}
-        record = self._record({**asked, "options": dict(request.options)}, train, request)
+        record = self._record(heading(request), train, request)
         self.spent["epochs"] += request.epochs
         return Learned(record["base"], unpack(record["scores"]), to_evaluation(record["evaluation"]))
 
-    def _arrays(
-        self, asked: Mapping[str, Any], ask: Callable[[], Mapping[str, np.ndarray]]
-    ) -> Mapping[str, np.ndarray]:
-        return unpack(self._record(asked, lambda: {"scores": pack(ask())})["scores"])
+    def _arrays(self, request: Request, ask: Callable[[], Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
+        return unpack(self._record(heading(request), lambda: {"scores": pack(ask())})["scores"])
 
     def _evaluate_within(self, candidate: Candidate, latency: bool, floor: float | None) -> Evaluation:
         """An evaluation, if the budget has one left."""
@@ -281,12 +268,12 @@ class Study:
         if not self._replay:
             return None
         record = self._replay.popleft()
-        differing = [key for key, value in asked.items() if record.get(key) != value]
-        if differing:
+        if any(record.get(key) != asked[key] for key in ("kind", "request")):
+            differing = [key for key, value in asked.items() if key != "request" and record.get(key) != value]
             raise JournalError(
                 f"{self.journal.path}: the recorded search and this one part at {asked['kind']} "
-                f"{asked.get('candidate', {}).get('id', '')}: {', '.join(differing)} differ. The journal is of "
-                "another version of Secateur, of the data or of the model; start a new run"
+                f"{asked.get('candidate', {}).get('id', '')}: {', '.join(differing) or 'what is asked'} differs. The "
+                "journal is of another version of Secateur, of the data or of the model; start a new run"
             )
         return record
 
@@ -305,57 +292,3 @@ def work_of(request: Request) -> str:
         case Predict():
             return "model the latency"
     return ""
-
-
-def request_of(record: Record) -> FineTune | Learn:
-    """The request that a record of a training answers."""
-    if record["kind"] == "learn":
-        return Learn(record["learning"], record["epochs"], record["base_of"], record["options"])
-    start, end = record["part"]
-    more = {name: record[name] for name in ("write_back", "distill", "latency")}
-    return FineTune(to_candidate(record["candidate"]), record["epochs"], (start, end), **more)
-
-
-def pack(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Arrays as JSON: shape, and zlib-compressed float32 in base64."""
-    return {
-        name: [list(array.shape), base64.b64encode(zlib.compress(array.astype("<f4").tobytes())).decode()]
-        for name, array in arrays.items()
-    }
-
-
-def unpack(data: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The inverse of ``pack``, as float64."""
-    return {
-        name: np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype="<f4").reshape(shape).astype(np.float64)
-        for name, (shape, text) in data.items()
-    }
-
-
-def describe(candidate: Candidate) -> dict[str, Any]:
-    """A candidate as JSON; ``plan`` is the text of ``PruningPlan.to_json``."""
-    return {
-        "id": candidate.id,
-        "plan": candidate.plan.to_json(),
-        "digest": candidate.plan.digest,
-        "origin": candidate.origin,
-        "parents": list(candidate.parents),
-        "base": candidate.base,
-    }
-
-
-def to_candidate(data: Mapping[str, Any]) -> Candidate:
-    """The inverse of ``describe``."""
-    plan = PruningPlan.from_json(data["plan"])
-    return Candidate(data["id"], plan, data["origin"], tuple(data["parents"]), data["base"])
-
-
-def to_dict(evaluation: Evaluation) -> dict[str, Any]:
-    """An evaluation as JSON; the forward pass where it is known."""
-    data = {"status": evaluation.status, "reason": evaluation.reason, "metrics": dict(evaluation.metrics)}
-    return {**data, "forward": evaluation.forward} if evaluation.forward else data
-
-
-def to_evaluation(data: Mapping[str, Any]) -> Evaluation:
-    """The inverse of ``to_dict``."""
-    return Evaluation(data["status"], data["reason"], data["metrics"], data.get("forward", ""))

@@ -40,8 +40,9 @@ from pipeline.report import write_report
 from pipeline.run.opening import trace_network
 from pipeline.run.proof import facts_of, prove
 from pipeline.run.ranking import rank_exactly
+from pipeline.run.records import describe, request_of, to_candidate, to_dict, to_evaluation
 from pipeline.run.run import Run
-from pipeline.run.study import Study, describe, request_of, to_candidate, to_dict, to_evaluation
+from pipeline.run.study import Study
 from pipeline.surroundings import home
 from pipeline.tracking import shown
 from pipeline.tracking.registry import MAX_TAG

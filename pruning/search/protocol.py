@@ -11,7 +11,6 @@ dataclass) are its options, and ``search(problem, options)`` is the generator.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -311,8 +310,3 @@ class Problem:
 
 
 Strategy = Generator[Request, Answer, Archive]
-
-
-def digest_of(request: Request) -> str:
-    """16 hexadecimal digits that name a request's content."""
-    return hashlib.sha256(repr(request).encode()).hexdigest()[:16]

@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_limits
 from device_profiles.latency_model import MIN_SAMPLES, LatencyModel, Sample, choose, layer_times, sample_of
 from device_profiles.layers import LayerTable
 from device_profiles.measure import Node
-from pipeline.run.study import pack, unpack
+from pipeline.run.records import pack, unpack
 from tests.device_profiles.layered import Network, mobile, node_of, nodes_of, plain, table_of
 
 NETWORKS = {"plain": plain, "mobile": mobile}

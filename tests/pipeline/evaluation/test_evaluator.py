@@ -18,7 +18,7 @@ from pipeline.evaluation.accuracy import recalibrate
 from pipeline.evaluation.baseline import Baseline
 from pipeline.evaluation.evaluator import Evaluator, make_evaluator
 from pipeline.evaluation.inference import FORWARDS, PLAIN
-from pipeline.run.study import to_dict, to_evaluation
+from pipeline.run.records import to_dict, to_evaluation
 from pruning.channels import ChannelGraph
 from pruning.cost import count
 from pruning.plan import PruningPlan

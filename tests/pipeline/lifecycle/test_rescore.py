@@ -16,7 +16,7 @@ from pipeline.cli.app import app
 from pipeline.errors import JournalError, UserError
 from pipeline.lifecycle.rescore import front_rows, rescore, write_ranking
 from pipeline.run.journal import Journal
-from pipeline.run.study import describe
+from pipeline.run.records import describe
 from pruning.plan import ChannelGroup, PruningPlan
 from pruning.search.protocol import Candidate
 from tests.pipeline.helpers import tiny_config

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import JournalError
+from pipeline.errors import JournalError, UserError
 from pipeline.run.journal import Journal, read_journal
 
 
@@ -94,18 +94,38 @@ def test_the_message_names_the_first_line_that_is_wrong(tmp_path: Path) -> None:
         read_journal(file)
 
 
-def test_a_journal_of_an_earlier_version_is_read_and_continued_without_numbers(tmp_path: Path) -> None:
-    def line(record: dict[str, object]) -> bytes:
-        body = json.dumps(record, separators=(",", ":"))
-        return f'{body[:-1]},"crc":{zlib.crc32(body.encode())}}}\n'.encode()
+def lines_of(*records: dict[str, object]) -> bytes:
+    """Lines as they were written before they had numbers."""
+    bodies = [json.dumps(record, separators=(",", ":")) for record in records]
+    return b"".join(f'{body[:-1]},"crc":{zlib.crc32(body.encode())}}}\n'.encode() for body in bodies)
 
+
+@pytest.mark.parametrize(("number", "numbered"), [(2, False), (3, True)])
+def test_a_journal_of_an_earlier_version_is_read_and_not_continued(tmp_path: Path, number: int, numbered: bool) -> None:
+    records: list[dict[str, object]] = [
+        {"kind": "run", "format": number, "run_id": "run-1", "config": "abc", "time": 1.0},
+        {"kind": "evaluation", "value": 0.5, "time": 2.0},
+    ]
+    if numbered:
+        records = [{"line": i, **record} for i, record in enumerate(records, start=1)]
     file = tmp_path / "journal.jsonl"
-    header = {"kind": "run", "format": 2, "run_id": "run-1", "config": "abc", "time": 1.0}
-    file.write_bytes(line(header) + line({"kind": "evaluation", "value": 0.5, "time": 2.0}))
-    with journal(tmp_path) as opened:
-        opened.append({"kind": "evaluation", "value": 0.25})
-    assert values(tmp_path) == [0.5, 0.25]
-    assert [r.get("value") for r in read_journal(file)] == [None, 0.5, 0.25]
+    file.write_bytes(lines_of(*records))
+    assert [r.get("value") for r in read_journal(file)] == [None, 0.5]
+    with pytest.raises(UserError, match=r"older version of Secateur.*format \d.*secateur run .*run\.yaml"):
+        journal(tmp_path)
+    assert [r.get("value") for r in read_journal(file)] == [None, 0.5]
+
+
+def test_a_run_is_not_continued_under_other_options_than_it_was_begun_with(tmp_path: Path) -> None:
+    def opened(**options: object) -> Journal:
+        return Journal(tmp_path / "journal.jsonl", "run-1", "abc", options=options)
+
+    opened(population=8, operators=("swap", "drop")).close()
+    opened(population=8, operators=("swap", "drop")).close()
+    with pytest.raises(UserError, match=r"begun with 8 for search\.options\.population.*go on with 16.*secateur run"):
+        opened(population=16, operators=("swap", "drop"))
+    with pytest.raises(UserError, match=r'begun with "nothing" for search\.options\.patience.*go on with 3'):
+        opened(population=8, operators=("swap", "drop"), patience=3)
 
 
 DEEP = b"[" * 10_000 + b"]" * 10_000

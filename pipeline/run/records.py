@@ -1,0 +1,97 @@
+"""The codec of a journal's records: requests, candidates, evaluations and arrays as JSON, and back.
+
+A record says which request it answers (``request``, the digest of its identity), what of it is worth reading, and the
+answer. Records of formats 2 and 3 have another ``request`` or none; everything else in them is read in the same way.
+"""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from pipeline.run.journal import Record
+from pruning.plan import PruningPlan
+from pruning.search.identity import KINDS, digest_of
+from pruning.search.protocol import Candidate, Evaluate, Evaluation, FineTune, Learn, Request, Score
+
+
+def heading(request: Request) -> dict[str, Any]:
+    """What a record says of the request that it answers: its kind, its identity, and what is worth reading."""
+    return {"kind": KINDS[type(request)], "request": digest_of(request), **_told(request)}
+
+
+def heading_of_exact(candidate: Candidate) -> dict[str, Any]:
+    """The same, of a candidate's accuracy in float32, which no request of a strategy's asks for."""
+    return {"kind": "exact", "request": digest_of(Evaluate((candidate,))), "candidate": describe(candidate)}
+
+
+def _told(request: Request) -> dict[str, Any]:
+    match request:
+        case Evaluate((candidate,), latency):
+            return {"latency": latency, "candidate": describe(candidate)}
+        case FineTune(candidate, epochs, part, write_back, distill, latency):
+            told = {"epochs": epochs, "part": list(part), "write_back": write_back, "distill": distill}
+            return {**told, "latency": latency, "candidate": describe(candidate)}
+        case Learn(kind, epochs, base, options):
+            return {"learning": kind, "epochs": epochs, "base_of": base, "options": dict(options)}
+        case Score(criterion):
+            return {"criterion": criterion}
+    return {}
+
+
+def request_of(record: Record) -> FineTune | Learn:
+    """The request that a record of a training answers."""
+    if record["kind"] == "learn":
+        return Learn(record["learning"], record["epochs"], record["base_of"], record["options"])
+    start, end = record["part"]
+    more = {name: record[name] for name in ("write_back", "distill", "latency")}
+    return FineTune(to_candidate(record["candidate"]), record["epochs"], (start, end), **more)
+
+
+def pack(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Arrays as JSON: shape, and zlib-compressed float32 in base64."""
+    return {
+        name: [list(array.shape), base64.b64encode(zlib.compress(array.astype("<f4").tobytes())).decode()]
+        for name, array in arrays.items()
+    }
+
+
+def unpack(data: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The inverse of ``pack``, as float64."""
+    return {
+        name: np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype="<f4").reshape(shape).astype(np.float64)
+        for name, (shape, text) in data.items()
+    }
+
+
+def describe(candidate: Candidate) -> dict[str, Any]:
+    """A candidate as JSON; ``plan`` is the text of ``PruningPlan.to_json``."""
+    return {
+        "id": candidate.id,
+        "plan": candidate.plan.to_json(),
+        "digest": candidate.plan.digest,
+        "origin": candidate.origin,
+        "parents": list(candidate.parents),
+        "base": candidate.base,
+    }
+
+
+def to_candidate(data: Mapping[str, Any]) -> Candidate:
+    """The inverse of ``describe``."""
+    plan = PruningPlan.from_json(data["plan"])
+    return Candidate(data["id"], plan, data["origin"], tuple(data["parents"]), data["base"])
+
+
+def to_dict(evaluation: Evaluation) -> dict[str, Any]:
+    """An evaluation as JSON; the forward pass where it is known."""
+    data = {"status": evaluation.status, "reason": evaluation.reason, "metrics": dict(evaluation.metrics)}
+    return {**data, "forward": evaluation.forward} if evaluation.forward else data
+
+
+def to_evaluation(data: Mapping[str, Any]) -> Evaluation:
+    """The inverse of ``to_dict``."""
+    return Evaluation(data["status"], data["reason"], data["metrics"], data.get("forward", ""))

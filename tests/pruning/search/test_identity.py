@@ -1,0 +1,109 @@
+"""What a request is known by stays what it is, however classes are called and whatever fields they get."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pruning.plan import ChannelGroup, PruningPlan
+from pruning.search import identity as identities
+from pruning.search.identity import FIRST_TEXTS, KINDS, digest_of, draws_of, identity
+from pruning.search.protocol import (
+    Candidate,
+    Distort,
+    Evaluate,
+    FineTune,
+    Learn,
+    Predict,
+    Probe,
+    Request,
+    Score,
+    Time,
+)
+
+FULL = PruningPlan.full((ChannelGroup("a", 4), ChannelGroup("b", 6)))
+HALF = FULL.replace({"a": range(2)})
+ONE = Candidate(3, HALF, "mutation", (1, 2), "1-tuned")
+REQUESTS: tuple[tuple[Request, str], ...] = (
+    (Evaluate((Candidate(0, HALF, "init"),)), "evaluation"),
+    (FineTune(ONE, 2.0, (0.25, 0.5), write_back=True), "finetune"),
+    (Learn("indicators", 3.0, options={"target": 0.5}), "learn"),
+    (Score("l1", "learned", HALF, {"images": 5}), "score"),
+    (Probe((FULL, HALF)), "probe"),
+    (Distort(FULL, ({"a": (0, 1)},)), "distort"),
+    (Time((FULL,)), "time"),
+    (Predict(), "predict"),
+)
+
+
+def test_identities_are_these_for_ever() -> None:
+    """A changed line here invalidates every run: raise the journal's format with it."""
+    said = [identity(request) for request, _ in REQUESTS]
+    half, full = HALF.digest, FULL.digest
+    assert said == [
+        f'{{"kind":"evaluation","request":{{"candidates":[{{"id":0,"origin":"init","plan":"{half}"}}]}}}}',
+        '{"kind":"finetune","request":{"candidate":{"base":"1-tuned","id":3,"origin":"mutation","parents":[1,2],'
+        f'"plan":"{half}"}},"epochs":2,"part":[0.25,0.5],"write_back":true}}}}',
+        '{"kind":"learn","request":{"epochs":3,"kind":"indicators","options":{"target":0.5}}}',
+        f'{{"kind":"score","request":{{"base":"learned","criterion":"l1","options":{{"images":5}},"plan":"{half}"}}}}',
+        f'{{"kind":"probe","request":{{"plans":["{full}","{half}"]}}}}',
+        f'{{"kind":"distort","request":{{"plan":"{full}","removed":[{{"a":[0,1]}}]}}}}',
+        f'{{"kind":"time","request":{{"plans":["{full}"]}}}}',
+        '{"kind":"predict","request":{}}',
+    ]
+    assert [json.loads(text)["kind"] for text in said] == [kind for _, kind in REQUESTS]
+    assert set(KINDS) == {type(request) for request, _ in REQUESTS}
+
+
+def test_one_meaning_has_one_identity() -> None:
+    by = {"x": 1, "y": 0.5}
+    turned = dict(reversed(by.items()))
+    assert identity(Learn("a", 1, options=by)) == identity(Learn("a", 1.0, options=turned))
+    assert identity(Learn("a", np.float64(0.1))) == identity(Learn("a", 0.1))  # type: ignore[arg-type]
+    assert identity(Probe([FULL], images=None)) == identity(Probe((FULL,)))  # type: ignore[arg-type]
+    others = [Learn("a", 0.1), Learn("a", 0.2), Learn("b", 0.1), Learn("a", 0.1, "base"), Learn("a", float("inf"))]
+    assert len({digest_of(request) for request in others}) == len(others)
+
+
+def test_arrays_stand_as_digests_and_what_has_no_canonical_form_is_refused() -> None:
+    def with_array(values: Any) -> Learn:
+        return Learn("a", 1.0, options={"values": values})
+
+    same = {digest_of(with_array(np.array([1.0, 2.0]))), digest_of(with_array(np.array([1.0, 2.0, 3.0])[:2]))}
+    assert len(same) == 1
+    assert digest_of(with_array(np.array([1.0, 2.5]))) not in same
+    with pytest.raises(TypeError, match="no canonical form"):
+        identity(with_array(object()))
+
+
+@dataclass(frozen=True)
+class TrainToLearn:
+    """``Learn`` renamed, with a field more."""
+
+    kind: str
+    epochs: float
+    base: str = ""
+    options: Mapping[str, float | str] = field(default_factory=dict)
+    warm: bool = False
+
+
+def test_a_new_field_and_another_name_change_neither_identity_nor_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identities, "KINDS", {**KINDS, TrainToLearn: "learn"})
+    monkeypatch.setattr(identities, "FIRST_TEXTS", {**FIRST_TEXTS, TrainToLearn: FIRST_TEXTS[Learn]})
+    old, new = Learn("shared", 2.0, options={"x": 1.0}), TrainToLearn("shared", 2.0, options={"x": 1.0})
+    warm: Any = TrainToLearn("shared", 2.0, options={"x": 1.0}, warm=True)
+    assert identity(new) == identity(old) != identity(warm)  # type: ignore[arg-type]
+    assert draws_of(new) == draws_of(old) != draws_of(warm)  # type: ignore[arg-type]
+
+
+def test_draws_are_those_of_the_first_versions() -> None:
+    """They were made from the requests' ``repr``: saliencies look at the same images as ever."""
+    for request in (request for request, _ in REQUESTS if isinstance(request, FineTune | Learn | Score | Distort)):
+        assert draws_of(request) == hashlib.sha256(repr(request).encode()).hexdigest()[:12]
+    assert draws_of(Score("taylor", plan=HALF)) == "4e758b08c399"
