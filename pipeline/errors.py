@@ -28,6 +28,10 @@ class UserError(ValueError):
     """The user's input cannot work as it stands; the message names the fix."""
 
 
+class OlderRunError(UserError):
+    """Another version of Secateur began the run, and this one would go on with it in another way."""
+
+
 class VersionError(UserError):
     """A registered version holds what none of ours can: it cannot be used, and asking again changes nothing."""
 

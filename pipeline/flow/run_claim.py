@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from pipeline.config.schema import RunFile
-from pipeline.errors import JournalError, SurroundingsError, UserError
+from pipeline.errors import JournalError, OlderRunError, SurroundingsError, UserError
 from pipeline.files import write_whole
 from pipeline.run.run import create_run_directory
 from pipeline.surroundings import home
@@ -87,7 +87,7 @@ def take(
         for directory, binding in unfinished:
             try:
                 return _continued(directory, binding, flow_run, opened)
-            except JournalError as error:
+            except (JournalError, OlderRunError) as error:
                 say(f"Not continued: {error}")
         directory = create_run_directory(config)
         _write(directory, Binding(deployment, config.digest, (flow_run,)))

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from device_profiles.wording import command
-from pipeline.errors import JournalError, UserError
+from pipeline.errors import JournalError, OlderRunError
 
 FORMAT, UNNUMBERED = 4, 2
 READABLE = (FORMAT, 3, UNNUMBERED)
@@ -42,7 +42,7 @@ class Journal:
 
     Raises:
         JournalError: in use, damaged, of another run, configuration or data, or not writable.
-        UserError: an older version of Secateur began it, or this version's method would search with other options.
+        OlderRunError: an older version of Secateur began it, or this version's method would search with other options.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Journal:
         for name in dict.fromkeys((*recorded, *self.options)):
             before, now = (json.dumps(options.get(name, NOT_THERE)) for options in (recorded, self.options))
             if before != now:
-                raise UserError(
+                raise OlderRunError(
                     f"the run was begun with {before} for search.options.{name}, and this version of Secateur would "
                     f"go on with {now}: a default has changed. {_anew(self.path)}"
                 )
@@ -204,10 +204,10 @@ def require_format(path: Path, header: Record) -> None:
     """See that a journal can be continued.
 
     Raises:
-        UserError: an older version of Secateur began it.
+        OlderRunError: it was begun by an older version of Secateur.
     """
     if header["format"] != FORMAT:
-        raise UserError(
+        raise OlderRunError(
             f"{path.parent} was begun by an older version of Secateur (its journal has format {header['format']}, this "
             f"version continues format {FORMAT}) and cannot be continued. Its report stays as it is, and `secateur "
             f"rescore` and `secateur finish` still read it. {_anew(path)}"

@@ -101,6 +101,7 @@ class Run:
 
     Raises:
         UserError: something that the run file asks for is not possible; lists everything (``preflight``).
+        OlderRunError: another version of Secateur began the run, and this one would go on in another way.
         TrackingError: a tracking server that is required does not answer.
         JournalError: the journal is damaged, foreign or in use.
     """
@@ -317,7 +318,7 @@ def check_format(journal: Path) -> None:
     """See that a journal, if there is one, can be continued; a damaged one counts, for its reader to say so.
 
     Raises:
-        UserError: an older version of Secateur began it.
+        OlderRunError: it was begun by an older version of Secateur.
     """
     with contextlib.suppress(JournalError):
         require_format(journal, read_journal(journal)[0])
