@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks._output import Figure, parser, present
 from device_profiles import load_profile, open_target
-from pipeline.config.schema import load_run_file
+from pipeline.config.reading import load_run_file
 from pipeline.devices.fleet import Device, Fleet
 from pipeline.evaluation.baseline import Baseline
 from pipeline.evaluation.evaluator import make_evaluator

@@ -60,7 +60,7 @@ def run(
 
     Example: secateur run pipeline/runs/digits.yaml --set search.target.macs_ratio=0.5
     """
-    from pipeline.config.schema import load_run_file
+    from pipeline.config.reading import load_run_file
 
     config = load_run_file(file, set_ or [])
     trust_cli.consent(config, file, trust)
@@ -128,7 +128,7 @@ def rescore_(
 
     Example: secateur rescore .secateur/runs/digits-... --reward mnasnet --set target_ratio=0.7
     """
-    from pipeline.config.schema import reward_options
+    from pipeline.config.reading import reward_options
     from pipeline.lifecycle.rescore import mixed, rescore, shown, write_ranking
 
     options = reward_options(reward, set_ or [])
@@ -187,7 +187,7 @@ def _listing(what: str) -> dict[str, str]:
 
             return METHODS.descriptions()
         case "workloads":
-            from pipeline.config.schema import WORKLOADS
+            from pipeline.config.choices import WORKLOADS
 
             return WORKLOADS.descriptions()
         case "devices":

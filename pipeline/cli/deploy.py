@@ -33,7 +33,7 @@ def deploy(
     from pipeline.flow import runtime_env
 
     runtime_env(debug=debug)
-    from pipeline.config.schema import load_run_file
+    from pipeline.config.reading import load_run_file
 
     consent(load_run_file(file, set_ or ()), file, trust)
     from pipeline.flow.deployments import Order, deploy

@@ -89,7 +89,7 @@ def asker(given: bool) -> Callable[[Found], bool]:
 
 def _code_below(folder: Path) -> list[Found]:
     """What names code in the files of a folder; those that are neither run file nor profile are passed over."""
-    from pipeline.config.schema import load_run_file
+    from pipeline.config.reading import load_run_file
     from pipeline.config.trust import code_in, code_of_profile
     from pipeline.run.origin import ORIGIN
     from pipeline.run.run import open_run_directory

@@ -13,7 +13,7 @@ from pipeline.errors import EXIT_USER, UserError, masked
 from pipeline.terminal import err, one_line, out, table
 
 if TYPE_CHECKING:
-    from pipeline.config.schema import Fault
+    from pipeline.config.faults import Fault
     from pipeline.run.estimate import Estimate
     from pipeline.run.preflight import Preflight
     from pipeline.workloads import DataSummary
@@ -42,7 +42,8 @@ def validate(
 
     Example: secateur validate flowers.yaml --set search.target.macs_ratio=0.5
     """
-    from pipeline.config.schema import Fault, FaultsError, load_run_file
+    from pipeline.config.faults import Fault, FaultsError
+    from pipeline.config.reading import load_run_file
 
     try:
         config = load_run_file(file, set_ or [])

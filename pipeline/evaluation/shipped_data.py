@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.config.schema import workload_options
+from pipeline.config.choices import workload_options
 from pipeline.errors import UserError
 from pipeline.files import write_whole
 from pipeline.workloads import Split, Workload

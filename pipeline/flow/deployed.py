@@ -29,7 +29,8 @@ from device_profiles import DeviceError, DeviceProfile
 from export.errors import ExportError
 from pipeline import children, foreign
 from pipeline.config import trust
-from pipeline.config.schema import TrackingSection, load_run_file
+from pipeline.config.reading import load_run_file
+from pipeline.config.schema import TrackingSection
 from pipeline.devices.device import InTurn
 from pipeline.errors import SurroundingsError, TrackingError, UserError
 from pipeline.flow import run_claim as adopt

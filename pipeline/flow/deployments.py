@@ -11,7 +11,8 @@ from device_profiles import DeviceProfile
 from device_profiles.wording import command
 from pipeline.config import trust
 from pipeline.config.consents import written
-from pipeline.config.schema import RunFile, load_run_file
+from pipeline.config.reading import load_run_file
+from pipeline.config.schema import RunFile
 from pipeline.errors import SurroundingsError, UserError
 from pipeline.flow.device_lease import limit_name, make_limit
 from pipeline.flow.parameters import Compress, Parameters, Profile, Promote

@@ -26,7 +26,8 @@ from export.errors import ExportError
 from export.verify import predict, rehearse
 from pipeline.config import trust
 from pipeline.config.consents import Found
-from pipeline.config.schema import GateSection, RunFile, parse_run_file
+from pipeline.config.reading import parse_run_file
+from pipeline.config.schema import GateSection, RunFile
 from pipeline.errors import UserError, VersionError
 from pipeline.files import write_whole
 from pipeline.progress import ProgressView, Silent

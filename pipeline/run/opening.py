@@ -18,7 +18,9 @@ from device_profiles.calibration import load as load_probe
 from device_profiles.errors import DeviceError
 from device_profiles.profile import DeviceProfile, Multiples, load_profile
 from device_profiles.target import require_complete
-from pipeline.config.schema import Fault, FaultsError, RunFile, method_options
+from pipeline.config.choices import method_options
+from pipeline.config.faults import Fault, FaultsError
+from pipeline.config.schema import RunFile
 from pipeline.errors import UserError
 from pipeline.evaluation.shipped_data import open_section
 from pipeline.run.widths import common_multiples, group_multiples

@@ -14,7 +14,8 @@ from typing import TypeVar
 import torch
 
 from device_profiles.profile import DeviceProfile
-from pipeline.config.schema import ExportSection, Fault, FaultsError, RunFile, SearchSection
+from pipeline.config.faults import Fault, FaultsError
+from pipeline.config.schema import ExportSection, RunFile, SearchSection
 from pipeline.errors import UserError
 from pipeline.run.opening import (
     check_forward,

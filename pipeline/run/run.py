@@ -22,7 +22,9 @@ from device_profiles.cores import usable_cores
 from device_profiles.target import kind_of
 from device_profiles.wording import command
 from pipeline.config import trust
-from pipeline.config.schema import RunFile, method_options, parse_run_file
+from pipeline.config.choices import method_options
+from pipeline.config.reading import parse_run_file
+from pipeline.config.schema import RunFile
 from pipeline.devices.device import InTurn, RunDevice, meet
 from pipeline.devices.fleet import Device, Fleet, FleetProgress
 from pipeline.errors import JournalError, SurroundingsError, UserError

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from device_profiles import load_profile
 from pipeline.cli.app import app
-from pipeline.config.schema import parse_run_file
+from pipeline.config.reading import parse_run_file
 from tests.pipeline.helpers import merged
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from pipeline.config.schema import RunFile, parse_run_file
+from pipeline.config.reading import parse_run_file
+from pipeline.config.schema import RunFile
 from pipeline.workloads import classification
 
 QUICK_DEVICE = {

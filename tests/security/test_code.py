@@ -20,7 +20,7 @@ from device_profiles import load_profile
 from pipeline.cli import app as cli
 from pipeline.cli import registry as registry_cli
 from pipeline.config import consents, trust
-from pipeline.config.schema import load_run_file
+from pipeline.config.reading import load_run_file
 from pipeline.errors import EXIT_GATE, EXIT_USER, UserError
 from pipeline.lifecycle import promotion
 from pipeline.tracking import Registry

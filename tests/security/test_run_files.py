@@ -14,7 +14,7 @@ import yaml
 
 from device_profiles import DeviceError, load_profile, plain_yaml
 from device_profiles.settle import settle
-from pipeline.config.schema import load_run_file, parse_run_file
+from pipeline.config.reading import load_run_file, parse_run_file
 from pipeline.errors import UserError
 from pipeline.run.opening import device_profile, open_workload
 from tests.pipeline.helpers import TINY, merged

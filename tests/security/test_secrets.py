@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config.schema import parse_run_file
+from pipeline.config.reading import parse_run_file
 from pipeline.errors import UserError
 from tests import servers
 from tests.pipeline.helpers import TINY, merged, write_tiny

@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.cli.texts import harmless, make_logs_harmless
-from pipeline.config.schema import has_password, parse_run_file
+from pipeline.config.reading import parse_run_file
+from pipeline.config.schema import has_password
 from pipeline.errors import UserError, is_secret, masked
 from pipeline.terminal import Terminal
 from tests.pipeline.helpers import TINY, merged

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from pipeline.config.schema import Section, known
+from pipeline.config.faults import known
+from pipeline.config.schema import Section
 from pipeline.errors import UserError
 from pipeline.workloads import ClassCount, DataSummary, Split
 from pipeline.workloads.classification.losses import distillation_loss

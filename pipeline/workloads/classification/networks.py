@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.config.schema import known
+from pipeline.config.faults import known
 from pipeline.errors import UserError
 
 

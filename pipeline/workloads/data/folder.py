@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config.schema import known
+from pipeline.config.faults import known
 from pipeline.errors import UserError
 from pipeline.workloads.data.content import Damaged, Reading, Seen, look, without_damaged
 from pipeline.workloads.data.decode import SUFFIXES

@@ -44,7 +44,7 @@ import numpy as np
 import numpy.typing as npt
 
 from device_profiles.cores import usable_cores
-from pipeline.config.schema import known
+from pipeline.config.faults import known
 from pipeline.errors import UserError
 from pipeline.workloads.data import record, splits
 from pipeline.workloads.data.content import Damaged, Reading, Seen, look, read_file, without_damaged

@@ -10,7 +10,7 @@ from typing import NoReturn, cast
 from xml.etree import ElementTree
 from xml.parsers import expat
 
-from pipeline.config.schema import known
+from pipeline.config.faults import known
 from pipeline.errors import UserError
 from pipeline.workloads.data import splits
 from pipeline.workloads.data.content import Damaged, Reading

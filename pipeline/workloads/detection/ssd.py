@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torchvision.ops import nms
 
 from pipeline.config import trust
-from pipeline.config.schema import known
+from pipeline.config.faults import known
 from pipeline.errors import UserError
 
 Scores = Literal["softmax", "sigmoid"]

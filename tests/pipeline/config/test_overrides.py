@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from pipeline.config.schema import parse_run_file
+from pipeline.config.reading import parse_run_file
 from pipeline.errors import UserError
 from tests.pipeline.helpers import TINY
 

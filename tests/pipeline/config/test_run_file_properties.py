@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from device_profiles import plain_yaml
 from device_profiles.settle import schema_of, settle
-from pipeline.config.schema import WORKLOADS, RunFile, Section, parse_run_file, reward_options
+from pipeline.config.choices import WORKLOADS, reward_model
+from pipeline.config.reading import parse_run_file, reward_options
+from pipeline.config.schema import RunFile
 from pipeline.errors import UserError
 from pruning.search import METHODS, reward
 from tests.tools import schemas
@@ -56,12 +58,6 @@ def every_number() -> Iterator[tuple[str, str, str]]:
         yield from of(METHODS.load(name).Options, "search.options", head(method=name))
     for name in PRESETS:
         yield from of(reward_model(name), "reward.options", head(preset=name))
-
-
-def reward_model(preset: str) -> type[Section]:
-    from pipeline.config.schema import _reward_model
-
-    return _reward_model(preset)
 
 
 NUMBERS = list(dict.fromkeys(every_number()))

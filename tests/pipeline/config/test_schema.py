@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import pipeline.runs
-from pipeline.config.schema import load_run_file, parse_run_file
+from pipeline.config.reading import load_run_file, parse_run_file
 from pipeline.errors import UserError
 from tests.pipeline.helpers import TINY
 

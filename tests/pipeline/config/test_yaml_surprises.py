@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from device_profiles import plain_yaml
-from pipeline.config.schema import RunFile, parse_run_file, reward_options
+from pipeline.config.reading import parse_run_file, reward_options
+from pipeline.config.schema import RunFile
 from pipeline.errors import UserError
 from tests.pipeline.helpers import TINY
 

@@ -20,7 +20,8 @@ import yaml
 from device_profiles import DeviceError, Ratio
 from device_profiles.profile import Multiples
 from export.slicing import OnnxTemplate
-from pipeline.config.schema import RunFile, parse_run_file
+from pipeline.config.reading import parse_run_file
+from pipeline.config.schema import RunFile
 from pipeline.devices import fleet as fleets
 from pipeline.devices.device import meet
 from pipeline.devices.fleet import Device, Fleet, Tally

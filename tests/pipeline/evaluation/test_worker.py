@@ -22,7 +22,8 @@ import torch
 
 from device_profiles import load_profile, open_target
 from export.slicing import OnnxTemplate
-from pipeline.config.schema import RunFile, WorkersSection, load_run_file
+from pipeline.config.reading import load_run_file
+from pipeline.config.schema import RunFile, WorkersSection
 from pipeline.devices.fleet import Device, Fleet
 from pipeline.errors import UserError
 from pipeline.evaluation import worker as workers

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from pipeline import errors
 from pipeline.cli import app as cli
-from pipeline.config.schema import FaultsError
+from pipeline.config.faults import FaultsError
 from pipeline.progress import Silent
 from pipeline.run.preflight import examine
 from pipeline.run.run import Run, create_run_directory

@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from pipeline.config.schema import RunFile, parse_run_file
+from pipeline.config.reading import parse_run_file
+from pipeline.config.schema import RunFile
 from pipeline.errors import TrackingError, UserError
 from pipeline.tracking import check
 from pipeline.tracking.check import check_tracking, require_tracking
@@ -464,7 +465,7 @@ def test_who_we_are_is_said_to_the_server_and_to_nobody_it_names(
 
 def test_nothing_heavy_is_imported(filled: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from pipeline.config.schema import parse_run_file;"
+        "import sys; from pathlib import Path; from pipeline.config.reading import parse_run_file;"
         "from pipeline.tracking.check import check_tracking;"
         f"text = 'name: net\\nworkload: {WORKLOAD}\\ntracking: {{uri: \"sqlite:///{filled}\", experiment: theirs}}';"
         "config = parse_run_file(text); before = set(sys.modules);"  # which imports what the workload names

@@ -22,7 +22,8 @@ from device_profiles import BenchmarkResult, DeviceProfile
 from pipeline import foreign
 from pipeline.cli import app as cli
 from pipeline.cli import registry as registry_cli
-from pipeline.config.schema import GateSection, parse_run_file
+from pipeline.config.reading import parse_run_file
+from pipeline.config.schema import GateSection
 from pipeline.errors import EXIT_GATE, EXIT_USER, UserError
 from pipeline.flow.deployed import refused
 from pipeline.lifecycle import promotion

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.cli import app as cli
-from pipeline.config.schema import parse_run_file
+from pipeline.config.reading import parse_run_file
 from pipeline.errors import EXIT_USER, UserError
 from pipeline.lifecycle.rescore import rescore
 from pipeline.progress import Silent

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from device_profiles import load_profile, open_target
 from export.onnx_export import export_onnx
 from export.verify import predict
-from pipeline.config.schema import WORKLOADS, FinetuneSection, Recipe, SearchSection, load_run_file, workload_options
+from pipeline.config.choices import WORKLOADS, workload_options
+from pipeline.config.reading import load_run_file
+from pipeline.config.schema import FinetuneSection, Recipe, SearchSection
 from pipeline.devices.fleet import Device, Fleet
 from pipeline.errors import UserError
 from pipeline.evaluation.baseline import Baseline

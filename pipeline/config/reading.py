@@ -1,0 +1,105 @@
+"""A run file is read: YAML, overrides, what each value means, and one report of everything that is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from device_profiles import plain_yaml
+from device_profiles.plain_yaml import Content
+from device_profiles.settle import settle
+from pipeline.config.choices import (
+    check_method,
+    check_reward,
+    check_workload,
+    reward_model,
+    reward_schema,
+    schemas,
+)
+from pipeline.config.faults import Fault, FaultsError, Report
+from pipeline.config.overrides import apply, in_order
+from pipeline.config.schema import RunFile
+from pipeline.errors import UserError
+
+
+def load_run_file(path: Path, overrides: Sequence[str] = ()) -> RunFile:
+    """Read and check a run file.
+
+    Args:
+        path: the YAML file.
+        overrides: ``section.key=value`` texts, applied before checking; values are YAML.
+
+    Raises:
+        UserError: the file cannot be read, or anything in it is wrong; all faults in one message.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        examples = ", ".join(sorted(str(p) for p in Path(__file__).parents[1].joinpath("runs").glob("*.yaml")))
+        raise UserError(f"cannot read run file {path}: {error.strerror}; examples: {examples}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"run file {path} is not UTF-8 text") from error
+    return parse_run_file(text, str(path), overrides).lying_in(path.absolute().parent)
+
+
+def parse_run_file(text: str, name: str = "run file", overrides: Sequence[str] = ()) -> RunFile:
+    """Check the text of a run file; ``load_run_file`` without the file.
+
+    Raises:
+        UserError: anything in it is wrong; all faults in one message.
+    """
+    try:
+        document = plain_yaml.read(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{name} is not valid YAML: {error}") from error
+    content = document.content
+    if not isinstance(content, dict):
+        raise UserError(f"{name}: expected a mapping with the keys {', '.join(RunFile.model_fields)}")
+    origins = {place: f"line {line}" for place, line in document.lines.items()}
+    for override in in_order(overrides):
+        place = apply(content, override)
+        origins = {at: origin for at, origin in origins.items() if at[: len(place)] != place}
+        origins[place] = "--set"
+    report = Report(Fault(place, f"given {len(lines)} times") for place, lines in document.repeated.items())
+    run_file = _checked(content, report)
+    if run_file is None:
+        raise FaultsError(name, report.located(origins))
+    return run_file
+
+
+def _checked(content: dict[str, Content], report: Report) -> RunFile | None:
+    """The run file that a text says; None = it has faults, which are told."""
+    data, misread = settle(content, schemas(content))
+    report.faults += [Fault(found.place, found.message) for found in misread]
+    run_file = report.check(RunFile, data)
+    check_workload(data.get("workload"), report)
+    check_method(data.get("search"), report)
+    check_reward(data.get("reward"), report)
+    return None if report.faults else run_file
+
+
+def reward_options(preset: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The options of a reward, checked as those of a run file are.
+
+    Args:
+        overrides: ``parameter=value`` texts; values are YAML.
+
+    Raises:
+        UserError: there is no such reward, or anything in its options is wrong; all faults in one message.
+    """
+    content: dict[str, Content] = {}
+    for override in overrides:
+        apply(content, override, "parameter=value, for example --set alpha=1")
+    schema = reward_schema(preset)
+    data, misread = settle(content, {(): schema})
+    report = Report(Fault(found.place, found.message) for found in misread)
+    if schema is not None:
+        report.check(reward_model(preset), data)
+    if not report.faults:
+        check_reward({"preset": preset, "options": data}, report)
+    if report.faults:
+        raise UserError("; ".join(map(str, report.faults)))
+    return dict(data)
