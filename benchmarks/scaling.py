@@ -59,7 +59,7 @@ class Scene:
     def __init__(self, folder: Path, network: str, side: int, images: int) -> None:
         data = {"source": "digits", "image_size": side, "search_fraction": 0.3}
         section = {"name": "classification", "model": {"name": network}, "data": data}
-        search = {"images": images, "forward": "steady"}
+        search = {"images": images, "forward": "deterministic"}
         self.config = RunFile.model_validate({"name": "scaling", "workload": section, "search": search, "threads": 1})
         self.folder = folder
         folder.mkdir()

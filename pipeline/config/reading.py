@@ -21,6 +21,7 @@ from pipeline.config.choices import (
 )
 from pipeline.config.faults import Fault, FaultsError, Report
 from pipeline.config.overrides import apply, in_order
+from pipeline.config.renamed import with_new_words
 from pipeline.config.schema import RunFile
 from pipeline.errors import UserError
 
@@ -63,6 +64,7 @@ def parse_run_file(text: str, name: str = "run file", overrides: Sequence[str] =
         place = apply(content, override)
         origins = {at: origin for at, origin in origins.items() if at[: len(place)] != place}
         origins[place] = "--set"
+    with_new_words(content)
     report = Report(Fault(place, f"given {len(lines)} times") for place, lines in document.repeated.items())
     run_file = _checked(content, report)
     if run_file is None:

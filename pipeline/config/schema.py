@@ -14,6 +14,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
+from pipeline.config.renamed import with_first_words
 from pipeline.errors import is_secret
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -126,9 +127,9 @@ class SearchSection(Section):
     """Bound on the activations of one batch."""
     seconds_per_candidate: Annotated[float, Field(gt=0, le=1e9)] = 120.0
     """A candidate that takes longer is recorded as failed."""
-    forward: Literal["auto", "steady"] = "auto"
-    """auto = the fastest forward pass, found by trials; steady = one that gives the same numbers to the last bit in
-    every process and order. With ``workers`` it is always steady."""
+    forward: Literal["auto", "deterministic"] = "auto"
+    """auto = the fastest forward pass, found by trials; deterministic = one that gives the same numbers to the last bit
+    in every process and order. With ``workers`` it is always deterministic."""
 
 
 class WorkersSection(Section):
@@ -286,6 +287,7 @@ class RunFile(Section):
     def digest(self) -> str:
         """16 hexadecimal digits that name this configuration; where it is tracked does not matter to a resumed run."""
         content = {key: value for key, value in _digested(self).items() if key != "tracking"}
+        with_first_words(content)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -82,7 +82,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
     save_weights(folder / "baseline.safetensors", model.state_dict())
     graph = trace(model, workload.example_input())
     OnnxTemplate.export(model, workload.example_input(), graph, folder / "template.onnx")
-    config = tiny_config(folder, search={"forward": "steady", "images": 100, "memory_mb": 1})
+    config = tiny_config(folder, search={"forward": "deterministic", "images": 100, "memory_mb": 1})
     return Scene(config, folder, model, graph, folder / "baseline.safetensors")
 
 

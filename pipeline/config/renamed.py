@@ -1,0 +1,52 @@
+"""Words of the run file that were renamed: an old one is read for one release, and means the same as the new one.
+
+``reading.py``, which asks here, reads all run files, also those of run directories and registered versions.
+A digest is taken of the words by which a setting was first known, so that a run that has begun stays the same run.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from device_profiles.plain_yaml import Content, Place, Plain
+
+RENAMED: Mapping[Place, Mapping[str, str]] = {("search", "forward"): {"steady": "deterministic"}}
+"""Place of a value -> its old word -> its new word."""
+
+
+def with_new_words(content: dict[str, Content]) -> None:
+    """Put the new word in the place of each old one, and say so."""
+    for place, words in RENAMED.items():
+        section, key = _section(content, place), place[-1]
+        value = section.get(key)
+        written = value.written if isinstance(value, Plain) else value
+        if isinstance(written, str) and written in words:
+            section[key] = words[written]
+            _say(".".join(map(str, place)), written, words[written])
+
+
+def with_first_words(content: dict[str, Any]) -> None:
+    """Put the word by which a setting was first known in the place of each new one."""
+    for place, words in RENAMED.items():
+        section, key = _section(content, place), place[-1]
+        first = {new: old for old, new in words.items()}
+        if key in section:
+            section[key] = first.get(section[key], section[key])
+
+
+def _section(content: Mapping[str, Any], place: Place) -> dict[str | int, Any]:
+    """The section that a place lies in; an empty one where there is none."""
+    section: Any = content
+    for part in place[:-1]:
+        section = section.get(part) if isinstance(section, dict) else None
+    return section if isinstance(section, dict) else {}
+
+
+@functools.cache
+def _say(place: str, old: str, new: str) -> None:
+    """Tell the user, once a process."""
+    from pipeline.terminal import err
+
+    err.print(f"Note: {place}: {old} is called {new} now; write that, the old word is read in this release only.")
