@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.trust import Trust, consent
+from pipeline.cli.options import Debug, Overrides, Trust
+from pipeline.cli.trust import consent
 from pipeline.terminal import command, out
 
 
@@ -20,11 +21,9 @@ def deploy(
     pool: Annotated[str, typer.Option(help="Work pool (of type process); made where there is none.")] = "secateur",
     name: Annotated[str | None, typer.Option(help="Of the deployments; without: the run file's name.")] = None,
     paused: Annotated[bool, typer.Option("--paused", help="Leave the schedules switched off.")] = False,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the run file.")
-    ] = None,
+    set_: Overrides = None,
     trust: Trust = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and Prefect's log.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Make or update the deployments of a run file on a Prefect server: compress, profile (re-profile) and promote.
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline import errors
-from pipeline.cli.trust import Trust, asker, consent_to_profile
+from pipeline.cli.options import Trust
+from pipeline.cli.trust import asker, consent_to_profile
 from pipeline.terminal import err, one_line, out, table
 
 if TYPE_CHECKING:

@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from pipeline.config.consents import Found
     from pipeline.config.schema import RunFile
 
-TRUST_HELP = "Consent to the code that the run file or device profile names, as `secateur trust` does."
-Trust = Annotated[bool, typer.Option("--trust", help=TRUST_HELP)]
-
 
 def trust(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR", help="Folders of run files and device profiles.")],

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.cli.trust import Trust, consent
+from pipeline.cli.options import Overrides, Trust
+from pipeline.cli.trust import consent
 from pipeline.errors import EXIT_USER, UserError, masked
 from pipeline.terminal import err, one_line, out, table
 
@@ -26,9 +27,7 @@ MOST_ROWS = 50
 
 def validate(
     file: Annotated[Path, typer.Argument(help="The run file (YAML).")],
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the run file.")
-    ] = None,
+    set_: Overrides = None,
     every: Annotated[
         bool, typer.Option("--all", help="Decode every image, also where there are more than 20,000.")
     ] = False,

@@ -25,6 +25,7 @@ from device_profiles import DeviceError
 from export import ExportError
 from pipeline import errors, foreign
 from pipeline.cli import app as cli
+from pipeline.cli import inspect
 from pipeline.errors import EXIT_BUG, EXIT_SURROUNDINGS, EXIT_USER
 
 USER, AROUND, BUG = EXIT_USER, EXIT_SURROUNDINGS, EXIT_BUG
@@ -155,7 +156,7 @@ def test_a_bug_is_never_hidden(name: str, monkeypatch: pytest.MonkeyPatch, capsy
     def broken(what: str) -> dict[str, str]:
         raise error
 
-    monkeypatch.setattr(cli, "_listing", broken)
+    monkeypatch.setattr(inspect, "listing", broken)
     monkeypatch.setattr(sys, "argv", ["secateur", "list", "methods"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -178,7 +179,7 @@ def test_the_command_line_says_it_in_one_message(
     def broken(what: str) -> dict[str, str]:
         return {"x": (tmp_path / "[none]").read_text()}
 
-    monkeypatch.setattr(cli, "_listing", broken)
+    monkeypatch.setattr(inspect, "listing", broken)
     monkeypatch.setattr(sys, "argv", ["secateur", "list", "methods"])
     with pytest.raises(SystemExit) as ended:
         cli.main()

@@ -14,6 +14,7 @@ from device_profiles import DeviceError
 from export import ExportError
 from pipeline import errors
 from pipeline.cli import app as cli
+from pipeline.cli import inspect
 from pruning.search import METHODS
 from tests.pipeline.helpers import quick_device, write_tiny
 
@@ -117,7 +118,7 @@ def test_an_interrupt_has_its_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(what: str) -> dict[str, str]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_listing", interrupted)
+    monkeypatch.setattr(inspect, "listing", interrupted)
     assert call(monkeypatch, "list", "methods") == errors.EXIT_INTERRUPTED
 
 

@@ -18,7 +18,7 @@ from device_profiles import BenchmarkResult, DeviceError, load_profile
 from device_profiles.profile import Multiples
 from pipeline import errors
 from pipeline.cli import app as cli
-from pipeline.cli import devices as devices_cli
+from pipeline.cli.devices import parity
 from tests.device_profiles.test_check import GOOD
 from tests.device_profiles.tiny import write_conv
 from tests.pipeline.helpers import quick_device
@@ -342,7 +342,7 @@ def test_outputs_that_differ_by_more_than_rounding_end_with_3(
     (folder / "emulated.yaml").write_text("extends: local\ntiming: false\n")
     here = np.array([[0.0, 2.0, 1.0], [3.0, 0.5, 1.0]], dtype=np.float32)
     answers = iter([{"logits": here + np.float32(shift)}, {"logits": here}])  # the device's, then ours
-    monkeypatch.setattr(devices_cli, "_outputs", lambda target, profile, model: next(answers))
+    monkeypatch.setattr(parity, "_outputs", lambda target, profile, model: next(answers))
     found, out, _ = call("benchmark", write_conv(tmp_path / "m.onnx"), "--device", "emulated", "--parity")
     assert found == code
     assert "logits" in out
@@ -351,14 +351,14 @@ def test_outputs_that_differ_by_more_than_rounding_end_with_3(
 
 def test_differences_are_relative_to_the_largest_value() -> None:
     here = np.array([[1.0, -4.0], [2.0, 1.0]])
-    assert devices_cli.compare(here, here) == (0.0, "100%")
-    assert devices_cli.compare(here + np.array([[0.0, 0.0], [0.0, 2.0]]), here) == (0.5, "50%")
-    assert devices_cli.compare(here[:1], here)[0] == float("inf")
-    assert devices_cli.compare(np.zeros(3), np.zeros(3)) == (0.0, "-")
+    assert parity.compare(here, here) == (0.0, "100%")
+    assert parity.compare(here + np.array([[0.0, 0.0], [0.0, 2.0]]), here) == (0.5, "50%")
+    assert parity.compare(here[:1], here)[0] == float("inf")
+    assert parity.compare(np.zeros(3), np.zeros(3)) == (0.0, "-")
     masked = np.array([[-np.inf, np.nan], [2.0, 1.0]])
-    assert devices_cli.compare(masked, masked)[0] == 0.0
-    assert devices_cli.compare(masked, here)[0] == devices_cli.compare(here, masked)[0] == float("inf")
-    assert devices_cli.compare(None, here) == (float("inf"), "no such output there")
+    assert parity.compare(masked, masked)[0] == 0.0
+    assert parity.compare(masked, here)[0] == parity.compare(here, masked)[0] == float("inf")
+    assert parity.compare(None, here) == (float("inf"), "no such output there")
 
 
 # ---------------------------------------------------------------------------------------------------------------- probe

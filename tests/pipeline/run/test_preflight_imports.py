@@ -18,7 +18,7 @@ HEAVY = {"mlflow", "optuna", "pandas", "prefect", "sklearn", "scipy", "onnx", "o
 COMPILER = "torch._dynamo"
 ASK = """
 import json, sys
-from pipeline import cli
+from pipeline.cli import app as cli
 sys.argv = ["secateur", "validate", *sys.argv[1:]]
 try:
     cli.main()

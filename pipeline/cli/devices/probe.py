@@ -1,0 +1,67 @@
+"""``secateur devices probe``: the channel steps of a device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.cli.devices import profiles
+from pipeline.cli.devices.profiles import LONGEST_S, Name
+from pipeline.cli.options import Trust
+from pipeline.cli.trust import consent_to_profile
+from pipeline.terminal import err, one_line, out, table
+
+if TYPE_CHECKING:
+    from device_profiles.staircase import Staircase
+
+
+def probe(
+    name: Name,
+    seconds: Annotated[
+        float, typer.Option(min=1, max=LONGEST_S, help="Seconds of timed calls, at most; loading comes on top.")
+    ] = 90.0,
+    trust: Trust = False,
+) -> None:
+    """Find the channel steps of a device: which widths cost no more than the next smaller ones.
+
+    Times small networks of neighbouring widths. What it finds is kept beside your profiles and used by every run on
+    this device until its runtime or clocks change.
+
+    Example: secateur devices probe kitchen
+    """
+    from device_profiles import calibration, staircase
+    from pipeline.progress import RichProgress
+
+    profile = profiles.usable(name)
+    profiles.require_timing(profile, "")
+    consent_to_profile(name, trust)
+    with profiles.opened(profile) as target, RichProgress(err).stage(f"probe {name}") as report:
+        found = staircase.probe(target, profile, seconds=seconds, progress=report)
+    path = calibration.save(profiles.folder(), profile, found)
+    rows = table("", "", box=None, show_header=False)
+    for kind, text in found.summary():
+        rows.add_row(kind, text)
+    out.print(rows)
+    multiples = ", ".join(f"{kind}: {value}" for kind, value in found.multiples.model_dump().items())
+    out.print(f"channel_multiple: {{{multiples}}}")
+    out.print(f"Written: {one_line(path)}")
+    out.print(f"Picture: {_draw(name, found, path.with_suffix('.html'))}")
+
+
+def _draw(name: str, found: Staircase, path: Path) -> Path:
+    """How latency steps with width, as a page that loads nothing."""
+    from markupsafe import escape as safe
+
+    from pipeline.report.charts import lines
+
+    curves = {str(kind): curve for kind, curve in found.curves.items()}
+    chart = lines(curves, "channels", "time, shortest = 1", 16)
+    rows = "".join(f"<li><b>{safe(kind)}</b>: {safe(text)}</li>" for kind, text in found.summary())
+    style = "body{font:15px system-ui,sans-serif;max-width:60rem;margin:2rem auto}svg{font-size:11px}"
+    page = (
+        f"<title>{safe(name)}</title><style>{style}</style><h1>Channel steps of {safe(name)}</h1>{chart}<ul>{rows}</ul>"
+    )
+    path.write_text(f'<!doctype html><html lang="en"><meta charset="utf-8">{page}</html>\n', encoding="utf-8")
+    return path

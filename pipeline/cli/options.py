@@ -1,0 +1,15 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+TRUST_HELP = "Consent to the code that the run file or device profile names, as `secateur trust` does."
+Trust = Annotated[bool, typer.Option("--trust", help=TRUST_HELP)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and Prefect's log.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the run file.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]

@@ -1,0 +1,146 @@
+"""``secateur run``, ``resume`` and ``finish``: a run from its first stage to the last one, begun or continued."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline import children, errors
+from pipeline.cli import interrupts
+from pipeline.cli.options import Debug, Trust
+from pipeline.cli.trust import consent
+from pipeline.surroundings import home
+from pipeline.terminal import command, err, one_line, out, table
+
+SET_HELP = (
+    "Override a value of the run file, e.g. --set search.method=random "
+    "(another method starts with its own default options)."
+)
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET_HELP)]
+
+
+def run(
+    file: Annotated[Path, typer.Argument(help="The run file (YAML); examples are in pipeline/runs/.")],
+    set_: Overrides = None,
+    trust: Trust = False,
+    debug: Debug = False,
+) -> None:
+    """Run a run file from the baseline to the registered, device-timed compact model.
+
+    Example: secateur run pipeline/runs/digits.yaml --set search.target.macs_ratio=0.5
+    """
+    from pipeline.config.reading import load_run_file
+
+    config = load_run_file(file, set_ or [])
+    consent(config, file, trust)
+    from pipeline.run.run import create_run_directory
+
+    directory = create_run_directory(config)
+    _execute_new(directory, debug)
+
+
+def resume(
+    run_dir: Annotated[Path, typer.Argument(help="The run directory printed by `secateur run`.")],
+    trust: Trust = False,
+    debug: Debug = False,
+) -> None:
+    """Continue a run that was killed, interrupted or cut off: finished work is not done again.
+
+    Also delivers candidates and the model to a tracking server that was away.
+    """
+    from pipeline.run.origin import return_to_origin
+
+    directory = run_dir.absolute()
+    return_to_origin(directory)
+    from pipeline.run.run import open_run_directory
+
+    consent(open_run_directory(directory)[1], directory / "run.yaml", trust)
+    _execute(directory, debug)
+
+
+def finish(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory; it is left as it is.")],
+    candidate: Annotated[int | None, typer.Option(min=0, help="Number of a candidate of its search.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="A plan, as `secateur rescore` writes it.")] = None,
+    trust: Trust = False,
+    debug: Debug = False,
+) -> None:
+    """Take another plan of a run to the end, as a run of its own: fine-tuned, exported, timed, judged, registered.
+
+    Example: secateur finish .secateur/runs/digits-... --plan .secateur/runs/digits-.../rescore-mnasnet.plan.json
+    """
+    from pipeline.run.origin import return_to_origin
+
+    given, directory = None if plan is None else plan.absolute(), run_dir.absolute()
+    return_to_origin(directory)
+    from pipeline.lifecycle.finish import begin
+    from pipeline.run.run import open_run_directory
+
+    consent(open_run_directory(directory)[1], directory / "run.yaml", trust)
+    _execute_new(begin(directory, candidate, given), debug)
+
+
+def _execute_new(directory: Path, debug: bool) -> None:
+    """Execute a run in a directory just made, which is removed where the run is refused before it begins."""
+    err.print(f"Run directory: {one_line(directory)}")
+    try:
+        _execute(directory, debug)
+    except errors.UserError:
+        if not (directory / "journal.jsonl").exists():
+            shutil.rmtree(directory)
+        raise
+
+
+def _execute(directory: Path, debug: bool) -> None:
+    from pipeline.flow import UndeliveredError, execute, runtime_env
+    from pipeline.progress import RichProgress
+    from pipeline.run.run import Run
+    from pipeline.tracking import shown
+
+    runtime_env(directory, debug)
+    interrupts.current.go_on = command("secateur", "resume", directory)
+    try:
+        with children.kept(home(), f"run {directory.name}"), Run(directory, RichProgress(err)) as opened:
+            facts = execute(opened, debug)
+            uri = shown(opened.tracker.uri)
+    except UndeliveredError as left:
+        _show(left.facts, directory, "")
+        raise errors.SurroundingsError(
+            f"{left}\nThe model is not registered yet; run: {command('secateur', 'resume', directory)}"
+        ) from left
+    _show(facts, directory, uri)
+    decisions = facts.get("promote", {}).get("devices", {}).values()
+    refused = any(decision["outcome"] == "refused" for decision in decisions)
+    if refused or not facts["judge"]["passed"]:
+        raise typer.Exit(errors.EXIT_GATE)
+
+
+def _show(facts: Any, directory: Path, tracking_uri: str) -> None:
+    """The final table, and what to do next."""
+    from pipeline.report import final_table, registered
+
+    numbers = ("baseline", "compact", "change")
+    rows = table("", *numbers, title=f"{directory.name} on device {facts['benchmark']['device']}", right=numbers)
+    for row in final_table(facts):
+        rows.add_row(*row)
+    out.print(rows)
+    failed = [c for c in facts["judge"]["checks"] if not c["ok"]]
+    for check in failed:
+        found = "unknown" if check["value"] is None else f"{check['value']:.4g}"
+        out.print(f"Gate: {check['name']} is {found}, must be {check['relation']} {check['bound']:.4g}")
+    if not failed:
+        out.print(f"Gate: passed ({len(facts['judge']['checks'])} checks)")
+    for line in registered(facts):
+        out.print(line)
+    out.print(f"Report: {one_line(directory / facts['report']['html'])}")
+    if tracking_uri:
+        out.print("Next:")
+        if tracking_uri.startswith("http"):
+            out.print(f"  see every candidate: {tracking_uri}")
+        else:
+            out.print(f"  {command('mlflow', 'ui', '--backend-store-uri', tracking_uri)}")
+        out.print(f"  {command('secateur', 'run', directory / 'run.yaml', '--set', 'seed=1')}")
+        out.print(f"  {command('secateur', 'list', 'methods')}")
