@@ -226,7 +226,7 @@ class Run:
             self.config.finetune,
             progress=self.progress,
             space=space,
-            steady=self.config.search.forward == "steady" or self._engine is not None,
+            steady=self.config.search.forward == "deterministic" or self._engine is not None,
             crew=self._new_crew(),
         )
 
