@@ -34,7 +34,7 @@ class ExportedModel:
         path: the file.
         sha256: of its bytes.
         opset: of the default operator domain.
-        precision: ``fp32`` or ``int8``.
+        precision: a name of ``export.quantize.PRECISIONS``.
         inputs: per name, shape and dtype.
         outputs: per name, shape and dtype.
         size_bytes: of the file.

@@ -15,6 +15,7 @@ import onnx
 import torch
 from torch.utils import _pytree as pytree
 
+from export import quantize
 from export.artifact import ExportedModel, describe, opset_of
 from export.errors import ExportError
 
@@ -41,6 +42,7 @@ def export_onnx(
     dynamic_batch: bool = False,
     optimize: bool = True,
     plan_digest: str = "",
+    precision: str = "fp32",
     input_names: Sequence[str] = ("input",),
     output_names: Sequence[str] = ("logits",),
 ) -> ExportedModel:
@@ -50,10 +52,12 @@ def export_onnx(
         example_input: one tensor, or a tuple of arguments; without ``dynamic_batch`` its batch size is baked in.
         opset: operator set; below 18 the exporter converts, and an export that it could not convert is refused.
         optimize: fold constants and fuse (initializers lose their state-dict names).
+        precision: a name of ``export.quantize.PRECISIONS``.
 
     Raises:
-        ExportError: the exporter fails, or the file it wrote is not what was asked for.
+        ExportError: the exporter fails, the file it wrote is not what was asked for, or there is no such precision.
     """
+    make = quantize.precision(precision).make
     proto = export_proto(
         model,
         example_input,
@@ -64,8 +68,8 @@ def export_onnx(
         output_names=output_names,
     )
     path = Path(path)
-    write_atomically(path, proto.SerializeToString())
-    return describe(path, plan_digest=plan_digest)
+    write_atomically(path, make(proto).SerializeToString())
+    return describe(path, precision, plan_digest)
 
 
 def export_proto(

@@ -334,8 +334,10 @@ def open_target(profile: DeviceProfile) -> Target:
 
     Raises:
         UserError: the profile names code that nobody has consented to.
+        ExportError: its runtime loads a format that there is none of.
     """
     import device_profiles
+    from device_profiles.runtime import runtime_of
 
     closed = [entry for entry in _of_profile(profile)[0] if entry not in _allowed]
     if closed:
@@ -343,4 +345,9 @@ def open_target(profile: DeviceProfile) -> Target:
             f"device profile {profile.name} names code, and nobody has consented to it: "
             f"{'; '.join(map(str, closed))}; see `secateur trust --help`"
         )
-    return device_profiles.open_target(profile)
+    target, name = device_profiles.open_target(profile), runtime_of(profile).format
+    if name == "onnx":
+        return target
+    from export.convert import in_format
+
+    return in_format(target, name)

@@ -95,9 +95,11 @@ def _profile(name: str) -> DeviceProfile:
             f"device profile {profile.name} is emulated (timing: false): its times say nothing about a device; "
             "name one that can be timed (`secateur list devices`)"
         )
-    if (profile.batch, profile.precision) != (1, "fp32"):
+    if profile.batch != 1 or profile.precision not in PRECISIONS:
+        known = " or ".join(PRECISIONS)
         raise UserError(
-            f"device profile {profile.name}: only batch 1 in fp32 is measured so far; set batch: 1 and precision: fp32"
+            f"device profile {profile.name}: only batch 1 in {known} is measured so far; "
+            f"set batch: 1 and precision: {known}"
         )
     return profile
 
