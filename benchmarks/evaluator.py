@@ -42,7 +42,7 @@ from benchmarks.methods import Bench, Scale
 from pruning import PruningPlan
 from pruning.cost import cost
 from pruning.search.methods import ccep
-from pruning.search.protocol import Candidate, Evaluate, Evaluation, Problem, Target
+from pruning.search.protocol import Candidate, Evaluate, Evaluation, Goal, Problem
 
 CCEP_SPEEDUP, PLAN_SPEEDUP = 10.0, 6.0
 BATCH = 250
@@ -121,7 +121,7 @@ class Comparison:
         space, full = self.bench.space, self.bench.space.full
         snapshot = Candidate(next(self.ids), full, "snapshot")
         seconds, whole = self.ours(snapshot)
-        problem = Problem(space, whole, lambda e: e["top1"], lambda w: {}, Target(), np.random.default_rng(0))
+        problem = Problem(space, whole, lambda e: e["top1"], lambda w: {}, Goal(), np.random.default_rng(0))
         options = ccep.Options(generations=generations)
         search = ccep.evolve(problem, options, self.ids, ccep.Subproblem.of(space, snapshot, name, 0.9), whole["top1"])
         asked: list[tuple[Candidate, Evaluation]] = []

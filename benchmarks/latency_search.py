@@ -43,7 +43,7 @@ from pruning.cost import cost, count
 from pruning.plan import SearchSpace
 from pruning.saliency import channel_saliency
 from pruning.search import load
-from pruning.search.protocol import Archive, Evaluate, Evaluation, Problem, Request, Score, Target
+from pruning.search.protocol import Archive, Evaluate, Evaluation, Goal, Problem, Request, Score
 from pruning.search.reward import make_reward
 
 NETWORKS = ("mobilenet_v2", "resnet18")
@@ -85,7 +85,7 @@ class Contest:
             self.dense,
             make_reward(preset, self.dense),
             lambda widths: widths_costs(self.network.graph, space, widths),
-            Target(macs_ratio=self.share),
+            Goal(macs_ratio=self.share),
             np.random.default_rng(0),
         )
         method = load("optuna")

@@ -45,7 +45,7 @@ from pipeline.run.opening import open_workload, widths_costs
 from pipeline.run.study import Study
 from pruning import SearchSpace
 from pruning.search import load
-from pruning.search.protocol import RANDOM, Budget, Candidate, Entry, FineTune, Problem, Target
+from pruning.search.protocol import RANDOM, Budget, Candidate, Entry, FineTune, Goal, Problem
 from pruning.search.reward import make_reward
 
 RUN = """
@@ -168,7 +168,7 @@ class Bench:
                 reference,
                 make_reward("device", reference, target_macs_ratio=share),
                 lambda widths: widths_costs(self.graph, self.space, widths),
-                Target(macs_ratio=share),
+                Goal(macs_ratio=share),
                 np.random.default_rng(0),
                 budget,
             )

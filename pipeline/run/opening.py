@@ -31,7 +31,7 @@ from pruning.channels import ChannelGraph
 from pruning.cost import costs
 from pruning.plan import IntArray, PlanError, SearchSpace
 from pruning.search import METHODS
-from pruning.search.protocol import Budget, Evaluation, FloatArray, Problem, Strategy, Target
+from pruning.search.protocol import Budget, Evaluation, FloatArray, Goal, Problem, Strategy
 from pruning.search.reward import Reward
 from pruning.trace import trace
 from pruning.tracer import PruningError
@@ -234,7 +234,7 @@ def make_strategy(
         reference,
         reward,
         lambda widths: widths_costs(graph, space, widths),
-        Target(config.search.target.macs_ratio, config.search.target.latency_ratio),
+        Goal(config.search.target.macs_ratio, config.search.target.latency_ratio),
         np.random.default_rng(config.seed),
         Budget(**config.search.budget.model_dump()),
         metric,

@@ -35,12 +35,12 @@ from pruning.search.protocol import (
     Evaluation,
     FineTune,
     FineTuned,
+    Goal,
     Learn,
     Learned,
     Predict,
     Probe,
     Score,
-    Target,
     Time,
 )
 from pruning.search.reward import make_reward
@@ -308,7 +308,7 @@ def rehearse(
         seconds: of each step of ``Work``.
     """
     oracle = Rehearsal(config, graph, images, metrics, seconds)
-    budget, target = Budget(**config.search.budget.model_dump()), Target(**config.search.target.model_dump())
+    budget, target = Budget(**config.search.budget.model_dump()), Goal(**config.search.target.model_dump())
     reference = oracle.evaluate(Candidate(0, oracle.full, "reference"), latency=True)
     if target.latency_ratio is not None:
         oracle.evaluate(Candidate(0, space.smallest(), "smallest"), latency=True)

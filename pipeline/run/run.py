@@ -49,8 +49,7 @@ from pipeline.workloads.data.record import read as read_record
 from pipeline.workloads.data.record import write as write_record
 from pruning.channels import ChannelGraph
 from pruning.plan import SearchSpace
-from pruning.search.protocol import Budget, Evaluation, Strategy
-from pruning.search.protocol import Target as SearchTarget
+from pruning.search.protocol import Budget, Evaluation, Goal, Strategy
 from pruning.search.reward import Reward, make_reward
 
 Lease = Callable[[], AbstractContextManager[None]]
@@ -276,9 +275,9 @@ class Run:
         return None if reward is None else reward(to_evaluation(record["evaluation"]))
 
     @property
-    def search_target(self) -> SearchTarget:
+    def search_target(self) -> Goal:
         """What the search aims at; nothing meets it if none is set."""
-        return SearchTarget(self.config.search.target.macs_ratio, self.config.search.target.latency_ratio)
+        return Goal(self.config.search.target.macs_ratio, self.config.search.target.latency_ratio)
 
     def budget(self) -> Budget:
         """What the search may spend."""

@@ -248,14 +248,14 @@ Archive = tuple[Entry, ...]
 
 
 @dataclass(frozen=True)
-class Target:
-    """When a search may stop. Ratios to the unpruned network; None = no such target."""
+class Goal:
+    """When a search may stop. Ratios to the unpruned network; None = no such goal."""
 
     macs_ratio: float | None = None
     latency_ratio: float | None = None
 
     def met(self, evaluation: Evaluation, reference: Evaluation) -> bool:
-        """Whether every target that is set is reached; False when none is set."""
+        """Whether every part that is set is reached; False when none is set."""
         checks = []
         if self.macs_ratio is not None:
             checks.append(evaluation["macs"] <= self.macs_ratio * reference["macs"])
@@ -289,7 +289,7 @@ class Problem:
         reward: evaluation -> fitness, higher = better.
         costs: width vectors of shape ``(plans, groups)``, groups as in ``space.names`` -> ``macs``, ``params`` and
             ``activation_bytes`` at batch 1, each of shape ``(plans,)``, without building a network.
-        target: when to stop.
+        goal: when to stop.
         rng: the only source of randomness.
         budget: what may be spent.
         metric: the accuracy metric of the workload (a fraction, higher = better).
@@ -299,7 +299,7 @@ class Problem:
     reference: Evaluation
     reward: Callable[[Evaluation], float]
     costs: Callable[[IntArray], Mapping[str, FloatArray]]
-    target: Target
+    goal: Goal
     rng: np.random.Generator
     budget: Budget = Budget()
     metric: str = "top1"

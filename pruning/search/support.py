@@ -116,7 +116,7 @@ def check_reachable(problem: Problem) -> None:
     Raises:
         SearchError: it does not; says the smallest ratio that can be reached and what would lower it.
     """
-    wanted = problem.target.macs_ratio
+    wanted = problem.goal.macs_ratio
     if wanted is None:
         return
     smallest = problem.macs(problem.space.smallest()) / problem.reference["macs"]
@@ -190,7 +190,7 @@ def limit_of(problem: Problem, points: int = 3) -> Generator[Request, Answer, Li
     Raises:
         SearchError: no target is set, or the smallest plan does not meet it.
     """
-    target = problem.target
+    target = problem.goal
     if target.macs_ratio is None and target.latency_ratio is None:
         raise SearchError("this method needs a target: set search.target.macs_ratio or search.target.latency_ratio")
     check_reachable(problem)

@@ -30,10 +30,10 @@ from pruning.search.protocol import (
     Entry,
     Evaluation,
     FloatArray,
+    Goal,
     Problem,
     Request,
     Strategy,
-    Target,
 )
 from pruning.search.support import (
     Limit,
@@ -273,7 +273,7 @@ class Draws:
         space, compat = problem.space, settings.paper_compat
         table = [_column(space, name, compat) for name in space.names]
         draws = cls(problem.rng, table, settings.max_draws, compat)
-        if problem.target != Target():
+        if problem.goal != Goal():
             limit = yield from limit_of(problem)
             draws._enter(limit, settings)
             if limit.name == "latency_ratio":
@@ -432,7 +432,7 @@ def corrected(problem: Problem, draws: Draws, limit: Limit) -> Generator[Request
     names = problem.space.names
     plans = [problem.space.full.replace({n: range(int(w)) for n, w in zip(names, row, strict=True)}) for row in widths]
     error = float(np.median((yield from time_plans(plans)) - limit.ratios(widths)))
-    if problem.target.macs_ratio is not None:
+    if problem.goal.macs_ratio is not None:
         error = max(0.0, error)
     return replace(limit, ratios=lambda w: limit.ratios(w) + error)
 
@@ -453,7 +453,7 @@ def pick(
             "no candidate could be evaluated; the reasons are in the journal. Check search.images, memory_mb and "
             "seconds_per_candidate, or train the supernet longer or with a smaller lr."
         )
-    target, top = problem.target, settings.top
+    target, top = problem.goal, settings.top
     archive: list[Entry] = []
     if measured:
         ranked = [m for m in ranked if target.met(m.evaluation, problem.reference)] or ranked

@@ -8,7 +8,7 @@ from scipy.stats import mannwhitneyu
 
 from pruning.plan import PruningPlan, SearchSpace
 from pruning.search import METHODS
-from pruning.search.protocol import Archive, Candidate, Score, Target
+from pruning.search.protocol import Archive, Candidate, Goal, Score
 from tests.pruning.search.fakes import BASELINE, FakeStudy, chain, drive, study
 
 METHODS = sorted(set(METHODS.names()) - {"random"})
@@ -63,8 +63,8 @@ def make(method: str) -> FakeStudy:
     return Redundant(SearchSpace.of(chain(40, 50, 60))) if method in CLUSTERING else study((12, 16, 20))
 
 
-def target(method: str) -> Target:
-    return Target(macs_ratio=0.1 if method in CLUSTERING else 0.6)
+def target(method: str) -> Goal:
+    return Goal(macs_ratio=0.1 if method in CLUSTERING else 0.6)
 
 
 def lost(fake: FakeStudy, plan: PruningPlan) -> float:

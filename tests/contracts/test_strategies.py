@@ -12,11 +12,11 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from pruning.search import METHODS
-from pruning.search.protocol import DENSE, RANDOM, Evaluate, FineTune, FineTuned, Learned, Target
+from pruning.search.protocol import DENSE, RANDOM, Evaluate, FineTune, FineTuned, Goal, Learned
 from tests.pruning.search.fakes import FakeStudy, drive, study
 
 METHODS = METHODS.names()
-TARGET = Target(macs_ratio=0.6)
+TARGET = Goal(macs_ratio=0.6)
 SPACES = {"fine": ((8, 12, 16), 1), "coarse": ((64, 24, 64), 8)}
 
 
@@ -140,7 +140,7 @@ def test_the_best_plan_meets_the_macs_target(method, space):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_latency_target_alone_is_met(method):
     fake, module = make("fine"), METHODS.load(method)
-    target = Target(latency_ratio=0.8)
+    target = Goal(latency_ratio=0.8)
     archive = drive(module.search(fake.problem(target), module.Options()), fake)
     assert min((fake.macs(e.candidate.plan) / fake.macs(fake.space.full)) ** 0.5 for e in archive) <= 0.8
 

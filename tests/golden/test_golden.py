@@ -22,7 +22,7 @@ from pruning.cost import cost
 from pruning.plan import PruningPlan, SearchSpace
 from pruning.saliency import channel_saliency
 from pruning.search import METHODS
-from pruning.search.protocol import Answer, Evaluate, Evaluation, Problem, Request, Score, Target
+from pruning.search.protocol import Answer, Evaluate, Evaluation, Goal, Problem, Request, Score
 from pruning.trace import trace
 from tests.golden import compare
 from tests.pruning.search.fakes import drive
@@ -87,7 +87,7 @@ class Network:
             return widths_costs(self.graph, self.space, widths)
 
         chosen: Any = METHODS.load(method)
-        target = Target(macs_ratio=0.5)
+        target = Goal(macs_ratio=0.5)
         problem = Problem(self.space, reference, lambda _: 1.0, costs, target, np.random.default_rng(0))
         (entry,) = drive(chosen.search(problem, chosen.Options()), answer)
         return entry.candidate.plan

@@ -55,10 +55,10 @@ from pruning.search.protocol import (
     Candidate,
     Evaluation,
     FloatArray,
+    Goal,
     Problem,
     Request,
     Strategy,
-    Target,
 )
 from pruning.search.support import (
     Limit,
@@ -165,7 +165,7 @@ class Suggestion:
 
 def suggest(problem: Problem, options: Options) -> Generator[Request, Answer, Suggestion]:
     """Step 1 (2.3): the distances, and the widths at the given radius or at the one that meets the target."""
-    space, given, has_target = problem.space, options.epsilon, problem.target != Target()
+    space, given, has_target = problem.space, options.epsilon, problem.goal != Goal()
     if given is None and not has_target and options.clusterer == "dbscan":
         raise SearchError("acp needs epsilon (for example 0.03) or a search.target; neither is set")
     looked_at = has_target and not (options.paper_compat and given is not None)

@@ -39,10 +39,10 @@ from pruning.search.protocol import (
     Evaluation,
     FineTuned,
     FloatArray,
+    Goal,
     Problem,
     Request,
     Strategy,
-    Target,
 )
 from pruning.search.support import (
     Limit,
@@ -107,7 +107,7 @@ def search(problem: Problem, options: Options) -> Strategy:
     """
     space, ids = problem.space, count()
     groups = _groups(problem, options)
-    limit = None if problem.target == Target() else (yield from limit_of(problem))
+    limit = None if problem.goal == Goal() else (yield from limit_of(problem))
     if limit is not None:
         _check_included(problem, limit, groups)
         if limit.name == "latency_ratio" and not options.paper_compat:
@@ -130,7 +130,7 @@ def search(problem: Problem, options: Options) -> Strategy:
             tuned = yield from _tune(candidate, options)
             masked.append(replace(candidate, base=tuned.base))
             evaluations.append(tuned.evaluation)
-            if problem.target.met(tuned.evaluation, problem.reference):
+            if problem.goal.met(tuned.evaluation, problem.reference):
                 break
             if tuned.evaluation.status == "ok":
                 base, parents = tuned.base, (candidate.id,)

@@ -160,7 +160,7 @@ def search(problem: Problem, options: Options) -> Strategy:
             continue
         plan, base, parents = splice.plan, tuned.base, (splice.id,)
         archive.append(Entry(replace(splice, base=base), tuned.evaluation))
-        if problem.target.met(tuned.evaluation, problem.reference):
+        if problem.goal.met(tuned.evaluation, problem.reference):
             break
     if not archive:
         raise SearchError(
@@ -337,7 +337,7 @@ def _within_target(
     Group by group, the one that lost most accuracy first, the most accurate individual is taken that still meets it;
     a group that may stay whole is left out of the splice.
     """
-    target, result = problem.target.macs_ratio, dict(chosen)
+    target, result = problem.goal.macs_ratio, dict(chosen)
     if target is None:
         return result
 

@@ -24,7 +24,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from pruning.search.protocol import DENSE, RANDOM, Answer, Candidate, FloatArray, Problem, Request, Strategy, Target
+from pruning.search.protocol import DENSE, RANDOM, Answer, Candidate, FloatArray, Goal, Problem, Request, Strategy
 from pruning.search.support import (
     Limit,
     SearchError,
@@ -82,11 +82,11 @@ def search(problem: Problem, options: Options) -> Strategy:
     Raises:
         SearchError: no target is set, it is out of reach, the training failed, or the plan could not be evaluated.
     """
-    space, target = problem.space, problem.target
+    space, target = problem.space, problem.goal
     latency = None
     if target.latency_ratio is not None:
         check_reachable(problem)
-        latency = yield from limit_of(replace(problem, target=Target(latency_ratio=target.latency_ratio)))
+        latency = yield from limit_of(replace(problem, goal=Goal(latency_ratio=target.latency_ratio)))
     limit = yield from _limit(problem, latency)
     learned = yield from learn(
         "indicators",
@@ -119,9 +119,9 @@ def _limit(problem: Problem, latency: Limit | None) -> Generator[Request, Answer
     """The run's target, with the latencies already predicted."""
     if latency is None:
         return (yield from limit_of(problem))
-    if problem.target.macs_ratio is None:
+    if problem.goal.macs_ratio is None:
         return latency
-    macs, predicted, relative = macs_ratios(problem), latency.ratios, latency.bound / problem.target.macs_ratio
+    macs, predicted, relative = macs_ratios(problem), latency.ratios, latency.bound / problem.goal.macs_ratio
     return replace(latency, ratios=lambda widths: np.maximum(predicted(widths), macs(widths) * relative))
 
 

@@ -53,10 +53,10 @@ from pruning.search.protocol import (
     Entry,
     Evaluation,
     FloatArray,
+    Goal,
     Problem,
     Request,
     Strategy,
-    Target,
 )
 from pruning.search.support import (
     Limit,
@@ -269,7 +269,7 @@ def _accuracy(problem: Problem, evaluation: Evaluation) -> float:
 
 def _limit(problem: Problem) -> Generator[Request, Answer, Limit]:
     """The target; without one, MACs without a bound."""
-    if problem.target == Target():
+    if problem.goal == Goal():
         return Limit("macs_ratio", macs_ratios(problem), math.inf)
     return (yield from limit_of(problem))
 

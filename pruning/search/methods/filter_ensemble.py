@@ -156,7 +156,7 @@ def search(problem: Problem, options: Options) -> Strategy:
             continue
         plan, base, parents = plan_after, tuned.base, (candidate.id,)
         archive.append(Entry(replace(candidate, base=base), tuned.evaluation))
-        if problem.target.met(tuned.evaluation, problem.reference):
+        if problem.goal.met(tuned.evaluation, problem.reference):
             break
     if not archive:
         raise SearchError(f"filter_ensemble found no network that can be evaluated; the last: {reason}")

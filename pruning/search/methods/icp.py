@@ -40,10 +40,10 @@ from pruning.search.protocol import (
     Candidate,
     Entry,
     FineTuned,
+    Goal,
     Problem,
     Request,
     Strategy,
-    Target,
 )
 from pruning.search.support import Limit, SearchError, check_ranges, evaluate, fine_tune, limit_of, meet, score
 
@@ -93,9 +93,9 @@ def search(problem: Problem, options: Options) -> Strategy:
         SearchError: the target is out of reach, neither ``epsilon`` nor a target is given, or no round's network could
             be evaluated.
     """
-    if options.epsilon is None and problem.target == Target():
+    if options.epsilon is None and problem.goal == Goal():
         raise SearchError("icp needs epsilon (for example 0.03) or a search.target; neither is set")
-    limit = None if problem.target == Target() else (yield from limit_of(problem))
+    limit = None if problem.goal == Goal() else (yield from limit_of(problem))
     now = Candidate(-1, problem.space.full, "unpruned")
     archive: list[Entry] = []
     failures, missed, reason = 0, 0.0, "no channels are alike; raise epsilon"
@@ -112,10 +112,10 @@ def search(problem: Problem, options: Options) -> Strategy:
             continue
         now, failures = replace(candidate, base=tuned.base), 0
         archive.append(Entry(now, tuned.evaluation))
-        if problem.target.met(tuned.evaluation, problem.reference):
+        if problem.goal.met(tuned.evaluation, problem.reference):
             break
-        if problem.target.latency_ratio is not None:
-            missed = tuned.evaluation["latency_ratio"] - problem.target.latency_ratio
+        if problem.goal.latency_ratio is not None:
+            missed = tuned.evaluation["latency_ratio"] - problem.goal.latency_ratio
     if not archive:
         raise SearchError(f"icp found no network that could be evaluated: {reason}")
     return tuple(archive)

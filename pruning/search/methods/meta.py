@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pruning.search.protocol import Evaluation, Problem, Strategy, Target
+from pruning.search.protocol import Evaluation, Goal, Problem, Strategy
 from pruning.search.support import SearchError
 from pruning.search.width_evolution import Settings, evolve
 
@@ -59,7 +59,7 @@ def search(problem: Problem, options: Options) -> Strategy:
         SearchError: there is no target or it is out of reach, the window rejects every draw, or nothing could be
             evaluated.
     """
-    if problem.target == Target():
+    if problem.goal == Goal():
         raise SearchError(
             "meta ranks by accuracy alone, so it needs a target: set search.target.macs_ratio or latency_ratio"
         )

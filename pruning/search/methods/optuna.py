@@ -26,7 +26,7 @@ import numpy as np
 
 from device_profiles.wording import command
 from pruning.plan import SearchSpace
-from pruning.search.protocol import Candidate, Evaluation, Problem, Strategy, Target
+from pruning.search.protocol import Candidate, Evaluation, Goal, Problem, Strategy
 from pruning.search.support import Limit, SearchError, best_first, bisect, check_ranges, evaluate, limit_of, score
 
 SAMPLERS: dict[str, tuple[str, Mapping[str, object]]] = {
@@ -99,7 +99,7 @@ def search(problem: Problem, options: Options) -> Strategy:
         raise SearchError(
             f"sampler {options.sampler!r} needs the package {needed}: {command('pip', 'install', needed)}"
         )
-    limit = None if problem.target == Target() else (yield from limit_of(problem))
+    limit = None if problem.goal == Goal() else (yield from limit_of(problem))
     saliency = yield from score(options.saliency)
     blocks = blocks_of(problem.space, options.blocks)
     ratios = _distributions(problem.space, blocks)
@@ -141,7 +141,7 @@ def rehearse(problem: Problem, options: Options) -> Strategy:
     Raises:
         SearchError: the target is out of reach.
     """
-    limit = None if problem.target == Target() else (yield from limit_of(problem))
+    limit = None if problem.goal == Goal() else (yield from limit_of(problem))
     saliency = yield from score(options.saliency)
     candidates: list[Candidate] = []
     for i in range(options.num_plans):
@@ -233,7 +233,7 @@ def _tightened(problem: Problem, limit: Limit, misses: Sequence[float]) -> Limit
     """
     smallest = limit.of(problem.space.encode(problem.space.smallest()))
     miss = float(np.mean(misses or [0.0]))
-    bound = limit.bound - (miss if problem.target.macs_ratio is None else max(0.0, miss))
+    bound = limit.bound - (miss if problem.goal.macs_ratio is None else max(0.0, miss))
     return Limit(limit.name, limit.ratios, max(smallest, bound))
 
 
@@ -241,7 +241,7 @@ def _misses(
     problem: Problem, limit: Limit, candidates: Sequence[Candidate], evaluations: Sequence[Evaluation]
 ) -> list[float]:
     """Measured less predicted latency ratios; MACs are never missed."""
-    if problem.target.latency_ratio is None:
+    if problem.goal.latency_ratio is None:
         return []
     pairs = zip(candidates, evaluations, strict=True)
     misses = [e["latency_ratio"] - limit.of(problem.space.encode(c.plan)) for c, e in pairs]

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pruning.search.protocol import Candidate, Evaluation, Problem, Strategy, Target
+from pruning.search.protocol import Candidate, Evaluation, Goal, Problem, Strategy
 from pruning.search.support import Limit, SearchError, best_first, check_ranges, evaluate, limit_of, score
 
 
@@ -47,7 +47,7 @@ def search(problem: Problem, options: Options) -> Strategy:
         SearchError: the target is out of reach, or too few draws fall into the window.
     """
     space, rng = problem.space, problem.rng
-    limit = None if problem.target == Target() else (yield from limit_of(problem))
+    limit = None if problem.goal == Goal() else (yield from limit_of(problem))
     widths = [_draw(problem, options, limit) for _ in range(options.num_plans)]
     ranking = None if options.saliency == "random" else (yield from score(options.saliency))
     candidates = []

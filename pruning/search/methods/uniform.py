@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pruning.search.protocol import Candidate, Problem, Strategy, Target
+from pruning.search.protocol import Candidate, Goal, Problem, Strategy
 from pruning.search.support import Limit, SearchError, best_first, bisect, evaluate, limit_of, meet, score
 
 
@@ -42,7 +42,7 @@ def search(problem: Problem, options: Options) -> Strategy:
         SearchError: the target is out of reach, or neither ``keep_ratios`` nor a target is given.
     """
     space = problem.space
-    if options.keep_ratios is None and problem.target == Target():
+    if options.keep_ratios is None and problem.goal == Goal():
         raise SearchError("uniform needs keep_ratios (for example [0.75, 0.5]) or a search.target; neither is set")
     limit = None if options.keep_ratios is not None else (yield from limit_of(problem))
     saliency = yield from score(options.criterion)

@@ -25,13 +25,13 @@ from pruning.search.protocol import (
     Evaluation,
     FineTune,
     FineTuned,
+    Goal,
     Learn,
     Learned,
     Probe,
     Problem,
     Score,
     Strategy,
-    Target,
     Time,
 )
 
@@ -98,7 +98,7 @@ def run(folder: Path, oracle: FakeOracle, seed: int = 0, told: list[Any] | None 
     space = SearchSpace.of(GROUPS)
     reference = FakeOracle().evaluate(Candidate(0, space.full, "reference"), True)
     costs = lambda widths: {"macs": widths.sum(axis=1).astype(float)}  # noqa: E731
-    problem = Problem(space, reference, lambda e: e["top1"], costs, Target(), np.random.default_rng(seed))
+    problem = Problem(space, reference, lambda e: e["top1"], costs, Goal(), np.random.default_rng(seed))
     options = ccep.Options(outer_iterations=2, population=3, generations=2, finetune_epochs=1)
     with Journal(folder / "journal.jsonl", "run", "config") as journal:
         study = Study(journal, oracle, (told if told is not None else []).append)

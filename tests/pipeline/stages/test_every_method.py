@@ -29,7 +29,7 @@ from pipeline.workloads import detection
 from pruning.channels import ChannelGraph
 from pruning.plan import IntArray, PruningPlan, SearchSpace
 from pruning.search import METHODS
-from pruning.search.protocol import Budget, Candidate, Problem, Target
+from pruning.search.protocol import Budget, Candidate, Goal, Problem
 from pruning.search.reward import make_reward
 from pruning.trace import trace
 from tests.pipeline.helpers import digits, quick_device
@@ -148,7 +148,7 @@ def searched(method: str, network: Network, folder: Path, oracle: Any) -> tuple[
             reference,
             make_reward("rewarded_v2", reference, metric),
             network.costs,
-            Target(macs_ratio=MACS),
+            Goal(macs_ratio=MACS),
             np.random.default_rng(0),
             metric=metric,
         )

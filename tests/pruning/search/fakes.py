@@ -21,6 +21,7 @@ from pruning.search.protocol import (
     Evaluation,
     FineTune,
     FineTuned,
+    Goal,
     Learn,
     Learned,
     Predict,
@@ -29,7 +30,6 @@ from pruning.search.protocol import (
     Request,
     Score,
     Strategy,
-    Target,
     Time,
 )
 
@@ -158,13 +158,13 @@ class FakeStudy:
                 asked.append(request.candidate)
         return asked
 
-    def problem(self, target: Target = Target(), seed: int = 0, budget: Budget = Budget()) -> Problem:  # noqa: B008
+    def problem(self, goal: Goal = Goal(), seed: int = 0, budget: Budget = Budget()) -> Problem:  # noqa: B008
         return Problem(
             self.space,
             reference=self.metrics(self.space.full, BASELINE, latency=True),
             reward=lambda e: e["top1"] - 0.1 * e["macs"] / self.macs(self.space.full),
             costs=self.costs,
-            target=target,
+            goal=goal,
             rng=np.random.default_rng(seed),
             budget=budget,
         )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pruning.search.methods import random
 from pruning.search.methods.acp import Options, Particle, compat_move, ordered_move, search
 from pruning.search.methods.clustering import dbscan, num_kept
-from pruning.search.protocol import DENSE, RANDOM, Candidate, Evaluate, Evaluation, FineTune, Score, Target, Time
+from pruning.search.protocol import DENSE, RANDOM, Candidate, Evaluate, Evaluation, FineTune, Goal, Score, Time
 from pruning.search.support import SearchError
 from tests.pruning.search.fakes import BASELINE, FakeStudy, drive, study
 
@@ -110,7 +110,7 @@ def test_medoids_come_first_then_the_largest_norms():
 def test_epsilon_is_calibrated_to_the_macs_target_and_every_particle_meets_it(target, clusterer):
     fake = study()
     options = Options(clusterer=clusterer, population=5, cycles=3, fitness_epochs=0)
-    drive(search(fake.problem(Target(macs_ratio=target)), options), fake)
+    drive(search(fake.problem(Goal(macs_ratio=target)), options), fake)
     ratios = [fake.macs(c.plan) / fake.macs(fake.space.full) for c in fake.candidates]
     assert max(ratios) <= target
     assert len(ratios) > 5
@@ -119,7 +119,7 @@ def test_epsilon_is_calibrated_to_the_macs_target_and_every_particle_meets_it(ta
 def test_epsilon_is_calibrated_to_measured_latency():
     fake = study()
     options = Options(clusterer="agglomerative", population=1, cycles=0)
-    drive(search(fake.problem(Target(latency_ratio=0.7)), options), fake)
+    drive(search(fake.problem(Goal(latency_ratio=0.7)), options), fake)
     (candidate,) = fake.candidates
     ratio = (fake.macs(candidate.plan) / fake.macs(fake.space.full)) ** 0.5
     assert 0.5 < ratio <= 0.7
@@ -130,7 +130,7 @@ def test_a_given_epsilon_is_projected_onto_the_target_unless_the_papers_way_is_w
     for compat in (False, True):
         fake = study()
         options = Options(epsilon=0.0, population=1, cycles=0, paper_compat=compat)
-        drive(search(fake.problem(Target(macs_ratio=0.5)), options), fake)
+        drive(search(fake.problem(Goal(macs_ratio=0.5)), options), fake)
         assert (fake.macs(fake.candidates[0].plan) <= 0.5 * fake.macs(fake.space.full)) is not compat
 
 
@@ -161,7 +161,7 @@ def test_particle_i_lies_at_most_i_steps_away(seed, compat):
 
 def test_steps_are_those_of_the_device():
     fake = study((64, 64), 8)
-    drive(search(fake.problem(Target(macs_ratio=0.5)), replace(LOOSE, epsilon=None, cycles=0)), fake)
+    drive(search(fake.problem(Goal(macs_ratio=0.5)), replace(LOOSE, epsilon=None, cycles=0)), fake)
     moved = {w for c in fake.candidates for w in widths(c)}
     assert len(moved) > 3
     assert all(w % 8 == 0 for w in moved)
@@ -277,7 +277,7 @@ def test_pbest_and_gbest_change_only_for_the_strictly_better_and_gbest_never_fal
 
     monkeypatch.setattr(acp.Swarm, "move", watched)
     fake = study()
-    archive = drive(search(fake.problem(Target(macs_ratio=0.6)), Options()), fake)
+    archive = drive(search(fake.problem(Goal(macs_ratio=0.6)), Options()), fake)
     assert history[-1] > history[0]
     assert history == sorted(history)
     assert history[-1] == fake.problem().reward(archive[0].evaluation)
@@ -315,7 +315,7 @@ def test_parents_are_where_the_particle_was_and_its_two_attractors():
 
 def test_final_training_starts_from_the_best_networks_weights():
     fake = study()
-    archive = drive(search(fake.problem(Target(macs_ratio=0.6)), Options(population=3, cycles=1)), fake)
+    archive = drive(search(fake.problem(Goal(macs_ratio=0.6)), Options(population=3, cycles=1)), fake)
     assert all(entry.candidate.base == f"tuned-{entry.candidate.id}" for entry in archive)
     rewards = [fake.problem().reward(entry.evaluation) for entry in archive]
     assert rewards == sorted(rewards, reverse=True)
@@ -357,7 +357,7 @@ def test_it_finds_the_known_optimum_where_random_search_does_not(seed):
     best = [7, 11, 9]
     fake, twin = redundant(), redundant()
     macs = fake.macs(fake.space.full)
-    target = Target(macs_ratio=fake.macs(fake.plan_of(best)) / macs)
+    target = Goal(macs_ratio=fake.macs(fake.plan_of(best)) / macs)
     archive = drive(search(fake.problem(target, seed), Options(fitness_epochs=0)), fake)
     assert widths(archive[0].candidate) == best
     assert archive[0].evaluation["top1"] == BASELINE
@@ -404,7 +404,7 @@ def test_the_swarm_improves_on_its_population_and_on_random_search_at_equal_eval
 def test_failures_and_unknown_accuracies_never_attract_the_swarm():
     fake = study()
     fake.fails = lambda c: c.id < 12 and c.id != 4
-    archive = drive(search(fake.problem(Target(macs_ratio=0.6)), Options()), fake)
+    archive = drive(search(fake.problem(Goal(macs_ratio=0.6)), Options()), fake)
     assert all(entry.candidate.id == 4 or entry.candidate.id >= 12 for entry in archive)
 
     class Blind(FakeStudy):
@@ -414,19 +414,19 @@ def test_failures_and_unknown_accuracies_never_attract_the_swarm():
             return Evaluation(metrics={**known.metrics, "top1": float("nan")}) if odd else known
 
     fake = Blind(study().space)
-    archive = drive(search(fake.problem(Target(macs_ratio=0.6)), Options()), fake)
+    archive = drive(search(fake.problem(Goal(macs_ratio=0.6)), Options()), fake)
     assert any(c.plan.widths["layer0.conv1"] % 2 for c in fake.candidates)
     assert all(entry.candidate.plan.widths["layer0.conv1"] % 2 == 0 for entry in archive)
     fake = FakeStudy(study().space, fails=lambda c: True)
     with pytest.raises(SearchError, match="candidates could be evaluated; the first: the fake says so"):
-        drive(search(fake.problem(Target(macs_ratio=0.6)), Options()), fake)
+        drive(search(fake.problem(Goal(macs_ratio=0.6)), Options()), fake)
 
 
 @pytest.mark.parametrize("compat", [False, True])
 def test_one_group_and_one_particle_work(compat):
     fake = study((16,))
     options = Options(population=1, paper_compat=compat)
-    archive = drive(search(fake.problem(Target(macs_ratio=0.5)), options), fake)
+    archive = drive(search(fake.problem(Goal(macs_ratio=0.5)), options), fake)
     assert fake.macs(fake.candidates[0].plan) <= 0.5 * fake.macs(fake.space.full)
     assert archive
 
@@ -436,7 +436,7 @@ def test_errors_name_the_way_out():
     with pytest.raises(SearchError, match=r"acp needs epsilon \(for example 0.03\) or a search.target"):
         drive(search(fake.problem(), Options()), fake)
     with pytest.raises(SearchError, match="out of reach"):
-        drive(search(fake.problem(Target(macs_ratio=0.001)), Options()), fake)
+        drive(search(fake.problem(Goal(macs_ratio=0.001)), Options()), fake)
     assert fake.log == []
     with pytest.raises(ValueError, match=r"population must lie in 1..inf, got 0; .*move_share must lie in 0..1, got 2"):
         Options(population=0, move_share=2)

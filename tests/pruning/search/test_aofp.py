@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from pruning.search.methods import random
 from pruning.search.methods.aofp import Group, Options, search
-from pruning.search.protocol import Budget, BudgetSpent, Distort, Evaluate, FineTune, Target
+from pruning.search.protocol import Budget, BudgetSpent, Distort, Evaluate, FineTune, Goal
 from pruning.search.support import SearchError
 from tests.pruning.search.fakes import FakeStudy, drive, study
 
 STILL = Options(finetune_epochs=0)
-HALF = Target(macs_ratio=0.5)
+HALF = Goal(macs_ratio=0.5)
 
 
 def group_of(size: int, multiple: int = 1) -> Group:
@@ -140,7 +140,7 @@ def test_it_stops_at_the_target_and_the_last_mask_takes_no_more_than_needed() ->
     for multiple, stagger in ((1, 4), (8, 4), (1, 1)):
         fake = study((32, 64, 32), multiple)
         options = replace(STILL, threshold=10.0, stagger=stagger)
-        drive(search(fake.problem(Target(macs_ratio=0.7)), options), fake)
+        drive(search(fake.problem(Goal(macs_ratio=0.7)), options), fake)
         last, space = fake.candidates[-1].plan, fake.space
         ratio = fake.macs(last) / fake.macs(space.full)
         assert ratio <= 0.7
@@ -149,7 +149,7 @@ def test_it_stops_at_the_target_and_the_last_mask_takes_no_more_than_needed() ->
         wider = space.encode(last)
         wider[space.names.index(cut)] = space.above(cut, last.widths[cut])
         assert fake.costs(wider[None])["macs"][0] / fake.macs(space.full) > 0.7
-        drive(search(fake.problem(Target(macs_ratio=0.7)), replace(options, paper_compat=True)), fake)
+        drive(search(fake.problem(Goal(macs_ratio=0.7)), replace(options, paper_compat=True)), fake)
         assert fake.macs(fake.candidates[-1].plan) <= fake.macs(last)
 
 
@@ -177,9 +177,7 @@ def test_with_a_latency_target_groups_that_save_more_latency_go_first() -> None:
     for compat in (False, True):
         fake = study((8, 64, 64))
         fake.value = {name: np.full(len(v), 0.64 / len(v)) for name, v in fake.value.items()}
-        drive(
-            search(fake.problem(Target(latency_ratio=0.75)), replace(STILL, paper_compat=compat, threshold=0.5)), fake
-        )
+        drive(search(fake.problem(Goal(latency_ratio=0.75)), replace(STILL, paper_compat=compat, threshold=0.5)), fake)
         widths[compat] = fake.candidates[0].plan.widths
     assert widths[True]["layer0.conv1"] < 8
     assert widths[False]["layer0.conv1"] == 8
@@ -196,17 +194,17 @@ def test_a_latency_that_is_predicted_too_low_is_measured_and_masking_goes_on() -
             "latency_ratio": (fake.macs(plan) / fake.macs(fake.space.full)) ** 0.5 + 0.05 * (not plan.is_full),
         },
     )
-    archive = drive(search(fake.problem(Target(latency_ratio=0.7)), STILL), fake)
+    archive = drive(search(fake.problem(Goal(latency_ratio=0.7)), STILL), fake)
     assert min(e.evaluation["latency_ratio"] for e in archive) <= 0.7
 
 
 def test_only_included_groups_are_pruned_and_an_unreachable_target_is_said_first() -> None:
     fake = study()
-    archive = drive(search(fake.problem(Target(macs_ratio=0.8)), replace(STILL, include=("layer[02].*",))), fake)
+    archive = drive(search(fake.problem(Goal(macs_ratio=0.8)), replace(STILL, include=("layer[02].*",))), fake)
     assert all(entry.candidate.plan.widths["layer1.conv1"] == 24 for entry in archive)
     fake = study()
     with pytest.raises(SearchError, match=r"macs_ratio 0.3 is out of reach of the 1 included groups"):
-        drive(search(fake.problem(Target(macs_ratio=0.3)), replace(STILL, include=("layer0.*",))), fake)
+        drive(search(fake.problem(Goal(macs_ratio=0.3)), replace(STILL, include=("layer0.*",))), fake)
     with pytest.raises(SearchError, match=r"\['head'\] matches none of the groups"):
         drive(search(fake.problem(HALF), replace(STILL, include=("head",))), fake)
     assert fake.log == []

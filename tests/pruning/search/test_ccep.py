@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pruning.search.methods.ccep import Individual, Options, Subproblem, _fit, crossover, initial, mutate, search
-from pruning.search.protocol import Candidate, Evaluate, FineTune, Target, Time
+from pruning.search.protocol import Candidate, Evaluate, FineTune, Goal, Time
 from pruning.search.support import SearchError
 from tests.pruning.search.fakes import FakeStudy, drive, study
 
@@ -222,14 +222,14 @@ def test_the_splice_is_made_of_the_best_pruned_individual_of_each_group():
 
 def test_it_stops_at_the_macs_target():
     fake = study()
-    archive = drive(search(fake.problem(Target(macs_ratio=0.7)), FAST_LONG), fake)
+    archive = drive(search(fake.problem(Goal(macs_ratio=0.7)), FAST_LONG), fake)
     ratios = [entry.evaluation["macs"] / fake.macs(fake.space.full) for entry in archive]
     assert ratios[-1] <= 0.7 < ratios[-2]
 
 
 def test_it_stops_at_the_latency_target():
     fake = study()
-    archive = drive(search(fake.problem(Target(latency_ratio=0.8)), FAST_LONG), fake)
+    archive = drive(search(fake.problem(Goal(latency_ratio=0.8)), FAST_LONG), fake)
     ratios = [entry.evaluation["latency_ratio"] for entry in archive]
     assert ratios[-1] <= 0.8 < ratios[-2]
 
@@ -380,7 +380,7 @@ def test_an_adaptive_bound_shrinks_dear_groups_faster():
 
 
 def test_the_round_that_oversteps_the_target_is_taken_back_where_it_hurts_most():
-    target = Target(macs_ratio=0.7)
+    target = Goal(macs_ratio=0.7)
     kept = {}
     for compat in (False, True):
         fake = study((32, 32, 32))

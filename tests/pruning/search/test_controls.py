@@ -5,7 +5,7 @@ import pytest
 
 from pruning.search import METHODS
 from pruning.search.methods import random, uniform
-from pruning.search.protocol import Evaluate, Score, Target
+from pruning.search.protocol import Evaluate, Goal, Score
 from pruning.search.support import SearchError, check_reachable
 from tests.pruning.search.fakes import FakeStudy, drive, study
 
@@ -33,7 +33,7 @@ def test_uniform_cuts_every_group_to_the_given_ratios_and_keeps_the_most_salient
 @pytest.mark.parametrize("multiple", [1, 8])
 def test_uniform_finds_the_largest_ratio_that_meets_the_macs_target(target, multiple):
     fake = study((16, 24, 32), multiple)
-    (entry,) = drive(uniform.search(fake.problem(Target(macs_ratio=target)), uniform.Options()), fake)
+    (entry,) = drive(uniform.search(fake.problem(Goal(macs_ratio=target)), uniform.Options()), fake)
     assert macs_ratio(fake, entry.candidate) <= target
 
     def cut(ratio):
@@ -46,7 +46,7 @@ def test_uniform_finds_the_largest_ratio_that_meets_the_macs_target(target, mult
 def test_random_stays_inside_the_macs_window():
     fake = study()
     options = random.Options(num_plans=40, tolerance=0.1, batch=7)
-    archive = drive(random.search(fake.problem(Target(macs_ratio=0.4)), options), fake)
+    archive = drive(random.search(fake.problem(Goal(macs_ratio=0.4)), options), fake)
     assert len(archive) == 40
     assert all(0.36 <= macs_ratio(fake, entry.candidate) <= 0.4 for entry in archive)
     assert [len(r.candidates) for r in fake.requests] == [7, 7, 7, 7, 7, 5]
@@ -79,7 +79,7 @@ def test_random_says_which_macs_it_saw_before_any_evaluation():
     fake = study((16, 24, 32), 8)
     options = random.Options(max_draws=50, tolerance=0.001)
     with pytest.raises(SearchError, match=r"none of 50 .* a macs_ratio of 0\.\d+\.\.0\.500; they had 0\.\d+\.\."):
-        drive(random.search(fake.problem(Target(macs_ratio=0.5)), options), fake)
+        drive(random.search(fake.problem(Goal(macs_ratio=0.5)), options), fake)
     assert fake.log == []
 
 
@@ -89,11 +89,11 @@ def test_an_unreachable_target_names_the_smallest_reachable_ratio(method, sizes)
     fake = study(sizes, 8, min_keep_ratio=0.5)
     smallest = fake.macs(fake.space.smallest()) / fake.macs(fake.space.full)
     with pytest.raises(SearchError, match=r"Raise the target to (0\.\d+) or more") as caught:
-        drive(method.search(fake.problem(Target(macs_ratio=0.1)), method.Options()), fake)
+        drive(method.search(fake.problem(Goal(macs_ratio=0.1)), method.Options()), fake)
     suggested = float(str(caught.value).split("Raise the target to ")[1].split()[0])
     assert smallest <= suggested < smallest + 0.001
-    check_reachable(fake.problem(Target(macs_ratio=suggested)))
-    check_reachable(fake.problem(Target(latency_ratio=0.01)))
+    check_reachable(fake.problem(Goal(macs_ratio=suggested)))
+    check_reachable(fake.problem(Goal(latency_ratio=0.01)))
     assert fake.log == []
 
 

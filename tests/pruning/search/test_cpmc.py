@@ -9,19 +9,19 @@ from hypothesis import strategies as st
 
 from pruning.search.methods import random as random_search
 from pruning.search.methods.cpmc import Options, multi_criteria, normalised, search
-from pruning.search.protocol import Evaluate, Score, Target
+from pruning.search.protocol import Evaluate, Goal, Score
 from pruning.search.support import Limit, SearchError, macs_ratios
 from tests.pruning.search.fakes import FakeStudy, drive, study
 
 
-def plan_of(fake: FakeStudy, target: Target, options: Options = Options()):  # noqa: B008
+def plan_of(fake: FakeStudy, target: Goal, options: Options = Options()):  # noqa: B008
     (entry,) = drive(search(fake.problem(target), options), fake)
     return entry.candidate.plan
 
 
 def test_it_asks_for_weights_once_and_evaluates_one_plan():
     fake = study()
-    archive = drive(search(fake.problem(Target(0.5)), Options()), fake)
+    archive = drive(search(fake.problem(Goal(0.5)), Options()), fake)
     assert fake.requests == [Score("weight_dependency"), Evaluate((archive[0].candidate,), latency=True)]
     assert archive[0].evaluation["macs"] <= 0.5 * fake.macs(fake.space.full)
 
@@ -55,7 +55,7 @@ def test_zero_channels_go_first_wherever_they_are():
     first, second = fake.space.names
     fake.value[first][[2, 7]], fake.value[second][[0, 9, 15]] = 0, 0
     target = fake.macs(fake.space.full.replace({first: range(10), second: range(13)})) / fake.macs(fake.space.full)
-    plan = plan_of(fake, Target(target))
+    plan = plan_of(fake, Goal(target))
     assert {name: set(range(size)) - set(plan.kept[name]) for name, size in plan.sizes.items()} == {
         first: {2, 7},
         second: {0, 9, 15},
@@ -69,13 +69,13 @@ def test_the_scale_of_a_groups_weights_does_not_matter(scale, normalise, group):
     for factor in (1.0, scale):
         fake = study((8, 10, 12))
         fake.value[fake.space.names[group]] *= factor
-        plans.append(plan_of(fake, Target(0.5), Options(normalise=normalise)))
+        plans.append(plan_of(fake, Goal(0.5), Options(normalise=normalise)))
     assert plans[0] == plans[1]
 
 
 def test_without_costs_it_is_the_global_ranking():
     fake = study((16, 24, 32))
-    plan = plan_of(fake, Target(0.5), Options(cost_weight=0, params_weight=0))
+    plan = plan_of(fake, Goal(0.5), Options(cost_weight=0, params_weight=0))
     scores = {name: value / value.max() for name, value in fake.value.items()}
     gone = [scores[n][i] for n, s in plan.sizes.items() for i in range(s) if i not in plan.kept[n]]
     kept = [scores[n][i] for n in plan.sizes for i in plan.kept[n]]
@@ -87,7 +87,7 @@ def test_costs_turn_the_ranking_to_expensive_groups():
     shares = []
     for weight in (0.0, 2.0):
         fake = study((64, 8, 64))  # a channel of the second group costs six times as much
-        plan = plan_of(fake, Target(0.5), Options(cost_weight=weight, params_weight=weight))
+        plan = plan_of(fake, Goal(0.5), Options(cost_weight=weight, params_weight=weight))
         shares.append(plan.widths["layer1.conv1"])
     assert shares[1] < shares[0]
 
@@ -95,20 +95,18 @@ def test_costs_turn_the_ranking_to_expensive_groups():
 def test_every_group_keeps_its_share():
     fake = study((20, 20, 20))
     fake.value["layer1.conv1"] = np.array([1.0, *np.full(19, 1e-6)])
-    widths = [plan_of(fake, Target(0.4), Options(min_keep=k)).widths["layer1.conv1"] for k in (0.1, 0.25)]
+    widths = [plan_of(fake, Goal(0.4), Options(min_keep=k)).widths["layer1.conv1"] for k in (0.1, 0.25)]
     assert 2 <= widths[0] < 5 <= widths[1] <= 6  # where there is room, a channel comes back
     with pytest.raises(SearchError, match=r"out of reach with min_keep 0.9"):
-        plan_of(study(), Target(0.5), Options(min_keep=0.9))
+        plan_of(study(), Goal(0.5), Options(min_keep=0.9))
 
 
 def test_it_beats_random_at_equal_evaluations():
     wins = 0
     for seed in range(10):
         fake, twin = study(), study()
-        (entry,) = drive(search(fake.problem(Target(0.5), seed), Options()), fake)
-        (other,) = drive(
-            random_search.search(twin.problem(Target(0.5), seed), random_search.Options(num_plans=1)), twin
-        )
+        (entry,) = drive(search(fake.problem(Goal(0.5), seed), Options()), fake)
+        (other,) = drive(random_search.search(twin.problem(Goal(0.5), seed), random_search.Options(num_plans=1)), twin)
         wins += entry.evaluation["top1"] > other.evaluation["top1"]
     assert wins == 10
 
@@ -117,6 +115,6 @@ def test_a_group_of_zeros_is_no_division_by_zero():
     assert normalised(np.zeros(3), "max").tolist() == [0, 0, 0]
     assert normalised(np.array([3.0, 4.0]), "l2").tolist() == [0.6, 0.8]
     with pytest.raises(SearchError, match="needs a target"):
-        plan_of(study(), Target())
+        plan_of(study(), Goal())
     with pytest.raises(ValueError, match="cost_weight must lie in"):
         Options(cost_weight=-1)

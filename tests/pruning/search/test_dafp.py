@@ -11,19 +11,19 @@ from hypothesis import strategies as st
 
 from pruning.search.methods import random as random_search
 from pruning.search.methods.dafp import Options, search, uniform_sparsity
-from pruning.search.protocol import DENSE, Evaluate, Evaluation, Learn, Score, Target
+from pruning.search.protocol import DENSE, Evaluate, Evaluation, Goal, Learn, Score
 from pruning.search.support import Limit, SearchError, macs_ratios
 from tests.pruning.search.fakes import FakeStudy, drive, study
 
 
-def plan_of(fake: FakeStudy, target: Target, options: Options = Options()):  # noqa: B008
+def plan_of(fake: FakeStudy, target: Goal, options: Options = Options()):  # noqa: B008
     (entry,) = drive(search(fake.problem(target), options), fake)
     return entry.candidate.plan
 
 
 def test_it_trains_sparsely_and_cuts_the_trained_weights():
     fake = study()
-    (entry,) = drive(search(fake.problem(Target(0.5)), Options(epochs=7, strength=0.001)), fake)
+    (entry,) = drive(search(fake.problem(Goal(0.5)), Options(epochs=7, strength=0.001)), fake)
     learn, evaluate = fake.requests
     assert isinstance(learn, Learn)
     assert (learn.kind, learn.epochs, learn.base) == ("sparsity", 7, DENSE)
@@ -40,7 +40,7 @@ def test_it_trains_sparsely_and_cuts_the_trained_weights():
 
 def test_without_epochs_it_ranks_the_pretrained_network():
     fake = study()
-    (entry,) = drive(search(fake.problem(Target(0.5)), Options(epochs=0)), fake)
+    (entry,) = drive(search(fake.problem(Goal(0.5)), Options(epochs=0)), fake)
     assert fake.requests == [Score("bn_dependency"), Evaluate((entry.candidate,), latency=True)]
     assert entry.candidate.base == DENSE
 
@@ -52,7 +52,7 @@ def test_the_wanted_share_is_that_of_a_uniform_cut():
         bound = float(ratios(np.array([[100 * keep, 100 * keep]]).astype(int))[0])
         assert uniform_sparsity(problem, Limit("macs_ratio", ratios, bound)) == pytest.approx(1 - keep)
     fake = study()
-    drive(search(fake.problem(Target(0.5)), Options(target_sparsity=0.33)), fake)
+    drive(search(fake.problem(Goal(0.5)), Options(target_sparsity=0.33)), fake)
     assert fake.requests[0].options["target_sparsity"] == 0.33
 
 
@@ -61,7 +61,7 @@ def test_channels_nobody_listens_to_go_first():
     first, second = fake.space.names
     fake.value[first][[2, 7]], fake.value[second][[0, 9, 15]] = 0, 0
     target = fake.macs(fake.space.full.replace({first: range(10), second: range(13)})) / fake.macs(fake.space.full)
-    plan = plan_of(fake, Target(target))
+    plan = plan_of(fake, Goal(target))
     assert {name: set(range(size)) - set(plan.kept[name]) for name, size in plan.sizes.items()} == {
         first: {2, 7},
         second: {0, 9, 15},
@@ -75,14 +75,14 @@ def test_a_common_factor_of_a_group_does_not_matter(scale, normalise, group):
     for factor in (1.0, scale):
         fake = study((8, 10, 12))
         fake.value[fake.space.names[group]] *= factor
-        plans.append(plan_of(fake, Target(0.5), Options(normalise=normalise)))
+        plans.append(plan_of(fake, Goal(0.5), Options(normalise=normalise)))
     assert plans[0] == plans[1]
 
 
 def test_bare_scores_are_cut_at_one_threshold():
     fake = study((16, 16))
     fake.value["layer0.conv1"] /= 10
-    widths = {n: plan_of(fake, Target(0.4), Options(normalise=n)).widths for n in ("none", "l2")}
+    widths = {n: plan_of(fake, Goal(0.4), Options(normalise=n)).widths for n in ("none", "l2")}
     assert widths["none"]["layer0.conv1"] < widths["l2"]["layer0.conv1"]
     assert min(widths["none"].values()) >= 2  # a tenth
 
@@ -98,7 +98,7 @@ def test_a_training_that_fails_says_so():
     with pytest.raises(
         SearchError, match=r"sparse training failed: the training loss is nan at step 3. Lower strength"
     ):
-        drive(search(fake.problem(Target(0.5)), Options()), answer)
+        drive(search(fake.problem(Goal(0.5)), Options()), answer)
     assert len(fake.log) == 1
 
 
@@ -106,10 +106,8 @@ def test_it_beats_random_at_equal_evaluations():
     wins = 0
     for seed in range(10):
         fake, twin = study(), study()
-        (entry,) = drive(search(fake.problem(Target(0.5), seed), Options(epochs=0)), fake)
-        (other,) = drive(
-            random_search.search(twin.problem(Target(0.5), seed), random_search.Options(num_plans=1)), twin
-        )
+        (entry,) = drive(search(fake.problem(Goal(0.5), seed), Options(epochs=0)), fake)
+        (other,) = drive(random_search.search(twin.problem(Goal(0.5), seed), random_search.Options(num_plans=1)), twin)
         wins += entry.evaluation["top1"] > other.evaluation["top1"]
     assert wins == 10
 
@@ -118,4 +116,4 @@ def test_options_out_of_range_are_listed():
     with pytest.raises(ValueError, match=r"target_sparsity must lie in 0..1, got 1.5; rate must"):
         Options(target_sparsity=1.5, rate=-1)
     with pytest.raises(SearchError, match="needs a target"):
-        plan_of(study(), Target())
+        plan_of(study(), Goal())

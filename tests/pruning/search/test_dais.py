@@ -7,11 +7,11 @@ import pytest
 
 from pruning.search.methods import random
 from pruning.search.methods.dais import Options, search
-from pruning.search.protocol import DENSE, RANDOM, Evaluate, Evaluation, Learn, Learned, Target, Time
+from pruning.search.protocol import DENSE, RANDOM, Evaluate, Evaluation, Goal, Learn, Learned, Time
 from pruning.search.support import SearchError
 from tests.pruning.search.fakes import FakeStudy, drive, study
 
-HALF = Target(macs_ratio=0.5)
+HALF = Goal(macs_ratio=0.5)
 
 
 class Taught(FakeStudy):
@@ -42,7 +42,7 @@ def macs_ratio(fake: FakeStudy, plan) -> float:
 
 def test_channels_that_are_switched_on_stay() -> None:
     fake = taught(on(12, 16, 24))
-    target = Target(macs_ratio=macs_ratio(fake, fake.plan_of([12, 16, 24])) * 1.02)
+    target = Goal(macs_ratio=macs_ratio(fake, fake.plan_of([12, 16, 24])) * 1.02)
     (entry,) = drive(search(fake.problem(target), Options()), fake)
     assert entry.candidate.plan.kept == {
         "layer0.conv1": tuple(range(4, 16)),
@@ -83,13 +83,13 @@ def test_a_cheap_channel_that_is_off_never_stands_before_a_dear_one_that_is_on()
 def test_slightly_below_the_target_nothing_comes_back() -> None:
     fake = taught(on(12, 16, 24))
     ratio = macs_ratio(fake, fake.plan_of([12, 16, 24]))
-    (entry,) = drive(search(fake.problem(Target(macs_ratio=ratio / 0.96)), Options()), fake)
+    (entry,) = drive(search(fake.problem(Goal(macs_ratio=ratio / 0.96)), Options()), fake)
     assert entry.candidate.plan.widths == on(12, 16, 24)
 
 
 def test_widths_are_the_allowed_ones_next_to_what_is_on() -> None:
     fake = taught(on(21, 30, 2), (32, 32, 32), 8)
-    target = Target(macs_ratio=macs_ratio(fake, fake.plan_of([24, 32, 8])) * 1.01)
+    target = Goal(macs_ratio=macs_ratio(fake, fake.plan_of([24, 32, 8])) * 1.01)
     (entry,) = drive(search(fake.problem(target), Options()), fake)
     assert entry.candidate.plan.widths == on(24, 32, 8)
 
@@ -121,7 +121,7 @@ def test_the_options_are_those_that_the_training_knows() -> None:
 
 def test_a_latency_target_reaches_the_training_as_what_each_group_saves() -> None:
     fake = taught(on(16, 24, 32))
-    target = Target(latency_ratio=0.8, macs_ratio=0.9)
+    target = Goal(latency_ratio=0.8, macs_ratio=0.9)
     (entry,) = drive(search(fake.problem(target), Options()), fake)
     assert entry.evaluation["latency_ratio"] <= 0.8
     (learn,) = [request for request in fake.requests if isinstance(request, Learn)]
@@ -153,7 +153,7 @@ def test_errors_name_the_way_out() -> None:
     with pytest.raises(SearchError, match=r"needs a target: set search.target.macs_ratio"):
         drive(search(fake.problem(), Options()), fake)
     with pytest.raises(SearchError, match="out of reach"):
-        drive(search(fake.problem(Target(macs_ratio=0.001)), Options()), fake)
+        drive(search(fake.problem(Goal(macs_ratio=0.001)), Options()), fake)
     assert fake.log == []
 
     def failing(request):

@@ -30,9 +30,9 @@ from pruning.search.protocol import (
     Evaluate,
     FineTune,
     FineTuned,
+    Goal,
     Request,
     Score,
-    Target,
     Time,
 )
 from pruning.search.support import SearchError
@@ -42,7 +42,7 @@ from pruning.weights import inherit
 from tests.pruning.models import CifarResNet, half, randomise
 from tests.pruning.search.fakes import FakeStudy, drive, study
 
-HALF = Target(macs_ratio=0.5)
+HALF = Goal(macs_ratio=0.5)
 FAST = Options(population=6, offspring=6, generations=4)
 
 
@@ -72,7 +72,7 @@ def settled(sizes=(16, 24, 32), **space) -> Settled:
     return Settled(study(sizes, **space).space)
 
 
-def run(fake: FakeStudy, options: Options = FAST, target: Target = HALF, seed: int = 0):
+def run(fake: FakeStudy, options: Options = FAST, target: Goal = HALF, seed: int = 0):
     return drive(search(fake.problem(target, seed), options), fake)
 
 
@@ -255,7 +255,7 @@ def test_no_plan_is_twice_in_the_archive():
 
 def test_a_latency_target_is_predicted_in_the_loop_and_measured_at_the_end():
     fake = settled()
-    archive = run(fake, target=Target(latency_ratio=0.7))
+    archive = run(fake, target=Goal(latency_ratio=0.7))
     assert [type(r) for r in fake.requests].count(Time) == 1
     assert not any(request.latency for request in trainings(fake))
     assert min(entry.evaluation["latency_ratio"] for entry in archive) <= 0.7
@@ -270,7 +270,7 @@ def test_plans_far_below_the_target_are_not_wanted_unless_there_are_no_others():
     assert min(entry.evaluation["macs"] for entry in far) < 0.2 * full
     halves = [sum(wish(c, 0.35 * full, 0.5 * full, s) for c in s.candidates) for s in (fake, wide)]
     assert halves[0] > 1.5 * halves[1]
-    (entry,) = run(settled((16,), channel_multiple=8), target=Target(macs_ratio=0.9))
+    (entry,) = run(settled((16,), channel_multiple=8), target=Goal(macs_ratio=0.9))
     assert entry.candidate.plan.widths == {"layer0.conv1": 8}  # 0.5 of the MACs: nothing lies in 0.63..0.9
 
 
@@ -280,7 +280,7 @@ def wish(candidate, low: float, high: float, fake: FakeStudy) -> bool:
 
 def test_without_a_target_the_front_goes_to_the_top():
     fake = settled()
-    archive = run(fake, replace(FAST, generations=10), target=Target())
+    archive = run(fake, replace(FAST, generations=10), target=Goal())
     ratios = [entry.evaluation["macs"] / fake.macs(fake.space.full) for entry in archive]
     assert max(ratios) > 0.6
     assert min(ratios) < 0.2
@@ -336,7 +336,7 @@ def test_small_populations_work(size):
 
 def test_errors_name_the_way_out():
     with pytest.raises(SearchError, match=r"none of 6 .* a macs_ratio of 0.05 or less; the smallest has 0\."):
-        run(settled(), Options(population=6, generations=0, max_ratio=0.3), Target(macs_ratio=0.05))
+        run(settled(), Options(population=6, generations=0, max_ratio=0.3), Goal(macs_ratio=0.05))
     with pytest.raises(SearchError, match="none of 30 candidates could be trained; the first: the fake says so"):
         broken = settled()
         broken.fails = lambda c: True

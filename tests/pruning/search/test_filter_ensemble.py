@@ -17,7 +17,7 @@ from pruning.cost import cost, costs
 from pruning.plan import PruningPlan, SearchSpace
 from pruning.search.methods import random as random_search
 from pruning.search.methods.filter_ensemble import Fit, Options, Units, _positive, draw, estimate, ridge, search
-from pruning.search.protocol import DENSE, Evaluate, Evaluation, FineTune, Probe, Problem, Score, Target
+from pruning.search.protocol import DENSE, Evaluate, Evaluation, FineTune, Goal, Probe, Problem, Score
 from pruning.search.support import SearchError
 from pruning.surgery import prune
 from pruning.trace import trace
@@ -261,7 +261,7 @@ def test_losses_that_are_no_numbers_are_left_out():
 def test_probes_come_in_batches_that_change_nothing():
     fakes = [study(), study()]
     archives = [
-        drive(search(f.problem(Target(0.5)), Options(batch=b, images=64)), f)
+        drive(search(f.problem(Goal(0.5)), Options(batch=b, images=64)), f)
         for f, b in zip(fakes, (7, 999), strict=True)
     ]
     assert archives[0] == archives[1]
@@ -276,10 +276,10 @@ def test_probes_come_in_batches_that_change_nothing():
 def test_one_shot_beats_random_at_the_same_macs():
     for seed in range(1):
         fake, twin = study(), study()
-        (entry,) = drive(search(fake.problem(Target(0.5), seed), Options()), fake)
+        (entry,) = drive(search(fake.problem(Goal(0.5), seed), Options()), fake)
         assert entry.evaluation["macs"] <= 0.5 * fake.macs(fake.space.full)
-        others = drive(random_search.search(twin.problem(Target(0.5), seed), random_search.Options(num_plans=1)), twin)
-        many = drive(random_search.search(twin.problem(Target(0.5), seed), random_search.Options(saliency="l1")), twin)
+        others = drive(random_search.search(twin.problem(Goal(0.5), seed), random_search.Options(num_plans=1)), twin)
+        many = drive(random_search.search(twin.problem(Goal(0.5), seed), random_search.Options(saliency="l1")), twin)
         assert entry.evaluation["top1"] > others[0].evaluation["top1"] + 0.05
         assert entry.evaluation["top1"] >= max(e.evaluation["top1"] for e in many)  # 100 evaluations, values known
         for name, kept in entry.candidate.plan.kept.items():
@@ -292,12 +292,12 @@ def test_dead_channels_go_first_and_the_rest_stay_while_there_is_room(selection)
     first, second = fake.space.names
     fake.value[first][[1, 5]], fake.value[second][3] = 0, 0
     target = fake.macs(fake.space.full.replace({first: range(10), second: range(11)})) / fake.macs(fake.space.full)
-    (entry,) = drive(search(fake.problem(Target(target)), Options(selection=selection)), fake)
+    (entry,) = drive(search(fake.problem(Goal(target)), Options(selection=selection)), fake)
     gone = {name: set(range(12)) - set(kept) for name, kept in entry.candidate.plan.kept.items()}
     assert gone == {first: {1, 5}, second: {3}}
     again = study((12, 12))
     again.value = {name: np.zeros(12) for name in again.value}  # nothing matters: still no more than wanted goes
-    (entry,) = drive(search(again.problem(Target(0.8)), Options(selection=selection)), again)
+    (entry,) = drive(search(again.problem(Goal(0.8)), Options(selection=selection)), again)
     assert 0.7 < again.macs(entry.candidate.plan) / again.macs(again.space.full) <= 0.8
 
 
@@ -307,7 +307,7 @@ def test_worth_per_macs_spares_cheap_groups():
         fake = study((64, 8, 64))  # a channel costs 11, 128 and 18
         fake.value = {name: np.random.default_rng(1).random(size) / 200 for name, size in fake.space.sizes.items()}
         options = Options(selection="ranking", cost_power=power)
-        (entry,) = drive(search(fake.problem(Target(0.5)), options), fake)
+        (entry,) = drive(search(fake.problem(Goal(0.5)), options), fake)
         widths[power] = [*entry.candidate.plan.widths.values()]
     assert widths[1.0][1] < widths[0.0][1]
     assert widths[1.0][0] > widths[0.0][0]
@@ -318,7 +318,7 @@ def test_rounds_stay_within_their_shares_and_end_at_the_target():
     fake = study((32, 48, 64))
     fake.value["layer2.conv1"] /= 10  # would go first, were it not for the bounds
     options = Options(rounds=8, finetune_epochs=3, min_keep=0.2)
-    archive = drive(search(fake.problem(Target(0.35)), options), fake)
+    archive = drive(search(fake.problem(Goal(0.35)), options), fake)
     assert all(isinstance(r, Probe | FineTune) for r in fake.requests)
     assert {r.epochs for r in fake.requests if isinstance(r, FineTune)} == {3}
     plans = [fake.space.full, *(entry.candidate.plan for entry in archive)]
@@ -340,7 +340,7 @@ def test_rounds_stay_within_their_shares_and_end_at_the_target():
 
 def test_two_rounds_go_all_the_way_in_the_second():
     fake = study((16, 24, 32), 8)
-    archive = drive(search(fake.problem(Target(0.3)), Options(rounds=2)), fake)
+    archive = drive(search(fake.problem(Goal(0.3)), Options(rounds=2)), fake)
     assert len(archive) == 2
     assert archive[-1].evaluation["macs"] <= 0.3 * fake.macs(fake.space.full) < archive[0].evaluation["macs"]
     assert {r.epochs for r in fake.requests if isinstance(r, FineTune)} == {10}
@@ -349,18 +349,18 @@ def test_two_rounds_go_all_the_way_in_the_second():
 def test_a_round_that_fails_begins_again_from_the_same_weights():
     fake = study((16, 24, 32))
     fake.fails = lambda candidate: candidate.id == 1
-    archive = drive(search(fake.problem(Target(0.4)), Options(rounds=6)), fake)
+    archive = drive(search(fake.problem(Goal(0.4)), Options(rounds=6)), fake)
     assert [c.base for c in fake.candidates[:4]] == [DENSE, "tuned-0", "tuned-0", "tuned-2"]
     assert 1 not in [entry.candidate.id for entry in archive]
     assert archive[-1].evaluation["macs"] <= 0.4 * fake.macs(fake.space.full)
     fake = FakeStudy(study().space, fails=lambda candidate: True)
     with pytest.raises(SearchError, match="no network that can be evaluated; the last: the fake says so"):
-        drive(search(fake.problem(Target(0.4)), Options()), fake)
+        drive(search(fake.problem(Goal(0.4)), Options()), fake)
 
 
 def test_large_networks_are_masked_in_bundles():
     fake = study((64, 64))
-    drive(search(fake.problem(Target(0.5)), Options(bundle=8)), fake)
+    drive(search(fake.problem(Goal(0.5)), Options(bundle=8)), fake)
     assert fake.requests[0] == Score("l1", DENSE, fake.space.full)
     plans = [plan for r in fake.requests if isinstance(r, Probe) for plan in r.plans]
     assert len(plans) <= 8 * 16 + 50
@@ -375,7 +375,7 @@ def test_what_cannot_be_done_names_the_way_out():
     with pytest.raises(SearchError, match=r"needs a target: set search.target"):
         drive(search(fake.problem(), Options()), fake)
     with pytest.raises(SearchError, match=r"min_keep 0.8: .* Lower min_keep or raise the target"):
-        drive(search(fake.problem(Target(0.3)), Options(min_keep=0.8)), fake)
+        drive(search(fake.problem(Goal(0.3)), Options(min_keep=0.8)), fake)
     assert fake.log == []
     with pytest.raises(ValueError, match=r"keep must lie in 0.01..0.99, got 1.0"):
         Options(keep=1.0)
@@ -432,7 +432,7 @@ class Perceptron:
             return {"macs": costs(self.graph, widths).macs.astype(float)}
 
         whole = self.metrics(self.space.full)
-        return Problem(self.space, whole, lambda e: e["top1"], totals, Target(target), np.random.default_rng(0))
+        return Problem(self.space, whole, lambda e: e["top1"], totals, Goal(target), np.random.default_rng(0))
 
 
 def test_a_fully_connected_network_is_pruned_by_the_loss_its_units_save():

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pruning.search import METHODS
-from pruning.search.protocol import Evaluate, Score, Target, Time
+from pruning.search.protocol import Evaluate, Goal, Score, Time
 from pruning.search.support import SearchError
 from tests.pruning.search.fakes import FakeStudy, drive, study
 
@@ -40,7 +40,7 @@ def test_it_cuts_at_one_threshold(target, seed, name):
     fake = study((6, 8, 10))
     fake.value = {n: rng.random(s) * rng.choice([0.3, 1, 3]) for n, s in fake.space.sizes.items()}
     options = Options(normalise=name)
-    (entry,) = drive(search(fake.problem(Target(macs_ratio=target)), options), fake)
+    (entry,) = drive(search(fake.problem(Goal(macs_ratio=target)), options), fake)
     scores = comparable(fake.value, options)
     cut = by_threshold(fake, scores, target)
     widths = entry.candidate.plan.widths
@@ -66,7 +66,7 @@ def test_normalisation_keeps_a_group_of_small_numbers():
     fake = study((16, 16, 16))
     values = np.linspace(0.5, 1, 16)
     fake.value = {"layer0.conv1": values, "layer1.conv1": values / 1000, "layer2.conv1": values}
-    problem = fake.problem(Target(macs_ratio=0.6))
+    problem = fake.problem(Goal(macs_ratio=0.6))
     (raw,) = drive(search(problem, Options(normalise="none")), fake)
     assert raw.candidate.plan.widths["layer1.conv1"] < 16 == raw.candidate.plan.widths["layer0.conv1"]
     (mean,) = drive(search(problem, Options()), fake)
@@ -77,7 +77,7 @@ def test_per_cost_spares_what_is_cheap():
     """Equal saliency everywhere: by saliency all groups shrink alike, per MACs the expensive one does."""
     fake = study((8, 32, 8))
     fake.value = {n: np.linspace(0.9, 1, s) for n, s in fake.space.sizes.items()}
-    problem = fake.problem(Target(macs_ratio=0.7))
+    problem = fake.problem(Goal(macs_ratio=0.7))
     (plain,) = drive(search(problem, Options(normalise="none")), fake)
     (cheap,) = drive(search(problem, Options(normalise="none", per_cost=True)), fake)
     removed = [sum(fake.space.sizes.values()) - sum(e.candidate.plan.widths.values()) for e in (plain, cheap)]
@@ -86,7 +86,7 @@ def test_per_cost_spares_what_is_cheap():
 
 def test_it_scores_once_and_evaluates_once_with_latency():
     fake = study()
-    drive(search(fake.problem(Target(macs_ratio=0.5)), Options(criterion="bn_scale")), fake)
+    drive(search(fake.problem(Goal(macs_ratio=0.5)), Options(criterion="bn_scale")), fake)
     first, second = fake.requests
     assert first == Score("bn_scale")
     assert isinstance(second, Evaluate)
@@ -96,7 +96,7 @@ def test_it_scores_once_and_evaluates_once_with_latency():
 
 def test_a_latency_target_is_measured_and_met():
     fake = study()
-    (entry,) = drive(search(fake.problem(Target(latency_ratio=0.7)), Options()), fake)
+    (entry,) = drive(search(fake.problem(Goal(latency_ratio=0.7)), Options()), fake)
     assert any(isinstance(request, Time) for request in fake.requests)
     assert 0.6 < entry.evaluation["latency_ratio"] <= 0.7
 
@@ -109,7 +109,7 @@ def test_errors_name_the_way_out():
         Options(normalise="median")
     fake.value["layer1.conv1"] = np.full(24, np.nan)
     with pytest.raises(SearchError, match=r"'l1' gives scores that are not finite for \['layer1.conv1'\]"):
-        drive(search(fake.problem(Target(macs_ratio=0.5)), Options()), fake)
+        drive(search(fake.problem(Goal(macs_ratio=0.5)), Options()), fake)
     frozen = FakeStudy(study((16, 24), frozen=["layer1.conv1"]).space, {"layer1.conv1": np.full(24, np.nan)})
     frozen.top1 = lambda candidate: 0.5
-    assert drive(search(frozen.problem(Target(macs_ratio=0.5)), Options()), frozen)
+    assert drive(search(frozen.problem(Goal(macs_ratio=0.5)), Options()), frozen)

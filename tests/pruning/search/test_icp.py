@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from pruning.search.methods import random
 from pruning.search.methods.icp import Options, search
-from pruning.search.protocol import Evaluate, Evaluation, FineTune, Score, Target, Time
+from pruning.search.protocol import Evaluate, Evaluation, FineTune, Goal, Score, Time
 from pruning.search.support import SearchError
 from tests.pruning.search.fakes import BASELINE, FakeStudy, drive, study
 from tests.pruning.search.test_acp import redundant, widths
 
-HALF = Target(macs_ratio=0.5)
+HALF = Goal(macs_ratio=0.5)
 
 
 def ratios(fake, archive) -> list[float]:
@@ -66,7 +66,7 @@ def test_rounds_are_equal_factors_down_to_the_target(rounds, clusterer):
 )
 def test_no_group_loses_more_than_its_share_in_a_round_and_the_target_is_met(max_cut, seed, multiple, ratio):
     fake = study((16, 40, 24), multiple)
-    archive = drive(search(fake.problem(Target(macs_ratio=ratio), seed), Options(max_cut=max_cut)), fake)
+    archive = drive(search(fake.problem(Goal(macs_ratio=ratio), seed), Options(max_cut=max_cut)), fake)
     before = fake.space.full
     for entry in archive:
         for name, width in entry.candidate.plan.widths.items():
@@ -78,7 +78,7 @@ def test_no_group_loses_more_than_its_share_in_a_round_and_the_target_is_met(max
 
 def test_copies_go_first_and_one_of_each_kind_stays():
     fake, twin = redundant(), redundant()
-    target = Target(macs_ratio=fake.macs(fake.plan_of([7, 11, 9])) / fake.macs(fake.space.full))
+    target = Goal(macs_ratio=fake.macs(fake.plan_of([7, 11, 9])) / fake.macs(fake.space.full))
     archive = drive(search(fake.problem(target), Options(rounds=6)), fake)
     assert widths(archive[-1].candidate) == [7, 11, 9]
     assert [fake.missing(entry.candidate.plan) for entry in archive] == [0] * len(archive)
@@ -100,7 +100,7 @@ def test_a_given_epsilon_is_used_in_every_round_until_nothing_is_alike():
 @pytest.mark.parametrize("ratio", [0.3, 0.2])
 def test_what_a_bounded_round_leaves_of_a_cluster_is_still_one(ratio):
     fake = redundant()
-    archive = drive(search(fake.problem(Target(macs_ratio=ratio)), Options(rounds=1, max_cut=0.4)), fake)
+    archive = drive(search(fake.problem(Goal(macs_ratio=ratio)), Options(rounds=1, max_cut=0.4)), fake)
     assert len(archive) > 1
     assert fake.missing(archive[-1].candidate.plan) == 0
 
@@ -116,7 +116,7 @@ def test_a_given_epsilon_does_not_overshoot_the_target():
 def test_a_latency_target_is_measured_before_the_last_training_and_after_each():
     fake = study((32, 48, 64))
     options = Options(clusterer="agglomerative")
-    archive = drive(search(fake.problem(Target(latency_ratio=0.7)), options), fake)
+    archive = drive(search(fake.problem(Goal(latency_ratio=0.7)), options), fake)
     latencies = [entry.evaluation["latency_ratio"] for entry in archive]
     assert latencies[-1] <= 0.7 < latencies[-2]
     assert sum(isinstance(request, Time) for request in fake.requests) >= 2  # the table, and the last cut
@@ -133,7 +133,7 @@ def test_a_target_that_is_missed_when_measured_costs_a_further_round():
             return Evaluation(metrics={**known.metrics, "latency_ratio": known["latency_ratio"] + 0.2})
 
     fake = Slow(study((32, 48, 64)).space)
-    archive = drive(search(fake.problem(Target(latency_ratio=0.7)), Options()), fake)
+    archive = drive(search(fake.problem(Goal(latency_ratio=0.7)), Options()), fake)
     latencies = [entry.evaluation["latency_ratio"] for entry in archive]
     assert latencies[-1] <= 0.7 < latencies[-2]
 
@@ -142,7 +142,7 @@ def test_after_a_failed_training_the_next_round_cuts_less():
     fake = study((64, 64, 64))
     fake.fails = lambda c: c.id in (1, 2)
     options = Options(rounds=2, clusterer="agglomerative")
-    archive = drive(search(fake.problem(Target(macs_ratio=0.8)), options), fake)
+    archive = drive(search(fake.problem(Goal(macs_ratio=0.8)), options), fake)
     macs = [fake.macs(c.plan) for c in fake.candidates]
     assert macs[0] > macs[3] > macs[2] > macs[1]
     assert [entry.candidate.id for entry in archive][:2] == [0, 3]
@@ -200,7 +200,7 @@ def test_errors_name_the_way_out():
 
 def test_channels_that_are_gone_stay_gone_and_are_not_clustered():
     fake = study()
-    archive = drive(search(fake.problem(Target(macs_ratio=0.2)), Options()), fake)
+    archive = drive(search(fake.problem(Goal(macs_ratio=0.2)), Options()), fake)
     kept = [np.concatenate([np.array(k) for k in e.candidate.plan.kept.values()]).size for e in archive]
     assert kept == sorted(kept, reverse=True)
     assert all(b.candidate.plan.is_within(a.candidate.plan) for a, b in pairwise(archive))

@@ -24,9 +24,9 @@ from pruning.search.protocol import (
     Evaluate,
     Evaluation,
     FineTune,
+    Goal,
     Learn,
     Learned,
-    Target,
     Time,
 )
 from pruning.search.support import SearchError
@@ -34,14 +34,14 @@ from pruning.search.width_evolution import SCALES, Draws, Member, Pool, Settings
 from tests.pruning.search.fakes import FakeStudy, chain, drive, study
 
 BOTH = [meta, rewarded_meta]
-HALF = Target(macs_ratio=0.5)
+HALF = Goal(macs_ratio=0.5)
 
 
-def run(module: ModuleType, fake: FakeStudy, target: Target = HALF, seed: int = 0, **options: object):
+def run(module: ModuleType, fake: FakeStudy, target: Goal = HALF, seed: int = 0, **options: object):
     return drive(module.search(fake.problem(target, seed), module.Options(**options)), fake)
 
 
-def draws_of(fake: FakeStudy, target: Target = HALF, seed: int = 0, **options: object) -> Draws:
+def draws_of(fake: FakeStudy, target: Goal = HALF, seed: int = 0, **options: object) -> Draws:
     """The draws of a problem whose target needs no measurement."""
     with pytest.raises(StopIteration) as end:
         next(Draws.of(fake.problem(target, seed), Settings(**options)))
@@ -131,7 +131,7 @@ def test_a_gene_is_one_of_31_scales_moved_to_an_allowed_width():
 @given(st.floats(0.3, 0.9), st.integers(0, 99), st.booleans())
 def test_candidates_are_unique_and_inside_the_window(module, target, seed, compat):
     fake = study((32, 48, 64, 64))
-    run(module, fake, Target(macs_ratio=target), seed, paper_compat=compat, iterations=4, top=1)
+    run(module, fake, Goal(macs_ratio=target), seed, paper_compat=compat, iterations=4, top=1)
     searched = [c for c in fake.candidates if c.origin != "final"]
     assert len({c.plan.digest for c in searched}) == len(searched) > 20
     ratios = np.array([fake.macs(c.plan) for c in searched]) / fake.macs(fake.space.full)
@@ -140,7 +140,7 @@ def test_candidates_are_unique_and_inside_the_window(module, target, seed, compa
 
 def test_duplicates_are_rejected_and_redrawn_until_the_window_is_exhausted():
     fake = study((8, 12), 4)
-    run(meta, fake, Target(macs_ratio=0.7), tolerance=1.0, iterations=50)
+    run(meta, fake, Goal(macs_ratio=0.7), tolerance=1.0, iterations=50)
     searched = {tuple(c.plan.widths.values()) for c in fake.candidates if c.origin != "final"}
     full = fake.macs(fake.space.full)
     within = {w for w in product((4, 8), (4, 8, 12)) if fake.macs(fake.plan_of(w)) <= 0.7 * full}
@@ -156,10 +156,10 @@ def test_initial_genes_come_from_twelve_scales_around_the_target_in_the_paper():
 
 def test_a_window_between_coarse_widths_begins_at_the_uniform_plan_below():
     fake = study((16,), 8)
-    assert [c.plan.widths for c in run_candidates(fake, Target(macs_ratio=0.9))] == [{"layer0.conv1": 8}] * 2
+    assert [c.plan.widths for c in run_candidates(fake, Goal(macs_ratio=0.9))] == [{"layer0.conv1": 8}] * 2
 
 
-def run_candidates(fake: FakeStudy, target: Target) -> list[Candidate]:
+def run_candidates(fake: FakeStudy, target: Goal) -> list[Candidate]:
     run(meta, fake, target)
     return fake.candidates
 
@@ -171,21 +171,21 @@ def test_an_empty_window_costs_no_training_and_says_what_was_drawn(module):
         r"none of \d+ random width vectors has a macs_ratio of 0\.892\.\.0\.900; they had 0\.\d+\.\.1\.000\. Widen"
     )
     with pytest.raises(SearchError, match=message):
-        run(module, fake, Target(macs_ratio=0.9), paper_compat=True, tolerance=0.009)
+        run(module, fake, Goal(macs_ratio=0.9), paper_compat=True, tolerance=0.009)
     assert fake.log == []
 
 
 def test_a_target_below_the_scales_names_the_smallest():
     fake = study((64, 64))
     with pytest.raises(SearchError, match=r"macs_ratio 0.01 is out of reach of the 31 scales.* 0.1 it is 0.0[0-9]+"):
-        run(meta, fake, Target(macs_ratio=0.01))
+        run(meta, fake, Goal(macs_ratio=0.01))
 
 
 def test_without_a_target_only_a_reward_can_rank():
     with pytest.raises(SearchError, match=r"search\.target"):
-        run(meta, study(), Target())
+        run(meta, study(), Goal())
     fake = study()
-    assert run(rewarded_meta, fake, Target())
+    assert run(rewarded_meta, fake, Goal())
     widths = np.array([list(c.plan.widths.values()) for c in fake.candidates])
     assert (widths.min(axis=0) < [4, 6, 8]).all()
     assert (widths.max(axis=0) > [12, 18, 24]).all()
@@ -254,7 +254,7 @@ def test_a_generation_is_half_mutants_half_children_of_the_fittest():
 @pytest.mark.parametrize("module", BOTH)
 def test_the_supernet_learns_the_widths_of_the_grid_from_the_pretrained_network(module):
     fake = study((16, 24, 32), 8, frozen=["layer1.conv1"])
-    run(module, fake, Target(macs_ratio=0.7), epochs=5, hidden=64, lr=0.2)
+    run(module, fake, Goal(macs_ratio=0.7), epochs=5, hidden=64, lr=0.2)
     (request,) = [r for r in fake.requests if isinstance(r, Learn)]
     assert (request.kind, request.epochs, request.base) == ("pruning_net", 5, DENSE)
     assert json.loads(request.options["widths"]) == {"layer0.conv1": [8, 16], "layer2.conv1": [8, 16, 24, 32]}
@@ -332,7 +332,7 @@ def test_a_training_that_diverged_ends_the_search():
 
 def test_the_window_of_a_latency_target_is_corrected_by_measurements():
     fake = study((32, 48, 64))
-    archive = run(meta, fake, Target(latency_ratio=0.7), top=3)
+    archive = run(meta, fake, Goal(latency_ratio=0.7), top=3)
     measured = np.array([(fake.macs(c.plan) / fake.macs(fake.space.full)) ** 0.5 for c in fake.candidates])
     assert np.abs(np.median(measured) - 0.68) < 0.03
     assert min(e.evaluation["latency_ratio"] for e in archive) <= 0.7
@@ -351,7 +351,7 @@ def test_where_the_fittest_are_too_slow_the_next_are_measured():
         return result
 
     fake.answer = answer
-    archive = run(meta, fake, Target(latency_ratio=0.7), top=2)
+    archive = run(meta, fake, Goal(latency_ratio=0.7), top=2)
     measured = [e.evaluation["latency_ratio"] for e in archive]
     assert measured[:4] == [0.9] * 4
     assert measured[-1] <= 0.7

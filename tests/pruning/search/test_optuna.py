@@ -11,17 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pruning.search import METHODS
-from pruning.search.protocol import Evaluate, Target
+from pruning.search.protocol import Evaluate, Goal
 from pruning.search.support import Limit, SearchError, macs_ratios
 from tests.pruning.search.fakes import FakeStudy, drive, study
 
 method = METHODS.load("optuna")
 Options, search, fitted, blocks_of = method.Options, method.search, method.fitted, method.blocks_of
-HALF = Target(macs_ratio=0.5)
+HALF = Goal(macs_ratio=0.5)
 PRESENT = sorted(name for name in method.SAMPLERS if find_spec(method.NEEDS.get(name, "numpy")))
 
 
-def run(fake: FakeStudy, target: Target = HALF, seed: int = 0, **options):
+def run(fake: FakeStudy, target: Goal = HALF, seed: int = 0, **options):
     return drive(search(fake.problem(target, seed), Options(**options)), fake)
 
 
@@ -64,7 +64,7 @@ def test_neighbours_share_a_block():
 
 def test_the_groups_of_a_block_have_one_keep_ratio():
     fake = study((16, 16, 16, 16))
-    run(fake, Target(), blocks=2, num_plans=20)
+    run(fake, Goal(), blocks=2, num_plans=20)
     widths = np.array([fake.space.encode(c.plan) for c in fake.candidates])
     assert (widths[:, 0] == widths[:, 1]).all()
     assert (widths[:, 2] == widths[:, 3]).all()
@@ -96,7 +96,7 @@ def test_no_plan_is_evaluated_twice_and_a_small_space_ends_early():
 def test_only_repeats_in_a_row_end_the_search():
     """Drawn at random, all plans of a small space turn up, though repeats are many long before the last does."""
     fake = study((8, 8), 2)
-    run(fake, Target(), num_plans=1000, max_repeats=20, sampler="random")
+    run(fake, Goal(), num_plans=1000, max_repeats=20, sampler="random")
     assert len(fake.candidates) == 16
 
 
@@ -170,7 +170,7 @@ def test_the_library_is_left_as_it_was_while_the_strategy_waits(monkeypatch):
 
 def test_latency_predictions_are_corrected_by_what_was_measured():
     fake = study((16, 24, 32))
-    archive = run(fake, Target(latency_ratio=0.7), num_plans=40)
+    archive = run(fake, Goal(latency_ratio=0.7), num_plans=40)
     measured = [e.evaluation["latency_ratio"] for e in sorted(archive, key=lambda e: e.candidate.id)]
     assert min(measured) <= 0.7
     assert np.mean(measured[10:]) == pytest.approx(0.7, abs=0.02)
@@ -178,7 +178,7 @@ def test_latency_predictions_are_corrected_by_what_was_measured():
 
 def test_both_targets_are_kept():
     fake = study((16, 24, 32))
-    archive = run(fake, Target(macs_ratio=0.4, latency_ratio=0.9), num_plans=20)
+    archive = run(fake, Goal(macs_ratio=0.4, latency_ratio=0.9), num_plans=20)
     assert all(ratio(fake, entry.candidate.plan) <= 0.4 for entry in archive)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from device_profiles.latency_model import LatencyModel
 from device_profiles.layers import LayerTable
-from pruning.search.protocol import Answer, Predict, Request, Target, Time
+from pruning.search.protocol import Answer, Goal, Predict, Request, Time
 from pruning.search.support import latency_table, limit_of, predicted_latency
 from tests.pruning.search.fakes import FakeStudy, chain, drive, study
 
@@ -65,16 +65,16 @@ def test_without_a_trusted_model_plans_are_timed() -> None:
 def test_a_latency_target_is_bounded_by_the_model() -> None:
     fake = study((16, 24, 32))
     model = model_of((16, 24, 32))
-    limit = drive(limit_of(fake.problem(Target(latency_ratio=0.5))), answered(fake, model))
+    limit = drive(limit_of(fake.problem(Goal(latency_ratio=0.5))), answered(fake, model))
     assert (limit.name, limit.bound) == ("latency_ratio", 0.5)
     assert limit.of([8, 12, 16]) == pytest.approx(0.5)
     assert fake.requests == [Predict()]
-    both = drive(limit_of(fake.problem(Target(latency_ratio=0.5, macs_ratio=0.25))), answered(fake, model))
+    both = drive(limit_of(fake.problem(Goal(latency_ratio=0.5, macs_ratio=0.25))), answered(fake, model))
     macs = fake.macs(fake.plan_of([16, 1, 16])) / fake.macs(fake.space.full)
     assert both.of([16, 1, 16]) == pytest.approx(max(float(model.ratios(np.array([[16, 1, 16]]))[0]), 2 * macs))
 
 
 def test_a_macs_target_needs_no_latency() -> None:
     fake = study((16, 24, 32))
-    drive(limit_of(fake.problem(Target(macs_ratio=0.5))), fake)
+    drive(limit_of(fake.problem(Goal(macs_ratio=0.5))), fake)
     assert fake.requests == []
