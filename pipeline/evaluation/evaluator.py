@@ -41,8 +41,8 @@ from pruning.search.protocol import (
     FineTuned,
     Learn,
     Learned,
+    MaskedLoss,
     Predict,
-    Probe,
     Score,
     Time,
 )
@@ -202,9 +202,9 @@ class Evaluator:
         """Saliency of every channel of every group, or the distances between them."""
         return self.saliency.score(request)
 
-    def probe(self, request: Probe) -> np.ndarray:
+    def masked_loss(self, request: MaskedLoss) -> np.ndarray:
         """Mean loss of each masked network, shape ``(plans,)``."""
-        return self.saliency.probe(request)
+        return self.saliency.masked_loss(request)
 
     def distort(self, request: Distort) -> Mapping[str, np.ndarray]:
         """Change of the next layers' outputs, per group of shape ``(batches,)``."""

@@ -15,7 +15,7 @@ from pruning.distortion import distortions
 from pruning.feature_maps import feature_distance
 from pruning.saliency import channel_saliency
 from pruning.search.identity import draws_of
-from pruning.search.protocol import Distort, Probe, Score
+from pruning.search.protocol import Distort, MaskedLoss, Score
 from pruning.weights import silence
 
 
@@ -59,7 +59,7 @@ class SaliencyScorer:
             raise UserError(f"search.options: {error}") from error
         return {name: _outside(values, plan.mask(name)) for name, values in scores.items()}
 
-    def probe(self, request: Probe) -> np.ndarray:
+    def masked_loss(self, request: MaskedLoss) -> np.ndarray:
         """Mean loss of each masked network, shape ``(plans,)``."""
         workload, inference = self.baseline.workload, self.accuracy.inference
         batches, losses = list(self.accuracy.batches(request.images)), []

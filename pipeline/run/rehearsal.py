@@ -38,8 +38,8 @@ from pruning.search.protocol import (
     Goal,
     Learn,
     Learned,
+    MaskedLoss,
     Predict,
-    Probe,
     Score,
     Time,
 )
@@ -215,7 +215,7 @@ class Rehearsal:
             found[name] = answer
         return found
 
-    def probe(self, request: Probe) -> np.ndarray:
+    def masked_loss(self, request: MaskedLoss) -> np.ndarray:
         self.work["images_forwarded"] += len(request.plans) * (request.images or self.num_scored)
         return np.array([1 - self._accuracy(Candidate(0, plan, "", (), request.base)) for plan in request.plans])
 

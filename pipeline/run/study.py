@@ -31,8 +31,8 @@ from pruning.search.protocol import (
     FineTuned,
     Learn,
     Learned,
+    MaskedLoss,
     Predict,
-    Probe,
     Request,
     Score,
     Strategy,
@@ -77,7 +77,7 @@ class Oracle(Protocol):
 
     def score(self, request: Score) -> Mapping[str, np.ndarray]: ...
 
-    def probe(self, request: Probe) -> np.ndarray: ...
+    def masked_loss(self, request: MaskedLoss) -> np.ndarray: ...
 
     def distort(self, request: Distort) -> Mapping[str, np.ndarray]: ...
 
@@ -156,8 +156,8 @@ class Study:
                 return self._arrays(request, lambda: self.oracle.score(request))
             case Distort():
                 return self._arrays(request, lambda: self.oracle.distort(request))
-            case Probe():
-                return self._arrays(request, lambda: {"": self.oracle.probe(request)})[""]
+            case MaskedLoss():
+                return self._arrays(request, lambda: {"": self.oracle.masked_loss(request)})[""]
             case Time():
                 return self._arrays(request, lambda: {"": self.oracle.time(request)})[""]
             case Predict():
@@ -283,7 +283,7 @@ def work_of(request: Request) -> str:
     match request:
         case Score(criterion):
             return f"score channels by {criterion}"
-        case Probe(plans):
+        case MaskedLoss(plans):
             return f"try {len(plans)} masks"
         case Distort(_, removed):
             return f"look at the next layers in {len(removed)} batches"

@@ -139,7 +139,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Probe:
+class MaskedLoss:
     """Request: mean loss of masked networks that are no candidates: any masks, not tracked. Answer: shape ``(plans,)``.
 
     Args:
@@ -223,7 +223,7 @@ class Predict:
     """
 
 
-Request = Evaluate | FineTune | Score | Probe | Distort | Learn | Time | Predict
+Request = Evaluate | FineTune | Score | MaskedLoss | Distort | Learn | Time | Predict
 Answer = tuple[Evaluation, ...] | FineTuned | Learned | Mapping[str, FloatArray] | FloatArray
 
 

@@ -25,8 +25,8 @@ from pruning.search.protocol import (
     FloatArray,
     Learn,
     Learned,
+    MaskedLoss,
     Predict,
-    Probe,
     Problem,
     Request,
     Score,
@@ -63,11 +63,11 @@ def score(
     return answer
 
 
-def probe(
+def masked_losses(
     plans: Sequence[PruningPlan], base: str = DENSE, images: int | None = None
 ) -> Generator[Request, Answer, FloatArray]:
-    """``losses = yield from probe(plans)``: ask for the mean loss of masked networks, shape ``(plans,)``."""
-    answer = yield Probe(tuple(plans), base, images)
+    """``losses = yield from masked_losses(plans)``: ask for the mean loss of masked networks, shape ``(plans,)``."""
+    answer = yield MaskedLoss(tuple(plans), base, images)
     assert isinstance(answer, np.ndarray) and answer.shape == (len(plans),), answer
     return answer
 

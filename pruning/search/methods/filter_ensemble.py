@@ -62,8 +62,8 @@ from pruning.search.support import (
     evaluate,
     fine_tune,
     limit_of,
+    masked_losses,
     meet,
-    probe,
     project,
     score,
 )
@@ -384,7 +384,7 @@ def estimate(problem: Problem, options: Options, units: Units, base: str) -> Gen
         losses = np.zeros(masks)
         for at in range(0, masks, options.batch):
             part = slice(at, at + options.batch)
-            losses[part] = yield from probe(units.plans(removed[part]), base, options.images)
+            losses[part] = yield from masked_losses(units.plans(removed[part]), base, options.images)
         return removed, losses
 
     for raises in count():

@@ -23,7 +23,7 @@ from pruning.channels import ChannelGraph
 from pruning.cost import count
 from pruning.plan import PruningPlan
 from pruning.saliency import uniform_plan
-from pruning.search.protocol import DENSE, RANDOM, Candidate, Distort, FineTune, Probe, Score
+from pruning.search.protocol import DENSE, RANDOM, Candidate, Distort, FineTune, MaskedLoss, Score
 from pruning.surgery import prune
 from pruning.trace import trace
 from tests.pipeline.helpers import digits, quick_device
@@ -253,10 +253,13 @@ def test_outputs_that_are_no_numbers_fail_with_a_reason(network: Any, make: Any)
     assert "NaN" in evaluation.reason
 
 
-def test_probes_are_losses_of_masked_networks_on_the_first_images(network: Any, make: Any) -> None:
+def test_masked_losses_are_those_of_the_masked_networks_on_the_first_images(network: Any, make: Any) -> None:
     evaluator = make()
     chosen = candidate(network)
-    whole, part = evaluator.probe(Probe((chosen.plan,))), evaluator.probe(Probe((chosen.plan,), images=40))
+    whole, part = (
+        evaluator.masked_loss(MaskedLoss((chosen.plan,))),
+        evaluator.masked_loss(MaskedLoss((chosen.plan,), images=40)),
+    )
     assert whole[0] == pytest.approx(evaluator.evaluate(chosen, latency=False)["loss"], rel=1e-4)
     cpu = torch.device("cpu")
     first = WORKLOAD.batch(WORKLOAD.search, torch.arange(40), train=False, generator=None, device=cpu)

@@ -28,7 +28,7 @@ from pruning.search.protocol import (
     Goal,
     Learn,
     Learned,
-    Probe,
+    MaskedLoss,
     Problem,
     Score,
     Strategy,
@@ -83,7 +83,7 @@ class FakeOracle:
     def score(self, request: Score) -> Mapping[str, np.ndarray]:
         return WORTH
 
-    def probe(self, request: Probe) -> np.ndarray:
+    def masked_loss(self, request: MaskedLoss) -> np.ndarray:
         self.asked += 1
         return np.array([float(sum(plan.widths.values())) for plan in request.plans])
 
@@ -159,7 +159,7 @@ def everything(heard: list[Any]) -> Strategy:
     heard.append((yield FineTune(one, 2.0, (0.25, 0.5), write_back=True, distill=False, latency=False)))
     heard.append((yield Learn("indicators", 3.0, options={"target": 0.5})))
     heard.append((yield Score("l1", "learned-indicators", plan(3), {"images": 5})))
-    heard.append((yield Probe((plan(1), plan(2)))))
+    heard.append((yield MaskedLoss((plan(1), plan(2)))))
     heard.append((yield Distort(plan(5), ({"a": (0, 1)},))))
     heard.append((yield Time((plan(1), plan(2)))))
     return (Entry(one, heard[0][0]),)
@@ -196,7 +196,7 @@ def test_a_request_that_differs_in_any_part_is_not_answered_from_the_journal(tmp
         return ()
 
     pairs = [
-        (Probe((plan(1),)), Probe((plan(2),))),
+        (MaskedLoss((plan(1),)), MaskedLoss((plan(2),))),
         (Learn("a", 1.0), Learn("a", 1.0, options={"x": 1.0})),
         (Score("l1"), Score("l1", plan=plan(2))),
         (FineTune(Candidate(0, plan(2), "x"), 1.0), FineTune(Candidate(0, plan(2), "x"), 1.0, write_back=True)),

@@ -24,8 +24,8 @@ from pruning.search.protocol import (
     Goal,
     Learn,
     Learned,
+    MaskedLoss,
     Predict,
-    Probe,
     Problem,
     Request,
     Score,
@@ -111,7 +111,7 @@ class FakeStudy:
             whole = plan, (accuracy + BASELINE) / 2  # every channel is there, all of them a little better
             self.bases[base] = whole if request.write_back else (request.candidate.plan, top1)
             return FineTuned(base, self.metrics(request.candidate.plan, top1, latency=request.latency))
-        if isinstance(request, Probe):
+        if isinstance(request, MaskedLoss):
             return np.array([1 - self.top1(Candidate(0, plan, "probe", (), request.base)) for plan in request.plans])
         if isinstance(request, Distort):
             names = dict.fromkeys(name for removed in request.removed for name in removed)

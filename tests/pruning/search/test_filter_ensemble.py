@@ -17,7 +17,7 @@ from pruning.cost import cost, costs
 from pruning.plan import PruningPlan, SearchSpace
 from pruning.search.methods import random as random_search
 from pruning.search.methods.filter_ensemble import Fit, Options, Units, _positive, draw, estimate, ridge, search
-from pruning.search.protocol import DENSE, Evaluate, Evaluation, FineTune, Goal, Probe, Problem, Score
+from pruning.search.protocol import DENSE, Evaluate, Evaluation, FineTune, Goal, MaskedLoss, Problem, Score
 from pruning.search.support import SearchError
 from pruning.surgery import prune
 from pruning.trace import trace
@@ -180,7 +180,7 @@ class Noisy:
         self.value[self.fake.space.names[0]][6:] = 0
 
     def __call__(self, request: object) -> np.ndarray:
-        assert isinstance(request, Probe)
+        assert isinstance(request, MaskedLoss)
         self.masks += request.plans
         gone = [{n: list(set(range(p.sizes[n])) - set(p.kept[n])) for n in p.kept} for p in request.plans]
         losses = np.array([sum(self.value[n][g].sum() for n, g in one.items()) for one in gone])
@@ -265,7 +265,7 @@ def test_probes_come_in_batches_that_change_nothing():
         for f, b in zip(fakes, (7, 999), strict=True)
     ]
     assert archives[0] == archives[1]
-    first = [request for request in fakes[0].requests if isinstance(request, Probe)]
+    first = [request for request in fakes[0].requests if isinstance(request, MaskedLoss)]
     assert all(request.images == 64 and request.base == DENSE for request in first)
     assert {len(request.plans) for request in first} == {7, 144 % 7}
 
@@ -319,7 +319,7 @@ def test_rounds_stay_within_their_shares_and_end_at_the_target():
     fake.value["layer2.conv1"] /= 10  # would go first, were it not for the bounds
     options = Options(rounds=8, finetune_epochs=3, min_keep=0.2)
     archive = drive(search(fake.problem(Goal(0.35)), options), fake)
-    assert all(isinstance(r, Probe | FineTune) for r in fake.requests)
+    assert all(isinstance(r, MaskedLoss | FineTune) for r in fake.requests)
     assert {r.epochs for r in fake.requests if isinstance(r, FineTune)} == {3}
     plans = [fake.space.full, *(entry.candidate.plan for entry in archive)]
     for before, after in pairwise(plans[:-1]):
@@ -334,7 +334,7 @@ def test_rounds_stay_within_their_shares_and_end_at_the_target():
     assert ratios[-1] <= 0.35 < ratios[-2]
     assert [c.parents for c in fake.candidates] == [(), *((i,) for i in range(len(archive) - 1))]
     assert [c.base for c in fake.candidates] == [DENSE, *(f"tuned-{i}" for i in range(len(archive) - 1))]
-    probed = [r.base for r in fake.requests if isinstance(r, Probe)]
+    probed = [r.base for r in fake.requests if isinstance(r, MaskedLoss)]
     assert list(dict.fromkeys(probed)) == [c.base for c in fake.candidates]
 
 
@@ -362,7 +362,7 @@ def test_large_networks_are_masked_in_bundles():
     fake = study((64, 64))
     drive(search(fake.problem(Goal(0.5)), Options(bundle=8)), fake)
     assert fake.requests[0] == Score("l1", DENSE, fake.space.full)
-    plans = [plan for r in fake.requests if isinstance(r, Probe) for plan in r.plans]
+    plans = [plan for r in fake.requests if isinstance(r, MaskedLoss) for plan in r.plans]
     assert len(plans) <= 8 * 16 + 50
     order = {name: np.argsort(value, kind="stable").reshape(8, 8) for name, value in fake.value.items()}
     for plan in plans[:20]:
@@ -422,7 +422,7 @@ class Perceptron:
             return F.cross_entropy(self.net[4](torch.relu(self.net[2](hidden)) * masks[1]), self.y).item()
 
     def __call__(self, request: object):
-        if isinstance(request, Probe):
+        if isinstance(request, MaskedLoss):
             return np.array([self.loss(plan) for plan in request.plans])
         assert isinstance(request, Evaluate)
         return tuple(self.metrics(c.plan) for c in request.candidates)

@@ -20,8 +20,8 @@ from pruning.search.protocol import (
     Evaluate,
     FineTune,
     Learn,
+    MaskedLoss,
     Predict,
-    Probe,
     Request,
     Score,
     Time,
@@ -35,7 +35,7 @@ REQUESTS: tuple[tuple[Request, str], ...] = (
     (FineTune(ONE, 2.0, (0.25, 0.5), write_back=True), "finetune"),
     (Learn("indicators", 3.0, options={"target": 0.5}), "learn"),
     (Score("l1", "learned", HALF, {"images": 5}), "score"),
-    (Probe((FULL, HALF)), "probe"),
+    (MaskedLoss((FULL, HALF)), "probe"),
     (Distort(FULL, ({"a": (0, 1)},)), "distort"),
     (Time((FULL,)), "time"),
     (Predict(), "predict"),
@@ -66,7 +66,7 @@ def test_one_meaning_has_one_identity() -> None:
     turned = dict(reversed(by.items()))
     assert identity(Learn("a", 1, options=by)) == identity(Learn("a", 1.0, options=turned))
     assert identity(Learn("a", np.float64(0.1))) == identity(Learn("a", 0.1))  # type: ignore[arg-type]
-    assert identity(Probe([FULL], images=None)) == identity(Probe((FULL,)))  # type: ignore[arg-type]
+    assert identity(MaskedLoss([FULL], images=None)) == identity(MaskedLoss((FULL,)))  # type: ignore[arg-type]
     others = [Learn("a", 0.1), Learn("a", 0.2), Learn("b", 0.1), Learn("a", 0.1, "base"), Learn("a", float("inf"))]
     assert len({digest_of(request) for request in others}) == len(others)
 

@@ -29,7 +29,7 @@ from pipeline.training.loop import fit
 from pipeline.workloads import detection
 from pipeline.workloads.detection import ssd
 from pruning.saliency import uniform_plan
-from pruning.search.protocol import Candidate, Probe, Score
+from pruning.search.protocol import Candidate, MaskedLoss, Score
 from pruning.trace import trace
 from tests.pipeline.helpers import quick_device
 from tests.pipeline.workloads.detection.test_ssd import Bare, perfect
@@ -365,7 +365,7 @@ def test_the_evaluator_gets_what_it_asks_for(evaluator: Evaluator, workload: det
     assert found["loss"] == pytest.approx(measured(workload, outputs, targets)["loss"], rel=1e-4)
     assert found["latency_ratio"] > 0
     assert found["size_bytes"] > 0
-    (loss,) = evaluator.probe(Probe((plan,)))
+    (loss,) = evaluator.masked_loss(MaskedLoss((plan,)))
     assert loss == pytest.approx(found["loss"], rel=1e-4)
     scores = evaluator.score(Score("taylor"))
     assert set(scores) == {group.name for group in graph.groups}
