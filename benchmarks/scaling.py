@@ -41,7 +41,7 @@ from pipeline.config.schema import RunFile, WorkersSection
 from pipeline.evaluation.accuracy import AccuracyEvaluator, Ask, recalibrate
 from pipeline.evaluation.baseline import Baseline
 from pipeline.evaluation.shipped_data import open_section
-from pipeline.evaluation.worker_pool import Crew
+from pipeline.evaluation.worker_pool import WorkerPool
 from pipeline.flow import runtime_env
 from pipeline.flow.worker_engines import open_engine
 from pipeline.training.loop import save_weights
@@ -74,9 +74,9 @@ class Scene:
         baseline = Baseline(self.model, self.graph, workload)
         self.accuracy = AccuracyEvaluator(baseline, folder, self.config.search, lambda: template, steady=True)
 
-    def crew(self, engine: Any, batch: int) -> Crew:
+    def pool(self, engine: Any, batch: int) -> WorkerPool:
         config = self.config.model_copy(update={"workers": WorkersSection(batch=batch)})
-        return Crew(engine, config, self.baseline, self.folder / "crew")
+        return WorkerPool(engine, config, self.baseline, self.folder / "workers")
 
     def plans(self, number: int, seed: int) -> list[PruningPlan]:
         ratios = np.random.default_rng(seed).uniform(0.5, 0.9, number)
@@ -91,11 +91,11 @@ class Scene:
         found = [self.accuracy.evaluate(Ask(plan)) for plan in plans]
         return time.perf_counter() - started, sum(s.seconds for s in found), [s.metrics["loss"] for s in found]
 
-    def together(self, crew: Crew, plans: Sequence[PruningPlan]) -> tuple[float, float, list[float]]:
+    def together(self, pool: WorkerPool, plans: Sequence[PruningPlan]) -> tuple[float, float, list[float]]:
         asks = {("", plan.digest, True, False): Ask(plan) for plan in plans}
         started = time.perf_counter()
-        crew.begin(self.accuracy, asks)
-        found = [scored for key in asks if (scored := crew.answer(key)) is not None]
+        pool.begin(self.accuracy, asks)
+        found = [scored for key in asks if (scored := pool.answer(key)) is not None]
         return time.perf_counter() - started, sum(s.seconds for s in found), [s.metrics["loss"] for s in found]
 
 
@@ -107,18 +107,18 @@ def measure(folder: Path, engines: Sequence[str], options: Any) -> tuple[list[di
     rows: list[dict[str, Any]] = []
     for name in engines:
         with ExitStack() as stack:
-            crews: dict[int, Crew] = {}
+            pools: dict[int, WorkerPool] = {}
             overheads: dict[int, float] = {}
             starts: dict[int, float] = {}
             for count in (2,) if name == "ray" else (1, 2):  # a process has one Ray at a time
                 started = time.perf_counter()
                 engine = stack.enter_context(open_engine(WorkersSection(engine=name, count=count)))
-                crews[count] = stack.enter_context(closing(heavy.crew(engine, BATCH)))
-                heavy.together(crews[count], heavy.plans(4 * count, 98))
+                pools[count] = stack.enter_context(closing(heavy.pool(engine, BATCH)))
+                heavy.together(pools[count], heavy.plans(4 * count, 98))
                 starts[count] = time.perf_counter() - started
                 if not overheads:
                     overheads = {batch: overhead(light, engine, batch) for batch in (1, BATCH)}
-            rows += compare(name, heavy, crews, starts, overheads, options)
+            rows += compare(name, heavy, pools, starts, overheads, options)
     figures = [
         Figure(f"speedup_2_{row['engine']}", row["speedup"], SPEEDUP, row["speedup"] >= SPEEDUP)
         for row in rows
@@ -129,24 +129,29 @@ def measure(folder: Path, engines: Sequence[str], options: Any) -> tuple[list[di
 
 def overhead(light: Scene, engine: Any, batch: int) -> float:
     """Milliseconds per candidate that are not spent on it."""
-    crew = light.crew(engine, batch)
-    light.together(crew, light.plans(2, 97))
+    pool = light.pool(engine, batch)
+    light.together(pool, light.plans(2, 97))
     number = 24 if batch == 1 else 2 * batch
     plans = light.plans(number, 96)
-    wall, scoring, _ = light.together(crew, plans)
+    wall, scoring, _ = light.together(pool, plans)
     return 1e3 * (wall - scoring / engine.count) / number
 
 
 def compare(
-    name: str, scene: Scene, crews: dict[int, Crew], starts: dict[int, float], overheads: dict[int, float], options: Any
+    name: str,
+    scene: Scene,
+    pools: dict[int, WorkerPool],
+    starts: dict[int, float],
+    overheads: dict[int, float],
+    options: Any,
 ) -> list[dict[str, Any]]:
-    times: dict[int, list[tuple[float, float]]] = {0: [], **{count: [] for count in crews}}
+    times: dict[int, list[tuple[float, float]]] = {0: [], **{count: [] for count in pools}}
     load = os.getloadavg()[0]
     for number in range(options.rounds):
         plans = scene.plans(options.candidates, number)
         expected = None
         for count in times:
-            wall, scoring, losses = scene.alone(plans) if count == 0 else scene.together(crews[count], plans)
+            wall, scoring, losses = scene.alone(plans) if count == 0 else scene.together(pools[count], plans)
             times[count].append((wall, scoring))
             expected = losses if expected is None else expected
             if losses != expected:

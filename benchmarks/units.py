@@ -76,8 +76,8 @@ def main() -> None:
         folder, engine = Path(name), Weighed()
         scene = Scene(folder / "scene", "cifar_resnet20", 32, 360)
         plans = scene.plans(options.candidates, 1)
-        with closing(scene.crew(engine, BATCH)) as crew:
-            scene.together(crew, plans[:BATCH])
+        with closing(scene.pool(engine, BATCH)) as pool:
+            scene.together(pool, plans[:BATCH])
         row("ask, of a batch", engine.batch / BATCH)
         row("answer", engine.answer / BATCH)
         row("description of the run, with each batch", engine.spec)

@@ -26,7 +26,7 @@ from pipeline.evaluation.onnx_files import OnnxFiles
 from pipeline.evaluation.saliency import SaliencyScorer
 from pipeline.evaluation.timing import Timer
 from pipeline.evaluation.trainer import Trained, Trainer
-from pipeline.evaluation.worker_pool import Crew
+from pipeline.evaluation.worker_pool import WorkerPool
 from pipeline.progress import ProgressView, Silent
 from pipeline.training.loop import TrainingError
 from pruning.channels import ChannelGraph
@@ -60,7 +60,7 @@ class Evaluator:
         trainer: fine-tunes candidates, and performs auxiliary trainings.
         saliency: scores channels.
         files: the plans' ONNX files, whose sizes count.
-        crew: worker processes that score candidates; they need a steady accuracy evaluator.
+        workers: worker processes that score candidates; they need a steady accuracy evaluator.
     """
 
     def __init__(
@@ -70,10 +70,10 @@ class Evaluator:
         trainer: Trainer,
         saliency: SaliencyScorer,
         files: OnnxFiles,
-        crew: Crew | None = None,
+        workers: WorkerPool | None = None,
     ) -> None:
         self.accuracy, self.latencies, self.trainer, self.saliency = accuracy, latencies, trainer, saliency
-        self.files, self.crew = files, crew
+        self.files, self.workers = files, workers
         self._known: dict[Key, Scored] = {}
         self._images_of_workers = 0
 
@@ -134,15 +134,15 @@ class Evaluator:
         return self.evaluate(candidate, latency=False, exact=True)
 
     def ahead(self, candidates: Sequence[Candidate], latency: bool, floor: float | None = None) -> None:
-        """Have the crew score candidates that ``evaluate`` will be asked for next."""
-        if self.crew is None:
+        """Have the worker pool score candidates that ``evaluate`` will be asked for next."""
+        if self.workers is None:
             return
         asks: dict[Key, Ask] = {}
         for candidate in candidates:
             candidate.plan.validate(self.graph)
             ask = self._ask(candidate, latency, floor)
             asks.setdefault(self.accuracy.key(ask), ask)
-        self.crew.begin(self.accuracy, {key: ask for key, ask in asks.items() if key not in self._known})
+        self.workers.begin(self.accuracy, {key: ask for key, ask in asks.items() if key not in self._known})
 
     def remember(self, candidate: Candidate, latency: bool, evaluation: Evaluation, *, exact: bool = False) -> None:
         """Take an evaluation of an earlier process, so that its plan is answered from memory in this one too."""
@@ -238,11 +238,11 @@ class Evaluator:
         return Ask(plan, candidate.base, floor, exact=latency or exact, brief=brief)
 
     def _scored(self, ask: Ask) -> Scored:
-        """From memory where the plan was met before, from the crew where it was asked ahead, else computed here."""
+        """From memory where the plan was met before, from the worker pool where it was asked ahead, else computed here."""
         key = self.accuracy.key(ask)
         if key in self._known:
             return self._known[key]
-        scored = None if self.crew is None else self.crew.answer(key)
+        scored = None if self.workers is None else self.workers.answer(key)
         if scored is None:
             scored = self.accuracy.evaluate(ask)
         else:
@@ -262,7 +262,7 @@ def make_evaluator(
     progress: ProgressView | None = None,
     space: SearchSpace | None = None,
     steady: bool = False,
-    crew: Crew | None = None,
+    workers: WorkerPool | None = None,
 ) -> Evaluator:
     """The evaluator of one baseline.
 
@@ -273,7 +273,7 @@ def make_evaluator(
         recipe: how ``FineTune`` requests are trained (``epochs`` comes with the request).
         space: where a latency model may draw plans to measure from; None = it gets none of its own.
         steady: candidates' metrics are the same to the last bit in every process (see ``SteadyInference``).
-        crew: worker processes that score candidates; they need a steady evaluator.
+        workers: worker processes that score candidates; they need a steady evaluator.
     """
     progress = progress or Silent()
     files = OnnxFiles(baseline, folder, progress)
@@ -284,7 +284,7 @@ def make_evaluator(
         for device in fleet
     }
     latencies: LatencyOracle = FleetLatencies(fleet, members) if len(fleet) > 1 else members[fleet.primary.name]
-    return Evaluator(accuracy, latencies, trainer, SaliencyScorer(accuracy), files, crew)
+    return Evaluator(accuracy, latencies, trainer, SaliencyScorer(accuracy), files, workers)
 
 
 def _latencies(

@@ -1,4 +1,4 @@
-"""A worker process of a crew: evaluates batches of candidates with an accuracy evaluator that stays between them.
+"""A worker process of a worker pool: evaluates batches of candidates with an accuracy evaluator that stays between them.
 
 The first batch of a run makes it: the workload, the baseline, its channel groups, the ONNX template. Files come by
 hash: from where the driver has them if that can be seen from here, else from the engine's object store, into ``blobs``
@@ -60,7 +60,7 @@ def score_batch(spec: Mapping[str, Any], batch: Mapping[str, Any], shelf: Shelf 
     """Score the candidates of a batch.
 
     Args:
-        spec: of the run, as ``Crew`` describes it.
+        spec: of the run, as ``WorkerPool`` describes it.
         batch: ``asks``, and the ``bases`` they refer to.
 
     Returns:

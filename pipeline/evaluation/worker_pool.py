@@ -1,4 +1,4 @@
-"""The driver's side of a crew: worker processes that score candidates, wherever they run.
+"""The driver's side of a worker pool: worker processes that score candidates, wherever they run.
 
 The driver says ahead which candidates it will ask for. They go to the workers in batches, and ``answer`` waits for each
 in turn; so what is journalled and told keeps its order, whoever is finished first. A worker that dies costs its batch,
@@ -64,7 +64,7 @@ class Engine(Protocol):
         """Make a file's content available to workers that do not see the file."""
 
 
-class Crew:
+class WorkerPool:
     """Workers of one run and one baseline.
 
     Args:
@@ -80,7 +80,7 @@ class Crew:
         self._carry: Callable[[], Path] | None = None
         self._carrying = threading.Lock()
         self._under_way: dict[Key, tuple[Future[list[Scored]], int]] = {}
-        self._pool = ThreadPoolExecutor(engine.count, "crew", keep_from_children)  # one thread waits for one batch
+        self._pool = ThreadPoolExecutor(engine.count, "workers", keep_from_children)  # one thread waits for one batch
 
     def begin(self, accuracy: AccuracyEvaluator, asks: Mapping[Key, Ask]) -> None:
         """Hand out candidates; those handed out before and not answered yet are given up.

@@ -225,7 +225,7 @@ class Ray(_Runner):
 
         self._start()
         deaths = (ray.exceptions.RayError,)
-        with remote_options(max_retries=0):  # the crew counts deaths itself
+        with remote_options(max_retries=0):  # the worker pool counts deaths itself
             answer: Mapping[str, Any] = self._submit(
                 self._runner, {"spec": spec, "batch": batch, "shelf": RayShelf(dict(self._refs))}, deaths
             )

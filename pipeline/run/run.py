@@ -30,7 +30,7 @@ from pipeline.devices.fleet import Device, Fleet, FleetProgress
 from pipeline.errors import JournalError, SurroundingsError, UserError
 from pipeline.evaluation.baseline import Baseline
 from pipeline.evaluation.evaluator import Evaluator, make_evaluator
-from pipeline.evaluation.worker_pool import Crew, Engine
+from pipeline.evaluation.worker_pool import Engine, WorkerPool
 from pipeline.files import write_whole
 from pipeline.progress import ProgressView
 from pipeline.run.journal import Journal, Record, read_journal, require_format
@@ -129,7 +129,7 @@ class Run:
         self.journal = Journal(file, self.run_id, self.config.digest, fingerprint, metrics, options)
         self._leases: Mapping[str, Lease] = {}
         self._engine: Engine | None = None
-        self._crew: Crew | None = None
+        self._pool: WorkerPool | None = None
         self._rewards: dict[str, Reward] = {}
         self._resources = contextlib.ExitStack()
         self._resources.callback(self.journal.close)
@@ -163,8 +163,8 @@ class Run:
 
     @contextlib.contextmanager
     def _turn_of(self, profile: DeviceProfile) -> Iterator[None]:
-        if self._crew is not None and self._crew.engine.local and kind_of(profile).this_machine:
-            self._crew.rest()  # workers on the very machine that is measured would take its cores and its caches
+        if self._pool is not None and self._pool.engine.local and kind_of(profile).this_machine:
+            self._pool.rest()  # workers on the very machine that is measured would take its cores and its caches
         with self._leases.get(profile.name, contextlib.nullcontext)():
             yield
 
@@ -226,7 +226,7 @@ class Run:
             progress=self.progress,
             space=space,
             steady=self.config.search.forward == "deterministic" or self._engine is not None,
-            crew=self._new_crew(),
+            workers=self._new_pool(),
         )
 
     @contextlib.contextmanager
@@ -236,18 +236,18 @@ class Run:
         try:
             yield
         finally:
-            if self._crew is not None:
-                self._crew.close()
-            self._engine = self._crew = None
+            if self._pool is not None:
+                self._pool.close()
+            self._engine = self._pool = None
 
-    def _new_crew(self) -> Crew | None:
+    def _new_pool(self) -> WorkerPool | None:
         """Worker processes for another evaluator, in place of the last one's."""
-        if self._crew is not None:
-            self._crew.close()
+        if self._pool is not None:
+            self._pool.close()
         if self._engine is not None:
-            baseline, folder = self.directory / "baseline.safetensors", self.directory / "crew"
-            self._crew = Crew(self._engine, self.config, baseline, folder)
-        return self._crew
+            baseline, folder = self.directory / "baseline.safetensors", self.directory / "workers"
+            self._pool = WorkerPool(self._engine, self.config, baseline, folder)
+        return self._pool
 
     def space(self, graph: ChannelGraph) -> SearchSpace:
         """The widths the search may choose from, on this device.

@@ -30,7 +30,7 @@ from pipeline.evaluation import worker as workers
 from pipeline.evaluation.accuracy import recalibrate
 from pipeline.evaluation.baseline import Baseline
 from pipeline.evaluation.evaluator import Evaluator, make_evaluator
-from pipeline.evaluation.worker_pool import Crew, Engine, WorkerDiedError
+from pipeline.evaluation.worker_pool import Engine, WorkerDiedError, WorkerPool
 from pipeline.flow.environment import runtime_env
 from pipeline.flow.worker_engines import Dask, Processes, Ray, open_engine
 from pipeline.run.journal import Journal
@@ -100,10 +100,10 @@ Make = Callable[..., Evaluator]
 
 @pytest.fixture
 def make(scene: Scene, tmp_path: Path) -> Iterator[Make]:
-    """An evaluator in a new folder, with a crew where there is an engine."""
+    """An evaluator in a new folder, with a worker pool where there is an engine."""
     profile = load_profile(scene.config.device.profile)
     target = open_target(profile)
-    crews: list[Crew] = []
+    pools: list[WorkerPool] = []
 
     def build(engine: Engine | None = None, name: str = "run", batch: int = 3, **search: Any) -> Evaluator:
         changed = {
@@ -114,14 +114,14 @@ def make(scene: Scene, tmp_path: Path) -> Iterator[Make]:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         shutil.copyfile(scene.folder / "template.onnx", folder / "template.onnx")  # exporting it takes seconds
-        crew = None if engine is None else Crew(engine, config, scene.baseline, folder / "crew")
-        crews.extend([crew] if crew else [])
+        pool = None if engine is None else WorkerPool(engine, config, scene.baseline, folder / "workers")
+        pools.extend([pool] if pool else [])
         fleet = Fleet([Device(profile, target)])
-        return make_evaluator(scene.network(), fleet, folder, config.search, config.finetune, steady=True, crew=crew)
+        return make_evaluator(scene.network(), fleet, folder, config.search, config.finetune, steady=True, workers=pool)
 
     yield build
-    for crew in crews:
-        crew.close()
+    for pool in pools:
+        pool.close()
     target.close()
 
 
@@ -191,7 +191,7 @@ def alone(scene: Scene, tmp_path_factory: pytest.TempPathFactory) -> list[dict[s
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_crew_leaves_the_journal_of_one_process(
+def test_a_worker_pool_leaves_the_journal_of_one_process(
     scene: Scene, alone: list[dict[str, Any]], make: Make, tmp_path: Path, count: int
 ) -> None:
     engine = InThreads(count)
@@ -200,7 +200,7 @@ def test_a_crew_leaves_the_journal_of_one_process(
     assert any(record.get("evaluation", {}).get("status") == "infeasible" for record in alone)
 
 
-def test_a_run_killed_and_resumed_with_a_crew_leaves_the_same_journal(
+def test_a_run_killed_and_resumed_with_a_worker_pool_leaves_the_same_journal(
     scene: Scene, alone: list[dict[str, Any]], make: Make, tmp_path: Path
 ) -> None:
     def stops(oracle: Evaluator, lives: int) -> Evaluator:
@@ -285,7 +285,7 @@ def test_workers_elsewhere_get_files_by_hash_and_only_the_images_they_need(
 def test_nothing_is_timed_on_a_machine_whose_workers_compute(target: str, local: bool, waits: bool) -> None:
     said: list[str] = []
     run: Any = Run.__new__(Run)
-    run._crew = SimpleNamespace(engine=SimpleNamespace(local=local), rest=lambda: said.append("rest"))
+    run._pool = SimpleNamespace(engine=SimpleNamespace(local=local), rest=lambda: said.append("rest"))
     run.lease_devices({})
     with run._turn_of(SimpleNamespace(name="here", target=target)):
         said.append("timed")
@@ -304,9 +304,9 @@ def test_rest_lasts_until_every_batch_is_done(scene: Scene, make: Make) -> None:
 
     engine = Slow()
     oracle = make(engine, batch=2)
-    assert oracle.crew is not None
+    assert oracle.workers is not None
     oracle.ahead(scene.candidates(4), False)
-    oracle.crew.rest()
+    oracle.workers.rest()
     assert engine.done == 2
 
 
