@@ -238,7 +238,7 @@ class Evaluator:
         return Ask(plan, candidate.base, floor, exact=latency or exact, brief=brief)
 
     def _scored(self, ask: Ask) -> Scored:
-        """From memory where the plan was met before, from the worker pool where it was asked ahead, else computed here."""
+        """From memory where the plan was met before, from a worker where it was asked ahead, else computed here."""
         key = self.accuracy.key(ask)
         if key in self._known:
             return self._known[key]

@@ -1,4 +1,4 @@
-"""A worker process of a worker pool: evaluates batches of candidates with an accuracy evaluator that stays between them.
+"""A worker process: evaluates batches of candidates with an accuracy evaluator that is kept between them.
 
 The first batch of a run makes it: the workload, the baseline, its channel groups, the ONNX template. Files come by
 hash: from where the driver has them if that can be seen from here, else from the engine's object store, into ``blobs``
@@ -40,7 +40,7 @@ from pipeline.workloads import Workload
 from pipeline.workloads.data.content import Reading
 from pruning.trace import trace
 
-RESIDENTS = 2
+MAX_CACHED = 2
 """Evaluators that stay in one process; the one used longest ago goes."""
 PARENT_EVERY_S = 1.0
 
@@ -70,10 +70,10 @@ def score_batch(spec: Mapping[str, Any], batch: Mapping[str, Any], shelf: Shelf 
     leave_terminal()
     with _one_at_a_time:
         try:
-            resident = _resident(spec, shelf)
+            cached = _evaluator_for(spec, shelf)
             for name, file in batch["bases"].items():
-                resident.know(name, file, shelf)
-            return {"answers": [asdict(resident.accuracy.evaluate(ask_from_json(row))) for row in batch["asks"]]}
+                cached.know(name, file, shelf)
+            return {"answers": [asdict(cached.accuracy.evaluate(ask_from_json(row))) for row in batch["asks"]]}
         except MissingError as missing:
             return {"missing": missing.args[0]}
         except UserError as error:
@@ -93,10 +93,10 @@ def end_with(parent: int) -> None:
 
 
 _one_at_a_time = threading.Lock()  # some engines run several tasks in one process
-_residents: OrderedDict[str, Resident] = OrderedDict()
+_cached: OrderedDict[str, CachedEvaluator] = OrderedDict()
 
 
-class Resident:
+class CachedEvaluator:
     """An accuracy evaluator with what it was made of.
 
     Raises:
@@ -135,20 +135,20 @@ class Resident:
             weights.restore(name, Checkpoint.from_json(file, find_blob(file, shelf)))
 
 
-def _resident(spec: Mapping[str, Any], shelf: Shelf | None) -> Resident:
+def _evaluator_for(spec: Mapping[str, Any], shelf: Shelf | None) -> CachedEvaluator:
     """The evaluator for a run; made, where there is none."""
     trust.accept(spec["code"])
     content = {name: value for name, value in spec.items() if name != IMAGES}
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     if spec["threads"]:
         torch.set_num_threads(spec["threads"])
-    if key not in _residents:
-        made = Resident(spec, shelf)  # before another one goes: it may fail
-        _residents[key] = made
-        if len(_residents) > RESIDENTS:
-            _residents.popitem(last=False)[1].files.cleanup()
-    _residents.move_to_end(key)
-    return _residents[key]
+    if key not in _cached:
+        made = CachedEvaluator(spec, shelf)  # before another one goes: it may fail
+        _cached[key] = made
+        if len(_cached) > MAX_CACHED:
+            _cached.popitem(last=False)[1].files.cleanup()
+    _cached.move_to_end(key)
+    return _cached[key]
 
 
 def _device(kind: str) -> torch.device:

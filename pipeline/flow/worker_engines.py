@@ -1,4 +1,4 @@
-"""Batches of candidates on Prefect's task runners: one Prefect task per batch, one resident scorer per worker process.
+"""Batches of candidates on Prefect's task runners: one Prefect task per batch, one cached evaluator per worker process.
 
 A runner is started when the first batch is there. It is used by itself, not as the flow's: every process of
 ``ProcessPoolTaskRunner`` is a pool of its own here, because a pool ends with the first of its processes; and a flow

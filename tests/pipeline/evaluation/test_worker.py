@@ -269,7 +269,7 @@ def test_workers_elsewhere_get_files_by_hash_and_only_the_images_they_need(
 
     engine = Elsewhere()
     monkeypatch.setenv("SECATEUR_HOME", str(tmp_path / "elsewhere"))
-    workers._residents.clear()
+    workers._cached.clear()
     found = journalled(tmp_path, make(engine), asks(scene))
     assert found == alone
     kept = {file.name for file in (tmp_path / "elsewhere" / "blobs").iterdir()}
