@@ -45,7 +45,7 @@ MAX_CACHED = 2
 PARENT_EVERY_S = 1.0
 
 
-class Shelf(Protocol):
+class BlobStore(Protocol):
     """Where an engine keeps blobs for workers that do not see the driver's files."""
 
     def fetch(self, sha256: str) -> bytes | None:
@@ -53,10 +53,10 @@ class Shelf(Protocol):
 
 
 class MissingError(LookupError):
-    """A blob is neither here nor on the shelf; ``args[0]`` names it."""
+    """A blob is neither here nor in the store; ``args[0]`` names it."""
 
 
-def score_batch(spec: Mapping[str, Any], batch: Mapping[str, Any], shelf: Shelf | None = None) -> dict[str, Any]:
+def score_batch(spec: Mapping[str, Any], batch: Mapping[str, Any], store: BlobStore | None = None) -> dict[str, Any]:
     """Score the candidates of a batch.
 
     Args:
@@ -70,9 +70,9 @@ def score_batch(spec: Mapping[str, Any], batch: Mapping[str, Any], shelf: Shelf 
     leave_terminal()
     with _one_at_a_time:
         try:
-            cached = _evaluator_for(spec, shelf)
+            cached = _evaluator_for(spec, store)
             for name, file in batch["bases"].items():
-                cached.know(name, file, shelf)
+                cached.know(name, file, store)
             return {"answers": [asdict(cached.accuracy.evaluate(ask_from_json(row))) for row in batch["asks"]]}
         except MissingError as missing:
             return {"missing": missing.args[0]}
@@ -104,13 +104,13 @@ class CachedEvaluator:
         UserError: this process finds another network or other channel groups than the driver.
     """
 
-    def __init__(self, spec: Mapping[str, Any], shelf: Shelf | None) -> None:
+    def __init__(self, spec: Mapping[str, Any], store: BlobStore | None) -> None:
         keep_freed_memory()
         self.files = tempfile.TemporaryDirectory(prefix="secateur-worker-")
-        baseline = find_blob(spec["baseline"], shelf)
-        template = None if spec["template"] is None else find_blob(spec["template"], shelf)
-        order = None if spec["order"] is None else np.load(find_blob(spec["order"], shelf), allow_pickle=False).tolist()
-        workload = open_data(spec, shelf)
+        baseline = find_blob(spec["baseline"], store)
+        template = None if spec["template"] is None else find_blob(spec["template"], store)
+        order = None if spec["order"] is None else np.load(find_blob(spec["order"], store), allow_pickle=False).tolist()
+        workload = open_data(spec, store)
         model = workload.fresh_model()
         model.load_state_dict(load_weights(baseline))
         graph = trace(model.eval(), workload.example_input())
@@ -128,14 +128,14 @@ class CachedEvaluator:
             agreed=Agreed(spec["way"], order),
         )
 
-    def know(self, name: str, file: Mapping[str, Any], shelf: Shelf | None) -> None:
+    def know(self, name: str, file: Mapping[str, Any], store: BlobStore | None) -> None:
         """Make a checkpoint's weights usable."""
         weights = self.accuracy.weights
         if name not in weights.checkpoints or weights.checkpoints[name].sha256 != file["sha256"]:
-            weights.restore(name, Checkpoint.from_json(file, find_blob(file, shelf)))
+            weights.restore(name, Checkpoint.from_json(file, find_blob(file, store)))
 
 
-def _evaluator_for(spec: Mapping[str, Any], shelf: Shelf | None) -> CachedEvaluator:
+def _evaluator_for(spec: Mapping[str, Any], store: BlobStore | None) -> CachedEvaluator:
     """The evaluator for a run; made, where there is none."""
     trust.accept(spec["code"])
     content = {name: value for name, value in spec.items() if name != IMAGES}
@@ -143,7 +143,7 @@ def _evaluator_for(spec: Mapping[str, Any], shelf: Shelf | None) -> CachedEvalua
     if spec["threads"]:
         torch.set_num_threads(spec["threads"])
     if key not in _cached:
-        made = CachedEvaluator(spec, shelf)  # before another one goes: it may fail
+        made = CachedEvaluator(spec, store)  # before another one goes: it may fail
         _cached[key] = made
         if len(_cached) > MAX_CACHED:
             _cached.popitem(last=False)[1].files.cleanup()
@@ -157,7 +157,7 @@ def _device(kind: str) -> torch.device:
     return torch.device(kind)
 
 
-def open_data(spec: Mapping[str, Any], shelf: Shelf | None) -> Workload:
+def open_data(spec: Mapping[str, Any], store: BlobStore | None) -> Workload:
     """The run's workload: from the data the run file names, if it is here and the same; else from images sent along."""
     with contextlib.suppress(UserError):
         workload = carried.open_section(spec["workload"], Reading(check="none"))
@@ -165,22 +165,22 @@ def open_data(spec: Mapping[str, Any], shelf: Shelf | None) -> Workload:
             return workload
     if spec[IMAGES] is None:
         raise MissingError(IMAGES)
-    return carried.unpack(spec["workload"], find_blob(spec[IMAGES], shelf))
+    return carried.unpack(spec["workload"], find_blob(spec[IMAGES], store))
 
 
-def find_blob(blob: Mapping[str, Any], shelf: Shelf | None) -> Path:
+def find_blob(blob: Mapping[str, Any], store: BlobStore | None) -> Path:
     """A file with the blob's content: the driver's own, or one kept here.
 
     Raises:
-        MissingError: it is not here, and not on the shelf.
-        UserError: what came from the shelf is something else.
+        MissingError: it is not here, and not in the store.
+        UserError: what came from the store is something else.
     """
     kept: Path = home() / "blobs" / blob["sha256"]
     for path in (Path(blob["path"]), kept):
         with contextlib.suppress(OSError):  # another machine: no such folder, or no right to look into it
             if path.is_file() and sha256_of(path) == blob["sha256"]:
                 return path
-    content = None if shelf is None else shelf.fetch(blob["sha256"])
+    content = None if store is None else store.fetch(blob["sha256"])
     if content is None:
         raise MissingError(blob["sha256"])
     if hashlib.sha256(content).hexdigest() != blob["sha256"]:

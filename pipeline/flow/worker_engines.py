@@ -158,7 +158,7 @@ class Dask(_Runner):
         self._start()
         deaths = (KilledWorker, FutureCancelledError, CommClosedError)
         answer: Mapping[str, Any] = self._submit(
-            self._runner, {"spec": spec, "batch": batch, "shelf": DaskShelf()}, deaths
+            self._runner, {"spec": spec, "batch": batch, "store": DaskBlobStore()}, deaths
         )
         return answer
 
@@ -188,7 +188,7 @@ class Dask(_Runner):
                     ) from error
 
 
-class DaskShelf:
+class DaskBlobStore:
     """Blobs published to the cluster that this process works for."""
 
     def fetch(self, sha256: str) -> bytes | None:
@@ -227,7 +227,7 @@ class Ray(_Runner):
         deaths = (ray.exceptions.RayError,)
         with remote_options(max_retries=0):  # the worker pool counts deaths itself
             answer: Mapping[str, Any] = self._submit(
-                self._runner, {"spec": spec, "batch": batch, "shelf": RayShelf(dict(self._refs))}, deaths
+                self._runner, {"spec": spec, "batch": batch, "store": RayBlobStore(dict(self._refs))}, deaths
             )
         return answer
 
@@ -256,7 +256,7 @@ class Ray(_Runner):
                 self._started = True
 
 
-class RayShelf:
+class RayBlobStore:
     """Blobs in the object store, by reference; a reference is followed where a blob is needed, and only then.
 
     Args:
