@@ -61,7 +61,7 @@ def score_batch(spec: Mapping[str, Any], batch: Mapping[str, Any], store: BlobSt
 
     Args:
         spec: of the run, as ``WorkerPool`` describes it.
-        batch: ``asks``, and the ``bases`` they refer to.
+        batch: ``asks``, and the ``checkpoints`` they refer to.
 
     Returns:
         ``answers``, the fields of a ``Scored`` each, in order; or ``missing``: the hash of a blob to be published; or
@@ -71,7 +71,7 @@ def score_batch(spec: Mapping[str, Any], batch: Mapping[str, Any], store: BlobSt
     with _one_at_a_time:
         try:
             cached = _evaluator_for(spec, store)
-            for name, file in batch["bases"].items():
+            for name, file in batch["checkpoints"].items():
                 cached.know(name, file, store)
             return {"answers": [asdict(cached.accuracy.evaluate(ask_from_json(row))) for row in batch["asks"]]}
         except MissingError as missing:

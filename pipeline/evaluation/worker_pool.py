@@ -128,13 +128,13 @@ class WorkerPool:
             future.cancel()
         self._under_way = {}
 
-    def _deliver(self, rows: Sequence[Mapping[str, Any]], bases: Mapping[str, Any]) -> list[Scored]:
+    def _deliver(self, rows: Sequence[Mapping[str, Any]], checkpoints: Mapping[str, Any]) -> list[Scored]:
         """Scores of a batch; a candidate that no worker survives has failed."""
         for _ in range(LIVES):
             with contextlib.suppress(WorkerDiedError):
-                return self._perform({"asks": list(rows), "bases": dict(bases)})
+                return self._perform({"asks": list(rows), "checkpoints": dict(checkpoints)})
         if len(rows) > 1:
-            return [scored for row in rows for scored in self._deliver([row], bases)]
+            return [scored for row in rows for scored in self._deliver([row], checkpoints)]
         return [Scored("failed", f"every worker process that tried it died ({LIVES} in turn); out of memory?")]
 
     def _perform(self, batch: Mapping[str, Any]) -> list[Scored]:
@@ -155,7 +155,7 @@ class WorkerPool:
                 self.engine.publish(missing, self._path_of(missing, batch))
 
     def _path_of(self, sha256: str, batch: Mapping[str, Any]) -> Path:
-        blobs = [*self._spec.values(), *batch["bases"].values()]
+        blobs = [*self._spec.values(), *batch["checkpoints"].values()]
         (path, *_) = [b["path"] for b in blobs if isinstance(b, Mapping) and b.get("sha256") == sha256]
         return Path(path)
 

@@ -136,7 +136,7 @@ class Rehearsal:
         rng = np.random.default_rng(7)
         drawn = {group.name: rng.random(group.size) for group in graph.groups}
         self.value = {name: values * ACCURACY / values.sum() for name, values in drawn.items()}
-        self.bases = {DENSE: (self.full, ACCURACY), RANDOM: (self.full, UNTRAINED)}
+        self.weights = {DENSE: (self.full, ACCURACY), RANDOM: (self.full, UNTRAINED)}
         self.whole = self._costs(self.full)
         self._met: set[tuple[str, str, bool]] = set()
         self._timed: set[str] = set()
@@ -186,17 +186,17 @@ class Rehearsal:
         candidate, recipe = request.candidate, self.config.finetune
         distilled = recipe.distill is not None if request.distill is None else request.distill
         self._train(request.epochs, self.macs_ratio(candidate.plan), distilled=distilled)
-        plan, accuracy = self.bases[candidate.base]
-        tuned, base = trained(self._accuracy(candidate)), f"tuned-{len(self.bases)}"
-        self.bases[base] = (plan, trained(accuracy)) if request.write_back else (candidate.plan, tuned)
+        plan, accuracy = self.weights[candidate.base]
+        tuned, base = trained(self._accuracy(candidate)), f"tuned-{len(self.weights)}"
+        self.weights[base] = (plan, trained(accuracy)) if request.write_back else (candidate.plan, tuned)
         after = Candidate(candidate.id, candidate.plan, candidate.origin, candidate.parents, base)
         self.evaluate(after, request.latency, exact=True)
         return FineTuned(base, self._evaluation(candidate.plan, tuned, latency=request.latency)), {}
 
     def learn(self, request: Learn) -> tuple[Learned, dict[str, str]]:
         self._train(request.epochs, 1.0, distilled=False)
-        base = f"learned-{len(self.bases)}"
-        self.bases[base] = self.full, ACCURACY - 0.05
+        base = f"learned-{len(self.weights)}"
+        self.weights[base] = self.full, ACCURACY - 0.05
         return Learned(base, self.value, self.evaluate(Candidate(0, self.full, "", (), base), latency=False)), {}
 
     def score(self, request: Score) -> Mapping[str, np.ndarray]:
@@ -261,7 +261,7 @@ class Rehearsal:
         self.work["measurements"] += 1
 
     def _accuracy(self, candidate: Candidate) -> float:
-        plan, accuracy = self.bases[candidate.base]
+        plan, accuracy = self.weights[candidate.base]
         lost = sum(
             float(value[list(plan.kept[name])].sum() - value[list(candidate.plan.kept[name])].sum())
             for name, value in self.value.items()

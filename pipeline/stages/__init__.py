@@ -187,7 +187,7 @@ def finetune(run: Run, facts: Facts) -> dict[str, Any]:
             chosen.setdefault(candidate.plan.digest, candidate)
     if not chosen:
         raise UserError("the search found no pruned network to fine-tune; give it more evaluations or a looser target")
-    revive_bases(run, oracle)
+    revive_weights(run, oracle)
     study = Study(run.journal, oracle, run.tracker.candidate, stage="final")
     finals: list[Entry] = []
     for i, old in enumerate(list(chosen.values())[: run.config.finetune.top]):
@@ -543,7 +543,7 @@ def merit_against(run: Run, reference: Evaluation) -> Callable[[Evaluation], tup
     return lambda evaluation: merit(run, reward, evaluation, reference)
 
 
-def revive_bases(run: Run, oracle: Evaluator) -> None:
+def revive_weights(run: Run, oracle: Evaluator) -> None:
     """Make the weights of the search's own fine-tunings usable in this process."""
     for record in run.journal.records:
         if record.get("stage") != "search" or not record.get("checkpoint"):

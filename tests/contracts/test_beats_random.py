@@ -37,7 +37,7 @@ class Redundant(FakeStudy):
     family = 5
 
     def top1(self, candidate: Candidate) -> float:
-        plan, accuracy = self.bases[candidate.base]
+        plan, accuracy = self.weights[candidate.base]
         return accuracy - (self.lost(candidate.plan) - self.lost(plan))
 
     def lost(self, plan: PruningPlan) -> float:

@@ -59,7 +59,7 @@ class FakeStudy:
         rng = np.random.default_rng(7)
         for name, size in self.space.full.sizes.items():
             self.value.setdefault(name, rng.random(size) * BASELINE / len(self.space.full.sizes) / size)
-        self.bases = {DENSE: (self.space.full, BASELINE), RANDOM: (self.space.full, 0.1)}
+        self.weights = {DENSE: (self.space.full, BASELINE), RANDOM: (self.space.full, 0.1)}
 
     def macs(self, plan: PruningPlan) -> float:
         widths = [3, *plan.widths.values(), 10]
@@ -75,7 +75,7 @@ class FakeStudy:
         return self.space.full.replace({n: range(int(w)) for n, w in zip(self.space.names, widths, strict=True)})
 
     def top1(self, candidate: Candidate) -> float:
-        plan, accuracy = self.bases[candidate.base]
+        plan, accuracy = self.weights[candidate.base]
         assert candidate.plan.is_within(plan), "a candidate needs channels its base no longer has"
         return accuracy - sum(
             float(self.value[n][list(set(plan.kept[n]) - set(candidate.plan.kept[n]))].sum()) for n in plan.kept
@@ -107,9 +107,9 @@ class FakeStudy:
                 return FineTuned("", Evaluation("failed", "the fake says so"))
             top1 = (self.top1(request.candidate) + BASELINE) / 2
             base = f"tuned-{request.candidate.id}"
-            plan, accuracy = self.bases[request.candidate.base]
+            plan, accuracy = self.weights[request.candidate.base]
             whole = plan, (accuracy + BASELINE) / 2  # every channel is there, all of them a little better
-            self.bases[base] = whole if request.write_back else (request.candidate.plan, top1)
+            self.weights[base] = whole if request.write_back else (request.candidate.plan, top1)
             return FineTuned(base, self.metrics(request.candidate.plan, top1, latency=request.latency))
         if isinstance(request, MaskedLoss):
             return np.array([1 - self.top1(Candidate(0, plan, "probe", (), request.base)) for plan in request.plans])
@@ -122,8 +122,8 @@ class FakeStudy:
         if isinstance(request, Predict):
             return {}  # no model to be trusted
         if isinstance(request, Learn):
-            base = f"learned-{len(self.bases)}"
-            self.bases[base] = self.space.full, BASELINE - 0.05
+            base = f"learned-{len(self.weights)}"
+            self.weights[base] = self.space.full, BASELINE - 0.05
             return Learned(base, self.value, self.metrics(self.space.full, BASELINE - 0.05, latency=False))
         return self.scores(request)
 

@@ -54,7 +54,7 @@ class Settled(FakeStudy):
             if self.fails(request.candidate):
                 return FineTuned("", super().answer(request).evaluation)
             base = f"tuned-{request.candidate.id}"
-            self.bases[base] = self.bases[request.candidate.base]
+            self.weights[base] = self.weights[request.candidate.base]
             evaluation = self.metrics(request.candidate.plan, self.top1(request.candidate), latency=request.latency)
             return FineTuned(base, evaluation)
         return super().answer(request)
