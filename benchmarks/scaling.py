@@ -3,7 +3,7 @@
     python benchmarks/scaling.py [--engines processes dask ray] [--rounds 3] [--candidates 24] [--images 360]
                                  [--side 32] [--json PATH]
 
-One process is the steady evaluator of a run without workers, on one thread; a worker has one thread too. All get the
+One process is the deterministic evaluator of a run without workers, on one thread; a worker has one thread too. All get the
 same random plans of ResNet-20 on the bundled digits, new ones in every round, in turn within one process; each
 engine is started, and its workers have loaded everything, before the clock starts (``start_s``). All must find the
 same losses to the last bit, or the benchmark ends with an error.
@@ -72,7 +72,7 @@ class Scene:
         save_weights(self.baseline, self.model.state_dict())
         template = OnnxTemplate.export(self.model, workload.example_input(), self.graph, folder / "template.onnx")
         baseline = Baseline(self.model, self.graph, workload)
-        self.accuracy = AccuracyEvaluator(baseline, folder, self.config.search, lambda: template, steady=True)
+        self.accuracy = AccuracyEvaluator(baseline, folder, self.config.search, lambda: template, deterministic=True)
 
     def pool(self, engine: Any, batch: int) -> WorkerPool:
         config = self.config.model_copy(update={"workers": WorkersSection(batch=batch)})

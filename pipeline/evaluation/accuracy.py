@@ -1,7 +1,7 @@
 """PruningPlan -> accuracy on the search split: the part of an evaluation that needs no device, so anyone may do it.
 
 The driver of a run owns an ``AccuracyEvaluator`` beside what trains and measures (``evaluator``); a worker process
-holds one and nothing else (``worker``). Both must find the same numbers to the last bit: see ``SteadyInference``.
+holds one and nothing else (``worker``). Both must find the same bits: see ``DeterministicInference``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from export.slicing import OnnxTemplate
 from pipeline.config.schema import SearchSection
 from pipeline.evaluation.baseline import Baseline
-from pipeline.evaluation.deterministic import SteadyInference, Way
+from pipeline.evaluation.deterministic import DeterministicInference, Way
 from pipeline.evaluation.inference import PLAIN, Inference
 from pipeline.evaluation.weights import Weights
 from pipeline.progress import ProgressView, Silent
@@ -108,8 +108,8 @@ class AccuracyEvaluator:
         folder: for weights.
         settings: the ``search`` section (images, bounds, batch-norm recalibration).
         template: gives the network's ONNX template, or None where it has none.
-        steady: numbers are the same to the last bit in every process; else the fastest forward pass is looked for.
-        agreed: what a steady evaluator takes from another process.
+        deterministic: numbers are the same bits in every process; else the fastest forward pass is looked for.
+        agreed: what a deterministic evaluator takes from another process.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class AccuracyEvaluator:
         template: Callable[[], OnnxTemplate | None],
         *,
         progress: ProgressView | None = None,
-        steady: bool = False,
+        deterministic: bool = False,
         agreed: Agreed = Agreed(),
     ) -> None:
         self.baseline, self.folder, self.settings = baseline, folder, settings
@@ -132,8 +132,8 @@ class AccuracyEvaluator:
         options = {"device": baseline.compute, "cache_bytes": settings.memory_mb << 20}
         images = lambda: (images for images, _ in self._images())  # noqa: E731
         self.inference = (
-            SteadyInference(baseline.model, baseline.graph, images, template, way=agreed.way, **options)
-            if steady
+            DeterministicInference(baseline.model, baseline.graph, images, template, way=agreed.way, **options)
+            if deterministic
             else Inference(baseline.model, baseline.graph, images, template, **options)  # type: ignore[arg-type]
         )
         self.images_forwarded = 0
@@ -141,9 +141,9 @@ class AccuracyEvaluator:
         self._order = agreed.order
 
     @property
-    def steady(self) -> SteadyInference:
+    def deterministic(self) -> DeterministicInference:
         """Its inference, of which other processes must know the way."""
-        assert isinstance(self.inference, SteadyInference), "worker processes need a steady evaluator"
+        assert isinstance(self.inference, DeterministicInference), "worker processes need a deterministic evaluator"
         return self.inference
 
     @property
@@ -160,9 +160,9 @@ class AccuracyEvaluator:
             forward = PLAIN if self._num_recalibrated(ask.base) else self.inference.used
             return Scored(status, reason, metrics, images, time.perf_counter() - started, forward)
 
-        steady = isinstance(self.inference, SteadyInference) and self.baseline.compute.type == "cpu"
+        deterministic = isinstance(self.inference, DeterministicInference) and self.baseline.compute.type == "cpu"
         try:
-            with _one_thread() if steady else contextlib.nullcontext():
+            with _one_thread() if deterministic else contextlib.nullcontext():
                 return scored("ok", "", self._metrics(ask, started))
         except HopelessError as error:
             return scored("infeasible", str(error))

@@ -28,7 +28,7 @@ from pruning.surgery import compare_outputs
 Way = Literal["onnx", "plain"]
 
 
-class SteadyInference(Inference):
+class DeterministicInference(Inference):
     """Outputs that depend on the network, the plan and the images alone.
 
     ``Inference`` goes by the clock (which way is fastest, and from when on) and by what it has seen (candidates that

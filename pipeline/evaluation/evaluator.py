@@ -60,7 +60,7 @@ class Evaluator:
         trainer: fine-tunes candidates, and performs auxiliary trainings.
         saliency: scores channels.
         files: the plans' ONNX files, whose sizes count.
-        workers: worker processes that score candidates; they need a steady accuracy evaluator.
+        workers: worker processes that score candidates; they need a deterministic accuracy evaluator.
     """
 
     def __init__(
@@ -261,7 +261,7 @@ def make_evaluator(
     *,
     progress: ProgressView | None = None,
     space: SearchSpace | None = None,
-    steady: bool = False,
+    deterministic: bool = False,
     workers: WorkerPool | None = None,
 ) -> Evaluator:
     """The evaluator of one baseline.
@@ -272,12 +272,14 @@ def make_evaluator(
         search: images, bounds, batch-norm recalibration, and how far the latency model is trusted.
         recipe: how ``FineTune`` requests are trained (``epochs`` comes with the request).
         space: where a latency model may draw plans to measure from; None = it gets none of its own.
-        steady: candidates' metrics are the same to the last bit in every process (see ``SteadyInference``).
-        workers: worker processes that score candidates; they need a steady evaluator.
+        deterministic: candidates' metrics are the same bits in every process (see ``DeterministicInference``).
+        workers: worker processes that score candidates; they need a deterministic evaluator.
     """
     progress = progress or Silent()
     files = OnnxFiles(baseline, folder, progress)
-    accuracy = AccuracyEvaluator(baseline, folder, search, files.template, progress=progress, steady=steady)
+    accuracy = AccuracyEvaluator(
+        baseline, folder, search, files.template, progress=progress, deterministic=deterministic
+    )
     trainer = Trainer(baseline, accuracy.weights, recipe, progress)
     members = {
         device.name: _latencies(files, device, folder / fleet.file("latencies", ".jsonl", device.name), search, space)

@@ -124,7 +124,7 @@ class CachedEvaluator:
             Path(self.files.name),
             SearchSection.model_validate(spec["search"]),
             lambda: None if template is None else OnnxTemplate.load(template, graph),
-            steady=True,
+            deterministic=True,
             agreed=Agreed(spec["way"], order),
         )
 

@@ -168,7 +168,7 @@ class WorkerPool:
 
     def _describe(self, accuracy: AccuracyEvaluator) -> dict[str, Any]:
         """All that workers must know, as JSON; files by path and hash."""
-        config, inference, baseline = self.config, accuracy.steady, accuracy.baseline
+        config, inference, baseline = self.config, accuracy.deterministic, accuracy.baseline
         order, template = accuracy.order(), accuracy.folder / TEMPLATE
         if order is not None:
             content = io.BytesIO()

@@ -225,7 +225,7 @@ class Run:
             self.config.finetune,
             progress=self.progress,
             space=space,
-            steady=self.config.search.forward == "deterministic" or self._engine is not None,
+            deterministic=self.config.search.forward == "deterministic" or self._engine is not None,
             workers=self._new_pool(),
         )
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.evaluation.deterministic import SteadyInference
+from pipeline.evaluation.deterministic import DeterministicInference
 from pipeline.evaluation.inference import FORWARDS, PLAIN, ForwardError, Inference
 from pruning.plan import PruningPlan
 from tests.pipeline.evaluation.test_inference import (
@@ -27,9 +27,11 @@ from tests.pipeline.evaluation.test_inference import (
 ONNX = FORWARDS["_onnx"]
 
 
-def steady(kind: Callable[[], nn.Module], **options: Any) -> SteadyInference:
+def deterministic(kind: Callable[[], nn.Module], **options: Any) -> DeterministicInference:
     model, graph = traced(kind)
-    return SteadyInference(model, graph, lambda: BATCHES, lambda: template(kind), device=CPU, threads=1, **options)
+    return DeterministicInference(
+        model, graph, lambda: BATCHES, lambda: template(kind), device=CPU, threads=1, **options
+    )
 
 
 def failing(engine: Inference, monkeypatch: pytest.MonkeyPatch, times: int, at: str, error: Exception) -> None:
@@ -60,7 +62,7 @@ def failing(engine: Inference, monkeypatch: pytest.MonkeyPatch, times: int, at: 
 
 @pytest.mark.parametrize("at", ["prepare", "run"])
 def test_deterministic_inference_tries_the_same_way_again(at: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = steady(Residual)
+    engine = deterministic(Residual)
     plan = random_plan(engine.graph, 0)
     expected = list(engine.outputs(plan))
     failing(engine, monkeypatch, 1, at, RuntimeError("hiccup"))
@@ -74,7 +76,7 @@ def test_deterministic_inference_tries_the_same_way_again(at: str, monkeypatch: 
 def test_deterministic_inference_that_fails_twice_is_an_error_with_the_fix(
     at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = steady(Residual)
+    engine = deterministic(Residual)
     failing(engine, monkeypatch, 2, at, RuntimeError("no kernel"))
     monkeypatch.setattr(engine, "_plain", None)
     with pytest.raises(ForwardError, match=r"failed twice .* no kernel.*resume.*search\.forward: auto"):
@@ -92,7 +94,7 @@ def test_auto_goes_on_by_the_plain_network_and_says_so(at: str, monkeypatch: pyt
     assert engine.used == ONNX  # the next candidate
 
 
-@pytest.mark.parametrize("make", [steady, inference])
+@pytest.mark.parametrize("make", [deterministic, inference])
 @pytest.mark.parametrize("at", ["prepare", "run"])
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError()])
 def test_no_forward_pass_mends_a_lack_of_memory(
@@ -107,7 +109,7 @@ def test_no_forward_pass_mends_a_lack_of_memory(
 
 @pytest.mark.parametrize(("kind", "used"), [(Residual, ONNX), (Branching, PLAIN)])
 def test_what_is_chosen_is_said_without_a_time_that_nobody_took(kind: type[nn.Module], used: str) -> None:
-    engine = steady(kind)
+    engine = deterministic(kind)
     list(engine.outputs(random_plan(engine.graph, 0)))
     assert engine.used == used
     first, *more = engine.describe().splitlines()
@@ -120,11 +122,11 @@ def test_what_is_chosen_is_said_without_a_time_that_nobody_took(kind: type[nn.Mo
 def test_whatever_keeps_onnx_runtime_from_a_network_is_a_reason_for_all_of_its_candidates(
     failure: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = steady(Residual)
+    engine = deterministic(Residual)
     monkeypatch.setattr(engine, "_open_template", lambda: (_ for _ in ()).throw(failure))
     assert engine.way == "plain"
     assert str(failure) in engine.describe()
-    told = steady(Residual, way="onnx")  # another process found that it works
+    told = deterministic(Residual, way="onnx")  # another process found that it works
     monkeypatch.setattr(told, "_open_template", lambda: (_ for _ in ()).throw(failure))
     with pytest.raises(type(failure)):
         list(told.outputs(random_plan(told.graph, 0)))

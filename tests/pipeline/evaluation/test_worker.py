@@ -117,7 +117,9 @@ def make(scene: Scene, tmp_path: Path) -> Iterator[Make]:
         pool = None if engine is None else WorkerPool(engine, config, scene.baseline, folder / "workers")
         pools.extend([pool] if pool else [])
         fleet = Fleet([Device(profile, target)])
-        return make_evaluator(scene.network(), fleet, folder, config.search, config.finetune, steady=True, workers=pool)
+        return make_evaluator(
+            scene.network(), fleet, folder, config.search, config.finetune, deterministic=True, workers=pool
+        )
 
     yield build
     for pool in pools:
@@ -186,7 +188,7 @@ def alone(scene: Scene, tmp_path_factory: pytest.TempPathFactory) -> list[dict[s
     shutil.copyfile(scene.folder / "template.onnx", folder / "template.onnx")
     profile = load_profile(scene.config.device.profile)
     fleet, config = Fleet([Device(profile, open_target(profile))]), scene.config
-    oracle = make_evaluator(scene.network(), fleet, folder, config.search, config.finetune, steady=True)
+    oracle = make_evaluator(scene.network(), fleet, folder, config.search, config.finetune, deterministic=True)
     return journalled(folder, oracle, asks(scene))
 
 
