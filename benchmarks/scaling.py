@@ -3,8 +3,8 @@
     python benchmarks/scaling.py [--engines processes dask ray] [--rounds 3] [--candidates 24] [--images 360]
                                  [--side 32] [--json PATH]
 
-One process is the deterministic evaluator of a run without workers, on one thread; a worker has one thread too. All get the
-same random plans of ResNet-20 on the bundled digits, new ones in every round, in turn within one process; each
+One process is the deterministic evaluator of a run without workers, on one thread; a worker has one thread too. All get
+the same random plans of ResNet-20 on the bundled digits, new ones in every round, in turn within one process; each
 engine is started, and its workers have loaded everything, before the clock starts (``start_s``). All must find the
 same losses to the last bit, or the benchmark ends with an error.
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from export.slicing import OnnxTemplate
 from pipeline.config.schema import SearchSection
 from pipeline.evaluation.baseline import Baseline
-from pipeline.evaluation.deterministic import DeterministicInference, Way
+from pipeline.evaluation.deterministic import BackendName, DeterministicInference
 from pipeline.evaluation.inference import PLAIN, Inference
 from pipeline.evaluation.weights import Weights
 from pipeline.progress import ProgressView, Silent
@@ -92,11 +92,11 @@ class Agreed:
     """What another process found with the same network and images, and this one has to do alike.
 
     Args:
-        way: the forward pass; None = find it.
+        backend: of the forward pass; None = find it.
         order: of the search images, shape ``(images,)``; None = find it.
     """
 
-    way: Way | None = None
+    backend: BackendName | None = None
     order: Sequence[int] | None = None
 
 
@@ -132,7 +132,7 @@ class AccuracyEvaluator:
         options = {"device": baseline.compute, "cache_bytes": settings.memory_mb << 20}
         images = lambda: (images for images, _ in self._images())  # noqa: E731
         self.inference = (
-            DeterministicInference(baseline.model, baseline.graph, images, template, way=agreed.way, **options)
+            DeterministicInference(baseline.model, baseline.graph, images, template, backend=agreed.backend, **options)
             if deterministic
             else Inference(baseline.model, baseline.graph, images, template, **options)  # type: ignore[arg-type]
         )
@@ -142,7 +142,7 @@ class AccuracyEvaluator:
 
     @property
     def deterministic(self) -> DeterministicInference:
-        """Its inference, of which other processes must know the way."""
+        """Its inference, of which other processes must know the backend."""
         assert isinstance(self.inference, DeterministicInference), "worker processes need a deterministic evaluator"
         return self.inference
 
@@ -208,7 +208,7 @@ class AccuracyEvaluator:
             targets.append(labels)
             seen += len(labels)
             self.images_forwarded += len(labels)
-            if self.inference.trials is not tried:  # trying ways is nobody's candidate's time
+            if self.inference.trials is not tried:  # trying backends is nobody's candidate's time
                 started, tried = time.perf_counter(), self.inference.trials
             if time.perf_counter() - started > self.settings.seconds_per_candidate:
                 raise GivenUpError(

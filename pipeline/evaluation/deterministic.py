@@ -15,54 +15,54 @@ from pipeline.evaluation.inference import (
     CHECK_IMAGES,
     CHUNKS,
     TOLERANCE,
+    BackendTrial,
     ForwardError,
+    ForwardFn,
     Inference,
-    Run,
     State,
-    Trial,
     first_line,
 )
 from pruning.plan import PruningPlan
 from pruning.surgery import compare_outputs
 
-Way = Literal["onnx", "plain"]
+BackendName = Literal["onnx", "plain"]
 
 
 class DeterministicInference(Inference):
     """Outputs that depend on the network, the plan and the images alone.
 
-    ``Inference`` goes by the clock (which way is fastest, and from when on) and by what it has seen (candidates that
-    differ in one group); each of its ways has last bits of its own. Here the way is chosen once, by a check that has
-    no clock in it, and no candidate profits from another: so it does not matter who computes which candidate, and in
-    which order. ONNX Runtime computes chunks of a fixed size on one thread each, so the number of threads does not
-    matter either. A candidate for which that way fails is tried once more and then is an error: another forward pass
-    would have other last bits, and nobody would know.
+    ``Inference`` goes by the clock (which backend is fastest, and from when on) and by what it has seen (candidates
+    that differ in one group); each of its backends has last bits of its own. Here the backend is chosen once, by a
+    check that has no clock in it, and no candidate profits from another: so it does not matter who computes which
+    candidate, and in which order. ONNX Runtime computes chunks of a fixed size on one thread each, so the number of
+    threads does not matter either. A candidate for which that backend fails is tried once more and then is an error:
+    another forward pass would have other last bits, and nobody would know.
 
     Args:
-        way: as another process found it with the same network; None = find it.
+        backend: as another process found it with the same network; None = find it.
     """
 
-    def __init__(self, *arguments: object, way: Way | None = None, **options: object) -> None:
+    def __init__(self, *arguments: object, backend: BackendName | None = None, **options: object) -> None:
         super().__init__(*arguments, **options, patience_s=0.0)  # type: ignore[arg-type]
-        self._way = way
+        self._backend = backend
 
     @property
-    def way(self) -> Way:
+    def backend(self) -> BackendName:
         """ONNX Runtime where it computes what the plain network does, else plain PyTorch."""
         if not self.trials:
-            self._try_ways()
+            self._try_backends()
         return "onnx" if self._exact == self._onnx else "plain"
 
-    def _try_ways(self) -> None:
+    def _try_backends(self) -> None:
         self._block, self._chunk = BLOCKS[0], CHUNKS[0]
-        reason = "" if self.device.type == "cpu" and self._way != "plain" else "not asked for"
+        reason = "" if self.device.type == "cpu" and self._backend != "plain" else "not asked for"
         error = math.nan
         if not reason:
             try:
                 self._template = self._open_template()
-                if self._way is None:
+                if self._backend is None:
                     plan, images = self._random_plan(np.random.default_rng(0)), next(iter(self.images()))[:CHECK_IMAGES]
-                    found, expected = (self._result(way, plan, images) for way in (self._onnx, self._plain))
+                    found, expected = (self._result(backend, plan, images) for backend in (self._onnx, self._plain))
                     certificate = compare_outputs(found, expected, TOLERANCE)
                     reason, error = certificate.reason, certificate.max_relative_error
                 elif self._template is None:
@@ -70,18 +70,18 @@ class DeterministicInference(Inference):
             except (torch.OutOfMemoryError, MemoryError):
                 raise
             except Exception as failure:
-                if self._way is not None:
+                if self._backend is not None:
                     raise
                 reason = first_line(failure)
         name = f"ONNX Runtime, blocks of {self._block} channels, {self._chunk} images at once"
-        tried = Trial(name, math.nan, error, reason=reason)
-        self.trials = (tried, Trial("PyTorch", math.nan, 0.0)) if reason else (tried,)
+        tried = BackendTrial(name, math.nan, error, reason=reason)
+        self.trials = (tried, BackendTrial("PyTorch", math.nan, 0.0)) if reason else (tried,)
         self._fast = self._exact = self._plain if reason else self._onnx
         if reason:
             self._template = None
 
-    def _instead(self, plan: PruningPlan, state: State | None, failure: Exception) -> Run:
-        """The same way once more; what fails twice is an error, never another forward pass."""
+    def _instead(self, plan: PruningPlan, state: State | None, failure: Exception) -> ForwardFn:
+        """The same backend once more; what fails twice is an error, never another forward pass."""
         del failure  # it is shown if it comes again
 
         def failed(error: Exception) -> ForwardError:
@@ -104,5 +104,5 @@ class DeterministicInference(Inference):
 
         return again
 
-    def _from_branch(self, plan: PruningPlan, base: str, state: State | None) -> Run | None:
+    def _from_branch(self, plan: PruningPlan, base: str, state: State | None) -> ForwardFn | None:
         return None

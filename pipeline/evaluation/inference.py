@@ -1,11 +1,11 @@
-"""Outputs of pruned candidates on fixed images, by the fastest way that computes what the pruned network does.
+"""Outputs of pruned candidates on fixed images, by the fastest backend that computes what the pruned network does.
 
 Three observations carry it. One ONNX template is cut to any plan in milliseconds, and ONNX Runtime folds and fuses what
 PyTorch runs one by one. Its convolutions work on blocks of channels, and a width between two blocks costs more than the
 next block: widths are rounded up, and what is added is read with zeros. Where candidates differ in one group only,
 everything before the group's readers is the same for all: it is computed once and kept, and a candidate is a mask.
 
-Every way is compared with the plain pruned network before it is used. What fails or computes something else is left
+Every backend is compared with the plain pruned network before it is used. What fails or computes something else is left
 out, and the plain network remains.
 """
 
@@ -46,15 +46,15 @@ from pruning.weights import inherit
 
 Array = npt.NDArray[Any]
 State = Mapping[str, Tensor]
-Run = Callable[[int, Tensor], Any]
+ForwardFn = Callable[[int, Tensor], Any]
 """Number of a batch and its images ``(n, channels, height, width)`` -> what the forward gives."""
-Way = Callable[[PruningPlan, State | None], Run]
+Backend = Callable[[PruningPlan, State | None], ForwardFn]
 """Prepares the network of a plan, with weights of a dense-shaped state (None = the model's own)."""
 
 TOLERANCE = precision.tolerance("fp32")
-"""Largest relative error of a way in float32."""
+"""Largest relative error of a backend in float32."""
 RANK_AGREEMENT = 0.99
-"""Least Spearman correlation of plans' scores between a way in bfloat16 and the plain network."""
+"""Least Spearman correlation of plans' scores between a backend in bfloat16 and the plain network."""
 BLOCKS = (16, 8, 1)
 """Channels per block on common vector units; 1 = widths stay as they are."""
 CHUNKS = (16, 8, 32)
@@ -68,18 +68,18 @@ FORWARDS = {
     "_bf16": "PyTorch with batch norm folded, bf16",
     "_onnx": "ONNX Runtime, fp32",
 }
-"""What a way is called in records."""
+"""What a backend is called in records."""
 PLAIN = FORWARDS["_plain"]
 SERVED = 4
 """Candidates that a cut must have served before the next group of the same plan is cut for its first."""
 
 
 @dataclass(frozen=True)
-class Trial:
-    """How a way did when it was tried.
+class BackendTrial:
+    """How a backend did when it was tried.
 
     Args:
-        name: the way.
+        name: the backend.
         seconds: for one candidate on all images, extrapolated; infinite where it failed.
         error: largest relative error to the plain network; NaN where it failed.
         precision: the type it computes in.
@@ -112,11 +112,11 @@ class Inference:
         device: where the images are, and where outputs will be.
         threads: of ONNX Runtime; None = as many as PyTorch uses.
         cache_bytes: bound of the activations kept for candidates that differ in one group.
-        patience_s: what candidates may cost in the plain way before others are tried, which takes seconds itself.
+        patience_s: what candidates may cost with the plain one before others are tried, which takes seconds itself.
         bf16: whether bfloat16 is tried; None = where the hardware multiplies it natively.
 
     Attributes:
-        trials: how each way did; empty before they were tried.
+        trials: how each backend did; empty before they were tried.
         used: by which forward pass the last candidate went; where that is another than it should have been, why.
     """
 
@@ -134,7 +134,7 @@ class Inference:
         bf16: bool | None = None,
     ) -> None:
         self.model, self.graph, self.images, self.device = model, graph, images, device
-        self.trials: tuple[Trial, ...] = ()
+        self.trials: tuple[BackendTrial, ...] = ()
         self.used = ""
         self._open_template = template
         self._template: OnnxTemplate | None = None
@@ -142,8 +142,8 @@ class Inference:
         threads = threads or torch.get_num_threads()
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
         self._clock = time.process_time if threads == 1 and device.type == "cpu" else time.perf_counter
-        self._fast: Way = self._plain
-        self._exact: Way = self._plain
+        self._fast: Backend = self._plain
+        self._exact: Backend = self._plain
         self._pairs: list[tuple[str, str]] = []
         self._block, self._chunk = 1, CHUNKS[0]
         zeros_will_do = not graph.mixed and not graph.aliases
@@ -174,7 +174,7 @@ class Inference:
         """
         started = time.perf_counter()
         if not self.trials and self._patience_s <= 0:
-            self._try_ways()
+            self._try_backends()
         self.used = FORWARDS["_onnx"]
         run = self._from_branch(plan, base, state) if images is None else None
         run = run or self._prepared(plan, state, exact)
@@ -199,7 +199,7 @@ class Inference:
         return "fp32" if self._fast == self._exact else "bf16"
 
     def describe(self) -> str:
-        """The ways that were tried, fastest first, one line each; then the groups that are never cut at, and why."""
+        """The backends tried, fastest first, one line each; then the groups that are never cut at, and why."""
         if not self.trials:
             return "plain PyTorch; nothing else tried yet"
         lines = [
@@ -208,30 +208,30 @@ class Inference:
         ]
         return "\n".join(lines + [f"not cut at {name}: {reason}" for name, reason in self._not_cut.items()])
 
-    # -- ways --------------------------------------------------------------------------------------------------------
+    # -- backends ----------------------------------------------------------------------------------------------------
 
-    def _prepared(self, plan: PruningPlan, state: State | None, exact: bool) -> Run:
-        way = self._exact if exact else self._fast
-        self.used = FORWARDS.get(way.__name__, way.__name__)
-        if way == self._plain:
-            return way(plan, state)
+    def _prepared(self, plan: PruningPlan, state: State | None, exact: bool) -> ForwardFn:
+        backend = self._exact if exact else self._fast
+        self.used = FORWARDS.get(backend.__name__, backend.__name__)
+        if backend == self._plain:
+            return backend(plan, state)
         try:
-            return way(plan, state)
+            return backend(plan, state)
         except _FINAL:
             raise
-        except Exception as failure:  # noqa: BLE001 - what this way cannot do, the plain one can, or says why not
+        except Exception as failure:  # noqa: BLE001 - what this one cannot do, the plain one can, or says why not
             return self._instead(plan, state, failure)
 
-    def _instead(self, plan: PruningPlan, state: State | None, failure: Exception) -> Run:
+    def _instead(self, plan: PruningPlan, state: State | None, failure: Exception) -> ForwardFn:
         """What a candidate goes through whose forward pass failed: the plain network, noted in ``used``."""
         if self.used != PLAIN:
             self.used = f"{PLAIN}, for {self.used} failed: {first_line(failure)}"
         return self._plain(plan, state)
 
-    def _plain(self, plan: PruningPlan, state: State | None) -> Run:
+    def _plain(self, plan: PruningPlan, state: State | None) -> ForwardFn:
         return self._eager(inherit(self.model, self.graph, plan, state), torch.float32)
 
-    def _folded(self, plan: PruningPlan, state: State | None, dtype: torch.dtype = torch.float32) -> Run:
+    def _folded(self, plan: PruningPlan, state: State | None, dtype: torch.dtype = torch.float32) -> ForwardFn:
         network = inherit(self.model, self.graph, plan, state).eval()
         for conv, norm in self._pairs:
             modules: Any = network.get_submodule(conv), network.get_submodule(norm)
@@ -239,16 +239,16 @@ class Inference:
             network.set_submodule(norm, nn.Identity())
         return self._eager(network, dtype)
 
-    def _bf16(self, plan: PruningPlan, state: State | None) -> Run:
+    def _bf16(self, plan: PruningPlan, state: State | None) -> ForwardFn:
         return self._folded(plan, state, DTYPES["bf16"])
 
-    def _eager(self, network: nn.Module, dtype: torch.dtype) -> Run:
+    def _eager(self, network: nn.Module, dtype: torch.dtype) -> ForwardFn:
         if dtype != torch.float32:
             network.to(dtype)
         network.to(self.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         return lambda _, images: pytree.tree_map_only(Tensor, _as_float32, network(images.to(dtype)))
 
-    def _onnx(self, plan: PruningPlan, state: State | None) -> Run:
+    def _onnx(self, plan: PruningPlan, state: State | None) -> ForwardFn:
         model = self._model(plan, state)
         (port,) = (port.name for port in model.graph.input)
         session = open_session(model.SerializeToString())
@@ -287,8 +287,8 @@ class Inference:
 
     # -- trying them -------------------------------------------------------------------------------------------------
 
-    def _try_ways(self) -> None:
-        """Compare all ways with the plain one on a few images, and take the fastest that computes the same."""
+    def _try_backends(self) -> None:
+        """Compare all backends with the plain one on a few images, and take the fastest that computes the same."""
         num_images = sum(len(batch) for batch in self.images())
         images = next(iter(self.images()))[:CHECK_IMAGES]
         rng = np.random.default_rng(0)
@@ -296,21 +296,21 @@ class Inference:
         expected = self._result(self._plain, plan, images)
         self._pairs = _foldable(self.model)
 
-        def attempt(name: str, way: Way, number_type: Precision = "fp32") -> tuple[Trial, Way]:
+        def attempt(name: str, backend: Backend, number_type: Precision = "fp32") -> tuple[BackendTrial, Backend]:
             exact = number_type == "fp32"
             try:
                 with torch.inference_mode():
-                    prepared, run = self._timed(lambda: way(plan, None))
+                    prepared, run = self._timed(lambda: backend(plan, None))
                     found = run(0, images)
                     once = min(self._timed(lambda: run(0, images))[0] for _ in range(3))
                 certificate = compare_outputs(found, expected, TOLERANCE if exact else math.inf)
                 reason = certificate.reason
-                if not exact and not reason and not self._orders_alike(way, images, rng):
+                if not exact and not reason and not self._orders_alike(backend, images, rng):
                     reason = "orders plans differently"
             except Exception as failure:  # noqa: BLE001 - a foreign forward may raise anything
-                return Trial(name, math.inf, math.nan, number_type, first_line(failure)), way
+                return BackendTrial(name, math.inf, math.nan, number_type, first_line(failure)), backend
             seconds = prepared + once * num_images / len(images)
-            return Trial(name, seconds, certificate.max_relative_error, number_type, reason), way
+            return BackendTrial(name, seconds, certificate.max_relative_error, number_type, reason), backend
 
         tried = [attempt("PyTorch", self._plain), attempt("PyTorch, batch norm folded", self._folded)]
         if self._bf16_is_native if self._bf16_is_native is not None else precision.native_bf16(self.device):
@@ -319,16 +319,18 @@ class Inference:
             tried += self._try_onnx(attempt)
         usable = sorted((t for t in tried if not t[0].reason), key=lambda t: t[0].seconds)
         self.trials = tuple(trial for trial, _ in tried)
-        self._fast = next((way for _, way in usable), self._plain)
-        self._exact = next((way for trial, way in usable if trial.precision == "fp32"), self._plain)
+        self._fast = next((backend for _, backend in usable), self._plain)
+        self._exact = next((backend for trial, backend in usable if trial.precision == "fp32"), self._plain)
 
-    def _try_onnx(self, attempt: Callable[[str, Way], tuple[Trial, Way]]) -> list[tuple[Trial, Way]]:
+    def _try_onnx(
+        self, attempt: Callable[[str, Backend], tuple[BackendTrial, Backend]]
+    ) -> list[tuple[BackendTrial, Backend]]:
         """Find the best size of blocks, then of chunks; no template is left where none works."""
         try:
             self._template = self._open_template()
         except Exception as failure:  # noqa: BLE001 - whatever the exporter raises for a foreign network
-            return [(Trial("ONNX Runtime", math.inf, math.nan, reason=first_line(failure)), self._plain)]
-        tried: dict[tuple[int, int], Trial] = {}
+            return [(BackendTrial("ONNX Runtime", math.inf, math.nan, reason=first_line(failure)), self._plain)]
+        tried: dict[tuple[int, int], BackendTrial] = {}
 
         def try_setting(block: int, chunk: int) -> tuple[int, int]:
             self._block, self._chunk = block, chunk
@@ -346,17 +348,17 @@ class Inference:
             self._template = None
         return [(trial, self._onnx) for trial in tried.values()]
 
-    def _orders_alike(self, way: Way, images: Tensor, rng: np.random.Generator) -> bool:
+    def _orders_alike(self, backend: Backend, images: Tensor, rng: np.random.Generator) -> bool:
         """Whether plans come in the same order, by the distance of their outputs from the unpruned network's."""
         dense = self._result(self._plain, PruningPlan.full(self.graph.groups), images)
         plans = [self._random_plan(rng) for _ in range(RANKED_PLANS)]
-        scores = [[_distance(self._result(w, plan, images), dense) for plan in plans] for w in (self._plain, way)]
+        scores = [[_distance(self._result(w, plan, images), dense) for plan in plans] for w in (self._plain, backend)]
         ranks = np.argsort(np.argsort(scores, axis=1), axis=1)
         return bool(np.corrcoef(ranks).min() >= RANK_AGREEMENT)
 
-    def _result(self, way: Way, plan: PruningPlan, images: Tensor) -> Any:
+    def _result(self, backend: Backend, plan: PruningPlan, images: Tensor) -> Any:
         with torch.inference_mode():
-            return way(plan, None)(0, images)
+            return backend(plan, None)(0, images)
 
     def _timed(self, action: Callable[[], Any]) -> tuple[float, Any]:
         """Seconds and result; CPU time of a single thread, so that other load on the machine decides nothing."""
@@ -375,7 +377,7 @@ class Inference:
 
     # -- candidates that differ in one group -------------------------------------------------------------------------
 
-    def _from_branch(self, plan: PruningPlan, base: str, state: State | None) -> Run | None:
+    def _from_branch(self, plan: PruningPlan, base: str, state: State | None) -> ForwardFn | None:
         """From kept activations on, where a plan seen before gets a second neighbour in a group.
 
         A neighbour in the next group is enough if the last cut of that plan served several candidates.
@@ -636,8 +638,8 @@ def _distance(found: Any, expected: Any) -> float:
     return float(np.mean(differences))
 
 
-def _figures(trial: Trial) -> str:
-    """How a way did that can be used; without a time, where none was taken."""
+def _figures(trial: BackendTrial) -> str:
+    """How a backend did that can be used; without a time, where none was taken."""
     error = f"relative error {trial.error:.0e}"
     return error if math.isnan(trial.seconds) else f"{trial.seconds:.3g} s for a candidate, {error}"
 

@@ -125,7 +125,7 @@ class CachedEvaluator:
             SearchSection.model_validate(spec["search"]),
             lambda: None if template is None else OnnxTemplate.load(template, graph),
             deterministic=True,
-            agreed=Agreed(spec["way"], order),
+            agreed=Agreed(spec["backend"], order),
         )
 
     def know(self, name: str, file: Mapping[str, Any], store: BlobStore | None) -> None:

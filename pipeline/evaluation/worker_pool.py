@@ -190,9 +190,9 @@ class WorkerPool:
             "threads": threads if self.engine.local or config.threads else None,
             "fingerprint": baseline.workload.fingerprint,
             "groups": groups_digest(baseline.graph),
-            "way": inference.way,
+            "backend": inference.backend,
             "baseline": _blob(self.baseline),
-            "template": _blob(template) if inference.way == "onnx" else None,
+            "template": _blob(template) if inference.backend == "onnx" else None,
             "order": None if order is None else _blob(self.folder / "order.npy"),
             IMAGES: None,
         }

@@ -54,7 +54,7 @@ def failing(engine: Inference, monkeypatch: pytest.MonkeyPatch, times: int, at: 
 
         return runs
 
-    list(engine.outputs(PruningPlan.full(engine.graph.groups)))  # ways are tried
+    list(engine.outputs(PruningPlan.full(engine.graph.groups)))  # backends are tried
     monkeypatch.setattr(engine, "_onnx", _onnx)
     monkeypatch.setattr(engine, "_fast", _onnx)
     monkeypatch.setattr(engine, "_exact", _onnx)
@@ -124,9 +124,9 @@ def test_whatever_keeps_onnx_runtime_from_a_network_is_a_reason_for_all_of_its_c
 ) -> None:
     engine = deterministic(Residual)
     monkeypatch.setattr(engine, "_open_template", lambda: (_ for _ in ()).throw(failure))
-    assert engine.way == "plain"
+    assert engine.backend == "plain"
     assert str(failure) in engine.describe()
-    told = deterministic(Residual, way="onnx")  # another process found that it works
+    told = deterministic(Residual, backend="onnx")  # another process found that it works
     monkeypatch.setattr(told, "_open_template", lambda: (_ for _ in ()).throw(failure))
     with pytest.raises(type(failure)):
         list(told.outputs(random_plan(told.graph, 0)))

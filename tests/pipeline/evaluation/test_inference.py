@@ -1,4 +1,4 @@
-"""Whatever way candidates go, they give what the plain pruned network gives."""
+"""Whatever backend candidates go through, they give what the plain pruned network gives."""
 
 from __future__ import annotations
 
