@@ -130,7 +130,7 @@ def _tuned(
             recipe,
             seed=run.config.seed,
             checkpoint=file.with_suffix(".ckpt"),
-            device=run.device,
+            compute=run.device,
             teacher=teacher if recipe.distill else None,
             distill=recipe.distill,
             report=report,

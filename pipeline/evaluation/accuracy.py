@@ -129,7 +129,7 @@ class AccuracyEvaluator:
         self.split: Split = baseline.workload.search.first(settings.images)
         dense_bytes = cost(baseline.graph, baseline.full).activation_bytes
         self._batch_size = max(1, min(MAX_BATCH, (settings.memory_mb << 20) // max(1, dense_bytes)))
-        options = {"device": baseline.compute, "cache_bytes": settings.memory_mb << 20}
+        options = {"compute": baseline.compute, "cache_bytes": settings.memory_mb << 20}
         images = lambda: (images for images, _ in self._images())  # noqa: E731
         self.inference = (
             DeterministicInference(baseline.model, baseline.graph, images, template, backend=agreed.backend, **options)
@@ -282,7 +282,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def recalibrate(network: nn.Module, workload: Workload, num_images: int, device: torch.device) -> None:
+def recalibrate(network: nn.Module, workload: Workload, num_images: int, compute: torch.device) -> None:
     """Re-estimate batch-norm statistics in place: cumulative average over training images, without augmentation."""
     norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     momenta = [m.momentum for m in norms]
@@ -293,7 +293,7 @@ def recalibrate(network: nn.Module, workload: Workload, num_images: int, device:
     split = workload.train.first(num_images)
     with torch.inference_mode():
         for chosen in torch.tensor_split(torch.arange(len(split)), math.ceil(len(split) / MAX_BATCH)):  # equal ones
-            network(workload.batch(split, chosen, train=False, generator=None, device=device)[0])
+            network(workload.batch(split, chosen, train=False, generator=None, device=compute)[0])
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()

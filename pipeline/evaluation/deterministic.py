@@ -55,7 +55,7 @@ class DeterministicInference(Inference):
 
     def _try_backends(self) -> None:
         self._block, self._chunk = BLOCKS[0], CHUNKS[0]
-        reason = "" if self.device.type == "cpu" and self._backend != "plain" else "not asked for"
+        reason = "" if self.compute.type == "cpu" and self._backend != "plain" else "not asked for"
         error = math.nan
         if not reason:
             try:

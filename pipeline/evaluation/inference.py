@@ -105,11 +105,11 @@ class Inference:
     """Runs candidates of one network, in eval mode.
 
     Args:
-        model: the unpruned network, on ``device``; left as it is.
+        model: the unpruned network, on ``compute``; left as it is.
         graph: its channel groups.
         images: gives the batches, each of shape ``(n, channels, height, width)``, the same ones at every call.
         template: gives the network's ONNX template, made at batch 1, or None where there is none; called once at most.
-        device: where the images are, and where outputs will be.
+        compute: where the images are, and where outputs will be.
         threads: of ONNX Runtime; None = as many as PyTorch uses.
         cache_bytes: bound of the activations kept for candidates that differ in one group.
         patience_s: what candidates may cost with the plain one before others are tried, which takes seconds itself.
@@ -127,13 +127,13 @@ class Inference:
         images: Callable[[], Iterable[Tensor]],
         template: Callable[[], OnnxTemplate | None],
         *,
-        device: torch.device,
+        compute: torch.device,
         threads: int | None = None,
         cache_bytes: int = 1 << 30,
         patience_s: float = 5.0,
         bf16: bool | None = None,
     ) -> None:
-        self.model, self.graph, self.images, self.device = model, graph, images, device
+        self.model, self.graph, self.images, self.compute = model, graph, images, compute
         self.trials: tuple[BackendTrial, ...] = ()
         self.used = ""
         self._open_template = template
@@ -141,7 +141,7 @@ class Inference:
         self._patience_s, self._cache_bytes, self._bf16_is_native = patience_s, cache_bytes, bf16
         threads = threads or torch.get_num_threads()
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
-        self._clock = time.process_time if threads == 1 and device.type == "cpu" else time.perf_counter
+        self._clock = time.process_time if threads == 1 and compute.type == "cpu" else time.perf_counter
         self._fast: Backend = self._plain
         self._exact: Backend = self._plain
         self._pairs: list[tuple[str, str]] = []
@@ -245,7 +245,7 @@ class Inference:
     def _eager(self, network: nn.Module, dtype: torch.dtype) -> ForwardFn:
         if dtype != torch.float32:
             network.to(dtype)
-        network.to(self.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        network.to(self.compute, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         return lambda _, images: pytree.tree_map_only(Tensor, _as_float32, network(images.to(dtype)))
 
     def _onnx(self, plan: PruningPlan, state: State | None) -> ForwardFn:
@@ -313,9 +313,9 @@ class Inference:
             return BackendTrial(name, seconds, certificate.max_relative_error, number_type, reason), backend
 
         tried = [attempt("PyTorch", self._plain), attempt("PyTorch, batch norm folded", self._folded)]
-        if self._bf16_is_native if self._bf16_is_native is not None else precision.native_bf16(self.device):
+        if self._bf16_is_native if self._bf16_is_native is not None else precision.native_bf16(self.compute):
             tried.append(attempt("PyTorch, batch norm folded, bfloat16", self._bf16, "bf16"))
-        if self.device.type == "cpu":
+        if self.compute.type == "cpu":
             tried += self._try_onnx(attempt)
         usable = sorted((t for t in tried if not t[0].reason), key=lambda t: t[0].seconds)
         self.trials = tuple(trial for trial, _ in tried)
@@ -364,8 +364,8 @@ class Inference:
         """Seconds and result; CPU time of a single thread, so that other load on the machine decides nothing."""
         started = self._clock()
         result = action()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.compute.type == "cuda":
+            torch.cuda.synchronize(self.compute)
         return self._clock() - started, result
 
     def _random_plan(self, rng: np.random.Generator) -> PruningPlan:

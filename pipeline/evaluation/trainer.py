@@ -61,7 +61,7 @@ class Trainer:
                 self._recipe(request),
                 seed=self.baseline.seed,
                 checkpoint=self.weights.path(base).with_suffix(".ckpt"),
-                device=self.baseline.compute,
+                compute=self.baseline.compute,
                 teacher=self.baseline.model if distill else None,
                 distill=distill,
                 part=request.part,

@@ -120,7 +120,7 @@ class CachedEvaluator:
                 "versions of Secateur and PyTorch on all machines"
             )
         self.accuracy = AccuracyEvaluator(
-            Baseline(model, graph, workload, spec["seed"], _device(spec["device"])),
+            Baseline(model, graph, workload, spec["seed"], _compute(spec["compute"])),
             Path(self.files.name),
             SearchSection.model_validate(spec["search"]),
             lambda: None if template is None else OnnxTemplate.load(template, graph),
@@ -151,7 +151,7 @@ def _evaluator_for(spec: Mapping[str, Any], store: BlobStore | None) -> CachedEv
     return _cached[key]
 
 
-def _device(kind: str) -> torch.device:
+def _compute(kind: str) -> torch.device:
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError("a worker has no CUDA device, and the driver has; set compute: cpu, or take it off the cluster")
     return torch.device(kind)

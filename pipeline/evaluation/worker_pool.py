@@ -186,7 +186,7 @@ class WorkerPool:
             "code": trust.allowed(),
             "search": config.search.model_dump(mode="json"),
             "seed": config.seed,
-            "device": baseline.compute.type,
+            "compute": baseline.compute.type,
             "threads": threads if self.engine.local or config.threads else None,
             "fingerprint": baseline.workload.fingerprint,
             "groups": groups_digest(baseline.graph),

@@ -109,7 +109,7 @@ def baseline(run: Run, facts: Facts) -> dict[str, Any]:
                         recipe,
                         seed=run.config.seed,
                         checkpoint=checkpoint,
-                        device=run.device,
+                        compute=run.device,
                         report=report,
                     )
                 except TrainingError as error:

@@ -53,7 +53,7 @@ def fit(
     *,
     seed: int,
     checkpoint: Path,
-    device: torch.device,
+    compute: torch.device,
     teacher: nn.Module | None = None,
     distill: Distillation | None = None,
     penalty: Callable[[float], Tensor] | None = None,
@@ -74,9 +74,9 @@ def fit(
     Raises:
         TrainingError: the loss became NaN or infinite; says at which step and what to change.
     """
-    move(model, device)
+    move(model, compute)
     if teacher is not None:
-        move(teacher, device).eval()
+        move(teacher, compute).eval()
     steps_per_epoch = math.ceil(len(split) / recipe.batch_size)
     steps = max(1, round(recipe.epochs * steps_per_epoch))
     start, whole = part[0] * steps / (part[1] - part[0]), steps / (part[1] - part[0])
@@ -89,8 +89,8 @@ def fit(
         nesterov=recipe.momentum > 0,
     )
     average = Average(model, recipe.ema) if recipe.ema else None
-    step = _load_checkpoint(checkpoint, model, optimizer, average, device)
-    bf16 = trains_in_bf16(recipe.precision, device)
+    step = _load_checkpoint(checkpoint, model, optimizer, average, compute)
+    bf16 = trains_in_bf16(recipe.precision, compute)
     note = ""
     while step < steps:
         epoch = step // steps_per_epoch
@@ -104,8 +104,8 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr * _schedule(start + step, whole, warmup)
             indices = order[batch * recipe.batch_size : (batch + 1) * recipe.batch_size]
-            images, targets = workload.batch(split, indices, train=True, generator=generator, device=device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            images, targets = workload.batch(split, indices, train=True, generator=generator, device=compute)
+            with torch.autocast(compute.type, torch.bfloat16, enabled=bf16):
                 outputs = model(images)
                 loss = workload.loss(outputs, targets, recipe.label_smoothing)
                 if teacher is not None and distill is not None:
@@ -174,9 +174,9 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
-def move(model: nn.Module, device: torch.device) -> nn.Module:
-    """The same module, on ``device`` and in channels-last memory."""
-    return model.to(device).to(memory_format=torch.channels_last)
+def move(model: nn.Module, compute: torch.device) -> nn.Module:
+    """The same module, on ``compute`` and in channels-last memory."""
+    return model.to(compute).to(memory_format=torch.channels_last)
 
 
 def _schedule(step: float, steps: float, warmup: float) -> float:
@@ -205,13 +205,13 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def _load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None, device: torch.device
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None, compute: torch.device
 ) -> int:
     """The step to continue at; 0 where there is no usable checkpoint."""
     if not path.exists():
         return 0
     try:
-        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location=compute, weights_only=True)
         averaged: dict[str, Tensor] = {} if average is None else state["average"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])

@@ -17,12 +17,12 @@ Precision = Literal["fp32", "bf16"]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def native_bf16(device: torch.device) -> bool:
+def native_bf16(compute: torch.device) -> bool:
     """Whether the hardware multiplies bf16 natively (where it does not, bf16 is slower than fp32).
 
     On a processor that has the instructions, oneDNN must be allowed to use them as well (``ONEDNN_MAX_CPU_ISA``).
     """
-    if device.type == "cuda":
+    if compute.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities()
     if not (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
@@ -31,9 +31,9 @@ def native_bf16(device: torch.device) -> bool:
     return bool(available and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def trains_in_bf16(precision: Literal["fp32", "bf16", "auto"], device: torch.device) -> bool:
-    """Whether a recipe's training runs in mixed precision on a device; ``auto`` = where it is native there."""
-    return precision == "bf16" or (precision == "auto" and native_bf16(device))
+def trains_in_bf16(precision: Literal["fp32", "bf16", "auto"], compute: torch.device) -> bool:
+    """Whether a recipe's training runs in mixed precision; ``auto`` = where it is native there."""
+    return precision == "bf16" or (precision == "auto" and native_bf16(compute))
 
 
 def tolerance(precision: Precision) -> float:

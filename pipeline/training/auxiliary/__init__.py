@@ -27,12 +27,12 @@ class Lesson:
     """What a kind of learning is given.
 
     Args:
-        model: a network of the dense shapes with the weights to begin with, on ``device``; may be trained in place.
+        model: a network of the dense shapes with the weights to begin with, on ``compute``; may be trained in place.
         graph: its channel groups.
         workload: images, loss and metric; only ``workload.train`` may be read.
         recipe: learning rate, batch size and so on, with the request's ``epochs``.
         seed: of every random choice.
-        device: where to train.
+        compute: where to train.
         checkpoint: file for ``pipeline.training.loop.fit`` to resume from.
         report: told (step, steps, note) as it goes.
         options: of the request.
@@ -43,7 +43,7 @@ class Lesson:
     workload: Workload
     recipe: FinetuneSection
     seed: int
-    device: torch.device
+    compute: torch.device
     checkpoint: Path
     report: Report
     options: Mapping[str, float | str]

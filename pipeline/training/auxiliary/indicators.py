@@ -109,7 +109,7 @@ class Indicators:
         known = [group.name for group in graph.groups]
         if unknown := sorted(set(names) - set(known)):
             raise ValueError(f"no channel groups {unknown}; the network has {known}")
-        self.graph, device = graph, next(model.parameters()).device
+        self.graph, compute = graph, next(model.parameters()).device
         self.groups = [group for group in graph.groups if not names or group.name in names]
         parameters = {name for name, _ in model.named_parameters()}
         slots: dict[tuple[str, int], Tensor] = {}
@@ -123,16 +123,16 @@ class Indicators:
             for m in [m for m in carried if m.reads] or carried:
                 slot = slots.setdefault((m.tensor, m.dim), torch.zeros(graph.shapes[m.tensor][m.dim], dtype=torch.long))
                 slot[torch.from_numpy(m.index)] = torch.arange(start, end)[:, None] + 1
-        self.alpha = nn.Parameter(torch.zeros(end, device=device))
+        self.alpha = nn.Parameter(torch.zeros(end, device=compute))
         self._slots: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
         """Tensor -> dimension, and per position 1 + the channel's place in ``alpha``; 0 = no indicator."""
         for (tensor, dim), slot in slots.items():
-            self._slots[tensor].append((dim, slot.to(device)))
+            self._slots[tensor].append((dim, slot.to(compute)))
         per_width, constant = graph.lengths.per_width, graph.lengths.constant
-        self._per_width = torch.from_numpy(per_width).double().to(device)
-        self._constant = torch.from_numpy(constant).double().to(device)
-        self._scale = torch.from_numpy(graph.macs.scale).double().to(device) / graph.batch
-        self._factors = torch.from_numpy(graph.macs.factors).to(device)
+        self._per_width = torch.from_numpy(per_width).double().to(compute)
+        self._constant = torch.from_numpy(constant).double().to(compute)
+        self._scale = torch.from_numpy(graph.macs.scale).double().to(compute) / graph.batch
+        self._factors = torch.from_numpy(graph.macs.factors).to(compute)
 
     def soft(self, temperature: float) -> Tensor:
         """I = sigmoid(alpha / T), shape ``(channels,)``."""
@@ -222,7 +222,7 @@ def learn(lesson: Lesson) -> Outcome:
         TrainingError: the loss became NaN or infinite.
     """
     settings = Settings.of(lesson.options)
-    model = move(lesson.model, lesson.device)
+    model = move(lesson.model, lesson.compute)
     indicators = Indicators(model, lesson.graph, json.loads(settings.groups or "[]"))
     images = _train(lesson, settings, model, indicators)
     with torch.no_grad():
@@ -238,7 +238,7 @@ def learn(lesson: Lesson) -> Outcome:
 
 def _train(lesson: Lesson, settings: Settings, model: nn.Module, indicators: Indicators) -> int:
     """The bilevel loop; returns how many images were passed forward and backward."""
-    recipe, workload, alpha, device = lesson.recipe, lesson.workload, indicators.alpha, lesson.device
+    recipe, workload, alpha, compute = lesson.recipe, lesson.workload, indicators.alpha, lesson.compute
     weights = torch.optim.SGD(
         model.parameters(),
         lr=recipe.lr,
@@ -256,8 +256,8 @@ def _train(lesson: Lesson, settings: Settings, model: nn.Module, indicators: Ind
     switches = torch.optim.Adam([alpha], lr=settings.lr or max(LR, least))
     warmup = recipe.warmup_epochs * per_epoch
     everything = {"model": model, "weights": weights, "switches": switches}
-    step, images = _resume(lesson.checkpoint, everything, alpha, device)
-    bf16 = trains_in_bf16(recipe.precision, device)
+    step, images = _resume(lesson.checkpoint, everything, alpha, compute)
+    bf16 = trains_in_bf16(recipe.precision, compute)
     model.train()
     while step < steps:
         epoch = step // per_epoch
@@ -266,10 +266,10 @@ def _train(lesson: Lesson, settings: Settings, model: nn.Module, indicators: Ind
         for is_weights, split, chosen in _interleaved(halves, recipe.batch_size, generator):
             if step >= steps:
                 break
-            x, targets = workload.batch(split, chosen, train=True, generator=generator, device=device)
+            x, targets = workload.batch(split, chosen, train=True, generator=generator, device=compute)
             soft = indicators.soft(settings.temperature(step / steps))
             soft = soft.detach() if is_weights else soft
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            with torch.autocast(compute.type, torch.bfloat16, enabled=bf16):
                 outputs = functional_call(model, indicators.scaled(model, soft), (x,))
                 loss = workload.loss(outputs, targets, recipe.label_smoothing)
             if not math.isfinite(loss.item()):
@@ -335,12 +335,12 @@ def _save(path: Path, everything: Mapping[str, Any], alpha: Tensor, step: int, i
     save_checkpoint(path, {**state, "alpha": alpha.detach(), "step": step, "images": images})
 
 
-def _resume(path: Path, everything: Mapping[str, Any], alpha: Tensor, device: torch.device) -> tuple[int, int]:
+def _resume(path: Path, everything: Mapping[str, Any], alpha: Tensor, compute: torch.device) -> tuple[int, int]:
     """Step to continue at, and images seen; zeros where there is no usable checkpoint."""
     if not path.exists():
         return 0, 0
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location=compute, weights_only=True)
         for name, thing in everything.items():
             thing.load_state_dict(state[name])
         with torch.no_grad():

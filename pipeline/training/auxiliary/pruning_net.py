@@ -83,7 +83,7 @@ def train(lesson: Lesson, net: PruningNet, options: Mapping[str, float | str]) -
         lesson.recipe.model_copy(update=changes),
         seed=lesson.seed,
         checkpoint=lesson.checkpoint,
-        device=lesson.device,
+        compute=lesson.compute,
         report=lesson.report,
     )
     state = {name: tensor.detach() for name, tensor in net.tensors().items()}

@@ -58,7 +58,7 @@ def learn(lesson: Lesson) -> Outcome:
             "sparse training needs batch norms with a scale on channels that can be removed, and this network has "
             "none; set epochs: 0, or use a method that needs no batch norm (cpmc, filter_ensemble)"
         )
-    model.register_buffer(BUFFER, torch.tensor([options["strength"], 0], dtype=torch.float64, device=lesson.device))
+    model.register_buffer(BUFFER, torch.tensor([options["strength"], 0], dtype=torch.float64, device=lesson.compute))
     try:
         fit(
             model,
@@ -67,7 +67,7 @@ def learn(lesson: Lesson) -> Outcome:
             lesson.recipe,
             seed=lesson.seed,
             checkpoint=lesson.checkpoint,
-            device=lesson.device,
+            compute=lesson.compute,
             penalty=lambda done: penalty(model, scales, done, options, lesson.recipe.lr),
             report=lesson.report,
         )

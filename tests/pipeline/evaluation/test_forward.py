@@ -30,7 +30,7 @@ ONNX = FORWARDS["_onnx"]
 def deterministic(kind: Callable[[], nn.Module], **options: Any) -> DeterministicInference:
     model, graph = traced(kind)
     return DeterministicInference(
-        model, graph, lambda: BATCHES, lambda: template(kind), device=CPU, threads=1, **options
+        model, graph, lambda: BATCHES, lambda: template(kind), compute=CPU, threads=1, **options
     )
 
 

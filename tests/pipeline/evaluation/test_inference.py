@@ -135,7 +135,7 @@ def template(kind: Callable[[], nn.Module]) -> OnnxTemplate:
 def inference(kind: Callable[[], nn.Module], **options: Any) -> Inference:
     model, graph = traced(kind)
     options = {"threads": 1, "patience_s": 0.0} | options
-    return Inference(model, graph, lambda: BATCHES, lambda: template(kind), device=CPU, **options)
+    return Inference(model, graph, lambda: BATCHES, lambda: template(kind), compute=CPU, **options)
 
 
 def onnx_only(kind: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch, **options: Any) -> Inference:
@@ -218,7 +218,7 @@ def test_any_plan_with_any_weights_through_onnx(kind: type[nn.Module], monkeypat
 @given(seed=st.integers(0, 2**31), kind=st.sampled_from([*FAST, Normalised]), block=st.sampled_from([1, 8, 16]))
 def test_blocks_never_change_outputs(seed: int, kind: type[nn.Module], block: int) -> None:
     model, graph = traced(kind)
-    engine = Inference(model, graph, lambda: BATCHES, lambda: None, device=CPU, threads=1)
+    engine = Inference(model, graph, lambda: BATCHES, lambda: None, compute=CPU, threads=1)
     engine._template, engine._block = template(kind), block
     plan = random_plan(graph, seed)
     rounded = engine._rounded(plan)
@@ -327,7 +327,7 @@ def test_what_onnx_cannot_do_is_done_by_pytorch(kind: type[nn.Module], bf16: boo
 def test_a_network_without_a_template(threads: int, bf16: bool, set_threads: Callable[[int], None]) -> None:
     set_threads(threads)
     model, graph = traced(Residual)
-    engine = Inference(model, graph, lambda: BATCHES, lambda: None, device=CPU, patience_s=0)
+    engine = Inference(model, graph, lambda: BATCHES, lambda: None, compute=CPU, patience_s=0)
     plan = random_plan(graph, 0)
     found = list(engine.outputs(plan))
     assert_plain(found, Residual, plan, number_type=engine.precision)
@@ -380,7 +380,7 @@ def test_lowered_instructions_are_not_native_bf16() -> None:
 def test_nothing_is_tried_before_patience_ends() -> None:
     calls = []
     model, graph = traced(Residual)
-    engine = Inference(model, graph, lambda: BATCHES, lambda: calls.append(1), device=CPU, patience_s=1e3)
+    engine = Inference(model, graph, lambda: BATCHES, lambda: calls.append(1), compute=CPU, patience_s=1e3)
     list(engine.outputs(PruningPlan.full(graph.groups)))
     assert not calls
     assert "nothing else" in engine.describe()

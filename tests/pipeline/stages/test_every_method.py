@@ -127,7 +127,7 @@ def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         model = workload.build_model()
         by_heart = Recipe(epochs=25, batch_size=images, lr=0.02, clip_norm=5.0)  # the scenes that it is judged by
         few = workload.search.first(images)
-        fit(model, workload, few, by_heart, seed=0, checkpoint=folder / "fit.ckpt", device=CPU)
+        fit(model, workload, few, by_heart, seed=0, checkpoint=folder / "fit.ckpt", compute=CPU)
     example = workload.example_input()
     graph = trace(model.eval(), example)
     OnnxTemplate.export(model, example, graph, folder / "template.onnx")

@@ -39,7 +39,7 @@ def trained(workload: Classification, checkpoint: Path, die_at: int = -1, recipe
     torch.manual_seed(0)
     model = workload.build_model()
     small = workload.train.first(384)
-    return fit(model, workload, small, recipe, seed=1, checkpoint=checkpoint, device=CPU, report=report)
+    return fit(model, workload, small, recipe, seed=1, checkpoint=checkpoint, compute=CPU, report=report)
 
 
 @pytest.mark.parametrize("die_at", [1, 3, 5, 7, 9])
@@ -64,7 +64,7 @@ def test_a_moving_average_of_the_weights_is_what_training_ends_with(workload: Cl
         seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
 
     small = workload.train.first(384)
-    fit(model, workload, small, recipe, seed=1, checkpoint=tmp_path / "a.ckpt", device=CPU, report=report)
+    fit(model, workload, small, recipe, seed=1, checkpoint=tmp_path / "a.ckpt", compute=CPU, report=report)
     for step, state in enumerate(seen):
         decay = min(0.9, (1 + step) / (10 + step))
         for name, tensor in state.items():
@@ -132,7 +132,7 @@ def test_distillation_pulls_the_student_to_its_teacher(workload: Classification,
             RECIPE,
             seed=2,
             checkpoint=tmp_path / "s.ckpt",
-            device=CPU,
+            compute=CPU,
             teacher=teacher,
             distill=Distillation(weight=weight),
         )

@@ -227,7 +227,7 @@ def trained(small: Classification, tmp_path_factory: pytest.TempPathFactory) -> 
     """The network, trained; then channel 3 of the first layer is made dead."""
     recipe = Recipe(epochs=10, lr=0.1, batch_size=32)
     checkpoint = tmp_path_factory.mktemp("trained") / "c"
-    model = fit(network(), small, small.train, recipe, seed=0, checkpoint=checkpoint, device=CPU)
+    model = fit(network(), small, small.train, recipe, seed=0, checkpoint=checkpoint, compute=CPU)
     with torch.no_grad():
         model.bn1.weight[3], model.bn1.bias[3] = 0, -1
     return model

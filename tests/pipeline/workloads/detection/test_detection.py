@@ -338,7 +338,7 @@ def test_a_short_training_lowers_the_loss(workload: detection.Detection, tmp_pat
 
     before = loss()
     recipe = Recipe(epochs=5, lr=0.02, batch_size=11, clip_norm=5.0)
-    fit(model, workload, workload.train, recipe, seed=0, checkpoint=tmp_path / "c.ckpt", device=CPU)
+    fit(model, workload, workload.train, recipe, seed=0, checkpoint=tmp_path / "c.ckpt", compute=CPU)
     assert loss() < 0.6 * before
 
 
