@@ -34,13 +34,13 @@ from pruning.cost import cost
 from pruning.plan import PruningPlan, SearchSpace
 from pruning.search.protocol import (
     DENSE,
+    AuxiliaryTrained,
+    AuxiliaryTraining,
     Candidate,
     Distort,
     Evaluation,
     FineTune,
     FineTuned,
-    Learn,
-    Learned,
     MaskedLoss,
     Predict,
     Score,
@@ -182,17 +182,17 @@ class Evaluator:
         evaluation = replace(evaluation, metrics={**evaluation.metrics, **seconds})
         return FineTuned(trained.base, evaluation), {"sha256": trained.sha256}
 
-    def learn(self, request: Learn) -> tuple[Learned, dict[str, str]]:
+    def train_auxiliary(self, request: AuxiliaryTraining) -> tuple[AuxiliaryTrained, dict[str, str]]:
         """Train the unpruned network with something added, and evaluate it with its new weights."""
         try:
-            trained: Trained = self.trainer.learn(request)
+            trained: Trained = self.trainer.train_auxiliary(request)
         except TrainingError as error:
-            return Learned("", {}, Evaluation("failed", str(error))), {}
+            return AuxiliaryTrained("", {}, Evaluation("failed", str(error))), {}
         whole = Candidate(0, self.accuracy.baseline.full, request.kind, (), trained.base)
         evaluation = self.evaluate(whole, latency=False)
-        return Learned(trained.base, trained.scores, evaluation), {"sha256": trained.sha256}
+        return AuxiliaryTrained(trained.base, trained.scores, evaluation), {"sha256": trained.sha256}
 
-    def restore(self, request: FineTune | Learn, base: str, checkpoint: Mapping[str, str]) -> bool:
+    def restore(self, request: FineTune | AuxiliaryTraining, base: str, checkpoint: Mapping[str, str]) -> bool:
         """Make the weights of a journalled training usable again; False if the file is gone or altered."""
         return self.trainer.restore(request, base, checkpoint)
 

@@ -13,7 +13,7 @@ from pipeline.progress import ProgressView
 from pipeline.training import auxiliary
 from pipeline.training.loop import fit
 from pruning.search.identity import draws_of
-from pruning.search.protocol import FineTune, FloatArray, Learn
+from pruning.search.protocol import AuxiliaryTraining, FineTune, FloatArray
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Trainer:
         state = student.state_dict()
         return Trained(base, self.weights.save_tuned(base, candidate.base, candidate.plan, state, request.write_back))
 
-    def learn(self, request: Learn) -> Trained:
+    def train_auxiliary(self, request: AuxiliaryTraining) -> Trained:
         """Train the unpruned network with something added that learns about its channels.
 
         Raises:
@@ -79,10 +79,10 @@ class Trainer:
             UserError: there is no such training, or it does not take these options.
         """
         base = _name(request.kind, request)
-        with self.progress.stage(f"  learn {request.kind}") as report:
+        with self.progress.stage(f"  auxiliary training {request.kind}") as report:
             try:
                 training = auxiliary.TRAININGS.load(request.kind)
-                lesson = auxiliary.Lesson(
+                task = auxiliary.Task(
                     self.weights.network(self.baseline.full, request.base),
                     self.baseline.graph,
                     self.baseline.workload,
@@ -93,23 +93,23 @@ class Trainer:
                     report,
                     request.options,
                 )
-                outcome = training.learn(lesson)
+                outcome = training.train(task)
             except ValueError as error:
-                raise UserError(f"search: learning {request.kind}: {error}") from error
+                raise UserError(f"search: auxiliary training {request.kind}: {error}") from error
         self.images_trained += outcome.images or round(request.epochs * len(self.baseline.workload.train))
         return Trained(base, self.weights.save_learned(base, request.kind, outcome.state), outcome.scores)
 
-    def restore(self, request: FineTune | Learn, base: str, checkpoint: Mapping[str, str]) -> bool:
+    def restore(self, request: FineTune | AuxiliaryTraining, base: str, checkpoint: Mapping[str, str]) -> bool:
         """Make the weights of a journalled training usable again; False if the file is gone or altered."""
         if not checkpoint:  # the training failed; nothing was saved, nothing is needed
             return True
         path, sha256 = self.weights.path(base), checkpoint["sha256"]
-        if isinstance(request, Learn):
+        if isinstance(request, AuxiliaryTraining):
             return self.weights.restore(base, Checkpoint(sha256, path, training=request.kind))
         plan = None if request.write_back else request.candidate.plan
         return self.weights.restore(base, Checkpoint(sha256, path, plan))
 
-    def _recipe(self, request: FineTune | Learn) -> FinetuneSection:
+    def _recipe(self, request: FineTune | AuxiliaryTraining) -> FinetuneSection:
         return self.recipe.model_copy(update={"epochs": request.epochs})
 
     def _distillation(self, request: FineTune) -> Distillation | None:
@@ -118,6 +118,6 @@ class Trainer:
         return (self.recipe.distill or Distillation()) if request.distill else self.recipe.distill
 
 
-def _name(prefix: str, request: FineTune | Learn) -> str:
+def _name(prefix: str, request: FineTune | AuxiliaryTraining) -> str:
     """A name for what a request leaves behind; the same request gives the same name."""
     return f"{prefix}-{draws_of(request)}"

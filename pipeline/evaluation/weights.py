@@ -1,7 +1,7 @@
 """Weights by name: what ``Candidate.base`` refers to, in memory as far as it fits and in files always.
 
-``DENSE`` is the trained baseline, ``RANDOM`` the network with fresh weights; every fine-tuning and every ``Learn``
-request adds a checkpoint under a name of its own. It is loaded again when it was pushed out of memory.
+``DENSE`` is the trained baseline, ``RANDOM`` the network with fresh weights; every fine-tuning and every auxiliary
+training adds a checkpoint under a name of its own. It is loaded again when it was pushed out of memory.
 """
 
 from __future__ import annotations

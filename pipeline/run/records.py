@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.run.journal import Record
 from pruning.plan import PruningPlan
 from pruning.search.identity import KINDS, digest_of
-from pruning.search.protocol import Candidate, Evaluate, Evaluation, FineTune, Learn, Request, Score
+from pruning.search.protocol import AuxiliaryTraining, Candidate, Evaluate, Evaluation, FineTune, Request, Score
 
 
 def heading(request: Request) -> dict[str, Any]:
@@ -36,17 +36,17 @@ def _told(request: Request) -> dict[str, Any]:
         case FineTune(candidate, epochs, part, write_back, distill, latency):
             told = {"epochs": epochs, "part": list(part), "write_back": write_back, "distill": distill}
             return {**told, "latency": latency, "candidate": describe(candidate)}
-        case Learn(kind, epochs, base, options):
+        case AuxiliaryTraining(kind, epochs, base, options):
             return {"learning": kind, "epochs": epochs, "base_of": base, "options": dict(options)}
         case Score(criterion):
             return {"criterion": criterion}
     return {}
 
 
-def request_of(record: Record) -> FineTune | Learn:
+def request_of(record: Record) -> FineTune | AuxiliaryTraining:
     """The request that a record of a training answers."""
     if record["kind"] == "learn":
-        return Learn(record["learning"], record["epochs"], record["base_of"], record["options"])
+        return AuxiliaryTraining(record["learning"], record["epochs"], record["base_of"], record["options"])
     start, end = record["part"]
     more = {name: record[name] for name in ("write_back", "distill", "latency")}
     return FineTune(to_candidate(record["candidate"]), record["epochs"], (start, end), **more)

@@ -28,6 +28,8 @@ from pruning.plan import PruningPlan, SearchSpace
 from pruning.search.protocol import (
     DENSE,
     RANDOM,
+    AuxiliaryTrained,
+    AuxiliaryTraining,
     Budget,
     BudgetSpent,
     Candidate,
@@ -36,8 +38,6 @@ from pruning.search.protocol import (
     FineTune,
     FineTuned,
     Goal,
-    Learn,
-    Learned,
     MaskedLoss,
     Predict,
     Score,
@@ -157,7 +157,7 @@ class Rehearsal:
 
     def remember(self, candidate: Candidate, latency: bool, evaluation: Evaluation, *, exact: bool = False) -> None: ...
 
-    def restore(self, request: FineTune | Learn, base: str, checkpoint: Mapping[str, str]) -> bool:
+    def restore(self, request: FineTune | AuxiliaryTraining, base: str, checkpoint: Mapping[str, str]) -> bool:
         return True
 
     def evaluate(
@@ -193,11 +193,13 @@ class Rehearsal:
         self.evaluate(after, request.latency, exact=True)
         return FineTuned(base, self._evaluation(candidate.plan, tuned, latency=request.latency)), {}
 
-    def learn(self, request: Learn) -> tuple[Learned, dict[str, str]]:
+    def train_auxiliary(self, request: AuxiliaryTraining) -> tuple[AuxiliaryTrained, dict[str, str]]:
         self._train(request.epochs, 1.0, distilled=False)
         base = f"learned-{len(self.weights)}"
         self.weights[base] = self.full, ACCURACY - 0.05
-        return Learned(base, self.value, self.evaluate(Candidate(0, self.full, "", (), base), latency=False)), {}
+        return AuxiliaryTrained(
+            base, self.value, self.evaluate(Candidate(0, self.full, "", (), base), latency=False)
+        ), {}
 
     def score(self, request: Score) -> Mapping[str, np.ndarray]:
         images = float(request.options.get("images", SCORED_IMAGES))

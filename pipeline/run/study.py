@@ -20,6 +20,8 @@ from pipeline.run.records import heading, heading_of_exact, pack, to_dict, to_ev
 from pruning.search.protocol import (
     Answer,
     Archive,
+    AuxiliaryTrained,
+    AuxiliaryTraining,
     Budget,
     BudgetSpent,
     Candidate,
@@ -29,8 +31,6 @@ from pruning.search.protocol import (
     Evaluation,
     FineTune,
     FineTuned,
-    Learn,
-    Learned,
     MaskedLoss,
     Predict,
     Request,
@@ -70,9 +70,9 @@ class Oracle(Protocol):
 
     def finetune(self, request: FineTune) -> tuple[FineTuned, Mapping[str, str]]: ...
 
-    def learn(self, request: Learn) -> tuple[Learned, Mapping[str, str]]: ...
+    def train_auxiliary(self, request: AuxiliaryTraining) -> tuple[AuxiliaryTrained, Mapping[str, str]]: ...
 
-    def restore(self, request: FineTune | Learn, base: str, checkpoint: Mapping[str, str]) -> bool:
+    def restore(self, request: FineTune | AuxiliaryTraining, base: str, checkpoint: Mapping[str, str]) -> bool:
         """Make a journalled training's weights usable again; False if its checkpoint is gone or altered."""
 
     def score(self, request: Score) -> Mapping[str, np.ndarray]: ...
@@ -150,8 +150,8 @@ class Study:
                 return tuple(self._evaluate_within(candidate, latency, floor) for candidate in candidates)
             case FineTune():
                 return self.finetune(request)
-            case Learn():
-                return self._learn(request)
+            case AuxiliaryTraining():
+                return self._train_auxiliary(request)
             case Score():
                 return self._arrays(request, lambda: self.oracle.score(request))
             case Distort():
@@ -200,15 +200,15 @@ class Study:
         self.notify(record)
         return tuned
 
-    def _learn(self, request: Learn) -> Learned:
+    def _train_auxiliary(self, request: AuxiliaryTraining) -> AuxiliaryTrained:
         def train() -> dict[str, Any]:
-            answer, checkpoint = self.oracle.learn(request)
+            answer, checkpoint = self.oracle.train_auxiliary(request)
             facts = {"base": answer.base, "checkpoint": dict(checkpoint), "evaluation": to_dict(answer.evaluation)}
             return {**facts, "scores": pack(answer.scores)}
 
         record = self._record(heading(request), train, request)
         self.spent["epochs"] += request.epochs
-        return Learned(record["base"], unpack(record["scores"]), to_evaluation(record["evaluation"]))
+        return AuxiliaryTrained(record["base"], unpack(record["scores"]), to_evaluation(record["evaluation"]))
 
     def _arrays(self, request: Request, ask: Callable[[], Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
         return unpack(self._record(heading(request), lambda: {"scores": pack(ask())})["scores"])
@@ -242,7 +242,10 @@ class Study:
         return ""
 
     def _record(
-        self, asked: Mapping[str, Any], ask: Callable[[], dict[str, Any]], weights: FineTune | Learn | None = None
+        self,
+        asked: Mapping[str, Any],
+        ask: Callable[[], dict[str, Any]],
+        weights: FineTune | AuxiliaryTraining | None = None,
     ) -> Record:
         """The recorded answer to a request, or a new one, recorded; weights it left behind are made usable again."""
         asked = {"stage": self.stage, **asked}

@@ -53,7 +53,7 @@ from pipeline.workloads.data.record import FACTS as DATA_FACTS
 from pruning.channels import ChannelGraph
 from pruning.cost import cost
 from pruning.plan import PruningPlan
-from pruning.search.protocol import RANDOM, BudgetSpent, Candidate, Entry, Evaluation, FineTune, Learn
+from pruning.search.protocol import RANDOM, AuxiliaryTraining, BudgetSpent, Candidate, Entry, Evaluation, FineTune
 from pruning.search.reward import Reward
 from pruning.search.support import SearchError
 from pruning.surgery import certify, prune
@@ -550,7 +550,7 @@ def revive_weights(run: Run, oracle: Evaluator) -> None:
             continue
         request = request_of(record)
         if not oracle.restore(request, record["base"], record["checkpoint"]):
-            oracle.learn(request) if isinstance(request, Learn) else oracle.finetune(request)
+            oracle.train_auxiliary(request) if isinstance(request, AuxiliaryTraining) else oracle.finetune(request)
 
 
 def _cut(run: Run, oracle: Evaluator, best: Entry) -> nn.Module:

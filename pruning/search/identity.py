@@ -17,11 +17,11 @@ import numpy as np
 
 from pruning.plan import PruningPlan
 from pruning.search.protocol import (
+    AuxiliaryTraining,
     Candidate,
     Distort,
     Evaluate,
     FineTune,
-    Learn,
     MaskedLoss,
     Predict,
     Request,
@@ -35,14 +35,14 @@ KINDS: Mapping[type, str] = {
     Score: "score",
     MaskedLoss: "probe",
     Distort: "distort",
-    Learn: "learn",
+    AuxiliaryTraining: "learn",
     Time: "time",
     Predict: "predict",
 }
 """What each kind of request is called in journals: for ever, whatever its class is called."""
 FIRST_TEXTS: Mapping[type, tuple[str, tuple[str, ...]]] = {
     FineTune: ("FineTune", ("candidate", "epochs", "part", "write_back", "distill", "latency")),
-    Learn: ("Learn", ("kind", "epochs", "base", "options")),
+    AuxiliaryTraining: ("Learn", ("kind", "epochs", "base", "options")),
     Score: ("Score", ("criterion", "base", "plan", "options")),
     Distort: ("Distort", ("plan", "removed", "base", "batch_size")),
     Candidate: ("Candidate", ("id", "plan", "origin", "parents", "base")),
@@ -70,7 +70,7 @@ def digest_of(request: Request) -> str:
     return hashlib.sha256(identity(request).encode()).hexdigest()[:16]
 
 
-def draws_of(request: FineTune | Learn | Score | Distort) -> str:
+def draws_of(request: FineTune | AuxiliaryTraining | Score | Distort) -> str:
     """12 hexadecimal digits from which random draws for a request and names of its weights are made."""
     return hashlib.sha256(_first_text(request).encode()).hexdigest()[:12]
 

@@ -38,7 +38,7 @@ class Candidate:
         origin: how the method came to propose it (``init``, ``mutation``, ``splice`` ...).
         parents: ids of the candidates it was derived from.
         base: whose weights are inherited: ``DENSE``, ``RANDOM``, or the ``base`` of an earlier ``FineTuned`` or
-            ``Learned``.
+            ``AuxiliaryTrained``.
     """
 
     id: int
@@ -175,8 +175,10 @@ class Distort:
 
 
 @dataclass(frozen=True)
-class Learn:
-    """Request: train the whole network with something added that learns about its channels. Answer: ``Learned``.
+class AuxiliaryTraining:
+    """Request: train the whole network with something added that learns about its channels.
+
+    Answer: ``AuxiliaryTrained``.
 
     Args:
         kind: a module of ``pipeline.training.auxiliary``: what is added (``pruning_net``, ``shared``, ``indicators``,
@@ -193,8 +195,8 @@ class Learn:
 
 
 @dataclass(frozen=True)
-class Learned:
-    """Answer to ``Learn``.
+class AuxiliaryTrained:
+    """Answer to ``AuxiliaryTraining``.
 
     Args:
         base: name of the weights, to be used as ``Candidate.base``; has every channel.
@@ -223,8 +225,8 @@ class Predict:
     """
 
 
-Request = Evaluate | FineTune | Score | MaskedLoss | Distort | Learn | Time | Predict
-Answer = tuple[Evaluation, ...] | FineTuned | Learned | Mapping[str, FloatArray] | FloatArray
+Request = Evaluate | FineTune | Score | MaskedLoss | Distort | AuxiliaryTraining | Time | Predict
+Answer = tuple[Evaluation, ...] | FineTuned | AuxiliaryTrained | Mapping[str, FloatArray] | FloatArray
 
 
 class BudgetSpent(Exception):  # noqa: N818 - a signal, like StopIteration

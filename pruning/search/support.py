@@ -15,6 +15,8 @@ from pruning.search.protocol import (
     DENSE,
     Answer,
     Archive,
+    AuxiliaryTrained,
+    AuxiliaryTraining,
     Candidate,
     Distort,
     Entry,
@@ -23,8 +25,6 @@ from pruning.search.protocol import (
     FineTune,
     FineTuned,
     FloatArray,
-    Learn,
-    Learned,
     MaskedLoss,
     Predict,
     Problem,
@@ -81,10 +81,12 @@ def distort(
     return answer
 
 
-def learn(kind: str, epochs: float, base: str = DENSE, **options: float | str) -> Generator[Request, Answer, Learned]:
-    """``learned = yield from learn(kind, epochs)``: ask for a training that learns about channels."""
-    answer = yield Learn(kind, epochs, base, options)
-    assert isinstance(answer, Learned), answer
+def train_auxiliary(
+    kind: str, epochs: float, base: str = DENSE, **options: float | str
+) -> Generator[Request, Answer, AuxiliaryTrained]:
+    """``learned = yield from train_auxiliary(kind, epochs)``: ask for a training that learns about channels."""
+    answer = yield AuxiliaryTraining(kind, epochs, base, options)
+    assert isinstance(answer, AuxiliaryTrained), answer
     return answer
 
 

@@ -41,10 +41,10 @@ from pruning.search.support import (
     check_ranges,
     evaluate,
     fine_tune,
-    learn,
     limit_of,
     score,
     time_plans,
+    train_auxiliary,
 )
 
 SCALES: FloatArray = np.round(np.linspace(0.10, 1.00, 31), 2)
@@ -195,7 +195,7 @@ def stage_a(problem: Problem, settings: Settings, table: Sequence[IntArray]) -> 
     if settings.weights == "pruning_net":
         options["hidden"] = settings.hidden
     base = DENSE if settings.pretrained else RANDOM
-    learned = yield from learn(settings.weights, settings.epochs, base, **options)
+    learned = yield from train_auxiliary(settings.weights, settings.epochs, base, **options)
     if learned.evaluation.status == "failed":
         raise SearchError(f"the supernet could not be trained: {learned.evaluation.reason}")
     leading = {name: -np.arange(size, dtype=np.float64) for name, size in space.full.sizes.items()}

@@ -12,7 +12,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from pruning.search import METHODS
-from pruning.search.protocol import DENSE, RANDOM, Evaluate, FineTune, FineTuned, Goal, Learned
+from pruning.search.protocol import DENSE, RANDOM, AuxiliaryTrained, Evaluate, FineTune, FineTuned, Goal
 from tests.pruning.search.fakes import FakeStudy, drive, study
 
 METHODS = METHODS.names()
@@ -104,7 +104,7 @@ def test_a_base_was_trained_before_and_has_every_channel(method, space):
         assert all(c.plan.is_within(plans[c.base]) for c in asked)
         if isinstance(answer, FineTuned):
             plans[answer.base] = plans[request.candidate.base] if request.write_back else request.candidate.plan
-        elif isinstance(answer, Learned):
+        elif isinstance(answer, AuxiliaryTrained):
             plans[answer.base] = fake.space.full
 
 

@@ -1,6 +1,6 @@
-"""Trainings that learn something about channels, one kind per module (``Learn`` requests name them).
+"""Trainings that learn something about channels, one kind per module (``AuxiliaryTraining`` requests name them).
 
-A kind is a module with ``learn(lesson) -> Outcome``. A kind whose weights depend on the plan (a supernet) also has
+A kind is a module with ``train(task) -> Outcome``. A kind whose weights depend on the plan (a supernet) also has
 ``weights(model, graph, state, plan)``: dense-shaped weights for one plan, made from ``Outcome.state``; the evaluator
 re-estimates batch-norm statistics for every plan of such a base.
 """
@@ -23,8 +23,8 @@ from pruning.search.protocol import FloatArray
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What a kind of learning is given.
+class Task:
+    """What an auxiliary training is given.
 
     Args:
         model: a network of the dense shapes with the weights to begin with, on ``compute``; may be trained in place.
@@ -65,5 +65,5 @@ class Outcome:
     images: int = 0
 
 
-TRAININGS = Shelf(__name__, "auxiliary training", ("learn",))
+TRAININGS = Shelf(__name__, "auxiliary training", ("train",))
 """Every kind, named as its module."""

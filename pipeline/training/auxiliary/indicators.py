@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pipeline.training.auxiliary import Lesson, Outcome
+from pipeline.training.auxiliary import Outcome, Task
 from pipeline.training.loop import UNUSABLE, TrainingError, move, save_checkpoint
 from pipeline.training.precision import trains_in_bf16
 from pipeline.workloads import Split
@@ -48,7 +48,7 @@ LR, REACH, LARGEST_LR = 0.006, 10.0, 0.1
 
 @dataclass(frozen=True)
 class Settings:
-    """Options of a ``Learn`` request of this kind.
+    """Options of a ``AuxiliaryTraining`` request of this kind.
 
     Args:
         groups: JSON list of the groups that are learned about; empty = all. The others keep every channel.
@@ -214,31 +214,31 @@ class CostTerm:
         return excess.abs() if not low <= float(excess.detach().exp()) <= high else 0 * excess
 
 
-def learn(lesson: Lesson) -> Outcome:
+def train(task: Task) -> Outcome:
     """Train weights and indicators in turn; ``scores`` are the final indicators, in 0..1.
 
     Raises:
         ValueError: an option or a group is unknown.
         TrainingError: the loss became NaN or infinite.
     """
-    settings = Settings.of(lesson.options)
-    model = move(lesson.model, lesson.compute)
-    indicators = Indicators(model, lesson.graph, json.loads(settings.groups or "[]"))
-    images = _train(lesson, settings, model, indicators)
+    settings = Settings.of(task.options)
+    model = move(task.model, task.compute)
+    indicators = Indicators(model, task.graph, json.loads(settings.groups or "[]"))
+    images = _train(task, settings, model, indicators)
     with torch.no_grad():
         final = indicators.soft(settings.coldest)
         state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         scaled = indicators.scaled(model, final)
-        state |= {alias: scaled[name] for alias, name in lesson.graph.aliases.items() if name in scaled} | scaled
-    scores = {group.name: torch.ones(group.size, dtype=torch.float64).numpy() for group in lesson.graph.groups}
+        state |= {alias: scaled[name] for alias, name in task.graph.aliases.items() if name in scaled} | scaled
+    scores = {group.name: torch.ones(group.size, dtype=torch.float64).numpy() for group in task.graph.groups}
     hard = torch.sigmoid(indicators.alpha.detach().double() / settings.coldest).cpu()
     scores |= {name: hard[start:end].numpy() for name, (start, end) in indicators.places.items()}
     return Outcome(state, scores, images)
 
 
-def _train(lesson: Lesson, settings: Settings, model: nn.Module, indicators: Indicators) -> int:
+def _train(task: Task, settings: Settings, model: nn.Module, indicators: Indicators) -> int:
     """The bilevel loop; returns how many images were passed forward and backward."""
-    recipe, workload, alpha, compute = lesson.recipe, lesson.workload, indicators.alpha, lesson.compute
+    recipe, workload, alpha, compute = task.recipe, task.workload, indicators.alpha, task.compute
     weights = torch.optim.SGD(
         model.parameters(),
         lr=recipe.lr,
@@ -248,7 +248,7 @@ def _train(lesson: Lesson, settings: Settings, model: nn.Module, indicators: Ind
     )
     cost = CostTerm(indicators, settings)
     cost.start()
-    halves = _halves(lesson, settings.weight_share)
+    halves = _halves(task, settings.weight_share)
     batches = [_num_batches(half, recipe.batch_size) for half in halves]
     per_epoch = sum(batches)
     steps = max(1, round(recipe.epochs * per_epoch))
@@ -256,13 +256,13 @@ def _train(lesson: Lesson, settings: Settings, model: nn.Module, indicators: Ind
     switches = torch.optim.Adam([alpha], lr=settings.lr or max(LR, least))
     warmup = recipe.warmup_epochs * per_epoch
     everything = {"model": model, "weights": weights, "switches": switches}
-    step, images = _resume(lesson.checkpoint, everything, alpha, compute)
+    step, images = _resume(task.checkpoint, everything, alpha, compute)
     bf16 = trains_in_bf16(recipe.precision, compute)
     model.train()
     while step < steps:
         epoch = step // per_epoch
-        generator = torch.Generator().manual_seed(lesson.seed * 100_003 + epoch)
-        torch.manual_seed(lesson.seed * 100_003 + epoch)  # dropout inside the model
+        generator = torch.Generator().manual_seed(task.seed * 100_003 + epoch)
+        torch.manual_seed(task.seed * 100_003 + epoch)  # dropout inside the model
         for is_weights, split, chosen in _interleaved(halves, recipe.batch_size, generator):
             if step >= steps:
                 break
@@ -290,18 +290,18 @@ def _train(lesson: Lesson, settings: Settings, model: nn.Module, indicators: Ind
                 (alpha.grad,) = torch.autograd.grad(loss, alpha)
                 switches.step()
             step, images = step + 1, images + len(chosen)
-            lesson.report(step, steps, f"loss {loss.item():.3f}")
+            task.report(step, steps, f"loss {loss.item():.3f}")
         if step < steps:
-            _save(lesson.checkpoint, everything, alpha, step, images)
-    lesson.checkpoint.unlink(missing_ok=True)
+            _save(task.checkpoint, everything, alpha, step, images)
+    task.checkpoint.unlink(missing_ok=True)
     model.eval()
     return images
 
 
-def _halves(lesson: Lesson, share: float) -> tuple[Split, Split]:
+def _halves(task: Task, share: float) -> tuple[Split, Split]:
     """The training images for weights and those for indicators: disjoint, at random under the seed."""
-    train = lesson.workload.train
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(lesson.seed)).numpy()
+    train = task.workload.train
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(task.seed)).numpy()
     at = min(max(1, round(share * len(train))), len(train) - 1)
     return Split(train.source, train.indices[order[:at]]), Split(train.source, train.indices[order[at:]])
 

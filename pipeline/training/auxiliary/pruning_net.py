@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.training.auxiliary import Lesson, Outcome
+from pipeline.training.auxiliary import Outcome, Task
 from pipeline.training.loop import fit
 from pruning.channels import ChannelGraph
 from pruning.plan import PruningPlan, SearchSpace
@@ -32,16 +32,16 @@ COMMON: Mapping[str, float | str] = {"widths": "", "order": "leading", "label_sm
 OPTIONS: Mapping[str, float | str] = {**COMMON, "hidden": 32, "max_outputs": 1e6}
 
 
-def learn(lesson: Lesson) -> Outcome:
+def train(task: Task) -> Outcome:
     """Train the generators.
 
     Raises:
         ValueError: an option is unknown or has a value that means nothing.
         TrainingError: the loss became NaN or infinite.
     """
-    options = read(lesson.options, OPTIONS)
+    options = read(task.options, OPTIONS)
     hidden, max_outputs = int(options["hidden"]), float(options["max_outputs"])
-    return train(lesson, PruningNet(lesson.model, lesson.graph, hidden, max_outputs, lesson.seed), options)
+    return train_supernet(task, PruningNet(task.model, task.graph, hidden, max_outputs, task.seed), options)
 
 
 def weights(model: nn.Module, graph: ChannelGraph, state: Mapping[str, Tensor], plan: PruningPlan) -> dict[str, Tensor]:
@@ -71,20 +71,20 @@ def read(given: Mapping[str, float | str], known: Mapping[str, float | str]) -> 
     return {**known, **given}
 
 
-def train(lesson: Lesson, net: PruningNet, options: Mapping[str, float | str]) -> Outcome:
-    """Train ``net`` at random widths by the lesson's recipe."""
-    space, order = _space(lesson.graph, str(options["widths"])), _order(lesson, str(options["order"]))
-    changes = {"label_smoothing": options["label_smoothing"], "lr": options["lr"] or lesson.recipe.lr}
-    supernet = Supernet(lesson.model, net, space, order, seed=lesson.seed)
+def train_supernet(task: Task, net: PruningNet, options: Mapping[str, float | str]) -> Outcome:
+    """Train ``net`` at random widths by the task's recipe."""
+    space, order = _space(task.graph, str(options["widths"])), _order(task, str(options["order"]))
+    changes = {"label_smoothing": options["label_smoothing"], "lr": options["lr"] or task.recipe.lr}
+    supernet = Supernet(task.model, net, space, order, seed=task.seed)
     fit(
         supernet,
-        lesson.workload,
-        lesson.workload.train,
-        lesson.recipe.model_copy(update=changes),
-        seed=lesson.seed,
-        checkpoint=lesson.checkpoint,
-        compute=lesson.compute,
-        report=lesson.report,
+        task.workload,
+        task.workload.train,
+        task.recipe.model_copy(update=changes),
+        seed=task.seed,
+        checkpoint=task.checkpoint,
+        compute=task.compute,
+        report=task.report,
     )
     state = {name: tensor.detach() for name, tensor in net.tensors().items()}
     return Outcome(state, order, int(supernet.images))
@@ -106,14 +106,14 @@ def _space(graph: ChannelGraph, widths: str) -> SearchSpace:
     return SearchSpace({name: full.sizes[name] for name in allowed}, allowed, full)
 
 
-def _order(lesson: Lesson, order: str) -> dict[str, FloatArray]:
+def _order(task: Task, order: str) -> dict[str, FloatArray]:
     """Which channels stay: group -> shape ``(size,)``, higher = keep.
 
     Raises:
         ValueError: ``order`` is neither ``leading`` nor ``l1``.
     """
     if order == "l1":
-        return channel_saliency(lesson.model, lesson.graph, "l1")
+        return channel_saliency(task.model, task.graph, "l1")
     if order != "leading":
         raise ValueError(f"order must be 'leading' or 'l1', got {order!r}")
-    return {group.name: -np.arange(group.size, dtype=np.float64) for group in lesson.graph.groups}
+    return {group.name: -np.arange(group.size, dtype=np.float64) for group in task.graph.groups}

@@ -11,22 +11,22 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from pipeline.training.auxiliary import Lesson, Outcome
-from pipeline.training.auxiliary.pruning_net import COMMON, read, train
+from pipeline.training.auxiliary import Outcome, Task
+from pipeline.training.auxiliary.pruning_net import COMMON, read, train_supernet
 from pruning.channels import ChannelGraph
 from pruning.plan import PruningPlan
 from pruning.supernet import PruningNet
 
 
-def learn(lesson: Lesson) -> Outcome:
+def train(task: Task) -> Outcome:
     """Train the dense weights at random widths.
 
     Raises:
         ValueError: an option is unknown or has a value that means nothing.
         TrainingError: the loss became NaN or infinite.
     """
-    options = read(lesson.options, COMMON)
-    return train(lesson, PruningNet(lesson.model, lesson.graph, max_outputs=0), options)
+    options = read(task.options, COMMON)
+    return train_supernet(task, PruningNet(task.model, task.graph, max_outputs=0), options)
 
 
 def weights(model: nn.Module, graph: ChannelGraph, state: Mapping[str, Tensor], plan: PruningPlan) -> dict[str, Tensor]:

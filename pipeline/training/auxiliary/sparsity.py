@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pipeline.training.auxiliary import Lesson, Outcome
+from pipeline.training.auxiliary import Outcome, Task
 from pipeline.training.loop import fit
 from pruning.channels import ChannelGraph
 from pruning.saliency import channel_saliency
@@ -44,38 +44,38 @@ GROWN = 0.75
 """Share of the training after which the wanted share is full-grown."""
 
 
-def learn(lesson: Lesson) -> Outcome:
+def train(task: Task) -> Outcome:
     """Train with the penalty; the trained weights, and ``|gamma_k| * norm of the weights that read k`` per channel.
 
     Raises:
         ValueError: an option is unknown or out of range, or no batch norm scales channels that can be removed.
     """
-    options = _checked(lesson.options)
-    model = lesson.model
-    scales = list(channel_scales(model, lesson.graph))
+    options = _checked(task.options)
+    model = task.model
+    scales = list(channel_scales(model, task.graph))
     if not scales:
         raise ValueError(
             "sparse training needs batch norms with a scale on channels that can be removed, and this network has "
             "none; set epochs: 0, or use a method that needs no batch norm (cpmc, filter_ensemble)"
         )
-    model.register_buffer(BUFFER, torch.tensor([options["strength"], 0], dtype=torch.float64, device=lesson.compute))
+    model.register_buffer(BUFFER, torch.tensor([options["strength"], 0], dtype=torch.float64, device=task.compute))
     try:
         fit(
             model,
-            lesson.workload,
-            lesson.workload.train,
-            lesson.recipe,
-            seed=lesson.seed,
-            checkpoint=lesson.checkpoint,
-            compute=lesson.compute,
-            penalty=lambda done: penalty(model, scales, done, options, lesson.recipe.lr),
-            report=lesson.report,
+            task.workload,
+            task.workload.train,
+            task.recipe,
+            seed=task.seed,
+            checkpoint=task.checkpoint,
+            compute=task.compute,
+            penalty=lambda done: penalty(model, scales, done, options, task.recipe.lr),
+            report=task.report,
         )
     finally:
         delattr(model, BUFFER)
     state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-    images = round(lesson.recipe.epochs * len(lesson.workload.train))
-    return Outcome(state, channel_saliency(model, lesson.graph, "bn_dependency"), images)
+    images = round(task.recipe.epochs * len(task.workload.train))
+    return Outcome(state, channel_saliency(model, task.graph, "bn_dependency"), images)
 
 
 Scale = tuple[nn.Parameter, Tensor]

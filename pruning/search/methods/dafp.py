@@ -31,11 +31,11 @@ from pruning.search.support import (
     best_first,
     check_ranges,
     evaluate,
-    learn,
     limit_of,
     meet,
     project,
     score,
+    train_auxiliary,
 )
 
 CRITERION = "bn_dependency"
@@ -101,7 +101,7 @@ def _dependency(
     if options.epochs == 0:
         return DENSE, (yield from score(CRITERION))
     wanted = options.target_sparsity
-    learned = yield from learn(
+    learned = yield from train_auxiliary(
         "sparsity",
         options.epochs,
         target_sparsity=uniform_sparsity(problem, limit) if wanted is None else wanted,

@@ -32,11 +32,11 @@ from pruning.search.support import (
     check_ranges,
     check_reachable,
     evaluate,
-    learn,
     limit_of,
     macs_ratios,
     meet,
     project,
+    train_auxiliary,
 )
 
 
@@ -88,7 +88,7 @@ def search(problem: Problem, options: Options) -> Strategy:
         check_reachable(problem)
         latency = yield from limit_of(replace(problem, goal=Goal(latency_ratio=target.latency_ratio)))
     limit = yield from _limit(problem, latency)
-    learned = yield from learn(
+    learned = yield from train_auxiliary(
         "indicators",
         options.epochs,
         RANDOM if options.start == "random" else DENSE,

@@ -39,7 +39,7 @@ from pipeline.run.study import Study
 from pipeline.training.loop import save_weights
 from pruning.channels import ChannelGraph
 from pruning.saliency import uniform_plan
-from pruning.search.protocol import Candidate, Evaluate, FineTune, Learn, Strategy
+from pruning.search.protocol import AuxiliaryTraining, Candidate, Evaluate, FineTune, Strategy
 from pruning.trace import trace
 from tests.pipeline.helpers import digits, tiny_config, write_tiny
 
@@ -226,7 +226,7 @@ def test_a_run_killed_and_resumed_with_a_worker_pool_leaves_the_same_journal(
 
 def test_supernets_and_recalibrated_networks_are_scored_alike(scene: Scene, make: Make, tmp_path: Path) -> None:
     def learns() -> Strategy:
-        learned: Any = yield Learn("shared", 0.2)
+        learned: Any = yield AuxiliaryTraining("shared", 0.2)
         yield Evaluate(scene.candidates(3, learned.base))
         return ()
 

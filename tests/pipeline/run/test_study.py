@@ -16,6 +16,8 @@ from pruning.plan import ChannelGroup, PruningPlan, SearchSpace
 from pruning.search.methods import ccep
 from pruning.search.protocol import (
     Archive,
+    AuxiliaryTrained,
+    AuxiliaryTraining,
     Budget,
     BudgetSpent,
     Candidate,
@@ -26,8 +28,6 @@ from pruning.search.protocol import (
     FineTune,
     FineTuned,
     Goal,
-    Learn,
-    Learned,
     MaskedLoss,
     Problem,
     Score,
@@ -73,11 +73,11 @@ class FakeOracle:
         self.trained += 1
         return FineTuned(f"base-{request.candidate.id}", self.evaluate(request.candidate, True)), {"sha256": "y"}
 
-    def learn(self, request: Learn) -> tuple[Learned, Mapping[str, str]]:
+    def train_auxiliary(self, request: AuxiliaryTraining) -> tuple[AuxiliaryTrained, Mapping[str, str]]:
         self.trained += 1
-        return Learned(f"learned-{request.kind}", WORTH, Evaluation(metrics={"top1": 0.5})), {"sha256": "z"}
+        return AuxiliaryTrained(f"learned-{request.kind}", WORTH, Evaluation(metrics={"top1": 0.5})), {"sha256": "z"}
 
-    def restore(self, request: FineTune | Learn, base: str, checkpoint: Mapping[str, str]) -> bool:
+    def restore(self, request: FineTune | AuxiliaryTraining, base: str, checkpoint: Mapping[str, str]) -> bool:
         return self.keeps
 
     def score(self, request: Score) -> Mapping[str, np.ndarray]:
@@ -157,7 +157,7 @@ def everything(heard: list[Any]) -> Strategy:
     one = Candidate(0, plan(4), "x")
     heard.append((yield Evaluate((one,), latency=True, floor=0.1)))
     heard.append((yield FineTune(one, 2.0, (0.25, 0.5), write_back=True, distill=False, latency=False)))
-    heard.append((yield Learn("indicators", 3.0, options={"target": 0.5})))
+    heard.append((yield AuxiliaryTraining("indicators", 3.0, options={"target": 0.5})))
     heard.append((yield Score("l1", "learned-indicators", plan(3), {"images": 5})))
     heard.append((yield MaskedLoss((plan(1), plan(2)))))
     heard.append((yield Distort(plan(5), ({"a": (0, 1)},))))
@@ -197,7 +197,7 @@ def test_a_request_that_differs_in_any_part_is_not_answered_from_the_journal(tmp
 
     pairs = [
         (MaskedLoss((plan(1),)), MaskedLoss((plan(2),))),
-        (Learn("a", 1.0), Learn("a", 1.0, options={"x": 1.0})),
+        (AuxiliaryTraining("a", 1.0), AuxiliaryTraining("a", 1.0, options={"x": 1.0})),
         (Score("l1"), Score("l1", plan=plan(2))),
         (FineTune(Candidate(0, plan(2), "x"), 1.0), FineTune(Candidate(0, plan(2), "x"), 1.0, write_back=True)),
     ]
@@ -261,7 +261,7 @@ def test_seconds_are_counted_over_replayed_answers(tmp_path: Path) -> None:
 
 def test_a_budget_spent_before_anything_was_evaluated_is_said(tmp_path: Path) -> None:
     def only_trains() -> Strategy:
-        yield Learn("indicators", 5.0)
+        yield AuxiliaryTraining("indicators", 5.0)
         return ()
 
     with Journal(tmp_path / "journal.jsonl", "run", "config") as journal, pytest.raises(BudgetSpent, match="5 epochs"):
@@ -270,17 +270,17 @@ def test_a_budget_spent_before_anything_was_evaluated_is_said(tmp_path: Path) ->
 
 def test_what_was_learned_beyond_the_seconds_is_still_evaluated_once(tmp_path: Path) -> None:
     class Slow(FakeOracle):
-        def learn(self, request: Learn) -> tuple[Learned, Mapping[str, str]]:
+        def train_auxiliary(self, request: AuxiliaryTraining) -> tuple[AuxiliaryTrained, Mapping[str, str]]:
             import time
 
             time.sleep(0.05)
-            return super().learn(request)
+            return super().train_auxiliary(request)
 
     def learns() -> Strategy:
-        yield Learn("indicators", 1.0)
+        yield AuxiliaryTraining("indicators", 1.0)
         found: Any = yield Evaluate((Candidate(0, plan(3), "x"), Candidate(1, plan(4), "x")))
         assert [e.status for e in found] == ["ok", "infeasible"]
-        yield Learn("indicators", 1.0)
+        yield AuxiliaryTraining("indicators", 1.0)
         return ()
 
     with Journal(tmp_path / "journal.jsonl", "run", "config") as journal:

@@ -14,6 +14,8 @@ from pruning.search.protocol import (
     RANDOM,
     Answer,
     Archive,
+    AuxiliaryTrained,
+    AuxiliaryTraining,
     Budget,
     Candidate,
     Distort,
@@ -22,8 +24,6 @@ from pruning.search.protocol import (
     FineTune,
     FineTuned,
     Goal,
-    Learn,
-    Learned,
     MaskedLoss,
     Predict,
     Problem,
@@ -121,10 +121,10 @@ class FakeStudy:
             return np.array([(self.macs(plan) / full) ** 0.5 for plan in request.plans])
         if isinstance(request, Predict):
             return {}  # no model to be trusted
-        if isinstance(request, Learn):
+        if isinstance(request, AuxiliaryTraining):
             base = f"learned-{len(self.weights)}"
             self.weights[base] = self.space.full, BASELINE - 0.05
-            return Learned(base, self.value, self.metrics(self.space.full, BASELINE - 0.05, latency=False))
+            return AuxiliaryTrained(base, self.value, self.metrics(self.space.full, BASELINE - 0.05, latency=False))
         return self.scores(request)
 
     def damage(self, name: str, removed: dict[str, tuple[int, ...]]) -> float:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pruning.search.methods import random as random_search
 from pruning.search.methods.dafp import Options, search, uniform_sparsity
-from pruning.search.protocol import DENSE, Evaluate, Evaluation, Goal, Learn, Score
+from pruning.search.protocol import DENSE, AuxiliaryTraining, Evaluate, Evaluation, Goal, Score
 from pruning.search.support import Limit, SearchError, macs_ratios
 from tests.pruning.search.fakes import FakeStudy, drive, study
 
@@ -25,7 +25,7 @@ def test_it_trains_sparsely_and_cuts_the_trained_weights():
     fake = study()
     (entry,) = drive(search(fake.problem(Goal(0.5)), Options(epochs=7, strength=0.001)), fake)
     learn, evaluate = fake.requests
-    assert isinstance(learn, Learn)
+    assert isinstance(learn, AuxiliaryTraining)
     assert (learn.kind, learn.epochs, learn.base) == ("sparsity", 7, DENSE)
     assert learn.options == {
         "target_sparsity": uniform_sparsity(fake.problem(), Limit("", macs_ratios(fake.problem()), 0.5)),
@@ -93,7 +93,7 @@ def test_a_training_that_fails_says_so():
     def answer(request):
         reply = fake(request)
         failed = Evaluation("failed", "the training loss is nan at step 3")
-        return replace(reply, evaluation=failed) if isinstance(request, Learn) else reply
+        return replace(reply, evaluation=failed) if isinstance(request, AuxiliaryTraining) else reply
 
     with pytest.raises(
         SearchError, match=r"sparse training failed: the training loss is nan at step 3. Lower strength"

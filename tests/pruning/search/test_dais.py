@@ -7,7 +7,7 @@ import pytest
 
 from pruning.search.methods import random
 from pruning.search.methods.dais import Options, search
-from pruning.search.protocol import DENSE, RANDOM, Evaluate, Evaluation, Goal, Learn, Learned, Time
+from pruning.search.protocol import DENSE, RANDOM, AuxiliaryTrained, AuxiliaryTraining, Evaluate, Evaluation, Goal, Time
 from pruning.search.support import SearchError
 from tests.pruning.search.fakes import FakeStudy, drive, study
 
@@ -21,7 +21,11 @@ class Taught(FakeStudy):
 
     def answer(self, request):
         answer = super().answer(request)
-        return Learned(answer.base, self.indicators, answer.evaluation) if isinstance(request, Learn) else answer
+        return (
+            AuxiliaryTrained(answer.base, self.indicators, answer.evaluation)
+            if isinstance(request, AuxiliaryTraining)
+            else answer
+        )
 
 
 def taught(on: dict[str, int], sizes=(16, 24, 32), multiple: int = 1, **options: object) -> Taught:
@@ -98,7 +102,7 @@ def test_the_training_is_asked_for_with_the_target_and_the_options() -> None:
     fake = taught(on(12, 16, 24))
     drive(search(fake.problem(HALF), Options(epochs=7, start="random", lasso=0.5, paper_compat=True)), fake)
     learn, evaluate = fake.requests
-    assert isinstance(learn, Learn)
+    assert isinstance(learn, AuxiliaryTraining)
     assert (learn.kind, learn.epochs, learn.base) == ("indicators", 7, RANDOM)
     assert json.loads(str(learn.options["groups"])) == list(fake.space.names)
     given = {"macs_ratio": 0.5, "latency_ratio": 0, "lasso": 0.5, "lr": 0, "annealing": "harmonic", "savings": "{}"}
@@ -124,7 +128,7 @@ def test_a_latency_target_reaches_the_training_as_what_each_group_saves() -> Non
     target = Goal(latency_ratio=0.8, macs_ratio=0.9)
     (entry,) = drive(search(fake.problem(target), Options()), fake)
     assert entry.evaluation["latency_ratio"] <= 0.8
-    (learn,) = [request for request in fake.requests if isinstance(request, Learn)]
+    (learn,) = [request for request in fake.requests if isinstance(request, AuxiliaryTraining)]
     assert (learn.options["latency_ratio"], learn.options["macs_ratio"]) == (0.8, 0.9)
     savings = json.loads(str(learn.options["savings"]))
     assert list(savings) == list(fake.space.names)
@@ -137,7 +141,7 @@ def test_a_latency_target_reaches_the_training_as_what_each_group_saves() -> Non
     total = sum(saved[0] for _, saved in savings.values())
     smallest = macs_ratio(fake, fake.space.smallest()) ** 0.5
     assert 1 - total == pytest.approx(smallest)
-    assert [type(r) for r in fake.requests].index(Time) < [type(r) for r in fake.requests].index(Learn)
+    assert [type(r) for r in fake.requests].index(Time) < [type(r) for r in fake.requests].index(AuxiliaryTraining)
 
 
 def test_it_beats_random_when_the_indicators_know_the_channels() -> None:
@@ -157,7 +161,11 @@ def test_errors_name_the_way_out() -> None:
     assert fake.log == []
 
     def failing(request):
-        return Learned("", {}, Evaluation("failed", "the training loss is nan")) if isinstance(request, Learn) else None
+        return (
+            AuxiliaryTrained("", {}, Evaluation("failed", "the training loss is nan"))
+            if isinstance(request, AuxiliaryTraining)
+            else None
+        )
 
     with pytest.raises(SearchError, match="learned no indicators: the training loss is nan"):
         drive(search(fake.problem(HALF), Options()), failing)

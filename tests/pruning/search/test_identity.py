@@ -15,11 +15,11 @@ from pruning.plan import ChannelGroup, PruningPlan
 from pruning.search import identity as identities
 from pruning.search.identity import FIRST_TEXTS, KINDS, digest_of, draws_of, identity
 from pruning.search.protocol import (
+    AuxiliaryTraining,
     Candidate,
     Distort,
     Evaluate,
     FineTune,
-    Learn,
     MaskedLoss,
     Predict,
     Request,
@@ -33,7 +33,7 @@ ONE = Candidate(3, HALF, "mutation", (1, 2), "1-tuned")
 REQUESTS: tuple[tuple[Request, str], ...] = (
     (Evaluate((Candidate(0, HALF, "init"),)), "evaluation"),
     (FineTune(ONE, 2.0, (0.25, 0.5), write_back=True), "finetune"),
-    (Learn("indicators", 3.0, options={"target": 0.5}), "learn"),
+    (AuxiliaryTraining("indicators", 3.0, options={"target": 0.5}), "learn"),
     (Score("l1", "learned", HALF, {"images": 5}), "score"),
     (MaskedLoss((FULL, HALF)), "probe"),
     (Distort(FULL, ({"a": (0, 1)},)), "distort"),
@@ -64,16 +64,22 @@ def test_identities_are_these_for_ever() -> None:
 def test_one_meaning_has_one_identity() -> None:
     by = {"x": 1, "y": 0.5}
     turned = dict(reversed(by.items()))
-    assert identity(Learn("a", 1, options=by)) == identity(Learn("a", 1.0, options=turned))
-    assert identity(Learn("a", np.float64(0.1))) == identity(Learn("a", 0.1))  # type: ignore[arg-type]
+    assert identity(AuxiliaryTraining("a", 1, options=by)) == identity(AuxiliaryTraining("a", 1.0, options=turned))
+    assert identity(AuxiliaryTraining("a", np.float64(0.1))) == identity(AuxiliaryTraining("a", 0.1))  # type: ignore[arg-type]
     assert identity(MaskedLoss([FULL], images=None)) == identity(MaskedLoss((FULL,)))  # type: ignore[arg-type]
-    others = [Learn("a", 0.1), Learn("a", 0.2), Learn("b", 0.1), Learn("a", 0.1, "base"), Learn("a", float("inf"))]
+    others = [
+        AuxiliaryTraining("a", 0.1),
+        AuxiliaryTraining("a", 0.2),
+        AuxiliaryTraining("b", 0.1),
+        AuxiliaryTraining("a", 0.1, "base"),
+        AuxiliaryTraining("a", float("inf")),
+    ]
     assert len({digest_of(request) for request in others}) == len(others)
 
 
 def test_arrays_stand_as_digests_and_what_has_no_canonical_form_is_refused() -> None:
-    def with_array(values: Any) -> Learn:
-        return Learn("a", 1.0, options={"values": values})
+    def with_array(values: Any) -> AuxiliaryTraining:
+        return AuxiliaryTraining("a", 1.0, options={"values": values})
 
     same = {digest_of(with_array(np.array([1.0, 2.0]))), digest_of(with_array(np.array([1.0, 2.0, 3.0])[:2]))}
     assert len(same) == 1
@@ -83,8 +89,8 @@ def test_arrays_stand_as_digests_and_what_has_no_canonical_form_is_refused() -> 
 
 
 @dataclass(frozen=True)
-class TrainToLearn:
-    """``Learn`` renamed, with a field more."""
+class Renamed:
+    """``AuxiliaryTraining`` renamed, with a field more."""
 
     kind: str
     epochs: float
@@ -94,16 +100,19 @@ class TrainToLearn:
 
 
 def test_a_new_field_and_another_name_change_neither_identity_nor_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(identities, "KINDS", {**KINDS, TrainToLearn: "learn"})
-    monkeypatch.setattr(identities, "FIRST_TEXTS", {**FIRST_TEXTS, TrainToLearn: FIRST_TEXTS[Learn]})
-    old, new = Learn("shared", 2.0, options={"x": 1.0}), TrainToLearn("shared", 2.0, options={"x": 1.0})
-    warm: Any = TrainToLearn("shared", 2.0, options={"x": 1.0}, warm=True)
+    monkeypatch.setattr(identities, "KINDS", {**KINDS, Renamed: "learn"})
+    monkeypatch.setattr(identities, "FIRST_TEXTS", {**FIRST_TEXTS, Renamed: FIRST_TEXTS[AuxiliaryTraining]})
+    old, new = AuxiliaryTraining("shared", 2.0, options={"x": 1.0}), Renamed("shared", 2.0, options={"x": 1.0})
+    warm: Any = Renamed("shared", 2.0, options={"x": 1.0}, warm=True)
     assert identity(new) == identity(old) != identity(warm)  # type: ignore[arg-type]
     assert draws_of(new) == draws_of(old) != draws_of(warm)  # type: ignore[arg-type]
 
 
 def test_draws_are_those_of_the_first_versions() -> None:
     """They were made from the requests' ``repr``: saliencies look at the same images as ever."""
-    for request in (request for request, _ in REQUESTS if isinstance(request, FineTune | Learn | Score | Distort)):
-        assert draws_of(request) == hashlib.sha256(repr(request).encode()).hexdigest()[:12]
+    for request in (
+        request for request, _ in REQUESTS if isinstance(request, FineTune | AuxiliaryTraining | Score | Distort)
+    ):
+        text = repr(request).replace("AuxiliaryTraining(", "Learn(", 1)
+        assert draws_of(request) == hashlib.sha256(text.encode()).hexdigest()[:12]
     assert draws_of(Score("taylor", plan=HALF)) == "4e758b08c399"

@@ -19,14 +19,14 @@ from pruning.search.methods import meta, rewarded_meta
 from pruning.search.protocol import (
     DENSE,
     RANDOM,
+    AuxiliaryTrained,
+    AuxiliaryTraining,
     BudgetSpent,
     Candidate,
     Evaluate,
     Evaluation,
     FineTune,
     Goal,
-    Learn,
-    Learned,
     Time,
 )
 from pruning.search.support import SearchError
@@ -255,7 +255,7 @@ def test_a_generation_is_half_mutants_half_children_of_the_fittest():
 def test_the_supernet_learns_the_widths_of_the_grid_from_the_pretrained_network(module):
     fake = study((16, 24, 32), 8, frozen=["layer1.conv1"])
     run(module, fake, Goal(macs_ratio=0.7), epochs=5, hidden=64, lr=0.2)
-    (request,) = [r for r in fake.requests if isinstance(r, Learn)]
+    (request,) = [r for r in fake.requests if isinstance(r, AuxiliaryTraining)]
     assert (request.kind, request.epochs, request.base) == ("pruning_net", 5, DENSE)
     assert json.loads(request.options["widths"]) == {"layer0.conv1": [8, 16], "layer2.conv1": [8, 16, 24, 32]}
     assert {k: v for k, v in request.options.items() if k != "widths"} == {"order": "l1", "hidden": 64, "lr": 0.2}
@@ -264,7 +264,7 @@ def test_the_supernet_learns_the_widths_of_the_grid_from_the_pretrained_network(
 def test_the_paper_begins_with_random_weights_and_retrains_from_scratch():
     fake = study((32, 48, 64))
     archive = run(meta, fake, paper_compat=True, weights="shared")
-    (request,) = [r for r in fake.requests if isinstance(r, Learn)]
+    (request,) = [r for r in fake.requests if isinstance(r, AuxiliaryTraining)]
     assert (request.kind, request.base, request.options["order"]) == ("shared", RANDOM, "leading")
     assert {e.candidate.base for e in archive} == {RANDOM}
     assert {e.candidate.base for e in run(meta, study())} == {DENSE}
@@ -282,7 +282,9 @@ def test_plans_keep_the_channels_in_the_order_of_the_supernet():
 
     def no_scores(request):
         answer = plain(request)
-        return Learned(answer.base, {}, answer.evaluation) if isinstance(request, Learn) else answer
+        return (
+            AuxiliaryTrained(answer.base, {}, answer.evaluation) if isinstance(request, AuxiliaryTraining) else answer
+        )
 
     drive(meta.search(plain.problem(HALF), meta.Options()), no_scores)
     assert all(kept == tuple(range(len(kept))) for c in plain.candidates for kept in c.plan.kept.values())
@@ -311,7 +313,7 @@ def test_a_short_training_can_choose_between_them():
 def test_no_epochs_cut_the_candidates_from_the_pretrained_network():
     fake = study()
     run(meta, fake, weights="shared", epochs=0)
-    assert not [r for r in fake.requests if isinstance(r, Learn)]
+    assert not [r for r in fake.requests if isinstance(r, AuxiliaryTraining)]
     assert {c.base for c in fake.candidates} == {DENSE}
 
 
@@ -319,8 +321,8 @@ def test_a_training_that_diverged_ends_the_search():
     fake = study()
 
     def answer(request):
-        if isinstance(request, Learn):
-            return Learned("", {}, Evaluation("failed", "the training loss is nan; lower lr"))
+        if isinstance(request, AuxiliaryTraining):
+            return AuxiliaryTrained("", {}, Evaluation("failed", "the training loss is nan; lower lr"))
         return fake(request)
 
     with pytest.raises(SearchError, match=r"could not be trained: the training loss is nan; lower lr"):

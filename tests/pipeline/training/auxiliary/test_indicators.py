@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from pipeline.config.schema import FinetuneSection, Recipe
 from pipeline.progress import Report, silent
-from pipeline.training.auxiliary import Lesson, Outcome
+from pipeline.training.auxiliary import Outcome, Task
 from pipeline.training.auxiliary.indicators import (
     CostTerm,
     Indicators,
@@ -26,7 +26,7 @@ from pipeline.training.auxiliary.indicators import (
     _halves,
     _interleaved,
     interpolated,
-    learn,
+    train,
 )
 from pipeline.training.loop import TrainingError, fit
 from pipeline.workloads import Split
@@ -233,18 +233,18 @@ def trained(small: Classification, tmp_path_factory: pytest.TempPathFactory) -> 
     return model
 
 
-def lesson(
+def task(
     workload: Classification,
     folder: Path,
     report: Report = silent,
     epochs: float = 2,
     model: nn.Module | None = None,
     **options: float | str,
-) -> Lesson:
+) -> Task:
     model = copy.deepcopy(model) if model is not None else network()
     recipe = FinetuneSection(epochs=epochs, lr=0.05, batch_size=32)
     graph = trace(model, workload.example_input())
-    return Lesson(model, graph, workload, recipe, 1, CPU, folder / "learn.ckpt", report, options)
+    return Task(model, graph, workload, recipe, 1, CPU, folder / "learn.ckpt", report, options)
 
 
 def same(a: Outcome, b: Outcome) -> bool:
@@ -254,7 +254,7 @@ def same(a: Outcome, b: Outcome) -> bool:
 
 
 def test_the_indicator_of_a_dead_channel_falls(small: Classification, trained: nn.Module, tmp_path: Path) -> None:
-    outcome = learn(lesson(small, tmp_path, epochs=6, model=trained, lasso=0.03))
+    outcome = train(task(small, tmp_path, epochs=6, model=trained, lasso=0.03))
     first = outcome.scores["first"]
     assert first[3] < 0.05
     assert np.delete(first, 3).mean() > 0.3
@@ -262,8 +262,8 @@ def test_the_indicator_of_a_dead_channel_falls(small: Classification, trained: n
 
 
 def test_the_expected_macs_end_near_the_target_and_the_indicators_hard(small: Classification, tmp_path: Path) -> None:
-    asked = lesson(small, tmp_path, epochs=12, macs_ratio=0.5)
-    outcome = learn(asked)
+    asked = task(small, tmp_path, epochs=12, macs_ratio=0.5)
+    outcome = train(asked)
     soft = np.concatenate(list(outcome.scores.values()))
     assert np.mean((soft > 0.1) & (soft < 0.9)) < 0.3
     indicators = Indicators(asked.model, asked.graph)
@@ -272,8 +272,8 @@ def test_the_expected_macs_end_near_the_target_and_the_indicators_hard(small: Cl
 
 
 def test_the_weights_that_come_out_are_those_of_the_network_as_trained(small: Classification, tmp_path: Path) -> None:
-    asked = lesson(small, tmp_path)
-    outcome = learn(asked)
+    asked = task(small, tmp_path)
+    outcome = train(asked)
     images, _ = small.batch(small.train, torch.arange(8), train=False, generator=None, device=CPU)
     full = PruningPlan.full(asked.graph.groups)
     dense = inherit(asked.model, asked.graph, full, outcome.state).eval()
@@ -287,7 +287,7 @@ def test_the_weights_that_come_out_are_those_of_the_network_as_trained(small: Cl
 def test_weights_and_indicators_learn_on_different_images_each_once_an_epoch(
     small: Classification, tmp_path: Path
 ) -> None:
-    halves = _halves(lesson(small, tmp_path), 0.7)
+    halves = _halves(task(small, tmp_path), 0.7)
     assert [len(split) for split in halves] == [224, 96]
     assert sorted(np.concatenate([split.indices for split in halves])) == sorted(small.train.indices)
     batches = list(_interleaved(halves, 32, torch.Generator().manual_seed(0)))
@@ -305,10 +305,10 @@ def test_weights_are_trained_on_their_share_only(small: Classification, tmp_path
         seen.append(tuple(split.indices.tolist()))
         return original(split, indices, **options)  # type: ignore[arg-type]
 
-    asked = lesson(small, tmp_path, epochs=1)
+    asked = task(small, tmp_path, epochs=1)
     asked.workload.batch = batch  # type: ignore[method-assign, assignment]
     try:
-        learn(asked)
+        train(asked)
     finally:
         small.batch = original  # type: ignore[method-assign]
     halves = {tuple(half.indices.tolist()) for half in _halves(asked, 0.7)}
@@ -325,11 +325,11 @@ def test_a_killed_training_continues_to_the_same_end(small: Classification, tmp_
         if done == die_at:
             raise KilledError
 
-    expected = learn(lesson(small, tmp_path, macs_ratio=0.5))
+    expected = train(task(small, tmp_path, macs_ratio=0.5))
     with pytest.raises(KilledError):
-        learn(lesson(small, tmp_path, die, macs_ratio=0.5))
+        train(task(small, tmp_path, die, macs_ratio=0.5))
     assert (tmp_path / "learn.ckpt").exists() == (die_at > 10)
-    resumed = learn(lesson(small, tmp_path, macs_ratio=0.5))
+    resumed = train(task(small, tmp_path, macs_ratio=0.5))
     assert same(resumed, expected)
     assert resumed.images == expected.images
     assert not (tmp_path / "learn.ckpt").exists()
@@ -337,8 +337,8 @@ def test_a_killed_training_continues_to_the_same_end(small: Classification, tmp_
 
 def test_errors_say_what_to_do(small: Classification, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"unknown options \['lasoo'\] of indicators; known: groups, macs_ratio"):
-        learn(lesson(small, tmp_path, lasoo=1))
-    wild = lesson(small, tmp_path, epochs=30)
-    wild = Lesson(**{**vars(wild), "recipe": wild.recipe.model_copy(update={"lr": 1e6})})
+        train(task(small, tmp_path, lasoo=1))
+    wild = task(small, tmp_path, epochs=30)
+    wild = Task(**{**vars(wild), "recipe": wild.recipe.model_copy(update={"lr": 1e6})})
     with pytest.raises(TrainingError, match="lower lr"):
-        learn(wild)
+        train(wild)

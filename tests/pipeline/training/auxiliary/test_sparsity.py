@@ -14,8 +14,8 @@ from torch import nn
 
 from pipeline.config.schema import FinetuneSection
 from pipeline.progress import Report, silent
-from pipeline.training.auxiliary import TRAININGS, Lesson, Outcome
-from pipeline.training.auxiliary.sparsity import BUFFER, channel_scales, learn, penalty, sparsity
+from pipeline.training.auxiliary import TRAININGS, Outcome, Task
+from pipeline.training.auxiliary.sparsity import BUFFER, channel_scales, penalty, sparsity, train
 from pipeline.workloads import Workload
 from pruning.channels import ChannelGraph
 from pruning.trace import trace
@@ -77,8 +77,8 @@ def taught(
     model, graph = copy.deepcopy(start[0]), start[1]
     recipe = FinetuneSection(epochs=epochs, lr=0.05, batch_size=32)
     small = Small(workload, 448)
-    lesson = Lesson(model, graph, small, recipe, 1, CPU, folder / "lesson.ckpt", report, options)  # type: ignore[arg-type]
-    return model, learn(lesson)
+    task = Task(model, graph, small, recipe, 1, CPU, folder / "task.ckpt", report, options)  # type: ignore[arg-type]
+    return model, train(task)
 
 
 @pytest.mark.parametrize("wanted", [0.3, 0.7])
@@ -89,7 +89,7 @@ def test_the_controller_reaches_the_wanted_share_and_the_network_still_works(wor
     with torch.no_grad():
         assert workload.metrics(model(images), labels)["top1"] > 0.8
     assert outcome.images == 11 * 448
-    assert not (tmp_path / "lesson.ckpt").exists()
+    assert not (tmp_path / "task.ckpt").exists()
 
 
 def test_without_a_wanted_share_scales_stay(workload, start, tmp_path) -> None:
@@ -192,4 +192,4 @@ def test_wrong_options_name_the_right_ones(workload, start, tmp_path, options, m
 
 
 def test_the_kind_is_found_by_name() -> None:
-    assert TRAININGS.load("sparsity").learn is learn
+    assert TRAININGS.load("sparsity").train is train

@@ -16,7 +16,7 @@ from pipeline.config.schema import FinetuneSection
 from pipeline.evaluation.accuracy import recalibrate
 from pipeline.progress import silent
 from pipeline.training import auxiliary as learning
-from pipeline.training.auxiliary import Lesson, Outcome, pruning_net, shared
+from pipeline.training.auxiliary import Outcome, Task, pruning_net, shared
 from pipeline.training.loop import load_weights, save_weights
 from pipeline.workloads.classification import Classification
 from pruning.channels import ChannelGraph
@@ -65,8 +65,8 @@ def teach(
             raise KilledError
 
     recipe = FinetuneSection(epochs=epochs, lr=0.1, batch_size=128)
-    lesson = Lesson(fresh(workload), graph, workload, recipe, 1, CPU, path / "x.ckpt", report or silent, options)
-    outcome: Outcome = kind.learn(lesson)
+    task = Task(fresh(workload), graph, workload, recipe, 1, CPU, path / "x.ckpt", report or silent, options)
+    outcome: Outcome = kind.train(task)
     return outcome
 
 
