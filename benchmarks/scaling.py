@@ -38,7 +38,7 @@ import torch
 from benchmarks._output import Figure, parser, present
 from export.slicing import OnnxTemplate
 from pipeline.config.schema import RunFile, WorkersSection
-from pipeline.evaluation.accuracy import AccuracyEvaluator, Ask, recalibrate
+from pipeline.evaluation.accuracy import AccuracyEvaluator, AccuracyRequest, recalibrate
 from pipeline.evaluation.baseline import Baseline
 from pipeline.evaluation.shipped_data import open_section
 from pipeline.evaluation.worker_pool import WorkerPool
@@ -88,11 +88,11 @@ class Scene:
     def alone(self, plans: Sequence[PruningPlan]) -> tuple[float, float, list[float]]:
         """Wall seconds, seconds of scoring, losses."""
         started = time.perf_counter()
-        found = [self.accuracy.evaluate(Ask(plan)) for plan in plans]
+        found = [self.accuracy.evaluate(AccuracyRequest(plan)) for plan in plans]
         return time.perf_counter() - started, sum(s.seconds for s in found), [s.metrics["loss"] for s in found]
 
     def together(self, pool: WorkerPool, plans: Sequence[PruningPlan]) -> tuple[float, float, list[float]]:
-        asks = {("", plan.digest, True, False): Ask(plan) for plan in plans}
+        asks = {("", plan.digest, True, False): AccuracyRequest(plan) for plan in plans}
         started = time.perf_counter()
         pool.begin(self.accuracy, asks)
         found = [scored for key in asks if (scored := pool.answer(key)) is not None]

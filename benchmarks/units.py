@@ -28,7 +28,7 @@ from benchmarks.scaling import BATCH, Scene
 from export.slicing import OnnxTemplate
 from pipeline.evaluation import shipped_data as carried
 from pipeline.evaluation import worker as workers
-from pipeline.evaluation.accuracy import Ask
+from pipeline.evaluation.accuracy import AccuracyRequest
 from pipeline.run.journal import Journal
 from pipeline.run.records import describe
 from pruning.search.protocol import Candidate
@@ -43,7 +43,7 @@ class Weighed:
         self.spec = self.batch = self.answer = 0
 
     def perform(self, spec: Mapping[str, Any], batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        answer = workers.score_batch(spec, batch)
+        answer = workers.evaluate_batch(spec, batch)
         self.spec, self.batch, self.answer = (len(json.dumps(part)) for part in (spec, batch["asks"], answer))
         return answer
 
@@ -94,7 +94,7 @@ def main() -> None:
         )
         row("ONNX file", statistics.median(len(template.slice(p)) for p in plans), **timed(template.slice, plans))
 
-        metrics = dict(accuracy.evaluate(Ask(plans[0])).metrics)
+        metrics = dict(accuracy.evaluate(AccuracyRequest(plans[0])).metrics)
         with Journal(folder / "journal.jsonl", "units", "units") as journal:
             evaluation = {"status": "ok", "reason": "", "metrics": metrics}
             records = [

@@ -50,8 +50,8 @@ class GivenUpError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Ask:
-    """What is to be scored.
+class AccuracyRequest:
+    """Whose accuracy is asked for.
 
     Args:
         plan, base: the candidate's.
@@ -68,8 +68,8 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Scored:
-    """The answer to an ``Ask``.
+class Accuracy:
+    """The answer to an ``AccuracyRequest``.
 
     Args:
         status, reason: as in ``Evaluation``.
@@ -151,27 +151,27 @@ class AccuracyEvaluator:
         """Training images that batch-norm statistics may be taken anew on."""
         return self.settings.recalibrate_images or SUPERNET_IMAGES
 
-    def evaluate(self, ask: Ask) -> Scored:
+    def evaluate(self, request: AccuracyRequest) -> Accuracy:
         """The metrics of a candidate, computed now, or why it has none."""
         started, before = time.perf_counter(), self.images_forwarded
 
-        def scored(status: Status, reason: str = "", metrics: Mapping[str, float] = NOTHING) -> Scored:
+        def found(status: Status, reason: str = "", metrics: Mapping[str, float] = NOTHING) -> Accuracy:
             images = self.images_forwarded - before
-            forward = PLAIN if self._num_recalibrated(ask.base) else self.inference.used
-            return Scored(status, reason, metrics, images, time.perf_counter() - started, forward)
+            forward = PLAIN if self._num_recalibrated(request.base) else self.inference.used
+            return Accuracy(status, reason, metrics, images, time.perf_counter() - started, forward)
 
         deterministic = isinstance(self.inference, DeterministicInference) and self.baseline.compute.type == "cpu"
         try:
             with _one_thread() if deterministic else contextlib.nullcontext():
-                return scored("ok", "", self._metrics(ask, started))
+                return found("ok", "", self._metrics(request, started))
         except HopelessError as error:
-            return scored("infeasible", str(error))
+            return found("infeasible", str(error))
         except (GivenUpError, torch.OutOfMemoryError) as error:
-            return scored("failed", str(error).splitlines()[0])
+            return found("failed", str(error).splitlines()[0])
 
-    def key(self, ask: Ask) -> Key:
+    def key(self, request: AccuracyRequest) -> Key:
         """Under which a candidate's metrics are remembered."""
-        return ask.base, ask.plan.digest, ask.exact or self.inference.precision == "fp32", ask.brief
+        return request.base, request.plan.digest, request.exact or self.inference.precision == "fp32", request.brief
 
     def order(self) -> Sequence[int] | None:
         """In which order the search images are gone through; None = as they come."""
@@ -194,17 +194,17 @@ class AccuracyEvaluator:
 
     # -- the parts ---------------------------------------------------------------------------------------------------
 
-    def _metrics(self, ask: Ask, started: float) -> Mapping[str, float]:
+    def _metrics(self, request: AccuracyRequest, started: float) -> Mapping[str, float]:
         """Metrics on the search split.
 
         Raises:
             HopelessError: the floor cannot be reached any more.
             GivenUpError: it took too long.
         """
-        workload, base, plan = self.baseline.workload, ask.base, ask.plan
+        workload, base, plan = self.baseline.workload, request.base, request.plan
         answers, targets, seen, tried = [], [], 0, self.inference.trials
-        for (_, labels), outputs in zip(self._images(), self._forward(base, plan, ask.exact), strict=True):
-            answers.append(workload.answers(outputs, labels, brief=ask.brief))
+        for (_, labels), outputs in zip(self._images(), self._forward(base, plan, request.exact), strict=True):
+            answers.append(workload.answers(outputs, labels, brief=request.brief))
             targets.append(labels)
             seen += len(labels)
             self.images_forwarded += len(labels)
@@ -215,11 +215,11 @@ class AccuracyEvaluator:
                     f"more than {self.settings.seconds_per_candidate:g} s for one candidate; lower search.images "
                     "or raise search.seconds_per_candidate"
                 )
-            if ask.floor is not None and seen < len(self.split):
+            if request.floor is not None and seen < len(self.split):
                 best = workload.bound(torch.cat(answers), torch.cat(targets), len(self.split) - seen)
-                if best < ask.floor:
+                if best < request.floor:
                     raise HopelessError(
-                        f"{workload.search_metric} cannot reach {ask.floor:.4f}: given up after {seen} of "
+                        f"{workload.search_metric} cannot reach {request.floor:.4f}: given up after {seen} of "
                         f"{len(self.split)} images"
                     )
         return workload.metrics(torch.cat(answers), torch.cat(targets))

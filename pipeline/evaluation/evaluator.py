@@ -18,7 +18,7 @@ from torch import nn
 
 from pipeline.config.schema import FinetuneSection, SearchSection
 from pipeline.devices.fleet import Device, Fleet
-from pipeline.evaluation.accuracy import AccuracyEvaluator, Ask, Key, Scored
+from pipeline.evaluation.accuracy import Accuracy, AccuracyEvaluator, AccuracyRequest, Key
 from pipeline.evaluation.baseline import Baseline
 from pipeline.evaluation.fleet_latency import FleetLatencies
 from pipeline.evaluation.latency import Figures, Latencies, LatencyOracle
@@ -60,7 +60,7 @@ class Evaluator:
         trainer: fine-tunes candidates, and performs auxiliary trainings.
         saliency: scores channels.
         files: the plans' ONNX files, whose sizes count.
-        workers: worker processes that score candidates; they need a deterministic accuracy evaluator.
+        workers: worker processes that evaluate candidates; they need a deterministic accuracy evaluator.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Evaluator:
     ) -> None:
         self.accuracy, self.latencies, self.trainer, self.saliency = accuracy, latencies, trainer, saliency
         self.files, self.workers = files, workers
-        self._known: dict[Key, Scored] = {}
+        self._known: dict[Key, Accuracy] = {}
         self._images_of_workers = 0
 
     @property
@@ -114,35 +114,35 @@ class Evaluator:
         plan.validate(self.graph)
         totals = cost(self.graph, plan)
         metrics: dict[str, float] = {"macs": float(totals.macs), "params": float(totals.params)}
-        scored = self._scored(self._ask(candidate, latency, floor, exact=exact))
-        metrics |= scored.metrics
-        if scored.status != "ok":
-            return Evaluation(scored.status, scored.reason, metrics, scored.forward)
+        accuracy = self._accuracy(self._request(candidate, latency, floor, exact=exact))
+        metrics |= accuracy.metrics
+        if accuracy.status != "ok":
+            return Evaluation(accuracy.status, accuracy.reason, metrics, accuracy.forward)
         if not all(math.isfinite(value) for value in metrics.values()):
-            return Evaluation("failed", "the network's outputs are not finite numbers (NaN)", metrics, scored.forward)
+            return Evaluation("failed", "the network's outputs are not finite numbers (NaN)", metrics, accuracy.forward)
         started = time.perf_counter()
         if latency:
             try:
                 metrics |= self.latency(plan, exact=exact)
             except torch.OutOfMemoryError as error:
-                return Evaluation("failed", str(error).splitlines()[0], metrics, scored.forward)
-        metrics["seconds"] = scored.seconds + time.perf_counter() - started
-        return Evaluation("ok", "", metrics, scored.forward)
+                return Evaluation("failed", str(error).splitlines()[0], metrics, accuracy.forward)
+        metrics["seconds"] = accuracy.seconds + time.perf_counter() - started
+        return Evaluation("ok", "", metrics, accuracy.forward)
 
     def exact(self, candidate: Candidate) -> Evaluation:
         """Accuracy alone, in float32 and by the workload's own metric: what final choices are made by."""
         return self.evaluate(candidate, latency=False, exact=True)
 
     def ahead(self, candidates: Sequence[Candidate], latency: bool, floor: float | None = None) -> None:
-        """Have the worker pool score candidates that ``evaluate`` will be asked for next."""
+        """Have the worker pool evaluate candidates that ``evaluate`` will be asked for next."""
         if self.workers is None:
             return
-        asks: dict[Key, Ask] = {}
+        requests: dict[Key, AccuracyRequest] = {}
         for candidate in candidates:
             candidate.plan.validate(self.graph)
-            ask = self._ask(candidate, latency, floor)
-            asks.setdefault(self.accuracy.key(ask), ask)
-        self.workers.begin(self.accuracy, {key: ask for key, ask in asks.items() if key not in self._known})
+            request = self._request(candidate, latency, floor)
+            requests.setdefault(self.accuracy.key(request), request)
+        self.workers.begin(self.accuracy, {key: request for key, request in requests.items() if key not in self._known})
 
     def remember(self, candidate: Candidate, latency: bool, evaluation: Evaluation, *, exact: bool = False) -> None:
         """Take an evaluation of an earlier process, so that its plan is answered from memory in this one too."""
@@ -150,8 +150,8 @@ class Evaluator:
         names = {"loss", workload.metric, workload.search_metric}
         metrics = {name: value for name, value in evaluation.metrics.items() if name in names}
         if metrics:
-            key = self.accuracy.key(self._ask(candidate, latency, None, exact=exact))
-            self._known[key] = Scored("ok", metrics=metrics, forward=evaluation.forward)
+            key = self.accuracy.key(self._request(candidate, latency, None, exact=exact))
+            self._known[key] = Accuracy("ok", metrics=metrics, forward=evaluation.forward)
 
     def latency(self, plan: PruningPlan, *, exact: bool = True) -> Figures:
         """Time the plan's ONNX on the device, interleaved with the unpruned network's; on all of them, for several.
@@ -231,25 +231,27 @@ class Evaluator:
 
     # -- the parts -----------------------------------------------------------------------------------------------------
 
-    def _ask(self, candidate: Candidate, latency: bool, floor: float | None, *, exact: bool = False) -> Ask:
+    def _request(
+        self, candidate: Candidate, latency: bool, floor: float | None, *, exact: bool = False
+    ) -> AccuracyRequest:
         plan, workload = candidate.plan, self.accuracy.baseline.workload
         full = exact or plan.is_full or workload.search_metric == workload.metric
         brief = not full and int(plan.digest[:8], 16) % FULL_EVERY > 0
-        return Ask(plan, candidate.base, floor, exact=latency or exact, brief=brief)
+        return AccuracyRequest(plan, candidate.base, floor, exact=latency or exact, brief=brief)
 
-    def _scored(self, ask: Ask) -> Scored:
+    def _accuracy(self, request: AccuracyRequest) -> Accuracy:
         """From memory where the plan was met before, from a worker where it was asked ahead, else computed here."""
-        key = self.accuracy.key(ask)
+        key = self.accuracy.key(request)
         if key in self._known:
             return self._known[key]
-        scored = None if self.workers is None else self.workers.answer(key)
-        if scored is None:
-            scored = self.accuracy.evaluate(ask)
+        accuracy = None if self.workers is None else self.workers.answer(key)
+        if accuracy is None:
+            accuracy = self.accuracy.evaluate(request)
         else:
-            self._images_of_workers += scored.images_forwarded
-        if scored.status == "ok":
-            self._known[key] = replace(scored, images_forwarded=0, seconds=0.0)
-        return scored
+            self._images_of_workers += accuracy.images_forwarded
+        if accuracy.status == "ok":
+            self._known[key] = replace(accuracy, images_forwarded=0, seconds=0.0)
+        return accuracy
 
 
 def make_evaluator(
@@ -273,7 +275,7 @@ def make_evaluator(
         recipe: how ``FineTune`` requests are trained (``epochs`` comes with the request).
         space: where a latency model may draw plans to measure from; None = it gets none of its own.
         deterministic: candidates' metrics are the same bits in every process (see ``DeterministicInference``).
-        workers: worker processes that score candidates; they need a deterministic evaluator.
+        workers: worker processes that evaluate candidates; they need a deterministic evaluator.
     """
     progress = progress or Silent()
     files = OnnxFiles(baseline, folder, progress)

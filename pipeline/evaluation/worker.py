@@ -32,7 +32,7 @@ from pipeline.evaluation import shipped_data as carried
 from pipeline.evaluation.accuracy import AccuracyEvaluator, Agreed
 from pipeline.evaluation.baseline import Baseline
 from pipeline.evaluation.weights import Checkpoint
-from pipeline.evaluation.worker_pool import IMAGES, ask_from_json, groups_digest
+from pipeline.evaluation.worker_pool import IMAGES, groups_digest, request_from_json
 from pipeline.files import sha256_of, write_whole
 from pipeline.surroundings import home
 from pipeline.training.loop import keep_freed_memory, load_weights
@@ -56,15 +56,15 @@ class MissingError(LookupError):
     """A blob is neither here nor in the store; ``args[0]`` names it."""
 
 
-def score_batch(spec: Mapping[str, Any], batch: Mapping[str, Any], store: BlobStore | None = None) -> dict[str, Any]:
-    """Score the candidates of a batch.
+def evaluate_batch(spec: Mapping[str, Any], batch: Mapping[str, Any], store: BlobStore | None = None) -> dict[str, Any]:
+    """Evaluate the candidates of a batch.
 
     Args:
         spec: of the run, as ``WorkerPool`` describes it.
         batch: ``asks``, and the ``checkpoints`` they refer to.
 
     Returns:
-        ``answers``, the fields of a ``Scored`` each, in order; or ``missing``: the hash of a blob to be published; or
+        ``answers``, the fields of a ``Accuracy`` each, in order; or ``missing``: the hash of a blob to be published; or
         ``error``: what the user has to change.
     """
     leave_terminal()
@@ -73,7 +73,7 @@ def score_batch(spec: Mapping[str, Any], batch: Mapping[str, Any], store: BlobSt
             cached = _evaluator_for(spec, store)
             for name, file in batch["checkpoints"].items():
                 cached.know(name, file, store)
-            return {"answers": [asdict(cached.accuracy.evaluate(ask_from_json(row))) for row in batch["asks"]]}
+            return {"answers": [asdict(cached.accuracy.evaluate(request_from_json(row))) for row in batch["asks"]]}
         except MissingError as missing:
             return {"missing": missing.args[0]}
         except UserError as error:

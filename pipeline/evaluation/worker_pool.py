@@ -1,4 +1,4 @@
-"""The driver's side of a worker pool: worker processes that score candidates, wherever they run.
+"""The driver's side of a worker pool: worker processes that evaluate candidates, wherever they run.
 
 The driver says ahead which candidates it will ask for. They go to the workers in batches, and ``answer`` waits for each
 in turn; so what is journalled and told keeps its order, whoever is finished first. A worker that dies costs its batch,
@@ -23,7 +23,7 @@ from pipeline.children import keep_from_children
 from pipeline.config import trust
 from pipeline.errors import SurroundingsError, UserError
 from pipeline.evaluation import shipped_data as carried
-from pipeline.evaluation.accuracy import AccuracyEvaluator, Ask, Key, Scored
+from pipeline.evaluation.accuracy import Accuracy, AccuracyEvaluator, AccuracyRequest, Key
 from pipeline.evaluation.onnx_files import TEMPLATE
 from pipeline.files import sha256_of, write_whole
 from pruning.channels import ChannelGraph
@@ -54,7 +54,7 @@ class Engine(Protocol):
     local: bool
 
     def perform(self, spec: Mapping[str, Any], batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What ``pipeline.evaluation.worker.score_batch`` answers in some worker process; called by several threads.
+        """What ``pipeline.evaluation.worker.evaluate_batch`` answers in some worker process; called by several threads.
 
         Raises:
             WorkerDiedError: the process died.
@@ -79,10 +79,10 @@ class WorkerPool:
         self._spec: dict[str, Any] = {}
         self._carry: Callable[[], Path] | None = None
         self._carrying = threading.Lock()
-        self._under_way: dict[Key, tuple[Future[list[Scored]], int]] = {}
+        self._under_way: dict[Key, tuple[Future[list[Accuracy]], int]] = {}
         self._pool = ThreadPoolExecutor(engine.count, "workers", keep_from_children)  # one thread waits for one batch
 
-    def begin(self, accuracy: AccuracyEvaluator, asks: Mapping[Key, Ask]) -> None:
+    def begin(self, accuracy: AccuracyEvaluator, asks: Mapping[Key, AccuracyRequest]) -> None:
         """Hand out candidates; those handed out before and not answered yet are given up.
 
         A single one is left to the driver if the workers share its machine: it has more threads, and nothing to send.
@@ -93,15 +93,15 @@ class WorkerPool:
         if not self._spec:
             self._spec = self._describe(accuracy)
         size = max(1, min(self.config.workers.batch, -(-len(asks) // self.engine.count)))
-        keys, used = list(asks), {ask.base for ask in asks.values()}
+        keys, used = list(asks), {request.base for request in asks.values()}
         told = {base: c.to_json() for base, c in accuracy.weights.checkpoints.items() if base in used}
         for start in range(0, len(keys), size):
             part = keys[start : start + size]
-            rows = [ask_to_json(asks[key]) for key in part]
+            rows = [request_to_json(asks[key]) for key in part]
             future = self._pool.submit(self._deliver, rows, told)
             self._under_way |= {key: (future, place) for place, key in enumerate(part)}
 
-    def answer(self, key: Key) -> Scored | None:
+    def answer(self, key: Key) -> Accuracy | None:
         """What the workers found, waited for; None if they were not asked.
 
         Raises:
@@ -128,21 +128,21 @@ class WorkerPool:
             future.cancel()
         self._under_way = {}
 
-    def _deliver(self, rows: Sequence[Mapping[str, Any]], checkpoints: Mapping[str, Any]) -> list[Scored]:
-        """Scores of a batch; a candidate that no worker survives has failed."""
+    def _deliver(self, rows: Sequence[Mapping[str, Any]], checkpoints: Mapping[str, Any]) -> list[Accuracy]:
+        """Accuracies of a batch; a candidate that no worker survives has failed."""
         for _ in range(LIVES):
             with contextlib.suppress(WorkerDiedError):
                 return self._perform({"asks": list(rows), "checkpoints": dict(checkpoints)})
         if len(rows) > 1:
             return [scored for row in rows for scored in self._deliver([row], checkpoints)]
-        return [Scored("failed", f"every worker process that tried it died ({LIVES} in turn); out of memory?")]
+        return [Accuracy("failed", f"every worker process that tried it died ({LIVES} in turn); out of memory?")]
 
-    def _perform(self, batch: Mapping[str, Any]) -> list[Scored]:
+    def _perform(self, batch: Mapping[str, Any]) -> list[Accuracy]:
         published: set[str] = set()
         while True:
             answer = self.engine.perform(self._spec, batch)
             if "answers" in answer:
-                return [Scored(**row) for row in answer["answers"]]
+                return [Accuracy(**row) for row in answer["answers"]]
             if "error" in answer:
                 raise UserError(f"workers: {answer['error']}")
             missing = answer["missing"]
@@ -198,20 +198,20 @@ class WorkerPool:
         }
 
 
-def ask_to_json(ask: Ask) -> dict[str, Any]:
-    """An ask as JSON's types."""
+def request_to_json(request: AccuracyRequest) -> dict[str, Any]:
+    """A request as JSON's types."""
     return {
-        "plan": ask.plan.to_json(),
-        "base": ask.base,
-        "floor": ask.floor,
-        "exact": ask.exact,
-        "brief": ask.brief,
+        "plan": request.plan.to_json(),
+        "base": request.base,
+        "floor": request.floor,
+        "exact": request.exact,
+        "brief": request.brief,
     }
 
 
-def ask_from_json(row: Mapping[str, Any]) -> Ask:
-    """The inverse of ``ask_to_json``."""
-    return Ask(PruningPlan.from_json(row["plan"]), row["base"], row["floor"], row["exact"], row["brief"])
+def request_from_json(row: Mapping[str, Any]) -> AccuracyRequest:
+    """The inverse of ``request_to_json``."""
+    return AccuracyRequest(PruningPlan.from_json(row["plan"]), row["base"], row["floor"], row["exact"], row["brief"])
 
 
 def groups_digest(graph: ChannelGraph) -> str:

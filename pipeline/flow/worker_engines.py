@@ -84,8 +84,8 @@ class _Runner(ABC):
         from prefect.settings import PREFECT_API_URL, temporary_settings
 
         count = len(arguments["batch"]["asks"])
-        name = f"Score {count} candidate{'s' if count > 1 else ''}"
-        task = Task(workers.score_batch, name=name, cache_policy=NO_CACHE, persist_result=False, retries=0)
+        name = f"Evaluate {count} candidate{'s' if count > 1 else ''}"
+        task = Task(workers.evaluate_batch, name=name, cache_policy=NO_CACHE, persist_result=False, retries=0)
         died: tuple[type[Exception], ...] = (CrashedRun, *deaths)
         try:
             with temporary_settings({PREFECT_API_URL: self._server()}):  # workers start no servers of their own

@@ -231,7 +231,7 @@ class Run:
 
     @contextlib.contextmanager
     def with_workers(self, engine: Engine | None) -> Iterator[None]:
-        """Evaluators made meanwhile have candidates scored by worker processes; None = by this one."""
+        """Evaluators made meanwhile have candidates evaluated by worker processes; None = by this one."""
         self._engine = engine
         try:
             yield

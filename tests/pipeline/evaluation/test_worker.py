@@ -142,7 +142,7 @@ class InThreads:
         if self.dies(len(self.batches), batch["asks"]):
             raise WorkerDiedError("killed")
         answer: dict[str, Any] = json.loads(
-            json.dumps(workers.score_batch(*json.loads(json.dumps([spec, batch])), self))
+            json.dumps(workers.evaluate_batch(*json.loads(json.dumps([spec, batch])), self))
         )
         return answer
 
