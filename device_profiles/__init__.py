@@ -1,24 +1,34 @@
-"""What a target device is, and what was measured on it. Imports onnxruntime, never torch."""
+"""What a target device is, and what was measured on it. Names are imported on first use; none of them imports torch."""
 
-from device_profiles.errors import DeviceError
-from device_profiles.intervals import Ratio
-from device_profiles.measure import BenchmarkResult, measure
-from device_profiles.profile import Budgets, DeviceProfile, Multiples, Tier, known_profiles, load_profile
-from device_profiles.target import Target, open_target
-from device_profiles.targets.local import LocalTarget
+from __future__ import annotations
 
-__all__ = [
-    "BenchmarkResult",
-    "Budgets",
-    "DeviceError",
-    "DeviceProfile",
-    "LocalTarget",
-    "Multiples",
-    "Ratio",
-    "Target",
-    "Tier",
-    "known_profiles",
-    "load_profile",
-    "measure",
-    "open_target",
-]
+from typing import TYPE_CHECKING
+
+from device_profiles.first_use import import_on_first_use
+
+if TYPE_CHECKING:
+    from device_profiles.errors import DeviceError as DeviceError
+    from device_profiles.intervals import Ratio as Ratio
+    from device_profiles.measure import BenchmarkResult as BenchmarkResult
+    from device_profiles.measure import measure as measure
+    from device_profiles.profile import Budgets as Budgets
+    from device_profiles.profile import DeviceProfile as DeviceProfile
+    from device_profiles.profile import Multiples as Multiples
+    from device_profiles.profile import Tier as Tier
+    from device_profiles.profile import known_profiles as known_profiles
+    from device_profiles.profile import load_profile as load_profile
+    from device_profiles.target import Target as Target
+    from device_profiles.target import open_target as open_target
+    from device_profiles.targets.local import LocalTarget as LocalTarget
+
+__all__ = import_on_first_use(
+    __name__,
+    {
+        "errors": ("DeviceError",),
+        "intervals": ("Ratio",),
+        "measure": ("BenchmarkResult", "measure"),
+        "profile": ("Budgets", "DeviceProfile", "Multiples", "Tier", "known_profiles", "load_profile"),
+        "target": ("Target", "open_target"),
+        "targets.local": ("LocalTarget",),
+    },
+)

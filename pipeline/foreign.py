@@ -11,7 +11,6 @@ import contextlib
 import errno
 import re
 import socket
-import ssl
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
@@ -56,7 +55,7 @@ MEMORY = (
 )
 OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory|bad_alloc|failed to allocate", re.I)
 FULL_DISK = re.compile(r"No space left on device|os error 28|Disk quota exceeded|PytorchStreamWriter failed writing")
-NETWORK = (ConnectionError, TimeoutError, socket.gaierror, socket.herror, ssl.SSLError)
+NETWORK = (ConnectionError, TimeoutError, socket.gaierror, socket.herror)
 PARSERS = ("json", "yaml", "xml")
 """Packages of Python and others that read nested text, and give up with a RecursionError."""
 
@@ -107,7 +106,7 @@ def exit_code(error: BaseException) -> int:
 
 
 def _of_the_system(error: OSError) -> Exception | None:
-    if isinstance(error, NETWORK) and str(error):
+    if _is_of_the_network(error) and str(error):
         return SurroundingsError(f"the network failed: {_reason(error)}; see whether the server can be reached")
     place, number = error.filename, error.errno or 0
     if place is None:
@@ -117,6 +116,11 @@ def _of_the_system(error: OSError) -> Exception | None:
     if number in FAILURES:
         return SurroundingsError(f"{_shown(place)}: {_reason(error)}; {FAILURES[number]}")
     return None
+
+
+def _is_of_the_network(error: BaseException) -> bool:
+    ssl = sys.modules.get("ssl")  # takes long to import, and whoever raises its error has done that
+    return isinstance(error, NETWORK) or (ssl is not None and isinstance(error, ssl.SSLError))
 
 
 def _of_no_file(error: OSError) -> Exception | None:

@@ -5,10 +5,9 @@ Names are imported on first use, so that ``pruning.plan`` and ``pruning.search``
 
 from __future__ import annotations
 
-import sys
-from importlib import import_module
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from device_profiles.first_use import import_on_first_use
 
 if TYPE_CHECKING:
     from pruning.channels import ChannelGraph as ChannelGraph
@@ -35,37 +34,16 @@ if TYPE_CHECKING:
     from pruning.tracer import PruningError as PruningError
     from pruning.weights import inherit as inherit
 
-_HOME = {
-    "plan": ("ChannelGroup", "Member", "PlanError", "PruningPlan", "SearchSpace"),
-    "channels": ("ChannelGraph", "Frozen"),
-    "cost": ("Cost", "Costs", "costs", "count"),
-    "saliency": ("channel_saliency", "uniform_plan"),
-    "surgery": ("Certificate", "certify", "load_pruned", "prune", "save_pruned", "scatter"),
-    "tracer": ("PruningError",),
-    "weights": ("inherit",),
-}
-_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-
-__all__ = sorted([*_MODULE_OF, "cost", "trace"])
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'pruning' has no attribute {name!r}")
-    value = getattr(import_module(f"pruning.{_MODULE_OF[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-class _Package(ModuleType):
-    """Lets ``from pruning import cost, trace`` give the functions, although modules have those names too."""
-
-    @staticmethod
-    def _function(name: str) -> property:
-        """A function that stands for its module; the import system may bind the module, ``sys.modules`` has it."""
-        return property(lambda _: getattr(import_module(f"pruning.{name}"), name), lambda _, _module: None)
-
-    cost, trace = _function("cost"), _function("trace")
-
-
-sys.modules[__name__].__class__ = _Package
+__all__ = import_on_first_use(
+    __name__,
+    {
+        "plan": ("ChannelGroup", "Member", "PlanError", "PruningPlan", "SearchSpace"),
+        "channels": ("ChannelGraph", "Frozen"),
+        "cost": ("Cost", "Costs", "cost", "costs", "count"),
+        "saliency": ("channel_saliency", "uniform_plan"),
+        "surgery": ("Certificate", "certify", "load_pruned", "prune", "save_pruned", "scatter"),
+        "trace": ("trace",),
+        "tracer": ("PruningError",),
+        "weights": ("inherit",),
+    },
+)

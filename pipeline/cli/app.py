@@ -11,6 +11,7 @@ import typer
 from pipeline import children, errors
 from pipeline.cli import deploy, devices, inspect, interrupts, registry, results, run, trust, validate
 from pipeline.cli.devices import benchmark
+from pipeline.cli.help import import_formatter
 from pipeline.cli.texts import make_logs_harmless
 from pipeline.foreign import exit_code as exit_code
 from pipeline.foreign import expected
@@ -43,6 +44,8 @@ def main() -> NoReturn:
     debug = "--debug" in sys.argv
     use_any_encoding()
     make_logs_harmless()
+    if "--help" in sys.argv:
+        import_formatter()
     try:
         prepare()
         children.sweep(home())

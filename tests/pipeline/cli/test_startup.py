@@ -1,0 +1,64 @@
+"""What the quick commands do not import, which is what makes them quick; and that help stays what it was."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+ALWAYS_LATE = {
+    *("torch", "torchvision", "mlflow", "prefect", "onnx", "onnxruntime", "onnxscript", "optuna", "pymoo", "sklearn"),
+    *("scipy", "numpy", "pandas", "pyarrow", "PIL", "psutil", "jinja2", "sqlalchemy", "export"),
+}
+LATE_IN = {
+    "--help": {"pydantic", "yaml", "asyncssh", "ssl", "rich.markdown", "rich.traceback", "device_profiles.profile"},
+    "list methods": {"yaml", "asyncssh", "pipeline.config.schema", "pruning.search.methods", "device_profiles.profile"},
+    "list workloads": {"asyncssh", "pipeline.workloads", "pruning.search.methods"},
+    "list devices": {"pipeline.workloads", "pruning.search.methods"},
+}
+"""Command -> what it does not import; parsing any command's options imports pydantic (typer does)."""
+PERFORM = """
+import json, sys
+from pipeline.cli import app
+try:
+    app.main()
+except SystemExit as ended:
+    assert not ended.code, ended.code
+print(json.dumps(sorted(sys.modules)))
+"""
+HELP = """
+import sys
+from pipeline.cli import app
+if sys.argv.pop(1) == "whole":
+    import rich.markdown, rich.traceback
+app.main()
+"""
+
+
+def python(code: str, *arguments: str) -> str:
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
+
+
+@pytest.mark.parametrize("command", LATE_IN)
+def test_quick_commands_import_nothing_heavy(command: str) -> None:
+    imported = set(json.loads(python(PERFORM, *command.split()).splitlines()[-1]))
+    assert imported & (ALWAYS_LATE | LATE_IN[command]) == set()
+
+
+@pytest.mark.parametrize("command", ["", "run", "devices add"])
+def test_help_is_the_same_without_what_it_leaves_out(command: str) -> None:
+    arguments = [*command.split(), "--help"]
+    assert "Usage" in python(HELP, "light", *arguments)
+    assert python(HELP, "light", *arguments) == python(HELP, "whole", *arguments)
+
+
+def test_what_help_leaves_out_is_there_for_others() -> None:
+    code = (
+        "from pipeline.cli.help import import_formatter; import_formatter();"
+        "from rich.markdown import Markdown; from rich.traceback import Traceback;"
+        "print(Markdown.__module__, Traceback.__module__)"
+    )
+    assert python(code).split() == ["rich.markdown", "rich.traceback"]
