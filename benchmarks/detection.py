@@ -32,7 +32,7 @@ from export.onnx_export import export_onnx
 from export.verify import predict
 from pipeline.progress import RichProgress
 from pipeline.run.run import Run
-from pipeline.stages import first_batch, load_baseline, load_compact
+from pipeline.stages.loading import first_batch, load_baseline, load_compact
 from pipeline.surroundings import home
 from pipeline.terminal import Terminal
 from pipeline.training.loop import fit, load_weights, save_weights

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,9 @@ from pipeline.cli.options import Debug, Trust
 from pipeline.cli.trust import consent
 from pipeline.surroundings import home
 from pipeline.terminal import command, err, one_line, out, table
+
+if TYPE_CHECKING:
+    from pipeline.run.facts import Facts
 
 SET_HELP = (
     "Override a value of the run file, e.g. --set search.method=random "
@@ -112,30 +115,29 @@ def _execute(directory: Path, debug: bool) -> None:
             f"{left}\nThe model is not registered yet; run: {command('secateur', 'resume', directory)}"
         ) from left
     _show(facts, directory, uri)
-    decisions = facts.get("promote", {}).get("devices", {}).values()
-    refused = any(decision["outcome"] == "refused" for decision in decisions)
-    if refused or not facts["judge"]["passed"]:
+    decisions = facts.promote.devices.values() if facts.promote else ()
+    refused = any(decision.outcome == "refused" for decision in decisions)
+    if refused or not facts.gate.passed:
         raise typer.Exit(errors.EXIT_GATE)
 
 
-def _show(facts: Any, directory: Path, tracking_uri: str) -> None:
+def _show(facts: Facts, directory: Path, tracking_uri: str) -> None:
     """The final table, and what to do next."""
     from pipeline.report import final_table, registered
 
     numbers = ("baseline", "compact", "change")
-    rows = table("", *numbers, title=f"{directory.name} on device {facts['benchmark']['device']}", right=numbers)
+    rows = table("", *numbers, title=f"{directory.name} on device {facts.benchmark.device}", right=numbers)
     for row in final_table(facts):
         rows.add_row(*row)
     out.print(rows)
-    failed = [c for c in facts["judge"]["checks"] if not c["ok"]]
-    for check in failed:
-        found = "unknown" if check["value"] is None else f"{check['value']:.4g}"
-        out.print(f"Gate: {check['name']} is {found}, must be {check['relation']} {check['bound']:.4g}")
-    if not failed:
-        out.print(f"Gate: passed ({len(facts['judge']['checks'])} checks)")
+    for check in facts.gate.failed:
+        value = "unknown" if check.value is None else f"{check.value:.4g}"
+        out.print(f"Gate: {check.name} is {value}, must be {check.relation} {check.bound:.4g}")
+    if facts.gate.passed:
+        out.print(f"Gate: passed ({len(facts.gate.checks)} checks)")
     for line in registered(facts):
         out.print(line)
-    out.print(f"Report: {one_line(directory / facts['report']['html'])}")
+    out.print(f"Report: {one_line(directory / facts.report.html)}")
     if tracking_uri:
         out.print("Next:")
         if tracking_uri.startswith("http"):

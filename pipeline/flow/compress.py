@@ -8,23 +8,21 @@ the scheduler, not the record: candidates live in the journal and in MLflow.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pipeline import children
 from pipeline.errors import TrackingError
-from pipeline.files import sha256_of
 from pipeline.flow.device_lease import device_turn
 from pipeline.flow.environment import runtime_env
 from pipeline.flow.server import serving
 from pipeline.flow.worker_engines import open_engine
 from pipeline.report import final_table_markdown
+from pipeline.run.facts import Facts
 from pipeline.run.records import to_evaluation
 from pipeline.run.run import Run
-from pipeline.stages import STAGES, Facts, Stage
+from pipeline.stages.order import STAGES, Results, Stage
 from pipeline.surroundings import home
 
 AT_A_TERMINAL_S, ON_SCHEDULE_S = (3.0, 9.0), (10.0, 60.0, 300.0, 900.0)
@@ -74,26 +72,30 @@ def work_through(run: Run, retry_after_s: Sequence[float]) -> tuple[Facts, Track
     """
     from prefect.artifacts import create_markdown_artifact
 
-    facts: dict[str, Any] = {}
+    facts, results = Facts(), dict[str, Mapping[str, Any]]()
     undelivered: TrackingError | None = None
     with open_engine(run.config.workers) as engine, run.with_workers(engine):
         for stage in STAGES:
             try:
-                facts[stage.name] = _perform(run, stage, facts, retry_after_s)
+                results[stage.name] = _perform(run, stage, facts, results, retry_after_s)
             except TrackingError as error:  # everything that does not need the server is still done
                 undelivered = undelivered or error
+            else:
+                facts = facts.plus(**{stage.name: stage.read(results[stage.name])})
     with contextlib.suppress(Exception):  # a decoration: the table is in the report and on the terminal too
         create_markdown_artifact(final_table_markdown(facts), key="secateur-result", description=run.run_id)
     return facts, undelivered
 
 
-def _perform(run: Run, stage: Stage, facts: dict[str, Any], retry_after_s: Sequence[float]) -> dict[str, Any]:
-    """One stage as a task; its kept result is used only while the files it names are unchanged."""
+def _perform(
+    run: Run, stage: Stage, facts: Facts, results: Results, retry_after_s: Sequence[float]
+) -> Mapping[str, Any]:
+    """One stage as a task; its kept result is used only while it stands."""
     import prefect
     from prefect.cache_policies import INPUTS
 
     def work(key: Mapping[str, Any]) -> dict[str, Any]:
-        return stage.function(run, facts)
+        return stage.perform(run, facts)
 
     def can_help(task: Any, task_run: Any, state: Any) -> bool:
         return isinstance(state.result(raise_on_failure=False), stage.retry_on)
@@ -110,12 +112,20 @@ def _perform(run: Run, stage: Stage, facts: dict[str, Any], retry_after_s: Seque
         retry_jitter_factor=RETRY_JITTER,
         retry_condition_fn=can_help if stage.retry_on else None,
     )
-    key = {"run": run.run_id, "config": run.config.digest, "stage": stage.name, "version": stage.version}
-    key["facts"] = json.dumps(facts, sort_keys=True)
+    key = _key(run, stage, results)
     result: dict[str, Any] = task(key)
-    if not _stands(run.directory, result):
+    if not stage.stands(result, run.directory):
         result = task.with_options(refresh_cache=True)(key)
     return result
+
+
+def _key(run: Run, stage: Stage, results: Results) -> Mapping[str, Any]:
+    """What a stage's result is kept under; where a run was begun by an earlier version, what it was kept under then."""
+    from prefect.cache_policies import INPUTS
+
+    earlier = stage.key(run, results, by_earlier_names=True)
+    kept_as = INPUTS.compute_key(None, {"key": earlier}, {})  # type: ignore[arg-type]
+    return earlier if (run.directory / "stages" / str(kept_as)).is_file() else stage.key(run, results)
 
 
 class UndeliveredError(TrackingError):
@@ -135,11 +145,3 @@ def resume_tracking(run: Run) -> None:
     for record in run.journal.records:
         if "evaluation" in record and record["stage"] != "smallest":
             run.tracker.candidate(record)
-
-
-def _stands(directory: Path, result: Mapping[str, Any]) -> bool:
-    """Whether every file a stage made is still there, unchanged."""
-    return all(
-        (directory / name).is_file() and sha256_of(directory / name) == digest
-        for name, digest in result.get("files", {}).items()
-    )

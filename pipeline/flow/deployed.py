@@ -105,11 +105,11 @@ def compress(job: Compress) -> State[Any]:
         raise
     if undelivered is not None:
         raise undelivered
-    passed, promoted = facts["judge"]["passed"], facts["promote"]["promoted"]
+    passed, promoted = facts.gate.passed, facts.promote is not None and facts.promote.promoted
     adopt.end(taken.directory, "passed" if passed else "not passed")
     lines = registered(facts)
     if not passed:
-        failed = ", ".join(check["name"] for check in facts["judge"]["checks"] if not check["ok"])
+        failed = ", ".join(check.name for check in facts.gate.failed)
         return Completed(name=NOT_PASSED, message="\n".join([f"The gate did not pass: {failed}", *lines]))
     return Completed(name=PROMOTED if promoted else NOT_PROMOTED, message="\n".join(lines))
 

@@ -17,8 +17,8 @@ from device_profiles import BenchmarkResult, DeviceProfile
 from pipeline.config.schema import RunFile
 from pipeline.files import write_whole
 from pipeline.report.charts import cloud, histogram, lines
+from pipeline.run.facts import EARLIER_NAMES, Facts, Speedup
 
-Facts = Mapping[str, Any]
 Row = tuple[str, str, str, str]
 METRICS = {"map50": "mAP50", "map": "COCO mAP"}
 """Names of metrics as people know them, where these differ."""
@@ -38,72 +38,73 @@ LATENCIES = (
 
 def final_table(facts: Facts) -> list[Row]:
     """Rows (what, baseline, compact, change) of the table a run ends with."""
-    base, compact = facts["judge"]["models"]["baseline"], facts["judge"]["models"]["compact"]
-    metric = facts["judge"]["metric"]
+    base, compact = facts.gate.models
+    metric = facts.gate.metric
     rows: list[Row] = []
-    for name in (metric, *(name for name in ("map",) if name in base)):
+    for name in (metric, *(name for name in ("map",) if name in base.metrics)):
         change = f"{100 * (compact[name] - base[name]):+.2f} pp"
         rows.append((f"{METRICS.get(name, name)} (test split)", f"{base[name]:.2%}", f"{compact[name]:.2%}", change))
     units = (("MACs", "macs", 1e6, "M"), ("params", "params", 1e3, "k"), ("file size", "size_bytes", 1e3, "kB"))
     for title, key, scale, unit in units:
-        change = compact[key] / base[key] - 1
-        rows.append(
-            (title, f"{base[key] / scale:,.2f} {unit}", f"{compact[key] / scale:,.2f} {unit}", f"{change:+.1%}")
-        )
-    for title, key in (("p50 latency", "p50_ms"), ("p95 latency", "p95_ms")):
-        change = compact[key] / base[key] - 1
-        rows.append((title, f"{base[key]:.3f} ms", f"{compact[key]:.3f} ms", f"{change:+.1%}"))
-    after = facts["benchmark"].get("postprocessing")
-    if after is not None:
-        before, now = (after["latency"][name]["p50_ms"] for name in ("baseline", "compact"))
-        rows.append((f"p50 with {after['name']}", f"{before:.3f} ms", f"{now:.3f} ms", f"{now / before - 1:+.1%}"))
-    faster = facts["benchmark"]["speedup"]
-    rows.append(("speed-up", "1.00x", f"{faster['value']:.2f}x", interval(faster)))
-    if flags := facts["benchmark"].get("flags"):
-        rows.append(("what disturbed the timing", "", "", ", ".join(flags)))
-    others = [row for row in _devices(facts) if row[0] != facts["benchmark"]["device"]]
+        before, after = base.size[key], compact.size[key]
+        change = f"{after / before - 1:+.1%}"
+        rows.append((title, f"{before / scale:,.2f} {unit}", f"{after / scale:,.2f} {unit}", change))
+    rows.append(_milliseconds("p50 latency", base.timing.p50_ms, compact.timing.p50_ms))
+    rows.append(_milliseconds("p95 latency", base.timing.p95_ms, compact.timing.p95_ms))
+    timed = facts.benchmark
+    if (whole := timed.postprocessing) is not None:
+        rows.append(_milliseconds(f"p50 with {whole.name}", *(timing.p50_ms for timing in whole.latency)))
+    rows.append(("speed-up", "1.00x", f"{timed.speedup.value:.2f}x", interval(timed.speedup)))
+    if timed.flags:
+        rows.append(("what disturbed the timing", "", "", ", ".join(timed.flags)))
+    others = [row for row in _devices(facts) if row[0] != timed.device]
     return rows + [(f"p50 on {name}", before, now, change) for name, before, now, change in others]
+
+
+def _milliseconds(title: str, before: float, after: float) -> Row:
+    return title, f"{before:.3f} ms", f"{after:.3f} ms", f"{after / before - 1:+.1%}"
 
 
 def _devices(facts: Facts) -> list[Row]:
     """Rows (device, p50 of the baseline, of the compact model, speed-up), where there are several devices."""
     rows = []
-    for name, timed in facts["benchmark"].get("fleet", {}).items():
-        before, now = (f"{timed['latency'][model]['p50_ms']:.3f} ms" for model in ("baseline", "compact"))
-        faster = timed["speedup"]
-        rows.append((name, before, now, f"{faster['value']:.2f}x, {interval(faster)}"))
+    for name, timed in (facts.benchmark.fleet or {}).items():
+        before, now = (f"{timing.p50_ms:.3f} ms" for timing in timed.latency)
+        rows.append((name, before, now, f"{timed.speedup.value:.2f}x, {interval(timed.speedup)}"))
     return rows
 
 
-def interval(faster: Mapping[str, float | None]) -> str:
+def interval(faster: Speedup) -> str:
     """The interval of a speed-up, in words."""
-    if faster["low"] is None or faster["high"] is None:
+    if faster.low is None or faster.high is None:
         return "no interval: under 3 processes"
-    return f"95 % {faster['low']:.2f} to {faster['high']:.2f}"
+    return f"95 % {faster.low:.2f} to {faster.high:.2f}"
 
 
 def final_table_markdown(facts: Facts) -> str:
     """The final table, the gate and the registered version, as Markdown."""
     lines = ["| | baseline | compact | change |", "|---|---|---|---|"]
     lines += [f"| {' | '.join(row)} |" for row in final_table(facts)]
-    lines += ["", f"Gate: **{'passed' if facts['judge']['passed'] else 'not passed'}**"]
+    lines += ["", f"Gate: **{'passed' if facts.gate.passed else 'not passed'}**"]
     lines += registered(facts)
     return "\n".join(lines)
 
 
 def registered(facts: Facts) -> list[str]:
     """What became of the model in the registry, a line each: its version, and whether it was promoted where."""
-    if "register" not in facts:
+    entry, decided = facts.register, facts.promote
+    if entry is None:
         return []
-    entry, decided = facts["register"], facts.get("promote", {})
-    alias = "champion" if decided.get("promoted") else "challenger"
-    found = [f"Registered: {entry['name']} version {entry['version']}, alias {alias}"]
-    for device, decision in decided.get("devices", {}).items():
-        if not decision["promoted"]:
-            against = f"champion version {decision['champion']}" if decision["champion"] else "no champion"
-            failed = "; ".join(f"{gate['name']}: {gate['reason']}" for gate in decision["gates"] if not gate["ok"])
-            found.append(f"Not promoted on {device} ({against}): {failed}")
-    return found + ([f"Not promoted: {decided['reason']}"] if decided.get("reason") else [])
+    alias = "champion" if decided is not None and decided.promoted else "challenger"
+    said = [f"Registered: {entry.name} version {entry.version}, alias {alias}"]
+    if decided is None:
+        return said
+    for device, decision in decided.devices.items():
+        if not decision.promoted:
+            against = f"champion version {decision.champion}" if decision.champion else "no champion"
+            failed = "; ".join(f"{gate.name}: {gate.reason}" for gate in decision.gates if not gate.ok)
+            said.append(f"Not promoted on {device} ({against}): {failed}")
+    return said + ([f"Not promoted: {decided.reason}"] if decided.reason else [])
 
 
 def write_report(
@@ -150,14 +151,15 @@ def write_report(
         widths=_widths(facts),
         pictures=[(_data_uri(before), _data_uri(after)) for before, after in pictures],
         latencies=_latencies(facts),
-        device=(device := facts["search"]["device"]),
-        stairs=lines(device["curves"], "channels", "time, narrowest = 1", 16) if device["curves"] else "",
+        device=(device := facts.search.device),
+        stairs=lines(device.curves, "channels", "time, narrowest = 1", 16) if device.curves else "",
     )
     html_file, json_file = directory / "report.html", directory / "report.json"
     write_whole(html_file, html)
     told = config.model_dump(mode="json", exclude={"tracking": {"uri"}})  # an address may hold a password
-    data: dict[str, Any] = {"format": 1, "name": config.name, "config": told, "facts": facts}
-    data["environment"] = dict(result.environment)
+    known = facts.to_json()
+    known |= {earlier: known[name] for name, earlier in EARLIER_NAMES.items()}
+    data = {"format": 1, "name": config.name, "config": told, "facts": known, "environment": dict(result.environment)}
     write_whole(json_file, json.dumps(data, indent=1) + "\n")
     return html_file, json_file
 
@@ -173,37 +175,36 @@ def _latencies(facts: Facts) -> list[tuple[str, str, str]]:
     """Rows (what, baseline, compact) of the latency table, those that the device tells."""
     rows = []
     for title, key, unit, decimals in LATENCIES:
-        values = [facts["benchmark"]["latency"][name].get(key) for name in ("baseline", "compact")]
+        values = [getattr(timing, key) for timing in facts.benchmark.latency]
         if None not in values:
             before, now = (f"{value:,.{decimals}f} {unit}" for value in values)
             rows.append((title, before, now))
-    after = facts["benchmark"].get("postprocessing")
-    if after is not None:
+    if (after := facts.benchmark.postprocessing) is not None:
         for title, key in (("p50", "p50_ms"), ("p95", "p95_ms")):
-            before, now = (f"{after['latency'][name][key]:,.3f} ms" for name in ("baseline", "compact"))
-            rows.append((f"{title} with {after['name']}", before, now))
+            before, now = (f"{getattr(timing, key):,.3f} ms" for timing in after.latency)
+            rows.append((f"{title} with {after.name}", before, now))
     return rows
 
 
 def _front_row(row: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
     """One line of the front's table."""
-    candidate, found = row["candidate"], row["evaluation"]["metrics"]
+    candidate, metrics = row["candidate"], row["evaluation"]["metrics"]
     return {
         "name": " ".join(dict.fromkeys((row["stage"], candidate["origin"], str(candidate["id"])))),
         "weights": " ".join(filter(None, (row["weights"], candidate["base"]))),
-        "accuracy": found[facts["judge"]["search_metric"]],
-        "macs": found["macs"] / facts["search"]["reference"]["metrics"]["macs"],
-        "latency": found.get("latency_ratio"),
+        "accuracy": metrics[facts.gate.search_metric],
+        "macs": metrics["macs"] / facts.search.reference["macs"],
+        "latency": metrics.get("latency_ratio"),
     }
 
 
 def _points(config: RunFile, facts: Facts, records: Sequence[Mapping[str, Any]]) -> list[tuple[float, float, str, str]]:
     """Every evaluated candidate as (MACs ratio, accuracy, kind, label)."""
-    macs = facts["search"]["reference"]["metrics"]["macs"]
+    macs = facts.search.reference["macs"]
     points = []
     for record in records:
         values = record.get("evaluation", {}).get("metrics", {})
-        accuracy = values.get(facts["judge"]["search_metric"])
+        accuracy = values.get(facts.gate.search_metric)
         if accuracy is None or record["stage"] == "smallest":
             continue
         kind = record["stage"] if record["stage"] != "search" else record["kind"]
@@ -214,7 +215,5 @@ def _points(config: RunFile, facts: Facts, records: Sequence[Mapping[str, Any]])
 
 def _widths(facts: Facts) -> list[tuple[str, int, int]]:
     """(group, channels before, channels after) of the compact model."""
-    from pruning.plan import PruningPlan
-
-    plan = PruningPlan.from_json(facts["finetune"]["best"]["candidate"]["plan"])
+    plan = facts.finetune.best.candidate.plan
     return [(name, plan.sizes[name], plan.widths[name]) for name in plan.sizes]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -34,13 +31,3 @@ def prove(model: nn.Module, graph: ChannelGraph, space: SearchSpace, example: to
             f"Freeze the layers concerned with search.frozen.\n{graph.report()}"
         )
     return certificate
-
-
-def facts_of(certificate: Certificate) -> dict[str, Any]:
-    """A certificate as JSON can hold it."""
-    error = certificate.max_relative_error
-    return {
-        "ok": certificate.ok,
-        "max_relative_error": None if math.isnan(error) else error,
-        "reason": certificate.reason,
-    }

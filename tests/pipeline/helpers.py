@@ -6,14 +6,24 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from export.artifact import ExportedModel, TensorSpec
 from pipeline.config.reading import parse_run_file
 from pipeline.config.schema import RunFile
+from pipeline.devices.device import RunDevice
+from pipeline.progress import Silent
+from pipeline.run import facts as found
+from pipeline.run.facts import Both, Facts
+from pipeline.run.run import Run, create_run_directory
+from pipeline.stages.order import STAGES
 from pipeline.workloads import classification
+from pruning.plan import PruningPlan
+from pruning.search.protocol import Candidate, Entry, Evaluation
 
 QUICK_DEVICE = {
     "description": "The local machine, timed very briefly (tests of behaviour, not of speed)",
@@ -81,6 +91,77 @@ def digits(**data: Any) -> classification.Classification:
     """The digits workload with a small ResNet."""
     options = {"model": {"name": "cifar_resnet8"}, "data": {"source": "digits", **data}}
     return classification.build(classification.Options.model_validate(options))
+
+
+def opened(config: RunFile) -> Run:
+    """A new run."""
+    return Run(create_run_directory(config), Silent())
+
+
+def perform(run: Run, until: str = "promote", facts: Facts | None = None) -> Facts:
+    """The stages of a run that are not done yet, up to one, as the flow does them, without Prefect."""
+    facts = facts or Facts()
+    for stage in STAGES:
+        if stage.name not in vars(facts):
+            facts = facts.plus(**{stage.name: stage.read(stage.perform(run, facts))})
+        if stage.name == until:
+            break
+    return facts
+
+
+def made_up_facts(**changes: dict[str, Any]) -> Facts:
+    """Facts of a whole run, made up.
+
+    Args:
+        changes: of a stage's facts, e.g. ``gate={"passed": False}``.
+    """
+    size = {"macs": 1_000_000, "params": 10_000, "size_bytes": 100_000}
+    timing = found.Timing(
+        p50_ms=1.0, p95_ms=2.0, cpu_p50_ms=0.9, cpu_p95_ms=1.9, load_ms=5.0, first_ms=3.0, peak_rss_bytes=10_000_000
+    )
+    model = found.ModelFacts(metrics={"top1": 0.9}, timing=timing, **size)
+    reference = Evaluation(metrics={"top1": 0.9, "macs": 1e6})
+    plan = PruningPlan({"a": 4}, {"a": (0, 1)})
+    best = Entry(Candidate(0, plan, "final", (1,), "tuned"), Evaluation(metrics={"top1": 0.9, "macs": 5e5}))
+    proof = found.Proof(ok=True, max_relative_error=1e-7, reason="")
+    parity = found.ParityFacts(**vars(proof), argmax_agreement=1.0, samples=8)
+    ports = {"input": TensorSpec((1, 3, 8, 8), "float32")}
+    artifact = ExportedModel(Path("compact.onnx"), "0" * 64, 17, "fp32", ports, {}, size["size_bytes"])
+    network = found.ExportedNetwork(artifact=artifact, parity=parity)
+    facts = Facts(
+        baseline=found.BaselineFacts(origin="trained (0)", files={}),
+        search=found.SearchFacts(
+            reference=reference,
+            archive=(best,),
+            num_candidates=4,
+            agreement=None,
+            spent={"evaluations": 4.0, "images_forwarded": 256},
+            latency=found.LatencyFacts(measured=2, predicted=0, trusted=False),
+            device=RunDevice("f", {"conv": 4}, None, {}, "the profile, unprobed", {"cpus": 2}),
+            certificate=proof,
+            graph="a: 4 channels",
+            files={},
+        ),
+        finetune=found.FinetuneFacts(best=best, finals=(best,), files={}),
+        export=found.ExportFacts(
+            baseline=network, compact=network, certificate=proof, usage={"image_size": 8}, files={}
+        ),
+        benchmark=found.BenchmarkFacts(
+            latency=Both(timing, timing),
+            speedup=found.Speedup(low=1.4, high=1.6, value=1.5),
+            flags=(),
+            statistic="cpu",
+            device="quick",
+            files={},
+        ),
+        gate=found.GateFacts(
+            models=Both(model, model), checks=(), passed=True, metric="top1", search_metric="top1", files={}
+        ),
+        report=found.ReportFacts(html="report.html", front=1, files={}),
+        register=found.RegisterFacts(name="tiny", version="1", uri="models:/tiny/1", files={}),
+        promote=found.PromoteFacts(promoted=True, devices={}, reason="", files={}),
+    )
+    return facts.plus(**{name: replace(getattr(facts, name), **change) for name, change in changes.items()})
 
 
 def start_server(home: Path, port: int) -> subprocess.Popen[bytes]:

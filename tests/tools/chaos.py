@@ -26,7 +26,7 @@ from typing import Any
 from mlflow import MlflowClient
 
 from pipeline.errors import EXIT_GATE, EXIT_OK
-from pipeline.stages import STAGES
+from pipeline.stages.order import STAGES
 from pipeline.tracking import CANDIDATE_TAG, PARENT_TAG, RUN_TAG
 from tests.pipeline.helpers import write_tiny
 from tests.pipeline.test_children import of_home, wait_until

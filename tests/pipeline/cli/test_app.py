@@ -15,8 +15,9 @@ from export import ExportError
 from pipeline import errors
 from pipeline.cli import app as cli
 from pipeline.cli import inspect
+from pipeline.run.facts import Check
 from pruning.search import METHODS
-from tests.pipeline.helpers import quick_device, write_tiny
+from tests.pipeline.helpers import made_up_facts, quick_device, write_tiny
 
 Captured = pytest.CaptureFixture[str]
 LISTED = [("methods", "ccep"), ("methods", "uniform"), ("workloads", "classification"), ("devices", "local")]
@@ -128,19 +129,8 @@ def test_a_run_that_fails_its_gate_says_why_and_ends_with_3(
 ) -> None:
     import pipeline.flow
 
-    numbers = {"top1": 0.9, "macs": 1e6, "params": 1e4, "size_bytes": 1e5, "p50_ms": 1.0, "p95_ms": 2.0}
-    check = {"name": "drop in top1", "value": 0.05, "relation": "<=", "bound": 0.02, "ok": passed}
-    facts = {
-        "judge": {
-            "models": {"baseline": numbers, "compact": numbers},
-            "checks": [check],
-            "passed": passed,
-            "metric": "top1",
-        },
-        "benchmark": {"speedup": {"value": 1.5, "low": 1.4, "high": 1.6}, "device": "quick"},
-        "register": {"name": "tiny", "version": "1", "alias": "champion" if passed else "challenger"},
-        "report": {"html": "report.html"},
-    }
+    check = Check(name="drop in top1", value=0.05, relation="<=", bound=0.02, ok=passed)
+    facts = made_up_facts(gate={"checks": (check,), "passed": passed}, promote={"promoted": passed})
     monkeypatch.setattr(pipeline.flow, "execute", lambda run, debug: facts)
     assert call(monkeypatch, "run", str(write_tiny(tmp_path))) == code
     text = capsys.readouterr().out

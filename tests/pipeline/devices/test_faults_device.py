@@ -30,9 +30,8 @@ from pipeline.progress import Silent
 from pipeline.run.journal import read_journal
 from pipeline.run.run import Run, create_run_directory
 from tests.device_profiles import sshd
-from tests.pipeline.helpers import end, quick_device, tiny_config, write_tiny
+from tests.pipeline.helpers import end, perform, quick_device, tiny_config, write_tiny
 from tests.pipeline.run.test_kill import ROOT, evaluations, finish, journal_lines, prefect_home, run_directory, start
-from tests.pipeline.stages.test_stages import perform
 
 __all__ = ["prefect_home"]
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -217,10 +216,10 @@ def test_a_clock_that_jumps_changes_no_duration_and_no_decision(
     monkeypatch.setattr(time, "time", clock)
     begun = time.monotonic()
     with Run(directory, Silent()) as run:
-        spent = perform(run, "search")["search"]["spent"]["seconds"]
+        spent = perform(run, "search").search.spent["seconds"]
     took = time.monotonic() - begun
     with Run(directory, Silent()) as run:  # and once more, from a journal whose times make no sense
-        assert perform(run, "search")["search"]["spent"]["seconds"] == pytest.approx(spent)
+        assert perform(run, "search").search.spent["seconds"] == pytest.approx(spent)
     monkeypatch.undo()
     assert clock.looks > 5
     assert 0 <= spent < took

@@ -33,6 +33,7 @@ from pipeline.evaluation.latency import LATENCIES
 from pipeline.evaluation.onnx_files import SharedFiles
 from pipeline.progress import Silent
 from pipeline.report import final_table
+from pipeline.run.facts import Facts
 from pipeline.run.opening import device_profiles
 from pipeline.run.run import Run, create_run_directory
 from pipeline.run.widths import common_multiples
@@ -45,8 +46,7 @@ from tests.device_profiles import sshd
 from tests.device_profiles.layered import plain
 from tests.device_profiles.tiny import quick_profile
 from tests.pipeline.evaluation.test_latency import Device as Arithmetic
-from tests.pipeline.helpers import QUICK_DEVICE, TINY, digits, merged, quick_device
-from tests.pipeline.stages.test_stages import perform
+from tests.pipeline.helpers import QUICK_DEVICE, TINY, digits, merged, perform, quick_device
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
 WORKLOAD = digits(image_size=8)
@@ -527,7 +527,7 @@ def test_a_run_on_two_boards_and_this_machine(tmp_path: Path, monkeypatch: pytes
     assert not any(board.agents() for board in boards)
 
 
-def look_at(directory: Path, facts: Mapping[str, Any]) -> None:
+def look_at(directory: Path, facts: Facts) -> None:
     """What a run on the devices quick, pi-a and pi-b leaves behind."""
     names = ["quick", "pi-a", "pi-b"]
     assert {path.name for path in directory.glob("device*.json")} == {
@@ -536,18 +536,18 @@ def look_at(directory: Path, facts: Mapping[str, Any]) -> None:
     assert {path.name for path in directory.glob("benchmark*.json")} == {
         *("benchmark.json", "benchmark.pi-a.json", "benchmark.pi-b.json")
     }
-    fleet = facts["benchmark"]["fleet"]
-    assert list(fleet) == names == list(facts["search"]["devices"])
-    assert facts["benchmark"]["device"] == "quick"
-    assert facts["benchmark"]["latency"] == fleet["quick"]["latency"]
+    fleet = facts.benchmark.of_devices
+    assert list(fleet) == names == list(facts.search.devices or {})
+    assert facts.benchmark.device == "quick"
+    assert facts.benchmark.latency == fleet["quick"].latency
     for name in names[1:]:
         kept = json.loads((directory / f"benchmark.{name}.json").read_text())
         assert kept["profile"] == name
         assert len(kept["processes"]) == QUICK_DEVICE["final"]["processes"]
-    best = facts["finetune"]["best"]["evaluation"]["metrics"]
+    best = facts.finetune.best.evaluation.metrics
     ratios = [best[f"latency_ratio.{name}"] for name in names]
     assert best["latency_ratio"] == pytest.approx(sum(ratios) / 3)
-    checks = [check["name"] for check in facts["judge"]["checks"]]
+    checks = [check.name for check in facts.gate.checks]
     assert [name for name in checks if "speed-up" in name] == [f"speed-up on {name}, lower end" for name in names]
     assert [row[0] for row in final_table(facts)][-2:] == ["p50 on pi-a", "p50 on pi-b"]
     page = (directory / "report.html").read_text()

@@ -20,8 +20,7 @@ from pipeline.progress import Silent
 from pipeline.run.run import Run
 from pipeline.tracking import Registry
 from pruning.plan import PruningPlan
-from tests.pipeline.helpers import tiny_config
-from tests.pipeline.stages.test_stages import opened, perform
+from tests.pipeline.helpers import opened, perform, tiny_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
 
@@ -44,13 +43,14 @@ def test_another_candidate_is_fine_tuned_exported_timed_judged_and_registered(
     with Run(made[0], Silent()) as run:
         run.tracker.start()
         facts = perform(run)
-        assert facts["finetune"]["best"]["candidate"]["digest"] == chosen.plan.digest
-        assert facts["search"]["num_candidates"] == 1
-        assert facts["baseline"]["origin"].startswith("reused")
-        version = run.tracker.registry.version("tiny", str(facts["register"]["version"]))
+        assert facts.finetune.best.candidate.plan.digest == chosen.plan.digest
+        assert facts.search.num_candidates == 1
+        assert facts.baseline.origin.startswith("reused")
+        assert facts.register is not None
+        version = run.tracker.registry.version("tiny", facts.register.version)
         assert version.tags["plan_digest"] == chosen.plan.digest
         again = perform(run, "search")  # as a resume does: from the journal
-        assert again["search"]["archive"] == facts["search"]["archive"]
+        assert again.search.archive == facts.search.archive
     assert (directory / "journal.jsonl").read_bytes() == before
 
 

@@ -11,15 +11,16 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from pipeline import stages
 from pipeline.cli.app import app
 from pipeline.errors import JournalError, UserError
 from pipeline.lifecycle.rescore import front_rows, rescore, write_ranking
 from pipeline.run.journal import Journal
 from pipeline.run.records import describe
+from pipeline.stages.register import register
+from pipeline.stages.report import report
 from pruning.plan import ChannelGroup, PruningPlan
 from pruning.search.protocol import Candidate
-from tests.pipeline.helpers import tiny_config
+from tests.pipeline.helpers import made_up_facts, tiny_config
 
 FULL = PruningPlan.full([ChannelGroup("a", 8)])
 
@@ -108,7 +109,7 @@ def test_only_as_many_candidates_are_kept_as_asked(directory: Path) -> None:
     assert len(json.loads(file.read_text())["candidates"]) == 2
 
 
-@pytest.mark.parametrize("stage", [stages.report, stages.register])
+@pytest.mark.parametrize("stage", [report, register])
 def test_a_journal_cut_off_after_the_search_is_found_where_candidates_are_shown(directory: Path, stage: Any) -> None:
     file = directory / "journal.jsonl"
     file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:3]))  # the header, the reference, one plan
@@ -116,7 +117,7 @@ def test_a_journal_cut_off_after_the_search_is_found_where_candidates_are_shown(
     with Journal(file, "r", config.digest) as journal:
         run: Any = SimpleNamespace(journal=journal, directory=directory)
         with pytest.raises(JournalError, match=r"holds 1 candidates of the search, which evaluated 4.*Restore"):
-            stage(run, {"search": {"num_candidates": 4}})
+            stage(run, made_up_facts(search={"num_candidates": 4}))
 
 
 def test_rescore_refuses_a_journal_with_a_line_missing(directory: Path) -> None:

@@ -12,8 +12,7 @@ from pipeline.errors import UserError
 from pipeline.progress import Silent
 from pipeline.run.journal import read_journal
 from pipeline.run.run import Run, create_run_directory
-from pipeline.stages import baseline, search
-from tests.pipeline.helpers import tiny_config
+from tests.pipeline.helpers import perform, tiny_config
 
 CASES: dict[str, tuple[dict[str, Any], str]] = {
     "unknown criterion": (
@@ -49,9 +48,9 @@ def test_it_ends_with_what_is_wrong(case: str, home: Path) -> None:
     section, message = CASES[case]
     section = {"images": 32, "options": {}, **section}
     with Run(create_run_directory(tiny_config(home, search=section)), Silent()) as run:
-        facts = {"baseline": baseline(run, {})}
+        facts = perform(run, "baseline")
         with pytest.raises(UserError, match=message):
-            search(run, facts)
+            perform(run, "search", facts)
     assert read_journal(run.directory / "journal.jsonl")[0]["kind"] == "run"
 
 

@@ -20,9 +20,8 @@ from pipeline.run.estimate import Estimate, estimate
 from pipeline.run.preflight import examine
 from pipeline.run.rehearsal import Counted
 from pipeline.run.run import Run, create_run_directory
-from pipeline.stages import baseline, finetune, search
 from pruning.search import METHODS
-from tests.pipeline.helpers import tiny_config, write_tiny
+from tests.pipeline.helpers import perform, tiny_config, write_tiny
 
 Changes = dict[str, Any]
 HALF = {"macs_ratio": 0.5}
@@ -67,9 +66,7 @@ def test_counts_are_those_of_the_journal(
     taken = estimate(found)
     assert taken is not None
     with Run(create_run_directory(config), Silent()) as run:
-        facts: dict[str, Any] = {}
-        for stage in (baseline, search, finetune):
-            facts[stage.__name__] = json.loads(json.dumps(stage(run, facts)))
+        perform(run, "finetune")
         records = [record for record in run.journal.records if record["kind"] != "run"]
     asked = [record for record in records if record["stage"] == "search"]
     evaluations = sum(record["kind"] in ("evaluation", "finetune") for record in asked)

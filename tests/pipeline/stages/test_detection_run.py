@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,17 @@ import onnxruntime
 import pytest
 import torch
 
-from pipeline import stages
 from pipeline.evaluation import evaluator
 from pipeline.lifecycle import promotion
 from pipeline.lifecycle.rescore import rank_agreement, rescore
 from pipeline.report import final_table
+from pipeline.run.facts import Facts
 from pipeline.run.run import Run
+from pipeline.stages import gate
+from pipeline.stages.loading import first_batch, load_baseline, load_compact, parity_images
+from pipeline.stages.report import NUM_PICTURES
 from pruning.plan import PruningPlan
-from tests.pipeline.helpers import tiny_config
-from tests.pipeline.stages.test_stages import opened, perform
+from tests.pipeline.helpers import opened, perform, tiny_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
 WORKLOAD = {
@@ -41,7 +44,7 @@ CHANGES: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run, dict[str, Any]]]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run, Facts]]:
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SECATEUR_HOME", str(folder / "home"))
@@ -55,12 +58,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run, di
 
 def expected(run: Run, images: torch.Tensor) -> torch.Tensor:
     """What the compact network finds in torch."""
-    model, graph = stages.load_baseline(run)
+    model, graph = load_baseline(run)
     plan = PruningPlan.from_json((run.directory / "compact.plan.json").read_text())
     after = run.workload.postprocessing
     assert after is not None
     with torch.inference_mode():
-        return after.apply(stages.load_compact(run, model, graph, plan)(images))
+        return after.apply(load_compact(run, model, graph, plan)(images))
 
 
 def test_the_file_pulled_from_the_registry_finds_what_torch_finds(finished: Any) -> None:
@@ -68,9 +71,9 @@ def test_the_file_pulled_from_the_registry_finds_what_torch_finds(finished: Any)
 
     run, facts = finished
     mlflow.set_tracking_uri(run.tracker.uri)
-    pulled = mlflow.artifacts.download_artifacts(f"models:/tiny/{facts['register']['version']}/model.onnx")
+    pulled = mlflow.artifacts.download_artifacts(f"models:/tiny/{facts.register.version}/model.onnx")
     assert Path(pulled).read_bytes() == (run.directory / "compact.detections.onnx").read_bytes()
-    images, _ = stages.first_batch(run, run.workload.test)
+    images, _ = first_batch(run, run.workload.test)
     session = onnxruntime.InferenceSession(pulled, providers=["CPUExecutionProvider"])
     (found,) = session.run(["detections"], {"input": images.numpy()})  # the whole split at once: dynamic_batch
     wanted = expected(run, images)
@@ -86,7 +89,7 @@ def test_a_version_says_how_to_prepare_images_and_what_the_classes_are(finished:
 
     run, facts = finished
     version = MlflowClient(run.tracker.uri).get_model_version_by_alias("tiny", "champion")
-    assert facts["promote"]["promoted"]
+    assert facts.promote.promoted
     usage = json.loads(version.tags["usage"])
     prepared = {"image_size": 64, "mean": [0.5] * 3, "std": [0.25] * 3, "resize": "stretch"}
     assert usage == {**prepared, "classes": [str(i) for i in range(10)]}
@@ -95,34 +98,34 @@ def test_a_version_says_how_to_prepare_images_and_what_the_classes_are(finished:
 
 def test_detections_were_compared_before_they_were_trusted(finished: Any) -> None:
     _, facts = finished
-    for name in ("baseline", "compact"):
-        proof = facts["export"][name]["postprocessing"]
-        assert proof["ok"], proof["reason"]
-        assert proof["compared"] == sum(proof["counts"]) > 24 or name == "compact"
-        assert proof["largest_error"] < 1e-3
-    checks = {check["name"]: check for check in facts["judge"]["checks"]}
-    assert checks["results of compact that differ"]["ok"]
+    for name, network in facts.export.networks.items():
+        proof = network.postprocessing
+        assert proof.ok, proof.reason
+        assert proof.compared == sum(proof.counts) > 24 or name == "compact"
+        assert proof.largest_error < 1e-3
+    checks = {check.name: check for check in facts.gate.checks}
+    assert checks["results of compact that differ"].ok
 
 
 def test_results_that_differ_fail_the_gate(finished: Any) -> None:
     run, facts = finished
-    broken = json.loads(json.dumps(facts))
-    broken["export"]["compact"]["postprocessing"]["differing"] = 1
-    checks = stages.gate(run, broken, facts["judge"]["models"])
-    assert [check["name"] for check in checks if not check["ok"]] == ["results of compact that differ"]
+    compact = facts.export.compact
+    differing = replace(compact, postprocessing=replace(compact.postprocessing, differing=1))
+    broken = facts.plus(export=replace(facts.export, compact=differing))
+    checks = gate.checks_of(run, broken, facts.gate.models)
+    assert [check.name for check in checks if not check.ok] == ["results of compact that differ"]
 
 
 def test_latency_is_known_with_and_without_suppression(finished: Any) -> None:
     run, facts = finished
-    bare, whole = facts["benchmark"]["latency"], facts["benchmark"]["postprocessing"]
-    assert whole["name"] == "detections"
-    for name in ("baseline", "compact"):
-        assert whole["latency"][name]["p50_ms"] > 0
-        assert whole["latency"][name]["p50_ms"] != bare[name]["p50_ms"]
-    counts = facts["export"]["baseline"]["postprocessing"]["counts"]
-    assert whole["found"] == sorted(counts)[len(counts) // 2]
+    whole = facts.benchmark.postprocessing
+    assert whole.name == "detections"
+    for bare, timing in zip(facts.benchmark.latency, whole.latency, strict=True):
+        assert 0 < timing.p50_ms != bare.p50_ms
+    counts = facts.export.baseline.postprocessing.counts
+    assert whole.found == sorted(counts)[len(counts) // 2]
     with np.load(run.directory / "benchmark-input.npz") as file:  # a real image, not noise
-        images = stages.parity_images(run).numpy()
+        images = parity_images(run).numpy()
         assert any(np.array_equal(file["input"][0], image) for image in images)
     titles = [row[0] for row in final_table(facts)]
     assert "p50 with detections" in titles
@@ -133,7 +136,7 @@ def test_the_report_shows_before_and_after_and_loads_nothing(finished: Any) -> N
     run, _ = finished
     html = (run.directory / "report.html").read_text()
     sources = re.findall(r'(?:src|href)\s*=\s*"([^"]*)"', html)
-    assert len(sources) == 2 * stages.NUM_PICTURES
+    assert len(sources) == 2 * NUM_PICTURES
     assert all(source.startswith("data:image/jpeg;base64,") for source in sources)
     for text in ("with detections", "Before and after", "detections of ONNX = PyTorch", "(Spearman)", "loss_score"):
         assert text in html
@@ -144,11 +147,11 @@ def test_the_search_went_by_the_loss_and_says_how_well_it_ranks(finished: Any) -
     records = [r for r in run.journal.records if r.get("stage") == "search" and "evaluation" in r]
     metrics = [r["evaluation"]["metrics"] for r in records]
     assert all("loss_score" in found for found in metrics)
-    final = facts["finetune"]["best"]["evaluation"]["metrics"]
+    final = facts.finetune.best.evaluation.metrics
     assert "map50" in final
-    agreement = facts["search"]["agreement"]
-    assert 3 <= agreement["candidates"] == sum("map50" in found for found in metrics) < len(metrics)
-    assert -1 <= agreement["spearman"] <= 1
+    agreement = facts.search.agreement
+    assert 3 <= agreement.candidates == sum("map50" in found for found in metrics) < len(metrics)
+    assert -1 <= agreement.spearman <= 1
     assert rescore(run.directory, "amc", {}).metric in ("map50", "loss_score")
 
 
@@ -172,7 +175,7 @@ def test_rank_agreement_is_spearmans() -> None:
 def test_the_test_split_is_read_in_parts(finished: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run, facts = finished
     monkeypatch.setattr(promotion, "CHUNK_BYTES", 1)
-    again = stages.test_metrics(run, run.directory / "compact.onnx")
-    known = facts["judge"]["models"]["compact"]
+    again = gate.test_metrics(run, run.directory / "compact.onnx")
+    known = facts.gate.models.compact
     assert again == pytest.approx({name: known[name] for name in again}, rel=1e-4)
     assert {"map50", "map", "map75", "loss"} <= set(again)

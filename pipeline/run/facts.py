@@ -1,0 +1,517 @@
+"""What the stages of a run find: one frozen dataclass a stage, and the one place where they become JSON and are read.
+
+In JSON a number that is none (NaN) or infinite is ``null``; a field marked ``OMITTED`` is left out while it is None.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from typing import Annotated, Any, Generic, Self, TypeVar, get_type_hints
+
+from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, TypeAdapter
+
+from export.artifact import ExportedModel
+from pipeline.devices.device import RunDevice
+from pipeline.run.records import describe, to_candidate, to_dict, to_evaluation
+from pipeline.tracking import Decision
+from pruning.search.protocol import Entry, Evaluation
+
+EARLIER_NAMES = {"gate": "judge"}
+"""Stages that had another name: for one release it is still read, and written beside the new one in ``report.json``."""
+
+Part = TypeVar("Part")
+Number = int | float  # both, so that pydantic leaves each as it is
+OMITTED = Field(exclude_if=lambda value: value is None)
+
+
+def _read_evaluation(data: Mapping[str, Any]) -> Evaluation:
+    known = {name: value for name, value in data["metrics"].items() if value is not None}
+    return to_evaluation({**data, "metrics": known})
+
+
+def _read_entry(data: Mapping[str, Any]) -> Entry:
+    return Entry(to_candidate(data["candidate"]), _read_evaluation(data["evaluation"]))
+
+
+def _entry_json(entry: Entry) -> dict[str, Any]:
+    return {"candidate": describe(entry.candidate), "evaluation": to_dict(entry.evaluation)}
+
+
+KeptEvaluation = Annotated[Evaluation, PlainValidator(_read_evaluation), PlainSerializer(to_dict)]
+KeptEntry = Annotated[Entry, PlainValidator(_read_entry), PlainSerializer(_entry_json)]
+KeptDecision = Annotated[Decision, PlainSerializer(Decision.to_dict)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageFacts:
+    """What every stage adds.
+
+    Args:
+        files: the files it made, as paths within the run directory, with the sha256 of each.
+    """
+
+    files: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Both(Generic[Part]):
+    """The same of both networks."""
+
+    baseline: Part
+    compact: Part
+
+    def __iter__(self) -> Iterator[Part]:
+        return iter((self.baseline, self.compact))
+
+    def items(self) -> tuple[tuple[str, Part], ...]:
+        """Each with the name of its network."""
+        return ("baseline", self.baseline), ("compact", self.compact)
+
+
+# -- baseline and search -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselineFacts(StageFacts):
+    """The unpruned network.
+
+    Args:
+        origin: where its weights come from, for people.
+    """
+
+    origin: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """Whether two networks compute the same.
+
+    Args:
+        max_relative_error: largest difference over the largest magnitude; None = they could not be compared.
+        reason: what is wrong; empty when ok.
+    """
+
+    ok: bool
+    max_relative_error: float | None
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankAgreement:
+    """How alike two metrics rank the candidates of a search.
+
+    Args:
+        stand_in: the metric that the search went by.
+        metric: the workload's own.
+        spearman: their rank correlation.
+        candidates: that have both.
+    """
+
+    stand_in: str
+    metric: str
+    spearman: float | None
+    candidates: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyFacts:
+    """How a search came to its latencies; the figures from ``median_error`` on say what the latency model is worth.
+
+    Args:
+        measured: plans timed on the device.
+        predicted: plans that the latency model answered for.
+        trusted: whether the model was good enough to be asked.
+        samples: measurements that the model learned from.
+        devices: the same for each of several devices, by name.
+    """
+
+    measured: int
+    predicted: int
+    trusted: bool
+    median_error: Annotated[float | None, OMITTED] = None
+    spearman: Annotated[float | None, OMITTED] = None
+    half_width: Annotated[float | None, OMITTED] = None
+    samples: Annotated[int | None, OMITTED] = None
+    devices: Annotated[Mapping[str, LatencyFacts] | None, OMITTED] = None
+
+    @classmethod
+    def of(cls, report: Mapping[str, Any]) -> LatencyFacts:
+        """What ``Latencies.report`` says."""
+        devices = report.get("devices")
+        each = None if devices is None else {name: cls.of(found) for name, found in devices.items()}
+        return cls(**{**report, "devices": each})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchFacts(StageFacts):
+    """What the search found.
+
+    Args:
+        reference: the unpruned network's evaluation, its accuracy in float32.
+        archive: the search's result, best first.
+        num_candidates: how many the search evaluated.
+        agreement: None where the search went by the workload's own metric, or too few candidates have both.
+        spent: running totals (``evaluations``, ``epochs``, ``seconds``, ``images_forwarded`` ...).
+        device: the run's own device.
+        devices: every device, where there are several.
+        certificate: of a cut through every group that was searched.
+        graph: the channel groups, for people.
+    """
+
+    reference: KeptEvaluation
+    archive: tuple[KeptEntry, ...]
+    num_candidates: int
+    agreement: RankAgreement | None
+    spent: Mapping[str, Number]
+    latency: LatencyFacts
+    device: RunDevice
+    devices: Annotated[Mapping[str, RunDevice] | None, OMITTED] = None
+    certificate: Proof
+    graph: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneFacts(StageFacts):
+    """The fine-tuned plans, and the best of them: the compact network."""
+
+    best: KeptEntry
+    finals: tuple[KeptEntry, ...]
+
+
+# -- export and benchmark ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityFacts(Proof):
+    """An ONNX file compared with its PyTorch network.
+
+    Args:
+        argmax_agreement: share of rows with the same argmax.
+        samples: inputs compared.
+    """
+
+    argmax_agreement: float
+    samples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultParity:
+    """Results behind postprocessing, of ONNX and of PyTorch, compared.
+
+    Args:
+        largest_error: of what was compared; its unit is the postprocessing's own.
+        compared: results that both have.
+        differing: results that only one has.
+        reason: what is wrong; empty when ok.
+        counts: how much was found in each image.
+    """
+
+    ok: bool
+    largest_error: float | None
+    compared: int
+    differing: int
+    reason: str
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedNetwork:
+    """One network as ONNX.
+
+    Args:
+        artifact: the file of the network alone.
+        whole: the file with postprocessing behind it, where the workload has some.
+        postprocessing: how the results of that file compare.
+    """
+
+    artifact: ExportedModel
+    parity: ParityFacts
+    whole: Annotated[ExportedModel | None, OMITTED] = None
+    postprocessing: Annotated[ResultParity | None, OMITTED] = None
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The network's files with the sha256 of each."""
+        return {model.path.name: model.sha256 for model in (self.artifact, self.whole) if model is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportFacts(StageFacts):
+    """Both networks as ONNX.
+
+    Args:
+        certificate: of the cut that became the compact network.
+        usage: how images are prepared and outputs read, as ``Workload.usage`` says it.
+    """
+
+    baseline: ExportedNetwork
+    compact: ExportedNetwork
+    certificate: Proof
+    usage: Mapping[str, Any]
+
+    @property
+    def networks(self) -> Both[ExportedNetwork]:
+        return Both(self.baseline, self.compact)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Figures of a timed network; None = the device does not tell."""
+
+    p50_ms: float
+    p95_ms: float
+    cpu_p50_ms: float
+    cpu_p95_ms: float
+    load_ms: float
+    first_ms: float
+    peak_rss_bytes: int | None
+    energy_mj: Annotated[float | None, OMITTED] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speedup:
+    """How many times faster the compact network is, with the 95 % interval; None = too few processes for one."""
+
+    low: float | None
+    high: float | None
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """Both networks timed in turn on one device.
+
+    Args:
+        flags: what disturbed the timing.
+    """
+
+    latency: Both[Timing]
+    speedup: Speedup
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimedResults(Timed):
+    """Both networks timed with postprocessing.
+
+    Args:
+        name: of the postprocessing.
+        found: how much the baseline finds in the image they were timed on.
+    """
+
+    name: str
+    found: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimedOnDevice(Timed):
+    """All that was timed on one device.
+
+    Args:
+        statistic: what the speed-up is a ratio of, ``cpu`` or ``wall`` time.
+    """
+
+    statistic: str
+    postprocessing: Annotated[TimedResults | None, OMITTED] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkFacts(TimedOnDevice, StageFacts):
+    """What was timed on the run's own device.
+
+    Args:
+        device: its name.
+        fleet: what was timed on each device, the run's own too, where there are several.
+    """
+
+    device: str
+    fleet: Annotated[Mapping[str, TimedOnDevice] | None, OMITTED] = None
+
+    @property
+    def of_devices(self) -> Mapping[str, TimedOnDevice]:
+        """What was timed on each device, whether there is one or several."""
+        return {self.device: self} if self.fleet is None else self.fleet
+
+
+# -- gate, report, registry --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """A network at the end of a run; one level in JSON, the metrics first.
+
+    Args:
+        metrics: on the test split; None = not a number.
+    """
+
+    metrics: Mapping[str, Number | None]
+    macs: int
+    params: int
+    size_bytes: int
+    timing: Timing
+
+    def __getitem__(self, metric: str) -> float:
+        """A metric by name; NaN where it is unknown."""
+        value = self.metrics.get(metric)
+        return float("nan") if value is None else value
+
+    @property
+    def size(self) -> dict[str, int]:
+        """What a network costs, however fast the device."""
+        return {"macs": self.macs, "params": self.params, "size_bytes": self.size_bytes}
+
+    def flat(self) -> dict[str, Number | None]:
+        """Every figure by its name."""
+        timing = {name: value for name, value in asdict(self.timing).items() if (name, value) != ("energy_mj", None)}
+        return {**self.metrics, **self.size, **timing}
+
+    @staticmethod
+    def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+        """The inverse of ``flat``, for pydantic to read."""
+        timing = {field.name: flat[field.name] for field in fields(Timing) if field.name in flat}
+        size = {name: flat[name] for name in ("macs", "params", "size_bytes")}
+        metrics = {name: value for name, value in flat.items() if name not in timing and name not in size}
+        return {"metrics": metrics, **size, "timing": timing}
+
+
+KeptModel = Annotated[ModelFacts, BeforeValidator(ModelFacts.nested), PlainSerializer(ModelFacts.flat)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One check of the gate.
+
+    Args:
+        value: what was found; None = unknown, and then it does not hold.
+        relation: ``<=`` or ``>``.
+        bound: what it was compared with.
+    """
+
+    name: str
+    value: Number | None
+    relation: str
+    bound: Number
+    ok: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateFacts(StageFacts):
+    """Whether the run reached what its run file asks for.
+
+    Args:
+        metric: the metric the gate looks at.
+        search_metric: the metric the search went by.
+    """
+
+    models: Both[KeptModel]
+    checks: tuple[Check, ...]
+    passed: bool
+    metric: str
+    search_metric: str
+
+    @property
+    def failed(self) -> tuple[Check, ...]:
+        """The checks that do not hold."""
+        return tuple(check for check in self.checks if not check.ok)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportFacts(StageFacts):
+    """The report.
+
+    Args:
+        html: name of the page.
+        front: candidates on the Pareto front.
+    """
+
+    html: str
+    front: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegisterFacts(StageFacts):
+    """The registered version."""
+
+    name: str
+    version: str
+    uri: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromoteFacts(StageFacts):
+    """What became of the version.
+
+    Args:
+        promoted: it is the champion of all its devices.
+        devices: what was decided on each.
+        reason: why nothing was decided.
+    """
+
+    promoted: bool
+    devices: Mapping[str, KeptDecision]
+    reason: str
+
+
+class Facts:
+    """What the stages of a run found so far, each under the stage's name.
+
+    Asking for a stage that is not done raises AttributeError. Those that need the tracking server may be left out of a
+    run that went to its end otherwise: then they are None.
+    """
+
+    baseline: BaselineFacts
+    search: SearchFacts
+    finetune: FinetuneFacts
+    export: ExportFacts
+    benchmark: BenchmarkFacts
+    gate: GateFacts
+    report: ReportFacts
+    register: RegisterFacts | None = None
+    promote: PromoteFacts | None = None
+
+    def __init__(self, **done: StageFacts) -> None:
+        vars(self).update(done)
+
+    def plus(self, **done: StageFacts) -> Self:
+        """These and more."""
+        return type(self)(**{**vars(self), **done})
+
+    def only(self, names: tuple[str, ...]) -> Self:
+        """Those of some stages, as far as these are done."""
+        return type(self)(**{name: facts for name, facts in vars(self).items() if name in names})
+
+    def to_json(self) -> dict[str, Any]:
+        """Made of JSON's types."""
+        return {name: to_json(facts) for name, facts in vars(self).items()}
+
+
+def to_json(facts: StageFacts) -> dict[str, Any]:
+    """A stage's facts, made of JSON's types; floats are kept to the last digit."""
+    kind: Any = type(facts)
+    text = json.dumps(_adapter(kind).dump_python(facts, mode="json"))
+    data: dict[str, Any] = json.loads(text, parse_constant=lambda _: None)
+    return data
+
+
+def from_json(stage: str, data: Mapping[str, Any]) -> StageFacts:
+    """The inverse of ``to_json``; what an earlier version of Secateur wrote besides is left out.
+
+    Args:
+        stage: its name.
+
+    Raises:
+        ValueError: these are no facts of this stage.
+    """
+    try:
+        facts: StageFacts = _adapter(get_type_hints(Facts)[stage]).validate_python(data)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"no facts of the stage {stage}: {error!r}") from error
+    return facts
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)

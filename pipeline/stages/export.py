@@ -1,0 +1,76 @@
+"""Both networks as verified ONNX files."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import onnx
+import torch
+from torch import nn
+
+from export.artifact import describe
+from export.onnx_export import export_onnx, write_atomically
+from export.verify import predict, verify_parity
+from pipeline.run.facts import ExportedNetwork, ExportFacts, Facts, ParityFacts, Proof, ResultParity
+from pipeline.run.run import Run
+from pipeline.stages.loading import load_baseline, load_compact, parity_images
+from pipeline.workloads import Postprocessing
+from pruning.surgery import certify, prune
+
+
+def export(run: Run, facts: Facts) -> ExportFacts:
+    """Both networks as optimised ONNX, proven equal to their PyTorch models; the certificate of the final cut.
+
+    Raises:
+        ExportError: a network cannot be exported.
+    """
+    model, graph = load_baseline(run)
+    plan = facts.finetune.best.candidate.plan
+    compact = load_compact(run, model, graph, plan)
+    exported = []
+    with run.progress.stage("Export to ONNX") as report:
+        for name, network, digest in (("baseline", model.cpu(), ""), ("compact", compact, plan.digest)):
+            exported.append(_export_one(run, name, network, digest))
+            error = exported[-1].parity.max_relative_error
+            report(len(exported), 2, f"largest relative difference {error:.1e}")
+    certificate = certify(model, prune(model, graph, plan), graph, plan, run.workload.example_input())
+    return ExportFacts(
+        baseline=exported[0],
+        compact=exported[1],
+        certificate=Proof(**asdict(certificate)),
+        usage=dict(run.workload.usage),
+        files=exported[0].files | exported[1].files,
+    )
+
+
+def _export_one(run: Run, name: str, network: nn.Module, plan_digest: str) -> ExportedNetwork:
+    """A network's ONNX file and its parity; the same with postprocessing behind it, where the workload has some."""
+    section, after = run.config.export, run.workload.postprocessing
+    path, images = run.directory / f"{name}.onnx", parity_images(run)
+    example = run.workload.example_input()
+    artifact = export_onnx(
+        network, example, path, opset=section.opset, plan_digest=plan_digest, dynamic_batch=section.dynamic_batch
+    )
+    parity = verify_parity(path, network, torch.split(images, 1), tolerance=section.tolerance)
+    exported = ExportedNetwork(artifact=artifact, parity=ParityFacts(**asdict(parity)))
+    return exported if after is None else _with_postprocessing(exported, after, network, images)
+
+
+def _with_postprocessing(
+    exported: ExportedNetwork, after: Postprocessing, network: nn.Module, images: torch.Tensor
+) -> ExportedNetwork:
+    """The network's second file, and its results compared with those of PyTorch."""
+    path = exported.artifact.path
+    whole = path.with_name(f"{path.stem}.{after.name}.onnx")
+    write_atomically(whole, after.append(onnx.load(path)).SerializeToString())
+    with torch.inference_mode():
+        expected = torch.cat([after.apply(network(part)) for part in torch.split(images, 1)])
+    results = torch.from_numpy(predict(whole, images.numpy(), threads=torch.get_num_threads()))
+    return ExportedNetwork(
+        artifact=exported.artifact,
+        parity=exported.parity,
+        whole=describe(whole, plan_digest=exported.artifact.plan_digest),
+        postprocessing=ResultParity(
+            **asdict(after.compare(results, expected)), counts=tuple(after.count(expected).tolist())
+        ),
+    )

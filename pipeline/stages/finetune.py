@@ -1,0 +1,79 @@
+"""The best plans, fine-tuned; the best of these is the compact network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from pipeline.errors import UserError
+from pipeline.evaluation.evaluator import Evaluator
+from pipeline.files import sha256_of, write_whole
+from pipeline.run.facts import Facts, FinetuneFacts
+from pipeline.run.records import request_of
+from pipeline.run.run import Run
+from pipeline.run.study import Study
+from pipeline.stages.loading import load_baseline
+from pipeline.stages.search import merit
+from pipeline.training.loop import save_weights
+from pruning.search.protocol import RANDOM, AuxiliaryTraining, Candidate, Entry, FineTune
+
+
+def finetune(run: Run, facts: Facts) -> FinetuneFacts:
+    """Fine-tune the best plans with the baseline as teacher; the best by reward becomes the compact model.
+
+    Raises:
+        UserError: the search found no pruned network, or fine-tuning fails for every plan.
+        DeviceError: the device is away, or its answers are of no use.
+        JournalError: what is recorded is of another search.
+    """
+    model, graph = load_baseline(run)
+    oracle, reference = run.evaluator(model, graph), facts.search.reference
+    oracle.calibrate(reference)
+    reward = run.reward(reference, run.workload.metric)
+    chosen = best_plans(facts.search.archive)
+    if not chosen:
+        raise UserError("the search found no pruned network to fine-tune; give it more evaluations or a looser target")
+    revive_weights(run, oracle)
+    study = Study(run.journal, oracle, run.tracker.candidate, stage="final")
+    finals = tuple(_tuned(run, study, i, old) for i, old in enumerate(chosen[: run.config.finetune.top]))
+    best = max(finals, key=lambda entry: merit(run, reward, entry.evaluation, reference))
+    if best.evaluation.status != "ok":
+        raise UserError(f"fine-tuning failed for every plan: {best.evaluation.reason}")
+    weights = save_weights(run.directory / "compact.safetensors", _cut(oracle, best.candidate).state_dict())
+    plan = run.directory / "compact.plan.json"
+    write_whole(plan, best.candidate.plan.to_json() + "\n")
+    return FinetuneFacts(
+        best=best, finals=finals, files={"compact.safetensors": weights, "compact.plan.json": sha256_of(plan)}
+    )
+
+
+def best_plans(archive: Sequence[Entry]) -> list[Candidate]:
+    """One candidate of every pruned plan: an archive is ranked, so the first of equal plans is the best trained one."""
+    chosen: dict[str, Candidate] = {}
+    for entry in archive:
+        if not entry.candidate.plan.is_full:
+            chosen.setdefault(entry.candidate.plan.digest, entry.candidate)
+    return list(chosen.values())
+
+
+def revive_weights(run: Run, oracle: Evaluator) -> None:
+    """Make the weights of the search's own fine-tunings usable in this process."""
+    for record in run.journal.records:
+        if record.get("stage") != "search" or not record.get("checkpoint"):
+            continue
+        request = request_of(record)
+        if not oracle.restore(request, record["base"], record["checkpoint"]):
+            oracle.train_auxiliary(request) if isinstance(request, AuxiliaryTraining) else oracle.finetune(request)
+
+
+def _tuned(run: Run, study: Study, number: int, old: Candidate) -> Entry:
+    """A candidate of the search, trained by the run's recipe."""
+    base = RANDOM if run.config.finetune.from_scratch else old.base
+    candidate = Candidate(number, old.plan, "final", (old.id,), base)
+    answer = study.finetune(FineTune(candidate, run.config.finetune.epochs))
+    return Entry(Candidate(number, old.plan, "final", (old.id,), answer.base), answer.evaluation)
+
+
+def _cut(oracle: Evaluator, best: Candidate) -> nn.Module:
+    return oracle.network(best.plan, best.base).cpu()

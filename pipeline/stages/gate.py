@@ -1,0 +1,109 @@
+"""The gate: whether a run reached what its run file asks for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from pipeline.lifecycle import promotion
+from pipeline.run.facts import Both, Check, Facts, GateFacts, ModelFacts
+from pipeline.run.run import Run
+from pipeline.stages.loading import load_baseline
+from pruning.cost import cost
+from pruning.plan import PruningPlan
+
+CERTIFIED = 1e-4
+"""The largest relative difference of the pruned network to the masked one."""
+
+
+def gate(run: Run, facts: Facts) -> GateFacts:
+    """Read the test split, once, through the very files that were timed; then the gate.
+
+    Raises:
+        ExportError: an exported file cannot be run.
+    """
+    models = _models(run, facts)
+    checks = tuple(checks_of(run, facts, models))
+    return GateFacts(
+        models=models,
+        checks=checks,
+        passed=all(check.ok for check in checks),
+        metric=run.workload.metric,
+        search_metric=run.workload.search_metric,
+        files={},
+    )
+
+
+def test_metrics(run: Run, onnx_file: Path) -> dict[str, float]:
+    """Metrics of an ONNX file on the test split."""
+    return dict(run.workload.test_metrics(*promotion.test_answers(run.workload, onnx_file)))
+
+
+def _models(run: Run, facts: Facts) -> Both[ModelFacts]:
+    """What is known of each network at the end."""
+    _, graph = load_baseline(run)
+    plans = (PruningPlan.full(graph.groups), facts.finetune.best.candidate.plan)
+    models = []
+    with run.progress.stage("Read the test split") as report:
+        named = zip(facts.export.networks.items(), plans, facts.benchmark.latency, strict=True)
+        for (name, exported), plan, timing in named:
+            metrics, costs = test_metrics(run, run.directory / f"{name}.onnx"), cost(graph, plan)
+            models.append(
+                ModelFacts(
+                    metrics=metrics,
+                    macs=costs.macs,
+                    params=costs.params,
+                    size_bytes=exported.artifact.size_bytes,
+                    timing=timing,
+                )
+            )
+            report(len(models), 2, f"{run.workload.metric} {metrics[run.workload.metric]:.4f}")
+    return Both(*models)
+
+
+def checks_of(run: Run, facts: Facts, models: Both[ModelFacts]) -> Iterator[Check]:
+    """Every check of the gate, of the proofs first, then of what the run file and the devices ask for."""
+    section, metric = run.config.gate, run.workload.metric
+    base, compact = models
+    yield check("certificate of the cut", facts.export.certificate.max_relative_error, "<=", CERTIFIED)
+    for name, exported in facts.export.networks.items():
+        yield check(f"parity of {name}", exported.parity.max_relative_error, "<=", run.config.export.tolerance)
+        if exported.postprocessing is not None:
+            yield check(f"results of {name} that differ", float(exported.postprocessing.differing), "<=", 0.0)
+    if section.max_drop is not None:
+        yield check(f"drop in {metric}", round(base[metric] - compact[metric], 6), "<=", section.max_drop)
+    if section.min_speedup is not None:
+        for device, timed in facts.benchmark.of_devices.items():
+            yield check(f"speed-up{_on(run, device)}, lower end", timed.speedup.low, ">", section.min_speedup)
+    if section.max_macs_ratio is not None:
+        yield check("MACs ratio", compact.macs / base.macs, "<=", section.max_macs_ratio)
+    if section.budgets:
+        yield from _budgets(run, facts, compact)
+
+
+def check(name: str, value: float | None, relation: str, bound: float) -> Check:
+    """One comparison; what is unknown does not hold.
+
+    Args:
+        value: what was found; None or NaN = unknown.
+        relation: ``<=`` or ``>``.
+    """
+    known = math.nan if value is None else value
+    ok = {"<=": known <= bound, ">": known > bound}[relation]
+    return Check(name=name, value=None if math.isnan(known) else value, relation=relation, bound=bound, ok=bool(ok))
+
+
+def _budgets(run: Run, facts: Facts, compact: ModelFacts) -> Iterator[Check]:
+    """The limits of every device; what a device does not tell cannot be promised."""
+    for profile in run.profiles:
+        figures = replace(compact, timing=facts.benchmark.of_devices[profile.name].latency.compact).flat()
+        for name, limit in profile.budgets.model_dump().items():
+            if limit is not None:
+                yield check(f"{name}{_on(run, profile.name)}", figures[name], "<=", limit)
+
+
+def _on(run: Run, device: str) -> str:
+    """What tells a device's check from those of others; empty where there is one device."""
+    return f" on {device}" if len(run.profiles) > 1 else ""

@@ -1,0 +1,188 @@
+"""The compact model and all that proves it, into the registry of MLflow."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from export.verify import predict
+from pipeline.config.schema import TrackingSection
+from pipeline.errors import TrackingError
+from pipeline.files import write_whole
+from pipeline.lifecycle import promotion
+from pipeline.lifecycle.rescore import check_whole
+from pipeline.run.facts import Both, Facts, RegisterFacts, to_json
+from pipeline.run.run import Run
+from pipeline.tracking import shown
+from pipeline.tracking.registry import MAX_TAG
+from pipeline.workloads.data.record import FACTS as DATA_FACTS
+
+
+def register(run: Run, facts: Facts) -> RegisterFacts:
+    """The compact model into the registry, with all that proves it, as the challenger of its devices.
+
+    Raises:
+        TrackingError: the tracking server is away or refuses.
+        JournalError: candidates of the search are missing in the journal.
+    """
+    check_whole(run.journal, facts.search.num_candidates)
+    with run.progress.stage("Track and register"):
+        _deliver_candidates(run)
+        example, after = run.workload.example_input().numpy(), run.workload.postprocessing
+        file = run.directory / ("compact.onnx" if after is None else f"compact.{after.name}.onnx")
+        entry = run.tracker.register(
+            run.config.tracking.registered_model or run.config.name,
+            [profile.name for profile in run.profiles],
+            file,
+            example,
+            predict(file, example),
+            _tags(facts),
+            _version_files(run, facts),
+            _provenance(run, facts),
+        )
+        names = [*facts.report.files, *facts.benchmark.files]
+        names += ["compact.plan.json", "compact.safetensors", "version/run.yaml"]
+        names += [] if after is None else ["compact.onnx"]  # the registry has the file with postprocessing
+        kept = [run.directory / name for name in names]
+        run.tracker.finish(final_metrics(facts), [*kept, _candidate_table(run)])
+    return RegisterFacts(name=entry.name, version=entry.version, uri=entry.uri, files={})
+
+
+def _deliver_candidates(run: Run) -> None:
+    """Wait until MLflow has every candidate; name those it does not take.
+
+    Raises:
+        TrackingError: some are not delivered.
+    """
+    waiting = run.tracker.flush(timeout_s=600 if not run.tracker.failure else 10)
+    if waiting:
+        raise TrackingError(
+            f"{waiting} candidates are not delivered to {shown(run.tracker.uri)}: {run.tracker.failure}"
+        )
+    for key, reason in run.tracker.refused.items():
+        run.progress.say(
+            f"Note: MLflow does not take candidate {key} ({reason}); it is in the journal and in candidates.parquet"
+        )
+
+
+def _tags(facts: Facts) -> dict[str, Any]:
+    """What a version is known by."""
+    figures = facts.gate.models.compact.flat()
+    return {
+        "plan_digest": facts.finetune.best.candidate.plan.digest,
+        "gate": "passed" if facts.gate.passed else "failed",
+        "speedup": f"{facts.benchmark.speedup.value:.4f}",
+        "timing_flags": " ".join(facts.benchmark.flags) or "none",
+        "usage": usage_tag(facts.export.usage),
+        **{name: value for name, value in figures.items() if value is not None},
+    }
+
+
+def usage_tag(usage: Mapping[str, Any]) -> str:
+    """How the model is used, as a tag; a tag has a limit, beyond which class names are in the version's file only."""
+    text = json.dumps(usage)
+    if len(text) <= MAX_TAG:
+        return text
+    return json.dumps({**usage, "classes": f"{len(usage['classes'])} names, in secateur/usage.json"})
+
+
+def _version_files(run: Run, facts: Facts) -> list[Path]:
+    """What a version carries besides its model: how it was made, what was measured, and how to use it."""
+    folder, passed = run.directory / "version", to_json(facts.gate)
+    folder.mkdir(exist_ok=True)
+    # Where it is registered is no part of what it is; and an address may hold a password.
+    config = {**run.config.model_dump(mode="json"), "tracking": TrackingSection().model_dump()}
+    made = {
+        "usage.json": json.dumps(facts.export.usage),
+        "gate.json": json.dumps({key: passed[key] for key in ("passed", "metric", "checks", "models")}, indent=1),
+        "parity.json": json.dumps(_parity(facts, run.config.export.tolerance), indent=1),
+        "run.yaml": yaml.safe_dump(config, sort_keys=False),
+    }
+    for name, text in made.items():
+        write_whole(folder / name, text)
+    shutil.copyfile(run.directory / "compact.plan.json", folder / "plan.json")
+    names = [*facts.benchmark.files, facts.report.html, DATA_FACTS]
+    files = [folder / name for name in (*made, "plan.json")] + [run.directory / name for name in names]
+    if run.workload.postprocessing is not None:
+        shutil.copyfile(run.directory / "compact.onnx", folder / promotion.NETWORK)
+        files += [folder / promotion.NETWORK, run.directory / promotion.INPUTS]
+    return files
+
+
+def _parity(facts: Facts, tolerance: float) -> dict[str, Any]:
+    """How both files compare with their PyTorch networks, and the compact network with the masked one."""
+    export = to_json(facts.export)
+
+    def of(network: Mapping[str, Any]) -> dict[str, Any]:
+        results = {name: network[name] for name in ("postprocessing",) if name in network}
+        return {**network["parity"], **results, "tolerance": tolerance}
+
+    return {**{name: of(export[name]) for name in ("baseline", "compact")}, "certificate": export["certificate"]}
+
+
+def _provenance(run: Run, facts: Facts) -> dict[str, Any]:
+    """Where a version comes from, as digests: data, weights, code, device."""
+    name, device = "compact.safetensors", facts.search.device
+    return {
+        "data": run.workload.fingerprint,
+        "weights": {**facts.baseline.files, name: facts.finetune.files[name]},
+        "plan": facts.finetune.best.candidate.plan.digest,
+        "device": {"name": run.profile.name, "fingerprint": device.fingerprint, "facts": device.facts},
+        "seed": run.config.seed,
+    }
+
+
+def final_metrics(facts: Facts) -> dict[str, float]:
+    """The run's own metrics in MLflow: of both models on both splits, each named."""
+    searched = Both(facts.search.reference, facts.finetune.best.evaluation)
+    metrics: dict[str, float] = {}
+    for (name, model), evaluation in zip(facts.gate.models.items(), searched, strict=True):
+        told = {key: float(value) for key, value in model.metrics.items() if value is not None}
+        costs = {key: value for key, value in model.flat().items() if key not in model.metrics and value is not None}
+        metrics |= {f"{name}.{key}": float(value) for key, value in costs.items()}
+        metrics |= {f"{name}.test_split.{key}": value for key, value in told.items()}
+        found = evaluation.metrics
+        metrics |= {f"{name}.search_split.{key}": float(found[key]) for key in told if key in found}
+    metrics |= _speedups(facts)
+    metrics |= {f"flag.{flag}": 1.0 for flag in facts.benchmark.flags}
+    return metrics | {f"search.{name}": float(amount) for name, amount in facts.search.spent.items()}
+
+
+def _speedups(facts: Facts) -> dict[str, float]:
+    """Every speed-up with the ends of its interval, and what postprocessing costs."""
+    metrics: dict[str, float] = {}
+    speedups = {"speedup": facts.benchmark.speedup}
+    speedups |= {f"speedup.{name}": timed.speedup for name, timed in (facts.benchmark.fleet or {}).items()}
+    if (after := facts.benchmark.postprocessing) is not None:
+        metrics[f"compact.p50_ms_{after.name}"] = after.latency.compact.p50_ms
+        speedups[f"speedup_{after.name}"] = after.speedup
+    for name, speedup in speedups.items():
+        ends = {name: speedup.value, f"{name}.low": speedup.low, f"{name}.high": speedup.high}
+        metrics |= {key: value for key, value in ends.items() if value is not None}
+    return metrics
+
+
+def _candidate_table(run: Run) -> Path:
+    """All candidates of the journal as one parquet file."""
+    import pandas as pd  # type: ignore[import-untyped]
+
+    rows = [
+        {
+            "stage": r["stage"],
+            "kind": r["kind"],
+            **{k: v for k, v in r["candidate"].items() if k != "parents"},
+            "status": r["evaluation"]["status"],
+            "forward": r["evaluation"].get("forward", ""),
+            **r["evaluation"]["metrics"],
+        }
+        for r in run.journal.records
+        if "evaluation" in r
+    ]
+    path = run.directory / "candidates.parquet"
+    pd.DataFrame(rows).to_parquet(path)
+    return path

@@ -1,0 +1,168 @@
+"""Which channels to keep: the search, and what must hold before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.evaluation.evaluator import Evaluator
+from pipeline.lifecycle.finish import chosen_plan, only
+from pipeline.lifecycle.rescore import rank_agreement
+from pipeline.run.facts import Facts, LatencyFacts, Proof, RankAgreement, SearchFacts
+from pipeline.run.proof import prove
+from pipeline.run.ranking import rank_exactly
+from pipeline.run.run import Run
+from pipeline.run.study import Study
+from pipeline.stages.loading import load_baseline
+from pruning.channels import ChannelGraph
+from pruning.cost import cost
+from pruning.plan import PruningPlan, SearchSpace
+from pruning.search.protocol import Archive, BudgetSpent, Candidate, Evaluation
+from pruning.search.reward import Reward
+from pruning.search.support import SearchError
+
+POINT_ESTIMATE = 0.1
+"""How far (fraction) a ratio from one process may be off, before a target is called out of reach for it."""
+
+
+def search(run: Run, facts: Facts) -> SearchFacts:
+    """Trace, certify, search; the archive, best by reward first.
+
+    Raises:
+        UserError: the network cannot be pruned safely, no network of the search space meets the targets, or the
+            method finds nothing.
+        DeviceError: the device is away, or its answers are of no use.
+        JournalError: what is recorded is of another search.
+    """
+    del facts
+    model, graph = load_baseline(run)
+    space = run.space(graph)
+    certificate = prove(model, graph, space, run.workload.example_input(), run.config.seed)
+    oracle = run.evaluator(model, graph, space)
+    reference = measure_reference(run, oracle, graph)
+    archive, study = _search(run, oracle, graph, space, reference)
+    full, again = PruningPlan.full(graph.groups), Study(run.journal, oracle, stage="ranking")
+    with run.progress.stage("Score the best again in float32"):
+        ranked, exact_reference = rank_exactly(
+            again, archive, reference, full, run.config.finetune.top, partial(merit_against, run)
+        )
+    agreement = rank_agreement(run.journal.records, "loss_score", run.workload.metric)
+    return SearchFacts(
+        reference=exact_reference,
+        archive=tuple(ranked),
+        num_candidates=int(study.spent["evaluations"]),
+        agreement=None if agreement is None else RankAgreement(**agreement),
+        spent=study.spent,
+        latency=LatencyFacts.of(oracle.latencies.report()),
+        device=run.device_facts,
+        devices=run.facts_of_devices if len(run.fleet) > 1 else None,
+        certificate=Proof(**asdict(certificate)),
+        graph=graph.report(),
+        files={},
+    )
+
+
+def _search(
+    run: Run, oracle: Evaluator, graph: ChannelGraph, space: SearchSpace, reference: Evaluation
+) -> tuple[Archive, Study]:
+    """What the method returns, and the study that drove it; or the one plan that such a run is given."""
+    metric = run.workload.search_metric
+    reward = run.reward(reference, metric)
+    reject_impossible(run, oracle, space.smallest(), reference)
+    with run.progress.stage(f"Search ({run.config.search.method})") as report:
+
+        def notify(record: Mapping[str, Any]) -> None:
+            run.tracker.candidate(record)
+            metrics = record["evaluation"]["metrics"]
+            saved = 1 - metrics.get("macs", float("nan")) / reference["macs"]
+            show(f"{metric} {metrics.get(metric, float('nan')):.3f}, MACs -{saved:.0%}")
+
+        def show(text: str) -> None:
+            report(int(study.spent["evaluations"]), 0, text)
+
+        study = Study(run.journal, oracle, notify, budget=run.budget(), watch=lambda work: show(f"{work} ..."))
+        try:
+            plan = chosen_plan(run.directory, graph)
+            return study.run(only(plan) if plan else run.strategy(graph, space, reference, reward)), study
+        except (SearchError, BudgetSpent) as error:
+            raise UserError(f"search.{run.config.search.method}: {error}") from error
+
+
+def measure_reference(run: Run, oracle: Evaluator, graph: ChannelGraph) -> Evaluation:
+    """The unpruned network's evaluation, under the protocol of the candidates.
+
+    Raises:
+        UserError: it cannot be evaluated.
+    """
+    with run.progress.stage("Measure the reference"):
+        study = Study(run.journal, oracle, run.tracker.candidate, stage="reference")
+        dense = Candidate(0, PruningPlan.full(graph.groups), "reference")
+        reference = study.evaluate(dense, latency=True)
+        oracle.calibrate(reference)
+    if reference.status != "ok":
+        raise UserError(f"the unpruned network cannot be evaluated: {reference.reason}")
+    return reference
+
+
+def reject_impossible(run: Run, oracle: Evaluator, smallest: PruningPlan, reference: Evaluation) -> None:
+    """Before searching: can the smallest network of the space meet the targets and the device's budgets at all?
+
+    Raises:
+        UserError: it cannot; says the smallest that can be reached.
+    """
+    limit = run.config.search.target.macs_ratio
+    ratio = cost(oracle.graph, smallest).macs / reference["macs"]
+    faults = [] if limit is None or ratio <= limit else [_out_of_reach("macs_ratio", limit, ratio)]
+    faults += _too_slow_or_large(run, oracle, smallest, reference)
+    if faults:
+        listing = "\n  ".join(faults)
+        raise UserError(
+            f"no network in this search space meets the targets:\n  {listing}\nLoosen them, lower "
+            "search.min_keep_ratio or device.channel_multiple, or start from a smaller network"
+        )
+
+
+def _too_slow_or_large(run: Run, oracle: Evaluator, smallest: PruningPlan, reference: Evaluation) -> Iterator[str]:
+    """Faults of the smallest network on the devices; measured only where something depends on it."""
+    target = run.config.search.target.latency_ratio
+    limits = {
+        (profile.name, name): limit
+        for profile in run.profiles
+        for name in ("p50_ms", "p95_ms", "size_bytes")
+        if (limit := getattr(profile.budgets, name)) is not None
+    }
+    if target is None and not limits:
+        return
+    study = Study(run.journal, oracle, stage="smallest")
+    least = study.evaluate(Candidate(0, smallest, "smallest"), latency=True)
+    if target is not None and (ratio := _at_best(least.metrics)) > target:
+        yield _out_of_reach("latency_ratio", target, ratio)
+    for (device, name), limit in limits.items() if run.config.gate.budgets else ():
+        at = f".{device}" if len(run.profiles) > 1 else ""  # how a device's own metrics are called
+        value = least[name] if name == "size_bytes" else _at_best(least.metrics, at) * reference[f"{name}{at}"]
+        if value > limit:
+            yield f"budget {name} {limit:g} of device {device}: the smallest reachable is {value:.4g}"
+
+
+def _out_of_reach(name: str, limit: float, ratio: float) -> str:
+    return f"search.target.{name} {limit:g}: the smallest reachable is {ratio:.3f}"
+
+
+def _at_best(metrics: Mapping[str, float], at: str = "") -> float:
+    """The smallest latency ratio that a measurement leaves open."""
+    estimate = metrics.get(f"latency_ratio{at}", 0.0) / (1 + POINT_ESTIMATE)
+    return metrics.get(f"latency_ratio_low{at}", estimate)
+
+
+def merit(run: Run, reward: Reward, evaluation: Evaluation, reference: Evaluation) -> tuple[bool, float]:
+    """What ranks plans: whether the search's targets are met, then the reward."""
+    return run.search_target.met(evaluation, reference), reward(evaluation)
+
+
+def merit_against(run: Run, reference: Evaluation) -> Callable[[Evaluation], tuple[bool, float]]:
+    """What ranks plans of a search against a reference."""
+    reward = run.reward(reference, run.workload.search_metric)
+    return lambda evaluation: merit(run, reward, evaluation, reference)

@@ -1,0 +1,33 @@
+"""Which plans are fine-tuned, and what remains of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.stages.finetune import best_plans
+from pipeline.stages.loading import load_baseline, load_compact
+from pruning.plan import PruningPlan
+from pruning.search.protocol import Candidate, Entry, Evaluation
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
+
+
+def test_of_equal_plans_the_first_is_taken_and_the_full_one_never() -> None:
+    half, third, full = (PruningPlan({"a": 3}, {"a": range(n)}) for n in (2, 1, 3))
+    archive = [Entry(Candidate(i, plan, "x"), Evaluation()) for i, plan in enumerate((full, half, third, half))]
+    assert [candidate.id for candidate in best_plans(archive)] == [1, 2]
+
+
+def test_the_compact_network_is_the_best_plan_with_the_trained_weights(finished: Any) -> None:
+    run, facts = finished
+    plan = PruningPlan.from_json((run.directory / "compact.plan.json").read_text())
+    assert plan == facts.finetune.best.candidate.plan
+    assert facts.finetune.best in facts.finetune.finals
+    assert len(facts.finetune.finals) == run.config.finetune.top
+    model, graph = load_baseline(run)
+    network = load_compact(run, model, graph, plan)
+    assert sum(p.numel() for p in network.parameters()) == facts.gate.models.compact.params
+    assert all(torch.isfinite(p).all() for p in network.parameters())

@@ -1,0 +1,35 @@
+"""The report as a stage: of a whole run, and refused where the journal is cut off."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+from pipeline.report import final_table
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
+
+
+def test_the_report_holds_everything_and_loads_nothing(finished: Any) -> None:
+    run, facts = finished
+    html = (run.directory / "report.html").read_text()
+    assert not re.search(r"""(src|href)\s*=|url\(|@import|<script|https?://""", html)
+    for text in ("Gate:", "secateur history tiny", "Speed-up", "<svg", "layer3.0.conv1"):
+        assert text in html
+    disturbed = bool(facts.benchmark.flags)
+    assert len(final_table(facts)) == 7 + disturbed
+
+
+def test_the_report_as_json_has_the_facts_of_the_stages_before_it(finished: Any) -> None:
+    run, facts = finished
+    told = json.loads((run.directory / "report.json").read_text())["facts"]
+    known = facts.to_json()
+    before = ["baseline", "search", "finetune", "export", "benchmark", "gate"]
+    assert {name: told[name] for name in before} == {name: known[name] for name in before}
+    assert told["judge"] == told["gate"]  # for one release
+    assert set(told) == {*before, "judge"}
+    latency = told["benchmark"]["latency"]["compact"]
+    assert told["gate"]["models"]["compact"].items() >= latency.items()

@@ -1,0 +1,63 @@
+"""The search of a run, and what is refused before it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.errors import UserError
+from tests.pipeline.helpers import opened, perform, quick_device, tiny_config
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
+
+
+def test_what_goes_on_to_fine_tuning_was_ranked_by_float32_accuracies(finished: Any) -> None:
+    run, facts = finished
+    again = [record for record in run.journal.records if record.get("stage") == "ranking"]
+    assert again[0]["candidate"]["origin"] == "reference"
+    best = facts.search.archive[: len(again) - 1]
+    evaluations = [facts.search.reference, *(entry.evaluation for entry in best)]
+    assert best and all(evaluation.forward.endswith("fp32") for evaluation in evaluations)
+    exact = {r["candidate"]["digest"] + r["candidate"]["base"]: r["exact"]["metrics"]["top1"] for r in again}
+    for entry in best:
+        assert exact[entry.candidate.plan.digest + entry.candidate.base] == entry.evaluation["top1"]
+
+
+def test_search_and_test_split_share_no_image(finished: Any) -> None:
+    run, _ = finished
+    assert not set(run.workload.search.indices) & set(run.workload.test.indices)
+
+
+def test_every_candidate_is_counted(finished: Any) -> None:
+    run, facts = finished
+    asked = [r for r in run.journal.records if r.get("stage") == "search" and r["kind"] in ("evaluation", "finetune")]
+    assert facts.search.num_candidates == len(asked) > 2
+
+
+@pytest.mark.parametrize(
+    ("search", "budgets", "said"),
+    [
+        ({"target": {"latency_ratio": 0.001}}, {}, r"latency_ratio 0\.001: the smallest reachable is \d"),
+        ({}, {"p95_ms": 1e-6}, r"budget p95_ms 1e-06 of device quick"),
+    ],
+)
+def test_what_no_network_can_meet_says_the_smallest_reachable(
+    tmp_path: Path, search: dict[str, Any], budgets: dict[str, float], said: str
+) -> None:
+    config = tiny_config(tmp_path, search=search, baseline={"epochs": 0.2})
+    quick_device(tmp_path, budgets=budgets)
+    with opened(config) as run, pytest.raises(UserError, match=f"(?s)^no network in this search space.*{said}"):
+        perform(run, "search")
+
+
+def test_random_and_uniform_controls_run_through_the_same_stages(tmp_path: Path) -> None:
+    for method, options in (("random", {"num_plans": 3, "tolerance": 0.5}), ("uniform", {})):
+        search = {"method": method, "options": options, "target": {"macs_ratio": 0.7}}
+        with opened(tiny_config(tmp_path, search=search, finetune={"epochs": 0.2})) as run:
+            facts = perform(run, "finetune")
+            macs = [entry.evaluation["macs"] for entry in facts.search.archive]
+            assert macs
+            assert np.max(macs) <= 0.7 * facts.search.reference["macs"]
