@@ -112,14 +112,14 @@ def _perform(
         retry_jitter_factor=RETRY_JITTER,
         retry_condition_fn=can_help if stage.retry_on else None,
     )
-    key = _key(run, stage, results)
+    key = key_of(run, stage, results)
     result: dict[str, Any] = task(key)
     if not stage.stands(result, run.directory):
         result = task.with_options(refresh_cache=True)(key)
     return result
 
 
-def _key(run: Run, stage: Stage, results: Results) -> Mapping[str, Any]:
+def key_of(run: Run, stage: Stage, results: Results) -> Mapping[str, Any]:
     """What a stage's result is kept under; where a run was begun by an earlier version, what it was kept under then."""
     from prefect.cache_policies import INPUTS
 

@@ -141,8 +141,8 @@ class LatencyFacts:
     def of(cls, report: Mapping[str, Any]) -> LatencyFacts:
         """What ``Latencies.report`` says."""
         devices = report.get("devices")
-        each = None if devices is None else {name: cls.of(found) for name, found in devices.items()}
-        return cls(**{**report, "devices": each})
+        nested = None if devices is None else {name: cls.of(each) for name, each in devices.items()}
+        return cls(**{**report, "devices": nested})
 
 
 @dataclass(frozen=True, kw_only=True)

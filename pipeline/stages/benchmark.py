@@ -11,12 +11,10 @@ import numpy as np
 from device_profiles import BenchmarkResult, measure
 from pipeline.devices.fleet import Device, Tally
 from pipeline.files import sha256_of, write_whole
+from pipeline.lifecycle import promotion
 from pipeline.run.facts import BenchmarkFacts, Both, Facts, Speedup, Timed, TimedOnDevice, TimedResults, Timing
 from pipeline.run.run import Run
 from pipeline.stages.loading import parity_images
-
-INPUT = "benchmark-input.npz"
-"""The image that files with postprocessing are timed on."""
 
 
 def benchmark(run: Run, facts: Facts) -> BenchmarkFacts:
@@ -88,7 +86,7 @@ def _timing(result: BenchmarkResult, name: str) -> Timing:
 
 def _write_input(run: Run, position: int) -> Path:
     """One of the images of the parity check as a file."""
-    file, content = run.directory / INPUT, io.BytesIO()
+    file, content = run.directory / promotion.INPUTS, io.BytesIO()
     np.savez(content, input=parity_images(run)[position : position + 1].numpy())
     write_whole(file, content.getbuffer())
     return file

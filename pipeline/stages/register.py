@@ -146,8 +146,8 @@ def final_metrics(facts: Facts) -> dict[str, float]:
         costs = {key: value for key, value in model.flat().items() if key not in model.metrics and value is not None}
         metrics |= {f"{name}.{key}": float(value) for key, value in costs.items()}
         metrics |= {f"{name}.test_split.{key}": value for key, value in told.items()}
-        found = evaluation.metrics
-        metrics |= {f"{name}.search_split.{key}": float(found[key]) for key in told if key in found}
+        on_search_split = evaluation.metrics
+        metrics |= {f"{name}.search_split.{key}": float(on_search_split[key]) for key in told if key in on_search_split}
     metrics |= _speedups(facts)
     metrics |= {f"flag.{flag}": 1.0 for flag in facts.benchmark.flags}
     return metrics | {f"search.{name}": float(amount) for name, amount in facts.search.spent.items()}

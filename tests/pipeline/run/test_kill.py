@@ -19,8 +19,7 @@ from mlflow import MlflowClient
 
 from pipeline import errors
 from pipeline.tracking import CANDIDATE_TAG, Registry
-from tests.pipeline.helpers import end, start_server, tiny_config, write_tiny
-from tests.pipeline.stages.test_stages import opened, perform
+from tests.pipeline.helpers import end, opened, perform, start_server, tiny_config, write_tiny
 from tests.pipeline.test_children import of_home
 from tests.servers import free_port
 
@@ -131,7 +130,8 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("SECATEUR_HOME", str(home))
         with opened(tiny_config(folder)) as run:
             run.tracker.start()
-            assert perform(run)["promote"]["promoted"]
+            decided = perform(run).promote
+            assert decided is not None and decided.promoted
     return home
 
 
