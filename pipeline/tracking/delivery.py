@@ -53,11 +53,11 @@ class Child:
     metrics: Mapping[str, float]
 
 
-class CourierError(OSError):
+class DeliveryError(OSError):
     """MLflow could not be told by the process beside this one; says why."""
 
 
-class RefusedError(CourierError):
+class RefusedError(DeliveryError):
     """MLflow took a candidate for wrong, and would do so again."""
 
 
@@ -107,7 +107,7 @@ def alone(lock: Path | None) -> Iterator[None]:
         yield
 
 
-class Courier:
+class Delivery:
     """The process beside this one; it takes some seconds to start, for which its first candidate waits.
 
     Args:
@@ -134,7 +134,7 @@ class Courier:
 
         Raises:
             RefusedError: MLflow takes it for wrong.
-        CourierError: the server is away or refuses everything, or the process was killed.
+            DeliveryError: the server is away or refuses everything, or the process was killed.
             RuntimeError: anything else went wrong there.
         """
         self._send(asdict(child))
@@ -146,7 +146,7 @@ class Courier:
         if told["refused"]:
             raise RefusedError(told["refused"])
         if told["away"]:
-            raise CourierError(told["away"])
+            raise DeliveryError(told["away"])
 
     def close(self) -> None:
         """End the process; what it is writing is cut short, and written again by the run's next process."""
@@ -166,7 +166,7 @@ class Courier:
     def _death(self) -> Exception:
         """Why there is no answer."""
         if self._process.wait(DEATH_S) < 0:
-            return CourierError("the process that tells MLflow was killed")
+            return DeliveryError("the process that tells MLflow was killed")
         self._noise.seek(0)
         last = (self._noise.read().strip().splitlines() or ["no reason given"])[-1]
         return RuntimeError(f"the process that tells MLflow failed: {masked(last)}")

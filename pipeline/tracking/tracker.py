@@ -23,7 +23,7 @@ from mlflow.exceptions import MlflowException
 from pipeline.config.schema import TrackingSection
 from pipeline.errors import TrackingError, UserError, masked
 from pipeline.tracking.answers import is_refusal
-from pipeline.tracking.delivery import Child, Courier, RefusedError, alone, write
+from pipeline.tracking.delivery import Child, Delivery, RefusedError, alone, write
 from pipeline.tracking.ownership import CANDIDATE_TAG, PARENT_TAG
 from pipeline.tracking.registry import Registry, Version
 from pipeline.tracking.store import RUN_TAG, Unreachable, connect, experiment_of, first_line, shown, store_uri
@@ -76,7 +76,7 @@ class Tracker:
         self._delivered: set[str] = set()
         self._queued: set[str] = set()
         self._pending: deque[Record] = deque()
-        self._courier: Courier | None = None
+        self._delivery: Delivery | None = None
         self._series: list[Metric] = []
         self._series_told, self._flushing = 0.0, False
         self._changed = threading.Condition()
@@ -272,10 +272,10 @@ class Tracker:
         }
         name = f"{candidate['origin']}-{candidate['id']}"
         child = Child(self._experiment_id, name, at_ms, {k: v[:MAX_TEXT] for k, v in tags.items()}, values)
-        if self._courier is None and len(self._delivered) >= MANY:
-            self._courier = Courier(self.uri, self.lock)
-        if (courier := self._courier) is not None:
-            courier.write(child)
+        if self._delivery is None and len(self._delivered) >= MANY:
+            self._delivery = Delivery(self.uri, self.lock)
+        if (delivery := self._delivery) is not None:
+            delivery.write(child)
         else:
             with alone(self.lock):
                 write(client, child)
@@ -363,9 +363,9 @@ class Tracker:
 
     def _dismiss(self) -> None:
         """Do without the process beside this one, until it is needed again."""
-        courier, self._courier = self._courier, None
-        if courier is not None:
-            courier.close()
+        delivery, self._delivery = self._delivery, None
+        if delivery is not None:
+            delivery.close()
 
 
 def _whole(plan: str, digest: str) -> str:

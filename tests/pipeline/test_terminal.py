@@ -230,7 +230,7 @@ def test_on_a_terminal_too_a_label_has_its_colour_and_a_text_has_none(tmp_path: 
 
 PRINTERS = {"pipeline/terminal.py", "pipeline/progress.py"}
 ALONE = {"device_profiles/agent.py", "pipeline/tracking/loader.py", "pipeline/workloads/data/decode.py"}
-"""Programs of their own, which run without the rest of Secateur; and the courier speaks to its parent on stdout."""
+"""Programs of their own, which run without the rest of Secateur; and the delivery speaks to its parent on stdout."""
 TALKS = {"pipeline/tracking/delivery.py"}
 
 

@@ -24,7 +24,7 @@ from pipeline.config.schema import TrackingSection
 from pipeline.errors import TrackingError
 from pipeline.locks import held
 from pipeline.tracking import CANDIDATE_TAG, PARENT_TAG, RUN_TAG, Tracker, shown
-from pipeline.tracking.delivery import Child, Courier, write
+from pipeline.tracking.delivery import Child, Delivery, write
 from pipeline.tracking.store import Unreachable, connect, first_line
 from tests.pipeline.helpers import end, start_server
 from tests.pipeline.tracking.test_check import PAGE, always, answering
@@ -292,7 +292,7 @@ def server(home: Path) -> Iterator[Callable[[], tuple[str, subprocess.Popen[byte
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "many", [pytest.param(3, id="courier"), pytest.param(1000, id="thread", marks=pytest.mark.long)]
+    "many", [pytest.param(3, id="delivery"), pytest.param(1000, id="thread", marks=pytest.mark.long)]
 )
 def test_candidates_wait_for_a_server_that_comes_goes_and_comes_again(
     home: Path, server: Any, monkeypatch: pytest.MonkeyPatch, many: int
@@ -341,50 +341,50 @@ def test_postgresql_takes_candidates_and_the_model_as_sqlite_does(
         assert len({r.data.tags[CANDIDATE_TAG] for r in children(uri)}) == len(children(uri)) == 20
 
 
-def couriers(of: psutil.Process | None = None) -> list[psutil.Process]:
+def deliveries(of: psutil.Process | None = None) -> list[psutil.Process]:
     """Processes that tell MLflow for one."""
     found = (of or psutil.Process()).children(recursive=True)
     return [process for process in found if "pipeline.tracking.delivery" in process.cmdline()]
 
 
-def test_a_courier_that_is_killed_loses_and_doubles_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_delivery_that_is_killed_loses_and_doubles_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.tracking.tracker.MANY", 2)
     tracking = tracker(home)
     tracking.start()
     for i in range(40):
         tracking.candidate(record(i))
     assert wait_for(lambda: len(tracking._pending) < 20)
-    (courier,) = couriers()
-    courier.kill()
+    (delivery,) = deliveries()
+    delivery.kill()
     assert tracking.flush(120) == 0
     tracking.close()
     runs = children(tracking.uri)
     assert sorted(r.data.tags[CANDIDATE_TAG] for r in runs) == sorted(f"search:evaluation:{i}" for i in range(40))
     assert all(r.info.status == "FINISHED" and r.data.metrics["reward"] > 0 for r in runs)
-    assert not couriers()
+    assert not deliveries()
 
 
-def test_a_courier_ends_with_whoever_started_it_and_shows_nobody_the_password() -> None:
+def test_a_delivery_ends_with_whoever_started_it_and_shows_nobody_the_password() -> None:
     program = (
-        "import time; from pipeline.tracking.delivery import Courier; courier = Courier('http://me:hidden-word@host'); "
+        "import time; from pipeline.tracking.delivery import Delivery; delivery = Delivery('http://me:hidden-word@host'); "
         "print(1, flush=True); time.sleep(99)"
     )
     command = [sys.executable, "-c", program]
     with subprocess.Popen(command, cwd=Path(__file__).parents[3], stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None and parent.stdout.readline()
-        (courier,) = couriers(psutil.Process(parent.pid))
-        assert "hidden-word" not in " ".join(courier.cmdline())
+        (delivery,) = deliveries(psutil.Process(parent.pid))
+        assert "hidden-word" not in " ".join(delivery.cmdline())
         parent.kill()
-    assert wait_for(lambda: not courier.is_running() or courier.status() == psutil.STATUS_ZOMBIE)
+    assert wait_for(lambda: not delivery.is_running() or delivery.status() == psutil.STATUS_ZOMBIE)
 
 
-def test_a_courier_that_fails_says_why(home: Path) -> None:
-    courier = Courier(f"sqlite:///{home}/mlflow.db")
+def test_a_delivery_that_fails_says_why(home: Path) -> None:
+    delivery = Delivery(f"sqlite:///{home}/mlflow.db")
     try:
         with pytest.raises(RuntimeError, match="KeyError"):
-            courier.write(Child("0", "x", 0, {}, {}))
+            delivery.write(Child("0", "x", 0, {}, {}))
     finally:
-        courier.close()
+        delivery.close()
 
 
 def made_up(home: Path, key: str) -> Child:
@@ -400,37 +400,37 @@ def keys_of(home: Path, child: Child) -> list[str]:
     return sorted(run.data.tags[CANDIDATE_TAG] for run in runs)
 
 
-def test_a_courier_looks_before_it_writes(home: Path) -> None:
+def test_a_delivery_looks_before_it_writes(home: Path) -> None:
     first, second = made_up(home, "search:evaluation:1"), made_up(home, "search:evaluation:2")
     client = MlflowClient(f"sqlite:///{home}/mlflow.db")
     write(client, first)
     client.create_run(second.experiment_id, tags=dict(second.tags))  # cut short
-    courier = Courier(f"sqlite:///{home}/mlflow.db", home / "lock")
+    delivery = Delivery(f"sqlite:///{home}/mlflow.db", home / "lock")
     try:
         for child in (first, second, first, second):
-            courier.write(child)
+            delivery.write(child)
     finally:
-        courier.close()
+        delivery.close()
     assert keys_of(home, first) == ["search:evaluation:1", "search:evaluation:2"]
 
 
-def test_a_courier_whose_parent_is_gone_writes_no_more(home: Path) -> None:
+def test_a_delivery_whose_parent_is_gone_writes_no_more(home: Path) -> None:
     """It has the candidate already, and waits: the lock is what the run's next process takes first."""
     child = made_up(home, "search:evaluation:1")
     program = (
-        "import json, sys; from pathlib import Path; from pipeline.tracking.delivery import Child, Courier\n"
-        "courier = Courier(sys.argv[1], Path(sys.argv[2])); row = json.loads(sys.argv[3])\n"
-        "print('started', flush=True); courier.write(Child(**row))\n"
+        "import json, sys; from pathlib import Path; from pipeline.tracking.delivery import Child, Delivery\n"
+        "delivery = Delivery(sys.argv[1], Path(sys.argv[2])); row = json.loads(sys.argv[3])\n"
+        "print('started', flush=True); delivery.write(Child(**row))\n"
     )
     uri, lock = f"sqlite:///{home}/mlflow.db", home / "lock"
     command = [sys.executable, "-c", program, uri, str(lock), json.dumps(asdict(child))]
     root, pipe = Path(__file__).parents[3], subprocess.PIPE
     with held(lock, "it", 0, print), subprocess.Popen(command, cwd=root, stdout=pipe) as parent:
         assert parent.stdout is not None and parent.stdout.readline() == b"started\n"
-        (courier,) = couriers(psutil.Process(parent.pid))
-        assert wait_for(lambda: any(file.path == str(lock) for file in courier.open_files()))  # it has come so far
+        (delivery,) = deliveries(psutil.Process(parent.pid))
+        assert wait_for(lambda: any(file.path == str(lock) for file in delivery.open_files()))  # it has come so far
         parent.kill()
-    assert wait_for(lambda: not courier.is_running() or courier.status() == psutil.STATUS_ZOMBIE)
+    assert wait_for(lambda: not delivery.is_running() or delivery.status() == psutil.STATUS_ZOMBIE)
     assert keys_of(home, child) == []
 
 
