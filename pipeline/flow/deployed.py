@@ -39,12 +39,12 @@ from pipeline.flow.device_lease import Turns, device_turn, make_limit, promotion
 from pipeline.flow.logs import LogProgress
 from pipeline.flow.notify import ALARM, PROMOTED, tell
 from pipeline.flow.parameters import Compress, Profile, Promote, Registered
-from pipeline.lifecycle.reprofile import Reading, chosen, markdown, profile_of, reprofile
+from pipeline.lifecycle.reprofile import Reprofile, chosen, markdown, profile_of, reprofile
 from pipeline.report import registered
 from pipeline.run.run import Run
 from pipeline.surroundings import home, prepare
 from pipeline.tracking import Decision, Registry, alias_of, store_uri
-from pipeline.tracking.reprofiles import page_of, record_reading
+from pipeline.tracking.reprofiles import page_of, record_reprofile
 from pipeline.tracking.schemas import DecisionTag, checked, read_json
 
 Expected = (UserError, SurroundingsError, DeviceError, ExportError)
@@ -121,23 +121,23 @@ def profile(job: Profile) -> State[Any]:
     trust.accept(job.trusted)
     registry, uri = registry_of(job)
     champions = chosen(registry, job.names, job.device)
-    readings: list[Reading] = []
+    reprofiles: list[Reprofile] = []
     faults: list[str] = []
     profiles = [Path(file) for file in job.device_profiles]
     for found in reprofile(
         registry, champions, job.tolerances, turn=turn_of, progress=LogProgress(say), profiles=profiles
     ):
-        if isinstance(found, Reading):
-            readings.append(found)
+        if isinstance(found, Reprofile):
+            reprofiles.append(found)
             about = (found.name, found.version, found.device)
             with told(faults, *about):
-                record_reading(uri, home(), about, own_id(), found.metrics(), found.to_json())
+                record_reprofile(uri, home(), about, own_id(), found.metrics(), found.to_json())
         else:
             name, device, error = found
             faults.append(f"{name} on {device}: {error}")
-    if readings:
-        artifact(markdown(readings), "secateur-profile")
-    worse = [reading for reading in readings if reading.regressions]
+    if reprofiles:
+        artifact(markdown(reprofiles), "secateur-profile")
+    worse = [one for one in reprofiles if one.regressions]
     alarms = [
         f"{r.name} {r.version} on {r.device}: "
         + ", ".join(f"{f.name} {f.then:.4g} -> {f.now:.4g} ({f.change})" for f in r.regressions)
@@ -148,7 +148,7 @@ def profile(job: Profile) -> State[Any]:
         return Failed(name=ALARM, message="\n".join([*alarms, *faults]))
     if faults:
         return Failed(message="\n".join([*faults, *alarms]))
-    same = ", ".join(f"{r.name} {r.version} on {r.device}" for r in readings)
+    same = ", ".join(f"{r.name} {r.version} on {r.device}" for r in reprofiles)
     return Completed(message="\n".join(alarms) or f"As they were: {same}")
 
 

@@ -72,7 +72,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Reading:
+class Reprofile:
     """A champion timed again.
 
     Args:
@@ -167,8 +167,8 @@ def reprofile(
     progress: ProgressView,
     profiles: Sequence[Path] = (),
     opened: Callable[[DeviceProfile], Target] = trust.open_target,
-) -> Iterator[Reading | tuple[str, str, Exception]]:
-    """Time champions again, one after another; a device that is away spoils no other champion's reading.
+) -> Iterator[Reprofile | tuple[str, str, Exception]]:
+    """Time champions again, one after another; a device that is away spoils no other champion's re-profile.
 
     Args:
         champions: as ``chosen`` gives them.
@@ -177,7 +177,7 @@ def reprofile(
         opened: reaches a device.
 
     Yields:
-        a reading, or (model, device, what prevented it).
+        a re-profile, or (model, device, what prevented it).
     """
     for name, device, version in champions:
         try:
@@ -201,7 +201,7 @@ def time_again(
     folder: Path,
     tolerances: Tolerances,
     progress: ProgressView,
-) -> Reading:
+) -> Reprofile:
     """Time the files of a version, fetched into ``folder``, as they were timed when it was registered.
 
     Raises:
@@ -249,7 +249,7 @@ def recorded(folder: Path, device: str) -> tuple[BenchmarkResult, str, str | Non
 
 def compared(
     version: Version, device: str, before: BenchmarkResult, now: BenchmarkResult, own: str, tolerances: Tolerances
-) -> Reading:
+) -> Reprofile:
     """What changed between two measurements of one model."""
     busy = now.contended or now.unstable
     figures = []
@@ -269,7 +269,7 @@ def compared(
         pair = _of_processes(now, reference, latency), _of_processes(before, reference, latency)
         drift, speedups = growth(*pair, now.noise_floor), (before.speedup(own, reference), now.speedup(own, reference))
     outputs = before.processes[-1].models[own].output_sha256 == now.processes[-1].models[own].output_sha256
-    return Reading(
+    return Reprofile(
         version.name,
         device,
         version.version,
@@ -334,20 +334,20 @@ def profile_of(device: str, files: Sequence[Path] = ()) -> DeviceProfile:
     return profile
 
 
-def markdown(readings: Sequence[Reading]) -> str:
-    """The readings as a table, and under it what is said about each."""
+def markdown(reprofiles: Sequence[Reprofile]) -> str:
+    """The re-profiles as a table, and under it what is said about each."""
     lines = ["| model | device | figure | then | now | change | verdict |", "|---|---|---|---|---|---|---|"]
-    for reading in readings:
-        for figure in reading.figures:
-            model = f"{reading.name} {reading.version}"
+    for one in reprofiles:
+        for figure in one.figures:
+            model = f"{one.name} {one.version}"
             lines.append(
-                f"| {model} | {reading.device} | {figure.name} | {figure.then:.4g} | {figure.now:.4g} "
+                f"| {model} | {one.device} | {figure.name} | {figure.then:.4g} | {figure.now:.4g} "
                 f"| {figure.change} | {figure.verdict} (tolerance {figure.tolerance:.0%}) |"
             )
-    for reading in readings:
-        flags = f" Flags: {', '.join(reading.flags)}." if reading.flags else ""
-        outputs = "" if reading.outputs else " Outputs differ bit by bit from those of the registration."
-        lines.append(f"\n**{reading.name} {reading.version} on {reading.device}**: {reading.cause}.{flags}{outputs}")
+    for one in reprofiles:
+        flags = f" Flags: {', '.join(one.flags)}." if one.flags else ""
+        outputs = "" if one.outputs else " Outputs differ bit by bit from those of the registration."
+        lines.append(f"\n**{one.name} {one.version} on {one.device}**: {one.cause}.{flags}{outputs}")
     return "\n".join(lines) + "\n"
 
 

@@ -13,10 +13,10 @@ from pipeline.errors import TrackingError
 from pipeline.tracking.place import equals
 from pipeline.tracking.store import RUN_TAG, Unreachable, connect, experiment_of, first_line, shown
 
-READING_TAG, LAST_TAG = "secateur.champion", "secateur.last_reading"
+REPROFILE_TAG, LAST_TAG = "secateur.champion", "secateur.last_reading"
 
 
-def record_reading(
+def record_reprofile(
     uri: str,
     home: Path,
     champion: tuple[str, str, str],
@@ -25,15 +25,15 @@ def record_reading(
     document: str,
     experiment: str = "secateur-profiles",
 ) -> str:
-    """Add a reading to its champion's run; once per key, however often it is called. Returns MLflow's id of the run.
+    """Add a re-profile to its champion's run; once per key, however often it is called. Returns MLflow's id of the run.
 
     Args:
         uri: of MLflow's store.
         home: SECATEUR_HOME, for the files of a store that has no server.
         champion: model, version, device.
-        key: names the reading.
+        key: names the re-profile.
         metrics: numbers, each a point of its series.
-        document: the whole reading, as JSON.
+        document: the whole re-profile, as JSON.
 
     Raises:
         TrackingError: MLflow is away or refuses.
@@ -43,9 +43,9 @@ def record_reading(
         client = connect(uri, make=False)
         experiment_id = experiment_of(client, uri, experiment, home)
         label = f"{name}/{version}/{device}"
-        likely = client.search_runs([experiment_id], equals(f"tags.`{READING_TAG}`", label))
-        found = [run for run in likely if run.data.tags[READING_TAG] == label]
-        tags = {READING_TAG: label, "model": name, "version": version, "device": device}
+        likely = client.search_runs([experiment_id], equals(f"tags.`{REPROFILE_TAG}`", label))
+        found = [run for run in likely if run.data.tags[REPROFILE_TAG] == label]
+        tags = {REPROFILE_TAG: label, "model": name, "version": version, "device": device}
         run = (
             found[0] if found else client.create_run(experiment_id, tags=tags, run_name=f"{name} {version} on {device}")
         )

@@ -538,9 +538,9 @@ def test_people_hear_of_a_regression_and_of_a_mistake(
 
     from pipeline.flow import deployed
     from pipeline.tracking.store import connect
-    from tests.pipeline.lifecycle.test_reprofile import FakeRegistry, reading, result
+    from tests.pipeline.lifecycle.test_reprofile import FakeRegistry, reprofiled, result
 
-    slower = reading(result(1.0), result(1.3, 2.6, seed=1, onnxruntime="2"))
+    slower = reprofiled(result(1.0), result(1.3, 2.6, seed=1, onnxruntime="2"))
     connect(f"sqlite:///{tmp_path}/m.db")  # the store of the champion's run
     monkeypatch.setattr(
         deployed, "registry_of", lambda job: (FakeRegistry(("digits", "quick")), f"sqlite:///{tmp_path}/m.db")

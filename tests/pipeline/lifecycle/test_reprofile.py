@@ -17,7 +17,7 @@ from device_profiles.measure import ModelSamples, Process
 from pipeline.errors import UserError
 from pipeline.files import sha256_of
 from pipeline.lifecycle.reprofile import (
-    Reading,
+    Reprofile,
     Tolerances,
     changes,
     chosen,
@@ -30,7 +30,7 @@ from pipeline.lifecycle.reprofile import (
 )
 from pipeline.progress import Silent
 from pipeline.tracking import Version
-from pipeline.tracking.reprofiles import READING_TAG, record_reading
+from pipeline.tracking.reprofiles import REPROFILE_TAG, record_reprofile
 from pipeline.tracking.store import connect
 from tests.pipeline.helpers import quick_device
 
@@ -65,26 +65,26 @@ def result(
     return BenchmarkResult("quick", "final", names, digests, "cpu", tuple(made))
 
 
-def reading(before: BenchmarkResult, now: BenchmarkResult, **tolerances: float) -> Reading:
+def reprofiled(before: BenchmarkResult, now: BenchmarkResult, **tolerances: float) -> Reprofile:
     return compared(VERSION, "quick", before, now, "compact", Tolerances(**tolerances))
 
 
-def verdicts(found: Reading) -> Mapping[str, str]:
+def verdicts(found: Reprofile) -> Mapping[str, str]:
     return {figure.name: figure.verdict for figure in found.figures}
 
 
 def test_the_same_device_and_model_raise_no_alarm() -> None:
-    found = reading(result(1.0), result(1.0, seed=1))
+    found = reprofiled(result(1.0), result(1.0, seed=1))
     assert set(verdicts(found).values()) <= {"same", "better"}
     assert not found.regressions
     assert found.metrics()["regressed"] == 0
 
 
 def test_a_slower_device_is_told_from_a_slower_model() -> None:
-    device = reading(result(1.0), result(1.2, 2.4, seed=1))
+    device = reprofiled(result(1.0), result(1.2, 2.4, seed=1))
     assert [f.name for f in device.regressions] == ["p50_ms", "p95_ms"]
     assert "the device is slower" in device.cause
-    model = reading(result(1.0), result(1.2, 2.0, seed=1, onnxruntime="9.9"), p95=0.5)
+    model = reprofiled(result(1.0), result(1.2, 2.0, seed=1, onnxruntime="9.9"), p95=0.5)
     assert [f.name for f in model.regressions] == ["p50_ms"]
     assert "the model is slower" in model.cause
     change = model.regressions[0].change
@@ -92,7 +92,7 @@ def test_a_slower_device_is_told_from_a_slower_model() -> None:
 
 
 def test_without_the_unpruned_network_the_cause_is_not_guessed() -> None:
-    found = reading(result(1.0), result(1.2, None, seed=1))
+    found = reprofiled(result(1.0), result(1.2, None, seed=1))
     assert found.regressions
     assert "not known" in found.cause
     assert found.speedup is None
@@ -110,9 +110,9 @@ def test_what_changed_on_the_device_is_named() -> None:
 
 
 def test_within_the_tolerance_or_within_the_noise_is_no_regression() -> None:
-    assert not reading(result(1.0), result(1.03, seed=1)).regressions
-    assert reading(result(1.0), result(1.03, seed=1), p50=0.01).regressions
-    one = reading(result(1.0, processes=1), result(2.0, seed=1, processes=1))
+    assert not reprofiled(result(1.0), result(1.03, seed=1)).regressions
+    assert reprofiled(result(1.0), result(1.03, seed=1), p50=0.01).regressions
+    one = reprofiled(result(1.0, processes=1), result(2.0, seed=1, processes=1))
     assert not one.regressions, "one process cannot tell"
     assert all(math.isinf(figure.change.high) for figure in one.figures)
     assert set(verdicts(one).values()) == {"unknown"}
@@ -120,18 +120,18 @@ def test_within_the_tolerance_or_within_the_noise_is_no_regression() -> None:
 
 def test_wall_times_of_a_busy_device_decide_nothing() -> None:
     busy = replace(result(1.0, seed=1, wall_over_cpu=1.5, cpu_pressure=0.3), statistic="wall")
-    found = reading(replace(result(1.0), statistic="wall"), busy)
+    found = reprofiled(replace(result(1.0), statistic="wall"), busy)
     assert "contended" in found.flags
     assert verdicts(found)["p95_ms"] == verdicts(found)["p50_ms"] == "disturbed"
     assert not found.regressions
-    slower = reading(result(1.0), result(1.2, seed=1, wall_over_cpu=1.5))
+    slower = reprofiled(result(1.0), result(1.2, seed=1, wall_over_cpu=1.5))
     assert [f.name for f in slower.regressions] == ["p50_ms"], "CPU time is hardly touched by other load"
 
 
 def test_memory_counts_where_the_device_tells_it() -> None:
-    found = reading(result(1.0), result(1.0, seed=1, rss=12_000_000))
+    found = reprofiled(result(1.0), result(1.0, seed=1, rss=12_000_000))
     assert [f.name for f in found.regressions] == ["peak_rss_bytes"]
-    assert "peak_rss_bytes" not in verdicts(reading(result(1.0, rss=None), result(1.0, seed=1)))
+    assert "peak_rss_bytes" not in verdicts(reprofiled(result(1.0, rss=None), result(1.0, seed=1)))
 
 
 def test_the_interval_covers_the_truth() -> None:
@@ -208,18 +208,18 @@ def test_a_champion_is_fetched_timed_and_compared(tmp_path: Path) -> None:
     registry = FakeRegistry(("digits", "quick"), before=result(1.0, sha256=digest))
     target = FakeTarget(result(1.5, seed=1))
     (found,) = time_all(registry, {"quick": target}, tmp_path)
-    assert isinstance(found, Reading)
+    assert isinstance(found, Reprofile)
     assert {"p50_ms", "p95_ms"} <= {f.name for f in found.regressions} | {"p95_ms"}
     assert target.closed
     assert "regressed" in markdown([found])
 
 
-def test_a_device_that_is_away_spoils_no_other_reading(tmp_path: Path) -> None:
+def test_a_device_that_is_away_spoils_no_other_reprofile(tmp_path: Path) -> None:
     digest = sha256_of_bytes(tmp_path, b"model")
     registry = FakeRegistry(("lost", "local"), ("digits", "quick"), before=result(1.0, sha256=digest))
     first, second = time_all(registry, {"local": FakeTarget(None), "quick": FakeTarget(result(1.0))}, tmp_path)
     assert first[:2] == ("lost", "local")
-    assert isinstance(second, Reading)
+    assert isinstance(second, Reprofile)
 
 
 def test_a_version_without_a_benchmark_of_its_model_cannot_be_compared(tmp_path: Path) -> None:
@@ -247,18 +247,18 @@ def test_an_unknown_device_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_readings_are_series_of_one_run_and_none_is_kept_twice(tmp_path: Path) -> None:
+def test_reprofiles_are_series_of_one_run_and_none_is_kept_twice(tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
     uri, champion = f"sqlite:///{tmp_path}/mlflow.db", ("digits", "3", "quick")
     connect(uri)  # the store of the champion's run
-    found = reading(result(1.0), result(1.2, seed=1))
+    found = reprofiled(result(1.0), result(1.2, seed=1))
     for key in ("night-1", "night-1", "night-2"):
-        run_id = record_reading(uri, tmp_path, champion, key, found.metrics(), found.to_json())
+        run_id = record_reprofile(uri, tmp_path, champion, key, found.metrics(), found.to_json())
     client = MlflowClient(uri)
     history = client.get_metric_history(run_id, "p50_ms")
     assert [point.step for point in history] == [0, 1]
-    assert client.get_run(run_id).data.tags[READING_TAG] == "digits/3/quick"
+    assert client.get_run(run_id).data.tags[REPROFILE_TAG] == "digits/3/quick"
     assert len(client.list_artifacts(run_id, "readings")) == 2
 
 

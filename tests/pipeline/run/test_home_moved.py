@@ -18,7 +18,7 @@ from pipeline.run.origin import ORIGIN, check_tracked_at, read_origin, return_to
 from pipeline.run.run import Run, create_run_directory
 from pipeline.tracking import Registry
 from pipeline.tracking.pull import pull
-from pipeline.tracking.reprofiles import record_reading
+from pipeline.tracking.reprofiles import record_reprofile
 from tests.pipeline.helpers import tiny_config
 from tests.pipeline.registered import add, crown, embedded, linear_model, make_template, migrated_home
 
@@ -182,7 +182,7 @@ def test_reading_makes_no_store_and_says_what_was_looked_for(
         lambda: registry.version("net", "challenger", "pi"),
         lambda: registry.champions(),
         lambda: pull(registry, "net", tmp_path / "out"),
-        lambda: record_reading(registry.uri, here, ("net", "1", "pi"), "key", {}, "{}"),
+        lambda: record_reprofile(registry.uri, here, ("net", "1", "pi"), "key", {}, "{}"),
     )
     for way in ways:
         with pytest.raises(UserError, match=rf"no MLflow store at {here}/mlflow.db \(SECATEUR_HOME is not set"):

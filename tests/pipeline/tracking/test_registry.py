@@ -28,7 +28,7 @@ from pipeline.tracking.history import Event
 from pipeline.tracking.manifest import MANIFEST, check_name
 from pipeline.tracking.pull import pull
 from pipeline.tracking.registry import DeletedChampion
-from pipeline.tracking.reprofiles import record_reading
+from pipeline.tracking.reprofiles import record_reprofile
 from tests.pipeline.helpers import digits
 from tests.pipeline.registered import EXAMPLE, add, crown, decided, embedded, linear_model, make_template, migrated_home
 from tests.servers import database_url, free_port, mlflow_server, postgres, running
@@ -262,11 +262,11 @@ def test_devices_with_quotes_keep_decisions_and_readings_once(
     for like in (device, device.replace("'", "-")):
         runs = {registry.log_decision(decided(version, None, like), f"key {like}") for _ in range(2)}
         assert len(runs) == 1
-        readings = [
-            record_reading(registry.uri, registry.home, ("net", "1", like), str(i), {"p50_ms": 1.0}, "{}")
+        reprofiles = [
+            record_reprofile(registry.uri, registry.home, ("net", "1", like), str(i), {"p50_ms": 1.0}, "{}")
             for i in range(2)
         ]
-        assert len(set(readings)) == 1
+        assert len(set(reprofiles)) == 1
     crown(registry, version, device)
     assert registry.version("net", "champion", device).version == "1"
 

@@ -366,8 +366,8 @@ def test_a_delivery_that_is_killed_loses_and_doubles_nothing(home: Path, monkeyp
 
 def test_a_delivery_ends_with_whoever_started_it_and_shows_nobody_the_password() -> None:
     program = (
-        "import time; from pipeline.tracking.delivery import Delivery; delivery = Delivery('http://me:hidden-word@host'); "
-        "print(1, flush=True); time.sleep(99)"
+        "import time; from pipeline.tracking.delivery import Delivery; "
+        "delivery = Delivery('http://me:hidden-word@host'); print(1, flush=True); time.sleep(99)"
     )
     command = [sys.executable, "-c", program]
     with subprocess.Popen(command, cwd=Path(__file__).parents[3], stdout=subprocess.PIPE) as parent:

@@ -27,7 +27,7 @@ from pipeline.config.schema import GateSection
 from pipeline.errors import EXIT_GATE, EXIT_USER, UserError
 from pipeline.flow.deployed import refused
 from pipeline.lifecycle import promotion
-from pipeline.lifecycle.reprofile import Reading, Tolerances, compared, markdown, profile_of, recorded
+from pipeline.lifecycle.reprofile import Reprofile, Tolerances, compared, markdown, profile_of, recorded
 from pipeline.terminal import out
 from pipeline.tracking import RUN_TAG, Decision, Registry, Version
 from pipeline.tracking.history import EVENTS
@@ -300,7 +300,7 @@ def test_any_benchmark_of_a_version_is_compared_with_or_is_none(tmp_path_factory
     except UserError as error:
         assert "carries no benchmark" in str(error)
         return
-    assert isinstance(found, Reading)
+    assert isinstance(found, Reprofile)
     assert all(math.isfinite(number) for number in found.metrics().values())
     json.loads(found.to_json())
     markdown([found])
