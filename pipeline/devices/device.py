@@ -39,14 +39,14 @@ class RunDevice:
     facts: Mapping[str, Any]
 
 
-class InTurn:
-    """A target that is used only while a turn lasts; turns are somebody else's to give (a scheduler's).
+class Leased:
+    """A target that is used only under a lease, which is somebody else's to give (a scheduler's).
 
-    The lock on the device itself holds in any case; turns keep whole flows from waiting at it.
+    The lock on the device itself holds in any case; leases keep whole flows from waiting at it.
     """
 
-    def __init__(self, target: Target, turn: Callable[[], AbstractContextManager[None]]) -> None:
-        self.target, self.turn = target, turn
+    def __init__(self, target: Target, lease: Callable[[], AbstractContextManager[None]]) -> None:
+        self.target, self.lease = target, lease
 
     def prepare(self) -> Mapping[str, Any]:
         return self.target.prepare()
@@ -55,7 +55,7 @@ class InTurn:
         return self.target.put(path)
 
     def run(self, request: Mapping[str, Any], timeout_s: float, progress: Progress | None = None) -> dict[str, Any]:
-        with self.turn():
+        with self.lease():
             return self.target.run(request, timeout_s, progress)
 
     def fetch(self, path: str, to: Path) -> None:

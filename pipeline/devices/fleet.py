@@ -1,6 +1,6 @@
 """Several devices in one run: each candidate is measured on all of them at once, and one latency stands for them.
 
-One thread per device; a device is used by one thread at a time. Devices of one machine take turns. What counts is the
+One thread per device; a device is used by one thread at a time. Devices of one machine are used one after another. What counts is the
 worst ratio or the mean (``device.combine``); every device's own figures are kept beside it.
 """
 
@@ -74,9 +74,9 @@ class Fleet:
     ) -> None:
         self.combine: Combine = combine
         self._stop = threading.Event()
-        turns = {device.machine: threading.Lock() for device in devices}
+        locks = {device.machine: threading.Lock() for device in devices}
         self.devices = tuple(
-            replace(device, target=_Attended(device, turns[device.machine], self._stop, wait_s, say))
+            replace(device, target=_Attended(device, locks[device.machine], self._stop, wait_s, say))
             for device in devices
         )
 
@@ -153,10 +153,10 @@ class _StoppedError(Exception):
 
 
 class _Attended:
-    """A device's target as a fleet uses it: in turn with others of its machine, waited for while it is away.
+    """A device's target as a fleet uses it: one at a time of those of its machine, waited for while it is away.
 
     Args:
-        turn: of the machine.
+        machine: the lock of its machine.
         stop: set when the run ends; work under way ends then.
         wait_s: how long the device may be away.
     """
@@ -164,13 +164,13 @@ class _Attended:
     def __init__(
         self,
         device: Device,
-        turn: threading.Lock,
+        machine: threading.Lock,
         stop: threading.Event,
         wait_s: float,
         say: Callable[[str], None],
     ) -> None:
         self.device, self.target = device, device.target
-        self._turn, self._stop, self._wait_s, self._say = turn, stop, wait_s, say
+        self._machine, self._stop, self._wait_s, self._say = machine, stop, wait_s, say
 
     def prepare(self) -> Mapping[str, Any]:
         return self._patiently(self.target.prepare)
@@ -185,7 +185,7 @@ class _Attended:
                 progress(event)
 
         def measure() -> dict[str, Any]:
-            with self._turn:
+            with self._machine:
                 self._go_on()
                 return self.target.run(request, timeout_s, watch)
 

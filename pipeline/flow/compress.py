@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline import children
 from pipeline.errors import TrackingError
-from pipeline.flow.device_lease import device_turn
+from pipeline.flow.device_lease import lease_of
 from pipeline.flow.environment import runtime_env
 from pipeline.flow.server import serving
 from pipeline.flow.worker_engines import open_engine
@@ -54,7 +54,7 @@ def execute(run: Run, debug: bool = False) -> Facts:
         held.enter_context(children.kept(home(), f"run {run.run_id}"))
         held.enter_context(serving())
         resume_tracking(run)
-        run.lease_devices({profile.name: device_turn(profile, run.progress.say) for profile in run.profiles})
+        run.lease_devices({profile.name: lease_of(profile, run.progress.say) for profile in run.profiles})
         facts, undelivered = secateur()
     if undelivered is not None:
         raise UndeliveredError(facts, undelivered)

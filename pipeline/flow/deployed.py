@@ -31,11 +31,11 @@ from pipeline import children, foreign
 from pipeline.config import trust
 from pipeline.config.reading import load_run_file
 from pipeline.config.schema import TrackingSection
-from pipeline.devices.device import InTurn
+from pipeline.devices.device import Leased
 from pipeline.errors import SurroundingsError, TrackingError, UserError
 from pipeline.flow import run_claim as adopt
 from pipeline.flow.compress import ON_SCHEDULE_S, resume_tracking, work_through
-from pipeline.flow.device_lease import Turns, device_turn, make_limit, promotion_limit
+from pipeline.flow.device_lease import Lease, lease_of, make_limit, promotion_limit
 from pipeline.flow.logs import LogProgress
 from pipeline.flow.notify import ALARM, PROMOTED, tell
 from pipeline.flow.parameters import Compress, Profile, Promote, Registered
@@ -91,7 +91,7 @@ def compress(job: Compress) -> State[Any]:
         mark_crashed(taken.earlier, flow_run)
     try:
         with foreign.told(), children.kept(home(), f"flow run {flow_run}"), taken.run as run:
-            run.lease_devices({profile.name: device_turn(profile, say) for profile in run.profiles})
+            run.lease_devices({profile.name: lease_of(profile, say) for profile in run.profiles})
             resume_tracking(run)
             facts, undelivered = work_through(run, ON_SCHEDULE_S)
             link(run)
@@ -125,7 +125,7 @@ def profile(job: Profile) -> State[Any]:
     faults: list[str] = []
     profiles = [Path(file) for file in job.device_profiles]
     for found in reprofile(
-        registry, champions, job.tolerances, turn=turn_of, progress=LogProgress(say), profiles=profiles
+        registry, champions, job.tolerances, lease=device_lease, progress=LogProgress(say), profiles=profiles
     ):
         if isinstance(found, Reprofile):
             reprofiles.append(found)
@@ -167,9 +167,9 @@ def promote(job: Promote) -> State[Any]:
         with told(faults, name, device):
             where = profile_of(device, [Path(file) for file in job.device_profiles])
             make_limit(limit)
-            target = InTurn(trust.open_target(where), turn_of(where))
+            target = Leased(trust.open_target(where), device_lease(where))
             try:
-                with Turns(limit, say).turn():
+                with Lease(limit, say).held():
                     decisions.append(
                         promotion.promote(registry, name, where, target, key=own_id(), progress=LogProgress(say))
                     )
@@ -204,8 +204,8 @@ def mark_crashed(flow_run: str, by: str) -> None:
             client.set_flow_run_state(found.id, Crashed(message=message), force=True)
 
 
-def turn_of(device: DeviceProfile) -> Callable[[], contextlib.AbstractContextManager[None]]:
-    return device_turn(device, say)
+def device_lease(device: DeviceProfile) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    return lease_of(device, say)
 
 
 def registry_of(job: Registered) -> tuple[Registry, str]:
@@ -216,7 +216,7 @@ def registry_of(job: Registered) -> tuple[Registry, str]:
 
 @contextlib.contextmanager
 def told(faults: list[str], *about: str) -> Iterator[None]:
-    """An expected error of one model does not keep the others from their turn; the flow fails at its end."""
+    """An expected error of one model does not keep the others from being done; the flow fails at its end."""
     try:
         with foreign.told():
             yield

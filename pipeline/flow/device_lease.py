@@ -1,4 +1,4 @@
-"""Whose turn it is: Prefect's global concurrency limits, one per device and one per model that is promoted."""
+"""Who may use a device: Prefect's global concurrency limits, one per device and one per model that is promoted."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from device_profiles.wording import command
 from pipeline.errors import SurroundingsError
 from pipeline.flow.server import server_url
 
-TURN_WAIT_S, LEASE_S, AWAY_S = 3600.0, 60.0, 300.0
-"""How long a flow waits for a device that others use, how long a killed flow keeps its turn, and for how long a server
+WAIT_S, LEASE_S, ALONE_S = 3600.0, 60.0, 300.0
+"""How long a flow waits for a device that others use, how long a killed flow keeps its lease, and for how long a server
 that did not answer is not asked again (asking takes Prefect's client a minute then)."""
 
 
-def device_turn(profile: DeviceProfile, say: Callable[[str], None]) -> Callable[[], AbstractContextManager[None]]:
+def lease_of(profile: DeviceProfile, say: Callable[[str], None]) -> Callable[[], AbstractContextManager[None]]:
     """One flow at a time on a device, over all machines of a Prefect server: a global concurrency limit of 1.
 
     Args:
@@ -31,15 +31,15 @@ def device_turn(profile: DeviceProfile, say: Callable[[str], None]) -> Callable[
     """
     name = limit_name(profile)
     make_limit(name)
-    return Turns(name, say).turn
+    return Lease(name, say).held
 
 
-class Turns:
-    """The only slot of a limit, taken turn by turn.
+class Lease:
+    """The only slot of a limit, held by one at a time.
 
     Without a server of its own (``PREFECT_API_URL``) Prefect would never free the slot of a killed flow; the lock on
     what the limit guards (a device's own, the registry's), which the kernel frees, must then do. So it must while a
-    server is away: the work goes on without it, and asks again after ``AWAY_S``.
+    server is unreachable: the work goes on without it, and asks again after ``ALONE_S``.
 
     Args:
         name: of the limit.
@@ -51,11 +51,11 @@ class Turns:
         self._ask_from = 0.0
 
     @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
+    def held(self) -> Iterator[None]:
         """Hold the slot.
 
         Raises:
-            DeviceError: others have held it for ``TURN_WAIT_S``.
+            DeviceError: others have held it for ``WAIT_S``.
         """
         held = contextlib.ExitStack()
         if server_url() and time.monotonic() >= self._ask_from:
@@ -71,7 +71,7 @@ class Turns:
 
         lease = concurrency(
             self.name,
-            timeout_seconds=TURN_WAIT_S,
+            timeout_seconds=WAIT_S,
             lease_duration=LEASE_S,
             strict=True,
             raise_on_lease_renewal_failure=False,
@@ -80,12 +80,12 @@ class Turns:
             held.enter_context(lease)
         except TimeoutError as error:
             raise DeviceError(
-                f"other flows have used {self.name} for {TURN_WAIT_S / 3600:g} h; "
+                f"other flows have used {self.name} for {WAIT_S / 3600:g} h; "
                 f"see {command('prefect', 'global-concurrency-limit', 'ls')}",
                 "busy",
             ) from error
         except ConcurrencySlotAcquisitionError as error:
-            self._away(f"gives no turn ({error.__cause__ or error})")
+            self._go_on_without(f"gives no lease ({error.__cause__ or error})")
 
     def _give_back(self, held: contextlib.ExitStack) -> None:
         import httpx
@@ -93,11 +93,11 @@ class Turns:
         try:
             held.close()
         except httpx.HTTPError as error:
-            self._away(f"was not told that a turn is over ({error}); it runs out by itself")
+            self._go_on_without(f"was not told that a lease is over ({error}); it runs out by itself")
 
-    def _away(self, what: str) -> None:
-        self._ask_from = time.monotonic() + AWAY_S
-        self.say(f"{self.name}: the Prefect server {what}. For {AWAY_S:g} s only the device's own lock guards it")
+    def _go_on_without(self, what: str) -> None:
+        self._ask_from = time.monotonic() + ALONE_S
+        self.say(f"{self.name}: the Prefect server {what}. For {ALONE_S:g} s only the device's own lock guards it")
 
 
 def make_limit(name: str) -> None:

@@ -26,7 +26,7 @@ from device_profiles.intervals import MIN_PROCESSES, Ratio
 from device_profiles.staircase import FINGERPRINT_KEYS
 from device_profiles.wording import printable
 from pipeline.config import trust
-from pipeline.devices.device import InTurn
+from pipeline.devices.device import Leased
 from pipeline.errors import TrackingError, UserError, VersionError
 from pipeline.files import sha256_of
 from pipeline.progress import ProgressView
@@ -38,7 +38,7 @@ MODEL = "model.onnx"
 INPUTS = "benchmark-input.npz"
 SYSTEM_KEYS = (*FINGERPRINT_KEYS, "system", "python", "governor", "providers", "host")
 """What is named when it differs between then and now: firmware and kernel, runtime, clocks."""
-Turn = Callable[[], AbstractContextManager[None]]
+Lease = Callable[[], AbstractContextManager[None]]
 
 
 class Tolerances(BaseModel):
@@ -163,7 +163,7 @@ def reprofile(
     champions: Sequence[tuple[str, str, Version]],
     tolerances: Tolerances,
     *,
-    turn: Callable[[DeviceProfile], Turn],
+    lease: Callable[[DeviceProfile], Lease],
     progress: ProgressView,
     profiles: Sequence[Path] = (),
     opened: Callable[[DeviceProfile], Target] = trust.open_target,
@@ -172,7 +172,7 @@ def reprofile(
 
     Args:
         champions: as ``chosen`` gives them.
-        turn: for a device's profile, what to enter around each use of it.
+        lease: for a device's profile, what to enter around each use of it.
         profiles: files of device profiles that are not among the installed ones, nor in ``SECATEUR_HOME``.
         opened: reaches a device.
 
@@ -184,7 +184,7 @@ def reprofile(
             profile = profile_of(device, profiles)
             with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
                 registry.fetch(version, Path(folder))
-                target = InTurn(opened(profile), turn(profile))
+                target = Leased(opened(profile), lease(profile))
                 try:
                     yield time_again(version, device, profile, target, Path(folder), tolerances, progress)
                 finally:

@@ -25,7 +25,7 @@ from pipeline.config import trust
 from pipeline.config.choices import method_options
 from pipeline.config.reading import parse_run_file
 from pipeline.config.schema import RunFile
-from pipeline.devices.device import InTurn, RunDevice, meet
+from pipeline.devices.device import Leased, RunDevice, meet
 from pipeline.devices.fleet import Device, Fleet, FleetProgress
 from pipeline.errors import JournalError, SurroundingsError, UserError
 from pipeline.evaluation.baseline import Baseline
@@ -157,12 +157,12 @@ class Run:
         for profile in self.profiles:
             target = trust.open_target(profile)
             self._resources.callback(target.close)
-            devices.append(Device(profile, InTurn(target, partial(self._turn_of, profile))))
+            devices.append(Device(profile, Leased(target, partial(self._leased, profile))))
         section = self.config.device
         return Fleet(devices, section.combine, section.wait_s, self.progress.say)
 
     @contextlib.contextmanager
-    def _turn_of(self, profile: DeviceProfile) -> Iterator[None]:
+    def _leased(self, profile: DeviceProfile) -> Iterator[None]:
         if self._pool is not None and self._pool.engine.local and kind_of(profile).this_machine:
             self._pool.rest()  # workers on the very machine that is measured would take its cores and its caches
         with self._leases.get(profile.name, contextlib.nullcontext)():

@@ -289,7 +289,7 @@ def test_nothing_is_timed_on_a_machine_whose_workers_compute(target: str, local:
     run: Any = Run.__new__(Run)
     run._pool = SimpleNamespace(engine=SimpleNamespace(local=local), rest=lambda: said.append("rest"))
     run.lease_devices({})
-    with run._turn_of(SimpleNamespace(name="here", target=target)):
+    with run._leased(SimpleNamespace(name="here", target=target)):
         said.append("timed")
     assert said == (["rest", "timed"] if waits else ["timed"])
 

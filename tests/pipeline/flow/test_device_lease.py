@@ -1,4 +1,4 @@
-"""One flow at a time on a device: the turn that a real Prefect server gives."""
+"""One flow at a time on a device: the lease that a real Prefect server gives."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from device_profiles import DeviceProfile, load_profile
-from pipeline.flow import device_turn, limit_name
+from pipeline.flow import lease_of, limit_name
 from tests.pipeline.helpers import tiny_config
 from tests.servers import prefect_server, running
 
@@ -38,9 +38,9 @@ def test_two_flows_never_use_a_device_at_once(server: str, tmp_path: Path, monke
 
     def use(number: int) -> None:
         with temporary_settings({PREFECT_API_URL: server}):
-            turn = device_turn(quick_profile(tmp_path), ignore)
+            lease = lease_of(quick_profile(tmp_path), ignore)
             for _ in range(2):
-                with turn():
+                with lease():
                     active[0] += 1
                     most[0] = max(most[0], active[0])
                     time.sleep(0.3)
@@ -59,7 +59,7 @@ def test_two_flows_never_use_a_device_at_once(server: str, tmp_path: Path, monke
 def test_without_a_server_of_its_own_the_device_s_lock_must_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    with temporary_settings({PREFECT_API_URL: None}), device_turn(quick_profile(tmp_path), ignore)():
+    with temporary_settings({PREFECT_API_URL: None}), lease_of(quick_profile(tmp_path), ignore)():
         pass
 
 

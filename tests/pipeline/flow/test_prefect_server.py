@@ -133,7 +133,7 @@ def test_the_temporary_server_is_a_child_that_every_thread_sees(
             thread.join()
             assert seen[0] is not None
             server.check(seen[0])
-            assert server.server_url() is None  # no server of the user's: no turns are taken there
+            assert server.server_url() is None  # no server of the user's: no leases are taken there
             (process,) = [p for p in of_home(home) if "uvicorn" in p.cmdline()]
             assert os.getsid(process.pid) == process.pid
             assert len(list((home / children.FOLDER).glob("*.json"))) == 1

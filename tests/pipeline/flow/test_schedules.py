@@ -29,7 +29,7 @@ from pipeline.errors import JournalError, SurroundingsError, UserError
 from pipeline.flow import notify
 from pipeline.flow import run_claim as adopt
 from pipeline.flow.deployments import Order, deploy
-from pipeline.flow.device_lease import Turns
+from pipeline.flow.device_lease import Lease
 from pipeline.flow.parameters import Compress, Profile, Promote
 from pipeline.run.journal import Journal
 from tests.pipeline.helpers import quick_device, tiny_config, write_tiny
@@ -570,9 +570,9 @@ def test_a_device_is_used_without_the_server_while_that_is_away(
     said: list[str] = []
     away = f"http://127.0.0.1:{free_port()}/api"
     with temporary_settings({PREFECT_API_URL: away, PREFECT_CLIENT_MAX_RETRIES: 0}):
-        turns = Turns("secateur-device-away", said.append)
+        lease = Lease("secateur-device-away", said.append)
         for _ in range(3):
-            with turns.turn():
+            with lease.held():
                 pass
     assert len(said) == 1, "it is not asked again at once"
     assert "own lock" in said[0]

@@ -195,7 +195,7 @@ def time_all(registry: FakeRegistry, targets: Mapping[str, FakeTarget], folder: 
             registry,
             registry.champions(),
             Tolerances(),
-            turn=lambda profile: contextlib.nullcontext,
+            lease=lambda profile: contextlib.nullcontext,
             progress=Silent(),
             profiles=[quick_device(folder)],
             opened=lambda profile: targets[profile.name],
