@@ -1,7 +1,7 @@
 """Several devices in one run: each candidate is measured on all of them at once, and one latency stands for them.
 
-One thread per device; a device is used by one thread at a time. Devices of one machine are used one after another. What counts is the
-worst ratio or the mean (``device.combine``); every device's own figures are kept beside it.
+One thread per device; a device is used by one thread at a time, and so is a machine that is several devices. What
+counts is the worst ratio or the mean (``device.combine``); every device's own figures are kept beside it.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from pipeline.config.reading import load_run_file
 from pipeline.config.schema import TrackingSection
 from pipeline.devices.device import Leased
 from pipeline.errors import SurroundingsError, TrackingError, UserError
-from pipeline.flow import run_claim as adopt
+from pipeline.flow import run_claim
 from pipeline.flow.compress import ON_SCHEDULE_S, resume_tracking, work_through
 from pipeline.flow.device_lease import Lease, lease_of, make_limit, promotion_limit
 from pipeline.flow.logs import LogProgress
@@ -84,7 +84,7 @@ def compress(job: Compress) -> State[Any]:
     trust.require(trust.code_in(config, Path(job.file)))
     flow_run, deployment = own_id(), this_deployment.id or "none"
     progress = LogProgress(say)
-    taken = adopt.take(config, deployment, flow_run, lambda directory: Run(directory, progress), say)
+    taken = run_claim.take(config, deployment, flow_run, lambda directory: Run(directory, progress), say)
     say(f"Run directory: {taken.directory}")
     if taken.earlier is not None:
         say(f"Continues what flow run {taken.earlier} left")
@@ -96,17 +96,17 @@ def compress(job: Compress) -> State[Any]:
             facts, undelivered = work_through(run, ON_SCHEDULE_S)
             link(run)
     except (UserError, ExportError) as error:
-        adopt.end(taken.directory, str(error))  # it would fail again
+        run_claim.end(taken.directory, str(error))  # it would fail again
         raise
     except (SurroundingsError, DeviceError):
         raise  # the next run goes on
     except Exception as error:
-        adopt.end(taken.directory, f"bug: {error}")
+        run_claim.end(taken.directory, f"bug: {error}")
         raise
     if undelivered is not None:
         raise undelivered
     passed, promoted = facts.gate.passed, facts.promote is not None and facts.promote.promoted
-    adopt.end(taken.directory, "passed" if passed else "not passed")
+    run_claim.end(taken.directory, "passed" if passed else "not passed")
     lines = registered(facts)
     if not passed:
         failed = ", ".join(check.name for check in facts.gate.failed)

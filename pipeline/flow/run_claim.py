@@ -2,7 +2,7 @@
 
 A directory that a schedule made holds ``schedule.json``: whose it is, and every flow run that ever worked on it. The
 lock on its journal tells whether somebody still does; the kernel frees it with the process. Directories lie on the
-machine of the worker, so adoption is between workers that share ``SECATEUR_HOME``.
+machine of the worker, so workers claim each other's runs only where they share ``SECATEUR_HOME``.
 """
 
 from __future__ import annotations

@@ -26,8 +26,7 @@ from pydantic import ValidationError
 from pipeline import errors
 from pipeline.config.schema import RunFile
 from pipeline.errors import JournalError, SurroundingsError, UserError
-from pipeline.flow import notify
-from pipeline.flow import run_claim as adopt
+from pipeline.flow import notify, run_claim
 from pipeline.flow.deployments import Order, deploy
 from pipeline.flow.device_lease import Lease
 from pipeline.flow.parameters import Compress, Profile, Promote
@@ -55,8 +54,8 @@ def ignore(line: str) -> None:
     """Listens to nothing."""
 
 
-def take(config: RunFile, flow_run: str, deployment: str = "nightly") -> adopt.Taken[Journal]:
-    return adopt.take(config, deployment, flow_run, opener(config), ignore)
+def take(config: RunFile, flow_run: str, deployment: str = "nightly") -> run_claim.Taken[Journal]:
+    return run_claim.take(config, deployment, flow_run, opener(config), ignore)
 
 
 def test_the_next_flow_finishes_what_a_dead_one_left(tmp_path: Path) -> None:
@@ -68,7 +67,7 @@ def test_the_next_flow_finishes_what_a_dead_one_left(tmp_path: Path) -> None:
     assert second.directory == first.directory
     assert second.earlier == "a"
     assert len(second.run.records) == 2
-    binding = adopt.read_binding(second.directory)
+    binding = run_claim.read_binding(second.directory)
     assert binding is not None
     assert binding.flow_runs == ("a", "b")
 
@@ -86,7 +85,7 @@ def test_nobody_takes_a_directory_that_is_being_worked_in(tmp_path: Path) -> Non
 def test_a_finished_run_is_not_continued_but_by_its_own_flow_run(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     first = take(config, "a")
-    adopt.end(first.directory, "passed")
+    run_claim.end(first.directory, "passed")
     first.run.close()
     again = take(config, "a")
     assert again.directory == first.directory, "a retry of the same flow run does nothing twice"
@@ -120,7 +119,7 @@ def test_a_damaged_journal_stops_no_schedule(tmp_path: Path) -> None:
     first.run.close()
     (first.directory / "journal.jsonl").write_text("{}\n{}\n")
     said: list[str] = []
-    second = adopt.take(config, "nightly", "b", opener(config), said.append)
+    second = run_claim.take(config, "nightly", "b", opener(config), said.append)
     assert second.directory != first.directory
     assert "damaged" in said[0]
 
@@ -130,7 +129,7 @@ def test_a_run_that_is_refused_leaves_no_directory(tmp_path: Path) -> None:
         raise UserError("no such data")
 
     with pytest.raises(UserError, match="no such data"):
-        adopt.take(tiny_config(tmp_path), "nightly", "a", refuse, ignore)
+        run_claim.take(tiny_config(tmp_path), "nightly", "a", refuse, ignore)
     assert not list((tmp_path / "home" / "runs").glob("tiny-*"))
 
 
@@ -165,7 +164,7 @@ def test_one_flow_run_started_twice_at_once_works_once(tmp_path: Path) -> None:
     assert len([outcome for outcome in outcomes if outcome]) == 1
 
 
-def test_a_journal_in_use_is_what_adoption_goes_by(tmp_path: Path) -> None:
+def test_a_journal_in_use_is_what_a_claim_goes_by(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     first = take(config, "a")
     with pytest.raises(JournalError, match="in use"):
@@ -485,7 +484,7 @@ def test_a_deployed_run_ends_registered_told_and_is_timed_again(place: Workplace
         again = place.finished(place.trigger("promote/tiny"))
         assert (again["type"], again["message"]) == ("COMPLETED", "no challenger waits for a decision"), place.log()
     (directory,) = place.directories()
-    binding = adopt.read_binding(directory)
+    binding = run_claim.read_binding(directory)
     assert binding is not None
     assert binding.ended == "passed"
     artifacts = {a["key"]: a["data"] for a in place.api("POST", "/artifacts/filter", json={}) if a["key"]}
