@@ -26,7 +26,7 @@ import torch
 from benchmarks._output import parser, present
 from benchmarks.scaling import BATCH, Scene
 from export.slicing import OnnxTemplate
-from pipeline.evaluation import shipped_data as carried
+from pipeline.evaluation import shipped_data
 from pipeline.evaluation import worker as workers
 from pipeline.evaluation.accuracy import AccuracyRequest
 from pipeline.run.journal import Journal
@@ -84,7 +84,7 @@ def main() -> None:
         row("weights, once per worker", scene.baseline.stat().st_size)
         row("template, once per worker", (scene.folder / "template.onnx").stat().st_size)
         accuracy = scene.accuracy
-        images = carried.pack(
+        images = shipped_data.pack(
             accuracy.baseline.workload, accuracy.num_recalibration_images, len(accuracy.split), folder / "images.npz"
         )
         row("images, once per worker", images.stat().st_size)

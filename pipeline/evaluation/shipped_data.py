@@ -1,7 +1,7 @@
-"""A run file's workload, opened in any process; where one cannot open the data, with images carried to it.
+"""A run file's workload, opened in any process; where one cannot open the data, with images shipped to it.
 
-What is carried is what ``Workload.batch`` reads, of the images that are needed: pixels as the source gives them,
-labels, and what was measured on the training images. The test split is never carried.
+What is shipped is what ``Workload.batch`` reads, of the images that are needed: pixels as the source gives them,
+labels, and what was measured on the training images. The test split is never shipped.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def pack(workload: Workload, num_train: int, num_search: int, path: Path) -> Pat
     """Write the first images of both splits into a file.
 
     Raises:
-        UserError: this kind of workload cannot be carried.
+        UserError: this kind of workload cannot be shipped.
     """
     found: object = workload
     if not isinstance(found, Classification):
@@ -72,14 +72,14 @@ def unpack(section: dict[str, Any], path: Path) -> Workload:
     try:
         with np.load(path, allow_pickle=False) as content:
             arrays = dict(content)
-        workload: Any = _Carried(section, arrays)
+        workload: Any = _Shipped(section, arrays)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} holds no carried images: {error}") from error
-    carried: Workload = workload
-    return carried
+        raise UserError(f"{path} holds no shipped images: {error}") from error
+    shipped: Workload = workload
+    return shipped
 
 
-class _Carried(Classification):
+class _Shipped(Classification):
     """Classification on images that came along."""
 
     def __init__(self, section: dict[str, Any], arrays: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ from pipeline.children import leave_terminal
 from pipeline.config import trust
 from pipeline.config.schema import SearchSection
 from pipeline.errors import UserError
-from pipeline.evaluation import shipped_data as carried
+from pipeline.evaluation import shipped_data
 from pipeline.evaluation.accuracy import AccuracyEvaluator, Agreed
 from pipeline.evaluation.baseline import Baseline
 from pipeline.evaluation.weights import Checkpoint
@@ -160,12 +160,12 @@ def _compute(kind: str) -> torch.device:
 def open_data(spec: Mapping[str, Any], store: BlobStore | None) -> Workload:
     """The run's workload: from the data the run file names, if it is here and the same; else from images sent along."""
     with contextlib.suppress(UserError):
-        workload = carried.open_section(spec["workload"], Reading(check="none"))
+        workload = shipped_data.open_section(spec["workload"], Reading(check="none"))
         if workload.fingerprint == spec["fingerprint"]:
             return workload
     if spec[IMAGES] is None:
         raise MissingError(IMAGES)
-    return carried.unpack(spec["workload"], find_blob(spec[IMAGES], store))
+    return shipped_data.unpack(spec["workload"], find_blob(spec[IMAGES], store))
 
 
 def find_blob(blob: Mapping[str, Any], store: BlobStore | None) -> Path:

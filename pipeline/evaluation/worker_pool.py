@@ -22,7 +22,7 @@ from device_profiles.cores import usable_cores
 from pipeline.children import keep_from_children
 from pipeline.config import trust
 from pipeline.errors import SurroundingsError, UserError
-from pipeline.evaluation import shipped_data as carried
+from pipeline.evaluation import shipped_data
 from pipeline.evaluation.accuracy import Accuracy, AccuracyEvaluator, AccuracyRequest, Key
 from pipeline.evaluation.onnx_files import TEMPLATE
 from pipeline.files import sha256_of, write_whole
@@ -77,8 +77,8 @@ class WorkerPool:
     def __init__(self, engine: Engine, config: RunFile, baseline: Path, folder: Path) -> None:
         self.engine, self.config, self.baseline, self.folder = engine, config, baseline, folder
         self._spec: dict[str, Any] = {}
-        self._carry: Callable[[], Path] | None = None
-        self._carrying = threading.Lock()
+        self._ship: Callable[[], Path] | None = None
+        self._shipping = threading.Lock()
         self._under_way: dict[Key, tuple[Future[list[Accuracy]], int]] = {}
         self._pool = ThreadPoolExecutor(engine.count, "workers", keep_from_children)  # one thread waits for one batch
 
@@ -161,10 +161,10 @@ class WorkerPool:
 
     def _take_images_along(self) -> None:
         """Put the images that workers need into a file; they are told of it from now on."""
-        with self._carrying:
+        with self._shipping:
             if self._spec[IMAGES] is None:
-                assert self._carry is not None
-                self._spec = {**self._spec, IMAGES: _blob(self._carry())}
+                assert self._ship is not None
+                self._spec = {**self._spec, IMAGES: _blob(self._ship())}
 
     def _describe(self, accuracy: AccuracyEvaluator) -> dict[str, Any]:
         """All that workers must know, as JSON; files by path and hash."""
@@ -176,10 +176,10 @@ class WorkerPool:
             write_whole(self.folder / "order.npy", content.getbuffer())
         num_train, num_search = accuracy.num_recalibration_images, len(accuracy.split)
 
-        def carry() -> Path:
-            return carried.pack(baseline.workload, num_train, num_search, self.folder / "images.npz")
+        def ship() -> Path:
+            return shipped_data.pack(baseline.workload, num_train, num_search, self.folder / "images.npz")
 
-        self._carry = carry
+        self._ship = ship
         threads = config.threads or max(1, (usable_cores() // self.engine.count if self.engine.local else 0))
         return {
             "workload": config.workload,
