@@ -25,13 +25,13 @@ def rescore_(
     Example: secateur rescore .secateur/runs/digits-... --reward mnasnet --set target_ratio=0.7
     """
     from pipeline.config.reading import reward_options
-    from pipeline.lifecycle.rescore import mixed, rescore, shown, write_ranking
+    from pipeline.lifecycle.rescore import mixed, ranking_rows, rescore, write_ranking
 
     options = reward_options(reward, set_ or [])
     ranking = rescore(run_dir, reward, options)
     numbers = ("accuracy", "MACs ratio", "latency ratio", "reward")
     rows = table("", "candidate", "weights", *numbers, "", title=f"{run_dir.name} by reward {reward}", right=numbers)
-    for row in shown(ranking, top):
+    for row in ranking_rows(ranking, top):
         rows.add_row(*row)
     out.print(rows)
     if mixed(ranking, top):

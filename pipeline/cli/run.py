@@ -101,14 +101,14 @@ def _execute(directory: Path, debug: bool) -> None:
     from pipeline.flow import UndeliveredError, execute, runtime_env
     from pipeline.progress import RichProgress
     from pipeline.run.run import Run
-    from pipeline.tracking import shown
+    from pipeline.tracking import redacted
 
     runtime_env(directory, debug)
     interrupts.current.go_on = command("secateur", "resume", directory)
     try:
         with children.kept(home(), f"run {directory.name}"), Run(directory, RichProgress(err)) as opened:
             facts = execute(opened, debug)
-            uri = shown(opened.tracker.uri)
+            uri = redacted(opened.tracker.uri)
     except UndeliveredError as left:
         _show(left.facts, directory, "")
         raise errors.SurroundingsError(

@@ -206,7 +206,7 @@ def mixed(ranking: Ranking, top: int) -> bool:
     return len({past.tuned for _, past in ranking.rows[:top]}) > 1
 
 
-def shown(ranking: Ranking, top: int) -> list[tuple[str, ...]]:
+def ranking_rows(ranking: Ranking, top: int) -> list[tuple[str, ...]]:
     """Rows of the printed table: rank, candidate, weights, accuracy, MACs, latency, reward, on the front."""
     metric, reference = ranking.metric, ranking.reference
     rows: list[tuple[str, ...]] = []

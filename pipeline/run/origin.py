@@ -16,7 +16,7 @@ from device_profiles.wording import command, printable
 from pipeline.config.schema import RunFile
 from pipeline.errors import UserError
 from pipeline.surroundings import DATA, HOME, TRACKING_URI, home, variable
-from pipeline.tracking.place import SQLITE, shown, sqlite_file, store_uri
+from pipeline.tracking.place import SQLITE, redacted, sqlite_file, store_uri
 
 ORIGIN = "origin.json"
 TRACKING, FOLDER = "tracking", "folder"
@@ -62,7 +62,7 @@ def tracked_at(config: RunFile) -> str:
     """Where a run is tracked from here, without a password and whatever the current folder is."""
     uri = store_uri(config.tracking, home())
     file = sqlite_file(uri)
-    return shown(uri) if file is None else f"{SQLITE}{file.absolute()}"
+    return redacted(uri) if file is None else f"{SQLITE}{file.absolute()}"
 
 
 def check_tracked_at(directory: Path, config: RunFile) -> None:

@@ -18,7 +18,7 @@ from pipeline.lifecycle import promotion
 from pipeline.lifecycle.rescore import check_whole
 from pipeline.run.facts import Both, Facts, RegisterFacts, to_json
 from pipeline.run.run import Run
-from pipeline.tracking import shown
+from pipeline.tracking import redacted
 from pipeline.tracking.registry import MAX_TAG
 from pipeline.workloads.data.record import FACTS as DATA_FACTS
 
@@ -62,7 +62,7 @@ def _deliver_candidates(run: Run) -> None:
     waiting = run.tracker.flush(timeout_s=600 if not run.tracker.failure else 10)
     if waiting:
         raise TrackingError(
-            f"{waiting} candidates are not delivered to {shown(run.tracker.uri)}: {run.tracker.failure}"
+            f"{waiting} candidates are not delivered to {redacted(run.tracker.uri)}: {run.tracker.failure}"
         )
     for key, reason in run.tracker.refused.items():
         run.progress.say(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pipeline.tracking.ownership import CANDIDATE_TAG as CANDIDATE_TAG
     from pipeline.tracking.ownership import PARENT_TAG as PARENT_TAG
     from pipeline.tracking.ownership import RUN_TAG as RUN_TAG
-    from pipeline.tracking.place import shown as shown
+    from pipeline.tracking.place import redacted as redacted
     from pipeline.tracking.place import store_uri as store_uri
     from pipeline.tracking.registry import ChampionMovedError as ChampionMovedError
     from pipeline.tracking.registry import Decision as Decision
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _HOME = {
     "history": ("Event",),
     "ownership": ("CANDIDATE_TAG", "PARENT_TAG", "RUN_TAG"),
-    "place": ("shown", "store_uri"),
+    "place": ("redacted", "store_uri"),
     "registry": ("ChampionMovedError", "Decision", "Gate", "Registry", "Version", "alias_of"),
     "tracker": ("Tracker",),
 }

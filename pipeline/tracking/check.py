@@ -18,7 +18,7 @@ from pipeline.errors import TrackingError, UserError
 from pipeline.tracking import ownership
 from pipeline.tracking.database import postgres_store, sqlite_store
 from pipeline.tracking.ownership import DEFAULT_DEVICE, MADE_TAG
-from pipeline.tracking.place import SERVER, shown, store_uri
+from pipeline.tracking.place import SERVER, redacted, store_uri
 from pipeline.tracking.rest import RestStore
 from pipeline.tracking.stores import Experiment, Store, StoreAwayError, StoreRefusedError
 
@@ -97,7 +97,7 @@ def _look(config: RunFile, uri: str, home: Path) -> TrackingReport:
             return TrackingReport(notes=(store,))
         faults, notes = _faults(config, store, uri, home)
     except StoreRefusedError as error:
-        return TrackingReport((f"tracking {shown(uri)}: {error}",))
+        return TrackingReport((f"tracking {redacted(uri)}: {error}",))
     except StoreAwayError as error:
         return _away(config, uri, str(error))
     return TrackingReport(tuple(faults), (*store.notes, *notes))
@@ -105,7 +105,7 @@ def _look(config: RunFile, uri: str, home: Path) -> TrackingReport:
 
 def _away(config: RunFile, uri: str, reason: str) -> TrackingReport:
     """A server that is down costs no search, unless the run file says that it must be there."""
-    said = f"tracking server {shown(uri)} cannot be reached: {reason}"
+    said = f"tracking server {redacted(uri)} cannot be reached: {reason}"
     if config.tracking.required:
         fix = "Start it, correct tracking.uri, or set tracking.required: false to deliver later"
         return TrackingReport((f"{said}. {fix}",), away=True)
@@ -127,7 +127,7 @@ def open_store(uri: str) -> Store | str:
     if scheme in ("postgresql", "postgres"):
         return postgres_store(uri)
     if scheme in (*DATABASES, *OTHERS) or "://" not in uri:
-        return f"tracking {shown(uri)} is looked at when the run begins to use it, not before"
+        return f"tracking {redacted(uri)} is looked at when the run begins to use it, not before"
     known = ", ".join(("http", "https", "sqlite", *DATABASES, *OTHERS))
     raise StoreRefusedError(f"there is no kind of store called {scheme!r}; tracking.uri begins with one of: {known}")
 

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from device_profiles.wording import command
 from pipeline.tracking.ownership import RUN_TAG, RUN_TAGS
-from pipeline.tracking.place import first_line, shown, sqlite_file
+from pipeline.tracking.place import first_line, redacted, sqlite_file
 from pipeline.tracking.stores import Experiment, Model, Store, StoreAwayError, StoreRefusedError
 
 LOCKED_S = 3.0
@@ -76,7 +76,7 @@ def sqlite_store(uri: str) -> Store | str:
         _, separator, rest = uri.partition(":///")
         name = rest.partition("?")[0]
         if name.startswith("file:"):
-            return f"tracking {shown(uri)} is looked at when the run begins to use it, not before"
+            return f"tracking {redacted(uri)} is looked at when the run begins to use it, not before"
         if name == ":memory:" or (separator and not name):
             raise StoreRefusedError("a database in memory is gone with the process: write sqlite:///PATH")
         raise StoreRefusedError("a SQLite store is written sqlite:///PATH, or sqlite:////PATH from the root")
@@ -149,7 +149,7 @@ def _check_schema(found: Sequence[str], what: str, uri: str) -> None:
     if not heads or set(found) == heads:
         return
     if set(found) <= known:
-        upgrade = command("mlflow", "db", "upgrade", shown(uri))
+        upgrade = command("mlflow", "db", "upgrade", redacted(uri))
         raise StoreRefusedError(f"{what} was made by an earlier MLflow: keep a copy of it, then run `{upgrade}`")
     raise StoreRefusedError(
         f"{what} was made by a newer MLflow than is installed here: install that one, or name another store"
@@ -178,7 +178,9 @@ def postgres_store(uri: str) -> Store | str:
         StoreAwayError: it does not answer.
     """
     if find_spec("psycopg2") is None:
-        return f"tracking {shown(uri)} is looked at when the run begins to use it: it needs psycopg2, which is missing"
+        return (
+            f"tracking {redacted(uri)} is looked at when the run begins to use it: it needs psycopg2, which is missing"
+        )
     import psycopg2  # type: ignore[import-untyped]
 
     address = "postgresql://" + uri.partition("://")[2]
@@ -207,6 +209,6 @@ def postgres_store(uri: str) -> Store | str:
     if not tables:
         return EmptyStore()
     if "alembic_version" not in tables or "experiments" not in tables:
-        return f"tracking {shown(uri)} holds tables of something else, among which MLflow will put its own"
-    _check_schema([str(row[0]) for row in query("SELECT version_num FROM alembic_version", ())], shown(uri), uri)
+        return f"tracking {redacted(uri)} holds tables of something else, among which MLflow will put its own"
+    _check_schema([str(row[0]) for row in query("SELECT version_num FROM alembic_version", ())], redacted(uri), uri)
     return SqlStore(query)

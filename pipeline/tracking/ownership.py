@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 
 from device_profiles.wording import command, printable
 from pipeline.tracking.history import read_events
-from pipeline.tracking.place import shown
+from pipeline.tracking.place import redacted
 
 RUN_TAG = "secateur.run_id"
 """On an MLflow run and on a version: Secateur's id of the run that made it."""
@@ -45,7 +45,7 @@ def experiment_deleted(name: str, experiment_id: str, uri: str) -> str:
     restore = command("mlflow", "experiments", "restore", "--experiment-id", experiment_id)
     return (
         f"experiment {printable(name)!r} was deleted in MLflow, which keeps its name: nothing can be written to it. "
-        f"Restore it with `MLFLOW_TRACKING_URI={shown(uri)} {restore}`, or choose another tracking.experiment"
+        f"Restore it with `MLFLOW_TRACKING_URI={redacted(uri)} {restore}`, or choose another tracking.experiment"
     )
 
 

@@ -17,7 +17,7 @@ def store_uri(section: TrackingSection, home: Path) -> str:
     return section.uri or variable(TRACKING_URI) or f"{SQLITE}{(home / 'mlflow.db').absolute()}"
 
 
-def shown(uri: str) -> str:
+def redacted(uri: str) -> str:
     """An address without the password in it, for people, logs and journals."""
     return masked(uri)
 

@@ -17,7 +17,7 @@ from pipeline.tracking.fetched import check_onnx, facts_of
 from pipeline.tracking.manifest import FOLDER, MODEL, Manifest
 from pipeline.tracking.registry import CHAMPION, MODEL_TAG, Registry, Version
 from pipeline.tracking.schemas import CachedVersion, GateFacts, Provenance, Usage, checked, read_json
-from pipeline.tracking.store import shown
+from pipeline.tracking.store import redacted
 from pipeline.workloads.data import decode
 
 PULLED = "pulled.json"
@@ -64,7 +64,7 @@ def pull(
     """
     _refuse_foreign(folder)
     cache = Cache(registry.home / CACHE)
-    reference, notice = f"{shown(registry.uri)} {name} {which} {device or ''}", ""
+    reference, notice = f"{redacted(registry.uri)} {name} {which} {device or ''}", ""
     found = None
     if not offline:
         try:

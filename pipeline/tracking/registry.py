@@ -57,7 +57,7 @@ from pipeline.tracking.ownership import CHAMPION as CHAMPION
 from pipeline.tracking.ownership import DEFAULT_DEVICE, PROMPT_TAG, model_refused, prompt_refused
 from pipeline.tracking.place import equals, sqlite_file
 from pipeline.tracking.store import RUN_TAG as RUN_TAG
-from pipeline.tracking.store import Unreachable, connect, experiment_of, first_line, shown
+from pipeline.tracking.store import Unreachable, connect, experiment_of, first_line, redacted
 
 DEVICE_TAG, MANIFEST_TAG, MODEL_TAG = "device", "secateur.provenance", "sha256"
 DEVICE_NAMES = "secateur.device."
@@ -647,7 +647,7 @@ class Registry:
         except (SurroundingsError, UserError):
             raise
         except Unreachable as error:
-            text = f"tracking server {shown(self.uri)}: {first_line(error)}"
+            text = f"tracking server {redacted(self.uri)}: {first_line(error)}"
             raise TrackingError(text, away=_is_away(error)) from error
 
     @contextlib.contextmanager
@@ -660,7 +660,7 @@ class Registry:
         Raises:
             SurroundingsError: another process has held it for ``MOVE_WAIT_S``.
         """
-        lock = held(_lock_of(self.uri), f"the registry at {shown(self.uri)}", MOVE_WAIT_S, self.say)
+        lock = held(_lock_of(self.uri), f"the registry at {redacted(self.uri)}", MOVE_WAIT_S, self.say)
         with lock, self._talking() as client:
             yield client
 
@@ -672,7 +672,7 @@ class Registry:
                 if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                     raise
         known = ", ".join(self.names()) or "none"
-        raise UserError(f"there is no registered model {name!r} in {shown(self.uri)}; it has: {known}")
+        raise UserError(f"there is no registered model {name!r} in {redacted(self.uri)}; it has: {known}")
 
     def _models(self) -> list[Any]:
         with self._talking() as client:
@@ -704,7 +704,7 @@ def _lock_of(uri: str) -> Path:
     if found is not None:
         file = found.resolve()
         return file.with_name(f"{file.name}.lock")
-    return machine_lock("registry-" + hashlib.sha256(shown(uri).rstrip("/").encode()).hexdigest()[:16])
+    return machine_lock("registry-" + hashlib.sha256(redacted(uri).rstrip("/").encode()).hexdigest()[:16])
 
 
 def _check_folder(version: Version, place: str) -> None:

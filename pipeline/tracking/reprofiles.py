@@ -11,7 +11,7 @@ from mlflow.entities import Metric, RunTag
 
 from pipeline.errors import TrackingError
 from pipeline.tracking.place import equals
-from pipeline.tracking.store import RUN_TAG, Unreachable, connect, experiment_of, first_line, shown
+from pipeline.tracking.store import RUN_TAG, Unreachable, connect, experiment_of, first_line, redacted
 
 REPROFILE_TAG, LAST_TAG = "secateur.champion", "secateur.last_reading"
 
@@ -59,7 +59,7 @@ def record_reprofile(
         client.log_batch(run_id, metrics=points, tags=[RunTag(LAST_TAG, key)])
         client.set_terminated(run_id)
     except Unreachable as error:
-        raise TrackingError(f"tracking server {shown(uri)}: {first_line(error)}") from error
+        raise TrackingError(f"tracking server {redacted(uri)}: {first_line(error)}") from error
     return run_id
 
 
@@ -78,7 +78,7 @@ def page_of(uri: str, experiment: str, run_id: str) -> str:
             return ""
         found = client.search_runs([known.experiment_id], f"tags.`{RUN_TAG}` = '{run_id}'", max_results=1)
     except Unreachable as error:
-        raise TrackingError(f"tracking server {shown(uri)}: {first_line(error)}") from error
+        raise TrackingError(f"tracking server {redacted(uri)}: {first_line(error)}") from error
     parts = urlsplit(uri)
     server = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
     place = f"{server}/#/experiments/{known.experiment_id}"

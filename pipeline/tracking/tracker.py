@@ -26,7 +26,7 @@ from pipeline.tracking.answers import is_refusal
 from pipeline.tracking.delivery import Child, Delivery, RefusedError, alone, write
 from pipeline.tracking.ownership import CANDIDATE_TAG, PARENT_TAG
 from pipeline.tracking.registry import Registry, Version
-from pipeline.tracking.store import RUN_TAG, Unreachable, connect, experiment_of, first_line, shown, store_uri
+from pipeline.tracking.store import RUN_TAG, Unreachable, connect, experiment_of, first_line, redacted, store_uri
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
 Record = Mapping[str, Any]
@@ -97,7 +97,7 @@ class Tracker:
                 self._connect()
             except Unreachable as error:
                 raise TrackingError(
-                    f"tracking server {shown(self.uri)} is required and not usable: {first_line(error)}. "
+                    f"tracking server {redacted(self.uri)} is required and not usable: {first_line(error)}. "
                     "Start it, correct tracking.uri, or set tracking.required: false to deliver later"
                 ) from error
         # Imported here, by one thread: the stores' modules are imported late otherwise, and not safely by two threads.
@@ -299,7 +299,7 @@ class Tracker:
             client.set_terminated(self._parent, status)
         except Unreachable as error:
             self._client = None
-            raise TrackingError(f"tracking server {shown(self.uri)}: {first_line(error)}") from error
+            raise TrackingError(f"tracking server {redacted(self.uri)}: {first_line(error)}") from error
 
     def register(
         self,
@@ -329,7 +329,7 @@ class Tracker:
             self._connect()
         except Unreachable as error:
             self._client = None
-            raise TrackingError(f"tracking server {shown(self.uri)}: {first_line(error)}") from error
+            raise TrackingError(f"tracking server {redacted(self.uri)}: {first_line(error)}") from error
         version = self.registry.add(
             name,
             devices[0],

@@ -23,7 +23,7 @@ from onnx import TensorProto, helper
 from pipeline.config.schema import TrackingSection
 from pipeline.errors import TrackingError
 from pipeline.locks import held
-from pipeline.tracking import CANDIDATE_TAG, PARENT_TAG, RUN_TAG, Tracker, shown
+from pipeline.tracking import CANDIDATE_TAG, PARENT_TAG, RUN_TAG, Tracker, redacted
 from pipeline.tracking.delivery import Child, Delivery, write
 from pipeline.tracking.store import Unreachable, connect, first_line
 from tests.pipeline.helpers import end, start_server
@@ -252,8 +252,8 @@ SECRET = "a-password-of-the-tests"
     ],
 )
 def test_no_password_of_an_address_is_shown(address: str, expected: str | None) -> None:
-    assert expected is None or shown(address) == expected
-    assert SECRET not in shown(address)
+    assert expected is None or redacted(address) == expected
+    assert SECRET not in redacted(address)
     assert SECRET not in first_line(OSError(f"cannot reach {address} now"))
 
 
