@@ -6,8 +6,9 @@ import.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from device_profiles.first_use import import_on_first_use
 
 if TYPE_CHECKING:
     from pipeline.tracking.history import Event as Event
@@ -24,21 +25,13 @@ if TYPE_CHECKING:
     from pipeline.tracking.registry import alias_of as alias_of
     from pipeline.tracking.tracker import Tracker as Tracker
 
-_HOME = {
-    "history": ("Event",),
-    "ownership": ("CANDIDATE_TAG", "PARENT_TAG", "RUN_TAG"),
-    "place": ("redacted", "store_uri"),
-    "registry": ("ChampionMovedError", "Decision", "Gate", "Registry", "Version", "alias_of"),
-    "tracker": ("Tracker",),
-}
-_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-
-__all__ = sorted(_MODULE_OF)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'pipeline.tracking' has no attribute {name!r}")
-    value = getattr(import_module(f"pipeline.tracking.{_MODULE_OF[name]}"), name)
-    globals()[name] = value
-    return value
+__all__ = import_on_first_use(
+    __name__,
+    {
+        "history": ("Event",),
+        "ownership": ("CANDIDATE_TAG", "PARENT_TAG", "RUN_TAG"),
+        "place": ("redacted", "store_uri"),
+        "registry": ("ChampionMovedError", "Decision", "Gate", "Registry", "Version", "alias_of"),
+        "tracker": ("Tracker",),
+    },
+)

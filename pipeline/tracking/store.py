@@ -14,6 +14,7 @@ from pipeline.tracking.ownership import MADE_TAG, RUN_TAGS, experiment_deleted, 
 from pipeline.tracking.ownership import RUN_TAG as RUN_TAG
 from pipeline.tracking.place import SERVER, no_store, sqlite_file
 from pipeline.tracking.place import first_line as first_line
+from pipeline.tracking.place import redacted as redacted
 from pipeline.tracking.place import store_uri as store_uri
 
 for name, value in {
