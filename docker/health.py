@@ -1,8 +1,8 @@
 """The image's health check: can what runs here keep what it finds, and do its own servers answer? Exit code 0 or 1.
 
 That the process is alive the engine knows itself. A run that can no longer write its journal is of no use; a tracking
-server that is away does not matter, as candidates are delivered later. A worker has a health server of its own, which
-is named in SECATEUR_HEALTH_URLS. Standard library only: it is started every half minute.
+server that is unreachable does not matter, as candidates are delivered later. A worker has a health server of its own,
+which is named in SECATEUR_HEALTH_URLS. Standard library only: it is started every half minute.
 """
 
 from __future__ import annotations

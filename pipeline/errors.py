@@ -48,12 +48,12 @@ class TrackingError(SurroundingsError):
     """The tracking server could not be reached or refused a request.
 
     Args:
-        away: it was not reached, or failed; otherwise what it gave cannot be trusted.
+        unreachable: it was not reached, or failed; otherwise what it gave cannot be trusted.
     """
 
-    def __init__(self, message: str, away: bool = False) -> None:
+    def __init__(self, message: str, unreachable: bool = False) -> None:
         super().__init__(message)
-        self.away = away
+        self.unreachable = unreachable
 
 
 def masked(text: str) -> str:

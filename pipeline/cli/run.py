@@ -52,7 +52,7 @@ def resume(
 ) -> None:
     """Continue a run that was killed, interrupted or cut off: finished work is not done again.
 
-    Also delivers candidates and the model to a tracking server that was away.
+    Also delivers candidates and the model to a tracking server that was unreachable.
     """
     from pipeline.run.origin import return_to_origin
 

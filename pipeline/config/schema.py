@@ -67,7 +67,7 @@ class DeviceSection(Section):
     combine: Literal["worst", "mean"] = "worst"
     """The latency ratio that targets and rewards see where there are several devices: the worst, or the mean."""
     wait_s: Annotated[float, Field(ge=0, le=1e8)] = 0.0
-    """How long a device may be away, at a time, before the run ends; 0 = not at all. A scheduled run may want hours."""
+    """Seconds a device may be unreachable, at a time, before the run ends; 0 = none. A scheduled run may want hours."""
     channel_multiple: Annotated[int, Field(ge=1, le=65_536)] | None = None
     """Overrides the width granularity that a probe of the device found, or the profile's."""
     probe: bool = True

@@ -22,7 +22,7 @@ from pipeline.progress import ProgressView, Report
 
 T = TypeVar("T")
 Combine = Literal["worst", "mean"]
-AWAY = (
+UNREACHABLE = (
     *("unreachable", "unknown-host", "connect-timeout", "connection-refused", "connection-closed", "link-dead"),
     "transfer-broken",
 )
@@ -61,8 +61,8 @@ class Fleet:
     Args:
         devices: the first is the run's own (``device.profile``).
         combine: which latency ratio counts: the ``worst``, or the ``mean`` of all.
-        wait_s: how long each device may be away, at a time, before that is an error.
-        say: told once per attempt that a device is away.
+        wait_s: how long each device may be unreachable, at a time, before that is an error.
+        say: told once per attempt that a device is unreachable.
     """
 
     def __init__(
@@ -153,12 +153,12 @@ class _StoppedError(Exception):
 
 
 class _Attended:
-    """A device's target as a fleet uses it: one at a time of those of its machine, waited for while it is away.
+    """A device's target as a fleet uses it: one at a time of those of its machine, waited for while it is unreachable.
 
     Args:
         machine: the lock of its machine.
         stop: set when the run ends; work under way ends then.
-        wait_s: how long the device may be away.
+        wait_s: how long the device may be unreachable.
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class _Attended:
             raise _StoppedError
 
     def _patiently(self, work: Callable[[], T]) -> T:
-        """``work``, again after a while where the device is away; back again, it must be the device it was."""
+        """``work``, again after a while where the device is unreachable; back again, it must be the device it was."""
         began, pause, was_away = time.monotonic(), FIRST_PAUSE_S, False
         while True:
             self._go_on()
@@ -211,7 +211,7 @@ class _Attended:
                     check_same(self.device.facts, self.device.profile, self.target.prepare())
                 return work()
             except DeviceError as error:
-                if error.code not in AWAY or not self._wait_s:
+                if error.code not in UNREACHABLE or not self._wait_s:
                     raise
                 if not was_away:
                     began, was_away = time.monotonic(), True
@@ -219,7 +219,7 @@ class _Attended:
                 if left <= 0:
                     raise DeviceError(f"{error}; waited {self._wait_s:g} s for it", error.code) from error
                 said = str(error).splitlines()[0]
-                self._say(f"Device {self.device.name} is away ({said}); waiting for another {duration(left)}")
+                self._say(f"Device {self.device.name} is unreachable ({said}); waiting for another {duration(left)}")
             self._stop.wait(min(pause, left))
             pause = min(2 * pause, LONGEST_PAUSE_S)
 

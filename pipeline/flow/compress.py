@@ -26,7 +26,7 @@ from pipeline.stages.order import STAGES, Results, Stage
 from pipeline.surroundings import home
 
 AT_A_TERMINAL_S, ON_SCHEDULE_S = (3.0, 9.0), (10.0, 60.0, 300.0, 900.0)
-"""Pauses before a stage is tried again: short where somebody waits, long where a device may be away for a while."""
+"""Pauses before a stage is tried again: short where somebody waits, long where a device may be unreachable."""
 RETRY_JITTER = 0.3
 """Up to this fraction is added to a pause, so that flows that failed together do not come back together."""
 
@@ -36,7 +36,7 @@ def execute(run: Run, debug: bool = False) -> Facts:
 
     Raises:
         UserError, SurroundingsError: as the stages do.
-        UndeliveredError: the tracking server went away; everything else is done.
+        UndeliveredError: the tracking server became unreachable; everything else is done.
     """
     runtime_env(run.directory, debug)
     import prefect

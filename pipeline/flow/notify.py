@@ -49,7 +49,7 @@ def event_of(state: Any) -> str | None:
 
 
 def send(message: dict[str, Any]) -> bool:
-    """POST a message to the webhook; whether it was taken. A webhook that is away stops nothing."""
+    """POST a message to the webhook; whether it was taken. A webhook that is unreachable stops nothing."""
     address = os.environ.get(VARIABLE, "")
     if not address:
         return False

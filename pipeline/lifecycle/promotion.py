@@ -125,7 +125,7 @@ def promote(
 
     Raises:
         UserError: there is no such version; or it needs code that nobody has consented to.
-        TrackingError: MLflow is away, or the files of a version are not those that were registered.
+        TrackingError: MLflow is unreachable, or the files of a version are not those that were registered.
         DeviceError: the device cannot measure.
     """
     view = progress or Silent()

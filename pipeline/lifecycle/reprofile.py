@@ -168,7 +168,7 @@ def reprofile(
     profiles: Sequence[Path] = (),
     opened: Callable[[DeviceProfile], Target] = trust.open_target,
 ) -> Iterator[Reprofile | tuple[str, str, Exception]]:
-    """Time champions again, one after another; a device that is away spoils no other champion's re-profile.
+    """Time champions again, one after another; a device that is unreachable spoils no other champion's re-profile.
 
     Args:
         champions: as ``chosen`` gives them.

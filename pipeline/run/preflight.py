@@ -127,7 +127,7 @@ def examine(
     Args:
         reading: how thoroughly image files are looked at.
         begun: the run has begun already, so that what the run file asks for was found possible.
-        tracking: whether MLflow is asked too (a run asks it by itself, and waits for a server that is away).
+        tracking: whether MLflow is asked too (a run asks it by itself, and waits for a server that is unreachable).
     """
     found = Preflight(config)
     found.profiles = found.attempt(("device",), lambda: device_profiles(config))

@@ -1,7 +1,7 @@
 """What an MLflow server answers, held against what it can be: a page or an empty object is no answer.
 
 Whatever answers with status 200 has answered, says HTTP. A page to log in, a list, or an object without the id of what
-was asked for come from something else in the server's place. That is neither a delivery nor a server that is away.
+was asked for come from something else in the server's place. That is neither a delivery nor an unreachable server.
 """
 
 from __future__ import annotations

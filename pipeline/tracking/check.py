@@ -20,7 +20,7 @@ from pipeline.tracking.database import postgres_store, sqlite_store
 from pipeline.tracking.ownership import DEFAULT_DEVICE, MADE_TAG
 from pipeline.tracking.place import SERVER, redacted, store_uri
 from pipeline.tracking.rest import RestStore
-from pipeline.tracking.stores import Experiment, Store, StoreAwayError, StoreRefusedError
+from pipeline.tracking.stores import Experiment, Store, StoreRefusedError, StoreUnreachableError
 
 LONGEST_S = 10.0
 """However an address behaves, a report is there after so long."""
@@ -38,12 +38,12 @@ class TrackingReport:
     Args:
         faults: what the run cannot go on with, each with its fix.
         notes: what is worth knowing.
-        away: whether the fault is that the server does not answer, and nothing else.
+        unreachable: whether the fault is that the server does not answer, and nothing else.
     """
 
     faults: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    away: bool = False
+    unreachable: bool = False
 
 
 def check_tracking(config: RunFile, home: Path) -> TrackingReport:
@@ -84,8 +84,8 @@ def require_tracking(config: RunFile, home: Path, say: Callable[[str], None]) ->
     report = check_tracking(config, home)
     for note in report.notes:
         say(f"Note: {note}")
-    if report.away:
-        raise TrackingError("\n".join(report.faults), away=True)
+    if report.unreachable:
+        raise TrackingError("\n".join(report.faults), unreachable=True)
     if report.faults:
         raise UserError("\n".join(report.faults))
 
@@ -98,7 +98,7 @@ def _look(config: RunFile, uri: str, home: Path) -> TrackingReport:
         faults, notes = _faults(config, store, uri, home)
     except StoreRefusedError as error:
         return TrackingReport((f"tracking {redacted(uri)}: {error}",))
-    except StoreAwayError as error:
+    except StoreUnreachableError as error:
         return _away(config, uri, str(error))
     return TrackingReport(tuple(faults), (*store.notes, *notes))
 
@@ -108,7 +108,7 @@ def _away(config: RunFile, uri: str, reason: str) -> TrackingReport:
     said = f"tracking server {redacted(uri)} cannot be reached: {reason}"
     if config.tracking.required:
         fix = "Start it, correct tracking.uri, or set tracking.required: false to deliver later"
-        return TrackingReport((f"{said}. {fix}",), away=True)
+        return TrackingReport((f"{said}. {fix}",), unreachable=True)
     return TrackingReport(notes=(f"{said}; candidates wait in the journal until it can",))
 
 
@@ -117,7 +117,7 @@ def open_store(uri: str) -> Store | str:
 
     Raises:
         StoreRefusedError: there is no such kind of store, or the file cannot be one.
-        StoreAwayError: it does not answer.
+        StoreUnreachableError: it does not answer.
     """
     scheme = uri.partition(":")[0].partition("+")[0].lower()
     if uri.startswith(SERVER):

@@ -14,7 +14,7 @@ from urllib.parse import quote
 from device_profiles.wording import command
 from pipeline.tracking.ownership import RUN_TAG, RUN_TAGS
 from pipeline.tracking.place import first_line, redacted, sqlite_file
-from pipeline.tracking.stores import Experiment, Model, Store, StoreAwayError, StoreRefusedError
+from pipeline.tracking.stores import Experiment, Model, Store, StoreRefusedError, StoreUnreachableError
 
 LOCKED_S = 3.0
 Query = Callable[[str, Sequence[object]], list[tuple[Any, ...]]]
@@ -69,7 +69,7 @@ def sqlite_store(uri: str) -> Store | str:
 
     Raises:
         StoreRefusedError: the file cannot be MLflow's store, or cannot be made.
-        StoreAwayError: another process has it locked.
+        StoreUnreachableError: another process has it locked.
     """
     file = sqlite_file(uri)
     if file is None:
@@ -113,7 +113,7 @@ class SqliteQuery:
         except sqlite3.DatabaseError as error:
             text = first_line(error)
             if "locked" in text or "busy" in text:
-                raise StoreAwayError(f"{self._file} is locked by another process") from error
+                raise StoreUnreachableError(f"{self._file} is locked by another process") from error
             raise StoreRefusedError(
                 f"{self._file} cannot be read as SQLite ({text}): name another file, or restore it"
             ) from error
@@ -175,7 +175,7 @@ def postgres_store(uri: str) -> Store | str:
 
     Raises:
         StoreRefusedError: it does not let us in, or holds something else.
-        StoreAwayError: it does not answer.
+        StoreUnreachableError: it does not answer.
     """
     if find_spec("psycopg2") is None:
         return (
@@ -199,7 +199,7 @@ def postgres_store(uri: str) -> Store | str:
             text = first_line(error)
             if re.search("authentication|does not exist|no password|permission", str(error)):
                 raise StoreRefusedError(f"it does not let us in ({text}): correct SECATEUR_TRACKING_URI") from error
-            raise StoreAwayError(text) from error
+            raise StoreUnreachableError(text) from error
         except psycopg2.Error as error:
             raise StoreRefusedError(
                 f"it cannot be read ({first_line(error)}): correct SECATEUR_TRACKING_URI"

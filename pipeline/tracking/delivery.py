@@ -134,7 +134,7 @@ class Delivery:
 
         Raises:
             RefusedError: MLflow takes it for wrong.
-            DeliveryError: the server is away or refuses everything, or the process was killed.
+            DeliveryError: the server is unreachable or refuses everything, or the process was killed.
             RuntimeError: anything else went wrong there.
         """
         self._send(asdict(child))
@@ -145,8 +145,8 @@ class Delivery:
         told = json.loads(answer)
         if told["refused"]:
             raise RefusedError(told["refused"])
-        if told["away"]:
-            raise DeliveryError(told["away"])
+        if told["unreachable"]:
+            raise DeliveryError(told["unreachable"])
 
     def close(self) -> None:
         """End the process; what it is writing is cut short, and written again by the run's next process."""
@@ -179,7 +179,7 @@ def main() -> None:
     told = json.loads(sys.stdin.readline())
     client, lock = None, None if told["lock"] is None else Path(told["lock"])
     for line in sys.stdin:
-        away = refused = ""
+        unreachable = refused = ""
         try:
             client = client or connect(told["uri"])
             child = Child(**json.loads(line))
@@ -191,8 +191,8 @@ def main() -> None:
         except RefusedError as error:
             refused = first_line(error)
         except Unreachable as error:
-            away = first_line(error)
-        answers.write(json.dumps({"away": away, "refused": refused}) + "\n")
+            unreachable = first_line(error)
+        answers.write(json.dumps({"unreachable": unreachable, "refused": refused}) + "\n")
         answers.flush()
 
 

@@ -1,4 +1,4 @@
-"""Pulls a version to where it is used: verified, with a loader and a card, and from a cache when MLflow is away."""
+"""Pulls a version to where it is used: verified, with a loader and a card, from a cache when MLflow is unreachable."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def pull(
 
     Raises:
         UserError: there is no such version, or the folder holds something else.
-        TrackingError: MLflow is away and nothing was pulled before; or a file is not what was registered.
+        TrackingError: MLflow is unreachable and nothing was pulled before; or a file is not what was registered.
         VersionError: the version holds what none of ours can.
     """
     _refuse_foreign(folder)
@@ -71,7 +71,7 @@ def pull(
             version = registry.version(name, which, device)
             found = version, cache.keep(registry, version, reference)
         except TrackingError as error:
-            if not (cache.knows(reference) and error.away):
+            if not (cache.knows(reference) and error.unreachable):
                 raise
             notice = f"{error}. Using what was pulled last"
     if found is None:

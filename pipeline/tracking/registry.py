@@ -211,7 +211,7 @@ class Registry:
         take_over: whether experiments, models and aliases that Secateur did not make may become its own.
         say: told for which process a move of an alias waits.
 
-    Every method raises ``TrackingError`` when MLflow is away or refuses.
+    Every method raises ``TrackingError`` when MLflow is unreachable or refuses.
     """
 
     def __init__(
@@ -648,7 +648,7 @@ class Registry:
             raise
         except Unreachable as error:
             text = f"tracking server {redacted(self.uri)}: {first_line(error)}"
-            raise TrackingError(text, away=_is_away(error)) from error
+            raise TrackingError(text, unreachable=_is_unreachable(error)) from error
 
     @contextlib.contextmanager
     def _moving(self, name: str) -> Iterator[MlflowClient]:
@@ -758,7 +758,7 @@ def _reign(model: Any, device: str) -> tuple[list[Event], str | None]:
     return events, _aliases(model).get(alias_of(CHAMPION, device))
 
 
-def _is_away(error: BaseException) -> bool:
+def _is_unreachable(error: BaseException) -> bool:
     """Whether a server did not answer, or failed; not when it refused, answered nonsense, or a file here fails."""
     if isinstance(error, AnswerError) or (isinstance(error, OSError) and error.filename is not None):
         return False

@@ -36,7 +36,7 @@ def record_reprofile(
         document: the whole re-profile, as JSON.
 
     Raises:
-        TrackingError: MLflow is away or refuses.
+        TrackingError: MLflow is unreachable or refuses.
     """
     name, version, device = champion
     try:
@@ -67,7 +67,7 @@ def page_of(uri: str, experiment: str, run_id: str) -> str:
     """Address of a run's page in MLflow's interface, found by Secateur's id of it; empty where no server shows it.
 
     Raises:
-        TrackingError: MLflow is away or refuses.
+        TrackingError: MLflow is unreachable or refuses.
     """
     if not uri.startswith(("http://", "https://")):
         return ""

@@ -22,7 +22,7 @@ from pipeline.errors import masked
 from pipeline.surroundings import variable
 from pipeline.tracking.ownership import DEFAULT_DEVICE, MADE_TAG, PROMPT_TAG, RUN_TAG, RUN_TAGS, is_alias_of_ours
 from pipeline.tracking.place import equals
-from pipeline.tracking.stores import Experiment, Model, Store, StoreAwayError, StoreRefusedError
+from pipeline.tracking.stores import Experiment, Model, Store, StoreRefusedError, StoreUnreachableError
 
 ANSWER_S = 5.0
 MOST_BYTES = 16 << 20
@@ -47,7 +47,7 @@ class RestStore(Store):
 
     Raises:
         StoreRefusedError: it is no MLflow server, or too old a one.
-        StoreAwayError: it does not answer.
+        StoreUnreachableError: it does not answer.
     """
 
     def __init__(self, uri: str) -> None:
@@ -128,7 +128,7 @@ class RestStore(Store):
         text = str(said.get("message", "")) or ("" if _is_page(content) else content[:300].decode("utf-8", "replace"))
         raise self._refusal(status, cut(printable(masked(" ".join(text.split())))), headers)
 
-    def _refusal(self, status: int, text: str, headers: Message) -> StoreRefusedError | StoreAwayError:
+    def _refusal(self, status: int, text: str, headers: Message) -> StoreRefusedError | StoreUnreachableError:
         """What an answer that is none means."""
         said = f" ({text})" if text else ""
         if 300 <= status < 400:
@@ -146,7 +146,7 @@ class RestStore(Store):
         if status == 407:
             return StoreRefusedError(f"a proxy on the way asks who we are{said}: correct HTTP_PROXY, or set NO_PROXY")
         if status == 429 or status >= 500:
-            return StoreAwayError(f"it answers with status {status}{said}")
+            return StoreUnreachableError(f"it answers with status {status}{said}")
         if status in (200, 404):
             return StoreRefusedError(_NO_MLFLOW + said)
         return StoreRefusedError(f"it answers with status {status}{said}")
@@ -175,7 +175,7 @@ class RestStore(Store):
 _NO_MLFLOW = "what answers there is no MLflow server: correct tracking.uri (host, port and path)"
 
 
-def _unanswered(error: Exception) -> StoreRefusedError | StoreAwayError:
+def _unanswered(error: Exception) -> StoreRefusedError | StoreUnreachableError:
     """Why there is no answer at all."""
     reason: object = error.reason if isinstance(error, urllib.error.URLError) else error
     text = printable(masked(str(reason) or type(reason).__name__))
@@ -187,7 +187,7 @@ def _unanswered(error: Exception) -> StoreRefusedError | StoreAwayError:
         return StoreRefusedError(f"it does not speak TLS ({text}): try http:// instead of https://")
     if isinstance(reason, http.client.HTTPException) and not isinstance(reason, ConnectionError):
         return StoreRefusedError(f"{_NO_MLFLOW} ({text})")
-    return StoreAwayError(text)
+    return StoreUnreachableError(text)
 
 
 def _credentials(name: str | None, password: str | None) -> dict[str, str]:

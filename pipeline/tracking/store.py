@@ -39,7 +39,7 @@ for noisy in ("mlflow", "alembic"):  # what a user has to know of a failure is i
     logging.getLogger(noisy).setLevel(logging.CRITICAL)
 
 Unreachable = (MlflowException, SQLAlchemyError, OSError)
-"""What MLflow raises when a server is away or refuses."""
+"""What MLflow raises when a server is unreachable or refuses."""
 
 
 def connect(uri: str, make: bool = True) -> MlflowClient:

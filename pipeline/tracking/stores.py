@@ -48,7 +48,7 @@ class StoreRefusedError(Exception):
     """A store that cannot be used as it stands; says why, and what to do."""
 
 
-class StoreAwayError(Exception):
+class StoreUnreachableError(Exception):
     """A store that does not answer now, and may do so later."""
 
 
@@ -57,7 +57,7 @@ class Store(Protocol):
 
     Raises, in every method:
         StoreRefusedError: it cannot be used as it stands.
-        StoreAwayError: it does not answer now.
+        StoreUnreachableError: it does not answer now.
     """
 
     notes: tuple[str, ...] = ()

@@ -2,7 +2,7 @@
 
 MLflow is told everything, and trusted with nothing: the journal is the record. Candidates are delivered by a thread
 that works through the journal's records. After any doubt (a failure, a restart) it first asks the server what it
-already has, so that none is lost or doubled, however often the server or this process goes away.
+already has, so that none is lost or doubled, however often the server or this process ends.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Tracker:
         """Begin delivering in the background.
 
         Raises:
-            TrackingError: the server is away and the run file says ``required: true``.
+            TrackingError: the server is unreachable and the run file says ``required: true``.
         """
         if self.section.required:
             try:
@@ -287,7 +287,7 @@ class Tracker:
         """Log the run's final metrics and files on the parent and end it.
 
         Raises:
-            TrackingError: the server is away.
+            TrackingError: the server is unreachable.
         """
         try:
             client = self._connect()
@@ -323,7 +323,7 @@ class Tracker:
             facts: of its provenance.
 
         Raises:
-            TrackingError: the server is away or refuses.
+            TrackingError: the server is unreachable or refuses.
         """
         try:
             self._connect()

@@ -106,7 +106,7 @@ def test_sigterm_ends_a_run_in_order_and_nothing_is_lost(
     assert asked_once(directory) > before >= 3
 
 
-# -- a device that goes away
+# -- a device that becomes unreachable
 
 
 def start_again(device: sshd.Device) -> None:
@@ -165,7 +165,7 @@ def test_a_device_that_is_away_is_waited_for_or_ends_the_run(tmp_path: Path, mon
         before = [line["candidate"] for line in evaluations(directory)]
 
         be_patient(directory)
-        progress = Told("Device quick is away", lambda: start_again(device))
+        progress = Told("Device quick is unreachable", lambda: start_again(device))
         with Run(directory, progress) as run:
             perform(run, "search")
         assert "waiting for another 60 min" in progress.lines[0]
@@ -183,7 +183,7 @@ def test_a_device_that_is_away_for_an_hour_costs_the_evaluation_in_flight(tmp_pa
         before = [line["candidate"] for line in evaluations(directory)]
         be_patient(directory)
         process = start(tmp_path, prefect_home, "resume", str(directory))
-        assert sshd.wait_for(lambda: (tmp_path / "output").read_text().count("Device quick is away") > 1, 120)
+        assert sshd.wait_for(lambda: (tmp_path / "output").read_text().count("Device quick is unreachable") > 1, 120)
         start_again(device)
         finish(process, tmp_path)
         assert [line["candidate"] for line in evaluations(directory)][: len(before)] == before

@@ -358,7 +358,7 @@ def test_an_error_names_the_device_and_what_others_measured_is_kept(
 
 def test_what_is_no_devices_fault_is_not_called_one() -> None:
     def work(found: Device) -> None:
-        raise SurroundingsError("another board") if found.name == "b" else DeviceError("away", "link-dead")
+        raise SurroundingsError("another board") if found.name == "b" else DeviceError("unreachable", "link-dead")
 
     with pytest.raises(SurroundingsError, match=r"^another board$"):
         Fleet([device("a"), device("b")]).each(work)
@@ -395,7 +395,7 @@ def test_ctrl_c_ends_the_work_of_every_device() -> None:
     assert not left
 
 
-# -- a device that is away for a while
+# -- a device that is unreachable for a while
 
 
 @pytest.fixture
@@ -404,18 +404,18 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fleets, "LONGEST_PAUSE_S", 0.02)
 
 
-AWAY = [DeviceError("no SSH connection", "connection-refused"), DeviceError("the link broke", "link-dead")]
+UNREACHABLE = [DeviceError("no SSH connection", "connection-refused"), DeviceError("the link broke", "link-dead")]
 
 
 @pytest.mark.usefixtures("_impatient")
 def test_a_device_that_comes_back_in_time_costs_no_error(tmp_path: Path) -> None:
     said: list[str] = []
-    target = MadeUp(faults=[*AWAY])
+    target = MadeUp(faults=[*UNREACHABLE])
     fleet = Fleet([device("pi", target)], wait_s=60, say=said.append)
     fleet.meet(lambda d: meet(d.target, d.profile, tmp_path, tmp_path, probing=False, progress=Silent()))
     assert fleet.primary.target.run({"models": []}, 1)["models"] == {}
     assert target.calls == ["prepare", "run", "prepare", "run", "prepare", "run"]  # looked at before it is used again
-    assert [line.partition(";")[0] for line in said] == [f"Device pi is away ({error})" for error in AWAY]
+    assert [line.partition(";")[0] for line in said] == [f"Device pi is unreachable ({error})" for error in UNREACHABLE]
 
 
 @pytest.mark.usefixtures("_impatient")
@@ -423,7 +423,7 @@ def test_another_device_in_its_place_ends_the_run(tmp_path: Path) -> None:
     target = MadeUp()
     fleet = Fleet([device("pi", target)], wait_s=60)
     fleet.meet(lambda d: meet(d.target, d.profile, tmp_path, tmp_path, probing=False, progress=Silent()))
-    target.faults, target.cpu = [*AWAY], "Slide rule"
+    target.faults, target.cpu = [*UNREACHABLE], "Slide rule"
     with pytest.raises(SurroundingsError, match="cpu Abacus -> Slide rule"):
         fleet.primary.target.run({"models": []}, 1)
 
@@ -431,7 +431,7 @@ def test_another_device_in_its_place_ends_the_run(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("_impatient")
 @pytest.mark.parametrize(
     ("wait_s", "fault", "calls"),
-    [(0.0, AWAY[0], 1), (60.0, DeviceError("no such program", "no-python"), 1), (0.05, AWAY[0], None)],
+    [(0.0, UNREACHABLE[0], 1), (60.0, DeviceError("no such program", "no-python"), 1), (0.05, UNREACHABLE[0], None)],
     ids=["not to wait", "waiting cannot help", "for too long"],
 )
 def test_waiting_has_an_end(wait_s: float, fault: DeviceError, calls: int | None) -> None:

@@ -432,8 +432,8 @@ def test_without_a_server_deploy_says_what_is_missing(tmp_path: Path) -> None:
     code, said = deploy("--cron", "0 25 * * *")
     assert code == errors.EXIT_USER
     assert "0 25 * * *" in said
-    away = {"PREFECT_API_URL": f"http://127.0.0.1:{free_port()}/api", "PREFECT_CLIENT_MAX_RETRIES": "0"}
-    code, said = deploy(**away)
+    nobody = {"PREFECT_API_URL": f"http://127.0.0.1:{free_port()}/api", "PREFECT_CLIENT_MAX_RETRIES": "0"}
+    code, said = deploy(**nobody)
     assert code == errors.EXIT_SURROUNDINGS
     assert "does not answer" in said
 
@@ -561,15 +561,15 @@ def test_people_hear_of_a_regression_and_of_a_mistake(
 
 
 @pytest.mark.slow
-def test_a_device_is_used_without_the_server_while_that_is_away(
+def test_a_device_is_used_without_the_server_while_that_is_unreachable(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
     said: list[str] = []
-    away = f"http://127.0.0.1:{free_port()}/api"
-    with temporary_settings({PREFECT_API_URL: away, PREFECT_CLIENT_MAX_RETRIES: 0}):
-        lease = Lease("secateur-device-away", said.append)
+    nobody = f"http://127.0.0.1:{free_port()}/api"
+    with temporary_settings({PREFECT_API_URL: nobody, PREFECT_CLIENT_MAX_RETRIES: 0}):
+        lease = Lease("secateur-device-unreachable", said.append)
         for _ in range(3):
             with lease.held():
                 pass

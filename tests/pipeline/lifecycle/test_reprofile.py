@@ -163,7 +163,7 @@ class FakeRegistry:
 
 
 class FakeTarget:
-    """A device that answers as ``answer`` says, or is away."""
+    """A device that answers as ``answer`` says, or is unreachable."""
 
     def __init__(self, answer: BenchmarkResult | None) -> None:
         self.answer, self.count, self.closed = answer, 0, False
@@ -176,7 +176,7 @@ class FakeTarget:
 
     def run(self, request: Mapping[str, Any], timeout_s: float, progress: Any = None) -> dict[str, Any]:
         if self.answer is None:
-            raise DeviceError("it is away", "unreachable")
+            raise DeviceError("it is unreachable", "unreachable")
         process = self.answer.processes[self.count % len(self.answer.processes)]
         self.count += 1
         names = [model["name"] for model in request["models"]]

@@ -208,7 +208,7 @@ def test_files_of_versions_in_a_home_that_was_moved_are_missed_by_name_and_found
     registry = embedded(moved)
     with pytest.raises(TrackingError, match=rf"in {home}/artifacts/.* not there.*SECATEUR_HOME.*moved") as caught:
         pull(registry, "net", tmp_path / "out", device="quick")
-    assert not caught.value.away, "a cache does not hide it"
+    assert not caught.value.unreachable, "a cache does not hide it"
     assert not home.exists()
     home.symlink_to(moved)
     assert pull(registry, "net", tmp_path / "out", device="quick").version.version == "1"

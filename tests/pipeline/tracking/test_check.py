@@ -272,7 +272,7 @@ def test_a_store_that_is_to_be_made_and_an_empty_file_are_fine(tmp_path: Path) -
     assert [file.name for file in tmp_path.iterdir() if file.name != "home"] == ["mlflow.db"]
 
 
-def test_a_locked_file_is_away(filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_locked_file_is_unreachable(filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.tracking.database.LOCKED_S", 0.1)
     file = shutil.copyfile(filled, tmp_path / "x.db")
     connection = sqlite3.connect(file)
@@ -280,7 +280,7 @@ def test_a_locked_file_is_away(filled: Path, tmp_path: Path, monkeypatch: pytest
     connection.execute("BEGIN EXCLUSIVE")
     report = check_tracking(config_of(uri=f"sqlite:///{file}"), tmp_path)
     connection.close()
-    assert (report.faults, report.away) == ((), False)
+    assert (report.faults, report.unreachable) == ((), False)
     assert "locked by another process" in report.notes[0]
 
 
@@ -373,7 +373,7 @@ def test_a_server_that_will_refuse_is_a_fault_whether_required_or_not(
             report = check_tracking(config_of(uri=server.url, required=required), tmp_path)
             assert len(report.faults) == 1, report
             assert _matches(said, report.faults[0]), report
-            assert not report.away
+            assert not report.unreachable
             assert "\x1b" not in report.faults[0]
             with pytest.raises(UserError):
                 require_tracking(config_of(uri=server.url, required=required), tmp_path, lambda _: None)
@@ -417,11 +417,11 @@ def test_a_server_that_is_away_is_a_note_unless_it_is_required(
     monkeypatch.setattr("pipeline.tracking.rest.ANSWER_S", 0.3)
     with server() as found:
         report = check_tracking(config_of(uri=found.url), tmp_path)
-        assert (report.faults, report.away) == ((), False)
+        assert (report.faults, report.unreachable) == ((), False)
         assert "cannot be reached" in report.notes[0]
         required = config_of(uri=found.url, required=True)
         report = check_tracking(required, tmp_path)
-        assert report.away
+        assert report.unreachable
         assert "tracking.required: false" in report.faults[0]
         with pytest.raises(TrackingError, match="cannot be reached"):
             require_tracking(required, tmp_path, lambda _: None)

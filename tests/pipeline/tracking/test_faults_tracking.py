@@ -1,4 +1,4 @@
-"""Faults of the tracking server: whatever goes away in mid-delivery, every candidate arrives exactly once."""
+"""Faults of the tracking server: whatever becomes unreachable in mid-delivery, every candidate arrives exactly once."""
 
 from __future__ import annotations
 

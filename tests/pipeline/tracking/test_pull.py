@@ -1,4 +1,4 @@
-"""Pulling: verified, from the cache when MLflow is away, and nothing hostile gets through."""
+"""Pulling: verified, from the cache when MLflow is unreachable, and nothing hostile gets through."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def registry(filled: Path, tmp_path: Path) -> Registry:
     return Registry(f"sqlite:///{filled}/mlflow.db", tmp_path / "home")
 
 
-def away(registry: Registry) -> Registry:
+def unreachable(registry: Registry) -> Registry:
     """A registry of the same address and cache whose store cannot be read any more."""
 
-    class Away(Registry):
+    class Unreachable(Registry):
         def _model(self, name: str) -> Any:
-            raise TrackingError("tracking server: it is away", away=True)
+            raise TrackingError("tracking server: it is unreachable", unreachable=True)
 
-    return Away(registry.uri, registry.home)
+    return Unreachable(registry.uri, registry.home)
 
 
 def test_a_pulled_folder_runs_without_secateur(registry: Registry, tmp_path: Path) -> None:
@@ -150,19 +150,19 @@ def test_an_earlier_pull_is_replaced_and_anything_else_is_left_alone(registry: R
 
 
 def test_the_cache_answers_when_mlflow_is_away_and_says_so(registry: Registry, tmp_path: Path) -> None:
-    with pytest.raises(TrackingError, match="away"):
-        pull(away(registry), "net", tmp_path / "never")
+    with pytest.raises(TrackingError, match="unreachable"):
+        pull(unreachable(registry), "net", tmp_path / "never")
     assert not (tmp_path / "never").exists()
     first = pull(registry, "net", tmp_path / "one")
     assert first.notice == ""
-    second = pull(away(registry), "net", tmp_path / "two")
+    second = pull(unreachable(registry), "net", tmp_path / "two")
     assert "Using what was pulled last: version 1" in second.notice
-    third = pull(away(registry), "net", tmp_path / "three", offline=True)
+    third = pull(unreachable(registry), "net", tmp_path / "three", offline=True)
     assert "Offline" in third.notice
     for name in ("model.onnx", "provenance.json", "CARD.md", "loader.py"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "three" / name).read_bytes()
     with pytest.raises(TrackingError, match="never pulled"):
-        pull(away(registry), "net", tmp_path / "four", which="2", offline=True)
+        pull(unreachable(registry), "net", tmp_path / "four", which="2", offline=True)
 
 
 def test_a_damaged_cache_is_noticed_offline_and_mended_online(registry: Registry, tmp_path: Path) -> None:
@@ -242,10 +242,10 @@ def test_a_server_that_answers_nonsense_is_not_away_and_the_cache_does_not_answe
         Cache(registry.home / "models").keep(registry, registry.version("net"), reference)
         with pytest.raises(TrackingError, match="no MLflow server") as caught:
             pull(Registry(server.url, registry.home), "net", tmp_path / "model")
-    assert not caught.value.away
+    assert not caught.value.unreachable
     assert not (tmp_path / "model").exists()
-    away = pull(Registry(server.url, registry.home), "net", tmp_path / "model")  # nobody is there any more
-    assert "Using what was pulled last: version 1" in away.notice
+    kept = pull(Registry(server.url, registry.home), "net", tmp_path / "model")  # nobody is there any more
+    assert "Using what was pulled last: version 1" in kept.notice
 
 
 # -- hostile versions --------------------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ def test_a_server_that_is_away_is_said_without_its_password(tmp_path: Path) -> N
     with pytest.raises(TrackingError) as caught:
         Registry(uri, tmp_path).names()
     assert PASSWORD not in str(caught.value)
-    assert caught.value.away
+    assert caught.value.unreachable
 
 
 # -- aliases -----------------------------------------------------------------------------------------------------------
@@ -533,7 +533,7 @@ def test_a_wrong_password_is_refused_and_is_no_reason_to_use_a_cache(tmp_path: P
     with running(mlflow_server(tmp_path / "server", auth=("admin", PASSWORD))) as server:
         with pytest.raises(TrackingError) as caught:
             Registry(server.url, tmp_path).names()
-        assert not caught.value.away
+        assert not caught.value.unreachable
         assert "another-password-1" not in str(caught.value)
 
 

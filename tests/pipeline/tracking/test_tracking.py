@@ -299,7 +299,7 @@ def test_candidates_wait_for_a_server_that_comes_goes_and_comes_again(
 ) -> None:
     monkeypatch.setattr("pipeline.tracking.tracker.MANY", many)
     uri, process = server()
-    end(process)  # away from the start
+    end(process)  # unreachable from the start
     tracking = tracker(home, uri)
     tracking.start()
     for i in range(10):
@@ -308,7 +308,7 @@ def test_candidates_wait_for_a_server_that_comes_goes_and_comes_again(
     deadline = time.monotonic() + 120
     while len(tracking._pending) > 5 and time.monotonic() < deadline:
         time.sleep(0.02)
-    end(process)  # away in the middle, at no particular moment
+    end(process)  # unreachable in the middle, at no particular moment
     for i in range(10, 20):
         tracking.candidate(record(i))
     server()
