@@ -115,7 +115,7 @@ def write_report(
     records: Sequence[Mapping[str, Any]],
     front: Sequence[Mapping[str, Any]] = (),
     pictures: Sequence[tuple[Tensor, Tensor]] = (),
-    away: bool = False,
+    unreachable: bool = False,
 ) -> tuple[Path, Path]:
     """Write ``report.html`` and ``report.json`` into the run directory; returns both paths.
 
@@ -123,7 +123,7 @@ def write_report(
         records: the journal's.
         front: the Pareto front, as ``pipeline.lifecycle.rescore.front_rows`` gives it.
         pictures: what the baseline and the compact model find on the same images, uint8 (3, H, W).
-        away: whether the tracking server is away just now.
+        unreachable: whether the tracking server is unreachable just now.
     """
     result = BenchmarkResult.from_json((directory / "benchmark.json").read_text(encoding="utf-8"))
     points = _points(config, facts, records)
@@ -134,7 +134,7 @@ def write_report(
         facts=facts,
         table=final_table(facts),
         model=config.tracking.registered_model or config.name,
-        away=away,
+        unreachable=unreachable,
         devices=_devices(facts),
         interval=interval,
         environment={key: value for key, value in result.environment.items() if key != "telemetry"},

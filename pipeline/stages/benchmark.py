@@ -24,7 +24,7 @@ def benchmark(run: Run, facts: Facts) -> BenchmarkFacts:
     on a real image: of those of the parity check the one in which the baseline finds the median number.
 
     Raises:
-        DeviceError: a device is away, or its times mean nothing.
+        DeviceError: a device is unreachable, or its times mean nothing.
     """
     fleet, after, results = run.fleet, run.workload.postprocessing, facts.export.baseline.postprocessing
     devices = ", ".join(fleet.names)

@@ -24,7 +24,7 @@ def finetune(run: Run, facts: Facts) -> FinetuneFacts:
 
     Raises:
         UserError: the search found no pruned network, or fine-tuning fails for every plan.
-        DeviceError: the device is away, or its answers are of no use.
+        DeviceError: the device is unreachable, or its answers are of no use.
         JournalError: what is recorded is of another search.
     """
     model, graph = load_baseline(run)

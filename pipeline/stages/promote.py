@@ -14,8 +14,8 @@ def promote(run: Run, facts: Facts) -> PromoteFacts:
     """Champion of its devices, if the gate passed and it is no worse than the champion there is; see ``promotion``.
 
     Raises:
-        TrackingError: the tracking server is away or refuses.
-        DeviceError: a device is away, or its times mean nothing.
+        TrackingError: the tracking server is unreachable or refuses.
+        DeviceError: a device is unreachable, or its times mean nothing.
     """
     if facts.register is None:
         return _nothing_decided("it is not registered yet")

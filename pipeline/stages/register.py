@@ -27,7 +27,7 @@ def register(run: Run, facts: Facts) -> RegisterFacts:
     """The compact model into the registry, with all that proves it, as the challenger of its devices.
 
     Raises:
-        TrackingError: the tracking server is away or refuses.
+        TrackingError: the tracking server is unreachable or refuses.
         JournalError: candidates of the search are missing in the journal.
     """
     check_whole(run.journal, facts.search.num_candidates)

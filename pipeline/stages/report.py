@@ -35,7 +35,7 @@ def report(run: Run, facts: Facts) -> ReportFacts:
         run.journal.records,
         rows,
         _pictures(run),
-        away=bool(run.tracker.failure),
+        unreachable=bool(run.tracker.failure),
     )
     return ReportFacts(html=html.name, front=len(rows), files={f.name: sha256_of(f) for f in (html, data, front)})
 

@@ -34,7 +34,7 @@ def search(run: Run, facts: Facts) -> SearchFacts:
     Raises:
         UserError: the network cannot be pruned safely, no network of the search space meets the targets, or the
             method finds nothing.
-        DeviceError: the device is away, or its answers are of no use.
+        DeviceError: the device is unreachable, or its answers are of no use.
         JournalError: what is recorded is of another search.
     """
     del facts
