@@ -18,13 +18,15 @@ from device_profiles import plain_yaml
 from device_profiles.errors import DeviceError
 from device_profiles.plain_yaml import Content, Document, Place, Plain
 from device_profiles.settle import Schema, schema_of, settle
-from device_profiles.shelf import Shelf
+from device_profiles.shelf import NotAdmittedError, PluginError, Shelf, in_file
 from device_profiles.wording import printable, shown
 
 BOARDS = Path(__file__).with_name("boards")
-TARGETS = Shelf("device_profiles.targets", "target", ("Settings", "open_target"))
+TARGETS = Shelf("device_profiles.targets", "target", ("Settings", "open_target"), "secateur.targets")
 """The kinds of target, named as their modules."""
-RUNTIMES = Shelf("device_profiles.runtimes", "runtime", ("FORMAT", "facts", "load", "inputs", "outputs", "run"))
+RUNTIMES = Shelf(
+    "device_profiles.runtimes", "runtime", ("FORMAT", "facts", "load", "inputs", "outputs", "run"), "secateur.runtimes"
+)
 """What networks run with on a device, named as their modules."""
 NOT_SETTINGS = ("extends",)
 """Keys of a file that say where its settings come from."""
@@ -224,6 +226,7 @@ def _load(path: Path, found: Mapping[str, list[Path]], chain: tuple[Path, ...]) 
     if data.pop("name", path.stem) != path.stem:
         faults.append(_at("name", f"must be the file name, {path.stem!r}; leave it out or rename the file", lines))
     data.pop("extends", None)
+    _place_files(data, path.absolute().parent)
     settings = _inherited(base, data) if base else data
     told = {_dotted(fault.place) for fault in misread}
     profile = None
@@ -235,6 +238,13 @@ def _load(path: Path, found: Mapping[str, list[Path]], chain: tuple[Path, ...]) 
     if faults or profile is None:
         raise _invalid(path, faults)
     return profile
+
+
+def _place_files(data: dict[str, Any], folder: Path) -> None:
+    """Give the files of code that a profile names their absolute paths: whoever extends it may lie elsewhere."""
+    for key in ("target", "runtime"):
+        if parts := in_file(data.get(key)):
+            data[key] = f"{folder / parts[0]}:{parts[1]}"
 
 
 def _invalid(path: Path, faults: list[str]) -> DeviceError:
@@ -257,7 +267,10 @@ def _schemas(target: str) -> dict[Place, Schema | None]:
     """What the places of a profile take."""
     own = schema_of(DeviceProfile)
     properties = {**own["properties"], **{key: {"type": "string"} for key in NOT_SETTINGS}}
-    connect = schema_of(TARGETS.load(target).Settings) if target in TARGETS.names() else None
+    try:
+        connect = schema_of(TARGETS.load(target).Settings)
+    except ValueError:  # told with the other faults
+        connect = None
     return {(): {**own, "properties": properties}, ("connect",): connect}
 
 
@@ -311,8 +324,10 @@ def _connect_faults(settings: Mapping[str, Any], lines: Mapping[str, int], told:
     target, connect = settings.get("target", "local"), settings.get("connect", {})
     if not isinstance(target, str) or not isinstance(connect, Mapping) or "target" in told:
         return []  # said elsewhere
-    if target not in TARGETS.names():
-        return [_at("target", f"unknown target {_unknown(target, TARGETS.names())}", lines)]
+    if faults := _shelf_faults(TARGETS, target, lines):
+        return faults
+    if not TARGETS.has(target):
+        return []  # a file that there is no consent for so far: ``open_target`` checks
     model: type[BaseModel] = TARGETS.load(target).Settings
     try:
         model.model_validate(dict(connect))
@@ -327,10 +342,21 @@ def _connect_faults(settings: Mapping[str, Any], lines: Mapping[str, int], told:
 
 def _runtime_faults(settings: Mapping[str, Any], lines: Mapping[str, int]) -> list[str]:
     """What speaks against the runtime's name."""
-    runtime = settings.get("runtime")
-    if not isinstance(runtime, str) or runtime in (names := RUNTIMES.names()):
-        return []  # said elsewhere
-    return [_at("runtime", f"unknown runtime {_unknown(runtime, names)}", lines)]
+    runtime = settings.get("runtime", "onnxruntime")
+    return _shelf_faults(RUNTIMES, runtime, lines) if isinstance(runtime, str) else []
+
+
+def _shelf_faults(shelf: Shelf, name: str, lines: Mapping[str, int]) -> list[str]:
+    """What speaks against the name of a target or runtime; nothing where it is a file without consent so far."""
+    try:
+        shelf.load(name)
+    except NotAdmittedError:
+        return []
+    except PluginError as error:
+        return [_at(shelf.kind, str(error), lines)]
+    except ValueError:
+        return [_at(shelf.kind, f"unknown {shelf.kind} {_unknown(name, shelf.names())}", lines)]
+    return []
 
 
 def _key(loc: Sequence[str | int]) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from device_profiles.errors import DeviceError
 from device_profiles.profile import RUNTIMES, DeviceProfile
 
 DEFAULT = "onnxruntime"
@@ -63,9 +64,12 @@ def runtime_named(name: str) -> Runtime:
     """A runtime by its name in a profile.
 
     Raises:
-        ValueError: there is none of this name.
+        DeviceError: there is none of this name, or it cannot be used.
     """
-    return Runtime(name.rpartition(":")[2], RUNTIMES.load(name))
+    try:
+        return Runtime(name.rpartition(":")[2], RUNTIMES.load(name))
+    except ValueError as error:
+        raise DeviceError(str(error), "profile") from error
 
 
 def runtime_field(profile: DeviceProfile) -> dict[str, str]:

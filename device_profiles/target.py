@@ -15,13 +15,13 @@ import shlex
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol
 
 from pydantic import BaseModel, ValidationError
 
 from device_profiles.errors import DeviceError
 from device_profiles.profile import TARGETS, DeviceProfile
+from device_profiles.shelf import in_file
 from device_profiles.wording import command
 
 AGENT = Path(__file__).with_name("agent.py")
@@ -94,7 +94,7 @@ class TargetKind:
     """What the module of a kind of target says of it, with defaults for what it leaves out."""
 
     name: str
-    module: ModuleType
+    module: Any
 
     @property
     def settings(self) -> type[BaseModel]:
@@ -140,9 +140,12 @@ def kind_of(profile: DeviceProfile) -> TargetKind:
     """The kind of target of a profile.
 
     Raises:
-        ValueError: there is none of this name.
+        DeviceError: there is none of this name, or it cannot be used.
     """
-    return TargetKind(profile.target, TARGETS.load(profile.target))
+    try:
+        return TargetKind(profile.target.rpartition(":")[2], TARGETS.load(profile.target))
+    except ValueError as error:
+        raise DeviceError(f"device profile {profile.name}: {error}", "profile") from error
 
 
 def kinds() -> list[TargetKind]:
@@ -151,7 +154,12 @@ def kinds() -> list[TargetKind]:
 
 
 def is_template(profile: DeviceProfile) -> bool:
-    """Whether a profile describes a kind of board but no board: settings that reach one are missing."""
+    """Whether a profile describes a kind of board but no board: settings that reach one are missing.
+
+    That is not known of a kind in a file before there is consent for it.
+    """
+    if in_file(profile.target) and not TARGETS.has(profile.target):
+        return False
     return bool(kind_of(profile).missing(profile.connect))
 
 
@@ -185,7 +193,7 @@ def require_complete(profile: DeviceProfile) -> None:
 def machine_of(profile: DeviceProfile) -> tuple[str, ...]:
     """What tells the machine behind a profile from others; devices of one machine are not measured at the same time."""
     kind = kind_of(profile)
-    return ("this machine",) if kind.this_machine else (profile.target, *kind.machine(profile.connect))
+    return ("this machine",) if kind.this_machine else (kind.name, *kind.machine(profile.connect))
 
 
 def open_target(profile: DeviceProfile) -> Target:

@@ -9,7 +9,6 @@ import hashlib
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from device_profiles import Target
@@ -35,14 +34,15 @@ def in_format(target: Target, name: str) -> Target:
         kind = FORMATS.load(name)
     except ValueError as error:
         raise ExportError(str(error)) from error
-    return target if kind.SUFFIX == ONNX else InFormat(target, kind)
+    return target if kind.SUFFIX == ONNX else InFormat(target, kind, name)
 
 
-def converted(kind: ModuleType, source: Path, to: Path) -> None:
+def converted(kind: Any, name: str, source: Path, to: Path) -> None:
     """Write a file of a format from an ONNX file; it appears whole or not at all.
 
     Args:
         kind: module of ``export.formats``.
+        name: of the format.
 
     Raises:
         ExportError: it cannot be written in that format.
@@ -56,7 +56,6 @@ def converted(kind: ModuleType, source: Path, to: Path) -> None:
     except ExportError:
         raise
     except Exception as error:  # converters are others' code, whose exceptions share no base class
-        name = kind.__name__.rpartition(".")[2]
         raise ExportError(f"{source.name} cannot be written as {name}: {type(error).__name__}: {error}") from error
     finally:
         part.unlink(missing_ok=True)
@@ -65,8 +64,8 @@ def converted(kind: ModuleType, source: Path, to: Path) -> None:
 class InFormat:
     """A target behind a conversion; see ``in_format``."""
 
-    def __init__(self, target: Target, kind: ModuleType) -> None:
-        self.target, self.kind = target, kind
+    def __init__(self, target: Target, kind: Any, name: str) -> None:
+        self.target, self.kind, self.name = target, kind, name
         self._folder = tempfile.TemporaryDirectory(prefix="secateur-format-")
         self._made: dict[str, Path] = {}  # by sha256 of the ONNX file
         self._sha256: dict[str, str] = {}  # by place on the device
@@ -104,7 +103,7 @@ class InFormat:
         digest = _digest(path)
         if digest not in self._made:
             made = Path(self._folder.name, digest + self.kind.SUFFIX)
-            converted(self.kind, path, made)
+            converted(self.kind, self.name, path, made)
             self._made[digest] = made
             if len(self._made) > KEPT:
                 self._made.pop(next(iter(self._made))).unlink(missing_ok=True)

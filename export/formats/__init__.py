@@ -6,5 +6,5 @@ that a file is damaged, ``verify(file)`` raises ``ExportError``.
 
 from device_profiles.shelf import Shelf
 
-FORMATS = Shelf(__name__, "format", ("SUFFIX", "write"))
+FORMATS = Shelf(__name__, "format", ("SUFFIX", "write"), "secateur.formats")
 """The formats, named as their modules."""

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.options import Debug, Overrides, Trust
-from pipeline.cli.trust import consent
+from pipeline.cli.trust import consented
 from pipeline.terminal import command, out
 
 
@@ -34,7 +34,7 @@ def deploy(
     runtime_env(debug=debug)
     from pipeline.config.reading import load_run_file
 
-    consent(load_run_file(file, set_ or ()), file, trust)
+    consented(lambda: load_run_file(file, set_ or ()), file, trust)
     from pipeline.flow.deployments import Order, deploy
 
     crons = {"compress": cron, "profile": profile_cron, "promote": promote_cron}

@@ -11,7 +11,7 @@ import typer
 from pipeline import children, errors
 from pipeline.cli import interrupts
 from pipeline.cli.options import Debug, Trust
-from pipeline.cli.trust import consent
+from pipeline.cli.trust import consented
 from pipeline.surroundings import home
 from pipeline.terminal import command, err, one_line, out, table
 
@@ -37,8 +37,7 @@ def run(
     """
     from pipeline.config.reading import load_run_file
 
-    config = load_run_file(file, set_ or [])
-    consent(config, file, trust)
+    config = consented(lambda: load_run_file(file, set_ or []), file, trust)
     from pipeline.run.run import create_run_directory
 
     directory = create_run_directory(config)
@@ -60,7 +59,7 @@ def resume(
     return_to_origin(directory)
     from pipeline.run.run import open_run_directory
 
-    consent(open_run_directory(directory)[1], directory / "run.yaml", trust)
+    consented(lambda: open_run_directory(directory)[1], directory / "run.yaml", trust)
     _execute(directory, debug)
 
 
@@ -82,7 +81,7 @@ def finish(
     from pipeline.lifecycle.finish import begin
     from pipeline.run.run import open_run_directory
 
-    consent(open_run_directory(directory)[1], directory / "run.yaml", trust)
+    consented(lambda: open_run_directory(directory)[1], directory / "run.yaml", trust)
     _execute_new(begin(directory, candidate, given), debug)
 
 

@@ -48,15 +48,16 @@ def trust(
             out.print(f"Nothing in {one_line(folder)} names code; no consent is needed.")
 
 
-def consent(config: RunFile, file: Path, given: bool) -> None:
-    """See that there is consent for the code that a run file and its device profiles name; asks on a terminal.
+def consented(load: Callable[[], RunFile], file: Path, given: bool) -> RunFile:
+    """A run file, with consent for the code that it and its device profiles name; asks on a terminal.
 
     Args:
+        load: reads it.
         given: whether the command line says so.
     """
-    from pipeline.config.trust import code_in, require
+    from pipeline.config import trust
 
-    require(code_in(config, file), asker(given))
+    return trust.consented(load, file, asker(given))
 
 
 def consent_to_profile(name: str, given: bool) -> None:

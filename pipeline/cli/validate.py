@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.cli.options import Overrides, Trust
-from pipeline.cli.trust import consent
+from pipeline.cli.trust import consented
 from pipeline.errors import EXIT_USER, UserError, masked
 from pipeline.terminal import err, one_line, out, table
 
@@ -45,8 +45,7 @@ def validate(
     from pipeline.config.reading import load_run_file
 
     try:
-        config = load_run_file(file, set_ or [])
-        consent(config, file, trust)
+        config = consented(lambda: load_run_file(file, set_ or []), file, trust)
     except UserError as error:
         if not as_json:
             raise

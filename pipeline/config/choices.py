@@ -11,12 +11,12 @@ from pydantic import TypeAdapter, create_model
 
 from device_profiles.plain_yaml import Content, Place, Plain
 from device_profiles.settle import Schema, schema_of
-from device_profiles.shelf import Shelf
+from device_profiles.shelf import PluginError, Shelf, in_file
 from device_profiles.wording import shown
 from pipeline.config.faults import Fault, Report, known
 from pipeline.config.schema import RewardSection, RunFile, SearchSection, Section
 
-WORKLOADS = Shelf("pipeline.workloads", "workload", ("Options", "build"))
+WORKLOADS = Shelf("pipeline.workloads", "workload", ("Options", "build"), "secateur.workloads")
 """The task families, named as their modules."""
 DEFAULTS = {
     "search.method": SearchSection.model_fields["method"].default,
@@ -59,10 +59,18 @@ def schemas(content: Mapping[str, Content]) -> dict[Place, Schema | None]:
     method, preset = _named(content, "search", "method"), _named(content, "reward", "preset")
     return {
         (): schema_of(RunFile),
-        ("workload",): schema_of(WORKLOADS.load(workload).Options) if workload in WORKLOADS.names() else None,
-        ("search", "options"): schema_of(METHODS.load(method).Options) if method in METHODS.names() else None,
+        ("workload",): _options(WORKLOADS, workload),
+        ("search", "options"): _options(METHODS, method),
         ("reward", "options"): reward_schema(preset),
     }
+
+
+def _options(shelf: Shelf, name: str) -> Schema | None:
+    """What the options of a thing on a shelf take; None = it is not there, or cannot be used, which is told later."""
+    try:
+        return schema_of(shelf.load(name).Options)
+    except ValueError:
+        return None
 
 
 def reward_schema(preset: str) -> Schema | None:
@@ -86,11 +94,10 @@ def check_workload(section: object, report: Report) -> None:
     """Tell what is wrong with the section ``workload``."""
     if not isinstance(section, dict):
         return
-    names, name = WORKLOADS.names(), section.get("name")
-    if name in names:
-        report.check(WORKLOADS.load(name).Options, section, ("workload",))
-    else:
-        report.add(Fault(("workload", "name"), f"unknown workload {shown(name)}; {known(names, str(name))}"))
+    name = section.get("name")
+    found = _chosen(WORKLOADS, name, "workload", ("workload", "name"), report)
+    if found is not None:
+        report.check(found.Options, section, ("workload",))
 
 
 def check_method(section: object, report: Report) -> None:
@@ -98,14 +105,26 @@ def check_method(section: object, report: Report) -> None:
     from pruning.search import METHODS
 
     section = section if isinstance(section, dict) else {}
-    names, method = METHODS.names(), section.get("method", DEFAULTS["search.method"])
-    options = section.get("options", {})
+    method, options = section.get("method", DEFAULTS["search.method"]), section.get("options", {})
     if not isinstance(method, str):
         return  # the schema has said so already
-    if method not in names:
-        report.add(Fault(("search", "method"), f"unknown method {shown(method)}; {known(names, method)}"))
-    elif isinstance(options, dict):
-        report.check(METHODS.load(method).Options, options, ("search", "options"))
+    found = _chosen(METHODS, method, "method", ("search", "method"), report)
+    if found is not None and isinstance(options, dict):
+        report.check(found.Options, options, ("search", "options"))
+
+
+def _chosen(shelf: Shelf, name: object, kind: str, place: Place, report: Report) -> Any:
+    """What a name chooses; None = it cannot be used, which is told, or there is no consent for its file so far."""
+    if in_file(name) and not shelf.has(name):
+        return None  # read anew after consent (``trust.consented``)
+    try:
+        if isinstance(name, str) and shelf.has(name):
+            return shelf.load(name)
+    except PluginError as error:
+        report.add(Fault(place, str(error)))
+        return None
+    report.add(Fault(place, f"unknown {kind} {shown(name)}; {known(shelf.names(), str(name))}"))
+    return None
 
 
 def check_reward(section: object, report: Report) -> None:

@@ -20,10 +20,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from device_profiles.profile import RUNTIMES, TARGETS
+from device_profiles.shelf import dismiss_all, in_file
 from device_profiles.wording import command, printable
+from pipeline.config.choices import WORKLOADS
 from pipeline.config.consents import Entry, Found, keep, kept, refuse_what_others_write, written
 from pipeline.errors import UserError
 from pipeline.surroundings import home
+from pruning.search import METHODS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,6 +45,10 @@ LOADING = re.compile(r"pretrained|checkpoint|weights")
 """Options with which a builder of theirs reads files or addresses."""
 DEFAULT_PYTHON = ("python3",)
 FIX = "name an nn.Module builder of a module in the run file's folder, or of an installed package"
+
+
+SHELVES = {"search.method": METHODS, "workload.name": WORKLOADS, "target": TARGETS, "runtime": RUNTIMES}
+"""Places that may name a ``FILE.py:NAME``, and the shelf that it is added to."""
 
 
 class ClosedError(UserError):
@@ -63,7 +71,7 @@ def code_in(config: RunFile, file: Path) -> list[Found]:
     Raises:
         UserError: a factory's module is not in the run file's folder or the environment, or is one of Python's own.
     """
-    found = [code_of_workload(config, file)]
+    found = [code_of_method(config, file), code_of_workload(config, file)]
     found += [code_of_profile(name) for name in (config.device.profile, *config.device.others)]
     return [one for one in found if one is not None]
 
@@ -84,6 +92,34 @@ def code_of_profile(name: str | Path) -> Found | None:
     return Found(file, entries, others)
 
 
+def code_of_method(config: RunFile, file: Path) -> Found | None:
+    """What names code in the choice of a search method; as ``code_in``."""
+    found = _of_file(config.search.method, "search.method", config.folder)
+    return Found(file, (found[0],), (found[1],)) if found else None
+
+
+def _of_file(name: object, place: str, near: Path | None) -> tuple[Entry, Path] | None:
+    """What a ``FILE.py:NAME`` would run, and the file; None for any other text.
+
+    Args:
+        near: where a relative file is looked for.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    parts = in_file(name)
+    if parts is None:
+        return None
+    file = ((near or Path()) / parts[0]).absolute()
+    if not file.is_file() or not str(name).isprintable():
+        raise UserError(
+            f"{place}: {printable(name)}: there is no file {printable(file)}; "
+            "a relative one is looked for beside the run file or profile"
+            "run file or profile"
+        )
+    return Entry(place, f"{name} of {printable(file)}", str(file)), file
+
+
 def code_of_workload(config: RunFile, file: Path) -> Found | None:
     """What names code in a run file's workload; as ``code_in``."""
     section, near, entries, others = config.workload, config.folder, [], []
@@ -95,7 +131,9 @@ def code_of_workload(config: RunFile, file: Path) -> Found | None:
             value = value.get(key) if isinstance(value, dict) else None
         if not isinstance(value, str) or ":" not in value or _is_of_a_zoo(value, options):
             continue
-        entry, module = _entry_of(value, ".".join(("workload", *place)), near)
+        where = ".".join(("workload", *place))
+        of_file = _of_file(value, where, near) if place == ("name",) else None
+        entry, module = of_file or _entry_of(value, where, near)
         entries.append(entry)
         if not _is_installed(module):
             others.append(module)
@@ -168,6 +206,10 @@ def _is_of_a_zoo(name: str, options: object) -> bool:
 def _of_profile(profile: DeviceProfile) -> tuple[tuple[Entry, ...], tuple[Path, ...]]:
     """What a device profile would start, beyond the default."""
     connect, entries, others = profile.connect, [], []
+    for place, name in (("target", profile.target), ("runtime", profile.runtime)):
+        if found := _of_file(name, place, None):
+            entries.append(found[0])
+            others.append(found[1])
     given = connect.get("python") or ()
     words = (given,) if isinstance(given, str) else tuple(map(str, given))
     if words and not (profile.target == "ssh" and words == DEFAULT_PYTHON):
@@ -214,6 +256,23 @@ def require(found: Iterable[Found], ask: Callable[[Found], bool] | None = None) 
         raise UserError(refusal(open_))
 
 
+def consented(load: Callable[[], RunFile], file: Path, ask: Callable[[Found], bool] | None = None) -> RunFile:
+    """A run file, for which there is consent; what it names in files is checked only then.
+
+    Args:
+        load: reads it.
+        file: where it is.
+        ask: as ``require``.
+
+    Raises:
+        UserError: as ``load`` and ``require``.
+    """
+    config = load()
+    found = code_in(config, file)
+    require(found, ask)
+    return load() if any(entry.place in SHELVES for one in found for entry in one.entries) else config
+
+
 def refusal(found: Sequence[Found]) -> str:
     """What would run, and how to say yes."""
     listed = "\n".join(f"  {printable(one.file)}: {entry}" for one in found for entry in one.entries)
@@ -229,7 +288,9 @@ def allow(entries: Iterable[Entry]) -> None:
     """Let this process run something; a module is found in the folder it was in when it was shown."""
     for entry in entries:
         _allowed.add(entry)
-        if entry.root and entry.root not in map(os.path.abspath, sys.path):
+        if entry.place in SHELVES and entry.root.endswith(".py"):
+            SHELVES[entry.place].admit(entry.text.removesuffix(f" of {printable(entry.root)}"), Path(entry.root))
+        elif entry.root and entry.root not in map(os.path.abspath, sys.path):
             sys.path.append(entry.root)  # last: nothing there hides an installed module
 
 
@@ -246,6 +307,7 @@ def accept(entries: Iterable[Sequence[str]]) -> None:
 def withdraw_all() -> None:
     """Forget what this process may run; for tests."""
     _allowed.clear()
+    dismiss_all()
 
 
 def hand_on(config: RunFile, directory: Path) -> None:
@@ -345,9 +407,12 @@ def open_target(profile: DeviceProfile) -> Target:
             f"device profile {profile.name} names code, and nobody has consented to it: "
             f"{'; '.join(map(str, closed))}; see `secateur trust --help`"
         )
-    target, name = device_profiles.open_target(profile), runtime_of(profile).format
-    if name == "onnx":
+    target, runtime = device_profiles.open_target(profile), runtime_of(profile)
+    if runtime.format == "onnx":
         return target
     from export.convert import in_format
+    from export.formats import FORMATS
 
-    return in_format(target, name)
+    if parts := in_file(runtime.format):  # named by code that may run here
+        FORMATS.admit(runtime.format, runtime.file.parent / parts[0])
+    return in_format(target, runtime.format)

@@ -79,9 +79,8 @@ def answering(work: Callable[..., State[Any]]) -> Callable[..., State[Any]]:
 @answering
 def compress(job: Compress) -> State[Any]:
     """Run a run file from the baseline to the registered, device-timed compact model; or finish a run left undone."""
-    config = load_run_file(Path(job.file), job.overrides)
     trust.accept(job.trusted)
-    trust.require(trust.code_in(config, Path(job.file)))
+    config = trust.consented(lambda: load_run_file(Path(job.file), job.overrides), Path(job.file))
     flow_run, deployment = own_id(), this_deployment.id or "none"
     progress = LogProgress(say)
     taken = run_claim.take(config, deployment, flow_run, lambda directory: Run(directory, progress), say)

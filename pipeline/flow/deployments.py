@@ -49,8 +49,7 @@ def deploy(order: Order) -> list[str]:
         UserError: the run file or a cron expression is wrong, or there is no consent for code that it names.
         SurroundingsError: there is no Prefect server, or it does not answer.
     """
-    config = load_run_file(order.file, order.overrides)
-    trust.require(trust.code_in(config, order.file))
+    config = trust.consented(lambda: load_run_file(order.file, order.overrides), order.file)
     profiles = device_profiles(config)
     schedules = {flow: _schedule(flow, cron, order) for flow, cron in order.crons.items()}
     url = server_url()

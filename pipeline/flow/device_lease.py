@@ -123,8 +123,9 @@ def make_limit(name: str) -> None:
 
 def limit_name(profile: DeviceProfile) -> str:
     """The concurrency limit of the device behind a profile: profiles of one machine share it."""
-    host = next(iter(kind_of(profile).machine(profile.connect)), platform.node())
-    return "secateur-device-" + _safe(f"{profile.target}-{host}")
+    kind = kind_of(profile)
+    host = next(iter(kind.machine(profile.connect)), platform.node())
+    return "secateur-device-" + _safe(f"{kind.name}-{host}")
 
 
 def promotion_limit(model: str) -> str:

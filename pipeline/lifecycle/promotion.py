@@ -21,6 +21,7 @@ import torch
 from device_profiles import BenchmarkResult, DeviceProfile, Ratio, Target, measure
 from device_profiles.cores import usable_cores
 from device_profiles.intervals import MANY_PROCESSES, of_processes, processes_that_tell
+from device_profiles.shelf import NotAdmittedError
 from device_profiles.wording import command, cut, printable
 from export.errors import ExportError
 from export.verify import predict, rehearse
@@ -296,7 +297,7 @@ def _opened(config: RunFile, version: Version, consent: Consent) -> Workload:
     reading = Reading(check="none")
     try:
         return open_workload(config, reading)
-    except trust.ClosedError:
+    except (trust.ClosedError, NotAdmittedError):
         directory = home() / "runs" / (version.run or "-")
         lay = read_origin(directory).get(FOLDER_OF_RUN)
         near, place = Path.cwd(), Path.cwd() / f"run.yaml of {version.name} version {version.version}"

@@ -109,9 +109,9 @@ class Run:
 
     def __init__(self, directory: Path, progress: ProgressView) -> None:
         self.directory, self.progress = directory.absolute(), progress
-        self.run_id, self.config = open_run_directory(directory)
+        self.run_id, _ = open_run_directory(directory)
         check_format(self.directory / "journal.jsonl")
-        trust.require(trust.code_in(self.config, self.directory / "run.yaml"))
+        self.config = trust.consented(lambda: open_run_directory(directory)[1], self.directory / "run.yaml")
         check_tracked_at(self.directory, self.config)
         require_tracking(self.config, home(), progress.say)
         torch.set_num_threads(self.config.threads or usable_cores())

@@ -51,7 +51,7 @@ def write_product(path: Path, width: int) -> Path:
 @pytest.mark.parametrize("name", FORMATS.names())
 def test_a_format_writes_a_file_from_an_onnx_file(tmp_path: Path, name: str):
     kind = FORMATS.load(name)
-    converted(kind, write_conv(tmp_path / "a.onnx"), tmp_path / f"b{kind.SUFFIX}")
+    converted(kind, name, write_conv(tmp_path / "a.onnx"), tmp_path / f"b{kind.SUFFIX}")
     assert (tmp_path / f"b{kind.SUFFIX}").stat().st_size > 0
 
 
@@ -94,7 +94,7 @@ def test_a_converter_that_fails_leaves_nothing(tmp_path: Path):
 
     model = write_conv(tmp_path / "a.onnx")
     with pytest.raises(ExportError, match=r"a\.onnx cannot be written as mine: RuntimeError: no such operator"):
-        converted(format_of(fail), model, tmp_path / "b.npy")
+        converted(format_of(fail), "mine", model, tmp_path / "b.npy")
     assert list(tmp_path.iterdir()) == [model]
 
 

@@ -414,7 +414,7 @@ def test_builders_of_torchvision_need_none_unless_they_load_files(folder: Path) 
 
 def test_a_package_called_timm_in_their_folder_is_not_it(folder: Path, mark: Path) -> None:
     (folder / "timm").mkdir()
-    (folder / "timm" / "__init__.py").write_text(f"open({str(mark)!r}, 'w')\n")
+    (folder / "timm" / "__init__.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
     sys.path.insert(0, str(folder))
     file = write(folder, "timm:resnet18")
     found = trust.code_in(load_run_file(file), file)
@@ -587,3 +587,35 @@ def test_nothing_is_imported_where_the_code_of_a_version_is_not_needed(
     code, said = secateur("pull", "net", "-o", tmp_path / "model")
     assert code == 0, said
     assert not mark.exists() and "theirs" not in sys.modules
+
+
+THINGS = {
+    "a method": ({"search": {"method": "theirs.py:theirs"}}, {}, "search.method: theirs.py:theirs of"),
+    "a workload": ({"workload": {"name": "theirs.py:theirs"}}, {}, "workload.name: theirs.py:theirs of"),
+    "a target": ({}, {"target": "theirs.py:theirs"}, "target: "),
+    "a runtime": ({}, {"runtime": "theirs.py:theirs"}, "runtime: "),
+}
+
+
+@pytest.mark.parametrize("command", [("validate",), ("run",)])
+@pytest.mark.parametrize("thing", THINGS)
+def test_a_file_of_code_is_not_loaded_without_consent(
+    thing: str, command: tuple[str, ...], secateur: Secateur, folder: Path, mark: Path
+) -> None:
+    run_file, device, said_of_it = THINGS[thing]
+    (folder / "theirs.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+    profile_file = quick_device(folder, **device)
+    file = write(folder, "small_ssd", **merged({"device": {"profile": str(profile_file)}}, run_file))
+    code, said = secateur(*command, file)
+    assert code == EXIT_USER and not mark.exists()
+    assert said_of_it in said and str(folder / "theirs.py") in said and f"secateur trust {folder}" in said
+    code, said = secateur("validate", file, "--trust")
+    assert code != 0 and mark.exists(), "with consent it is loaded, and found to be no such thing"
+    assert "theirs.py" in said and "it has no" in said
+
+
+def test_others_may_not_write_a_file_of_code(secateur: Secateur, folder: Path, mark: Path) -> None:
+    (folder / "theirs.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+    (folder / "theirs.py").chmod(0o666)
+    code, said = secateur("validate", write(folder, "small_ssd", search={"method": "theirs.py:theirs"}), "--trust")
+    assert code == EXIT_USER and "others than you can write" in said and not mark.exists()
