@@ -134,7 +134,7 @@ def test_target_runtime_and_format_are_one_file_each(way: str, tmp_path: Path) -
     assert "board B2" in place.secateur("devices", "list")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_whole_run_of_files_beside_the_run_file(tmp_path: Path) -> None:
     """Search with a worker process, gate, report, resume and rescore."""
     place = as_files(tmp_path)
