@@ -18,10 +18,10 @@ from export import ExportError
 from export.detections import Suppression, append_detections, compare_detections
 from export.onnx_export import export_proto
 from export.verify import open_session
-from pipeline.workloads.detection import ssd
+from pipeline.workloads.detection import networks, ssd
 
 BOXES = 24
-DEFAULT_BOXES = ssd.grid_boxes([4, 2], [[(0.3, 0.3)], [(0.5, 0.4), (0.3, 0.6)]])
+DEFAULT_BOXES = networks.grid_boxes([4, 2], [[(0.3, 0.3)], [(0.5, 0.4), (0.3, 0.6)]])
 
 
 def suppression(default_boxes: Tensor = DEFAULT_BOXES, **changes: Any) -> Suppression:
@@ -142,7 +142,7 @@ def test_boxes_grow_no_further_than_the_limit():
 @pytest.mark.parametrize("dynamic_batch", [False, True])
 def test_a_whole_detector_finds_the_same_in_its_file(dynamic_batch: bool):
     torch.manual_seed(0)
-    model = ssd.SmallSSD(3, width=8).eval()
+    model = networks.SmallSSD(3, width=8).eval()
     for head in model.heads.cls:
         head.weight.data *= 4  # untrained heads are all equally sure
     images = torch.randn(3, 3, 64, 64)

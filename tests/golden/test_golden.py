@@ -16,7 +16,7 @@ from torch import nn
 
 from pipeline.run.opening import widths_costs
 from pipeline.workloads.classification.networks import build_network
-from pipeline.workloads.detection.ssd import build_detector
+from pipeline.workloads.detection.networks import build_detector
 from pruning.channels import ChannelGraph
 from pruning.cost import cost
 from pruning.plan import PruningPlan, SearchSpace

@@ -26,7 +26,7 @@ from pipeline.workloads.data.digit_scenes import DigitScenes
 from pipeline.workloads.data.record import DataRecord, fingerprint_of, parts_of
 from pipeline.workloads.data.scenes import SceneSource
 from pipeline.workloads.data.sources import ImageSource
-from pipeline.workloads.detection import boxes, scenes, ssd
+from pipeline.workloads.detection import boxes, networks, scenes, ssd
 from pipeline.workloads.detection.suppression import Detections
 from pipeline.workloads.weights import choose_weights, file_digest, find_weights, fit_weights, read_weights
 from pipeline.workloads.weights.files import describe
@@ -128,7 +128,7 @@ class Detection:
         self.classes, self.notes = opened.source.classes, opened.source.notes
         used = np.concatenate([opened.train, opened.search, opened.test])
         self.most_boxes = max(len(opened.source.boxes(int(index))) for index in used)
-        weights = find_weights(options.model.weights, lambda: ssd.torchvision_weights(options.model.name))
+        weights = find_weights(options.model.weights, lambda: networks.torchvision_weights(options.model.name))
         self._content = None if weights is None else read_weights(weights)
         self.pretrained = weights is not None and options.model.load == "all"
         with torch.random.fork_rng(devices=[]):
@@ -177,7 +177,7 @@ class Detection:
 
     def fresh_model(self) -> nn.Module:
         model = self.options.model
-        return ssd.build_detector(model.name, len(self.classes), model.options).eval()
+        return networks.build_detector(model.name, len(self.classes), model.options).eval()
 
     def build_model(self) -> nn.Module:
         model = self.fresh_model()

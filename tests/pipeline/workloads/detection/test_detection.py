@@ -27,7 +27,7 @@ from pipeline.evaluation.baseline import Baseline
 from pipeline.evaluation.evaluator import Evaluator, make_evaluator
 from pipeline.training.loop import fit
 from pipeline.workloads import detection
-from pipeline.workloads.detection import ssd
+from pipeline.workloads.detection import networks, ssd
 from pruning.saliency import uniform_plan
 from pruning.search.protocol import Candidate, MaskedLoss, Score
 from pruning.trace import trace
@@ -227,7 +227,7 @@ def test_weights_load_strictly_or_without_heads(workload: detection.Detection, t
         loaded = build(model={"weights": str(tmp_path / name)})
         assert loaded.pretrained
         assert all(torch.equal(v, state[k]) for k, v in loaded.build_model().state_dict().items())
-    few = ssd.build_detector("small_ssd", 3, {}).state_dict()
+    few = networks.build_detector("small_ssd", 3, {}).state_dict()
     save_file(few, tmp_path / "three.safetensors")
     where = {"weights": str(tmp_path / "three.safetensors")}
     with pytest.raises(UserError, match=r"but_classes.*weight_classes"):
@@ -245,7 +245,7 @@ def test_weights_load_strictly_or_without_heads(workload: detection.Detection, t
 
 def test_classes_can_be_picked_out_of_the_weights(workload: detection.Detection, tmp_path: Path) -> None:
     torch.manual_seed(2)
-    wide = ssd.build_detector("small_ssd", 30, {}).eval()
+    wide = networks.build_detector("small_ssd", 30, {}).eval()
     save_file(wide.state_dict(), tmp_path / "w.safetensors")
     chosen = [3, 29, 0, 7, 8, 9, 10, 11, 12, 5]
     model = {"weights": str(tmp_path / "w.safetensors"), "weight_classes": chosen}
@@ -261,7 +261,7 @@ def test_classes_can_be_picked_out_of_the_weights(workload: detection.Detection,
 
 
 def test_weights_in_a_checkpoint_are_found_whatever_part_is_wanted(tmp_path: Path) -> None:
-    few = ssd.build_detector("small_ssd", 3, {}).state_dict()
+    few = networks.build_detector("small_ssd", 3, {}).state_dict()
     torch.save({"model": {f"module.{name}": tensor for name, tensor in few.items()}, "epoch": 3}, tmp_path / "w.pt")
     for load in ("but_classes", "backbone"):
         found = build(model={"weights": str(tmp_path / "w.pt"), "load": load}).build_model().state_dict()

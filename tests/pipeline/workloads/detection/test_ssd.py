@@ -20,13 +20,13 @@ from export.onnx_export import export_onnx
 from export.slicing import OnnxTemplate
 from export.verify import predict
 from pipeline.errors import UserError
-from pipeline.workloads.detection import ssd
+from pipeline.workloads.detection import networks, ssd
 from pruning.channels import ChannelGraph
 from pruning.saliency import uniform_plan
 from pruning.surgery import certify, prune
 from pruning.trace import trace
 
-GRID = ssd.grid_boxes([4, 2], [[(0.2, 0.2), (0.3, 0.15)], [(0.5, 0.5), (0.35, 0.7)]])
+GRID = networks.grid_boxes([4, 2], [[(0.2, 0.2), (0.3, 0.15)], [(0.5, 0.5), (0.35, 0.7)]])
 
 
 def random_boxes(generator: torch.Generator, *shape: int) -> Tensor:
@@ -303,7 +303,7 @@ def test_nothing_is_found_where_nothing_is_sure_enough() -> None:
 @pytest.fixture(scope="module")
 def small() -> tuple[nn.Module, Tensor, ChannelGraph]:
     torch.manual_seed(0)
-    model = ssd.build_detector("small_ssd", 3, {}).eval()
+    model = networks.build_detector("small_ssd", 3, {}).eval()
     for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
         nn.init.uniform_(norm.running_mean, -0.2, 0.2)
         nn.init.uniform_(norm.weight, 0.5, 1.5)
@@ -315,11 +315,11 @@ def test_small_ssd_is_small_and_gives_raw_heads(small: Any) -> None:
     model, image, _ = small
     assert sum(p.numel() for p in model.parameters()) < 500_000
     assert model(image).shape == (1, len(model.default_boxes), 4 + 3 + 1)
-    assert ssd.build_detector("small_ssd", 3, {"image_size": 96})(torch.randn(2, 3, 96, 96)).shape == (2, 756, 8)
+    assert networks.build_detector("small_ssd", 3, {"image_size": 96})(torch.randn(2, 3, 96, 96)).shape == (2, 756, 8)
 
 
 def test_rows_of_the_heads_are_in_the_order_of_the_default_boxes() -> None:
-    heads = ssd._Heads((1, 1), (2, 1), 3, 1)
+    heads = networks._Heads((1, 1), (2, 1), 3, 1)
     for i in range(2):
         for conv, step in ((heads.box[i], 0.001), (heads.cls[i], 0.1)):
             nn.init.ones_(conv.weight)
@@ -331,7 +331,7 @@ def test_rows_of_the_heads_are_in_the_order_of_the_default_boxes() -> None:
     assert torch.allclose(found[:, 0], torch.tensor(cells) + 0.004 * torch.tensor(places))
     assert torch.allclose(found[:, 4], torch.tensor(cells) + 0.3 * torch.tensor(places))
     assert torch.allclose(found[:, 6] - found[:, 4], torch.tensor(0.2))
-    centres = ssd.grid_boxes([2], [[(0.1, 0.1), (0.2, 0.1)]])
+    centres = networks.grid_boxes([2], [[(0.1, 0.1), (0.2, 0.1)]])
     assert centres[:, 0].tolist() == [0.25, 0.25, 0.75, 0.75] * 2
     assert centres[:, 1].tolist() == [0.25] * 4 + [0.75] * 4
 
@@ -372,7 +372,7 @@ def test_onnx_of_the_heads_is_the_torch_model_and_its_template_can_be_cut(small:
 
 def cut_in_half(name: str, num_boxes: int, **options: Any) -> ChannelGraph:
     torch.manual_seed(0)
-    model: Any = ssd.build_detector(name, 2, options).eval()
+    model: Any = networks.build_detector(name, 2, options).eval()
     image = torch.randn(1, 3, model.image_size, model.image_size)
     assert model.default_boxes.shape == (num_boxes, 4)
     graph = trace(model, image)
@@ -407,7 +407,7 @@ def test_torchvisions_weights_fit_and_give_torchvisions_heads(name: str) -> None
     import torchvision.models.detection as zoo
 
     theirs = getattr(zoo, name)(weights=None, weights_backbone=None, num_classes=4).eval()
-    ours: Any = ssd.build_detector(name, 3, {}).eval()
+    ours: Any = networks.build_detector(name, 3, {}).eval()
     ours.load_state_dict(theirs.state_dict())
     image = torch.rand(1, 3, ours.image_size, ours.image_size)
     with torch.inference_mode():
@@ -419,7 +419,7 @@ def test_torchvisions_weights_fit_and_give_torchvisions_heads(name: str) -> None
 
 
 def test_default_boxes_of_the_published_detectors() -> None:
-    vgg: Any = ssd.TorchvisionSSD  # the boxes need no weights: they come from torchvision's generator
+    vgg: Any = networks.TorchvisionSSD  # the boxes need no weights: they come from torchvision's generator
     from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 
     generator = DefaultBoxGenerator([[2], [2, 3]], scales=[0.1, 0.3, 0.5], steps=[8, 16])
@@ -439,7 +439,7 @@ class Bare(nn.Module):
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(3, 8, 3, 16, 1), nn.ReLU())
         self.head = nn.Conv2d(8, 4 + num_classes + 1, 1)
-        self.default_boxes = ssd.grid_boxes([2], [[(0.5, 0.5)]])
+        self.default_boxes = networks.grid_boxes([2], [[(0.5, 0.5)]])
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.body(images)).flatten(2).transpose(1, 2)
@@ -451,7 +451,7 @@ def boxless(num_classes: int) -> nn.Module:
 
 def test_ones_own_network_comes_from_a_factory(trusted: Callable[[str], None]) -> None:
     trusted(f"{__name__}:Bare")
-    assert isinstance(ssd.build_detector(f"{__name__}:Bare", 2, {}), Bare)
+    assert isinstance(networks.build_detector(f"{__name__}:Bare", 2, {}), Bare)
 
 
 @pytest.mark.parametrize(
@@ -472,11 +472,11 @@ def test_wrong_names_and_options_say_what_to_change(
     if name.startswith(__name__):
         trusted(name)
     with pytest.raises(UserError, match=words):
-        ssd.build_detector(name, 2, options)
+        networks.build_detector(name, 2, options)
 
 
 def test_every_head_is_listed_among_what_is_frozen() -> None:
-    model = ssd.SmallSSD(3).eval()
+    model = networks.SmallSSD(3).eval()
     graph = trace(model, torch.zeros(1, 3, 64, 64))
     heads = {f"heads.{kind}.{k}" for kind in ("box", "cls") for k in range(3)}
     assert {entry.layer for entry in graph.frozen} == heads
