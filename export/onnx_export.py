@@ -82,7 +82,11 @@ def export_proto(
     input_names: Sequence[str] = ("input",),
     output_names: Sequence[str] = ("logits",),
 ) -> onnx.ModelProto:
-    """``export_onnx`` without the file."""
+    """``export_onnx`` without the file.
+
+    Raises:
+        ExportError: torch.onnx cannot export the model.
+    """
     inputs = arguments(example_input)
     shapes: tuple[Any, ...] | None = None
     if dynamic_batch:

@@ -70,6 +70,9 @@ def rebuild(model: nn.Module, graph: ChannelGraph, plan: PruningPlan, tensors: M
     """A copy of the model in which some tensors (by first name) are replaced and layers know their new sizes.
 
     The replaced tensors of ``model`` are never copied.
+
+    Raises:
+        PruningError: the model cannot be copied.
     """
     memo: dict[int, Any] = {}
     for name, old in tensors_of(model)[0].items():

@@ -50,7 +50,8 @@ def parse_run_file(text: str, name: str = "run file", overrides: Sequence[str] =
     """Check the text of a run file; ``load_run_file`` without the file.
 
     Raises:
-        UserError: anything in it is wrong; all faults in one message.
+        UserError: it is no YAML, or no mapping.
+        FaultsError: anything in it is wrong; all faults in one message.
     """
     try:
         document = plain_yaml.read(text)

@@ -158,7 +158,11 @@ def _compute(kind: str) -> torch.device:
 
 
 def open_data(spec: Mapping[str, Any], store: BlobStore | None) -> Workload:
-    """The run's workload: from the data the run file names, if it is here and the same; else from images sent along."""
+    """The run's workload: from the data the run file names, if it is here and the same; else from images sent along.
+
+    Raises:
+        MissingError: it is not here, and no images were sent yet.
+    """
     with contextlib.suppress(UserError):
         workload = shipped_data.open_section(spec["workload"], Reading(check="none"))
         if workload.fingerprint == spec["fingerprint"]:

@@ -128,6 +128,7 @@ def promote(
         UserError: there is no such version; or it needs code that nobody has consented to.
         TrackingError: MLflow is unreachable, or the files of a version are not those that were registered.
         DeviceError: the device cannot measure.
+        ChampionMovedError: there was another champion after every comparison.
     """
     view = progress or Silent()
     chosen = registry.version(name, version or CHALLENGER, profile.name)

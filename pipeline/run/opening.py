@@ -163,7 +163,7 @@ def frozen_groups(patterns: Sequence[str], graph: ChannelGraph) -> list[str]:
     """The channel groups that ``search.frozen`` names.
 
     Raises:
-        UserError: a pattern matches none.
+        FaultsError: a pattern matches none.
     """
     names = [group.name for group in graph.groups]
     unmatched = [p for p in patterns if not any(fnmatchcase(n, p) for n in names)]

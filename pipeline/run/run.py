@@ -59,7 +59,11 @@ __all__ = ["Run", "check_forward", "create_run_directory", "open_run_directory",
 
 
 def create_run_directory(config: RunFile) -> Path:
-    """A new directory with ``run.yaml`` (the whole configuration, itself a run file) and the run's id."""
+    """A new directory with ``run.yaml`` (the whole configuration, itself a run file) and the run's id.
+
+    Raises:
+        SurroundingsError: it cannot be made.
+    """
     stamp = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     directory = made(home(), HOME) / "runs" / f"{config.name}-{stamp}"
     content = plain_yaml.dump(config.model_dump(mode="json"))

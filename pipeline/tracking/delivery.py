@@ -66,6 +66,7 @@ def write(client: MlflowClient, child: Child) -> None:
 
     Raises:
         RefusedError: MLflow takes it for wrong; nothing of it is left there.
+        MlflowException: MLflow is unreachable, or fails.
     """
     metrics, run = [Metric(name, value, child.at_ms, 0) for name, value in child.metrics.items()], None
     try:

@@ -102,7 +102,11 @@ class Cache:
         self.blobs, self.references = folder / "sha256", folder / "references"
 
     def keep(self, registry: Registry, version: Version, reference: str) -> Manifest:
-        """Bring every file of a version that is not here yet, or not as it should be; returns the list of them."""
+        """Bring every file of a version that is not here yet, or not as it should be; returns the list of them.
+
+        Raises:
+            VersionError: what it says of itself is of another version.
+        """
         manifest = registry.files(version)
         if manifest.data.get("name") != version.name or manifest.files[MODEL]["sha256"] != version.tags.get(MODEL_TAG):
             raise VersionError(f"the provenance of {version.uri} is that of another version; register it again")

@@ -376,6 +376,9 @@ class Registry:
             tags: of the version.
             files: what else belongs to it, kept under their names in ``secateur/``.
             facts: of the provenance (hashes, packages, device).
+
+        Raises:
+            TrackingError: MLflow is unreachable, refuses, or changed the model's bytes.
         """
         import onnx
         from mlflow.models import Model, infer_signature
@@ -533,7 +536,11 @@ class Registry:
         return sorted(value for key, value in self._model(name).tags.items() if key.startswith(DEVICE_NAMES))
 
     def default_device(self, name: str) -> str:
-        """The device that plain ``champion`` and ``challenger`` are about."""
+        """The device that plain ``champion`` and ``challenger`` are about.
+
+        Raises:
+            UserError: there is no such model, or nobody has named its device.
+        """
         found = self._model(name).tags.get(DEFAULT_DEVICE)
         if found is None:
             raise UserError(f"model {name} has no default device; name one with --device")

@@ -67,6 +67,7 @@ def experiment_of(client: MlflowClient, uri: str, name: str, home: Path, take_ov
 
     Raises:
         UserError: it is somebody else's, or was deleted.
+        MlflowException: MLflow fails.
     """
     experiment = client.get_experiment_by_name(name)
     if experiment is None:

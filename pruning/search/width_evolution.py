@@ -181,7 +181,11 @@ class Supernet:
 
 
 def stage_a(problem: Problem, settings: Settings, table: Sequence[IntArray]) -> Generator[Request, Answer, Supernet]:
-    """Stage A (3.3): one training whose weights serve every width vector; none where ``epochs`` is 0."""
+    """Stage A (3.3): one training whose weights serve every width vector; none where ``epochs`` is 0.
+
+    Raises:
+        SearchError: the training failed.
+    """
     if settings.epochs == 0:
         return Supernet(DENSE, (yield from score("l1")), problem.reference)
     space = problem.space
@@ -447,6 +451,9 @@ def pick(
 
     Args:
         measured: the latencies of ``ranked`` are known.
+
+    Raises:
+        SearchError: ``ranked`` is empty.
     """
     if not ranked:
         raise SearchError(

@@ -164,7 +164,11 @@ class Suggestion:
 
 
 def suggest(problem: Problem, options: Options) -> Generator[Request, Answer, Suggestion]:
-    """Step 1 (2.3): the distances, and the widths at the given radius or at the one that meets the target."""
+    """Step 1 (2.3): the distances, and the widths at the given radius or at the one that meets the target.
+
+    Raises:
+        SearchError: there is neither a radius nor a target.
+    """
     space, given, has_target = problem.space, options.epsilon, problem.goal != Goal()
     if given is None and not has_target and options.clusterer == "dbscan":
         raise SearchError("acp needs epsilon (for example 0.03) or a search.target; neither is set")
