@@ -20,7 +20,7 @@ from pipeline.flow.server import serving
 from pipeline.flow.worker_engines import open_engine
 from pipeline.report import final_table_markdown
 from pipeline.run.facts import Facts
-from pipeline.run.records import to_evaluation
+from pipeline.run.records import of_candidates, to_evaluation
 from pipeline.run.run import Run
 from pipeline.stages.order import STAGES, Results, Stage
 from pipeline.surroundings import home
@@ -142,6 +142,6 @@ def resume_tracking(run: Run) -> None:
     reference = next((r for r in run.journal.records if r.get("stage") == "reference"), None)
     if reference is not None:
         run.reward(to_evaluation(reference["evaluation"]), run.workload.metric)
-    for record in run.journal.records:
-        if "evaluation" in record and record["stage"] != "smallest":
+    for record in of_candidates(run.journal.records):
+        if record["stage"] != "smallest":
             run.tracker.candidate(record)

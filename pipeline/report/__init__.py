@@ -18,6 +18,7 @@ from pipeline.config.schema import RunFile
 from pipeline.files import write_whole
 from pipeline.report.charts import cloud, histogram, lines
 from pipeline.run.facts import EARLIER_NAMES, Facts, Speedup
+from pipeline.run.records import of_candidates
 
 Row = tuple[str, str, str, str]
 METRICS = {"map50": "mAP50", "map": "COCO mAP"}
@@ -202,8 +203,8 @@ def _points(config: RunFile, facts: Facts, records: Sequence[Mapping[str, Any]])
     """Every evaluated candidate as (MACs ratio, accuracy, kind, label)."""
     macs = facts.search.reference["macs"]
     points = []
-    for record in records:
-        values = record.get("evaluation", {}).get("metrics", {})
+    for record in of_candidates(records):
+        values = record["evaluation"]["metrics"]
         accuracy = values.get(facts.gate.search_metric)
         if accuracy is None or record["stage"] == "smallest":
             continue

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,11 @@ def request_of(record: Record) -> FineTune | AuxiliaryTraining:
     start, end = record["part"]
     more = {name: record[name] for name in ("write_back", "distill", "latency")}
     return FineTune(to_candidate(record["candidate"]), record["epochs"], (start, end), **more)
+
+
+def of_candidates(records: Iterable[Record]) -> list[Record]:
+    """The records that evaluate a candidate; an auxiliary training has an evaluation too, and no candidate."""
+    return [record for record in records if "evaluation" in record and "candidate" in record]
 
 
 def pack(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pipeline.files import write_whole
 from pipeline.lifecycle import promotion
 from pipeline.lifecycle.rescore import check_whole
 from pipeline.run.facts import Both, Facts, RegisterFacts, to_json
+from pipeline.run.records import of_candidates
 from pipeline.run.run import Run
 from pipeline.tracking import redacted
 from pipeline.tracking.registry import MAX_TAG
@@ -49,7 +50,7 @@ def register(run: Run, facts: Facts) -> RegisterFacts:
         names += ["compact.plan.json", "compact.safetensors", "version/run.yaml"]
         names += [] if after is None else ["compact.onnx"]  # the registry has the file with postprocessing
         kept = [run.directory / name for name in names]
-        run.tracker.finish(final_metrics(facts), [*kept, _candidate_table(run)])
+        run.tracker.finish(final_metrics(facts), [*kept, candidate_table(run)])
     return RegisterFacts(name=entry.name, version=entry.version, uri=entry.uri, files={})
 
 
@@ -167,7 +168,7 @@ def _speedups(facts: Facts) -> dict[str, float]:
     return metrics
 
 
-def _candidate_table(run: Run) -> Path:
+def candidate_table(run: Run) -> Path:
     """All candidates of the journal as one parquet file."""
     import pandas as pd  # type: ignore[import-untyped]
 
@@ -180,8 +181,7 @@ def _candidate_table(run: Run) -> Path:
             "forward": r["evaluation"].get("forward", ""),
             **r["evaluation"]["metrics"],
         }
-        for r in run.journal.records
-        if "evaluation" in r
+        for r in of_candidates(run.journal.records)
     ]
     path = run.directory / "candidates.parquet"
     pd.DataFrame(rows).to_parquet(path)

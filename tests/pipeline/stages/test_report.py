@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
+from pipeline.flow.compress import resume_tracking
 from pipeline.report import final_table
+from pipeline.stages.register import candidate_table
+from tests.pipeline.helpers import opened, perform, tiny_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
 
@@ -33,3 +38,16 @@ def test_the_report_as_json_has_the_facts_of_the_stages_before_it(finished: Any)
     assert set(told) == {*before, "judge"}
     latency = told["benchmark"]["latency"]["compact"]
     assert told["gate"]["models"]["compact"].items() >= latency.items()
+
+
+def test_a_training_of_the_method_is_no_candidate_of_the_report_or_the_table(tmp_path: Path) -> None:
+    search = {"method": "dafp", "options": {"epochs": 0.2}, "target": {"macs_ratio": 0.8}}
+    with opened(tiny_config(tmp_path, search=search, finetune={"epochs": 0.2, "top": 1})) as run:
+        facts = perform(run, "report")
+        trained = [r for r in run.journal.records if r["kind"] == "learn"]
+        assert trained and all("evaluation" in record for record in trained)
+        table = pd.read_parquet(candidate_table(run))
+        assert set(table["kind"]) == {"evaluation", "finetune"}
+        assert len(table[table["stage"] == "search"]) == facts.search.num_candidates
+        resume_tracking(run)
+        assert not run.tracker.flush(timeout_s=60)
