@@ -87,6 +87,7 @@ def finish(
 
 def _execute_new(directory: Path, debug: bool) -> None:
     """Execute a run in a directory just made, which is removed where the run is refused before it begins."""
+    interrupts.current.go_on = command("secateur", "resume", directory)  # before the user can know of it
     err.print(f"Run directory: {one_line(directory)}")
     try:
         _execute(directory, debug)

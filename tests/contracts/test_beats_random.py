@@ -11,7 +11,7 @@ from pruning.search import METHODS
 from pruning.search.protocol import Archive, Candidate, Goal, Score
 from tests.pruning.search.fakes import BASELINE, FakeStudy, chain, drive, study
 
-METHODS = sorted(set(METHODS.names()) - {"random"})
+NAMES = sorted(set(METHODS.names()) - {"random"})
 SEEDS = range(20)
 FEW = range(8)
 """Seeds where only a warning is wanted: enough for p < 0.01 where a method beats random search clearly."""
@@ -80,7 +80,7 @@ def best(archive: Archive, fake: FakeStudy, macs_ratio: float) -> float:
 
 
 @pytest.mark.parametrize("seeds", [FEW, pytest.param(SEEDS, marks=pytest.mark.long)], ids=["few", "many"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_it_beats_random_search_at_equal_evaluations(method, seeds, record_property):
     module, control, goal = METHODS.load(method), METHODS.load("random"), target(method)
     options = module.Options(**SHORT.get(method, {}))

@@ -15,7 +15,7 @@ from pruning.search import METHODS
 from pruning.search.protocol import DENSE, RANDOM, AuxiliaryTrained, Evaluate, FineTune, FineTuned, Goal
 from tests.pruning.search.fakes import FakeStudy, drive, study
 
-METHODS = METHODS.names()
+NAMES = METHODS.names()
 TARGET = Goal(macs_ratio=0.6)
 SPACES = {"fine": ((8, 12, 16), 1), "coarse": ((64, 24, 64), 8)}
 
@@ -43,7 +43,7 @@ def bare(archive):
 
 
 @pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_the_same_seed_finds_the_same_and_global_randomness_is_left_alone(method, space):
     fake, twin = make(space), make(space)
     before = stdlib_random.getstate(), np.random.get_state()[1].tolist()
@@ -56,7 +56,7 @@ def test_the_same_seed_finds_the_same_and_global_randomness_is_left_alone(method
 
 
 @pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_replaying_the_answers_repeats_the_requests(method, space):
     fake, archive = first_run(method, space)
     log = list(fake.log)
@@ -73,7 +73,7 @@ def test_replaying_the_answers_repeats_the_requests(method, space):
 
 
 @pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_ids_count_up_in_ask_order_and_parents_come_first(method, space):
     fake, _ = first_run(method, space)
     assert [c.id for c in fake.candidates] == list(range(len(fake.candidates)))
@@ -82,7 +82,7 @@ def test_ids_count_up_in_ask_order_and_parents_come_first(method, space):
 
 
 @pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_every_plan_lies_in_the_space(method, space):
     fake, _ = first_run(method, space)
     space = fake.space
@@ -94,7 +94,7 @@ def test_every_plan_lies_in_the_space(method, space):
 
 
 @pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_a_base_was_trained_before_and_has_every_channel(method, space):
     fake, _ = first_run(method, space)
     plans = {DENSE: fake.space.full, RANDOM: fake.space.full}
@@ -109,14 +109,14 @@ def test_a_base_was_trained_before_and_has_every_channel(method, space):
 
 
 @pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_requests_are_never_empty(method, space):
     fake, _ = first_run(method, space)
     assert all(request.candidates for request in fake.requests if isinstance(request, Evaluate))
 
 
 @pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_the_archive_holds_evaluated_plans(method, space):
     fake, archive = first_run(method, space)
     assert isinstance(archive, tuple)
@@ -129,7 +129,7 @@ def test_the_archive_holds_evaluated_plans(method, space):
 
 
 @pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_the_best_plan_meets_the_macs_target(method, space):
     fake, archive = first_run(method, space)
     within = TARGET.macs_ratio * fake.macs(fake.space.full)
@@ -137,7 +137,7 @@ def test_the_best_plan_meets_the_macs_target(method, space):
     assert max(archive, key=lambda entry: entry.evaluation["macs"] <= within).evaluation["macs"] > 0.2 * within
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_a_latency_target_alone_is_met(method):
     fake, module = make("fine"), METHODS.load(method)
     target = Goal(latency_ratio=0.8)
@@ -146,7 +146,7 @@ def test_a_latency_target_alone_is_met(method):
 
 
 @pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_failed_candidates_are_survived_and_left_out(method, space):
     fake = make(space)
     fake.fails = lambda c: c.id % 7 == 3
@@ -155,7 +155,7 @@ def test_failed_candidates_are_survived_and_left_out(method, space):
     assert all(entry.candidate.id % 7 != 3 for entry in archive)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_options_are_frozen_documented_and_closed(method):
     options = METHODS.load(method).Options
     assert dataclasses.is_dataclass(options)
@@ -168,6 +168,6 @@ def test_options_are_frozen_documented_and_closed(method):
         adapter.validate_python({"no_such_option": 1})
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_the_docstring_begins_with_one_sentence_for_the_list(method):
     assert re.fullmatch(r"[A-Z].{20,110}\.", METHODS.descriptions()[method])

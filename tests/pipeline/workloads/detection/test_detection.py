@@ -321,7 +321,7 @@ def test_unknown_keys_are_refused() -> None:
 )
 def test_run_files_are_complete(name: str, network: str) -> None:
     assert "detection" in WORKLOADS.names()
-    run_file = load_run_file(Path(detection.__file__).parents[1] / "runs" / f"{name}.yaml")
+    run_file = load_run_file(Path(detection.__file__).parents[2] / "runs" / f"{name}.yaml")
     assert run_file.name == name
     assert workload_options(run_file.workload).model.name == network
     assert run_file.search.target.macs_ratio == 0.5
