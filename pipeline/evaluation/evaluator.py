@@ -45,6 +45,7 @@ from pruning.search.protocol import (
     Predict,
     Score,
     Time,
+    on_images,
 )
 
 FULL_EVERY = 8
@@ -146,10 +147,7 @@ class Evaluator:
 
     def remember(self, candidate: Candidate, latency: bool, evaluation: Evaluation, *, exact: bool = False) -> None:
         """Take an evaluation of an earlier process, so that its plan is answered from memory in this one too."""
-        workload = self.accuracy.baseline.workload
-        names = {"loss", workload.metric, workload.search_metric}
-        metrics = {name: value for name, value in evaluation.metrics.items() if name in names}
-        if metrics:
+        if metrics := on_images(evaluation.metrics):
             key = self.accuracy.key(self._request(candidate, latency, None, exact=exact))
             self._known[key] = Accuracy("ok", metrics=metrics, forward=evaluation.forward)
 

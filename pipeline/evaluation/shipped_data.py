@@ -24,6 +24,9 @@ from pipeline.workloads.data.content import Reading
 from pipeline.workloads.data.record import DataRecord
 from pipeline.workloads.data.sources import ArraySource
 
+WORKLOADS = "pipeline.workloads."
+"""Where kinds of workloads lie, in every process."""
+
 
 def open_section(section: dict[str, Any], reading: Reading = Reading()) -> Workload:  # noqa: B008 - frozen
     """The workload that a run file's ``workload`` section names.
@@ -46,12 +49,13 @@ def pack(workload: Workload, num_train: int, num_search: int, path: Path) -> Pat
         UserError: this kind of workload cannot be shipped.
     """
     found: object = workload
-    if not isinstance(found, Classification):
+    if not isinstance(found, Classification) or not type(found).__module__.startswith(WORKLOADS):
         raise UserError(
             "workers cannot open the data of the run file, and only classification data can be sent to them; put the "
             "data on every worker, at the path of the run file or under its SECATEUR_DATA"
         )
-    arrays: dict[str, Any] = {"mean": found.mean.numpy(), "std": found.std.numpy()}
+    kind = f"{type(found).__module__[len(WORKLOADS) :]}:{type(found).__name__}"
+    arrays: dict[str, Any] = {"kind": kind, "mean": found.mean.numpy(), "std": found.std.numpy()}
     arrays["num_classes"], arrays["fingerprint"] = found.num_classes, found.fingerprint
     parts = {"train": found.train.first(max(1, num_train)), "search": found.search.first(num_search)}
     for name, split in parts.items():
@@ -72,15 +76,28 @@ def unpack(section: dict[str, Any], path: Path) -> Workload:
     try:
         with np.load(path, allow_pickle=False) as content:
             arrays = dict(content)
-        workload: Any = _Shipped(section, arrays)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        workload: Any = _on_images(str(arrays["kind"]))(section, arrays)
+    except (OSError, ValueError, KeyError, AttributeError, ImportError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} holds no shipped images: {error}") from error
     shipped: Workload = workload
     return shipped
 
 
-class _Shipped(Classification):
-    """Classification on images that came along."""
+def _on_images(kind: str) -> type:
+    """A kind of classification, ``MODULE:CLASS``, on images that came along.
+
+    Raises:
+        ValueError: there is no such kind here.
+    """
+    module, _, name = kind.partition(":")
+    found = getattr(importlib.import_module(WORKLOADS + module), name)
+    if not (isinstance(found, type) and issubclass(found, Classification)):
+        raise ValueError(f"{kind} is no kind of classification")
+    return type(name, (_Images, found), {})
+
+
+class _Images:
+    """What a kind of classification is made of where its images came along; loss and metrics are the kind's own."""
 
     def __init__(self, section: dict[str, Any], arrays: dict[str, Any]) -> None:
         self.options = workload_options(section)

@@ -23,12 +23,12 @@ from pipeline.run.records import describe, to_candidate, to_dict, to_evaluation
 from pipeline.run.run import open_run_directory
 from pipeline.workloads.data.record import read as read_record
 from pruning.search.front import pareto_front
-from pruning.search.protocol import Candidate, Evaluation
+from pruning.search.protocol import Candidate, Evaluation, on_images
 from pruning.search.reward import make_reward
 
 STAGES = ("search", "final")
-ACCURACIES = ("map50", "top1", "loss_score")
-"""Of journals that do not name their metrics: those of earlier versions."""
+FIRST_METRICS = ("map50", "top1", "loss_score")
+"""Of the first journals, which do not name theirs; nothing comes to them any more."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def rescore(directory: Path, preset: str, options: Mapping[str, Any]) -> Ranking
         resume = command("secateur", "resume", directory)
         raise UserError(f"{directory} holds no evaluated candidate yet; continue it with: {resume}")
     reference = to_evaluation(measured[0]["evaluation"])
-    metric = shared_metric(records[0].get("metrics") or ACCURACIES, reference, past)
+    metric = shared_metric(records[0].get("metrics") or FIRST_METRICS, reference, past)
     try:
         reward = make_reward(preset, reference, metric, **options)
     except (ValueError, TypeError) as error:
@@ -191,11 +191,16 @@ def shared_metric(metrics: Sequence[str], reference: Evaluation, past: Sequence[
     )
 
 
-def rank_agreement(records: Sequence[Record], stand_in: str, metric: str) -> dict[str, Any] | None:
-    """How alike two metrics rank a search's candidates; None where fewer than three have both, or all are equal."""
+def rank_agreement(records: Sequence[Record], metric: str) -> dict[str, Any] | None:
+    """How alike a workload's metric and its stand-in rank a search's candidates.
+
+    None where the workload has no stand-in, fewer than three candidates have both, or all are equal.
+    """
     metrics = [p.evaluation.metrics for p in history(records) if p.stage == "search" and p.evaluation.status == "ok"]
+    known = dict.fromkeys(name for found in metrics for name in on_images(found))
+    stand_in = next((name for name in known if name not in (metric, "loss")), metric)
     pairs = [(found[stand_in], found[metric]) for found in metrics if stand_in in found and metric in found]
-    if any(len(set(values)) < 3 for values in zip(*pairs, strict=True)) or not pairs:
+    if stand_in == metric or not pairs or any(len(set(values)) < 3 for values in zip(*pairs, strict=True)):
         return None
     found = float(spearmanr(*zip(*pairs, strict=True)).statistic)
     return {"stand_in": stand_in, "metric": metric, "spearman": found, "candidates": len(pairs)}

@@ -49,7 +49,7 @@ def search(run: Run, facts: Facts) -> SearchFacts:
         ranked, exact_reference = rank_exactly(
             again, archive, reference, full, run.config.finetune.top, partial(merit_against, run)
         )
-    agreement = rank_agreement(run.journal.records, "loss_score", run.workload.metric)
+    agreement = rank_agreement(run.journal.records, run.workload.metric)
     return SearchFacts(
         reference=exact_reference,
         archive=tuple(ranked),

@@ -27,6 +27,7 @@ from pipeline.tracking.delivery import Child, Delivery, RefusedError, alone, wri
 from pipeline.tracking.ownership import CANDIDATE_TAG, PARENT_TAG
 from pipeline.tracking.registry import Registry, Version
 from pipeline.tracking.store import RUN_TAG, Unreachable, connect, experiment_of, first_line, redacted, store_uri
+from pruning.search.protocol import on_images
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
 Record = Mapping[str, Any]
@@ -36,9 +37,8 @@ MANY = 64
 """With so many candidates delivered, a process beside this one takes over: it costs some seconds to start."""
 SERIES_EVERY_S, MAX_SERIES = 5.0, 900
 """The learning curve's points go to MLflow together, this often, or when there are so many (it takes 1000 at once)."""
-ON_IMAGES = ("top1", "map50", "loss_score", "loss")
-SERIES = ("reward", *ON_IMAGES, "macs", "latency_ratio", "p50_ms")
-"""Metrics that are also kept as a series on the parent run: the learning curve. Those on images name their split."""
+SERIES = ("reward", "macs", "latency_ratio", "p50_ms")
+"""Metrics that, beside those on images, are also kept as a series on the parent run: the learning curve."""
 
 
 class Tracker:
@@ -243,11 +243,12 @@ class Tracker:
         if key not in self._delivered:
             self._deliver_child(client, record, key, at_ms, values)
         if record["kind"] == "finetune" or "latency_ratio" in values:  # an earlier process may not have told it
-            points = [
-                Metric(_series(record["stage"], record["kind"], n), values[n], at_ms, candidate["id"])
-                for n in SERIES
-                if n in values
-            ]
+            # A candidate as cut and fine-tuned are points of two curves; neither sees another split than the search's.
+            curve = f"{record['stage']}.tuned" if record["kind"] == "finetune" else record["stage"]
+            told = {f"{curve}.{name}": values[name] for name in SERIES if name in values}
+            searched = on_images(evaluation["metrics"]).keys() & values.keys()
+            told |= {f"{curve}.search_split.{name}": values[name] for name in searched}
+            points = [Metric(name, value, at_ms, candidate["id"]) for name, value in told.items()]
             with self._changed:
                 self._series += points
 
@@ -378,11 +379,3 @@ def _whole(plan: str, digest: str) -> str:
 def _key(record: Record) -> str:
     """Names a record within its run."""
     return f"{record['stage']}:{record['kind']}:{record['candidate']['id']}"
-
-
-def _series(stage: str, kind: str, metric: str) -> str:
-    """The name of a learning curve: a candidate as cut and fine-tuned are points of two, and candidates never see
-    another split than the search split."""
-    tuned = ".tuned" if kind == "finetune" else ""
-    split = ".search_split" if metric in ON_IMAGES else ""
-    return f"{stage}{tuned}{split}.{metric}"

@@ -22,6 +22,13 @@ from pruning.plan import IntArray, PruningPlan, SearchSpace
 
 FloatArray = npt.NDArray[np.float64]
 
+COSTS = frozenset(
+    {
+        *("macs", "params", "size_bytes", "seconds", "p50_ms", "p95_ms"),
+        *("latency_ratio", "latency_ratio_low", "latency_ratio_high", "latency_measured"),
+    }
+)
+"""What an evaluation says of a network's costs; one device of several has its own, with its name behind a dot."""
 DENSE = ""
 """``base`` of a candidate whose weights are cut from the unpruned baseline."""
 RANDOM = "random"
@@ -55,8 +62,9 @@ class Evaluation:
     Args:
         status: ``ok``; ``infeasible`` = outside the window, not evaluated; ``failed`` = an expected error.
         reason: why it is not ``ok``.
-        metrics: raw values, units in the names: ``top1`` (fraction), ``loss``, ``macs``, ``params``, ``size_bytes``,
-            ``p50_ms``, ``p95_ms``, ``latency_ratio`` (to the unpruned baseline), ``seconds`` (spent on it).
+        metrics: raw values, units in the names: what the workload says of images (``loss``, and accuracies as
+            fractions), and ``COSTS``: ``macs``, ``params``, ``size_bytes``, ``p50_ms``, ``p95_ms``, ``latency_ratio``
+            (to the unpruned baseline), ``seconds`` (spent on it).
         forward: the forward pass that the accuracy comes from, with its number type; empty if not known.
     """
 
@@ -68,6 +76,11 @@ class Evaluation:
     def __getitem__(self, name: str) -> float:
         """A metric by name; NaN where it was not taken."""
         return self.metrics.get(name, float("nan"))
+
+
+def on_images(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Those metrics of an evaluation that come from images: the loss, and whatever accuracies its workload has."""
+    return {name: value for name, value in metrics.items() if name.partition(".")[0] not in COSTS}
 
 
 @dataclass(frozen=True)

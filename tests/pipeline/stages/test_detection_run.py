@@ -164,12 +164,12 @@ def test_rank_agreement_is_spearmans() -> None:
         return {"stage": "search", "kind": "evaluation", "candidate": candidate, "evaluation": evaluation}
 
     records = [record(i, i / 10, (i * i) / 100) for i in range(5)]
-    found = rank_agreement([*records, record(9, 0.5, None)], "loss_score", "map50")
+    found = rank_agreement([*records, record(9, 0.5, None)], "map50")
     assert found is not None
     assert found["spearman"] == pytest.approx(1.0)
     assert found["candidates"] == 5
-    assert rank_agreement(records[:2], "loss_score", "map50") is None
-    assert rank_agreement([], "loss_score", "map50") is None
+    assert rank_agreement(records[:2], "map50") is None
+    assert rank_agreement([], "map50") is None
 
 
 def test_the_test_split_is_read_in_parts(finished: Any, monkeypatch: pytest.MonkeyPatch) -> None:
