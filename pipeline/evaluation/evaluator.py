@@ -110,6 +110,11 @@ class Evaluator:
 
         Args:
             exact: the workload's own metric, in float32; and the latency measured, even where a model would do.
+
+        Raises:
+            PlanError: the plan is of another network.
+            DeviceError: a device cannot measure it.
+            UserError: the workers, or the one forward pass of a deterministic search, cannot do this at all.
         """
         plan = candidate.plan
         plan.validate(self.graph)
@@ -169,7 +174,7 @@ class Evaluator:
     # -- trainings -----------------------------------------------------------------------------------------------------
 
     def finetune(self, request: FineTune) -> tuple[FineTuned, dict[str, str]]:
-        """Train the candidate's network, and evaluate it with its new weights."""
+        """Train the candidate's network, and evaluate it with its new weights; where training fails, it failed."""
         candidate, started = request.candidate, time.perf_counter()
         try:
             trained = self.trainer.finetune(request)
@@ -181,7 +186,11 @@ class Evaluator:
         return FineTuned(trained.base, evaluation), {"sha256": trained.sha256}
 
     def train_auxiliary(self, request: AuxiliaryTraining) -> tuple[AuxiliaryTrained, dict[str, str]]:
-        """Train the unpruned network with something added, and evaluate it with its new weights."""
+        """Train the unpruned network with something added, and evaluate it with its new weights.
+
+        Raises:
+            UserError: there is no such training, or it does not take these options.
+        """
         try:
             trained: Trained = self.trainer.train_auxiliary(request)
         except TrainingError as error:
@@ -197,7 +206,11 @@ class Evaluator:
     # -- channels and devices ------------------------------------------------------------------------------------------
 
     def score(self, request: Score) -> Mapping[str, np.ndarray]:
-        """Saliency of every channel of every group, or the distances between them."""
+        """Saliency of every channel of every group, or the distances between them.
+
+        Raises:
+            UserError: there is no such criterion, or it does not take these options.
+        """
         return self.saliency.score(request)
 
     def masked_loss(self, request: MaskedLoss) -> np.ndarray:
@@ -205,7 +218,11 @@ class Evaluator:
         return self.saliency.masked_loss(request)
 
     def distort(self, request: Distort) -> Mapping[str, np.ndarray]:
-        """Change of the next layers' outputs, per group of shape ``(batches,)``."""
+        """Change of the next layers' outputs, per group of shape ``(batches,)``.
+
+        Raises:
+            UserError: the request names channels that the network does not have.
+        """
         return self.saliency.distort(request)
 
     def time(self, request: Time) -> np.ndarray:

@@ -48,7 +48,7 @@ def request_of(record: Record) -> FineTune | AuxiliaryTraining:
     if record["kind"] == "learn":
         return AuxiliaryTraining(record["learning"], record["epochs"], record["base_of"], record["options"])
     start, end = record["part"]
-    more = {name: record[name] for name in ("write_back", "distill", "latency")}
+    more = {name: record[name] for name in ("write_back", "distill", "latency") if name in record}
     return FineTune(to_candidate(record["candidate"]), record["epochs"], (start, end), **more)
 
 

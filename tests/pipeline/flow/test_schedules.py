@@ -25,7 +25,7 @@ from pydantic import ValidationError
 
 from pipeline import errors
 from pipeline.config.schema import RunFile
-from pipeline.errors import JournalError, SurroundingsError, UserError
+from pipeline.errors import JournalError, OlderRunError, SurroundingsError, UserError
 from pipeline.flow import notify, run_claim
 from pipeline.flow.deployments import Order, deploy
 from pipeline.flow.device_lease import Lease
@@ -70,6 +70,22 @@ def test_the_next_flow_finishes_what_a_dead_one_left(tmp_path: Path) -> None:
     binding = run_claim.read_binding(second.directory)
     assert binding is not None
     assert binding.flow_runs == ("a", "b")
+
+
+def test_what_an_older_version_left_is_begun_anew(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    said: list[str] = []
+    first = take(config, "a")
+    first.run.close()
+
+    def opened(directory: Path) -> Journal:
+        if directory == first.directory:
+            raise OlderRunError("begun by an older version of Secateur")
+        return opener(config)(directory)
+
+    second = run_claim.take(config, "nightly", "b", opened, said.append)
+    assert second.directory != first.directory and second.earlier is None
+    assert said == ["Not continued: begun by an older version of Secateur"]
 
 
 def test_nobody_takes_a_directory_that_is_being_worked_in(tmp_path: Path) -> None:
