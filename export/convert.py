@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from device_profiles import Target
+from device_profiles import DeviceError, Target
 from device_profiles.target import Progress
 from export.errors import ExportError
 from export.formats import FORMATS
@@ -77,12 +77,14 @@ class InFormat:
         """Bring a file in the format; what is no ONNX file is brought as it is.
 
         Raises:
-            DeviceError: as the target.
-            ExportError: it cannot be written in the format.
+            DeviceError: as the target; ``model-load`` where it cannot be written in the format.
         """
         if path.suffix != ONNX or not path.is_file():
             return self.target.put(path)
-        file = self._file(path)
+        try:
+            file = self._file(path)
+        except ExportError as error:
+            raise DeviceError(str(error), "model-load") from error
         place = self.target.put(file)
         self._sha256[place] = _digest(file)
         return place

@@ -13,7 +13,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from device_profiles import LocalTarget, measure
+from device_profiles import DeviceError, LocalTarget, measure
 from device_profiles.runtime import Runtime
 from export import ExportError, export_onnx
 from export.convert import converted, in_format
@@ -87,7 +87,7 @@ class Known:
         return self.modules[name]
 
 
-def test_a_converter_that_fails_leaves_nothing(tmp_path: Path):
+def test_a_converter_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fail(source: Path, to: Path) -> None:
         to.write_text("half")
         raise RuntimeError("no such operator")
@@ -96,6 +96,12 @@ def test_a_converter_that_fails_leaves_nothing(tmp_path: Path):
     with pytest.raises(ExportError, match=r"a\.onnx cannot be written as mine: RuntimeError: no such operator"):
         converted(format_of(fail), "mine", model, tmp_path / "b.npy")
     assert list(tmp_path.iterdir()) == [model]
+    monkeypatch.setattr("export.convert.FORMATS", Known(mine=format_of(fail)))
+    target = in_format(LocalTarget(), "mine")
+    with pytest.raises(DeviceError, match="no such operator") as caught:
+        target.put(model)
+    target.close()
+    assert caught.value.code == "model-load"
 
 
 def test_fp32_is_the_export_itself(tmp_path: Path):
