@@ -67,9 +67,12 @@ def runtime_named(name: str) -> Runtime:
         DeviceError: there is none of this name, or it cannot be used.
     """
     try:
-        return Runtime(name.rpartition(":")[2], RUNTIMES.load(name))
+        module = RUNTIMES.load(name)
     except ValueError as error:
         raise DeviceError(str(error), "profile") from error
+    if not isinstance(module, ModuleType):
+        raise DeviceError(f"runtime {name} is a class; a runtime is a whole file, which goes to the device", "profile")
+    return Runtime(name.rpartition(":")[2], module)
 
 
 def runtime_field(profile: DeviceProfile) -> dict[str, str]:

@@ -10,17 +10,18 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from pydantic import ValidationError
 
 from device_profiles import DeviceError, measure, open_target
 from device_profiles.agent import PROTOCOL
-from device_profiles.runtime import DEFAULT, runtime_named
+from device_profiles.runtime import DEFAULT, Runtime, runtime_named
 from device_profiles.target import AGENT
 from device_profiles.targets import ssh
 from device_profiles.targets.ssh import Settings, SshTarget
-from tests.device_profiles import sshd
+from tests.device_profiles import matrix, sshd
 from tests.device_profiles.sshd import Device, opened
 from tests.device_profiles.tiny import quick_profile, write_conv
 
@@ -35,6 +36,18 @@ def request_for(path: Path, place: str, **changes: Any) -> dict[str, Any]:
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     return write_conv(tmp_path / "conv.onnx")
+
+
+def test_another_runtime_is_brought_beside_the_agent(device: Device, tmp_path: Path):
+    np.save(tmp_path / "a.npy", np.eye(8, dtype=np.float32))
+    target = SshTarget(device.settings(), Runtime("matrix", matrix))
+    try:
+        assert target.prepare()["runtime"]["matrix"] == "1.0"
+        answer = target.run(request_for(tmp_path / "a.npy", target.put(tmp_path / "a.npy")), 60)
+    finally:
+        target.close()
+    assert answer["environment"]["matrix"] == "1.0" and "onnxruntime" not in answer["environment"]
+    assert [path.name[:15] for path in (device.home / "store").glob("runtime-*")] == ["runtime-matrix-"]
 
 
 def test_prepare_and_measure(device: Device, tmp_path: Path):
