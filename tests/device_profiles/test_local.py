@@ -218,12 +218,11 @@ def test_python_and_cpu_share_of_the_profile_reach_the_worker(tmp_path: Path, mo
     opened.env = target.env
     opened.run({"protocol": PROTOCOL, "op": "probe"}, 60)
     assert seen.read_text().splitlines() == [f"-B {AGENT}", f"-B {AGENT} --worker"]
-    try:
-        answer = opened.run(request_for(model, min_seconds=0.3), 60)
+    try:  # a process that others keep from its half of a core is not throttled: it gets a few tries
+        answers = (opened.run(request_for(model, min_seconds=0.3), 60) for _ in range(10))
+        assert any(answer["environment"]["nr_throttled"] for answer in answers)
     except DeviceError as error:
         assert error.code == "not-allowed"
-    else:
-        assert answer["environment"]["nr_throttled"] > 0
 
 
 @pytest.mark.parametrize(("content", "code"), [(None, "no-python"), (b"\x7fELF" + bytes(60), "wrong-arch")])
