@@ -29,6 +29,7 @@ RUN python wanted.py --torch "$TORCH" --index "$TORCH_INDEX_URL" \
 RUN python wanted.py --extras "$EXTRAS" \
     && python -m pip install --only-binary :all: -c requirements.lock -r wanted.txt
 COPY README.md LICENSE ./
+COPY secateur ./secateur
 COPY device_profiles ./device_profiles
 COPY pruning ./pruning
 COPY export ./export

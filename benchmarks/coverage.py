@@ -41,18 +41,18 @@ import psutil
 import torch
 from torch import nn
 
-from pruning.trace import trace
+from secateur.pruning.trace import trace
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import pruning.trial  # noqa: F401 - before the forks
+import secateur.pruning.trial  # noqa: F401 - before the forks
 from benchmarks._other_zoos import ZOOS
 from benchmarks._output import Figure, parser, present
 from benchmarks._zoo import TIMM, build, torchvision_names
-from pruning import ChannelGraph, PruningPlan, certify, cost, prune, uniform_plan
-from pruning.cost import Cost, count
-from pruning.reference import masked_tensors
-from pruning.tracer import Tracer, named_tensors
+from secateur.pruning import ChannelGraph, PruningPlan, certify, cost, prune, uniform_plan
+from secateur.pruning.cost import Cost, count
+from secateur.pruning.reference import masked_tensors
+from secateur.pruning.tracer import Tracer, named_tensors
 
 Row = dict[str, Any]
 Example = tuple[Any, ...]

@@ -24,8 +24,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks._output import Figure, parser, present
-from pipeline.workloads.data import folder
-from pipeline.workloads.data.content import Reading
+from secateur.pipeline.workloads.data import folder
+from secateur.pipeline.workloads.data.content import Reading
 
 BYTES = 100_000
 STEPS: tuple[tuple[str, Literal["none", "all"]], ...] = (

@@ -27,22 +27,22 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks._output import Figure, parser, present
-from device_profiles import measure
-from export.onnx_export import export_onnx
-from export.verify import predict
-from pipeline.progress import RichProgress
-from pipeline.run.run import Run
-from pipeline.stages.loading import first_batch, load_baseline, load_compact
-from pipeline.surroundings import home
-from pipeline.terminal import Terminal
-from pipeline.training.loop import fit, load_weights, save_weights
-from pipeline.workloads.detection import judged
-from pipeline.workloads.detection.boxes import average_precision
-from pruning.channels import ChannelGraph
-from pruning.cost import cost
-from pruning.plan import PruningPlan, SearchSpace
-from pruning.saliency import channel_saliency
-from pruning.surgery import prune
+from secateur.device_profiles import measure
+from secateur.export.onnx_export import export_onnx
+from secateur.export.verify import predict
+from secateur.pipeline.progress import RichProgress
+from secateur.pipeline.run.run import Run
+from secateur.pipeline.stages.loading import first_batch, load_baseline, load_compact
+from secateur.pipeline.surroundings import home
+from secateur.pipeline.terminal import Terminal
+from secateur.pipeline.training.loop import fit, load_weights, save_weights
+from secateur.pipeline.workloads.detection import judged
+from secateur.pipeline.workloads.detection.boxes import average_precision
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.cost import cost
+from secateur.pruning.plan import PruningPlan, SearchSpace
+from secateur.pruning.saliency import channel_saliency
+from secateur.pruning.surgery import prune
 
 RUN_FILE = Path(__file__).parents[1] / "pipeline" / "runs" / "bccd-ssd300.yaml"
 RESAMPLES = 500
@@ -79,7 +79,7 @@ def _performed() -> Path:
     name = RUN_FILE.stem
     finished = sorted((home() / "runs").glob(f"{name}-*/report.json"), key=lambda path: path.stat().st_mtime)
     if not finished:
-        subprocess.run([sys.executable, "-m", "pipeline", "run", str(RUN_FILE)], check=False)
+        subprocess.run([sys.executable, "-m", "secateur", "run", str(RUN_FILE)], check=False)
         finished = sorted((home() / "runs").glob(f"{name}-*/report.json"))
     if not finished:
         sys.exit(f"{RUN_FILE.name} did not finish; see above")

@@ -69,7 +69,7 @@ def taken(command: Sequence[str], home: Path) -> Taken:
 
 
 def secateur(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "pipeline", *arguments]
+    return [sys.executable, "-m", "secateur", *arguments]
 
 
 def stage_seconds(directory: Path, started: float) -> dict[str, float]:

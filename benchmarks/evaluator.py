@@ -39,10 +39,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks._output import Figure, parser, present
 from benchmarks.methods import Bench, Scale
-from pruning import PruningPlan
-from pruning.cost import cost
-from pruning.search.methods import ccep
-from pruning.search.protocol import Candidate, Evaluate, Evaluation, Goal, Problem
+from secateur.pruning import PruningPlan
+from secateur.pruning.cost import cost
+from secateur.pruning.search.methods import ccep
+from secateur.pruning.search.protocol import Candidate, Evaluate, Evaluation, Goal, Problem
 
 CCEP_SPEEDUP, PLAN_SPEEDUP = 10.0, 6.0
 BATCH = 250

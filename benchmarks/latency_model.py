@@ -26,20 +26,20 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from pruning.trace import trace
+from secateur.pruning.trace import trace
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks._output import Figure, parser, present
-from device_profiles import BenchmarkResult, Tier, load_profile, measure, open_target
-from export.layers import layer_table
-from export.slicing import OnnxTemplate
-from pipeline.config.schema import LatencySection
-from pipeline.evaluation.latency import MULTIPLES, Latencies, plan_of
-from pipeline.workloads.classification.networks import build_network
-from pruning import PruningPlan
-from pruning.cost import costs
-from pruning.plan import IntArray, SearchSpace
+from secateur.device_profiles import BenchmarkResult, Tier, load_profile, measure, open_target
+from secateur.export.layers import layer_table
+from secateur.export.slicing import OnnxTemplate
+from secateur.pipeline.config.schema import LatencySection
+from secateur.pipeline.evaluation.latency import MULTIPLES, Latencies, plan_of
+from secateur.pipeline.workloads.classification.networks import build_network
+from secateur.pruning import PruningPlan
+from secateur.pruning.cost import costs
+from secateur.pruning.plan import IntArray, SearchSpace
 
 MEASUREMENTS = 15
 TRUTH = Tier(processes=2, warmup=8, min_repeats=30, min_seconds=0.8)

@@ -30,21 +30,21 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks._output import Figure, parser, present
 from benchmarks.latency_model import MEASUREMENTS, Network
-from device_profiles import Multiples, load_profile, measure, open_target
-from device_profiles.latency_model import LatencyModel
-from device_profiles.staircase import probe
-from export import export_onnx
-from pipeline.config.schema import LatencySection
-from pipeline.evaluation.latency import Latencies, widths_of
-from pipeline.run.opening import widths_costs
-from pipeline.run.widths import group_multiples
-from pruning import PruningPlan
-from pruning.cost import cost, count
-from pruning.plan import SearchSpace
-from pruning.saliency import channel_saliency
-from pruning.search import load
-from pruning.search.protocol import Archive, Evaluate, Evaluation, Goal, Problem, Request, Score
-from pruning.search.reward import make_reward
+from secateur.device_profiles import Multiples, load_profile, measure, open_target
+from secateur.device_profiles.latency_model import LatencyModel
+from secateur.device_profiles.staircase import probe
+from secateur.export import export_onnx
+from secateur.pipeline.config.schema import LatencySection
+from secateur.pipeline.evaluation.latency import Latencies, widths_of
+from secateur.pipeline.run.opening import widths_costs
+from secateur.pipeline.run.widths import group_multiples
+from secateur.pruning import PruningPlan
+from secateur.pruning.cost import cost, count
+from secateur.pruning.plan import SearchSpace
+from secateur.pruning.saliency import channel_saliency
+from secateur.pruning.search import load
+from secateur.pruning.search.protocol import Archive, Evaluate, Evaluation, Goal, Problem, Request, Score
+from secateur.pruning.search.reward import make_reward
 
 NETWORKS = ("mobilenet_v2", "resnet18")
 BOUNDS = {"mobilenet_v2_gain": 1.5}

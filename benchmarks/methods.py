@@ -29,24 +29,24 @@ import numpy as np
 import torch
 from torch import nn
 
-from pruning.trace import trace
+from secateur.pruning.trace import trace
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks._output import Figure, parser, present
-from device_profiles import load_profile, open_target
-from pipeline.config.reading import parse_run_file
-from pipeline.config.schema import RunFile
-from pipeline.devices.fleet import Device, Fleet
-from pipeline.evaluation.baseline import Baseline
-from pipeline.evaluation.evaluator import Evaluator, make_evaluator
-from pipeline.run.journal import Journal
-from pipeline.run.opening import open_workload, widths_costs
-from pipeline.run.study import Study
-from pruning import SearchSpace
-from pruning.search import load
-from pruning.search.protocol import RANDOM, Budget, Candidate, Entry, FineTune, Goal, Problem
-from pruning.search.reward import make_reward
+from secateur.device_profiles import load_profile, open_target
+from secateur.pipeline.config.reading import parse_run_file
+from secateur.pipeline.config.schema import RunFile
+from secateur.pipeline.devices.fleet import Device, Fleet
+from secateur.pipeline.evaluation.baseline import Baseline
+from secateur.pipeline.evaluation.evaluator import Evaluator, make_evaluator
+from secateur.pipeline.run.journal import Journal
+from secateur.pipeline.run.opening import open_workload, widths_costs
+from secateur.pipeline.run.study import Study
+from secateur.pruning import SearchSpace
+from secateur.pruning.search import load
+from secateur.pruning.search.protocol import RANDOM, Budget, Candidate, Entry, FineTune, Goal, Problem
+from secateur.pruning.search.reward import make_reward
 
 RUN = """
 name: methods

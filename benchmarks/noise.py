@@ -40,10 +40,10 @@ from onnx import helper, numpy_helper
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks._output import Figure, parser, present
-from device_profiles import BenchmarkResult, DeviceProfile, Ratio, Target, load_profile, measure, open_target
-from device_profiles.intervals import MANY_PROCESSES, MIN_PROCESSES_TO_STOP, is_look, of_processes
-from export import export_onnx
-from pipeline.workloads.classification.networks import build_network
+from secateur.device_profiles import BenchmarkResult, DeviceProfile, Ratio, Target, load_profile, measure, open_target
+from secateur.device_profiles.intervals import MANY_PROCESSES, MIN_PROCESSES_TO_STOP, is_look, of_processes
+from secateur.export import export_onnx
+from secateur.pipeline.workloads.classification.networks import build_network
 
 EXTRA = 0.03
 TRIALS, CALL_NOISE, PROCESS_NOISE, CALLS = 2000, 0.005, 0.01, 50
@@ -194,8 +194,8 @@ def claims(target: Target, profile: DeviceProfile, files: dict[str, Path], count
 
 def promotions(target: Target, profile: DeviceProfile, files: dict[str, Path], count: int) -> float:
     """Share of comparisons that pass the latency gates with the default final tier."""
-    from pipeline.config.schema import GateSection
-    from pipeline.lifecycle.promotion import ratios, undecided
+    from secateur.pipeline.config.schema import GateSection
+    from secateur.pipeline.lifecycle.promotion import ratios, undecided
 
     section = GateSection(max_resource_increase=None)
     champion, challenger = files.values()

@@ -20,22 +20,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from pruning.trace import trace
+from secateur.pruning.trace import trace
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks._output import Figure, parser, present
-from device_profiles import load_profile, open_target
-from pipeline.config.reading import load_run_file
-from pipeline.devices.fleet import Device, Fleet
-from pipeline.evaluation.baseline import Baseline
-from pipeline.evaluation.evaluator import make_evaluator
-from pipeline.run.journal import Journal
-from pipeline.run.opening import open_workload
-from pipeline.run.study import Study
-from pipeline.tracking import Tracker
-from pruning import ChannelGraph, PruningPlan
-from pruning.search.protocol import Candidate, Evaluate
+from secateur.device_profiles import load_profile, open_target
+from secateur.pipeline.config.reading import load_run_file
+from secateur.pipeline.devices.fleet import Device, Fleet
+from secateur.pipeline.evaluation.baseline import Baseline
+from secateur.pipeline.evaluation.evaluator import make_evaluator
+from secateur.pipeline.run.journal import Journal
+from secateur.pipeline.run.opening import open_workload
+from secateur.pipeline.run.study import Study
+from secateur.pipeline.tracking import Tracker
+from secateur.pruning import ChannelGraph, PruningPlan
+from secateur.pruning.search.protocol import Candidate, Evaluate
 
 BOUND = 1.25
 RUN_FILE = Path(__file__).parents[1] / "pipeline" / "runs" / "cifar10-resnet20.yaml"

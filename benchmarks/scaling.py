@@ -28,7 +28,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-from pruning.trace import trace
+from secateur.pruning.trace import trace
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -36,17 +36,17 @@ import numpy as np
 import torch
 
 from benchmarks._output import Figure, parser, present
-from export.slicing import OnnxTemplate
-from pipeline.config.schema import RunFile, WorkersSection
-from pipeline.evaluation.accuracy import AccuracyEvaluator, AccuracyRequest, recalibrate
-from pipeline.evaluation.baseline import Baseline
-from pipeline.evaluation.shipped_data import open_section
-from pipeline.evaluation.worker_pool import WorkerPool
-from pipeline.flow import runtime_env
-from pipeline.flow.worker_engines import open_engine
-from pipeline.training.loop import save_weights
-from pruning import PruningPlan
-from pruning.saliency import uniform_plan
+from secateur.export.slicing import OnnxTemplate
+from secateur.pipeline.config.schema import RunFile, WorkersSection
+from secateur.pipeline.evaluation.accuracy import AccuracyEvaluator, AccuracyRequest, recalibrate
+from secateur.pipeline.evaluation.baseline import Baseline
+from secateur.pipeline.evaluation.shipped_data import open_section
+from secateur.pipeline.evaluation.worker_pool import WorkerPool
+from secateur.pipeline.flow import runtime_env
+from secateur.pipeline.flow.worker_engines import open_engine
+from secateur.pipeline.training.loop import save_weights
+from secateur.pruning import PruningPlan
+from secateur.pruning.saliency import uniform_plan
 
 BATCH = WorkersSection().batch
 SPEEDUP = 1.7

@@ -27,15 +27,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pruning.trace import trace
+from secateur.pruning.trace import trace
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks._output import Figure, parser, present
 from benchmarks._zoo import build
-from export import export_onnx, open_session, verify_parity
-from export.slicing import OnnxTemplate
-from pruning import ChannelGraph, PruningPlan, prune
+from secateur.export import export_onnx, open_session, verify_parity
+from secateur.export.slicing import OnnxTemplate
+from secateur.pruning import ChannelGraph, PruningPlan, prune
 
 SPEEDUP, ERROR = 20.0, 1e-5
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2", "ssdlite320_mobilenet_v3_large")

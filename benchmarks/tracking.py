@@ -31,25 +31,25 @@ import numpy as np
 import psutil
 import torch
 
-from pruning.trace import trace
+from secateur.pruning.trace import trace
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks._output import Figure, parser, present
 from benchmarks.overhead import RUN_FILE, random_plan
-from device_profiles import load_profile, open_target
-from pipeline.config.reading import load_run_file
-from pipeline.config.schema import TrackingSection
-from pipeline.devices.fleet import Device, Fleet
-from pipeline.evaluation.baseline import Baseline
-from pipeline.evaluation.evaluator import make_evaluator
-from pipeline.run.journal import Journal, Record
-from pipeline.run.opening import open_workload
-from pipeline.run.records import describe
-from pipeline.tracking import Tracker
-from pipeline.tracking import tracker as delivery
-from pruning import PruningPlan
-from pruning.search.protocol import Candidate
+from secateur.device_profiles import load_profile, open_target
+from secateur.pipeline.config.reading import load_run_file
+from secateur.pipeline.config.schema import TrackingSection
+from secateur.pipeline.devices.fleet import Device, Fleet
+from secateur.pipeline.evaluation.baseline import Baseline
+from secateur.pipeline.evaluation.evaluator import make_evaluator
+from secateur.pipeline.run.journal import Journal, Record
+from secateur.pipeline.run.opening import open_workload
+from secateur.pipeline.run.records import describe
+from secateur.pipeline.tracking import Tracker
+from secateur.pipeline.tracking import tracker as delivery
+from secateur.pruning import PruningPlan
+from secateur.pruning.search.protocol import Candidate
 from tests.servers import database_url, mlflow_server, postgres, running
 
 BOUND_MS, BOUND_SHARE, PAIRS = 20.0, 0.05, 60
@@ -171,7 +171,7 @@ def deliver(
 
 def _beside() -> float:
     """CPU seconds of the process that tells MLflow."""
-    told = (p.cpu_times() for p in psutil.Process().children() if "pipeline.tracking.delivery" in p.cmdline())
+    told = (p.cpu_times() for p in psutil.Process().children() if "secateur.pipeline.tracking.delivery" in p.cmdline())
     return sum(times.user + times.system for times in told)
 
 

@@ -25,13 +25,13 @@ import torch
 
 from benchmarks._output import parser, present
 from benchmarks.scaling import BATCH, Scene
-from export.slicing import OnnxTemplate
-from pipeline.evaluation import shipped_data
-from pipeline.evaluation import worker as workers
-from pipeline.evaluation.accuracy import AccuracyRequest
-from pipeline.run.journal import Journal
-from pipeline.run.records import describe
-from pruning.search.protocol import Candidate
+from secateur.export.slicing import OnnxTemplate
+from secateur.pipeline.evaluation import shipped_data
+from secateur.pipeline.evaluation import worker as workers
+from secateur.pipeline.evaluation.accuracy import AccuracyRequest
+from secateur.pipeline.run.journal import Journal
+from secateur.pipeline.run.records import describe
+from secateur.pruning.search.protocol import Candidate
 
 
 class Weighed:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+if __name__ != "secateur.device_profiles":  # found by its folder: it would be a second copy of every class
+    raise ImportError("device_profiles is imported as secateur.device_profiles")
+
 from typing import TYPE_CHECKING
 
-from device_profiles.first_use import import_on_first_use
+from secateur.device_profiles.first_use import import_on_first_use
 
 if TYPE_CHECKING:
-    from device_profiles.errors import DeviceError as DeviceError
-    from device_profiles.intervals import Ratio as Ratio
-    from device_profiles.measure import BenchmarkResult as BenchmarkResult
-    from device_profiles.measure import measure as measure
-    from device_profiles.profile import Budgets as Budgets
-    from device_profiles.profile import DeviceProfile as DeviceProfile
-    from device_profiles.profile import Multiples as Multiples
-    from device_profiles.profile import Tier as Tier
-    from device_profiles.profile import known_profiles as known_profiles
-    from device_profiles.profile import load_profile as load_profile
-    from device_profiles.target import Target as Target
-    from device_profiles.target import open_target as open_target
-    from device_profiles.targets.local import LocalTarget as LocalTarget
+    from secateur.device_profiles.errors import DeviceError as DeviceError
+    from secateur.device_profiles.intervals import Ratio as Ratio
+    from secateur.device_profiles.measure import BenchmarkResult as BenchmarkResult
+    from secateur.device_profiles.measure import measure as measure
+    from secateur.device_profiles.profile import Budgets as Budgets
+    from secateur.device_profiles.profile import DeviceProfile as DeviceProfile
+    from secateur.device_profiles.profile import Multiples as Multiples
+    from secateur.device_profiles.profile import Tier as Tier
+    from secateur.device_profiles.profile import known_profiles as known_profiles
+    from secateur.device_profiles.profile import load_profile as load_profile
+    from secateur.device_profiles.target import Target as Target
+    from secateur.device_profiles.target import open_target as open_target
+    from secateur.device_profiles.targets.local import LocalTarget as LocalTarget
 
 __all__ = import_on_first_use(
     __name__,

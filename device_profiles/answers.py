@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from device_profiles.errors import DeviceError
+from secateur.device_profiles.errors import DeviceError
 
 MAX_CALLS, MAX_NODES, MAX_DIMS = 10_000_000, 100_000, 32
 MAX_DEPTH, MAX_ITEMS, MAX_TEXT = 8, 1_000_000, 10_000

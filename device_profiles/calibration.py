@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from device_profiles.profile import DeviceProfile
-from device_profiles.staircase import Staircase
+from secateur.device_profiles.profile import DeviceProfile
+from secateur.device_profiles.staircase import Staircase
 
 
 def path_of(folder: Path, profile: DeviceProfile) -> Path:

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from device_profiles.layers import KINDS, LayerKind
+from secateur.device_profiles.layers import KINDS, LayerKind
 
 PIXELS = {"conv": 14, "pointwise": 28, "depthwise": 28, "linear": 14}
 DEPTH = {"conv": 3, "pointwise": 4, "depthwise": 6, "linear": 4}

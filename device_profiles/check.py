@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from device_profiles.agent import EXIT_CODES
-from device_profiles.errors import DeviceError
-from device_profiles.profile import DeviceProfile
-from device_profiles.runtime import Runtime, runtime_of
-from device_profiles.target import adding, is_template, needs
-from device_profiles.wording import command
+from secateur.device_profiles.agent import EXIT_CODES
+from secateur.device_profiles.errors import DeviceError
+from secateur.device_profiles.profile import DeviceProfile
+from secateur.device_profiles.runtime import Runtime, runtime_of
+from secateur.device_profiles.target import adding, is_template, needs
+from secateur.device_profiles.wording import command
 
 Status = Literal["ok", "warning", "missing"]
 

@@ -12,8 +12,8 @@ from typing import Any
 def import_on_first_use(package: str, homes: Mapping[str, Sequence[str]]) -> list[str]:
     """Give a package its names.
 
-    A name that a module of the package has too stands for what is in that module: ``from pruning import trace`` gives
-    the function. The import system may bind the module; ``sys.modules`` has it.
+    A name that a module of the package has too stands for what is in that module: ``from secateur.pruning import
+    trace`` gives the function. The import system may bind the module; ``sys.modules`` has it.
 
     Args:
         package: dotted name of the package.

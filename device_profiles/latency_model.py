@@ -19,8 +19,8 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from device_profiles.layers import KINDS, IntArray, LayerTable
-from device_profiles.measure import BenchmarkResult, Node
+from secateur.device_profiles.layers import KINDS, IntArray, LayerTable
+from secateur.device_profiles.measure import BenchmarkResult, Node
 
 FloatArray = npt.NDArray[np.float64]
 BLOCKS = (1, 4, 8, 16)

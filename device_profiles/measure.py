@@ -19,13 +19,20 @@ from typing import Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 
-from device_profiles.agent import PROTOCOL
-from device_profiles.answers import BenchmarkAnswer, ResultHead, SamplesAnswer, parse
-from device_profiles.errors import DeviceError
-from device_profiles.intervals import MANY_PROCESSES, MIN_PROCESSES_TO_STOP, Ratio, is_look, of_processes, rounding_of
-from device_profiles.profile import DeviceProfile, Tier
-from device_profiles.runtime import runtime_field
-from device_profiles.target import Target
+from secateur.device_profiles.agent import PROTOCOL
+from secateur.device_profiles.answers import BenchmarkAnswer, ResultHead, SamplesAnswer, parse
+from secateur.device_profiles.errors import DeviceError
+from secateur.device_profiles.intervals import (
+    MANY_PROCESSES,
+    MIN_PROCESSES_TO_STOP,
+    Ratio,
+    is_look,
+    of_processes,
+    rounding_of,
+)
+from secateur.device_profiles.profile import DeviceProfile, Tier
+from secateur.device_profiles.runtime import runtime_field
+from secateur.device_profiles.target import Target
 
 FloatArray = npt.NDArray[np.float64]
 TierName = Literal["search", "final"]
@@ -141,7 +148,7 @@ class BenchmarkResult:
         processes: one entry per fresh process.
         seed: of the inputs.
         noise_floor: half-width (fraction, 95 %) of a model against itself in one process, as the device's probe found
-            it; widens comparisons of measurements of different days (see ``pipeline.lifecycle.reprofile``).
+            it; widens comparisons of measurements of different days (see ``secateur.pipeline.lifecycle.reprofile``).
         max_temperature_c: the profile's limit.
         spoiled: what was wrong with each process that was thrown away and measured again.
         disturbed: what is wrong with processes that count all the same, because no more were to be thrown away.

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from device_profiles.wording import printable
+from secateur.device_profiles.wording import printable
 
 MAX_CHARS = 1_000_000
 MAX_NODES = 100_000

@@ -14,18 +14,21 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
-from device_profiles import plain_yaml
-from device_profiles.errors import DeviceError
-from device_profiles.plain_yaml import Content, Document, Place, Plain
-from device_profiles.settle import Schema, schema_of, settle
-from device_profiles.shelf import NotAdmittedError, PluginError, Shelf, in_file
-from device_profiles.wording import printable, shown
+from secateur.device_profiles import plain_yaml
+from secateur.device_profiles.errors import DeviceError
+from secateur.device_profiles.plain_yaml import Content, Document, Place, Plain
+from secateur.device_profiles.settle import Schema, schema_of, settle
+from secateur.device_profiles.shelf import NotAdmittedError, PluginError, Shelf, in_file
+from secateur.device_profiles.wording import printable, shown
 
 BOARDS = Path(__file__).with_name("boards")
-TARGETS = Shelf("device_profiles.targets", "target", ("Settings", "open_target"), "secateur.targets")
+TARGETS = Shelf("secateur.device_profiles.targets", "target", ("Settings", "open_target"), "secateur.targets")
 """The kinds of target, named as their modules."""
 RUNTIMES = Shelf(
-    "device_profiles.runtimes", "runtime", ("FORMAT", "facts", "load", "inputs", "outputs", "run"), "secateur.runtimes"
+    "secateur.device_profiles.runtimes",
+    "runtime",
+    ("FORMAT", "facts", "load", "inputs", "outputs", "run"),
+    "secateur.runtimes",
 )
 """What networks run with on a device, named as their modules."""
 NOT_SETTINGS = ("extends",)
@@ -105,9 +108,9 @@ class DeviceProfile(BaseModel):
     """A target and the rules of measuring on it.
 
     Args:
-        target: how the device is reached: a module of ``device_profiles.targets``.
+        target: how the device is reached: a module of ``secateur.device_profiles.targets``.
         connect: that target's settings (``host`` ...); checked by its module's ``Settings``.
-        runtime: what networks run with there: a module of ``device_profiles.runtimes``.
+        runtime: what networks run with there: a module of ``secateur.device_profiles.runtimes``.
         provider: the runtime's execution provider; a fallback to another one is an error, never silent.
         threads: intra-op threads; with one thread on a CPU, ratios come from CPU time (see ``measure``).
         channel_multiple: widths that are no multiple of it cost as much as the next multiple: one number, or one per

@@ -12,9 +12,9 @@ import signal as signals
 from collections.abc import Mapping
 from typing import Any
 
-from device_profiles.agent import PROTOCOL
-from device_profiles.errors import DeviceError
-from device_profiles.target import Progress
+from secateur.device_profiles.agent import PROTOCOL
+from secateur.device_profiles.errors import DeviceError
+from secateur.device_profiles.target import Progress
 
 CANCEL_LINE = json.dumps({"cancel": True}) + "\n"
 MAX_REPLY_BYTES = 64 * 1024 * 1024  # of stdout and stderr together, in one call of the agent

@@ -1,8 +1,9 @@
-"""What a network runs with on a device. Each runtime is one module of ``device_profiles.runtimes``, named as its file.
+"""What a network runs with on a device. Each runtime is one module of ``secateur.device_profiles.runtimes``, named as
+its file.
 
 The file goes to the device beside the agent (see ``agent.py`` for the functions it has) and imports nothing of ours.
-Here it is asked for its ``FORMAT`` (a module of ``export.formats``) and, where the defaults of ``Runtime`` do not fit,
-for ``PACKAGES``, ``WHEELS`` and ``INSTALL_HINT``.
+Here it is asked for its ``FORMAT`` (a module of ``secateur.export.formats``) and, where the defaults of ``Runtime`` do
+not fit, for ``PACKAGES``, ``WHEELS`` and ``INSTALL_HINT``.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from device_profiles.errors import DeviceError
-from device_profiles.profile import RUNTIMES, DeviceProfile
+from secateur.device_profiles.errors import DeviceError
+from secateur.device_profiles.profile import RUNTIMES, DeviceProfile
 
 DEFAULT = "onnxruntime"
 

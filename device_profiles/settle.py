@@ -25,8 +25,8 @@ from typing import Any
 from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
 
-from device_profiles.plain_yaml import BOOLEANS, Content, Place, Plain, number
-from device_profiles.wording import cut, shown
+from secateur.device_profiles.plain_yaml import BOOLEANS, Content, Place, Plain, number
+from secateur.device_profiles.wording import cut, shown
 
 LARGEST = 1_000_000
 """Bound on numbers whose schema has none."""

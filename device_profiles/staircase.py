@@ -18,12 +18,12 @@ from typing import Any, Self
 
 import numpy as np
 
-from device_profiles.errors import DeviceError
-from device_profiles.layers import KINDS, LayerKind
-from device_profiles.measure import BenchmarkResult, measure
-from device_profiles.profile import DeviceProfile, Multiples, Tier
-from device_profiles.runtime import DEFAULT, runtime_named
-from device_profiles.target import Target
+from secateur.device_profiles.errors import DeviceError
+from secateur.device_profiles.layers import KINDS, LayerKind
+from secateur.device_profiles.measure import BenchmarkResult, measure
+from secateur.device_profiles.profile import DeviceProfile, Multiples, Tier
+from secateur.device_profiles.runtime import DEFAULT, runtime_named
+from secateur.device_profiles.target import Target
 
 WIDTHS = tuple(range(33, 65))
 """Wide enough that a layer takes longer than its call, and two widths of the largest multiple: one would not do."""
@@ -133,7 +133,7 @@ def probe(
     """
     if not profile.timing:
         raise DeviceError(f"device profile {profile.name} is emulated (timing: false): it has no latency", "profile")
-    from device_profiles.chains import chain  # makes ONNX files; what only reads a probe needs none
+    from secateur.device_profiles.chains import chain  # makes ONNX files; what only reads a probe needs none
 
     answer = target.prepare()
     share = seconds / (len(kinds) + 1)

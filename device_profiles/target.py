@@ -1,4 +1,5 @@
-"""How to reach a device: a port of five methods. Each kind of target is one module of ``device_profiles.targets``.
+"""How to reach a device: a port of five methods. Each kind of target is one module of
+``secateur.device_profiles.targets``.
 
 The module's file name is the ``target`` of a profile. It has
 
@@ -19,10 +20,10 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ValidationError
 
-from device_profiles.errors import DeviceError
-from device_profiles.profile import TARGETS, DeviceProfile
-from device_profiles.shelf import in_file
-from device_profiles.wording import command
+from secateur.device_profiles.errors import DeviceError
+from secateur.device_profiles.profile import TARGETS, DeviceProfile
+from secateur.device_profiles.shelf import in_file
+from secateur.device_profiles.wording import command
 
 AGENT = Path(__file__).with_name("agent.py")
 Progress = Callable[[Mapping[str, Any]], None]

@@ -69,14 +69,14 @@ def _program(name: str) -> list[str]:
     if beside.is_file():
         return [quoted(_near(beside))]
     if name == "secateur":  # run from its sources
-        return [quoted(_near(Path(sys.executable))), "-m", "pipeline"]
+        return [quoted(_near(Path(sys.executable))), "-m", "secateur"]
     return [name]
 
 
 def _by_command_line() -> bool:
-    """Whether this process is ``secateur``, or ``python -m pipeline``; others know nothing of somebody's shell."""
+    """Whether this process is ``secateur``, or ``python -m secateur``; others know nothing of somebody's shell."""
     started = sys.orig_argv[1:3]
-    return started == ["-m", "pipeline"] or Path("".join(started[:1])).name == "secateur"
+    return started == ["-m", "secateur"] or Path("".join(started[:1])).name == "secateur"
 
 
 def _same(found: str | None, path: Path) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import onnx
 
-from export.errors import ExportError
+from secateur.export.errors import ExportError
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ExportedModel:
         path: the file.
         sha256: of its bytes.
         opset: of the default operator domain.
-        precision: a name of ``export.quantize.PRECISIONS``.
+        precision: a name of ``secateur.export.quantize.PRECISIONS``.
         inputs: per name, shape and dtype.
         outputs: per name, shape and dtype.
         size_bytes: of the file.

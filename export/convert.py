@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from device_profiles import DeviceError, Target
-from device_profiles.target import Progress
-from export.errors import ExportError
-from export.formats import FORMATS
+from secateur.device_profiles import DeviceError, Target
+from secateur.device_profiles.target import Progress
+from secateur.export.errors import ExportError
+from secateur.export.formats import FORMATS
 
 ONNX = ".onnx"
 KEPT = 64
@@ -41,7 +41,7 @@ def converted(kind: Any, name: str, source: Path, to: Path) -> None:
     """Write a file of a format from an ONNX file; it appears whole or not at all.
 
     Args:
-        kind: module of ``export.formats``.
+        kind: module of ``secateur.export.formats``.
         name: of the format.
 
     Raises:

@@ -20,8 +20,8 @@ from onnx import numpy_helper
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from export.artifact import opset_of
-from export.errors import ExportError
+from secateur.export.artifact import opset_of
+from secateur.export.errors import ExportError
 
 Array = npt.NDArray[Any]
 _PREFIX = "detections/"

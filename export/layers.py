@@ -9,9 +9,9 @@ import numpy as np
 import onnx
 from onnx import shape_inference
 
-from device_profiles.layers import LayerKind, LayerTable
-from export.slicing import OnnxTemplate, Sliceable
-from pruning.plan import PruningPlan
+from secateur.device_profiles.layers import LayerKind, LayerTable
+from secateur.export.slicing import OnnxTemplate, Sliceable
+from secateur.pruning.plan import PruningPlan
 
 
 def layer_table(template: OnnxTemplate) -> LayerTable:

@@ -15,9 +15,9 @@ import onnx
 import torch
 from torch.utils import _pytree as pytree
 
-from export import quantize
-from export.artifact import ExportedModel, describe, opset_of
-from export.errors import ExportError
+from secateur.export import quantize
+from secateur.export.artifact import ExportedModel, describe, opset_of
+from secateur.export.errors import ExportError
 
 Example = torch.Tensor | tuple[Any, ...]
 """One tensor, or the tuple of a forward's arguments: tensors, and nested lists and mappings of them."""
@@ -52,7 +52,7 @@ def export_onnx(
         example_input: one tensor, or a tuple of arguments; without ``dynamic_batch`` its batch size is baked in.
         opset: operator set; below 18 the exporter converts, and an export that it could not convert is refused.
         optimize: fold constants and fuse (initializers lose their state-dict names).
-        precision: a name of ``export.quantize.PRECISIONS``.
+        precision: a name of ``secateur.export.quantize.PRECISIONS``.
 
     Raises:
         ExportError: the exporter fails, the file it wrote is not what was asked for, or there is no such precision.

@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx
 
-from export.errors import ExportError
+from secateur.export.errors import ExportError
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import onnx
 from onnx import TensorProto, TypeProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from export.artifact import opset_of
-from export.errors import TemplateError
+from secateur.export.artifact import opset_of
+from secateur.export.errors import TemplateError
 
 Shape = tuple[int, ...]
 Array = npt.NDArray[Any]

@@ -20,12 +20,12 @@ import torch
 from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 
-from export.artifact import ExportedModel, describe
-from export.errors import ExportError, TemplateError
-from export.onnx_export import Example, export_onnx, export_proto, write_atomically
-from export.shapes import follow_widths
-from export.verify import Parity, verify_parity
-from pruning.plan import ChannelGroup, PruningPlan
+from secateur.export.artifact import ExportedModel, describe
+from secateur.export.errors import ExportError, TemplateError
+from secateur.export.onnx_export import Example, export_onnx, export_proto, write_atomically
+from secateur.export.shapes import follow_widths
+from secateur.export.verify import Parity, verify_parity
+from secateur.pruning.plan import ChannelGroup, PruningPlan
 
 Array = npt.NDArray[Any]
 State = Mapping[str, "Array | torch.Tensor"]
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class Sliceable(Protocol):
-    """What slicing needs of a ``pruning.channels.ChannelGraph``."""
+    """What slicing needs of a ``secateur.pruning.channels.ChannelGraph``."""
 
     @property
     def groups(self) -> Sequence[ChannelGroup]: ...

@@ -13,9 +13,9 @@ import numpy.typing as npt
 import onnxruntime
 import torch
 
-from export.artifact import ExportedModel
-from export.errors import ExportError
-from export.onnx_export import Example, arguments, evaluating, tensors_in
+from secateur.export.artifact import ExportedModel
+from secateur.export.errors import ExportError
+from secateur.export.onnx_export import Example, arguments, evaluating, tensors_in
 
 Array = npt.NDArray[Any]
 MAX_INPUT = 1 << 28

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.errors import UserError
+from secateur.pipeline.errors import UserError
 
 
 def check_archive(path: Path, fix: str, compressed: bool = True) -> None:

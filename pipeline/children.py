@@ -1,8 +1,8 @@
 """Processes that a run starts end with it: by itself, by its guard, or by whatever starts next in the same home.
 
 Before the first one there is a record in ``processes`` of SECATEUR_HOME. Its name is the mark that everything started
-from then on inherits in its environment (``pipeline.guard``), and the run's lock on it, which the kernel frees, says
-whether the run lives.
+from then on inherits in its environment (``secateur.pipeline.guard``), and the run's lock on it, which the kernel
+frees, says whether the run lives.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from pipeline.guard import GRACE_S, MARK, end_marked
+from secateur.pipeline.guard import GRACE_S, MARK, end_marked
 
 FOLDER = "processes"
 CLOSE_S = 5.0

@@ -17,8 +17,8 @@ import shutil
 import uuid
 from pathlib import Path
 
-from pipeline.errors import SurroundingsError
-from pipeline.foreign import FAILURES
+from secateur.pipeline.errors import SurroundingsError
+from secateur.pipeline.foreign import FAILURES
 
 PART = re.compile(r"\..+\.[0-9a-f]{32}\.part")
 """Names of files that are being written."""
@@ -106,7 +106,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _failure(path: Path, size: int, error: OSError) -> SurroundingsError:
-    from device_profiles.wording import printable
+    from secateur.device_profiles.wording import printable
 
     needs = f"it needs {_amount(size)}"
     if error.errno in FULL:

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from pipeline.errors import EXIT_BUG, EXIT_SURROUNDINGS, EXIT_USER, SurroundingsError, UserError, masked
+from secateur.pipeline.errors import EXIT_BUG, EXIT_SURROUNDINGS, EXIT_USER, SurroundingsError, UserError, masked
 
 MISTAKES: Mapping[int, str] = {
     errno.ENOENT: "correct the path",
@@ -62,8 +62,8 @@ PARSERS = ("json", "yaml", "xml")
 
 def expected(error: BaseException) -> Exception | None:
     """The error as one that means something to a user; None = it is a bug."""
-    from device_profiles.errors import DeviceError
-    from export.errors import ExportError
+    from secateur.device_profiles.errors import DeviceError
+    from secateur.export.errors import ExportError
 
     if isinstance(error, UserError | SurroundingsError | DeviceError | ExportError):
         return error
@@ -94,8 +94,8 @@ def told() -> Iterator[None]:
 
 
 def exit_code(error: BaseException) -> int:
-    """Which exit code an error means (see ``pipeline.errors``)."""
-    from export.errors import ExportError
+    """Which exit code an error means (see ``secateur.pipeline.errors``)."""
+    from secateur.export.errors import ExportError
 
     meant = expected(error)
     if meant is None:
@@ -180,6 +180,6 @@ def _reason(error: BaseException) -> str:
 
 
 def _shown(place: object) -> str:
-    from device_profiles.wording import printable
+    from secateur.device_profiles.wording import printable
 
     return printable(place.decode(errors="surrogateescape") if isinstance(place, bytes) else place)

@@ -1,7 +1,7 @@
 """Locks between processes: files that the kernel unlocks with the process that holds them, so that none is ever stale.
 
 Waiting for one has an end, and says for whom. The folder of those that belong to the machine is the same for all users
-(``device_profiles.agent.lock_folder``).
+(``secateur.device_profiles.agent.lock_folder``).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pathlib import Path
 
 import psutil
 
-from device_profiles.agent import lock_folder, open_lock
-from device_profiles.wording import printable
-from pipeline.errors import SurroundingsError
+from secateur.device_profiles.agent import lock_folder, open_lock
+from secateur.device_profiles.wording import printable
+from secateur.pipeline.errors import SurroundingsError
 
 FIRST_LOOK_S, LONGEST_LOOK_S = 0.02, 0.5
 

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from pipeline.terminal import Terminal, one_line
+from secateur.pipeline.terminal import Terminal, one_line
 
 
 class Report(Protocol):

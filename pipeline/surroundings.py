@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from pipeline.errors import SurroundingsError, UserError
+from secateur.pipeline.errors import SurroundingsError, UserError
 
 HOME, DATA, LOCKS, TRACKING_URI = "SECATEUR_HOME", "SECATEUR_DATA", "SECATEUR_LOCKS", "SECATEUR_TRACKING_URI"
 FOLDERS = (

@@ -24,7 +24,8 @@ def literal(text: str) -> str:
     """A text with escapes for what no terminal shows; line breaks stay."""
     if all(line.isprintable() for line in text.split("\n")):
         return text
-    from device_profiles.wording import printable_lines  # that package takes longer to import than most commands take
+    # That package takes longer to import than most commands take.
+    from secateur.device_profiles.wording import printable_lines
 
     return printable_lines(text)
 
@@ -33,14 +34,14 @@ def one_line(text: object) -> str:
     """The same of a text in one line: a file name may hold line breaks."""
     if str(text).isprintable():
         return str(text)
-    from device_profiles.wording import printable
+    from secateur.device_profiles.wording import printable
 
     return printable(text)
 
 
 def command(*words: object) -> str:
-    """``device_profiles.wording.command``: a command that can be pasted, whatever is in its words."""
-    from device_profiles.wording import command as made
+    """``secateur.device_profiles.wording.command``: a command that can be pasted, whatever is in its words."""
+    from secateur.device_profiles.wording import command as made
 
     return made(*words)
 

@@ -2,9 +2,9 @@
 
 Every index of every dimension of every parameter and buffer gets one integer label. The model runs once, eagerly,
 on an example input; each ATen operator carries labels from its inputs to its outputs and ties those that must be
-kept or removed together (``pruning.rules``). The connected components of tied labels are the channels; channels
-that touch the same tensor dimensions form a ``ChannelGroup``. What reaches a model output, or an operator without
-a rule, is frozen: unknown means "not pruned".
+kept or removed together (``secateur.pruning.rules``). The connected components of tied labels are the channels;
+channels that touch the same tensor dimensions form a ``ChannelGroup``. What reaches a model output, or an operator
+without a rule, is frozen: unknown means "not pruned".
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from math import prod
 import numpy as np
 from torch import Tensor
 
-from pruning.plan import BoolArray, ChannelGroup, IntArray, Member, PruningPlan
-from pruning.rules import Rule, weight_name
-from pruning.snapshot import Remade
-from pruning.tracer import PruningError, Tracer
+from secateur.pruning.plan import BoolArray, ChannelGroup, IntArray, Member, PruningPlan
+from secateur.pruning.rules import Rule, weight_name
+from secateur.pruning.snapshot import Remade
+from secateur.pruning.tracer import PruningError, Tracer
 
 
 @dataclass(frozen=True)

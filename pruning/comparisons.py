@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from pruning.channels import Assembly
-from pruning.lines import running_line
-from pruning.plan import IntArray, PruningPlan
+from secateur.pruning.channels import Assembly
+from secateur.pruning.lines import running_line
+from secateur.pruning.plan import IntArray, PruningPlan
 
 NAMES = ("eq", "ne", "lt", "le", "gt", "ge")
 

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from pruning.channels import ChannelGraph, Products
-from pruning.modes import Watcher
-from pruning.plan import IntArray, PruningPlan
-from pruning.rules import macs_of, operator_of, written_by
-from pruning.tracer import batch_size, undisturbed
+from secateur.pruning.channels import ChannelGraph, Products
+from secateur.pruning.modes import Watcher
+from secateur.pruning.plan import IntArray, PruningPlan
+from secateur.pruning.rules import macs_of, operator_of, written_by
+from secateur.pruning.tracer import batch_size, undisturbed
 
 
 @dataclass(frozen=True)

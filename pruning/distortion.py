@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pruning.channels import ChannelGraph
-from pruning.plan import IntArray, PruningPlan
-from pruning.tracer import tensors_of, undisturbed
-from pruning.weights import inherit
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.plan import IntArray, PruningPlan
+from secateur.pruning.tracer import tensors_of, undisturbed
+from secateur.pruning.weights import inherit
 
 FloatArray = npt.NDArray[np.float64]
 

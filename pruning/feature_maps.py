@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pruning.channels import ChannelGraph, layer_of
-from pruning.plan import IntArray, Member
-from pruning.rules import weight_name
-from pruning.saliency import Look
-from pruning.tracer import Entered, modules_entered, tensors_of, undisturbed
+from secateur.pruning.channels import ChannelGraph, layer_of
+from secateur.pruning.plan import IntArray, Member
+from secateur.pruning.rules import weight_name
+from secateur.pruning.saliency import Look
+from secateur.pruning.tracer import Entered, modules_entered, tensors_of, undisturbed
 
 FloatArray = npt.NDArray[np.float64]
 

@@ -66,7 +66,7 @@ class ChannelGroup:
 
 
 class HasGroups(Protocol):
-    """A traced network, as far as plans are concerned: ``pruning.channels.ChannelGraph``."""
+    """A traced network, as far as plans are concerned: ``secateur.pruning.channels.ChannelGraph``."""
 
     @property
     def groups(self) -> Sequence[ChannelGroup]: ...

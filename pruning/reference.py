@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pruning.channels import ChannelGraph
-from pruning.modes import Watcher
-from pruning.plan import IntArray, PruningPlan
-from pruning.rules import ATTENTIONS, TensorMap, operator_of, propagation, tensors_in
-from pruning.tracer import Entered, Told, modules_entered, tensors_of, undisturbed
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.modes import Watcher
+from secateur.pruning.plan import IntArray, PruningPlan
+from secateur.pruning.rules import ATTENTIONS, TensorMap, operator_of, propagation, tensors_in
+from secateur.pruning.tracer import Entered, Told, modules_entered, tensors_of, undisturbed
 
 Numbers = dict[tuple[str, str], list[tuple[float, ...]]]
 """Numbers given to the operators of a module: running module and operator -> one entry per call."""

@@ -40,9 +40,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pruning.channels import ChannelGraph
-from pruning.plan import ChannelGroup, Member, PruningPlan
-from pruning.tracer import tensors_of, undisturbed
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.plan import ChannelGroup, Member, PruningPlan
+from secateur.pruning.tracer import tensors_of, undisturbed
 
 FloatArray = npt.NDArray[np.float64]
 Batches = Iterable[tuple[Tensor, Tensor]]

@@ -29,10 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pruning.channels import ChannelGraph
-from pruning.plan import IntArray, PruningPlan, SearchSpace
-from pruning.search.width_evolution import SCALES
-from pruning.surgery import check_model, kept_shape, rebuild
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.plan import IntArray, PruningPlan, SearchSpace
+from secateur.pruning.search.width_evolution import SCALES
+from secateur.pruning.surgery import check_model, kept_shape, rebuild
 
 START = 0.1
 """Size of a generator's width-dependent part at the start, relative to the weights (rms)."""

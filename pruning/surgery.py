@@ -19,12 +19,12 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
-from pruning.channels import ChannelGraph
-from pruning.plan import IntArray, PruningPlan
-from pruning.reference import run_masked, run_pruned
-from pruning.rules import weight_name
-from pruning.snapshot import ATOMS, REGISTERS, forget, reachable
-from pruning.tracer import PruningError, named_tensors, tensors_of
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.plan import IntArray, PruningPlan
+from secateur.pruning.reference import run_masked, run_pruned
+from secateur.pruning.rules import weight_name
+from secateur.pruning.snapshot import ATOMS, REGISTERS, forget, reachable
+from secateur.pruning.tracer import PruningError, named_tensors, tensors_of
 
 PLAN_FILE = "plan.json"
 WEIGHTS_FILE = "weights.safetensors"
@@ -428,7 +428,7 @@ def certify(
     tolerance: float | None = None,
     **kwargs: Any,
 ) -> Certificate:
-    """Compare a pruned model with the dense one whose removed channels are masked (``pruning.reference``).
+    """Compare a pruned model with the dense one whose removed channels are masked (``secateur.pruning.reference``).
 
     Both run in eval mode without gradients from the same random state and are left as they were. A broken pruned
     model is an answer, not an exception. Tensors of one container whose rows belong together (boxes, labels and

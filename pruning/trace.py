@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from pruning.channels import ChannelGraph, freeze_layers
-from pruning.rules import Rule
-from pruning.tracer import NeedsValuesError, Tracer
-from pruning.trial import settle
+from secateur.pruning.channels import ChannelGraph, freeze_layers
+from secateur.pruning.rules import Rule
+from secateur.pruning.tracer import NeedsValuesError, Tracer
+from secateur.pruning.trial import settle
 
 
 def trace(
@@ -23,13 +23,13 @@ def trace(
     """Run the model once in eval mode and find its channel groups. The model is left as it was.
 
     Where the code states sizes, the network is also pruned and run on trial: sizes that do not follow the widths
-    are tied to those that do, or to an attribute of the module, or freeze what they touch (``pruning.trial``).
+    are tied to those that do, or to an attribute of the module, or freeze what they touch (``secateur.pruning.trial``).
 
     Args:
         model: any module whose forward runs on the example.
         example_inputs: positional arguments of the forward; the first dimension of the first tensor is the batch.
         freeze: layers whose output channels stay: names of modules or patterns (``head``, ``layer4.*.conv3``).
-        rules: rules for further operators, or instead of those of ``pruning.rules.RULES``, by operator name.
+        rules: rules for further operators, or instead of those of ``secateur.pruning.rules.RULES``, by operator name.
         kwargs: keyword arguments of the forward.
 
     Raises:

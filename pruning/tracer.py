@@ -20,10 +20,10 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from pruning.lines import running_line
-from pruning.modes import Watcher
-from pruning.plan import IntArray
-from pruning.rules import (
+from secateur.pruning.lines import running_line
+from secateur.pruning.modes import Watcher
+from secateur.pruning.plan import IntArray
+from secateur.pruning.rules import (
     Factor,
     Labels,
     Propagation,
@@ -35,7 +35,7 @@ from pruning.rules import (
     tensors_in,
     written_by,
 )
-from pruning.snapshot import Remade, Snapshot
+from secateur.pruning.snapshot import Remade, Snapshot
 
 OPAQUE = (nn.RNNBase, nn.RNNCellBase)
 """Modules that check tensor sizes against their constructor's: their own tensors are frozen."""

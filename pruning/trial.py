@@ -25,14 +25,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pruning.channels import Assembly, ChannelGraph, Followed, assemble, layer_of
-from pruning.comparisons import Comparison, comparisons_noted, note_comparisons, turning_plan
-from pruning.lines import line_of, running_line
-from pruning.plan import ChannelGroup, IntArray, PruningPlan
-from pruning.reference import Arithmetic, Numbers, Scales, run_masked
-from pruning.rules import MAKES, Dim, Labels, TensorMap, tensors_in
-from pruning.surgery import compare_outputs, kept_shape, prune, rebuild
-from pruning.tracer import (
+from secateur.pruning.channels import Assembly, ChannelGraph, Followed, assemble, layer_of
+from secateur.pruning.comparisons import Comparison, comparisons_noted, note_comparisons, turning_plan
+from secateur.pruning.lines import line_of, running_line
+from secateur.pruning.plan import ChannelGroup, IntArray, PruningPlan
+from secateur.pruning.reference import Arithmetic, Numbers, Scales, run_masked
+from secateur.pruning.rules import MAKES, Dim, Labels, TensorMap, tensors_in
+from secateur.pruning.surgery import compare_outputs, kept_shape, prune, rebuild
+from secateur.pruning.tracer import (
     Call,
     Calls,
     Entered,

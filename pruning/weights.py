@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from pruning.channels import ChannelGraph
-from pruning.plan import PruningPlan
-from pruning.reference import masked_tensors
-from pruning.surgery import check_model, cut, prune, rebuild
-from pruning.tracer import PruningError
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.reference import masked_tensors
+from secateur.pruning.surgery import check_model, cut, prune, rebuild
+from secateur.pruning.tracer import PruningError
 
 
 def inherit(

@@ -27,15 +27,15 @@ settings.load_profile("secateur")
 def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECATEUR_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    if (trust := sys.modules.get("pipeline.config.trust")) is not None:
+    if (trust := sys.modules.get("secateur.pipeline.config.trust")) is not None:
         trust.withdraw_all()
 
 
 @pytest.fixture
 def trusted() -> Callable[[str], None]:
     """Consent, as a person would give it, to a ``module:factory`` of the tests' own."""
-    from pipeline.config import trust
-    from pipeline.config.schema import RunFile
+    from secateur.pipeline.config import trust
+    from secateur.pipeline.config.schema import RunFile
 
     def consent(name: str) -> None:
         config = RunFile(name="tests", workload={"name": "detection", "model": {"name": name}})

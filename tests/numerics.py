@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch import nn
 
-import pipeline.training.precision
-from pruning.surgery import compare_outputs
+import secateur.pipeline.training.precision
+from secateur.pruning.surgery import compare_outputs
 
 CONFIDENCE = 4.0
 """Lambda: the bound fails with a probability below 2 exp(-lambda^2 / 2) per number, 7e-4 before the layers' average."""
@@ -57,7 +57,7 @@ def assert_same(found: Iterable[Any], expected: Iterable[Any], tolerance: float)
 
 def pretend_bf16(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
     """Have this process believe that its processor multiplies bfloat16, or that it does not."""
-    monkeypatch.setattr(pipeline.training.precision, "native_bf16", lambda _: native)
+    monkeypatch.setattr(secateur.pipeline.training.precision, "native_bf16", lambda _: native)
 
 
 def run_lowered(*tests: str) -> str:

@@ -55,14 +55,20 @@ def test_sqlalchemy_is_one_prefects_scheduler_works_with() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["pruning.plan", "pruning.search.protocol", "pruning.search.methods.ccep", "pruning.search.reward"]
+    "module",
+    [
+        "secateur.pruning.plan",
+        "secateur.pruning.search.protocol",
+        "secateur.pruning.search.methods.ccep",
+        "secateur.pruning.search.reward",
+    ],
 )
 def test_algorithms_load_without_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("module", ["pipeline.cli.app", "device_profiles"])
+@pytest.mark.parametrize("module", ["secateur.pipeline.cli.app", "secateur.device_profiles"])
 def test_heavy_libraries_wait_until_they_are_needed(module: str) -> None:
     heavy = "{'torch', 'mlflow', 'prefect', 'torchvision'}"
     code = f"import sys, {module}; sys.exit(bool({heavy} & set(sys.modules)))"

@@ -460,7 +460,7 @@ def test_a_run_of_the_worker_s_user_is_tracked_registered_and_made_champion(mlfl
     environment |= {"MLFLOW_TRACKING_USERNAME": name, "MLFLOW_TRACKING_PASSWORD": password}
     gate = {"require_stable": False}
     text = write_tiny(tmp_path, search={"budget": {"evaluations": 2}}, finetune={"top": 1}, gate=gate)
-    command = [sys.executable, "-m", "pipeline", "run", str(text), "--set", "tracking.required=true"]
+    command = [sys.executable, "-m", "secateur", "run", str(text), "--set", "tracking.required=true"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "Registered: tiny version 1, alias champion" in result.stdout

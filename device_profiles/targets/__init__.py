@@ -1,1 +1,1 @@
-"""The kinds of target: one module each, see ``device_profiles.target``."""
+"""The kinds of target: one module each, see ``secateur.device_profiles.target``."""

@@ -18,13 +18,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from device_profiles.agent import PROTOCOL
-from device_profiles.answers import checked
-from device_profiles.errors import DeviceError
-from device_profiles.profile import DeviceProfile
-from device_profiles.protocol import CANCEL_LINE, Reader, hung, request_line
-from device_profiles.runtime import DEFAULT, Runtime, runtime_named, runtime_of
-from device_profiles.target import AGENT, PYTHON, Progress, Target
+from secateur.device_profiles.agent import PROTOCOL
+from secateur.device_profiles.answers import checked
+from secateur.device_profiles.errors import DeviceError
+from secateur.device_profiles.profile import DeviceProfile
+from secateur.device_profiles.protocol import CANCEL_LINE, Reader, hung, request_line
+from secateur.device_profiles.runtime import DEFAULT, Runtime, runtime_named, runtime_of
+from secateur.device_profiles.target import AGENT, PYTHON, Progress, Target
 
 GRACE_S = 5.0  # after its time-out, for the agent to say so and to clean up
 PREPARE_S = 180.0  # an emulator needs long to import the runtime

@@ -30,12 +30,12 @@ from typing import Any, BinaryIO, TypeVar
 import asyncssh
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from device_profiles.answers import checked
-from device_profiles.errors import DeviceError
-from device_profiles.profile import DeviceProfile
-from device_profiles.protocol import CANCEL_LINE, Reader, hung, request_line
-from device_profiles.runtime import DEFAULT, Runtime, runtime_named, runtime_of
-from device_profiles.target import AGENT, PYTHON, AddOption, Progress, Target
+from secateur.device_profiles.answers import checked
+from secateur.device_profiles.errors import DeviceError
+from secateur.device_profiles.profile import DeviceProfile
+from secateur.device_profiles.protocol import CANCEL_LINE, Reader, hung, request_line
+from secateur.device_profiles.runtime import DEFAULT, Runtime, runtime_named, runtime_of
+from secateur.device_profiles.target import AGENT, PYTHON, AddOption, Progress, Target
 
 T = TypeVar("T")
 Work = Callable[["_Session", Progress | None], Coroutine[Any, Any, T]]

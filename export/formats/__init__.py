@@ -4,7 +4,7 @@ A module has ``SUFFIX`` and ``write(source, to)``, which makes a file of it from
 that a file is damaged, ``verify(file)`` raises ``ExportError``.
 """
 
-from device_profiles.shelf import Shelf
+from secateur.device_profiles.shelf import Shelf
 
 FORMATS = Shelf(__name__, "format", ("SUFFIX", "write"), "secateur.formats")
 """The formats, named as their modules."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from export.artifact import describe
+from secateur.export.artifact import describe
 
 SUFFIX = ".onnx"
 

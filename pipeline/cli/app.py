@@ -1,4 +1,4 @@
-"""The command line: ``secateur`` (also ``python -m pipeline``). Heavy libraries are imported inside the commands."""
+"""The command line: ``secateur`` (also ``python -m secateur``). Heavy libraries are imported inside the commands."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import NoReturn
 
 import typer
 
-from pipeline import children, errors
-from pipeline.cli import deploy, devices, inspect, interrupts, registry, results, run, trust, validate
-from pipeline.cli.devices import benchmark
-from pipeline.cli.help import import_formatter
-from pipeline.cli.texts import make_logs_harmless
-from pipeline.foreign import exit_code as exit_code
-from pipeline.foreign import expected
-from pipeline.surroundings import home, prepare
-from pipeline.terminal import err, use_any_encoding
+from secateur.pipeline import children, errors
+from secateur.pipeline.cli import deploy, devices, inspect, interrupts, registry, results, run, trust, validate
+from secateur.pipeline.cli.devices import benchmark
+from secateur.pipeline.cli.help import import_formatter
+from secateur.pipeline.cli.texts import make_logs_harmless
+from secateur.pipeline.foreign import exit_code as exit_code
+from secateur.pipeline.foreign import expected
+from secateur.pipeline.surroundings import home, prepare
+from secateur.pipeline.terminal import err, use_any_encoding
 
 app = typer.Typer(
     name="secateur",

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import Debug, Overrides, Trust
-from pipeline.cli.trust import consented
-from pipeline.terminal import command, out
+from secateur.pipeline.cli.options import Debug, Overrides, Trust
+from secateur.pipeline.cli.trust import consented
+from secateur.pipeline.terminal import command, out
 
 
 def deploy(
@@ -29,13 +29,13 @@ def deploy(
 
     Needs PREFECT_API_URL. Example: secateur deploy pipeline/runs/digits.yaml --cron "0 2 * * *"
     """
-    from pipeline.flow import runtime_env
+    from secateur.pipeline.flow import runtime_env
 
     runtime_env(debug=debug)
-    from pipeline.config.reading import load_run_file
+    from secateur.pipeline.config.reading import load_run_file
 
     consented(lambda: load_run_file(file, set_ or ()), file, trust)
-    from pipeline.flow.deployments import Order, deploy
+    from secateur.pipeline.flow.deployments import Order, deploy
 
     crons = {"compress": cron, "profile": profile_cron, "promote": promote_cron}
     order = Order(file, tuple(set_ or ()), crons, name, pool, timezone, paused)

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline import errors
-from pipeline.terminal import out, table
+from secateur.pipeline import errors
+from secateur.pipeline.terminal import out, table
 
 
 def list_(
@@ -27,8 +27,8 @@ def explain(
     import inspect
     from dataclasses import fields
 
-    from device_profiles import plain_yaml
-    from pruning.search import METHODS
+    from secateur.device_profiles import plain_yaml
+    from secateur.pruning.search import METHODS
 
     try:
         module = METHODS.load(method)
@@ -49,15 +49,15 @@ def listing(what: str) -> dict[str, str]:
     """
     match what:
         case "methods":
-            from pruning.search import METHODS
+            from secateur.pruning.search import METHODS
 
             return METHODS.descriptions()
         case "workloads":
-            from pipeline.config.choices import WORKLOADS
+            from secateur.pipeline.config.choices import WORKLOADS
 
             return WORKLOADS.descriptions()
         case "devices":
-            from pipeline.cli.devices.listing import descriptions
+            from secateur.pipeline.cli.devices.listing import descriptions
 
             return descriptions()
     raise errors.UserError(f"cannot list {what!r}; choose methods, workloads or devices")

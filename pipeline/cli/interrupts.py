@@ -19,7 +19,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
-from pipeline.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated
+from secateur.pipeline.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated
 
 GRACE_S, LOOK_S = 6.0, 1.0
 """How long work under way has to end in order; and after how long the thread looks whether another one was told."""

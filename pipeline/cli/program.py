@@ -7,7 +7,7 @@ import sys
 import threading
 from typing import NoReturn
 
-from pipeline.cli import interrupts
+from secateur.pipeline.cli import interrupts
 
 
 def run_program() -> NoReturn:
@@ -17,8 +17,8 @@ def run_program() -> NoReturn:
     try:
         if not debug:
             keep_libraries_quiet()
-        from pipeline import children
-        from pipeline.cli import app as cli
+        from secateur.pipeline import children
+        from secateur.pipeline.cli import app as cli
 
         stop.last = children.end_all
         cli.main()

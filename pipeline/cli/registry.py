@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline import errors
-from pipeline.cli.options import Trust
-from pipeline.cli.trust import asker, consent_to_profile
-from pipeline.terminal import err, one_line, out, table
+from secateur.pipeline import errors
+from secateur.pipeline.cli.options import Trust
+from secateur.pipeline.cli.trust import asker, consent_to_profile
+from secateur.pipeline.terminal import err, one_line, out, table
 
 if TYPE_CHECKING:
-    from pipeline.tracking import Decision, Registry
+    from secateur.pipeline.tracking import Decision, Registry
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A registered model.")]
 Uri = Annotated[
@@ -42,7 +42,7 @@ def pull(
 
     Example: secateur pull digits-resnet20@champion --device local -o model
     """
-    from pipeline.tracking.pull import pull as pull_
+    from secateur.pipeline.tracking.pull import pull as pull_
 
     name, which, named = split(reference)
     if device and named and device != named:
@@ -66,11 +66,11 @@ def promote(
 
     Example: secateur promote digits-resnet20 --device local
     """
-    from device_profiles import DeviceError, load_profile
-    from pipeline.config.trust import open_target, require
-    from pipeline.lifecycle.promotion import promote as promote_
-    from pipeline.progress import RichProgress
-    from pipeline.surroundings import home
+    from secateur.device_profiles import DeviceError, load_profile
+    from secateur.pipeline.config.trust import open_target, require
+    from secateur.pipeline.lifecycle.promotion import promote as promote_
+    from secateur.pipeline.progress import RichProgress
+    from secateur.pipeline.surroundings import home
 
     try:
         profile = load_profile(device, [home() / "devices"])
@@ -150,8 +150,8 @@ def split(reference: str) -> tuple[str, str, str | None]:
 
 
 def _registry(uri: str | None) -> Registry:
-    from pipeline.config.schema import TrackingSection
-    from pipeline.surroundings import home
-    from pipeline.tracking import Registry, store_uri
+    from secateur.pipeline.config.schema import TrackingSection
+    from secateur.pipeline.surroundings import home
+    from secateur.pipeline.tracking import Registry, store_uri
 
     return Registry(uri or store_uri(TrackingSection(), home()), home(), say=err.print)

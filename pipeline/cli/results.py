@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.terminal import one_line, out, table
+from secateur.pipeline.terminal import one_line, out, table
 
 
 def rescore_(
@@ -24,8 +24,8 @@ def rescore_(
 
     Example: secateur rescore .secateur/runs/digits-... --reward mnasnet --set target_ratio=0.7
     """
-    from pipeline.config.reading import reward_options
-    from pipeline.lifecycle.rescore import mixed, ranking_rows, rescore, write_ranking
+    from secateur.pipeline.config.reading import reward_options
+    from secateur.pipeline.lifecycle.rescore import mixed, ranking_rows, rescore, write_ranking
 
     options = reward_options(reward, set_ or [])
     ranking = rescore(run_dir, reward, options)

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline import children, errors
-from pipeline.cli import interrupts
-from pipeline.cli.options import Debug, Trust
-from pipeline.cli.trust import consented
-from pipeline.surroundings import home
-from pipeline.terminal import command, err, one_line, out, table
+from secateur.pipeline import children, errors
+from secateur.pipeline.cli import interrupts
+from secateur.pipeline.cli.options import Debug, Trust
+from secateur.pipeline.cli.trust import consented
+from secateur.pipeline.surroundings import home
+from secateur.pipeline.terminal import command, err, one_line, out, table
 
 if TYPE_CHECKING:
-    from pipeline.run.facts import Facts
+    from secateur.pipeline.run.facts import Facts
 
 SET_HELP = (
     "Override a value of the run file, e.g. --set search.method=random "
@@ -35,10 +35,10 @@ def run(
 
     Example: secateur run pipeline/runs/digits.yaml --set search.target.macs_ratio=0.5
     """
-    from pipeline.config.reading import load_run_file
+    from secateur.pipeline.config.reading import load_run_file
 
     config = consented(lambda: load_run_file(file, set_ or []), file, trust)
-    from pipeline.run.run import create_run_directory
+    from secateur.pipeline.run.run import create_run_directory
 
     directory = create_run_directory(config)
     _execute_new(directory, debug)
@@ -53,11 +53,11 @@ def resume(
 
     Also delivers candidates and the model to a tracking server that was unreachable.
     """
-    from pipeline.run.origin import return_to_origin
+    from secateur.pipeline.run.origin import return_to_origin
 
     directory = run_dir.absolute()
     return_to_origin(directory)
-    from pipeline.run.run import open_run_directory
+    from secateur.pipeline.run.run import open_run_directory
 
     consented(lambda: open_run_directory(directory)[1], directory / "run.yaml", trust)
     _execute(directory, debug)
@@ -74,12 +74,12 @@ def finish(
 
     Example: secateur finish .secateur/runs/digits-... --plan .secateur/runs/digits-.../rescore-mnasnet.plan.json
     """
-    from pipeline.run.origin import return_to_origin
+    from secateur.pipeline.run.origin import return_to_origin
 
     given, directory = None if plan is None else plan.absolute(), run_dir.absolute()
     return_to_origin(directory)
-    from pipeline.lifecycle.finish import begin
-    from pipeline.run.run import open_run_directory
+    from secateur.pipeline.lifecycle.finish import begin
+    from secateur.pipeline.run.run import open_run_directory
 
     consented(lambda: open_run_directory(directory)[1], directory / "run.yaml", trust)
     _execute_new(begin(directory, candidate, given), debug)
@@ -98,10 +98,10 @@ def _execute_new(directory: Path, debug: bool) -> None:
 
 
 def _execute(directory: Path, debug: bool) -> None:
-    from pipeline.flow import UndeliveredError, execute, runtime_env
-    from pipeline.progress import RichProgress
-    from pipeline.run.run import Run
-    from pipeline.tracking import redacted
+    from secateur.pipeline.flow import UndeliveredError, execute, runtime_env
+    from secateur.pipeline.progress import RichProgress
+    from secateur.pipeline.run.run import Run
+    from secateur.pipeline.tracking import redacted
 
     runtime_env(directory, debug)
     interrupts.current.go_on = command("secateur", "resume", directory)
@@ -123,7 +123,7 @@ def _execute(directory: Path, debug: bool) -> None:
 
 def _show(facts: Facts, directory: Path, tracking_uri: str) -> None:
     """The final table, and what to do next."""
-    from pipeline.report import final_table, registered
+    from secateur.pipeline.report import final_table, registered
 
     numbers = ("baseline", "compact", "change")
     rows = table("", *numbers, title=f"{directory.name} on device {facts.benchmark.device}", right=numbers)

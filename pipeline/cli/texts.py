@@ -11,8 +11,8 @@ import traceback
 import warnings
 from typing import Any
 
-from device_profiles.wording import printable, printable_lines
-from pipeline.errors import masked
+from secateur.device_profiles.wording import printable, printable_lines
+from secateur.pipeline.errors import masked
 
 
 def harmless(text: object) -> str:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline import errors
-from pipeline.terminal import err, one_line, out
+from secateur.pipeline import errors
+from secateur.pipeline.terminal import err, one_line, out
 
 if TYPE_CHECKING:
-    from pipeline.config.consents import Found
-    from pipeline.config.schema import RunFile
+    from secateur.pipeline.config.consents import Found
+    from secateur.pipeline.config.schema import RunFile
 
 
 def trust(
@@ -33,8 +33,8 @@ def trust(
 
     Example: secateur trust --forget my-runs
     """
-    from pipeline.config import consents
-    from pipeline.config.trust import require
+    from secateur.pipeline.config import consents
+    from secateur.pipeline.config.trust import require
 
     for folder in folders:
         if not folder.is_dir():
@@ -56,14 +56,14 @@ def consented(load: Callable[[], RunFile], file: Path, given: bool) -> RunFile:
         load: reads it.
         given: whether the command line says so.
     """
-    from pipeline.config import trust
+    from secateur.pipeline.config import trust
 
     return trust.consented(load, file, asker(given))
 
 
 def consent_to_profile(name: str, given: bool) -> None:
     """The same for a device profile."""
-    from pipeline.config.trust import code_of_profile, require
+    from secateur.pipeline.config.trust import code_of_profile, require
 
     found = code_of_profile(name)
     require([found] if found else [], asker(given))
@@ -88,10 +88,10 @@ def asker(given: bool) -> Callable[[Found], bool]:
 
 def _code_below(folder: Path) -> list[Found]:
     """What names code in the files of a folder; those that are neither run file nor profile are passed over."""
-    from pipeline.config.reading import load_run_file
-    from pipeline.config.trust import code_in, code_of_profile
-    from pipeline.run.origin import ORIGIN
-    from pipeline.run.run import open_run_directory
+    from secateur.pipeline.config.reading import load_run_file
+    from secateur.pipeline.config.trust import code_in, code_of_profile
+    from secateur.pipeline.run.origin import ORIGIN
+    from secateur.pipeline.run.run import open_run_directory
 
     found: list[Found] = []
     for file in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):

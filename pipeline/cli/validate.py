@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.cli.options import Overrides, Trust
-from pipeline.cli.trust import consented
-from pipeline.errors import EXIT_USER, UserError, masked
-from pipeline.terminal import err, one_line, out, table
+from secateur.pipeline.cli.options import Overrides, Trust
+from secateur.pipeline.cli.trust import consented
+from secateur.pipeline.errors import EXIT_USER, UserError, masked
+from secateur.pipeline.terminal import err, one_line, out, table
 
 if TYPE_CHECKING:
-    from pipeline.config.faults import Fault
-    from pipeline.run.estimate import Estimate
-    from pipeline.run.preflight import Preflight
-    from pipeline.workloads import DataSummary
+    from secateur.pipeline.config.faults import Fault
+    from secateur.pipeline.run.estimate import Estimate
+    from secateur.pipeline.run.preflight import Preflight
+    from secateur.pipeline.workloads import DataSummary
 
 FORMAT = 1
 """Of the JSON document; raised when a key changes its meaning or goes."""
@@ -41,8 +41,8 @@ def validate(
 
     Example: secateur validate flowers.yaml --set search.target.macs_ratio=0.5
     """
-    from pipeline.config.faults import Fault, FaultsError
-    from pipeline.config.reading import load_run_file
+    from secateur.pipeline.config.faults import Fault, FaultsError
+    from secateur.pipeline.config.reading import load_run_file
 
     try:
         config = consented(lambda: load_run_file(file, set_ or []), file, trust)
@@ -52,10 +52,10 @@ def validate(
         faults = error.faults if isinstance(error, FaultsError) else (Fault((), str(error)),)
         out.data({"format": FORMAT, "file": str(file), "valid": False, "faults": _faults(faults), "notes": []})
         raise typer.Exit(EXIT_USER) from error
-    from pipeline.progress import RichProgress
-    from pipeline.run.estimate import estimate
-    from pipeline.run.preflight import examine
-    from pipeline.workloads.data.content import Reading
+    from secateur.pipeline.progress import RichProgress
+    from secateur.pipeline.run.estimate import estimate
+    from secateur.pipeline.run.preflight import examine
+    from secateur.pipeline.workloads.data.content import Reading
 
     found = examine(config, Reading(RichProgress(err), "all" if every else "sample"), tracking=True)
     taken = estimate(found) if estimating else None

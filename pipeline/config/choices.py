@@ -9,14 +9,14 @@ from typing import Any
 
 from pydantic import TypeAdapter, create_model
 
-from device_profiles.plain_yaml import Content, Place, Plain
-from device_profiles.settle import Schema, schema_of
-from device_profiles.shelf import PluginError, Shelf, in_file
-from device_profiles.wording import shown
-from pipeline.config.faults import Fault, Report, known
-from pipeline.config.schema import RewardSection, RunFile, SearchSection, Section
+from secateur.device_profiles.plain_yaml import Content, Place, Plain
+from secateur.device_profiles.settle import Schema, schema_of
+from secateur.device_profiles.shelf import PluginError, Shelf, in_file
+from secateur.device_profiles.wording import shown
+from secateur.pipeline.config.faults import Fault, Report, known
+from secateur.pipeline.config.schema import RewardSection, RunFile, SearchSection, Section
 
-WORKLOADS = Shelf("pipeline.workloads", "workload", ("Options", "build"), "secateur.workloads")
+WORKLOADS = Shelf("secateur.pipeline.workloads", "workload", ("Options", "build"), "secateur.workloads")
 """The task families, named as their modules."""
 DEFAULTS = {
     "search.method": SearchSection.model_fields["method"].default,
@@ -32,7 +32,7 @@ def workload_options(data: dict[str, Any]) -> Any:
 
 def method_options(section: SearchSection) -> Any:
     """The checked options of a search method (an instance of its module's ``Options``)."""
-    from pruning.search import METHODS
+    from secateur.pruning.search import METHODS
 
     return TypeAdapter(METHODS.load(section.method).Options).validate_python(section.options)
 
@@ -40,7 +40,7 @@ def method_options(section: SearchSection) -> Any:
 @functools.cache
 def reward_model(preset: str) -> type[Section]:
     """The options of a reward as a section."""
-    from pruning.search import reward
+    from secateur.pruning.search import reward
 
     kind, _ = reward.PRESETS[preset]
     parameters = inspect.signature(kind, eval_str=True).parameters
@@ -53,7 +53,7 @@ def reward_model(preset: str) -> type[Section]:
 
 def schemas(content: Mapping[str, Content]) -> dict[Place, Schema | None]:
     """What the places of a run file take: its sections, and the options of what they name."""
-    from pruning.search import METHODS
+    from secateur.pruning.search import METHODS
 
     workload = _named(content, "workload", "name")
     method, preset = _named(content, "search", "method"), _named(content, "reward", "preset")
@@ -75,7 +75,7 @@ def _options(shelf: Shelf, name: str) -> Schema | None:
 
 def reward_schema(preset: str) -> Schema | None:
     """What the options of a reward take; None = there is no such reward."""
-    from pruning.search import reward
+    from secateur.pruning.search import reward
 
     return schema_of(reward_model(preset)) if preset in reward.PRESETS else None
 
@@ -102,7 +102,7 @@ def check_workload(section: object, report: Report) -> None:
 
 def check_method(section: object, report: Report) -> None:
     """Tell what is wrong with the choice of a search method, and with its options."""
-    from pruning.search import METHODS
+    from secateur.pruning.search import METHODS
 
     section = section if isinstance(section, dict) else {}
     method, options = section.get("method", DEFAULTS["search.method"]), section.get("options", {})
@@ -129,8 +129,8 @@ def _chosen(shelf: Shelf, name: object, kind: str, place: Place, report: Report)
 
 def check_reward(section: object, report: Report) -> None:
     """Tell what is wrong with the choice of a reward, and with its options."""
-    from pruning.search import reward
-    from pruning.search.protocol import Evaluation
+    from secateur.pruning.search import reward
+    from secateur.pruning.search.protocol import Evaluation
 
     section = section if isinstance(section, dict) else {}
     preset, options = section.get("preset", DEFAULTS["reward.preset"]), section.get("options", {})

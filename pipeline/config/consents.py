@@ -19,10 +19,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from device_profiles.wording import command, printable
-from pipeline.errors import SurroundingsError, UserError
-from pipeline.files import write_whole
-from pipeline.surroundings import HOME, folder, home, made
+from secateur.device_profiles.wording import command, printable
+from secateur.pipeline.errors import SurroundingsError, UserError
+from secateur.pipeline.files import write_whole
+from secateur.pipeline.surroundings import HOME, folder, home, made
 
 GROUP_ACL = "system.posix_acl_access"
 

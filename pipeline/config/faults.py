@@ -9,9 +9,9 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from device_profiles.plain_yaml import Place
-from device_profiles.wording import cut, printable, shown
-from pipeline.errors import UserError
+from secateur.device_profiles.plain_yaml import Place
+from secateur.device_profiles.wording import cut, printable, shown
+from secateur.pipeline.errors import UserError
 
 UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
 """Pydantic's names for a key that a schema does not know."""

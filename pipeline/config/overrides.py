@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import yaml
 
-from device_profiles import plain_yaml
-from device_profiles.plain_yaml import Content, Place, Plain
-from device_profiles.wording import printable, shown
-from pipeline.config.choices import DEFAULTS
-from pipeline.errors import UserError
+from secateur.device_profiles import plain_yaml
+from secateur.device_profiles.plain_yaml import Content, Place, Plain
+from secateur.device_profiles.wording import printable, shown
+from secateur.pipeline.config.choices import DEFAULTS
+from secateur.pipeline.errors import UserError
 
 FORM = "section.key=value, for example --set search.method=random"
 

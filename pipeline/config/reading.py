@@ -8,10 +8,10 @@ from typing import Any
 
 import yaml
 
-from device_profiles import plain_yaml
-from device_profiles.plain_yaml import Content
-from device_profiles.settle import settle
-from pipeline.config.choices import (
+from secateur.device_profiles import plain_yaml
+from secateur.device_profiles.plain_yaml import Content
+from secateur.device_profiles.settle import settle
+from secateur.pipeline.config.choices import (
     check_method,
     check_reward,
     check_workload,
@@ -19,11 +19,11 @@ from pipeline.config.choices import (
     reward_schema,
     schemas,
 )
-from pipeline.config.faults import Fault, FaultsError, Report
-from pipeline.config.overrides import apply, in_order
-from pipeline.config.renamed import with_new_words
-from pipeline.config.schema import RunFile
-from pipeline.errors import UserError
+from secateur.pipeline.config.faults import Fault, FaultsError, Report
+from secateur.pipeline.config.overrides import apply, in_order
+from secateur.pipeline.config.renamed import with_new_words
+from secateur.pipeline.config.schema import RunFile
+from secateur.pipeline.errors import UserError
 
 
 def load_run_file(path: Path, overrides: Sequence[str] = ()) -> RunFile:

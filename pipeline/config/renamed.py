@@ -10,7 +10,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from device_profiles.plain_yaml import Content, Place, Plain
+from secateur.device_profiles.plain_yaml import Content, Place, Plain
 
 RENAMED: Mapping[Place, Mapping[str, str]] = {("search", "forward"): {"steady": "deterministic"}}
 """Place of a value -> its old word -> its new word."""
@@ -47,6 +47,6 @@ def _section(content: Mapping[str, Any], place: Place) -> dict[str | int, Any]:
 @functools.cache
 def _say(place: str, old: str, new: str) -> None:
     """Tell the user, once a process."""
-    from pipeline.terminal import err
+    from secateur.pipeline.terminal import err
 
     err.print(f"Note: {place}: {old} is called {new} now; write that, the old word is read in this release only.")

@@ -14,8 +14,8 @@ from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
-from pipeline.config.renamed import with_first_words
-from pipeline.errors import is_secret
+from secateur.pipeline.config.renamed import with_first_words
+from secateur.pipeline.errors import is_secret
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 

@@ -20,20 +20,20 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from device_profiles.profile import RUNTIMES, TARGETS
-from device_profiles.shelf import dismiss_all, in_file
-from device_profiles.wording import command, printable
-from pipeline.config.choices import WORKLOADS
-from pipeline.config.consents import Entry, Found, keep, kept, refuse_what_others_write, written
-from pipeline.errors import UserError
-from pipeline.surroundings import home
-from pruning.search import METHODS
+from secateur.device_profiles.profile import RUNTIMES, TARGETS
+from secateur.device_profiles.shelf import dismiss_all, in_file
+from secateur.device_profiles.wording import command, printable
+from secateur.pipeline.config.choices import WORKLOADS
+from secateur.pipeline.config.consents import Entry, Found, keep, kept, refuse_what_others_write, written
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.surroundings import home
+from secateur.pruning.search import METHODS
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from device_profiles import DeviceProfile, Target
-    from pipeline.config.schema import RunFile
+    from secateur.device_profiles import DeviceProfile, Target
+    from secateur.pipeline.config.schema import RunFile
 
 CODE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 """``module:attribute``, which imports."""
@@ -78,7 +78,7 @@ def code_in(config: RunFile, file: Path) -> list[Found]:
 
 def code_of_profile(name: str | Path) -> Found | None:
     """What names code in a device profile, by name or path; None where nothing does, or where it is not valid."""
-    from device_profiles import DeviceError, known_profiles, load_profile
+    from secateur.device_profiles import DeviceError, known_profiles, load_profile
 
     folders = [home() / "devices"]
     try:
@@ -392,14 +392,14 @@ def _may_build(found: Any, anything: bool) -> bool:
 
 
 def open_target(profile: DeviceProfile) -> Target:
-    """``device_profiles.open_target``, for what may be started.
+    """``secateur.device_profiles.open_target``, for what may be started.
 
     Raises:
         UserError: the profile names code that nobody has consented to.
         ExportError: its runtime loads a format that there is none of.
     """
-    import device_profiles
-    from device_profiles.runtime import runtime_of
+    from secateur import device_profiles
+    from secateur.device_profiles.runtime import runtime_of
 
     closed = [entry for entry in _of_profile(profile)[0] if entry not in _allowed]
     if closed:
@@ -410,8 +410,8 @@ def open_target(profile: DeviceProfile) -> Target:
     target, runtime = device_profiles.open_target(profile), runtime_of(profile)
     if runtime.format == "onnx":
         return target
-    from export.convert import in_format
-    from export.formats import FORMATS
+    from secateur.export.convert import in_format
+    from secateur.export.formats import FORMATS
 
     if parts := in_file(runtime.format):  # named by code that may run here
         FORMATS.admit(runtime.format, runtime.file.parent / parts[0])

@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from device_profiles import DeviceProfile, Target
-from device_profiles.calibration import load, save
-from device_profiles.staircase import FINGERPRINT_KEYS, Staircase, fingerprint_of, probe
-from device_profiles.target import Progress
-from pipeline.errors import SurroundingsError
-from pipeline.files import write_whole
-from pipeline.progress import ProgressView
+from secateur.device_profiles import DeviceProfile, Target
+from secateur.device_profiles.calibration import load, save
+from secateur.device_profiles.staircase import FINGERPRINT_KEYS, Staircase, fingerprint_of, probe
+from secateur.device_profiles.target import Progress
+from secateur.pipeline.errors import SurroundingsError
+from secateur.pipeline.files import write_whole
+from secateur.pipeline.progress import ProgressView
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from device_profiles import DeviceError, DeviceProfile, Target
-from device_profiles.target import Progress, machine_of
-from pipeline.devices.device import RunDevice, check_same
-from pipeline.progress import ProgressView, Report
+from secateur.device_profiles import DeviceError, DeviceProfile, Target
+from secateur.device_profiles.target import Progress, machine_of
+from secateur.pipeline.devices.device import RunDevice, check_same
+from secateur.pipeline.progress import ProgressView, Report
 
 T = TypeVar("T")
 Combine = Literal["worst", "mean"]

@@ -17,17 +17,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from export.slicing import OnnxTemplate
-from pipeline.config.schema import SearchSection
-from pipeline.evaluation.baseline import Baseline
-from pipeline.evaluation.deterministic import BackendName, DeterministicInference
-from pipeline.evaluation.inference import PLAIN, Inference
-from pipeline.evaluation.weights import Weights
-from pipeline.progress import ProgressView, Silent
-from pipeline.workloads import Split, Workload
-from pruning.cost import cost
-from pruning.plan import PruningPlan
-from pruning.search.protocol import DENSE
+from secateur.export.slicing import OnnxTemplate
+from secateur.pipeline.config.schema import SearchSection
+from secateur.pipeline.evaluation.baseline import Baseline
+from secateur.pipeline.evaluation.deterministic import BackendName, DeterministicInference
+from secateur.pipeline.evaluation.inference import PLAIN, Inference
+from secateur.pipeline.evaluation.weights import Weights
+from secateur.pipeline.progress import ProgressView, Silent
+from secateur.pipeline.workloads import Split, Workload
+from secateur.pruning.cost import cost
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.search.protocol import DENSE
 
 MAX_BATCH = 128
 CACHED_BYTES = 2 << 30

@@ -9,11 +9,11 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from pipeline.training.loop import move
-from pipeline.workloads import Workload
-from pruning.channels import ChannelGraph
-from pruning.plan import PruningPlan
-from pruning.weights import inherit
+from secateur.pipeline.training.loop import move
+from secateur.pipeline.workloads import Workload
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.weights import inherit
 
 CPU = torch.device("cpu")
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export.errors import TemplateError
-from pipeline.evaluation.inference import (
+from secateur.export.errors import TemplateError
+from secateur.pipeline.evaluation.inference import (
     BLOCKS,
     CHECK_IMAGES,
     CHUNKS,
@@ -22,8 +22,8 @@ from pipeline.evaluation.inference import (
     State,
     first_line,
 )
-from pruning.plan import PruningPlan
-from pruning.surgery import compare_outputs
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.surgery import compare_outputs
 
 BackendName = Literal["onnx", "plain"]
 

@@ -16,23 +16,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.config.schema import FinetuneSection, SearchSection
-from pipeline.devices.fleet import Device, Fleet
-from pipeline.evaluation.accuracy import Accuracy, AccuracyEvaluator, AccuracyRequest, Key
-from pipeline.evaluation.baseline import Baseline
-from pipeline.evaluation.fleet_latency import FleetLatencies
-from pipeline.evaluation.latency import Figures, Latencies, LatencyOracle
-from pipeline.evaluation.onnx_files import OnnxFiles
-from pipeline.evaluation.saliency import SaliencyScorer
-from pipeline.evaluation.timing import Timer
-from pipeline.evaluation.trainer import Trained, Trainer
-from pipeline.evaluation.worker_pool import WorkerPool
-from pipeline.progress import ProgressView, Silent
-from pipeline.training.loop import TrainingError
-from pruning.channels import ChannelGraph
-from pruning.cost import cost
-from pruning.plan import PruningPlan, SearchSpace
-from pruning.search.protocol import (
+from secateur.pipeline.config.schema import FinetuneSection, SearchSection
+from secateur.pipeline.devices.fleet import Device, Fleet
+from secateur.pipeline.evaluation.accuracy import Accuracy, AccuracyEvaluator, AccuracyRequest, Key
+from secateur.pipeline.evaluation.baseline import Baseline
+from secateur.pipeline.evaluation.fleet_latency import FleetLatencies
+from secateur.pipeline.evaluation.latency import Figures, Latencies, LatencyOracle
+from secateur.pipeline.evaluation.onnx_files import OnnxFiles
+from secateur.pipeline.evaluation.saliency import SaliencyScorer
+from secateur.pipeline.evaluation.timing import Timer
+from secateur.pipeline.evaluation.trainer import Trained, Trainer
+from secateur.pipeline.evaluation.worker_pool import WorkerPool
+from secateur.pipeline.progress import ProgressView, Silent
+from secateur.pipeline.training.loop import TrainingError
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.cost import cost
+from secateur.pruning.plan import PruningPlan, SearchSpace
+from secateur.pruning.search.protocol import (
     DENSE,
     AuxiliaryTrained,
     AuxiliaryTraining,
@@ -53,7 +53,7 @@ FULL_EVERY = 8
 
 
 class Evaluator:
-    """Answers a study's requests for one baseline network (the ``Oracle`` of ``pipeline.run.study``).
+    """Answers a study's requests for one baseline network (the ``Oracle`` of ``secateur.pipeline.run.study``).
 
     Args:
         accuracy: evaluates networks on the search split; has the network and its weights.
@@ -165,7 +165,7 @@ class Evaluator:
         Returns:
             ``latency_ratio`` (with ``_low`` and ``_high``, 95 %), ``p50_ms`` and ``p95_ms`` (ratio times the
             reference's milliseconds), ``size_bytes``, and ``latency_measured`` (1, or 0 where it was predicted). For
-            several devices also each one's own (``pipeline.evaluation.fleet_latency.combined``).
+            several devices also each one's own (``secateur.pipeline.evaluation.fleet_latency.combined``).
         """
         found = self.latencies.of(plan, exact=exact)
         template = self.files.template() if "size_bytes" not in found else None

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from device_profiles import Ratio
-from pipeline.devices.fleet import Combine, Fleet, Tally
-from pipeline.evaluation.latency import LATENCIES, Figures, Latencies, Watch, unwatched
-from pruning.plan import PruningPlan
+from secateur.device_profiles import Ratio
+from secateur.pipeline.devices.fleet import Combine, Fleet, Tally
+from secateur.pipeline.evaluation.latency import LATENCIES, Figures, Latencies, Watch, unwatched
+from secateur.pruning.plan import PruningPlan
 
 RATIO = ("latency_ratio", "latency_ratio_low", "latency_ratio_high")
 

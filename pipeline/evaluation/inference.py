@@ -32,17 +32,17 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
-from export.errors import TemplateError
-from export.slicing import OnnxTemplate
-from export.verify import open_session
-from pipeline.errors import UserError
-from pipeline.training import precision
-from pipeline.training.precision import DTYPES, Precision
-from pruning.channels import ChannelGraph
-from pruning.plan import Member, PruningPlan
-from pruning.search.protocol import DENSE
-from pruning.surgery import compare_outputs, relative_error
-from pruning.weights import inherit
+from secateur.export.errors import TemplateError
+from secateur.export.slicing import OnnxTemplate
+from secateur.export.verify import open_session
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.training import precision
+from secateur.pipeline.training.precision import DTYPES, Precision
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.plan import Member, PruningPlan
+from secateur.pruning.search.protocol import DENSE
+from secateur.pruning.surgery import compare_outputs, relative_error
+from secateur.pruning.weights import inherit
 
 Array = npt.NDArray[Any]
 State = Mapping[str, Tensor]

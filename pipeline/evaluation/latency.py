@@ -16,11 +16,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from device_profiles import BenchmarkResult, DeviceError
-from device_profiles.latency_model import LatencyModel, Sample, choose, sample_of
-from device_profiles.layers import LayerTable
-from pipeline.config.schema import LatencySection
-from pruning.plan import IntArray, PruningPlan, SearchSpace
+from secateur.device_profiles import BenchmarkResult, DeviceError
+from secateur.device_profiles.latency_model import LatencyModel, Sample, choose, sample_of
+from secateur.device_profiles.layers import LayerTable
+from secateur.pipeline.config.schema import LatencySection
+from secateur.pruning.plan import IntArray, PruningPlan, SearchSpace
 
 Figures = Mapping[str, float]
 LATENCIES = (

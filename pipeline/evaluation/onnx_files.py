@@ -9,14 +9,14 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
 
-from device_profiles.layers import LayerTable
-from export.errors import TemplateError
-from export.layers import layer_table
-from export.slicing import OnnxTemplate, candidate_onnx
-from pipeline.evaluation.baseline import Baseline
-from pipeline.progress import ProgressView
-from pruning.plan import PruningPlan
-from pruning.weights import inherit
+from secateur.device_profiles.layers import LayerTable
+from secateur.export.errors import TemplateError
+from secateur.export.layers import layer_table
+from secateur.export.slicing import OnnxTemplate, candidate_onnx
+from secateur.pipeline.evaluation.baseline import Baseline
+from secateur.pipeline.progress import ProgressView
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.weights import inherit
 
 TEMPLATE = "template.onnx"
 """Name of the template's file."""

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import UserError
-from pipeline.evaluation.accuracy import AccuracyEvaluator
-from pruning.distortion import distortions
-from pruning.feature_maps import feature_distance
-from pruning.saliency import channel_saliency
-from pruning.search.identity import draws_of
-from pruning.search.protocol import Distort, MaskedLoss, Score
-from pruning.weights import silence
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.evaluation.accuracy import AccuracyEvaluator
+from secateur.pruning.distortion import distortions
+from secateur.pruning.feature_maps import feature_distance
+from secateur.pruning.saliency import channel_saliency
+from secateur.pruning.search.identity import draws_of
+from secateur.pruning.search.protocol import Distort, MaskedLoss, Score
+from secateur.pruning.weights import silence
 
 
 class SaliencyScorer:

@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.config.choices import workload_options
-from pipeline.errors import UserError
-from pipeline.files import write_whole
-from pipeline.workloads import Split, Workload
-from pipeline.workloads.classification import Classification
-from pipeline.workloads.data.content import Reading
-from pipeline.workloads.data.record import DataRecord
-from pipeline.workloads.data.sources import ArraySource
+from secateur.pipeline.config.choices import workload_options
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.files import write_whole
+from secateur.pipeline.workloads import Split, Workload
+from secateur.pipeline.workloads.classification import Classification
+from secateur.pipeline.workloads.data.content import Reading
+from secateur.pipeline.workloads.data.record import DataRecord
+from secateur.pipeline.workloads.data.sources import ArraySource
 
-WORKLOADS = "pipeline.workloads."
+WORKLOADS = "secateur.pipeline.workloads."
 """Where kinds of workloads lie, in every process."""
 
 
@@ -37,7 +37,7 @@ def open_section(section: dict[str, Any], reading: Reading = Reading()) -> Workl
     Raises:
         UserError: data or weights are missing or do not fit.
     """
-    module = importlib.import_module(f"pipeline.workloads.{section['name']}")
+    module = importlib.import_module(f"secateur.pipeline.workloads.{section['name']}")
     workload: Workload = module.build(workload_options(section), reading)
     return workload
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from device_profiles import BenchmarkResult, Ratio, measure
-from pipeline.devices.fleet import Device
-from pipeline.evaluation.latency import Figures
-from pipeline.evaluation.onnx_files import OnnxFiles
-from pruning.plan import PruningPlan
+from secateur.device_profiles import BenchmarkResult, Ratio, measure
+from secateur.pipeline.devices.fleet import Device
+from secateur.pipeline.evaluation.latency import Figures
+from secateur.pipeline.evaluation.onnx_files import OnnxFiles
+from secateur.pruning.plan import PruningPlan
 
 
 class Timer:

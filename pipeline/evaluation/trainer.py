@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pipeline.config.schema import Distillation, FinetuneSection
-from pipeline.errors import UserError
-from pipeline.evaluation.baseline import Baseline
-from pipeline.evaluation.weights import Checkpoint, Weights
-from pipeline.progress import ProgressView
-from pipeline.training import auxiliary
-from pipeline.training.loop import fit
-from pruning.search.identity import draws_of
-from pruning.search.protocol import AuxiliaryTraining, FineTune, FloatArray
+from secateur.pipeline.config.schema import Distillation, FinetuneSection
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.evaluation.baseline import Baseline
+from secateur.pipeline.evaluation.weights import Checkpoint, Weights
+from secateur.pipeline.progress import ProgressView
+from secateur.pipeline.training import auxiliary
+from secateur.pipeline.training.loop import fit
+from secateur.pruning.search.identity import draws_of
+from secateur.pruning.search.protocol import AuxiliaryTraining, FineTune, FloatArray
 
 
 @dataclass(frozen=True)

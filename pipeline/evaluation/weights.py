@@ -14,13 +14,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pipeline.evaluation.baseline import Baseline
-from pipeline.files import sha256_of
-from pipeline.training import auxiliary
-from pipeline.training.loop import load_weights, save_weights
-from pruning.plan import PruningPlan
-from pruning.search.protocol import DENSE, RANDOM
-from pruning.surgery import scatter
+from secateur.pipeline.evaluation.baseline import Baseline
+from secateur.pipeline.files import sha256_of
+from secateur.pipeline.training import auxiliary
+from secateur.pipeline.training.loop import load_weights, save_weights
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.search.protocol import DENSE, RANDOM
+from secateur.pruning.surgery import scatter
 
 State = Mapping[str, Tensor]
 

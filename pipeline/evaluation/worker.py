@@ -23,22 +23,22 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from export.slicing import OnnxTemplate
-from pipeline.children import leave_terminal
-from pipeline.config import trust
-from pipeline.config.schema import SearchSection
-from pipeline.errors import UserError
-from pipeline.evaluation import shipped_data
-from pipeline.evaluation.accuracy import AccuracyEvaluator, Agreed
-from pipeline.evaluation.baseline import Baseline
-from pipeline.evaluation.weights import Checkpoint
-from pipeline.evaluation.worker_pool import IMAGES, groups_digest, request_from_json
-from pipeline.files import sha256_of, write_whole
-from pipeline.surroundings import home
-from pipeline.training.loop import keep_freed_memory, load_weights
-from pipeline.workloads import Workload
-from pipeline.workloads.data.content import Reading
-from pruning.trace import trace
+from secateur.export.slicing import OnnxTemplate
+from secateur.pipeline.children import leave_terminal
+from secateur.pipeline.config import trust
+from secateur.pipeline.config.schema import SearchSection
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.evaluation import shipped_data
+from secateur.pipeline.evaluation.accuracy import AccuracyEvaluator, Agreed
+from secateur.pipeline.evaluation.baseline import Baseline
+from secateur.pipeline.evaluation.weights import Checkpoint
+from secateur.pipeline.evaluation.worker_pool import IMAGES, groups_digest, request_from_json
+from secateur.pipeline.files import sha256_of, write_whole
+from secateur.pipeline.surroundings import home
+from secateur.pipeline.training.loop import keep_freed_memory, load_weights
+from secateur.pipeline.workloads import Workload
+from secateur.pipeline.workloads.data.content import Reading
+from secateur.pruning.trace import trace
 
 MAX_CACHED = 2
 """Evaluators that stay in one process; the one used longest ago goes."""

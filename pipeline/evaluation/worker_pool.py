@@ -2,7 +2,8 @@
 
 The driver says ahead which candidates it will ask for. They go to the workers in batches, and ``answer`` waits for each
 in turn; so what is journalled and told keeps its order, whoever is finished first. A worker that dies costs its batch,
-which another one gets. How a batch reaches a worker is an engine's business (``pipeline.flow.worker_engines``).
+which another one gets. How a batch reaches a worker is an engine's business
+(``secateur.pipeline.flow.worker_engines``).
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from device_profiles.cores import usable_cores
-from pipeline.children import keep_from_children
-from pipeline.config import trust
-from pipeline.errors import SurroundingsError, UserError
-from pipeline.evaluation import shipped_data
-from pipeline.evaluation.accuracy import Accuracy, AccuracyEvaluator, AccuracyRequest, Key
-from pipeline.evaluation.onnx_files import TEMPLATE
-from pipeline.files import sha256_of, write_whole
-from pruning.channels import ChannelGraph
-from pruning.plan import PruningPlan
+from secateur.device_profiles.cores import usable_cores
+from secateur.pipeline.children import keep_from_children
+from secateur.pipeline.config import trust
+from secateur.pipeline.errors import SurroundingsError, UserError
+from secateur.pipeline.evaluation import shipped_data
+from secateur.pipeline.evaluation.accuracy import Accuracy, AccuracyEvaluator, AccuracyRequest, Key
+from secateur.pipeline.evaluation.onnx_files import TEMPLATE
+from secateur.pipeline.files import sha256_of, write_whole
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.plan import PruningPlan
 
 if TYPE_CHECKING:
-    from pipeline.config.schema import RunFile
+    from secateur.pipeline.config.schema import RunFile
 
 LIVES = 3
 """Deaths of workers over one batch, before its candidates are tried one by one; and then over one candidate."""
@@ -54,7 +55,8 @@ class Engine(Protocol):
     local: bool
 
     def perform(self, spec: Mapping[str, Any], batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What ``pipeline.evaluation.worker.evaluate_batch`` answers in some worker process; called by several threads.
+        """What ``secateur.pipeline.evaluation.worker.evaluate_batch`` answers in some worker process; called by several
+        threads.
 
         Raises:
             WorkerDiedError: the process died.

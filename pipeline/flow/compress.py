@@ -12,18 +12,18 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline import children
-from pipeline.errors import TrackingError
-from pipeline.flow.device_lease import lease_of
-from pipeline.flow.environment import runtime_env
-from pipeline.flow.server import serving
-from pipeline.flow.worker_engines import open_engine
-from pipeline.report import final_table_markdown
-from pipeline.run.facts import Facts
-from pipeline.run.records import of_candidates, to_evaluation
-from pipeline.run.run import Run
-from pipeline.stages.order import STAGES, Results, Stage
-from pipeline.surroundings import home
+from secateur.pipeline import children
+from secateur.pipeline.errors import TrackingError
+from secateur.pipeline.flow.device_lease import lease_of
+from secateur.pipeline.flow.environment import runtime_env
+from secateur.pipeline.flow.server import serving
+from secateur.pipeline.flow.worker_engines import open_engine
+from secateur.pipeline.report import final_table_markdown
+from secateur.pipeline.run.facts import Facts
+from secateur.pipeline.run.records import of_candidates, to_evaluation
+from secateur.pipeline.run.run import Run
+from secateur.pipeline.stages.order import STAGES, Results, Stage
+from secateur.pipeline.surroundings import home
 
 AT_A_TERMINAL_S, ON_SCHEDULE_S = (3.0, 9.0), (10.0, 60.0, 300.0, 900.0)
 """Pauses before a stage is tried again: short where somebody waits, long where a device may be unreachable."""

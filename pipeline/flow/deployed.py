@@ -25,27 +25,27 @@ from prefect.runtime import deployment as this_deployment
 from prefect.runtime import flow_run as this_flow_run
 from prefect.states import Completed, Crashed, Failed
 
-from device_profiles import DeviceError, DeviceProfile
-from export.errors import ExportError
-from pipeline import children, foreign
-from pipeline.config import trust
-from pipeline.config.reading import load_run_file
-from pipeline.config.schema import TrackingSection
-from pipeline.devices.device import Leased
-from pipeline.errors import SurroundingsError, TrackingError, UserError
-from pipeline.flow import run_claim
-from pipeline.flow.compress import ON_SCHEDULE_S, resume_tracking, work_through
-from pipeline.flow.device_lease import Lease, lease_of, make_limit, promotion_limit
-from pipeline.flow.logs import LogProgress
-from pipeline.flow.notify import ALARM, PROMOTED, tell
-from pipeline.flow.parameters import Compress, Profile, Promote, Registered
-from pipeline.lifecycle.reprofile import Reprofile, chosen, markdown, profile_of, reprofile
-from pipeline.report import registered
-from pipeline.run.run import Run
-from pipeline.surroundings import home, prepare
-from pipeline.tracking import Decision, Registry, alias_of, store_uri
-from pipeline.tracking.reprofiles import page_of, record_reprofile
-from pipeline.tracking.schemas import DecisionTag, checked, read_json
+from secateur.device_profiles import DeviceError, DeviceProfile
+from secateur.export.errors import ExportError
+from secateur.pipeline import children, foreign
+from secateur.pipeline.config import trust
+from secateur.pipeline.config.reading import load_run_file
+from secateur.pipeline.config.schema import TrackingSection
+from secateur.pipeline.devices.device import Leased
+from secateur.pipeline.errors import SurroundingsError, TrackingError, UserError
+from secateur.pipeline.flow import run_claim
+from secateur.pipeline.flow.compress import ON_SCHEDULE_S, resume_tracking, work_through
+from secateur.pipeline.flow.device_lease import Lease, lease_of, make_limit, promotion_limit
+from secateur.pipeline.flow.logs import LogProgress
+from secateur.pipeline.flow.notify import ALARM, PROMOTED, tell
+from secateur.pipeline.flow.parameters import Compress, Profile, Promote, Registered
+from secateur.pipeline.lifecycle.reprofile import Reprofile, chosen, markdown, profile_of, reprofile
+from secateur.pipeline.report import registered
+from secateur.pipeline.run.run import Run
+from secateur.pipeline.surroundings import home, prepare
+from secateur.pipeline.tracking import Decision, Registry, alias_of, store_uri
+from secateur.pipeline.tracking.reprofiles import page_of, record_reprofile
+from secateur.pipeline.tracking.schemas import DecisionTag, checked, read_json
 
 Expected = (UserError, SurroundingsError, DeviceError, ExportError)
 NOT_PASSED, NOT_PROMOTED = "Gate not passed", "Not promoted"
@@ -155,7 +155,7 @@ def profile(job: Profile) -> State[Any]:
 @answering
 def promote(job: Promote) -> State[Any]:
     """Compare challengers with the champions of their devices; those that pass every gate take their place."""
-    from pipeline.lifecycle import promotion
+    from secateur.pipeline.lifecycle import promotion
 
     trust.accept(job.trusted)
     registry, _ = registry_of(job)

@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from device_profiles import DeviceProfile
-from device_profiles.wording import command
-from pipeline.config import trust
-from pipeline.config.consents import written
-from pipeline.config.reading import load_run_file
-from pipeline.config.schema import RunFile
-from pipeline.errors import SurroundingsError, UserError
-from pipeline.flow.device_lease import limit_name, make_limit
-from pipeline.flow.parameters import Compress, Parameters, Profile, Promote
-from pipeline.flow.server import server_url
-from pipeline.run.opening import device_profiles
-from pipeline.surroundings import DATA, HOME, folder, home
+import secateur
+from secateur.device_profiles import DeviceProfile
+from secateur.device_profiles.wording import command
+from secateur.pipeline.config import trust
+from secateur.pipeline.config.consents import written
+from secateur.pipeline.config.reading import load_run_file
+from secateur.pipeline.config.schema import RunFile
+from secateur.pipeline.errors import SurroundingsError, UserError
+from secateur.pipeline.flow.device_lease import limit_name, make_limit
+from secateur.pipeline.flow.parameters import Compress, Parameters, Profile, Promote
+from secateur.pipeline.flow.server import server_url
+from secateur.pipeline.run.opening import device_profiles
+from secateur.pipeline.surroundings import DATA, HOME, folder, home
 
 TAG = "secateur"
 
@@ -78,7 +79,7 @@ def _deploy(order: Order, config: RunFile, profiles: tuple[DeviceProfile, ...], 
     from prefect.utilities.callables import parameter_schema
     from prefect.workers.process import ProcessWorker
 
-    from pipeline.flow import deployed
+    from secateur.pipeline.flow import deployed
 
     lines = []
     name = order.name or config.name
@@ -145,7 +146,7 @@ def _environment() -> dict[str, str]:
     found = {HOME: str(home())}
     if (data := folder(DATA)) is not None:
         found[DATA] = str(data)
-    root = str(Path(__file__).parents[2])
+    root = str(Path(secateur.__file__).parents[1])
     if root in sys.path and "site-packages" not in root:  # run from a checkout
         found["PYTHONPATH"] = root
     return found

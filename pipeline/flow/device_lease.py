@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
-from device_profiles import DeviceError, DeviceProfile
-from device_profiles.target import kind_of
-from device_profiles.wording import command
-from pipeline.errors import SurroundingsError
-from pipeline.flow.server import server_url
+from secateur.device_profiles import DeviceError, DeviceProfile
+from secateur.device_profiles.target import kind_of
+from secateur.device_profiles.wording import command
+from secateur.pipeline.errors import SurroundingsError
+from secateur.pipeline.flow.server import server_url
 
 WAIT_S, LEASE_S, ALONE_S = 3600.0, 60.0, 300.0
 """How long a flow waits for a device that others use, how long a killed flow keeps its lease, and for how long a server

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pipeline.surroundings import HOME, home, made, prepare
+from secateur.pipeline.surroundings import HOME, home, made, prepare
 
 
 def runtime_env(directory: Path | None = None, debug: bool = False) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from pipeline.progress import LINE_EVERY_S, Report
+from secateur.pipeline.progress import LINE_EVERY_S, Report
 
 
 class LogProgress:

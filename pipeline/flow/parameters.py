@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from pipeline.config.schema import has_password
-from pipeline.lifecycle.reprofile import Tolerances
+from secateur.pipeline.config.schema import has_password
+from secateur.pipeline.lifecycle.reprofile import Tolerances
 
 
 class Parameters(BaseModel):

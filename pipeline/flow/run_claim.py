@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from pipeline.config.schema import RunFile
-from pipeline.errors import JournalError, OlderRunError, SurroundingsError, UserError
-from pipeline.files import write_whole
-from pipeline.run.run import create_run_directory
-from pipeline.surroundings import home
+from secateur.pipeline.config.schema import RunFile
+from secateur.pipeline.errors import JournalError, OlderRunError, SurroundingsError, UserError
+from secateur.pipeline.files import write_whole
+from secateur.pipeline.run.run import create_run_directory
+from secateur.pipeline.surroundings import home
 
 Opened = TypeVar("Opened")
 BINDING = "schedule.json"

@@ -2,7 +2,7 @@
 
 The temporary one is what Prefect itself would start. But Prefect's lives in the terminal's process group, so that
 Ctrl-C ends it before the run, and outlives a run that is killed; this one is a child like all others
-(``pipeline.children``).
+(``secateur.pipeline.children``).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from device_profiles.wording import command, printable
-from pipeline import children
-from pipeline.errors import SurroundingsError, masked
+from secateur.device_profiles.wording import command, printable
+from secateur.pipeline import children
+from secateur.pipeline.errors import SurroundingsError, masked
 
 ANSWER_S = 15.0
 """How long a server of the user's has to answer."""

@@ -17,12 +17,12 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from device_profiles.cores import usable_cores
-from device_profiles.wording import command
-from pipeline.config.schema import WorkersSection
-from pipeline.errors import SurroundingsError, UserError
-from pipeline.evaluation import worker as workers
-from pipeline.evaluation.worker_pool import Engine, WorkerDiedError
+from secateur.device_profiles.cores import usable_cores
+from secateur.device_profiles.wording import command
+from secateur.pipeline.config.schema import WorkersSection
+from secateur.pipeline.errors import SurroundingsError, UserError
+from secateur.pipeline.evaluation import worker as workers
+from secateur.pipeline.evaluation.worker_pool import Engine, WorkerDiedError
 
 TRAVELLING = "secateur-blob-"
 """Before the hash, in the names of what is published to a Dask cluster."""

@@ -9,17 +9,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from device_profiles.wording import command
-from pipeline.errors import UserError
-from pipeline.files import write_whole
-from pipeline.lifecycle.rescore import check_same_data, history
-from pipeline.run.journal import read_journal
-from pipeline.run.run import create_run_directory, open_run_directory
-from pipeline.workloads.data.record import FACTS, MEMBERS
-from pruning.channels import ChannelGraph
-from pruning.plan import PlanError, PruningPlan
-from pruning.search.protocol import Candidate, Entry, Strategy
-from pruning.search.support import evaluate
+from secateur.device_profiles.wording import command
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.files import write_whole
+from secateur.pipeline.lifecycle.rescore import check_same_data, history
+from secateur.pipeline.run.journal import read_journal
+from secateur.pipeline.run.run import create_run_directory, open_run_directory
+from secateur.pipeline.workloads.data.record import FACTS, MEMBERS
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.plan import PlanError, PruningPlan
+from secateur.pruning.search.protocol import Candidate, Entry, Strategy
+from secateur.pruning.search.support import evaluate
 
 CHOSEN = "chosen.json"
 """In the directory of such a run: the plan, and where it comes from."""

@@ -18,31 +18,31 @@ from typing import Any
 import numpy as np
 import torch
 
-from device_profiles import BenchmarkResult, DeviceProfile, Ratio, Target, measure
-from device_profiles.cores import usable_cores
-from device_profiles.intervals import MANY_PROCESSES, of_processes, processes_that_tell
-from device_profiles.shelf import NotAdmittedError
-from device_profiles.wording import command, cut, printable
-from export.errors import ExportError
-from export.verify import predict, rehearse
-from pipeline.config import trust
-from pipeline.config.consents import Found
-from pipeline.config.reading import parse_run_file
-from pipeline.config.schema import GateSection, RunFile
-from pipeline.errors import UserError, VersionError
-from pipeline.files import write_whole
-from pipeline.progress import ProgressView, Silent
-from pipeline.run.origin import FOLDER as FOLDER_OF_RUN
-from pipeline.run.origin import read_origin
-from pipeline.surroundings import home
-from pipeline.tracking import ChampionMovedError, Decision, Gate, Registry, Version, alias_of
-from pipeline.tracking.fetched import facts_of, text_of
-from pipeline.tracking.manifest import FOLDER, MODEL
-from pipeline.tracking.registry import CHALLENGER, CHAMPION, MANIFEST_TAG, RUN_TAG, STABLE, DeletedChampion
-from pipeline.tracking.schemas import DataFacts, ParityFacts, Schema
-from pipeline.workloads import Split, Workload
-from pipeline.workloads.data.content import Reading
-from pipeline.workloads.data.record import FACTS
+from secateur.device_profiles import BenchmarkResult, DeviceProfile, Ratio, Target, measure
+from secateur.device_profiles.cores import usable_cores
+from secateur.device_profiles.intervals import MANY_PROCESSES, of_processes, processes_that_tell
+from secateur.device_profiles.shelf import NotAdmittedError
+from secateur.device_profiles.wording import command, cut, printable
+from secateur.export.errors import ExportError
+from secateur.export.verify import predict, rehearse
+from secateur.pipeline.config import trust
+from secateur.pipeline.config.consents import Found
+from secateur.pipeline.config.reading import parse_run_file
+from secateur.pipeline.config.schema import GateSection, RunFile
+from secateur.pipeline.errors import UserError, VersionError
+from secateur.pipeline.files import write_whole
+from secateur.pipeline.progress import ProgressView, Silent
+from secateur.pipeline.run.origin import FOLDER as FOLDER_OF_RUN
+from secateur.pipeline.run.origin import read_origin
+from secateur.pipeline.surroundings import home
+from secateur.pipeline.tracking import ChampionMovedError, Decision, Gate, Registry, Version, alias_of
+from secateur.pipeline.tracking.fetched import facts_of, text_of
+from secateur.pipeline.tracking.manifest import FOLDER, MODEL
+from secateur.pipeline.tracking.registry import CHALLENGER, CHAMPION, MANIFEST_TAG, RUN_TAG, STABLE, DeletedChampion
+from secateur.pipeline.tracking.schemas import DataFacts, ParityFacts, Schema
+from secateur.pipeline.workloads import Split, Workload
+from secateur.pipeline.workloads.data.content import Reading
+from secateur.pipeline.workloads.data.record import FACTS
 
 RESAMPLES, MIN_RESAMPLES, RESAMPLING_S = 2000, 20, 60.0
 CHUNK_BYTES = 256 << 20
@@ -293,7 +293,7 @@ def _opened(config: RunFile, version: Version, consent: Consent) -> Workload:
         UserError: its data cannot be used here.
         ClosedError: it needs code, and there is no consent for that.
     """
-    from pipeline.run.opening import open_workload
+    from secateur.pipeline.run.opening import open_workload
 
     reading = Reading(check="none")
     try:

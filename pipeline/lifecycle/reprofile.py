@@ -21,18 +21,18 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from scipy import stats
 
-from device_profiles import BenchmarkResult, DeviceError, DeviceProfile, Target, load_profile, measure
-from device_profiles.intervals import MIN_PROCESSES, Ratio
-from device_profiles.staircase import FINGERPRINT_KEYS
-from device_profiles.wording import printable
-from pipeline.config import trust
-from pipeline.devices.device import Leased
-from pipeline.errors import TrackingError, UserError, VersionError
-from pipeline.files import sha256_of
-from pipeline.progress import ProgressView
-from pipeline.surroundings import home
-from pipeline.tracking import Registry, Version
-from pipeline.tracking.fetched import text_of
+from secateur.device_profiles import BenchmarkResult, DeviceError, DeviceProfile, Target, load_profile, measure
+from secateur.device_profiles.intervals import MIN_PROCESSES, Ratio
+from secateur.device_profiles.staircase import FINGERPRINT_KEYS
+from secateur.device_profiles.wording import printable
+from secateur.pipeline.config import trust
+from secateur.pipeline.devices.device import Leased
+from secateur.pipeline.errors import TrackingError, UserError, VersionError
+from secateur.pipeline.files import sha256_of
+from secateur.pipeline.progress import ProgressView
+from secateur.pipeline.surroundings import home
+from secateur.pipeline.tracking import Registry, Version
+from secateur.pipeline.tracking.fetched import text_of
 
 MODEL = "model.onnx"
 INPUTS = "benchmark-input.npz"

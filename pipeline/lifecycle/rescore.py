@@ -15,16 +15,16 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
-from device_profiles.wording import command
-from pipeline.errors import JournalError, UserError
-from pipeline.files import write_whole
-from pipeline.run.journal import Journal, Record, read_journal
-from pipeline.run.records import describe, to_candidate, to_dict, to_evaluation
-from pipeline.run.run import open_run_directory
-from pipeline.workloads.data.record import read as read_record
-from pruning.search.front import pareto_front
-from pruning.search.protocol import Candidate, Evaluation, on_images
-from pruning.search.reward import make_reward
+from secateur.device_profiles.wording import command
+from secateur.pipeline.errors import JournalError, UserError
+from secateur.pipeline.files import write_whole
+from secateur.pipeline.run.journal import Journal, Record, read_journal
+from secateur.pipeline.run.records import describe, to_candidate, to_dict, to_evaluation
+from secateur.pipeline.run.run import open_run_directory
+from secateur.pipeline.workloads.data.record import read as read_record
+from secateur.pruning.search.front import pareto_front
+from secateur.pruning.search.protocol import Candidate, Evaluation, on_images
+from secateur.pruning.search.reward import make_reward
 
 STAGES = ("search", "final")
 FIRST_METRICS = ("map50", "top1", "loss_score")

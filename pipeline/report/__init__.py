@@ -13,12 +13,12 @@ from jinja2 import Environment, PackageLoader
 from PIL import Image
 from torch import Tensor
 
-from device_profiles import BenchmarkResult, DeviceProfile
-from pipeline.config.schema import RunFile
-from pipeline.files import write_whole
-from pipeline.report.charts import cloud, histogram, lines
-from pipeline.run.facts import EARLIER_NAMES, Facts, Speedup
-from pipeline.run.records import of_candidates
+from secateur.device_profiles import BenchmarkResult, DeviceProfile
+from secateur.pipeline.config.schema import RunFile
+from secateur.pipeline.files import write_whole
+from secateur.pipeline.report.charts import cloud, histogram, lines
+from secateur.pipeline.run.facts import EARLIER_NAMES, Facts, Speedup
+from secateur.pipeline.run.records import of_candidates
 
 Row = tuple[str, str, str, str]
 METRICS = {"map50": "mAP50", "map": "COCO mAP"}
@@ -122,13 +122,15 @@ def write_report(
 
     Args:
         records: the journal's.
-        front: the Pareto front, as ``pipeline.lifecycle.rescore.front_rows`` gives it.
+        front: the Pareto front, as ``secateur.pipeline.lifecycle.rescore.front_rows`` gives it.
         pictures: what the baseline and the compact model find on the same images, uint8 (3, H, W).
         unreachable: whether the tracking server is unreachable just now.
     """
     result = BenchmarkResult.from_json((directory / "benchmark.json").read_text(encoding="utf-8"))
     points = _points(config, facts, records)
-    page = Environment(loader=PackageLoader("pipeline.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = Environment(
+        loader=PackageLoader("secateur.pipeline.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     html = page.get_template("report.html.j2").render(
         config=config,
         profile=profile,

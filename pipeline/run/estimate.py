@@ -21,16 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from device_profiles.cores import usable_cores
-from device_profiles.profile import DeviceProfile
-from pipeline.config.schema import RunFile
-from pipeline.run.preflight import Network, Preflight
-from pipeline.run.rehearsal import Counted, Work, rehearse, share
-from pipeline.training.precision import trains_in_bf16
-from pipeline.workloads import Workload
-from pruning.cost import cost
-from pruning.plan import PruningPlan
-from pruning.surgery import prune
+from secateur.device_profiles.cores import usable_cores
+from secateur.device_profiles.profile import DeviceProfile
+from secateur.pipeline.config.schema import RunFile
+from secateur.pipeline.run.preflight import Network, Preflight
+from secateur.pipeline.run.rehearsal import Counted, Work, rehearse, share
+from secateur.pipeline.training.precision import trains_in_bf16
+from secateur.pipeline.workloads import Workload
+from secateur.pruning.cost import cost
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.surgery import prune
 
 SLOW_STEP = 0.2
 """CPU-seconds of one image, forward, above which a training step is not run but taken as ``TRAIN_OVER_FORWARD``."""
@@ -39,7 +39,8 @@ SPENT_ON_A_STEP = 0.05
 TRAIN_OVER_FORWARD = 3.0
 """A step's time, forward and backward, to that of the forward pass alone: the backward one has two products of each."""
 SCORED_OVER_FORWARD = 0.4
-"""A candidate's images by the fastest forward pass (``pipeline.evaluation.inference``) to those by the plain one."""
+"""A candidate's images by the fastest forward pass (``secateur.pipeline.evaluation.inference``) to those by the plain
+one."""
 REPEATS = 2
 
 
@@ -192,7 +193,7 @@ def estimate(found: Preflight) -> Estimate | None:
 
 
 def count(found: Preflight, workload: Workload, network: Network, counted: Counted) -> dict[str, Work]:
-    """How often each stage of a run takes each step; stages as ``pipeline.stages`` has them, and the start."""
+    """How often each stage of a run takes each step; stages as ``secateur.pipeline.stages`` has them, and the start."""
     config, profiles = found.config, found.profiles or ()
     num_train, num_scored = len(workload.train), min(config.search.images, len(workload.search))
     probing = config.device.probe and config.device.channel_multiple is None and not network.probed

@@ -13,11 +13,11 @@ from typing import Annotated, Any, Generic, Self, TypeVar, get_type_hints
 
 from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, TypeAdapter
 
-from export.artifact import ExportedModel
-from pipeline.devices.device import RunDevice
-from pipeline.run.records import describe, to_candidate, to_dict, to_evaluation
-from pipeline.tracking import Decision
-from pruning.search.protocol import Entry, Evaluation
+from secateur.export.artifact import ExportedModel
+from secateur.pipeline.devices.device import RunDevice
+from secateur.pipeline.run.records import describe, to_candidate, to_dict, to_evaluation
+from secateur.pipeline.tracking import Decision
+from secateur.pruning.search.protocol import Entry, Evaluation
 
 EARLIER_NAMES = {"gate": "judge"}
 """Stages that had another name: for one release it is still read, and written beside the new one in ``report.json``."""

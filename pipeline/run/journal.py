@@ -19,8 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from device_profiles.wording import command
-from pipeline.errors import JournalError, OlderRunError
+from secateur.device_profiles.wording import command
+from secateur.pipeline.errors import JournalError, OlderRunError
 
 FORMAT, UNNUMBERED = 4, 2
 READABLE = (FORMAT, 3, UNNUMBERED)

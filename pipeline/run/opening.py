@@ -14,27 +14,27 @@ import numpy as np
 import torch
 from torch import nn
 
-from device_profiles.calibration import load as load_probe
-from device_profiles.errors import DeviceError
-from device_profiles.profile import DeviceProfile, Multiples, load_profile
-from device_profiles.target import require_complete
-from pipeline.config.choices import method_options
-from pipeline.config.faults import Fault, FaultsError
-from pipeline.config.schema import RunFile
-from pipeline.errors import UserError
-from pipeline.evaluation.shipped_data import open_section
-from pipeline.run.widths import common_multiples, group_multiples
-from pipeline.surroundings import home
-from pipeline.workloads import Workload
-from pipeline.workloads.data.content import Reading
-from pruning.channels import ChannelGraph
-from pruning.cost import costs
-from pruning.plan import IntArray, PlanError, SearchSpace
-from pruning.search import METHODS
-from pruning.search.protocol import Budget, Evaluation, FloatArray, Goal, Problem, Strategy
-from pruning.search.reward import Reward
-from pruning.trace import trace
-from pruning.tracer import PruningError
+from secateur.device_profiles.calibration import load as load_probe
+from secateur.device_profiles.errors import DeviceError
+from secateur.device_profiles.profile import DeviceProfile, Multiples, load_profile
+from secateur.device_profiles.target import require_complete
+from secateur.pipeline.config.choices import method_options
+from secateur.pipeline.config.faults import Fault, FaultsError
+from secateur.pipeline.config.schema import RunFile
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.evaluation.shipped_data import open_section
+from secateur.pipeline.run.widths import common_multiples, group_multiples
+from secateur.pipeline.surroundings import home
+from secateur.pipeline.workloads import Workload
+from secateur.pipeline.workloads.data.content import Reading
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.cost import costs
+from secateur.pruning.plan import IntArray, PlanError, SearchSpace
+from secateur.pruning.search import METHODS
+from secateur.pruning.search.protocol import Budget, Evaluation, FloatArray, Goal, Problem, Strategy
+from secateur.pruning.search.reward import Reward
+from secateur.pruning.trace import trace
+from secateur.pruning.tracer import PruningError
 
 
 def compute_device(name: str) -> torch.device:
@@ -106,7 +106,7 @@ def _is_exported(precision: str) -> bool:
     """Whether networks can be exported in a precision; every one is made from fp32."""
     if precision == "fp32":
         return True
-    from export.quantize import PRECISIONS  # imports onnx, which takes long
+    from secateur.export.quantize import PRECISIONS  # imports onnx, which takes long
 
     return precision in PRECISIONS
 

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from device_profiles.wording import command, printable
-from pipeline.config.schema import RunFile
-from pipeline.errors import UserError
-from pipeline.surroundings import DATA, HOME, TRACKING_URI, home, variable
-from pipeline.tracking.place import SQLITE, redacted, sqlite_file, store_uri
+from secateur.device_profiles.wording import command, printable
+from secateur.pipeline.config.schema import RunFile
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.surroundings import DATA, HOME, TRACKING_URI, home, variable
+from secateur.pipeline.tracking.place import SQLITE, redacted, sqlite_file, store_uri
 
 ORIGIN = "origin.json"
 TRACKING, FOLDER = "tracking", "folder"

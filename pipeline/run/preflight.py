@@ -13,11 +13,11 @@ from typing import TypeVar
 
 import torch
 
-from device_profiles.profile import DeviceProfile
-from pipeline.config.faults import Fault, FaultsError
-from pipeline.config.schema import ExportSection, RunFile, SearchSection
-from pipeline.errors import UserError
-from pipeline.run.opening import (
+from secateur.device_profiles.profile import DeviceProfile
+from secateur.pipeline.config.faults import Fault, FaultsError
+from secateur.pipeline.config.schema import ExportSection, RunFile, SearchSection
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.run.opening import (
     check_forward,
     compute_device,
     device_profiles,
@@ -26,14 +26,14 @@ from pipeline.run.opening import (
     search_space,
     trace_network,
 )
-from pipeline.run.proof import prove
-from pipeline.surroundings import home
-from pipeline.tracking.check import check_tracking
-from pipeline.workloads import DataSummary, Workload
-from pipeline.workloads.data.content import Reading
-from pruning.channels import ChannelGraph
-from pruning.cost import Cost, cost
-from pruning.plan import PruningPlan, SearchSpace
+from secateur.pipeline.run.proof import prove
+from secateur.pipeline.surroundings import home
+from secateur.pipeline.tracking.check import check_tracking
+from secateur.pipeline.workloads import DataSummary, Workload
+from secateur.pipeline.workloads.data.content import Reading
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.cost import Cost, cost
+from secateur.pruning.plan import PruningPlan, SearchSpace
 
 BYTES_PER_PARAM = 4
 """Of the fp32 files that are exported."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pipeline.errors import UserError
-from pruning.channels import ChannelGraph
-from pruning.plan import SearchSpace
-from pruning.saliency import uniform_plan
-from pruning.surgery import Certificate, certify, prune
+from secateur.pipeline.errors import UserError
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.plan import SearchSpace
+from secateur.pruning.saliency import uniform_plan
+from secateur.pruning.surgery import Certificate, certify, prune
 
 
 def prove(model: nn.Module, graph: ChannelGraph, space: SearchSpace, example: torch.Tensor, seed: int) -> Certificate:

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from pipeline.run.study import Study
-from pruning.plan import PruningPlan
-from pruning.search.protocol import Candidate, Entry, Evaluation
+from secateur.pipeline.run.study import Study
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.search.protocol import Candidate, Entry, Evaluation
 
 PER_PLACE = 4
 """Plans scored again for each that is fine-tuned."""

@@ -13,10 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.run.journal import Record
-from pruning.plan import PruningPlan
-from pruning.search.identity import KINDS, digest_of
-from pruning.search.protocol import AuxiliaryTraining, Candidate, Evaluate, Evaluation, FineTune, Request, Score
+from secateur.pipeline.run.journal import Record
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.search.identity import KINDS, digest_of
+from secateur.pruning.search.protocol import (
+    AuxiliaryTraining,
+    Candidate,
+    Evaluate,
+    Evaluation,
+    FineTune,
+    Request,
+    Score,
+)
 
 
 def heading(request: Request) -> dict[str, Any]:

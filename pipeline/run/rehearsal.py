@@ -17,15 +17,15 @@ from typing import Any, cast
 
 import numpy as np
 
-from pipeline.config.schema import RunFile
-from pipeline.run.journal import Journal, Record
-from pipeline.run.opening import make_strategy
-from pipeline.run.ranking import rank_exactly
-from pipeline.run.study import Study
-from pruning.channels import ChannelGraph
-from pruning.cost import costs
-from pruning.plan import PruningPlan, SearchSpace
-from pruning.search.protocol import (
+from secateur.pipeline.config.schema import RunFile
+from secateur.pipeline.run.journal import Journal, Record
+from secateur.pipeline.run.opening import make_strategy
+from secateur.pipeline.run.ranking import rank_exactly
+from secateur.pipeline.run.study import Study
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.cost import costs
+from secateur.pruning.plan import PruningPlan, SearchSpace
+from secateur.pruning.search.protocol import (
     DENSE,
     RANDOM,
     AuxiliaryTrained,
@@ -43,15 +43,16 @@ from pruning.search.protocol import (
     Score,
     Time,
 )
-from pruning.search.reward import make_reward
-from pruning.search.support import SearchError
+from secateur.pruning.search.reward import make_reward
+from secateur.pruning.search.support import SearchError
 
 ACCURACY, UNTRAINED = 0.9, 0.1
 """Of the unpruned network, and of one with random weights."""
 REGAINED = 0.9
 """Share of the lost accuracy that training wins back."""
 CHECK_EVERY = 10
-"""One in so many plans of a trusted latency model is measured all the same, as ``pipeline.evaluation.latency`` does."""
+"""One in so many plans of a trusted latency model is measured all the same, as ``secateur.pipeline.evaluation.latency``
+does."""
 CPU_SECONDS = 0.5
 """What a rehearsal may take; a search that has not ended by then is counted as far as it came."""
 SCORED_IMAGES = 128
@@ -60,7 +61,8 @@ FREE = frozenset({"l1", "l2", "random", "uniform"})
 """Saliencies that look at no image."""
 
 Work = dict[str, float]
-"""How often each of ``pipeline.run.estimate``'s steps is taken; of images, in whole images of the unpruned network."""
+"""How often each of ``secateur.pipeline.run.estimate``'s steps is taken; of images, in whole images of the unpruned
+network."""
 
 
 @dataclass(frozen=True)

@@ -17,40 +17,40 @@ from typing import Any
 import torch
 from torch import nn
 
-from device_profiles import DeviceProfile, Multiples, Target, plain_yaml
-from device_profiles.cores import usable_cores
-from device_profiles.target import kind_of
-from device_profiles.wording import command
-from pipeline.config import trust
-from pipeline.config.choices import method_options
-from pipeline.config.reading import parse_run_file
-from pipeline.config.schema import RunFile
-from pipeline.devices.device import Leased, RunDevice, meet
-from pipeline.devices.fleet import Device, Fleet, FleetProgress
-from pipeline.errors import JournalError, SurroundingsError, UserError
-from pipeline.evaluation.baseline import Baseline
-from pipeline.evaluation.evaluator import Evaluator, make_evaluator
-from pipeline.evaluation.worker_pool import Engine, WorkerPool
-from pipeline.files import write_whole
-from pipeline.progress import ProgressView
-from pipeline.run.journal import Journal, Record, read_journal, require_format
-from pipeline.run.opening import check_forward, make_strategy, open_workload, search_space
-from pipeline.run.origin import FOLDER, ORIGIN, check_tracked_at, origin_of
-from pipeline.run.preflight import examine
-from pipeline.run.records import to_evaluation
-from pipeline.run.widths import common_multiples
-from pipeline.surroundings import HOME, home, made
-from pipeline.tracking import Tracker
-from pipeline.tracking.check import require_tracking
-from pipeline.training.loop import keep_freed_memory
-from pipeline.workloads.data.content import Reading
-from pipeline.workloads.data.record import DataRecord, differences
-from pipeline.workloads.data.record import read as read_record
-from pipeline.workloads.data.record import write as write_record
-from pruning.channels import ChannelGraph
-from pruning.plan import SearchSpace
-from pruning.search.protocol import Budget, Evaluation, Goal, Strategy
-from pruning.search.reward import Reward, make_reward
+from secateur.device_profiles import DeviceProfile, Multiples, Target, plain_yaml
+from secateur.device_profiles.cores import usable_cores
+from secateur.device_profiles.target import kind_of
+from secateur.device_profiles.wording import command
+from secateur.pipeline.config import trust
+from secateur.pipeline.config.choices import method_options
+from secateur.pipeline.config.reading import parse_run_file
+from secateur.pipeline.config.schema import RunFile
+from secateur.pipeline.devices.device import Leased, RunDevice, meet
+from secateur.pipeline.devices.fleet import Device, Fleet, FleetProgress
+from secateur.pipeline.errors import JournalError, SurroundingsError, UserError
+from secateur.pipeline.evaluation.baseline import Baseline
+from secateur.pipeline.evaluation.evaluator import Evaluator, make_evaluator
+from secateur.pipeline.evaluation.worker_pool import Engine, WorkerPool
+from secateur.pipeline.files import write_whole
+from secateur.pipeline.progress import ProgressView
+from secateur.pipeline.run.journal import Journal, Record, read_journal, require_format
+from secateur.pipeline.run.opening import check_forward, make_strategy, open_workload, search_space
+from secateur.pipeline.run.origin import FOLDER, ORIGIN, check_tracked_at, origin_of
+from secateur.pipeline.run.preflight import examine
+from secateur.pipeline.run.records import to_evaluation
+from secateur.pipeline.run.widths import common_multiples
+from secateur.pipeline.surroundings import HOME, home, made
+from secateur.pipeline.tracking import Tracker
+from secateur.pipeline.tracking.check import require_tracking
+from secateur.pipeline.training.loop import keep_freed_memory
+from secateur.pipeline.workloads.data.content import Reading
+from secateur.pipeline.workloads.data.record import DataRecord, differences
+from secateur.pipeline.workloads.data.record import read as read_record
+from secateur.pipeline.workloads.data.record import write as write_record
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.plan import SearchSpace
+from secateur.pruning.search.protocol import Budget, Evaluation, Goal, Strategy
+from secateur.pruning.search.reward import Reward, make_reward
 
 Lease = Callable[[], AbstractContextManager[None]]
 """Entered for as long as a device is used."""

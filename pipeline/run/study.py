@@ -14,10 +14,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline.errors import JournalError
-from pipeline.run.journal import Journal, Record
-from pipeline.run.records import heading, heading_of_exact, pack, to_dict, to_evaluation, unpack
-from pruning.search.protocol import (
+from secateur.pipeline.errors import JournalError
+from secateur.pipeline.run.journal import Journal, Record
+from secateur.pipeline.run.records import heading, heading_of_exact, pack, to_dict, to_evaluation, unpack
+from secateur.pruning.search.protocol import (
     Answer,
     Archive,
     AuxiliaryTrained,

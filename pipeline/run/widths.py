@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-from device_profiles.layers import KINDS, LayerKind
-from device_profiles.profile import Multiples
-from pruning.channels import ChannelGraph
+from secateur.device_profiles.layers import KINDS, LayerKind
+from secateur.device_profiles.profile import Multiples
+from secateur.pruning.channels import ChannelGraph
 
 
 def common_multiples(devices: Iterable[Multiples]) -> Multiples:

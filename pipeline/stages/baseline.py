@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.errors import UserError
-from pipeline.files import sha256_of, write_whole
-from pipeline.run.facts import BaselineFacts, Facts
-from pipeline.run.run import Run
-from pipeline.surroundings import home
-from pipeline.training.baselines import BaselineCache
-from pipeline.training.loop import VERSION, TrainingError, fit, save_weights
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.files import sha256_of, write_whole
+from secateur.pipeline.run.facts import BaselineFacts, Facts
+from secateur.pipeline.run.run import Run
+from secateur.pipeline.surroundings import home
+from secateur.pipeline.training.baselines import BaselineCache
+from secateur.pipeline.training.loop import VERSION, TrainingError, fit, save_weights
 
 
 def baseline(run: Run, facts: Facts) -> BaselineFacts:

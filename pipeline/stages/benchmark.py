@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from device_profiles import BenchmarkResult, measure
-from pipeline.devices.fleet import Device, Tally
-from pipeline.files import sha256_of, write_whole
-from pipeline.lifecycle import promotion
-from pipeline.run.facts import BenchmarkFacts, Both, Facts, Speedup, Timed, TimedOnDevice, TimedResults, Timing
-from pipeline.run.run import Run
-from pipeline.stages.loading import parity_images
+from secateur.device_profiles import BenchmarkResult, measure
+from secateur.pipeline.devices.fleet import Device, Tally
+from secateur.pipeline.files import sha256_of, write_whole
+from secateur.pipeline.lifecycle import promotion
+from secateur.pipeline.run.facts import BenchmarkFacts, Both, Facts, Speedup, Timed, TimedOnDevice, TimedResults, Timing
+from secateur.pipeline.run.run import Run
+from secateur.pipeline.stages.loading import parity_images
 
 
 def benchmark(run: Run, facts: Facts) -> BenchmarkFacts:

@@ -8,14 +8,14 @@ import onnx
 import torch
 from torch import nn
 
-from export.artifact import describe
-from export.onnx_export import export_onnx, write_atomically
-from export.verify import predict, verify_parity
-from pipeline.run.facts import ExportedNetwork, ExportFacts, Facts, ParityFacts, Proof, ResultParity
-from pipeline.run.run import Run
-from pipeline.stages.loading import load_baseline, load_compact, parity_images
-from pipeline.workloads import Postprocessing
-from pruning.surgery import certify, prune
+from secateur.export.artifact import describe
+from secateur.export.onnx_export import export_onnx, write_atomically
+from secateur.export.verify import predict, verify_parity
+from secateur.pipeline.run.facts import ExportedNetwork, ExportFacts, Facts, ParityFacts, Proof, ResultParity
+from secateur.pipeline.run.run import Run
+from secateur.pipeline.stages.loading import load_baseline, load_compact, parity_images
+from secateur.pipeline.workloads import Postprocessing
+from secateur.pruning.surgery import certify, prune
 
 
 def export(run: Run, facts: Facts) -> ExportFacts:

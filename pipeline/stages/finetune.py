@@ -6,17 +6,17 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from pipeline.errors import UserError
-from pipeline.evaluation.evaluator import Evaluator
-from pipeline.files import sha256_of, write_whole
-from pipeline.run.facts import Facts, FinetuneFacts
-from pipeline.run.records import request_of
-from pipeline.run.run import Run
-from pipeline.run.study import Study
-from pipeline.stages.loading import load_baseline
-from pipeline.stages.search import merit
-from pipeline.training.loop import save_weights
-from pruning.search.protocol import RANDOM, AuxiliaryTraining, Candidate, Entry, FineTune
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.evaluation.evaluator import Evaluator
+from secateur.pipeline.files import sha256_of, write_whole
+from secateur.pipeline.run.facts import Facts, FinetuneFacts
+from secateur.pipeline.run.records import request_of
+from secateur.pipeline.run.run import Run
+from secateur.pipeline.run.study import Study
+from secateur.pipeline.stages.loading import load_baseline
+from secateur.pipeline.stages.search import merit
+from secateur.pipeline.training.loop import save_weights
+from secateur.pruning.search.protocol import RANDOM, AuxiliaryTraining, Candidate, Entry, FineTune
 
 
 def finetune(run: Run, facts: Facts) -> FinetuneFacts:

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.lifecycle import promotion
-from pipeline.run.facts import Both, Check, Facts, GateFacts, ModelFacts
-from pipeline.run.run import Run
-from pipeline.stages.loading import load_baseline
-from pruning.cost import cost
-from pruning.plan import PruningPlan
+from secateur.pipeline.lifecycle import promotion
+from secateur.pipeline.run.facts import Both, Check, Facts, GateFacts, ModelFacts
+from secateur.pipeline.run.run import Run
+from secateur.pipeline.stages.loading import load_baseline
+from secateur.pruning.cost import cost
+from secateur.pruning.plan import PruningPlan
 
 CERTIFIED = 1e-4
 """The largest relative difference of the pruned network to the masked one."""

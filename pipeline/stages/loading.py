@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pipeline.run.opening import trace_network
-from pipeline.run.run import Run
-from pipeline.training.loop import load_weights
-from pipeline.workloads import Split
-from pruning.channels import ChannelGraph
-from pruning.plan import PruningPlan
-from pruning.surgery import prune
+from secateur.pipeline.run.opening import trace_network
+from secateur.pipeline.run.run import Run
+from secateur.pipeline.training.loop import load_weights
+from secateur.pipeline.workloads import Split
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.surgery import prune
 
 
 def load_baseline(run: Run) -> tuple[nn.Module, ChannelGraph]:

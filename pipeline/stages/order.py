@@ -8,20 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from device_profiles import DeviceError
-from pipeline.errors import TrackingError
-from pipeline.files import sha256_of
-from pipeline.run.facts import EARLIER_NAMES, Facts, StageFacts, from_json, to_json
-from pipeline.run.run import Run
-from pipeline.stages.baseline import baseline
-from pipeline.stages.benchmark import benchmark
-from pipeline.stages.export import export
-from pipeline.stages.finetune import finetune
-from pipeline.stages.gate import gate
-from pipeline.stages.promote import promote
-from pipeline.stages.register import register
-from pipeline.stages.report import report
-from pipeline.stages.search import search
+from secateur.device_profiles import DeviceError
+from secateur.pipeline.errors import TrackingError
+from secateur.pipeline.files import sha256_of
+from secateur.pipeline.run.facts import EARLIER_NAMES, Facts, StageFacts, from_json, to_json
+from secateur.pipeline.run.run import Run
+from secateur.pipeline.stages.baseline import baseline
+from secateur.pipeline.stages.benchmark import benchmark
+from secateur.pipeline.stages.export import export
+from secateur.pipeline.stages.finetune import finetune
+from secateur.pipeline.stages.gate import gate
+from secateur.pipeline.stages.promote import promote
+from secateur.pipeline.stages.register import register
+from secateur.pipeline.stages.report import report
+from secateur.pipeline.stages.search import search
 
 Results = Mapping[str, Mapping[str, Any]]
 """By the name of a stage, its facts as JSON."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pipeline.devices.fleet import Device
-from pipeline.lifecycle import promotion
-from pipeline.run.facts import Facts, PromoteFacts, RegisterFacts
-from pipeline.run.run import Run
-from pipeline.stages.benchmark import load_benchmark
-from pipeline.tracking import Decision
+from secateur.pipeline.devices.fleet import Device
+from secateur.pipeline.lifecycle import promotion
+from secateur.pipeline.run.facts import Facts, PromoteFacts, RegisterFacts
+from secateur.pipeline.run.run import Run
+from secateur.pipeline.stages.benchmark import load_benchmark
+from secateur.pipeline.tracking import Decision
 
 
 def promote(run: Run, facts: Facts) -> PromoteFacts:

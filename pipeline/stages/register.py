@@ -10,18 +10,18 @@ from typing import Any
 
 import yaml
 
-from export.verify import predict
-from pipeline.config.schema import TrackingSection
-from pipeline.errors import TrackingError
-from pipeline.files import write_whole
-from pipeline.lifecycle import promotion
-from pipeline.lifecycle.rescore import check_whole
-from pipeline.run.facts import Both, Facts, RegisterFacts, to_json
-from pipeline.run.records import of_candidates
-from pipeline.run.run import Run
-from pipeline.tracking import redacted
-from pipeline.tracking.registry import MAX_TAG
-from pipeline.workloads.data.record import FACTS as DATA_FACTS
+from secateur.export.verify import predict
+from secateur.pipeline.config.schema import TrackingSection
+from secateur.pipeline.errors import TrackingError
+from secateur.pipeline.files import write_whole
+from secateur.pipeline.lifecycle import promotion
+from secateur.pipeline.lifecycle.rescore import check_whole
+from secateur.pipeline.run.facts import Both, Facts, RegisterFacts, to_json
+from secateur.pipeline.run.records import of_candidates
+from secateur.pipeline.run.run import Run
+from secateur.pipeline.tracking import redacted
+from secateur.pipeline.tracking.registry import MAX_TAG
+from secateur.pipeline.workloads.data.record import FACTS as DATA_FACTS
 
 
 def register(run: Run, facts: Facts) -> RegisterFacts:

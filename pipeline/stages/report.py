@@ -6,13 +6,13 @@ import json
 
 import torch
 
-from export.verify import predict
-from pipeline.files import sha256_of, write_whole
-from pipeline.lifecycle.rescore import check_whole, front_rows
-from pipeline.report import write_report
-from pipeline.run.facts import Facts, ReportFacts
-from pipeline.run.run import Run
-from pipeline.stages.loading import first_batch
+from secateur.export.verify import predict
+from secateur.pipeline.files import sha256_of, write_whole
+from secateur.pipeline.lifecycle.rescore import check_whole, front_rows
+from secateur.pipeline.report import write_report
+from secateur.pipeline.run.facts import Facts, ReportFacts
+from secateur.pipeline.run.run import Run
+from secateur.pipeline.stages.loading import first_batch
 
 NUM_PICTURES = 4
 

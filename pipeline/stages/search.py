@@ -7,22 +7,22 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from pipeline.errors import UserError
-from pipeline.evaluation.evaluator import Evaluator
-from pipeline.lifecycle.finish import chosen_plan, only
-from pipeline.lifecycle.rescore import rank_agreement
-from pipeline.run.facts import Facts, LatencyFacts, Proof, RankAgreement, SearchFacts
-from pipeline.run.proof import prove
-from pipeline.run.ranking import rank_exactly
-from pipeline.run.run import Run
-from pipeline.run.study import Study
-from pipeline.stages.loading import load_baseline
-from pruning.channels import ChannelGraph
-from pruning.cost import cost
-from pruning.plan import PruningPlan, SearchSpace
-from pruning.search.protocol import Archive, BudgetSpent, Candidate, Evaluation
-from pruning.search.reward import Reward
-from pruning.search.support import SearchError
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.evaluation.evaluator import Evaluator
+from secateur.pipeline.lifecycle.finish import chosen_plan, only
+from secateur.pipeline.lifecycle.rescore import rank_agreement
+from secateur.pipeline.run.facts import Facts, LatencyFacts, Proof, RankAgreement, SearchFacts
+from secateur.pipeline.run.proof import prove
+from secateur.pipeline.run.ranking import rank_exactly
+from secateur.pipeline.run.run import Run
+from secateur.pipeline.run.study import Study
+from secateur.pipeline.stages.loading import load_baseline
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.cost import cost
+from secateur.pruning.plan import PruningPlan, SearchSpace
+from secateur.pruning.search.protocol import Archive, BudgetSpent, Candidate, Evaluation
+from secateur.pruning.search.reward import Reward
+from secateur.pruning.search.support import SearchError
 
 POINT_ESTIMATE = 0.1
 """How far (fraction) a ratio from one process may be off, before a target is called out of reach for it."""

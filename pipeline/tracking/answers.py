@@ -16,7 +16,7 @@ from google.protobuf.json_format import ParseError
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from pipeline.errors import masked
+from secateur.pipeline.errors import masked
 
 NO_MLFLOW = "what answers there is no MLflow server, or none that is well: correct tracking.uri (host, port and path)"
 NAMED: Mapping[str, str] = {

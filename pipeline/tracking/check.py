@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from pipeline.config.schema import RunFile
-from pipeline.errors import TrackingError, UserError
-from pipeline.tracking import ownership
-from pipeline.tracking.database import postgres_store, sqlite_store
-from pipeline.tracking.ownership import DEFAULT_DEVICE, MADE_TAG
-from pipeline.tracking.place import SERVER, redacted, store_uri
-from pipeline.tracking.rest import RestStore
-from pipeline.tracking.stores import Experiment, Store, StoreRefusedError, StoreUnreachableError
+from secateur.pipeline.config.schema import RunFile
+from secateur.pipeline.errors import TrackingError, UserError
+from secateur.pipeline.tracking import ownership
+from secateur.pipeline.tracking.database import postgres_store, sqlite_store
+from secateur.pipeline.tracking.ownership import DEFAULT_DEVICE, MADE_TAG
+from secateur.pipeline.tracking.place import SERVER, redacted, store_uri
+from secateur.pipeline.tracking.rest import RestStore
+from secateur.pipeline.tracking.stores import Experiment, Store, StoreRefusedError, StoreUnreachableError
 
 LONGEST_S = 10.0
 """However an address behaves, a report is there after so long."""

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from device_profiles.wording import command
-from pipeline.tracking.ownership import RUN_TAG, RUN_TAGS
-from pipeline.tracking.place import first_line, redacted, sqlite_file
-from pipeline.tracking.stores import Experiment, Model, Store, StoreRefusedError, StoreUnreachableError
+from secateur.device_profiles.wording import command
+from secateur.pipeline.tracking.ownership import RUN_TAG, RUN_TAGS
+from secateur.pipeline.tracking.place import first_line, redacted, sqlite_file
+from secateur.pipeline.tracking.stores import Experiment, Model, Store, StoreRefusedError, StoreUnreachableError
 
 LOCKED_S = 3.0
 Query = Callable[[str, Sequence[object]], list[tuple[Any, ...]]]

@@ -25,11 +25,12 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
-from pipeline.errors import SurroundingsError, masked
-from pipeline.locks import held
-from pipeline.tracking.answers import is_refusal
-from pipeline.tracking.ownership import CANDIDATE_TAG, PARENT_TAG
-from pipeline.tracking.store import Unreachable, connect, first_line
+import secateur
+from secateur.pipeline.errors import SurroundingsError, masked
+from secateur.pipeline.locks import held
+from secateur.pipeline.tracking.answers import is_refusal
+from secateur.pipeline.tracking.ownership import CANDIDATE_TAG, PARENT_TAG
+from secateur.pipeline.tracking.store import Unreachable, connect, first_line
 
 CLOSE_S, DEATH_S = 5.0, 60.0
 """How long its end is waited for: after a kill, and after it gave up by itself (a busy machine takes its time)."""
@@ -117,10 +118,10 @@ class Delivery:
     """
 
     def __init__(self, uri: str, lock: Path | None = None) -> None:
-        root = str(Path(__file__).parents[2])
+        root = str(Path(secateur.__file__).parents[1])
         self._noise = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed by `close`
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.tracking.delivery"],
+            [sys.executable, "-m", "secateur.pipeline.tracking.delivery"],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

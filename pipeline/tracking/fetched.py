@@ -12,10 +12,10 @@ from typing import Any
 import onnx
 from google.protobuf.message import DecodeError
 
-from device_profiles.wording import printable
-from pipeline.archives import check_archive
-from pipeline.errors import UserError, VersionError
-from pipeline.tracking.schemas import Schema, checked, read_json
+from secateur.device_profiles.wording import printable
+from secateur.pipeline.archives import check_archive
+from secateur.pipeline.errors import UserError, VersionError
+from secateur.pipeline.tracking.schemas import Schema, checked, read_json
 
 MAX_TEXT = 64 << 20
 """Bytes of a text; benchmarks of many processes are the largest of ours."""

@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pipeline.tracking.schemas import MoveTag, checked, read_json
+from secateur.pipeline.tracking.schemas import MoveTag, checked, read_json
 
 EVENTS = "secateur.event."
 DIGITS = 17

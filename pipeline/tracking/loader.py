@@ -25,7 +25,7 @@ def _decoder() -> Any:
     """The file ``decode.py`` beside this one, wherever this one is imported from; in Secateur itself, its own."""
     file = Path(__file__).with_name("decode.py")
     if not file.is_file():
-        return importlib.import_module("pipeline.workloads.data.decode")
+        return importlib.import_module("secateur.pipeline.workloads.data.decode")
     spec = importlib.util.spec_from_file_location("secateur_decode", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -13,10 +13,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from device_profiles.wording import printable
-from pipeline.errors import TrackingError, VersionError
-from pipeline.files import sha256_of
-from pipeline.tracking.schemas import Provenance, checked, read_json
+from secateur.device_profiles.wording import printable
+from secateur.pipeline.errors import TrackingError, VersionError
+from secateur.pipeline.files import sha256_of
+from secateur.pipeline.tracking.schemas import Provenance, checked, read_json
 
 FOLDER = "secateur"
 MODEL, MANIFEST = "model.onnx", f"{FOLDER}/provenance.json"

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from device_profiles.wording import command, printable
-from pipeline.tracking.history import read_events
-from pipeline.tracking.place import redacted
+from secateur.device_profiles.wording import command, printable
+from secateur.pipeline.tracking.history import read_events
+from secateur.pipeline.tracking.place import redacted
 
 RUN_TAG = "secateur.run_id"
 """On an MLflow run and on a version: Secateur's id of the run that made it."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.config.schema import TrackingSection
-from pipeline.errors import masked
-from pipeline.surroundings import HOME, TRACKING_URI, folder, variable
+from secateur.pipeline.config.schema import TrackingSection
+from secateur.pipeline.errors import masked
+from secateur.pipeline.surroundings import HOME, TRACKING_URI, folder, variable
 
 SQLITE = "sqlite:///"
 SERVER = ("http://", "https://")

@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import SurroundingsError, TrackingError, UserError, VersionError
-from pipeline.files import sha256_of, write_whole
-from pipeline.tracking.fetched import check_onnx, facts_of
-from pipeline.tracking.manifest import FOLDER, MODEL, Manifest
-from pipeline.tracking.registry import CHAMPION, MODEL_TAG, Registry, Version
-from pipeline.tracking.schemas import CachedVersion, GateFacts, Provenance, Usage, checked, read_json
-from pipeline.tracking.store import redacted
-from pipeline.workloads.data import decode
+from secateur.pipeline.errors import SurroundingsError, TrackingError, UserError, VersionError
+from secateur.pipeline.files import sha256_of, write_whole
+from secateur.pipeline.tracking.fetched import check_onnx, facts_of
+from secateur.pipeline.tracking.manifest import FOLDER, MODEL, Manifest
+from secateur.pipeline.tracking.registry import CHAMPION, MODEL_TAG, Registry, Version
+from secateur.pipeline.tracking.schemas import CachedVersion, GateFacts, Provenance, Usage, checked, read_json
+from secateur.pipeline.tracking.store import redacted
+from secateur.pipeline.workloads.data import decode
 
 PULLED = "pulled.json"
 CACHE = "models"

@@ -28,11 +28,11 @@ from mlflow.entities import LoggedModelOutput, Metric, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from pipeline.errors import SurroundingsError, TrackingError, UserError
-from pipeline.files import sha256_of
-from pipeline.locks import held, machine_lock
-from pipeline.tracking.answers import AnswerError
-from pipeline.tracking.history import (
+from secateur.pipeline.errors import SurroundingsError, TrackingError, UserError
+from secateur.pipeline.files import sha256_of
+from secateur.pipeline.locks import held, machine_lock
+from secateur.pipeline.tracking.answers import AnswerError
+from secateur.pipeline.tracking.history import (
     FOUND,
     Event,
     champions,
@@ -42,7 +42,7 @@ from pipeline.tracking.history import (
     next_key,
     read_events,
 )
-from pipeline.tracking.manifest import (
+from secateur.pipeline.tracking.manifest import (
     FOLDER,
     MANIFEST,
     MAX_MANIFEST,
@@ -52,12 +52,12 @@ from pipeline.tracking.manifest import (
     code_facts,
     write_manifest,
 )
-from pipeline.tracking.ownership import CHALLENGER as CHALLENGER
-from pipeline.tracking.ownership import CHAMPION as CHAMPION
-from pipeline.tracking.ownership import DEFAULT_DEVICE, PROMPT_TAG, model_refused, prompt_refused
-from pipeline.tracking.place import equals, sqlite_file
-from pipeline.tracking.store import RUN_TAG as RUN_TAG
-from pipeline.tracking.store import Unreachable, connect, experiment_of, first_line, redacted
+from secateur.pipeline.tracking.ownership import CHALLENGER as CHALLENGER
+from secateur.pipeline.tracking.ownership import CHAMPION as CHAMPION
+from secateur.pipeline.tracking.ownership import DEFAULT_DEVICE, PROMPT_TAG, model_refused, prompt_refused
+from secateur.pipeline.tracking.place import equals, sqlite_file
+from secateur.pipeline.tracking.store import RUN_TAG as RUN_TAG
+from secateur.pipeline.tracking.store import Unreachable, connect, experiment_of, first_line, redacted
 
 DEVICE_TAG, MANIFEST_TAG, MODEL_TAG = "device", "secateur.provenance", "sha256"
 DEVICE_NAMES = "secateur.device."
@@ -326,7 +326,7 @@ class Registry:
             TrackingError: a file is missing, or is another one.
             VersionError: the version is larger than any should be, or holds no models where they should be.
         """
-        from pipeline.tracking.fetched import check_files
+        from secateur.pipeline.tracking.fetched import check_files
 
         manifest = self.files(version)
         for path in manifest.files:

@@ -9,9 +9,9 @@ from urllib.parse import urlsplit, urlunsplit
 
 from mlflow.entities import Metric, RunTag
 
-from pipeline.errors import TrackingError
-from pipeline.tracking.place import equals
-from pipeline.tracking.store import RUN_TAG, Unreachable, connect, experiment_of, first_line, redacted
+from secateur.pipeline.errors import TrackingError
+from secateur.pipeline.tracking.place import equals
+from secateur.pipeline.tracking.store import RUN_TAG, Unreachable, connect, experiment_of, first_line, redacted
 
 REPROFILE_TAG, LAST_TAG = "secateur.champion", "secateur.last_reading"
 

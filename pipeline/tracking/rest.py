@@ -17,12 +17,19 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote, unquote, urlencode, urlsplit, urlunsplit
 
-from device_profiles.wording import cut, printable
-from pipeline.errors import masked
-from pipeline.surroundings import variable
-from pipeline.tracking.ownership import DEFAULT_DEVICE, MADE_TAG, PROMPT_TAG, RUN_TAG, RUN_TAGS, is_alias_of_ours
-from pipeline.tracking.place import equals
-from pipeline.tracking.stores import Experiment, Model, Store, StoreRefusedError, StoreUnreachableError
+from secateur.device_profiles.wording import cut, printable
+from secateur.pipeline.errors import masked
+from secateur.pipeline.surroundings import variable
+from secateur.pipeline.tracking.ownership import (
+    DEFAULT_DEVICE,
+    MADE_TAG,
+    PROMPT_TAG,
+    RUN_TAG,
+    RUN_TAGS,
+    is_alias_of_ours,
+)
+from secateur.pipeline.tracking.place import equals
+from secateur.pipeline.tracking.stores import Experiment, Model, Store, StoreRefusedError, StoreUnreachableError
 
 ANSWER_S = 5.0
 MOST_BYTES = 16 << 20

@@ -9,13 +9,13 @@ import sqlite3
 import tempfile
 from pathlib import Path
 
-from pipeline.errors import UserError
-from pipeline.tracking.ownership import MADE_TAG, RUN_TAGS, experiment_deleted, experiment_refused
-from pipeline.tracking.ownership import RUN_TAG as RUN_TAG
-from pipeline.tracking.place import SERVER, no_store, sqlite_file
-from pipeline.tracking.place import first_line as first_line
-from pipeline.tracking.place import redacted as redacted
-from pipeline.tracking.place import store_uri as store_uri
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.tracking.ownership import MADE_TAG, RUN_TAGS, experiment_deleted, experiment_refused
+from secateur.pipeline.tracking.ownership import RUN_TAG as RUN_TAG
+from secateur.pipeline.tracking.place import SERVER, no_store, sqlite_file
+from secateur.pipeline.tracking.place import first_line as first_line
+from secateur.pipeline.tracking.place import redacted as redacted
+from secateur.pipeline.tracking.place import store_uri as store_uri
 
 for name, value in {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -33,7 +33,7 @@ from mlflow.entities import ViewType  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
 
-from pipeline.tracking.answers import CheckedClient  # noqa: E402
+from secateur.pipeline.tracking.answers import CheckedClient  # noqa: E402
 
 for noisy in ("mlflow", "alembic"):  # what a user has to know of a failure is in the exception
     logging.getLogger(noisy).setLevel(logging.CRITICAL)

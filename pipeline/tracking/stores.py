@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from pipeline.tracking.ownership import PROMPT_TAG
+from secateur.pipeline.tracking.ownership import PROMPT_TAG
 
 
 @dataclass(frozen=True)

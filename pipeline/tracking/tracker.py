@@ -20,14 +20,22 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
-from pipeline.config.schema import TrackingSection
-from pipeline.errors import TrackingError, UserError, masked
-from pipeline.tracking.answers import is_refusal
-from pipeline.tracking.delivery import Child, Delivery, RefusedError, alone, write
-from pipeline.tracking.ownership import CANDIDATE_TAG, PARENT_TAG
-from pipeline.tracking.registry import Registry, Version
-from pipeline.tracking.store import RUN_TAG, Unreachable, connect, experiment_of, first_line, redacted, store_uri
-from pruning.search.protocol import on_images
+from secateur.pipeline.config.schema import TrackingSection
+from secateur.pipeline.errors import TrackingError, UserError, masked
+from secateur.pipeline.tracking.answers import is_refusal
+from secateur.pipeline.tracking.delivery import Child, Delivery, RefusedError, alone, write
+from secateur.pipeline.tracking.ownership import CANDIDATE_TAG, PARENT_TAG
+from secateur.pipeline.tracking.registry import Registry, Version
+from secateur.pipeline.tracking.store import (
+    RUN_TAG,
+    Unreachable,
+    connect,
+    experiment_of,
+    first_line,
+    redacted,
+    store_uri,
+)
+from secateur.pruning.search.protocol import on_images
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
 Record = Mapping[str, Any]

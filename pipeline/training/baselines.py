@@ -13,9 +13,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pipeline.files import write_whole
-from pipeline.locks import held
-from pipeline.training.loop import save_weights
+from secateur.pipeline.files import write_whole
+from secateur.pipeline.locks import held
+from secateur.pipeline.training.loop import save_weights
 
 WAIT_S = 48 * 3600.0
 """How long a run waits for another one that trains the same baseline."""

@@ -20,11 +20,11 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from pipeline.config.schema import Distillation, Recipe
-from pipeline.files import write_whole
-from pipeline.progress import Report, silent
-from pipeline.training.precision import trains_in_bf16
-from pipeline.workloads import Split, Workload
+from secateur.pipeline.config.schema import Distillation, Recipe
+from secateur.pipeline.files import write_whole
+from secateur.pipeline.progress import Report, silent
+from secateur.pipeline.training.precision import trains_in_bf16
+from secateur.pipeline.workloads import Split, Workload
 
 VERSION = 1
 """Part of every content hash of trained weights; raise it when a change here changes the result."""

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from pruning.surgery import TOLERANCE
+from secateur.pruning.surgery import TOLERANCE
 
 Precision = Literal["fp32", "bf16"]
 """The type of a forward pass; ``bf16`` of its weights and activations, while sums are kept in float32."""

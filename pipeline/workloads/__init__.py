@@ -14,8 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from pipeline.workloads.data.record import DataRecord
-from pipeline.workloads.data.sources import ImageSource
+from secateur.pipeline.workloads.data.record import DataRecord
+from secateur.pipeline.workloads.data.sources import ImageSource
 
 if TYPE_CHECKING:
     import onnx

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from pruning.rules.labels import BINS, Propagation, as_list
-from pruning.rules.operators import Arguments, tensors_in
+from secateur.pruning.rules.labels import BINS, Propagation, as_list
+from secateur.pruning.rules.operators import Arguments, tensors_in
 
 
 def along(p: Propagation, a: Arguments, out: Any, *, normalises: bool = False) -> None:

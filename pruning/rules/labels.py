@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pruning.plan import IntArray
-from pruning.rules.operators import Arguments, operator_of, tensors_in
+from secateur.pruning.plan import IntArray
+from secateur.pruning.rules.operators import Arguments, operator_of, tensors_in
 
 Dim = IntArray | None
 """Labels along one dimension, shape ``(length,)``; None = a dimension of fixed length (batch, space, constants)."""

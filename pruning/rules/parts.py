@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pruning.rules.labels import MAKES, Dim, Propagation, fixed
-from pruning.rules.operators import Arguments, tensors_in
+from secateur.pruning.rules.labels import MAKES, Dim, Propagation, fixed
+from secateur.pruning.rules.operators import Arguments, tensors_in
 
 
 def constant(p: Propagation, a: Arguments, out: Any) -> None:

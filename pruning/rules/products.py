@@ -7,8 +7,17 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from pruning.rules.labels import BINS, Dim, Grouped, Propagation, elementwise, fixed, numbers_places, weight_name
-from pruning.rules.operators import Arguments, tensors_in
+from secateur.pruning.rules.labels import (
+    BINS,
+    Dim,
+    Grouped,
+    Propagation,
+    elementwise,
+    fixed,
+    numbers_places,
+    weight_name,
+)
+from secateur.pruning.rules.operators import Arguments, tensors_in
 
 
 def convolution(p: Propagation, a: Arguments, out: Any) -> None:

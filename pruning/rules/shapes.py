@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pruning.plan import IntArray
-from pruning.rules.labels import Dim, Labels, Propagation
-from pruning.rules.operators import Arguments
+from secateur.pruning.plan import IntArray
+from secateur.pruning.rules.labels import Dim, Labels, Propagation
+from secateur.pruning.rules.operators import Arguments
 
 
 def flip(p: Propagation, a: Arguments, out: Any) -> None:

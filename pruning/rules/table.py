@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pruning.rules.along import (
+from secateur.pruning.rules.along import (
     along,
     batch_norm,
     grid_sampler,
@@ -21,9 +21,9 @@ from pruning.rules.along import (
     unfold_windows,
     weight_norm,
 )
-from pruning.rules.labels import CUTS, MAKES, Propagation, Rule, elementwise
-from pruning.rules.operators import Arguments, Operator, tensors_in
-from pruning.rules.parts import (
+from secateur.pruning.rules.labels import CUTS, MAKES, Propagation, Rule, elementwise
+from secateur.pruning.rules.operators import Arguments, Operator, tensors_in
+from secateur.pruning.rules.parts import (
     cat,
     constant,
     copy_into,
@@ -36,7 +36,7 @@ from pruning.rules.parts import (
     pad,
     stack,
 )
-from pruning.rules.products import (
+from secateur.pruning.rules.products import (
     attention,
     convolution,
     deform_conv,
@@ -47,7 +47,7 @@ from pruning.rules.products import (
     product,
     trilinear,
 )
-from pruning.rules.shapes import (
+from secateur.pruning.rules.shapes import (
     as_strided,
     channel_shuffle,
     col2im,

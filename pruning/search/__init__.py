@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from device_profiles.shelf import Shelf
+from secateur.device_profiles.shelf import Shelf
 
-METHODS = Shelf("pruning.search.methods", "search method", ("Options", "search"), "secateur.methods")
+METHODS = Shelf("secateur.pruning.search.methods", "search method", ("Options", "search"), "secateur.methods")
 """Every search method, named as its module, which has ``Options`` and ``search(problem, options)``."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pruning.search.protocol import Evaluation
+from secateur.pruning.search.protocol import Evaluation
 
 COSTS = ("latency_ratio", "macs")
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from pruning.plan import PruningPlan
-from pruning.search.protocol import (
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.search.protocol import (
     AuxiliaryTraining,
     Candidate,
     Distort,

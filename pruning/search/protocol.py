@@ -5,8 +5,8 @@ to each, in ask order; at its end it returns its archive. It draws every random 
 its requests depend on nothing but that generator and earlier answers, so replaying the answers from a journal is
 resuming the search. It never sees a model, a file, a tracker or a clock.
 
-Each method is one module of ``pruning.search.methods``: its file name is its name in a run file, ``Options`` (a frozen
-dataclass) are its options, and ``search(problem, options)`` is the generator.
+Each method is one module of ``secateur.pruning.search.methods``: its file name is its name in a run file, ``Options``
+(a frozen dataclass) are its options, and ``search(problem, options)`` is the generator.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from pruning.plan import IntArray, PruningPlan, SearchSpace
+from secateur.pruning.plan import IntArray, PruningPlan, SearchSpace
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -137,8 +137,8 @@ class Score:
     """Request: a saliency of every channel. Answer: group name -> shape ``(size,)``, higher = keep.
 
     Args:
-        criterion: a name of ``pruning.saliency``. ``feature_distance`` answers cosine distances between the channels'
-            mean feature maps instead, shape ``(size, size)``.
+        criterion: a name of ``secateur.pruning.saliency``. ``feature_distance`` answers cosine distances between the
+            channels' mean feature maps instead, shape ``(size, size)``.
         base: whose weights are looked at.
         plan: the network is cut to this plan first (channels outside score -inf, distances to them are inf); None =
             the whole network.
@@ -194,8 +194,8 @@ class AuxiliaryTraining:
     Answer: ``AuxiliaryTrained``.
 
     Args:
-        kind: a module of ``pipeline.training.auxiliary``: what is added (``pruning_net``, ``shared``, ``indicators``,
-            ``sparsity`` ...).
+        kind: a module of ``secateur.pipeline.training.auxiliary``: what is added (``pruning_net``, ``shared``,
+            ``indicators``, ``sparsity`` ...).
         epochs: of the training split.
         base: whose weights training begins with.
         options: further arguments of the kind.
@@ -233,7 +233,8 @@ class Time:
 class Predict:
     """Request: a model of the network's latency on the device, fitted to a few measurements.
 
-    Answer: the arrays of ``device_profiles.latency_model.LatencyModel`` (over all groups of ``Problem.space.full``), or
+    Answer: the arrays of ``secateur.device_profiles.latency_model.LatencyModel`` (over all groups of
+        ``Problem.space.full``), or
     none where no model has proven good enough and plans must be measured.
     """
 

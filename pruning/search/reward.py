@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from pruning.search.protocol import Evaluation
+from secateur.pruning.search.protocol import Evaluation
 
 MAX_EXPONENT = 16
 LEAST = 1e-9

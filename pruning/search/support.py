@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from device_profiles.latency_model import LatencyModel
-from pruning.plan import IntArray, PruningPlan
-from pruning.search.protocol import (
+from secateur.device_profiles.latency_model import LatencyModel
+from secateur.pruning.plan import IntArray, PruningPlan
+from secateur.pruning.search.protocol import (
     DENSE,
     Answer,
     Archive,
@@ -217,8 +217,8 @@ def limit_of(problem: Problem, points: int = 3) -> Generator[Request, Answer, Li
 def predicted_latency(problem: Problem, points: int = 3) -> Generator[Request, Answer, Ratios]:
     """``ratios = yield from predicted_latency(problem)``: latency of width vectors, from a few measured plans.
 
-    By the device's latency model of this network where it has proven good (``device_profiles.latency_model``), else by
-    ``latency_table``.
+    By the device's latency model of this network where it has proven good (``secateur.device_profiles.latency_model``),
+    else by ``latency_table``.
     """
     answer = yield Predict()
     assert isinstance(answer, Mapping), answer

@@ -20,8 +20,8 @@ from typing import ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
-from pruning.plan import IntArray, PruningPlan, SearchSpace
-from pruning.search.protocol import (
+from secateur.pruning.plan import IntArray, PruningPlan, SearchSpace
+from secateur.pruning.search.protocol import (
     DENSE,
     RANDOM,
     Answer,
@@ -35,7 +35,7 @@ from pruning.search.protocol import (
     Request,
     Strategy,
 )
-from pruning.search.support import (
+from secateur.pruning.search.support import (
     Limit,
     SearchError,
     check_ranges,

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy.stats import mannwhitneyu
 
-from pruning.plan import PruningPlan, SearchSpace
-from pruning.search import METHODS
-from pruning.search.protocol import Archive, Candidate, Goal, Score
+from secateur.pruning.plan import PruningPlan, SearchSpace
+from secateur.pruning.search import METHODS
+from secateur.pruning.search.protocol import Archive, Candidate, Goal, Score
 from tests.pruning.search.fakes import BASELINE, FakeStudy, chain, drive, study
 
 NAMES = sorted(set(METHODS.names()) - {"random"})

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from pruning.search import METHODS
-from pruning.search.protocol import DENSE, RANDOM, AuxiliaryTrained, Evaluate, FineTune, FineTuned, Goal
+from secateur.pruning.search import METHODS
+from secateur.pruning.search.protocol import DENSE, RANDOM, AuxiliaryTrained, Evaluate, FineTune, FineTuned, Goal
 from tests.pruning.search.fakes import FakeStudy, drive, study
 
 NAMES = METHODS.names()

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from device_profiles import DeviceProfile
+from secateur.device_profiles import DeviceProfile
 from tests.device_profiles.tiny import quick_profile
 
 CHECKOUT = Path(__file__).parents[2]

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from device_profiles import BenchmarkResult
-from device_profiles.latency_model import FloatArray, Sample
-from device_profiles.layers import IntArray, LayerKind, LayerTable
-from device_profiles.measure import ModelSamples, Node, Process
+from secateur.device_profiles import BenchmarkResult
+from secateur.device_profiles.latency_model import FloatArray, Sample
+from secateur.device_profiles.layers import IntArray, LayerKind, LayerTable
+from secateur.device_profiles.measure import ModelSamples, Node, Process
 
 Law = Callable[[str, int, int, int, int], float]
 Channels = int | str

@@ -26,7 +26,7 @@ import asyncssh
 import psutil
 import pytest
 
-from device_profiles.targets.ssh import Settings, SshTarget
+from secateur.device_profiles.targets.ssh import Settings, SshTarget
 
 PARTS = Path(__file__).parents[2] / ".parts" / "sshd"
 UID = 47_110

@@ -26,10 +26,10 @@ import psutil
 import pytest
 from onnx import TensorProto, helper
 
-from device_profiles import agent as agent_module
-from device_profiles.agent import EXIT_CODES, PROTOCOL, AgentError
-from device_profiles.runtimes.onnxruntime import parse_trace
-from device_profiles.target import AGENT
+from secateur.device_profiles import agent as agent_module
+from secateur.device_profiles.agent import EXIT_CODES, PROTOCOL, AgentError
+from secateur.device_profiles.runtimes.onnxruntime import parse_trace
+from secateur.device_profiles.target import AGENT
 from tests.device_profiles.tiny import write_conv
 
 ENDLESS = {"min_repeats": 10**9, "max_seconds": 600}

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from device_profiles import DeviceError, LocalTarget
-from device_profiles.answers import checked
+from secateur.device_profiles import DeviceError, LocalTarget
+from secateur.device_profiles.answers import checked
 
 PROBE: dict[str, Any] = {
     "device": {"machine": "x86_64", "cpus": 2, "host": "board"},

@@ -17,8 +17,8 @@ import numpy.typing as npt
 import pytest
 import yaml
 
-from device_profiles import DeviceError, Target, open_target
-from device_profiles.agent import PROTOCOL
+from secateur.device_profiles import DeviceError, Target, open_target
+from secateur.device_profiles.agent import PROTOCOL
 from tests.device_profiles import arm
 from tests.device_profiles.tiny import quick_profile
 
@@ -139,7 +139,7 @@ def test_a_killed_agent_leaves_no_worker(emulated: Target, models: Mapping[str, 
 def test_a_run_on_an_emulated_device_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    from pipeline.cli import app as cli
+    from secateur.pipeline.cli import app as cli
     from tests.pipeline.helpers import write_tiny
 
     profile = arm.emulated_profile().model_dump(mode="json", include={"target", "connect", "timing"})

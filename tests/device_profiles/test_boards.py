@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from device_profiles import known_profiles, load_profile
-from device_profiles.target import is_template
+from secateur.device_profiles import known_profiles, load_profile
+from secateur.device_profiles.target import is_template
 
 BOARDS = sorted(set(known_profiles()) - {"local"})
 GENERIC = {"generic-arm64", "generic-x86-64"}

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from device_profiles import DeviceError, Multiples
-from device_profiles.calibration import load, path_of, save
-from device_profiles.staircase import Staircase
+from secateur.device_profiles import DeviceError, Multiples
+from secateur.device_profiles.calibration import load, path_of, save
+from secateur.device_profiles.staircase import Staircase
 from tests.device_profiles.tiny import quick_profile
 
 FOUND = Staircase("test", "aa", Multiples(conv=16), {"conv": {1: 1.5, 2: 1.25}}, {"conv": {1: 0.0}}, 0.01, {}, 1.0)

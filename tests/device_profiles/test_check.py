@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from device_profiles import DeviceError, DeviceProfile, LocalTarget, load_profile
-from device_profiles.check import Check, judge, throttle_signs
+from secateur.device_profiles import DeviceError, DeviceProfile, LocalTarget, load_profile
+from secateur.device_profiles.check import Check, judge, throttle_signs
 from tests.device_profiles.tiny import quick_profile
 
 NEWEST = {"onnxruntime": "1.31.1", "numpy": "2.4.0"}

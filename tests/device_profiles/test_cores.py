@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from device_profiles import cores
-from device_profiles.cores import usable_cores
+from secateur.device_profiles import cores
+from secateur.device_profiles.cores import usable_cores
 
 ROOT = Path(__file__).parents[2]
 V2, V1 = "0::/user.slice/job\n", "4:cpu,cpuacct:/docker/abc\n2:memory:/docker/abc\n0::/\n"
@@ -70,7 +70,7 @@ def test_quotas_of_control_groups(name: str, tmp_path: Path, monkeypatch: pytest
 def test_the_affinity_counts_where_nothing_else_is_said(tmp_path: Path) -> None:
     assert usable_cores(tmp_path) == len(os.sched_getaffinity(0))
     code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-    code += "from device_profiles.cores import usable_cores; print(usable_cores())"
+    code += "from secateur.device_profiles.cores import usable_cores; print(usable_cores())"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert found.stdout == "1\n"
 

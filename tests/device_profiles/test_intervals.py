@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from device_profiles.intervals import MANY_PROCESSES, Ratio, of_processes, processes_that_tell, rounding_of
+from secateur.device_profiles.intervals import MANY_PROCESSES, Ratio, of_processes, processes_that_tell, rounding_of
 
 TRIALS = 4000
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from threadpoolctl import threadpool_limits
 
-from device_profiles.latency_model import MIN_SAMPLES, LatencyModel, Sample, choose, layer_times, sample_of
-from device_profiles.layers import LayerTable
-from device_profiles.measure import Node
-from pipeline.run.records import pack, unpack
+from secateur.device_profiles.latency_model import MIN_SAMPLES, LatencyModel, Sample, choose, layer_times, sample_of
+from secateur.device_profiles.layers import LayerTable
+from secateur.device_profiles.measure import Node
+from secateur.pipeline.run.records import pack, unpack
 from tests.device_profiles.layered import Network, mobile, node_of, nodes_of, plain, table_of
 
 NETWORKS = {"plain": plain, "mobile": mobile}

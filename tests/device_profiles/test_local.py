@@ -19,10 +19,10 @@ import numpy as np
 import psutil
 import pytest
 
-from device_profiles import DeviceError, LocalTarget, open_target
-from device_profiles.agent import PROTOCOL
-from device_profiles.target import AGENT
-from device_profiles.targets import local
+from secateur.device_profiles import DeviceError, LocalTarget, open_target
+from secateur.device_profiles.agent import PROTOCOL
+from secateur.device_profiles.target import AGENT
+from secateur.device_profiles.targets import local
 from tests.device_profiles.test_agent import ENDLESS, infer_request, is_free, is_gone, request_for, wait_until
 from tests.device_profiles.test_agent import work_folders as folders_in
 from tests.device_profiles.tiny import quick_profile, write_conv
@@ -109,7 +109,7 @@ def test_outputs_are_fetched_whole_and_removed_at_the_close(
     with pytest.raises(DeviceError, match=r"cannot copy .*: No such file") as caught:
         target.fetch(answer["outputs"], to)
     assert caught.value.code == "transfer"
-    monkeypatch.setattr("device_profiles.targets.local.uuid.uuid4", lambda: SimpleNamespace(hex="1"))
+    monkeypatch.setattr("secateur.device_profiles.targets.local.uuid.uuid4", lambda: SimpleNamespace(hex="1"))
     with pytest.raises(DeviceError, match="No space left") as caught:
         (tmp_path / ".full.npz.1.part").symlink_to("/dev/full")
         target.fetch(str(to), tmp_path / "full.npz")
@@ -165,7 +165,7 @@ def test_a_hung_agent_is_ended(target: LocalTarget, model: Path, monkeypatch: py
 def test_no_orphan_when_the_client_is_killed(target: LocalTarget, model: Path):
     script = """
 import json, sys
-from device_profiles import LocalTarget
+from secateur.device_profiles import LocalTarget
 LocalTarget().run(json.loads(sys.argv[1]), 600, lambda event: print(json.dumps(event), flush=True))
 """
     env = {**target.env, "PYTHONPATH": str(AGENT.parents[1])}

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from device_profiles import BenchmarkResult, DeviceError, Ratio, Tier, measure
-from device_profiles.measure import ModelSamples, Node, Process
+from secateur.device_profiles import BenchmarkResult, DeviceError, Ratio, Tier, measure
+from secateur.device_profiles.measure import ModelSamples, Node, Process
 from tests.device_profiles.tiny import quick_profile, synthetic
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from device_profiles import DeviceError, known_profiles, load_profile
-from device_profiles.profile import Multiples
-from device_profiles.target import is_template, require_complete
+from secateur.device_profiles import DeviceError, known_profiles, load_profile
+from secateur.device_profiles.profile import Multiples
+from secateur.device_profiles.target import is_template, require_complete
 
 
 def test_every_shipped_profile_loads():

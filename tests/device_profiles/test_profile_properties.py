@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from device_profiles import DeviceError, DeviceProfile, load_profile
-from device_profiles.profile import TARGETS
-from device_profiles.settle import schema_of
+from secateur.device_profiles import DeviceError, DeviceProfile, load_profile
+from secateur.device_profiles.profile import TARGETS
+from secateur.device_profiles.settle import schema_of
 from tests.tools import schemas
 
 SHARED = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from device_profiles import DeviceError
-from device_profiles.agent import PROTOCOL
-from device_profiles.protocol import CANCEL_LINE, Reader, error_of, hung, read_answer, request_line
+from secateur.device_profiles import DeviceError
+from secateur.device_profiles.agent import PROTOCOL
+from secateur.device_profiles.protocol import CANCEL_LINE, Reader, error_of, hung, read_answer, request_line
 
 ANSWER = f'{{"protocol": {PROTOCOL}, "models": 1}}\n'
 

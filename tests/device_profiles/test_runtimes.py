@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from device_profiles import DeviceError, LocalTarget, measure
-from device_profiles.check import judge
-from device_profiles.profile import RUNTIMES, Tier
-from device_profiles.runtime import Runtime, runtime_named
-from device_profiles.staircase import fingerprint_of
+from secateur.device_profiles import DeviceError, LocalTarget, measure
+from secateur.device_profiles.check import judge
+from secateur.device_profiles.profile import RUNTIMES, Tier
+from secateur.device_profiles.runtime import Runtime, runtime_named
+from secateur.device_profiles.staircase import fingerprint_of
 from tests.device_profiles import matrix
 from tests.device_profiles.test_agent import infer_request, request_for
 from tests.device_profiles.tiny import quick_profile, write_conv
@@ -102,7 +102,7 @@ def test_the_runtime_beside_the_agent_is_the_default(tmp_path: Path, target: Loc
 
 
 def test_an_unknown_runtime_is_a_fault_of_the_profile(tmp_path: Path):
-    from device_profiles import load_profile
+    from secateur.device_profiles import load_profile
 
     (tmp_path / "mine.yaml").write_text("extends: local\nruntime: onnx-runtime\n")
     with pytest.raises(DeviceError, match=r"line 2: runtime: unknown runtime 'onnx-runtime'\. Did you mean 'onnxrunt"):
@@ -119,7 +119,7 @@ def test_a_device_without_the_runtime_is_told_what_to_install():
 def test_a_runtime_is_one_file_for_old_pythons(name: str):
     tree = ast.parse(runtime_named(name).file.read_text(), feature_version=(3, 8))
     top = {alias.name.split(".")[0] for n in tree.body if isinstance(n, ast.Import) for alias in n.names}
-    ours = {"device_profiles", "export", "pruning", "pipeline"}
+    ours = {"secateur"}
     every = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     assert top <= sys.stdlib_module_names | {"numpy"}, "a runtime itself is imported by facts(), in its own process"
     assert not every & ours

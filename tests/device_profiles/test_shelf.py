@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from device_profiles import DeviceError, load_profile, shelf
-from device_profiles.shelf import NotAdmittedError, PluginError, Shelf
-from device_profiles.target import is_template, open_target
+from secateur.device_profiles import DeviceError, load_profile, shelf
+from secateur.device_profiles.shelf import NotAdmittedError, PluginError, Shelf
+from secateur.device_profiles.target import is_template, open_target
 
 GOOD = '"""A good one."""\n\nclass Settings: ...\n\ndef open_target(profile, settings): ...\n'
-TARGETS = Shelf("device_profiles.targets", "target", ("Settings", "open_target"), "secateur.targets")
+TARGETS = Shelf("secateur.device_profiles.targets", "target", ("Settings", "open_target"), "secateur.targets")
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,7 @@ def test_two_of_one_name_are_refused_with_both_places(tmp_path: Path, monkeypatc
     assert "2 times" in str(caught.value)
     with pytest.raises(PluginError, match=r"theirs_good \(.*\) and others_good|others_good \(.*\) and theirs_good"):
         TARGETS.load("good")
-    assert TARGETS.load("ssh").__name__ == "device_profiles.targets.ssh"
+    assert TARGETS.load("ssh").__name__ == "secateur.device_profiles.targets.ssh"
 
 
 def test_a_broken_package_is_a_fault_of_the_profile_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -15,12 +15,12 @@ import psutil
 import pytest
 from pydantic import ValidationError
 
-from device_profiles import DeviceError, measure, open_target
-from device_profiles.agent import PROTOCOL
-from device_profiles.runtime import DEFAULT, Runtime, runtime_named
-from device_profiles.target import AGENT
-from device_profiles.targets import ssh
-from device_profiles.targets.ssh import Settings, SshTarget
+from secateur.device_profiles import DeviceError, measure, open_target
+from secateur.device_profiles.agent import PROTOCOL
+from secateur.device_profiles.runtime import DEFAULT, Runtime, runtime_named
+from secateur.device_profiles.target import AGENT
+from secateur.device_profiles.targets import ssh
+from secateur.device_profiles.targets.ssh import Settings, SshTarget
 from tests.device_profiles import matrix, sshd
 from tests.device_profiles.sshd import Device, opened
 from tests.device_profiles.tiny import quick_profile, write_conv

@@ -20,10 +20,10 @@ import asyncssh
 import psutil
 import pytest
 
-from device_profiles import DeviceError, protocol
-from device_profiles.target import AGENT
-from device_profiles.targets import ssh
-from device_profiles.targets.ssh import Settings, SshTarget
+from secateur.device_profiles import DeviceError, protocol
+from secateur.device_profiles.target import AGENT
+from secateur.device_profiles.targets import ssh
+from secateur.device_profiles.targets.ssh import Settings, SshTarget
 from tests.device_profiles import sshd
 from tests.device_profiles.proxy import Proxy
 from tests.device_profiles.sshd import Device, opened, wait_for
@@ -195,7 +195,7 @@ def test_closing_ends_a_run(device: Device, model: Path):
 CLIENT = """
 import json, sys
 from pathlib import Path
-from device_profiles.targets.ssh import Settings, SshTarget
+from secateur.device_profiles.targets.ssh import Settings, SshTarget
 target = SshTarget(Settings(**json.loads(sys.argv[1])))
 request = json.loads(sys.argv[2])
 target.run(request, 600, lambda event: print(json.dumps(event), flush=True))

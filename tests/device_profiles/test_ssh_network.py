@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from device_profiles import measure
+from secateur.device_profiles import measure
 from tests.device_profiles import sshd
 from tests.device_profiles.sshd import Device, opened
 from tests.device_profiles.tiny import quick_profile, write_conv

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from device_profiles import DeviceError, LocalTarget, Multiples, measure
-from device_profiles.chains import DEPTH, chain
-from device_profiles.layers import KINDS
-from device_profiles.staircase import (
+from secateur.device_profiles import DeviceError, LocalTarget, Multiples, measure
+from secateur.device_profiles.chains import DEPTH, chain
+from secateur.device_profiles.layers import KINDS
+from secateur.device_profiles.staircase import (
     MULTIPLES,
     SLACK,
     WIDTHS,

@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from device_profiles import BenchmarkResult, DeviceProfile, Tier
-from device_profiles.measure import ModelSamples, Process
+from secateur.device_profiles import BenchmarkResult, DeviceProfile, Tier
+from secateur.device_profiles.measure import ModelSamples, Process
 
 QUICK = Tier(processes=1, warmup=1, min_repeats=5, min_seconds=0.0)
 

@@ -20,9 +20,9 @@ import yaml
 from markdown_it import MarkdownIt
 from typer.testing import CliRunner
 
-from device_profiles import load_profile
-from pipeline.cli.app import app
-from pipeline.config.reading import parse_run_file
+from secateur.device_profiles import load_profile
+from secateur.pipeline.cli.app import app
+from secateur.pipeline.config.reading import parse_run_file
 from tests.pipeline.helpers import merged
 
 ROOT = Path(__file__).parents[2]

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pruning.channels import ChannelGraph
-from pruning.plan import PruningPlan
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.plan import PruningPlan
 
 
 class Flat(nn.Module):

@@ -13,12 +13,12 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from device_profiles import DeviceError, LocalTarget, measure
-from device_profiles.runtime import Runtime
-from export import ExportError, export_onnx
-from export.convert import converted, in_format
-from export.formats import FORMATS
-from export.quantize import PRECISIONS
+from secateur.device_profiles import DeviceError, LocalTarget, measure
+from secateur.device_profiles.runtime import Runtime
+from secateur.export import ExportError, export_onnx
+from secateur.export.convert import converted, in_format
+from secateur.export.formats import FORMATS
+from secateur.export.quantize import PRECISIONS
 from tests.device_profiles import matrix
 from tests.device_profiles.tiny import quick_profile, write_conv
 
@@ -65,7 +65,7 @@ def test_onnx_files_are_not_converted(tmp_path: Path):
 def test_another_format_is_measured_under_the_onnx_file_s_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "lock").mkdir()
     own = {"SECATEUR_LOCKS": str(tmp_path / "lock"), "SECATEUR_AGENT_STORE": str(tmp_path / "store")}
-    monkeypatch.setattr("export.convert.FORMATS", Known(matrix=format_of(write_matrix)))
+    monkeypatch.setattr("secateur.export.convert.FORMATS", Known(matrix=format_of(write_matrix)))
     target = in_format(LocalTarget(env=own, runtime=Runtime("matrix", matrix)), matrix.FORMAT)
     files = {"whole": write_product(tmp_path / "a.onnx", 64), "half": write_product(tmp_path / "b.onnx", 32)}
     try:
@@ -96,7 +96,7 @@ def test_a_converter_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ExportError, match=r"a\.onnx cannot be written as mine: RuntimeError: no such operator"):
         converted(format_of(fail), "mine", model, tmp_path / "b.npy")
     assert list(tmp_path.iterdir()) == [model]
-    monkeypatch.setattr("export.convert.FORMATS", Known(mine=format_of(fail)))
+    monkeypatch.setattr("secateur.export.convert.FORMATS", Known(mine=format_of(fail)))
     target = in_format(LocalTarget(), "mine")
     with pytest.raises(DeviceError, match="no such operator") as caught:
         target.put(model)

@@ -14,11 +14,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from export import ExportError
-from export.detections import Suppression, append_detections, compare_detections
-from export.onnx_export import export_proto
-from export.verify import open_session
-from pipeline.workloads.detection import networks, ssd
+from secateur.export import ExportError
+from secateur.export.detections import Suppression, append_detections, compare_detections
+from secateur.export.onnx_export import export_proto
+from secateur.export.verify import open_session
+from secateur.pipeline.workloads.detection import networks, ssd
 
 BOXES = 24
 DEFAULT_BOXES = networks.grid_boxes([4, 2], [[(0.3, 0.3)], [(0.5, 0.4), (0.3, 0.6)]])

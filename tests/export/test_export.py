@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from export import ExportedModel, ExportError, describe, export_onnx, predict, verify_parity
+from secateur.export import ExportedModel, ExportError, describe, export_onnx, predict, verify_parity
 from tests.export.nets import Flat, Mobile, prepared
 
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from device_profiles import LocalTarget, measure
-from device_profiles.latency_model import sample_of
-from device_profiles.layers import LayerTable
-from export.layers import layer_table
-from export.slicing import OnnxTemplate
-from pruning.channels import ChannelGraph
-from pruning.plan import PruningPlan
-from pruning.surgery import prune
-from pruning.trace import trace
+from secateur.device_profiles import LocalTarget, measure
+from secateur.device_profiles.latency_model import sample_of
+from secateur.device_profiles.layers import LayerTable
+from secateur.export.layers import layer_table
+from secateur.export.slicing import OnnxTemplate
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.surgery import prune
+from secateur.pruning.trace import trace
 from tests.device_profiles.tiny import quick_profile
 from tests.export import nets
 from tests.export.nets import prepared, random_plan

@@ -14,13 +14,13 @@ import torchvision
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
-from export import TemplateError, export_onnx, open_session, verify_parity
-from export.shapes import _gather, _reshape_target, _segments, _Side, _slice
-from export.slicing import OnnxTemplate, _compare, candidate_onnx
-from pruning.channels import ChannelGraph
-from pruning.plan import PruningPlan
-from pruning.surgery import prune
-from pruning.trace import trace
+from secateur.export import TemplateError, export_onnx, open_session, verify_parity
+from secateur.export.shapes import _gather, _reshape_target, _segments, _Side, _slice
+from secateur.export.slicing import OnnxTemplate, _compare, candidate_onnx
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.surgery import prune
+from secateur.pruning.trace import trace
 from tests.export import nets
 from tests.export.nets import prepared, random_plan
 
@@ -226,7 +226,7 @@ class FakeGraph:
 
 
 def fake(cuts: dict[str, int]) -> FakeGraph:
-    from pruning.plan import ChannelGroup
+    from secateur.pruning.plan import ChannelGroup
 
     return FakeGraph((ChannelGroup("conv", 8),), cuts)
 
@@ -279,7 +279,7 @@ def test_candidate_falls_back_to_an_export_and_says_why(
     exported = candidate_onnx(None, pruned, x, plan, tmp_path / "c.onnx")
     assert verify_parity(exported, pruned, [x]).ok
     assert exported.plan_digest == plan.digest
-    monkeypatch.setattr("export.slicing.export_onnx", lambda *_, **__: exported)
+    monkeypatch.setattr("secateur.export.slicing.export_onnx", lambda *_, **__: exported)
     wrong_values = template.slice(plan, {"classifier.2.bias": np.ones(5, dtype=np.float32)})
     reasons = {"a baked-in shape": Broken(), "computes something else": Wrong(wrong_values), "cannot open": Wrong(b"?")}
     for reason, bad in reasons.items():

@@ -132,7 +132,7 @@ def perform(checkout: Path, folder: Path) -> Results:
     found: Results = {}
     for name in RUNS:
         started = time.monotonic()
-        ended = python("-m", "pipeline", "run", f"{name}.yaml")
+        ended = python("-m", "secateur", "run", f"{name}.yaml")
         directories = list((folder / "runs").glob(f"{name}-*/compact.plan.json"))
         if not directories:
             raise GoldenError(f"{checkout}: run {name} failed:\n{(ended.stdout + ended.stderr)[-3000:]}")

@@ -14,16 +14,16 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.run.opening import widths_costs
-from pipeline.workloads.classification.networks import build_network
-from pipeline.workloads.detection.networks import build_detector
-from pruning.channels import ChannelGraph
-from pruning.cost import cost
-from pruning.plan import PruningPlan, SearchSpace
-from pruning.saliency import channel_saliency
-from pruning.search import METHODS
-from pruning.search.protocol import Answer, Evaluate, Evaluation, Goal, Problem, Request, Score
-from pruning.trace import trace
+from secateur.pipeline.run.opening import widths_costs
+from secateur.pipeline.workloads.classification.networks import build_network
+from secateur.pipeline.workloads.detection.networks import build_detector
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.cost import cost
+from secateur.pruning.plan import PruningPlan, SearchSpace
+from secateur.pruning.saliency import channel_saliency
+from secateur.pruning.search import METHODS
+from secateur.pruning.search.protocol import Answer, Evaluate, Evaluation, Goal, Problem, Request, Score
+from secateur.pruning.trace import trace
 from tests.golden import compare
 from tests.pruning.search.fakes import drive
 

@@ -12,18 +12,18 @@ from typing import Any
 
 import yaml
 
-from export.artifact import ExportedModel, TensorSpec
-from pipeline.config.reading import parse_run_file
-from pipeline.config.schema import RunFile
-from pipeline.devices.device import RunDevice
-from pipeline.progress import Silent
-from pipeline.run import facts as found
-from pipeline.run.facts import Both, Facts
-from pipeline.run.run import Run, create_run_directory
-from pipeline.stages.order import STAGES
-from pipeline.workloads import classification
-from pruning.plan import PruningPlan
-from pruning.search.protocol import Candidate, Entry, Evaluation
+from secateur.export.artifact import ExportedModel, TensorSpec
+from secateur.pipeline.config.reading import parse_run_file
+from secateur.pipeline.config.schema import RunFile
+from secateur.pipeline.devices.device import RunDevice
+from secateur.pipeline.progress import Silent
+from secateur.pipeline.run import facts as found
+from secateur.pipeline.run.facts import Both, Facts
+from secateur.pipeline.run.run import Run, create_run_directory
+from secateur.pipeline.stages.order import STAGES
+from secateur.pipeline.workloads import classification
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.search.protocol import Candidate, Entry, Evaluation
 
 QUICK_DEVICE = {
     "description": "The local machine, timed very briefly (tests of behaviour, not of speed)",

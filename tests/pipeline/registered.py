@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from onnx import TensorProto, helper, numpy_helper
 from sklearn.linear_model import LogisticRegression
 
-from pipeline.tracking import Decision, Gate, Registry, Version
+from secateur.pipeline.tracking import Decision, Gate, Registry, Version
 from tests.pipeline.helpers import TINY, digits, merged
 
 EXAMPLE = np.zeros((1, 1, 8, 8), np.float32)

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline import children, guard
+from secateur.pipeline import children, guard
 
 ROOT = Path(__file__).parents[2]
 SLEEP = "import time; time.sleep(600)"
@@ -24,7 +24,7 @@ STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); 
 FAMILY = """
 import os, subprocess, sys, threading, time
 from pathlib import Path
-from pipeline import children
+from secateur.pipeline import children
 
 home = Path(sys.argv[1])
 programs = {

@@ -17,19 +17,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline import errors, files
-from pipeline.errors import SurroundingsError
-from pipeline.files import sha256_of, sweep_parts, write_whole
-from pipeline.foreign import exit_code
-from pipeline.training.baselines import BaselineCache
-from pipeline.training.loop import load_weights, save_checkpoint, save_weights
+from secateur.pipeline import errors, files
+from secateur.pipeline.errors import SurroundingsError
+from secateur.pipeline.files import sha256_of, sweep_parts, write_whole
+from secateur.pipeline.foreign import exit_code
+from secateur.pipeline.training.baselines import BaselineCache
+from secateur.pipeline.training.loop import load_weights, save_checkpoint, save_weights
 from tests.pipeline.devices.test_faults_device import largest_file
 
 ROOT = Path(__file__).parents[2]
 WRITES_FOR_EVER = """
 import os, sys
 from pathlib import Path
-from pipeline import files
+from secateur.pipeline import files
 real = os.write
 def slowly(file, data):
     if file > 2:

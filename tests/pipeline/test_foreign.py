@@ -21,12 +21,12 @@ import sqlalchemy.exc
 import torch
 import yaml
 
-from device_profiles import DeviceError
-from export import ExportError
-from pipeline import errors, foreign
-from pipeline.cli import app as cli
-from pipeline.cli import inspect
-from pipeline.errors import EXIT_BUG, EXIT_SURROUNDINGS, EXIT_USER
+from secateur.device_profiles import DeviceError
+from secateur.export import ExportError
+from secateur.pipeline import errors, foreign
+from secateur.pipeline.cli import app as cli
+from secateur.pipeline.cli import inspect
+from secateur.pipeline.errors import EXIT_BUG, EXIT_SURROUNDINGS, EXIT_USER
 
 USER, AROUND, BUG = EXIT_USER, EXIT_SURROUNDINGS, EXIT_BUG
 
@@ -200,7 +200,7 @@ def test_a_folder_for_what_passes_is_asked_for_as_python_says_it(monkeypatch: py
 def test_a_flow_ends_with_the_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import logging
 
-    from pipeline.flow import deployed
+    from secateur.pipeline.flow import deployed
 
     monkeypatch.setattr(deployed, "get_run_logger", lambda: logging.getLogger("test"))
     state = deployed.answering(lambda: (tmp_path / "none").read_text())()  # type: ignore[arg-type,return-value]

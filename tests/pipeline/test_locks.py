@@ -10,18 +10,18 @@ from types import SimpleNamespace
 
 import pytest
 
-from device_profiles import agent
-from pipeline.errors import SurroundingsError
-from pipeline.locks import held, machine_lock
-from pipeline.tracking import Registry
-from pipeline.tracking.registry import _lock_of
+from secateur.device_profiles import agent
+from secateur.pipeline.errors import SurroundingsError
+from secateur.pipeline.locks import held, machine_lock
+from secateur.pipeline.tracking import Registry
+from secateur.pipeline.tracking.registry import _lock_of
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from pipeline.locks import held
+from secateur.pipeline.locks import held
 with held(Path(sys.argv[1]), "it", 0, print):
     print("held", flush=True)
     sys.stdin.read()
@@ -126,7 +126,7 @@ def test_the_lock_of_promotions_belongs_to_the_store_and_not_to_a_home(tmp_path:
 def test_a_move_of_an_alias_waits_for_another_home_s_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.tracking.registry.MOVE_WAIT_S", 0.05)
+    monkeypatch.setattr("secateur.pipeline.tracking.registry.MOVE_WAIT_S", 0.05)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     said: list[str] = []
     registry = Registry(uri, tmp_path / "home of another", say=said.append)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import surroundings
-from pipeline.errors import SurroundingsError, UserError
-from pipeline.surroundings import FOLDERS, folder, home, made, prepare, variable
+from secateur.pipeline import surroundings
+from secateur.pipeline.errors import SurroundingsError, UserError
+from secateur.pipeline.surroundings import FOLDERS, folder, home, made, prepare, variable
 from tests.pipeline.helpers import write_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -98,7 +98,7 @@ def test_a_home_that_cannot_be_written_names_the_variable(monkeypatch: Patch, tm
 
 def call(env: dict[str, str], *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     inherited = {key: value for key, value in os.environ.items() if key not in env and "proxy" not in key.lower()}
-    words = [sys.executable, "-m", "pipeline", *arguments]
+    words = [sys.executable, "-m", "secateur", *arguments]
     whole = {**inherited, "PYTHONPATH": str(ROOT), **env}
     return subprocess.run(words, capture_output=True, text=True, env=whole, cwd=cwd, timeout=500)
 
@@ -123,7 +123,7 @@ def test_the_command_says_which_variable_is_wrong(tmp_path: Path, env: dict[str,
 def test_a_current_folder_that_was_removed_is_one_message(tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()
-    words = f"cd {gone}; rmdir {gone}; {shlex.quote(sys.executable)} -m pipeline run x.yaml"
+    words = f"cd {gone}; rmdir {gone}; {shlex.quote(sys.executable)} -m secateur run x.yaml"
     env = {key: value for key, value in os.environ.items() if key != "SECATEUR_HOME"}
     found = subprocess.run(["bash", "-c", words], capture_output=True, text=True, env={**env, "PYTHONPATH": str(ROOT)})
     assert found.returncode == 2 and "Traceback" not in found.stderr
@@ -181,7 +181,7 @@ def test_the_clients_of_prefect_and_mlflow_follow(monkeypatch: Patch, address: s
 
 
 FLOW = """
-from pipeline.flow import runtime_env
+from secateur.pipeline.flow import runtime_env
 runtime_env()
 import prefect
 

@@ -18,9 +18,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from device_profiles.wording import command, printable, printable_lines
-from pipeline.progress import RichProgress
-from pipeline.terminal import Terminal, table
+from secateur.device_profiles.wording import command, printable, printable_lines
+from secateur.pipeline.progress import RichProgress
+from secateur.pipeline.terminal import Terminal, table
 from tests.pipeline.helpers import quick_device, write_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -160,7 +160,7 @@ def odd(tmp_path: Path) -> Path:
 
 def call(folder: Path, *arguments: str | bytes, **env: str) -> subprocess.CompletedProcess[str]:
     surroundings = {**os.environ, "PYTHONPATH": str(ROOT), "SECATEUR_HOME": str(folder / "home"), **env}
-    words = [sys.executable, "-m", "pipeline", *arguments]
+    words = [sys.executable, "-m", "secateur", *arguments]
     return subprocess.run(words, capture_output=True, text=True, env=surroundings, cwd=folder, errors="surrogateescape")
 
 
@@ -207,7 +207,7 @@ def test_a_file_whose_name_is_no_utf8_is_read_and_named(tmp_path: Path) -> None:
 
 
 def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
-    words = f"{shlex.quote(sys.executable)} -m pipeline explain ccep | head -c 1; exit ${{PIPESTATUS[0]}}"
+    words = f"{shlex.quote(sys.executable)} -m secateur explain ccep | head -c 1; exit ${{PIPESTATUS[0]}}"
     found = subprocess.run(
         ["bash", "-c", words], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
@@ -217,7 +217,7 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
 def test_on_a_terminal_too_a_label_has_its_colour_and_a_text_has_none(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "SECATEUR_HOME": str(tmp_path)}
-    words = [sys.executable, "-m", "pipeline", "list", "[red]x\x1b[2J"]
+    words = [sys.executable, "-m", "secateur", "list", "[red]x\x1b[2J"]
     process = subprocess.Popen(words, stdout=theirs, stderr=theirs, env=env, close_fds=True)
     process.wait()
     os.close(theirs)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torchvision.ops import FrozenBatchNorm2d
 
-from pruning.channels import ChannelGraph
-from pruning.plan import PruningPlan
-from pruning.saliency import uniform_plan
-from pruning.surgery import Certificate, certify, prune
-from pruning.trace import trace
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.saliency import uniform_plan
+from secateur.pruning.surgery import Certificate, certify, prune
+from secateur.pruning.trace import trace
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, FrozenBatchNorm2d)
 

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruning.channels import ChannelGraph, components
-from pruning.cost import cost, count
-from pruning.plan import PlanError, PruningPlan
-from pruning.surgery import prune
-from pruning.trace import trace
-from pruning.tracer import PruningError
+from secateur.pruning.channels import ChannelGraph, components
+from secateur.pruning.cost import cost, count
+from secateur.pruning.plan import PlanError, PruningPlan
+from secateur.pruning.surgery import prune
+from secateur.pruning.trace import trace
+from secateur.pruning.tracer import PruningError
 from tests.pruning.models import CifarResNet, PlainCNN, Tied, TwoBranches, certified, half
 
 
@@ -43,7 +43,10 @@ def reasons(graph: ChannelGraph) -> dict[str, str]:
 
 
 def test_importing_the_search_protocol_needs_no_torch() -> None:
-    code = "import sys, pruning, pruning.plan, pruning.search.protocol; assert 'torch' not in sys.modules"
+    code = (
+        "import sys, secateur.pruning, secateur.pruning.plan, secateur.pruning.search.protocol; "
+        "assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

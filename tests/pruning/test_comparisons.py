@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pruning.plan import PruningPlan
-from pruning.surgery import certify, prune
-from pruning.trace import trace
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.surgery import certify, prune
+from secateur.pruning.trace import trace
 from tests.pruning.models import certified, half, randomise
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))

@@ -8,11 +8,11 @@ import torch
 import torchvision
 from torch import nn
 
-from pruning.cost import Cost, cost, costs, count
-from pruning.plan import PlanError, PruningPlan
-from pruning.saliency import uniform_plan
-from pruning.surgery import prune
-from pruning.trace import trace
+from secateur.pruning.cost import Cost, cost, costs, count
+from secateur.pruning.plan import PlanError, PruningPlan
+from secateur.pruning.saliency import uniform_plan
+from secateur.pruning.surgery import prune
+from secateur.pruning.trace import trace
 from tests.pruning.models import CifarResNet, PlainCNN, TwoBranches
 
 IMAGES = torch.randn(2, 3, 16, 16)

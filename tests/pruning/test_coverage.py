@@ -7,7 +7,7 @@ import torch
 
 from benchmarks._zoo import TIMM, build, torchvision_names
 from benchmarks.coverage import figures_of, peers, proven, write
-from pruning.trace import trace
+from secateur.pruning.trace import trace
 
 NETWORKS = {
     "torchvision": (

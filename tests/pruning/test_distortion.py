@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruning.distortion import distortions
-from pruning.plan import PruningPlan
-from pruning.surgery import prune
-from pruning.trace import trace
+from secateur.pruning.distortion import distortions
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.surgery import prune
+from secateur.pruning.trace import trace
 from tests.pruning.models import CifarResNet, Net, PlainCNN, TwoBranches, half, randomise
 
 IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.nn.utils.parametrizations import weight_norm
 
-from pruning.channels import ChannelGraph
-from pruning.feature_maps import cosine_distance, feature_distance
-from pruning.search.methods.clustering import dbscan, num_kept
-from pruning.trace import trace
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.feature_maps import cosine_distance, feature_distance
+from secateur.pruning.search.methods.clustering import dbscan, num_kept
+from secateur.pruning.trace import trace
 from tests.numerics import rounding
 from tests.pruning.models import CifarResNet, Net, PlainCNN, TwoBranches, randomise
 
@@ -108,7 +108,7 @@ def test_maps_pooled_to_one_position_are_dealt_into_as_many_parts() -> None:
 
 
 def test_oblong_maps_keep_to_the_bound() -> None:
-    from pruning.feature_maps import _pooled
+    from secateur.pruning.feature_maps import _pooled
 
     for shape in [(300, 300), (1, 5000), (7, 900), (38, 38), (2000,), (9, 9, 99)]:
         assert 1 <= np.prod(_pooled(shape, 1444)) <= 1444

@@ -18,10 +18,10 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from pruning.cost import cost, count
-from pruning.saliency import uniform_plan
-from pruning.surgery import certify, prune
-from pruning.trace import trace
+from secateur.pruning.cost import cost, count
+from secateur.pruning.saliency import uniform_plan
+from secateur.pruning.surgery import certify, prune
+from secateur.pruning.trace import trace
 from tests.pruning.models import CifarResNet, Net, randomise
 
 

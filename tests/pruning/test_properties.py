@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
 
-from pruning import rules
-from pruning.channels import ChannelGraph, assemble
-from pruning.cost import cost, count
-from pruning.plan import PruningPlan
-from pruning.surgery import certify, load_pruned, prune, save_pruned, scatter
-from pruning.trace import trace
-from pruning.weights import inherit
+from secateur.pruning import rules
+from secateur.pruning.channels import ChannelGraph, assemble
+from secateur.pruning.cost import cost, count
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.surgery import certify, load_pruned, prune, save_pruned, scatter
+from secateur.pruning.trace import trace
+from secateur.pruning.weights import inherit
 from tests.pruning.models import CifarResNet, Net, PlainCNN, TwoBranches, certified, randomise
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -261,7 +261,7 @@ def test_the_certificate_catches_a_wrong_rule(monkeypatch: pytest.MonkeyPatch, n
     assert graph.groups and certificate.ok, certificate
     assert operator in rules.RULES or operator == "add"
     monkeypatch.setitem(rules.RULES, operator, rule)
-    monkeypatch.setattr("pruning.trial.settle", lambda tracer, args, _: assemble(tracer, len(args[0])).graph)
+    monkeypatch.setattr("secateur.pruning.trial.settle", lambda tracer, args, _: assemble(tracer, len(args[0])).graph)
     graph, certificate = certified(model, IMAGES)
     assert graph.groups
     assert not certificate.ok

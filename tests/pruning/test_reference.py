@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruning.cost import cost, count
-from pruning.plan import PruningPlan
-from pruning.surgery import certify, prune
-from pruning.trace import trace
+from secateur.pruning.cost import cost, count
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.surgery import certify, prune
+from secateur.pruning.trace import trace
 from tests.pruning.models import half, randomise
 
 TOKENS = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(1))

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruning.channels import ChannelGraph
-from pruning.plan import PruningPlan
-from pruning.saliency import CRITERIA, channel_saliency, directions, distances, uniform_plan
-from pruning.trace import trace
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.saliency import CRITERIA, channel_saliency, directions, distances, uniform_plan
+from secateur.pruning.trace import trace
 from tests.pruning.models import CifarResNet, Net, PlainCNN, TwoBranches, randomise
 
 IMAGES = torch.randn(2, 3, 16, 16)

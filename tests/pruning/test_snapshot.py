@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruning.cost import count
-from pruning.saliency import uniform_plan
-from pruning.snapshot import Snapshot
-from pruning.surgery import certify, prune
-from pruning.trace import trace
-from pruning.tracer import PruningError, undisturbed
+from secateur.pruning.cost import count
+from secateur.pruning.saliency import uniform_plan
+from secateur.pruning.snapshot import Snapshot
+from secateur.pruning.surgery import certify, prune
+from secateur.pruning.trace import trace
+from secateur.pruning.tracer import PruningError, undisturbed
 from tests.pruning.models import Net, certified, half, randomise
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -236,7 +236,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def image_of(value: Any, seen: tuple[int, ...] = ()) -> Any:
-    """All that a value holds, in a form that can be compared; written apart from ``pruning.snapshot``."""
+    """All that a value holds, in a form that can be compared; written apart from ``secateur.pruning.snapshot``."""
     if id(value) in seen:
         return "again"
     seen = (*seen, id(value))

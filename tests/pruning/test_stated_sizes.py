@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruning.saliency import uniform_plan
-from pruning.surgery import certify, prune
-from pruning.trace import trace
+from secateur.pruning.saliency import uniform_plan
+from secateur.pruning.surgery import certify, prune
+from secateur.pruning.trace import trace
 from tests.pruning.models import Net, randomise
 
 

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pruning.channels import ChannelGraph
-from pruning.plan import PruningPlan
-from pruning.supernet import PruningNet, Supernet, involved, run_at, scaled_space, weights_for
-from pruning.trace import trace
-from pruning.weights import inherit
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.supernet import PruningNet, Supernet, involved, run_at, scaled_space, weights_for
+from secateur.pruning.trace import trace
+from secateur.pruning.weights import inherit
 from tests.pruning.models import BasicBlock, Net, PlainCNN, half, randomise
 
 

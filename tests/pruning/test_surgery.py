@@ -13,13 +13,13 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from pruning.cost import cost, count
-from pruning.plan import PruningPlan
-from pruning.saliency import uniform_plan
-from pruning.surgery import certify, compare_outputs, copied, load_pruned, prune, save_pruned, scatter
-from pruning.trace import trace
-from pruning.tracer import PruningError
-from pruning.weights import inherit
+from secateur.pruning.cost import cost, count
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.saliency import uniform_plan
+from secateur.pruning.surgery import certify, compare_outputs, copied, load_pruned, prune, save_pruned, scatter
+from secateur.pruning.trace import trace
+from secateur.pruning.tracer import PruningError
+from secateur.pruning.weights import inherit
 from tests.pruning.models import CifarResNet, PlainCNN, Tied, TwoBranches, certified, half, randomise
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))

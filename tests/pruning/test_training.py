@@ -15,8 +15,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from pruning.surgery import load_pruned, prune, save_pruned
-from pruning.trace import trace
+from secateur.pruning.surgery import load_pruned, prune, save_pruned
+from secateur.pruning.trace import trace
 from tests.pruning.models import CifarResNet, Net, PlainCNN, Tied, half, randomise
 
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))

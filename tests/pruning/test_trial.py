@@ -18,15 +18,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pruning import rules
-from pruning.channels import ChannelGraph
-from pruning.cost import cost, count
-from pruning.lines import is_foreign
-from pruning.plan import ChannelGroup, Member
-from pruning.surgery import certify, load_pruned, prune, save_pruned
-from pruning.trace import trace
-from pruning.tracer import PruningError
-from pruning.trial import Number, Source, trial_plan
+from secateur.pruning import rules
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.cost import cost, count
+from secateur.pruning.lines import is_foreign
+from secateur.pruning.plan import ChannelGroup, Member
+from secateur.pruning.surgery import certify, load_pruned, prune, save_pruned
+from secateur.pruning.trace import trace
+from secateur.pruning.tracer import PruningError
+from secateur.pruning.trial import Number, Source, trial_plan
 from tests.pruning.models import Net, certified, half, randomise
 
 TOKENS = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(1))

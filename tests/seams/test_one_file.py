@@ -18,7 +18,7 @@ from tests.pipeline.helpers import QUICK_DEVICE, TINY, merged
 from tests.seams.things import FORMAT, METHOD, RUNTIME, TARGET
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("device_profiles", "export", "pruning", "pipeline")
+PACKAGES = ("secateur", "device_profiles", "export", "pruning", "pipeline")
 GROUPS = {"methods": "mine", "targets": "bench", "runtimes": "zipped", "formats": "packed"}
 
 
@@ -50,7 +50,7 @@ class Place:
     def secateur(self, *words: object, code: int = 0) -> str:
         """What ``secateur WORDS`` says, in a process of its own that sees this tree."""
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (self.tree, *self.extra)))}
-        command = [sys.executable, "-m", "pipeline", *map(str, words)]
+        command = [sys.executable, "-m", "secateur", *map(str, words)]
         done = subprocess.run(
             command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=500, check=False
         )
@@ -67,7 +67,7 @@ def in_the_tree(folder: Path) -> Place:
     """A copy of the tree with four files more, and nothing edited."""
     tree = folder / "tree"
     for name in PACKAGES:
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     (tree / "pruning/search/methods/mine.py").write_text(METHOD)
     (tree / "device_profiles/targets/bench.py").write_text(TARGET)
     (tree / "device_profiles/runtimes/zipped.py").write_text(RUNTIME.format(format="packed"))

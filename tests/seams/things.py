@@ -5,8 +5,8 @@ METHOD = '''"""Mine: every group keeps the same share of its channels."""
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pruning.search.protocol import Candidate, Problem, Strategy
-from pruning.search.support import best_first, evaluate, score
+from secateur.pruning.search.protocol import Candidate, Problem, Strategy
+from secateur.pruning.search.support import best_first, evaluate, score
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ TARGET = '''"""A board on this bench: the local machine under another name."""
 
 from pydantic import BaseModel, ConfigDict
 
-from device_profiles.runtime import runtime_of
-from device_profiles.target import AddOption
-from device_profiles.targets.local import LocalTarget
+from secateur.device_profiles.runtime import runtime_of
+from secateur.device_profiles.target import AddOption
+from secateur.device_profiles.targets.local import LocalTarget
 
 ADD_OPTIONS = (AddOption("serial", "NUMBER", "What stands on its label.", lambda text: {"serial": text}, "A1"),)
 THIS_MACHINE = True

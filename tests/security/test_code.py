@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 import yaml
 
-from device_profiles import load_profile
-from pipeline.cli import app as cli
-from pipeline.cli import registry as registry_cli
-from pipeline.config import consents, trust
-from pipeline.config.reading import load_run_file
-from pipeline.errors import EXIT_GATE, EXIT_USER, UserError
-from pipeline.lifecycle import promotion
-from pipeline.tracking import Registry
+from secateur.device_profiles import load_profile
+from secateur.pipeline.cli import app as cli
+from secateur.pipeline.cli import registry as registry_cli
+from secateur.pipeline.config import consents, trust
+from secateur.pipeline.config.reading import load_run_file
+from secateur.pipeline.errors import EXIT_GATE, EXIT_USER, UserError
+from secateur.pipeline.lifecycle import promotion
+from secateur.pipeline.tracking import Registry
 from tests.pipeline.helpers import TINY, merged, quick_device
 from tests.pipeline.registered import add, crown, embedded, linear_model, make_template, migrated_home
 
@@ -378,7 +378,7 @@ def test_a_person_at_a_terminal_is_asked(
         asked.append(str(prompt))
         return next(answers)
 
-    monkeypatch.setattr("pipeline.terminal.Terminal.input", answer)
+    monkeypatch.setattr("secateur.pipeline.terminal.Terminal.input", answer)
     for _ in range(3):
         code, said = secateur("validate", file)
         assert code == EXIT_USER and "theirs:Net" in said and not mark.exists()
@@ -436,7 +436,7 @@ def test_a_device_added_with_an_interpreter_was_asked_for(
 
 
 def test_a_run_directory_may_be_resumed_and_a_strangers_may_not(folder: Path, mark: Path) -> None:
-    from pipeline.run.run import create_run_directory, open_run_directory
+    from secateur.pipeline.run.run import create_run_directory, open_run_directory
 
     module(folder, mark)
     file = write(folder)
@@ -456,8 +456,8 @@ def test_a_run_directory_may_be_resumed_and_a_strangers_may_not(folder: Path, ma
 
 
 def test_a_run_checks_before_it_opens_anything(folder: Path, mark: Path) -> None:
-    from pipeline.progress import Silent
-    from pipeline.run.run import Run, create_run_directory
+    from secateur.pipeline.progress import Silent
+    from secateur.pipeline.run.run import Run, create_run_directory
 
     module(folder, mark)
     directory = create_run_directory(load_run_file(write(folder)))
@@ -468,7 +468,7 @@ def test_a_run_checks_before_it_opens_anything(folder: Path, mark: Path) -> None
 
 def test_a_deployment_records_consent_and_its_runs_check_it(folder: Path, mark: Path) -> None:
     pytest.importorskip("prefect")
-    from pipeline.flow.deployments import Order, _parameters
+    from secateur.pipeline.flow.deployments import Order, _parameters
 
     module(folder, mark)
     file = write(folder)

@@ -19,13 +19,13 @@ import torch
 from onnx import TensorProto, helper
 from PIL import Image
 
-from export.artifact import describe
-from export.errors import ExportError
-from pipeline.errors import UserError
-from pipeline.workloads.data import arrays
-from pipeline.workloads.data import folder as folder_source
-from pipeline.workloads.data.content import Reading
-from pipeline.workloads.weights import read_weights
+from secateur.export.artifact import describe
+from secateur.export.errors import ExportError
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.workloads.data import arrays
+from secateur.pipeline.workloads.data import folder as folder_source
+from secateur.pipeline.workloads.data.content import Reading
+from secateur.pipeline.workloads.weights import read_weights
 
 
 class Payload:
@@ -135,7 +135,7 @@ def test_onnx_reads_no_file_outside_its_folder(kind: str, tmp_path: Path) -> Non
 
 def test_a_device_is_sent_one_file_only(tmp_path: Path) -> None:
     """A model with data beside it has no data there: the agent refuses it, and reads nothing of the device's."""
-    from device_profiles import DeviceError, LocalTarget
+    from secateur.device_profiles import DeviceError, LocalTarget
 
     file = with_external_data(tmp_path / "model", "../../../../../../../../etc/passwd")
     with LocalClosing(LocalTarget()) as target, pytest.raises(DeviceError) as caught:
@@ -282,7 +282,7 @@ def test_a_damaged_image_is_named(length: int, tmp_path: Path) -> None:
 
 
 def test_annotations_cannot_expand_or_fetch(tmp_path: Path) -> None:
-    from pipeline.workloads.data.voc import _parse_xml
+    from secateur.pipeline.workloads.data.voc import _parse_xml
 
     file = tmp_path / "a.xml"
     file.write_text('<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]><annotation>&x;</annotation>')

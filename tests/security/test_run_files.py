@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
-from device_profiles import DeviceError, load_profile, plain_yaml
-from device_profiles.settle import settle
-from pipeline.config.reading import load_run_file, parse_run_file
-from pipeline.errors import UserError
-from pipeline.run.opening import device_profile, open_workload
+from secateur.device_profiles import DeviceError, load_profile, plain_yaml
+from secateur.device_profiles.settle import settle
+from secateur.pipeline.config.reading import load_run_file, parse_run_file
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.run.opening import device_profile, open_workload
 from tests.pipeline.helpers import TINY, merged
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -157,7 +157,7 @@ HOSTILE_WORDS = [
 @pytest.mark.parametrize(("key", "text"), HOSTILE_WORDS)
 def test_words_of_a_profile_reach_no_shell_of_this_machine(key: str, text: str, tmp_path: Path) -> None:
     """What they do on the device itself is in tests/device_profiles/test_ssh.py (quoted words survive the shell)."""
-    from device_profiles import open_target
+    from secateur.device_profiles import open_target
 
     mark = tmp_path / "executed"
     connect: dict[str, Any] = {"host": "127.0.0.1", "port": 1, "connect_timeout_s": 5.0, "config": "/dev/null"}
@@ -172,7 +172,7 @@ def test_words_of_a_profile_reach_no_shell_of_this_machine(key: str, text: str, 
 
 
 def test_a_local_python_is_started_without_a_shell(tmp_path: Path) -> None:
-    from device_profiles import open_target
+    from secateur.device_profiles import open_target
 
     mark = tmp_path / "executed"
     file = tmp_path / "board.yaml"
@@ -185,7 +185,7 @@ def test_a_local_python_is_started_without_a_shell(tmp_path: Path) -> None:
 def test_the_command_says_it_in_one_message(tmp_path: Path) -> None:
     file = tmp_path / "bomb.yaml"
     file.write_text(BOMB)
-    command = [sys.executable, "-m", "pipeline", "validate", str(file)]
+    command = [sys.executable, "-m", "secateur", "validate", str(file)]
     env = {**os.environ, "SECATEUR_HOME": str(tmp_path / "home")}
     result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
     assert result.returncode == 2 and "values, aliases counted in full" in result.stderr

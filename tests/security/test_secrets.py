@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config.reading import parse_run_file
-from pipeline.errors import UserError
+from secateur.pipeline.config.reading import parse_run_file
+from secateur.pipeline.errors import UserError
 from tests import servers
 from tests.pipeline.helpers import TINY, merged, write_tiny
 
@@ -60,7 +60,7 @@ def command(folder: Path, uri: str, *more: str) -> Ran:
     profile.write_text(profile.read_text().replace("The local machine", MARKUP))
     env = {**os.environ, **servers.QUIET, "SECATEUR_HOME": str(home), "OMP_NUM_THREADS": "1"}
     env |= {"SECATEUR_TRACKING_URI": uri, "PREFECT_API_KEY": KEY}
-    words = [sys.executable, "-m", "pipeline", "run", str(text), *more]
+    words = [sys.executable, "-m", "secateur", "run", str(text), *more]
     result = subprocess.run(words, env=env, capture_output=True, text=True, timeout=500, cwd=folder)
     return Ran(folder, home, result.stdout + result.stderr, result.returncode)
 
@@ -106,6 +106,6 @@ def test_no_secret_is_in_an_error(tmp_path: Path) -> None:
 
 def test_a_key_with_a_passphrase_is_not_asked_for_it() -> None:
     """No passphrase passes through Secateur: such keys are left to ssh-agent (tests/device_profiles/test_ssh.py)."""
-    from device_profiles.targets.ssh import Settings
+    from secateur.device_profiles.targets.ssh import Settings
 
     assert not [name for name in Settings.model_fields if "pass" in name or "secret" in name]

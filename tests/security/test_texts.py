@@ -16,11 +16,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.cli.texts import harmless, make_logs_harmless
-from pipeline.config.reading import parse_run_file
-from pipeline.config.schema import has_password
-from pipeline.errors import UserError, is_secret, masked
-from pipeline.terminal import Terminal
+from secateur.pipeline.cli.texts import harmless, make_logs_harmless
+from secateur.pipeline.config.reading import parse_run_file
+from secateur.pipeline.config.schema import has_password
+from secateur.pipeline.errors import UserError, is_secret, masked
+from secateur.pipeline.terminal import Terminal
 from tests.pipeline.helpers import TINY, merged
 
 CANARY = "c0ffee-c4n4ry"
@@ -176,7 +176,7 @@ def test_names_of_an_onnx_file_reach_no_terminal(tmp_path: Path) -> None:
     model = onnx.helper.make_model(onnx.helper.make_graph([node], f"graph{CONTROLS}", [value], [there]))
     (tmp_path / "hostile.onnx").write_bytes(model.SerializeToString())
     for more in ([], ["--debug"]):
-        words = [sys.executable, "-m", "pipeline", "benchmark", str(tmp_path / "hostile.onnx"), *more]
+        words = [sys.executable, "-m", "secateur", "benchmark", str(tmp_path / "hostile.onnx"), *more]
         found = subprocess.run(words, capture_output=True, text=True, timeout=120)
         assert found.returncode != 0
         assert is_harmless(found.stdout) and is_harmless(found.stderr.replace("\t", "")), ascii(found.stderr)

@@ -25,9 +25,9 @@ from typing import Any
 
 from mlflow import MlflowClient
 
-from pipeline.errors import EXIT_GATE, EXIT_OK
-from pipeline.stages.order import STAGES
-from pipeline.tracking import CANDIDATE_TAG, PARENT_TAG, RUN_TAG
+from secateur.pipeline.errors import EXIT_GATE, EXIT_OK
+from secateur.pipeline.stages.order import STAGES
+from secateur.pipeline.tracking import CANDIDATE_TAG, PARENT_TAG, RUN_TAG
 from tests.pipeline.helpers import write_tiny
 from tests.pipeline.test_children import of_home, wait_until
 from tests.terminal import CTRL_C, Terminal
@@ -139,7 +139,7 @@ class Chain:
         self.tally.runs += 1
 
     def _started(self, arguments: list[str]) -> Terminal:
-        return Terminal([sys.executable, "-m", "pipeline", *arguments], self.env, self.folder)
+        return Terminal([sys.executable, "-m", "secateur", *arguments], self.env, self.folder)
 
     def _strike(self, terminal: Terminal, runner: str, how: str, hit: str) -> None:
         send, expected = HOW[how]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from pipeline.cli.devices import add, benchmark, check, listing, probe
+from secateur.pipeline.cli.devices import add, benchmark, check, listing, probe
 
 app = typer.Typer(
     name="devices",

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from pipeline import errors
-from pipeline.cli.devices import check, listing, profiles
-from pipeline.cli.options import Trust
-from pipeline.cli.trust import consent_to_profile
-from pipeline.terminal import command, one_line, out
+from secateur.pipeline import errors
+from secateur.pipeline.cli.devices import check, listing, profiles
+from secateur.pipeline.cli.options import Trust
+from secateur.pipeline.cli.trust import consent_to_profile
+from secateur.pipeline.terminal import command, one_line, out
 
 if TYPE_CHECKING:
-    from device_profiles import DeviceProfile
-    from device_profiles.target import AddOption
+    from secateur.device_profiles import DeviceProfile
+    from secateur.device_profiles.target import AddOption
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 GIVEN = "secateur.devices.add"
@@ -120,7 +120,7 @@ def _keep(ctx: typer.Context, parameter: Any, value: str | None) -> None:
 
 def _add_options() -> list[AddOption]:
     """The options of every kind of target, each name once; a kind that cannot be loaded is told where it is used."""
-    from device_profiles.target import kinds
+    from secateur.device_profiles.target import kinds
 
     found = {option.name: option for kind in kinds() for option in kind.add_options}
     return [found[name] for name in sorted(found)]
@@ -148,7 +148,7 @@ def _connect(base: DeviceProfile, given: Mapping[str, str]) -> dict[str, Any]:
     Raises:
         UserError: the base's kind of target has no such option, a text cannot be read, or what is needed is not given.
     """
-    from device_profiles.target import kind_of
+    from secateur.device_profiles.target import kind_of
 
     kind, connect = kind_of(base), dict[str, Any]()
     known = {option.name: option for option in kind.add_options}
@@ -168,7 +168,7 @@ def _connect(base: DeviceProfile, given: Mapping[str, str]) -> dict[str, Any]:
 
 def _other(option: str) -> str:
     """Which base a device with this option needs."""
-    from device_profiles.target import kinds
+    from secateur.device_profiles.target import kinds
 
     owners = {kind.name for kind in kinds() if option in [known.name for known in kind.add_options]}
     entries = [listing.entry_of(name, path) for name, path in sorted(profiles.known().items())]
@@ -186,7 +186,7 @@ def _write(name: str, settings: Mapping[str, Any]) -> Path:
         UserError: it is not valid.
         SurroundingsError: the file cannot be written.
     """
-    from device_profiles import plain_yaml
+    from secateur.device_profiles import plain_yaml
 
     path = profiles.folder() / f"{name}.yaml"
     comment = (
@@ -213,7 +213,7 @@ def _extends(path: Path) -> str | None:
     """The profile that a file names as its base; None where it names none or cannot be read."""
     import yaml
 
-    from device_profiles import plain_yaml
+    from secateur.device_profiles import plain_yaml
 
     try:
         content = plain_yaml.read(path.read_text(encoding="utf-8")).content

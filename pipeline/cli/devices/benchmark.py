@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from pipeline import errors
-from pipeline.cli.devices import profiles
-from pipeline.cli.devices.parity import check_parity
-from pipeline.cli.devices.profiles import LONGEST_S
-from pipeline.cli.options import Trust
-from pipeline.cli.trust import consent_to_profile
-from pipeline.terminal import command, err, one_line, out, table
+from secateur.pipeline import errors
+from secateur.pipeline.cli.devices import profiles
+from secateur.pipeline.cli.devices.parity import check_parity
+from secateur.pipeline.cli.devices.profiles import LONGEST_S
+from secateur.pipeline.cli.options import Trust
+from secateur.pipeline.cli.trust import consent_to_profile
+from secateur.pipeline.terminal import command, err, one_line, out, table
 
 if TYPE_CHECKING:
-    from device_profiles import BenchmarkResult, DeviceProfile
+    from secateur.device_profiles import BenchmarkResult, DeviceProfile
 
 FLAGS = {
     "contended": "other programs used the processor: ratios hold, milliseconds are too long",
@@ -101,8 +101,8 @@ def _measure(
     within: float | None,
     seconds: float,
 ) -> BenchmarkResult:
-    from device_profiles import calibration, measure
-    from pipeline.progress import RichProgress
+    from secateur.device_profiles import calibration, measure
+    from secateur.pipeline.progress import RichProgress
 
     wanted = None if within is None else within / 100
     probed = calibration.load(profiles.folder(), profile)
@@ -123,7 +123,7 @@ def _measure(
 
 def _print_result(result: BenchmarkResult, models: Mapping[str, Path]) -> None:
     """The table of a measurement, the ratio, and what speaks against the numbers."""
-    from device_profiles.intervals import MIN_PROCESSES
+    from secateur.device_profiles.intervals import MIN_PROCESSES
 
     count = len(result.processes)
     title = f"{count} {'process' if count == 1 else 'processes'} on {result.profile}, tier {result.tier}"

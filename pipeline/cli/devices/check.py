@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.text import Text
 
-from pipeline import errors
-from pipeline.cli.devices import profiles
-from pipeline.cli.devices.profiles import Name
-from pipeline.cli.options import Json, Trust
-from pipeline.cli.trust import consent_to_profile
-from pipeline.terminal import err, out, table
+from secateur.pipeline import errors
+from secateur.pipeline.cli.devices import profiles
+from secateur.pipeline.cli.devices.profiles import Name
+from secateur.pipeline.cli.options import Json, Trust
+from secateur.pipeline.cli.trust import consent_to_profile
+from secateur.pipeline.terminal import err, out, table
 
 if TYPE_CHECKING:
-    from device_profiles import DeviceError, DeviceProfile
-    from device_profiles.check import Check
+    from secateur.device_profiles import DeviceError, DeviceProfile
+    from secateur.device_profiles.check import Check
 
 LONG = 120
 """Characters of a finding that does not go into a table."""
@@ -47,11 +47,11 @@ def ask(profile: DeviceProfile) -> tuple[Check, ...]:
     """Ask the device and judge its answer."""
     from importlib.metadata import PackageNotFoundError, version
 
-    from device_profiles import DeviceError
-    from device_profiles.check import judge
-    from device_profiles.runtime import runtime_of
-    from device_profiles.target import require_complete
-    from pipeline.progress import RichProgress
+    from secateur.device_profiles import DeviceError
+    from secateur.device_profiles.check import judge
+    from secateur.device_profiles.runtime import runtime_of
+    from secateur.device_profiles.target import require_complete
+    from secateur.pipeline.progress import RichProgress
 
     newest = {}
     for package in (runtime_of(profile).name, "numpy"):

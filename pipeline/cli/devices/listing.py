@@ -8,10 +8,10 @@ from typing import Any
 
 from rich.padding import Padding
 
-from pipeline.cli.devices import profiles
-from pipeline.cli.devices.profiles import Name
-from pipeline.cli.options import Json
-from pipeline.terminal import command, one_line, out, table
+from secateur.pipeline.cli.devices import profiles
+from secateur.pipeline.cli.devices.profiles import Name
+from secateur.pipeline.cli.options import Json
+from secateur.pipeline.terminal import command, one_line, out, table
 
 
 def list_(json_: Json = False) -> None:
@@ -19,7 +19,7 @@ def list_(json_: Json = False) -> None:
 
     Example: secateur devices list --json
     """
-    from device_profiles.target import adding, needs
+    from secateur.device_profiles.target import adding, needs
 
     entries = [entry_of(name, path) for name, path in sorted(profiles.known().items())]
     if json_:
@@ -51,8 +51,8 @@ def show(name: Name) -> None:
 
     Example: secateur devices show raspberry-pi-5
     """
-    from device_profiles import plain_yaml
-    from device_profiles.target import adding, is_template, needs
+    from secateur.device_profiles import plain_yaml
+    from secateur.device_profiles.target import adding, is_template, needs
 
     profile, path = profiles.load(name), profiles.known().get(name, Path(name))
     notes = [f"# {path}"]
@@ -81,7 +81,7 @@ def _cells(entry: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _describe(entry: Mapping[str, Any]) -> str:
-    from device_profiles.target import needs
+    from secateur.device_profiles.target import needs
 
     if entry["fault"]:
         return f"unusable: {entry['fault']}"
@@ -92,8 +92,8 @@ def _describe(entry: Mapping[str, Any]) -> str:
 
 def entry_of(name: str, path: Path) -> dict[str, Any]:
     """What ``devices list`` tells of a profile, and the ``profile`` itself where it has no fault."""
-    from device_profiles import DeviceError, load_profile
-    from device_profiles.target import is_template, kind_of
+    from secateur.device_profiles import DeviceError, load_profile
+    from secateur.device_profiles.target import is_template, kind_of
 
     entry: dict[str, Any] = {"name": name, "fault": "", "template": False, "file": str(path)}
     try:

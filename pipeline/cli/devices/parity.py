@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from pipeline import errors
-from pipeline.cli.devices import profiles
-from pipeline.terminal import err, out, table
+from secateur.pipeline import errors
+from secateur.pipeline.cli.devices import profiles
+from secateur.pipeline.terminal import err, out, table
 
 if TYPE_CHECKING:
-    from device_profiles import DeviceProfile, Target
-    from device_profiles.measure import FloatArray
+    from secateur.device_profiles import DeviceProfile, Target
+    from secateur.device_profiles.measure import FloatArray
 
 PARITY_TOLERANCE = 1e-4
 PARITY_TIMEOUT_S = 900.0
@@ -23,9 +23,9 @@ PARITY_TIMEOUT_S = 900.0
 
 def check_parity(profile: DeviceProfile, model: Path) -> None:
     """Print how far the device's outputs are from this machine's; ends with 3 if that is more than rounding."""
-    from device_profiles import DeviceError, LocalTarget
-    from device_profiles.runtime import DEFAULT
-    from pipeline.progress import RichProgress
+    from secateur.device_profiles import DeviceError, LocalTarget
+    from secateur.device_profiles.runtime import DEFAULT
+    from secateur.pipeline.progress import RichProgress
 
     local = profile.model_copy(update={"runtime": DEFAULT, "provider": "CPUExecutionProvider", "threads": 1})
     try:
@@ -59,8 +59,8 @@ def _outputs(target: Target, profile: DeviceProfile, model: Path) -> dict[str, A
 
     import numpy as np
 
-    from device_profiles.runtime import runtime_field
-    from pipeline.archives import check_archive
+    from secateur.device_profiles.runtime import runtime_field
+    from secateur.pipeline.archives import check_archive
 
     place = {"name": model.name, "path": target.put(model), "sha256": hashlib.sha256(model.read_bytes()).hexdigest()}
     request = {"op": "infer", "models": [place], "provider": profile.provider, "threads": profile.threads, "seed": 0}

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.devices import profiles
-from pipeline.cli.devices.profiles import LONGEST_S, Name
-from pipeline.cli.options import Trust
-from pipeline.cli.trust import consent_to_profile
-from pipeline.terminal import err, one_line, out, table
+from secateur.pipeline.cli.devices import profiles
+from secateur.pipeline.cli.devices.profiles import LONGEST_S, Name
+from secateur.pipeline.cli.options import Trust
+from secateur.pipeline.cli.trust import consent_to_profile
+from secateur.pipeline.terminal import err, one_line, out, table
 
 if TYPE_CHECKING:
-    from device_profiles.staircase import Staircase
+    from secateur.device_profiles.staircase import Staircase
 
 
 def probe(
@@ -31,8 +31,8 @@ def probe(
 
     Example: secateur devices probe kitchen
     """
-    from device_profiles import calibration, staircase
-    from pipeline.progress import RichProgress
+    from secateur.device_profiles import calibration, staircase
+    from secateur.pipeline.progress import RichProgress
 
     profile = profiles.usable(name)
     profiles.require_timing(profile, "")
@@ -54,7 +54,7 @@ def _draw(name: str, found: Staircase, path: Path) -> Path:
     """How latency steps with width, as a page that loads nothing."""
     from markupsafe import escape as safe
 
-    from pipeline.report.charts import lines
+    from secateur.pipeline.report.charts import lines
 
     curves = {str(kind): curve for kind, curve in found.curves.items()}
     chart = lines(curves, "channels", "time, shortest = 1", 16)

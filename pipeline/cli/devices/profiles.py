@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline import errors
+from secateur.pipeline import errors
 
 if TYPE_CHECKING:
-    from device_profiles import DeviceProfile, Target
+    from secateur.device_profiles import DeviceProfile, Target
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A device profile; `secateur devices list` names them.")]
 LONGEST_S = 86_400
@@ -21,14 +21,14 @@ LONGEST_S = 86_400
 
 def folder() -> Path:
     """Where the user's own profiles lie, and what probes found."""
-    from pipeline.surroundings import home
+    from secateur.pipeline.surroundings import home
 
     return home() / "devices"
 
 
 def known() -> dict[str, Path]:
     """Name -> file of every profile."""
-    from device_profiles import known_profiles
+    from secateur.device_profiles import known_profiles
 
     return known_profiles([folder()])
 
@@ -39,7 +39,7 @@ def load(name: str) -> DeviceProfile:
     Raises:
         UserError: there is none of that name, or it is not valid.
     """
-    from device_profiles import DeviceError, load_profile
+    from secateur.device_profiles import DeviceError, load_profile
 
     try:
         return load_profile(name, [folder()])
@@ -53,8 +53,8 @@ def usable(name: str) -> DeviceProfile:
     Raises:
         UserError: as ``load``, or it is a template.
     """
-    from device_profiles import DeviceError
-    from device_profiles.target import require_complete
+    from secateur.device_profiles import DeviceError
+    from secateur.device_profiles.target import require_complete
 
     profile = load(name)
     try:
@@ -82,7 +82,7 @@ def require_timing(profile: DeviceProfile, instead: str) -> None:
 @contextmanager
 def opened(profile: DeviceProfile) -> Iterator[Target]:
     """The device, reached; it is let go of in the end."""
-    from pipeline.config.trust import open_target
+    from secateur.pipeline.config.trust import open_target
 
     target = open_target(profile)
     try:

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from device_profiles.shelf import Shelf
-from pipeline.config.schema import FinetuneSection
-from pipeline.progress import Report
-from pipeline.workloads import Workload
-from pruning.channels import ChannelGraph
-from pruning.search.protocol import FloatArray
+from secateur.device_profiles.shelf import Shelf
+from secateur.pipeline.config.schema import FinetuneSection
+from secateur.pipeline.progress import Report
+from secateur.pipeline.workloads import Workload
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.search.protocol import FloatArray
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Task:
         recipe: learning rate, batch size and so on, with the request's ``epochs``.
         seed: of every random choice.
         compute: where to train.
-        checkpoint: file for ``pipeline.training.loop.fit`` to resume from.
+        checkpoint: file for ``secateur.pipeline.training.loop.fit`` to resume from.
         report: told (step, steps, note) as it goes.
         options: of the request.
     """

@@ -33,11 +33,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pipeline.training.auxiliary import Outcome, Task
-from pipeline.training.loop import UNUSABLE, TrainingError, move, save_checkpoint
-from pipeline.training.precision import trains_in_bf16
-from pipeline.workloads import Split
-from pruning.channels import ChannelGraph
+from secateur.pipeline.training.auxiliary import Outcome, Task
+from secateur.pipeline.training.loop import UNUSABLE, TrainingError, move, save_checkpoint
+from secateur.pipeline.training.precision import trains_in_bf16
+from secateur.pipeline.workloads import Split
+from secateur.pruning.channels import ChannelGraph
 
 Savings = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 """Group -> widths, increasing, and the share of the unpruned latency that each saves."""
@@ -156,7 +156,8 @@ class Indicators:
         return torch.stack([soft.get(name, size) for name, size in whole.items()])
 
     def macs(self, indicators: Tensor) -> Tensor:
-        """Expected MACs at batch 1: the products of lengths that ``pruning.cost`` evaluates, at soft widths."""
+        """Expected MACs at batch 1: the products of lengths that ``secateur.pruning.cost`` evaluates, at soft
+        widths."""
         lengths = self._constant + self._per_width @ self.widths(indicators)
         return (self._scale * lengths[self._factors].prod(dim=1)).sum()
 

@@ -1,7 +1,7 @@
 """A PruningNet: small generators that make every layer's weights from the keep ratios (MetaPruning, arXiv 1903.10258).
 
 Stage A of the paper: each step trains the network at a random width vector, with label smoothing 0.1. What is saved are
-the generators (``pruning.supernet``); ``weights`` makes a plan's weights from them. Options of the request:
+the generators (``secateur.pruning.supernet``); ``weights`` makes a plan's weights from them. Options of the request:
 
 - ``widths``: JSON text, group -> allowed widths; groups it does not name stay whole. Without it, the paper's 31 scales.
 - ``order``: which channels stay at a width: ``leading`` (the paper) or ``l1``, the most salient of the weights that
@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.training.auxiliary import Outcome, Task
-from pipeline.training.loop import fit
-from pruning.channels import ChannelGraph
-from pruning.plan import PruningPlan, SearchSpace
-from pruning.saliency import channel_saliency
-from pruning.search.protocol import FloatArray
-from pruning.supernet import PruningNet, Supernet, scaled_space, weights_for
+from secateur.pipeline.training.auxiliary import Outcome, Task
+from secateur.pipeline.training.loop import fit
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.plan import PruningPlan, SearchSpace
+from secateur.pruning.saliency import channel_saliency
+from secateur.pruning.search.protocol import FloatArray
+from secateur.pruning.supernet import PruningNet, Supernet, scaled_space, weights_for
 
 COMMON: Mapping[str, float | str] = {"widths": "", "order": "leading", "label_smoothing": 0.1, "lr": 0.0}
 OPTIONS: Mapping[str, float | str] = {**COMMON, "hidden": 32, "max_outputs": 1e6}

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from pipeline.training.auxiliary import Outcome, Task
-from pipeline.training.auxiliary.pruning_net import COMMON, read, train_supernet
-from pruning.channels import ChannelGraph
-from pruning.plan import PruningPlan
-from pruning.supernet import PruningNet
+from secateur.pipeline.training.auxiliary import Outcome, Task
+from secateur.pipeline.training.auxiliary.pruning_net import COMMON, read, train_supernet
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.supernet import PruningNet
 
 
 def train(task: Task) -> Outcome:

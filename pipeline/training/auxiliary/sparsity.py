@@ -29,11 +29,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pipeline.training.auxiliary import Outcome, Task
-from pipeline.training.loop import fit
-from pruning.channels import ChannelGraph
-from pruning.saliency import channel_saliency
-from pruning.tracer import tensors_of
+from secateur.pipeline.training.auxiliary import Outcome, Task
+from secateur.pipeline.training.loop import fit
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.saliency import channel_saliency
+from secateur.pruning.tracer import tensors_of
 
 OPTIONS: Mapping[str, float] = {"target_sparsity": 0.5, "strength": 1e-4, "rate": 0.2, "threshold": 0.01}
 """Options of a request, with their defaults; ``search.options`` of the method ``dafp`` says what they are."""

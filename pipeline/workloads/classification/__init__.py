@@ -16,19 +16,26 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from pipeline.config.faults import known
-from pipeline.config.schema import Section
-from pipeline.errors import UserError
-from pipeline.workloads import ClassCount, DataSummary, Split
-from pipeline.workloads.classification.losses import distillation_loss
-from pipeline.workloads.classification.networks import build_network
-from pipeline.workloads.data import arrays, decode, digits, folder, record, splits, torchvision_sets
-from pipeline.workloads.data.content import Damaged, Reading, kept
-from pipeline.workloads.data.notes import Tally
-from pipeline.workloads.data.paths import under_data
-from pipeline.workloads.data.sources import ArraySource, ImageData
-from pipeline.workloads.weights import TORCHVISION, choose_weights, file_digest, find_weights, fit_weights, read_weights
-from pipeline.workloads.weights.files import describe
+from secateur.pipeline.config.faults import known
+from secateur.pipeline.config.schema import Section
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.workloads import ClassCount, DataSummary, Split
+from secateur.pipeline.workloads.classification.losses import distillation_loss
+from secateur.pipeline.workloads.classification.networks import build_network
+from secateur.pipeline.workloads.data import arrays, decode, digits, folder, record, splits, torchvision_sets
+from secateur.pipeline.workloads.data.content import Damaged, Reading, kept
+from secateur.pipeline.workloads.data.notes import Tally
+from secateur.pipeline.workloads.data.paths import under_data
+from secateur.pipeline.workloads.data.sources import ArraySource, ImageData
+from secateur.pipeline.workloads.weights import (
+    TORCHVISION,
+    choose_weights,
+    file_digest,
+    find_weights,
+    fit_weights,
+    read_weights,
+)
+from secateur.pipeline.workloads.weights.files import describe
 
 SEARCH_FRACTION = 0.1
 """Share of the training images that is held out for the search, where the run file says none."""

@@ -11,8 +11,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.config.faults import known
-from pipeline.errors import UserError
+from secateur.pipeline.config.faults import known
+from secateur.pipeline.errors import UserError
 
 
 class BasicBlock(nn.Module):

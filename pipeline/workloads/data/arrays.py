@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.archives import check_archive
-from pipeline.errors import UserError
-from pipeline.workloads.data.content import kept
-from pipeline.workloads.data.decode import Pixels
-from pipeline.workloads.data.notes import Tally
-from pipeline.workloads.data.paths import find
-from pipeline.workloads.data.sources import ArraySource, ImageData, Labels, check_labels, contents_of
+from secateur.pipeline.archives import check_archive
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.workloads.data.content import kept
+from secateur.pipeline.workloads.data.decode import Pixels
+from secateur.pipeline.workloads.data.notes import Tally
+from secateur.pipeline.workloads.data.paths import find
+from secateur.pipeline.workloads.data.sources import ArraySource, ImageData, Labels, check_labels, contents_of
 
 DAMAGED = (OSError, ValueError, EOFError, MemoryError, ArithmeticError, zipfile.BadZipFile, zlib.error)
 """What NumPy raises for files that are damaged, or whose headers lie; an array of objects is a ValueError."""

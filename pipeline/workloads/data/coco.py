@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from pipeline.errors import UserError
-from pipeline.workloads.data import splits
-from pipeline.workloads.data.content import Damaged, Reading
-from pipeline.workloads.data.notes import Tally, some
-from pipeline.workloads.data.paths import find, find_folder, read_text
-from pipeline.workloads.data.scenes import (
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.workloads.data import splits
+from secateur.pipeline.workloads.data.content import Damaged, Reading
+from secateur.pipeline.workloads.data.notes import Tally, some
+from secateur.pipeline.workloads.data.paths import find, find_folder, read_text
+from secateur.pipeline.workloads.data.scenes import (
     SEARCH_FRACTION,
     FileScenes,
     Scene,
@@ -56,7 +56,7 @@ def load(
         test_fraction: share of all images, where there is no file for the test.
 
     Raises:
-        UserError: see ``pipeline.workloads.data.scenes``.
+        UserError: see ``secateur.pipeline.workloads.data.scenes``.
     """
     train, tally = _read(train_file, folder, "train"), Tally()
     scenes, parts = list(train.scenes), {"train": list(range(len(train.scenes)))}

@@ -19,12 +19,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from device_profiles.cores import usable_cores
-from pipeline.errors import UserError
-from pipeline.progress import ProgressView, Report, Silent, silent
-from pipeline.surroundings import home
-from pipeline.workloads.data import decode
-from pipeline.workloads.data.notes import Tally, some
+from secateur.device_profiles.cores import usable_cores
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.progress import ProgressView, Report, Silent, silent
+from secateur.pipeline.surroundings import home
+from secateur.pipeline.workloads.data import decode
+from secateur.pipeline.workloads.data.notes import Tally, some
 
 Damaged = Literal["refuse", "leave_out"]
 MANY, SAMPLE = 20_000, 1_000

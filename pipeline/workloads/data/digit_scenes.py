@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipeline.errors import UserError
-from pipeline.workloads.data import digits
-from pipeline.workloads.data.decode import Pixels
-from pipeline.workloads.data.scenes import SEARCH_FRACTION, Boxes, Flags, Indices, SceneData
-from pipeline.workloads.data.sources import Sizes
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.workloads.data import digits
+from secateur.pipeline.workloads.data.decode import Pixels
+from secateur.pipeline.workloads.data.scenes import SEARCH_FRACTION, Boxes, Flags, Indices, SceneData
+from secateur.pipeline.workloads.data.sources import Sizes
 
 KEPT_BYTES = 256 << 20
 """Digit scenes are kept in memory up to this size."""

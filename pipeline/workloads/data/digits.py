@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.workloads.data.sources import ArraySource, ImageData
+from secateur.pipeline.workloads.data.sources import ArraySource, ImageData
 
 
 def load(size: int | None, channels: int | None) -> ImageData:

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config.faults import known
-from pipeline.errors import UserError
-from pipeline.workloads.data.content import Damaged, Reading, Seen, look, without_damaged
-from pipeline.workloads.data.decode import SUFFIXES
-from pipeline.workloads.data.listing import folders_in, images_below, is_hidden, is_image, parts_of, same_name
-from pipeline.workloads.data.notes import Tally, some
-from pipeline.workloads.data.paths import find_folder
-from pipeline.workloads.data.sources import FileSource, ImageData, check_labels
+from secateur.pipeline.config.faults import known
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.workloads.data.content import Damaged, Reading, Seen, look, without_damaged
+from secateur.pipeline.workloads.data.decode import SUFFIXES
+from secateur.pipeline.workloads.data.listing import folders_in, images_below, is_hidden, is_image, parts_of, same_name
+from secateur.pipeline.workloads.data.notes import Tally, some
+from secateur.pipeline.workloads.data.paths import find_folder
+from secateur.pipeline.workloads.data.sources import FileSource, ImageData, check_labels
 
 SIDE = 224
 """Of images whose size the run file does not say."""

@@ -11,9 +11,9 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from pipeline.errors import UserError
-from pipeline.workloads.data.decode import SUFFIXES
-from pipeline.workloads.data.notes import Tally
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.workloads.data.decode import SUFFIXES
+from secateur.pipeline.workloads.data.notes import Tally
 
 SCRAPS = frozenset(
     ("__MACOSX", "__pycache__", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pipeline.errors import UserError
+from secateur.pipeline.errors import UserError
 
 
 def under_data(path: str) -> Path:

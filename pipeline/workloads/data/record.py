@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import SurroundingsError, UserError
-from pipeline.files import write_whole
-from pipeline.workloads.data.notes import some
+from secateur.pipeline.errors import SurroundingsError, UserError
+from secateur.pipeline.files import write_whole
+from secateur.pipeline.workloads.data.notes import some
 
 FORMAT = 1
 FACTS, MEMBERS = "data.json", "data.jsonl"

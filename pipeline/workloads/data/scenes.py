@@ -43,14 +43,14 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from device_profiles.cores import usable_cores
-from pipeline.config.faults import known
-from pipeline.errors import UserError
-from pipeline.workloads.data import record, splits
-from pipeline.workloads.data.content import Damaged, Reading, Seen, look, read_file, without_damaged
-from pipeline.workloads.data.decode import Pixels, turned_box
-from pipeline.workloads.data.notes import Tally, some
-from pipeline.workloads.data.sources import Sizes
+from secateur.device_profiles.cores import usable_cores
+from secateur.pipeline.config.faults import known
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.workloads.data import record, splits
+from secateur.pipeline.workloads.data.content import Damaged, Reading, Seen, look, read_file, without_damaged
+from secateur.pipeline.workloads.data.decode import Pixels, turned_box
+from secateur.pipeline.workloads.data.notes import Tally, some
+from secateur.pipeline.workloads.data.sources import Sizes
 
 Boxes = npt.NDArray[np.float32]
 Flags = npt.NDArray[np.bool_]

@@ -14,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from device_profiles.cores import usable_cores
-from pipeline.errors import UserError
-from pipeline.workloads.data import decode
-from pipeline.workloads.data.content import read_file
-from pipeline.workloads.data.decode import Pixels
-from pipeline.workloads.data.notes import Tally
+from secateur.device_profiles.cores import usable_cores
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.workloads.data import decode
+from secateur.pipeline.workloads.data.content import read_file
+from secateur.pipeline.workloads.data.decode import Pixels
+from secateur.pipeline.workloads.data.notes import Tally
 
 Labels = npt.NDArray[np.int64]
 Sizes = Mapping[tuple[int, int], int]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.workloads.data.notes import Tally
+from secateur.pipeline.workloads.data.notes import Tally
 
 Indices = npt.NDArray[np.int64]
 TRAIN = "train"

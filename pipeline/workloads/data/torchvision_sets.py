@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import UserError
-from pipeline.workloads.data.content import Damaged, Reading, look, without_damaged
-from pipeline.workloads.data.folder import SIDE
-from pipeline.workloads.data.notes import Tally
-from pipeline.workloads.data.sources import (
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.workloads.data.content import Damaged, Reading, look, without_damaged
+from secateur.pipeline.workloads.data.folder import SIDE
+from secateur.pipeline.workloads.data.notes import Tally
+from secateur.pipeline.workloads.data.sources import (
     ArraySource,
     DatasetSource,
     FileSource,

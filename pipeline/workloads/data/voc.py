@@ -10,14 +10,14 @@ from typing import NoReturn, cast
 from xml.etree import ElementTree
 from xml.parsers import expat
 
-from pipeline.config.faults import known
-from pipeline.errors import UserError
-from pipeline.workloads.data import splits
-from pipeline.workloads.data.content import Damaged, Reading
-from pipeline.workloads.data.listing import folders_in, is_hidden, is_image, parts_of, role_of
-from pipeline.workloads.data.notes import Tally, some
-from pipeline.workloads.data.paths import find_folder, read_text
-from pipeline.workloads.data.scenes import (
+from secateur.pipeline.config.faults import known
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.workloads.data import splits
+from secateur.pipeline.workloads.data.content import Damaged, Reading
+from secateur.pipeline.workloads.data.listing import folders_in, is_hidden, is_image, parts_of, role_of
+from secateur.pipeline.workloads.data.notes import Tally, some
+from secateur.pipeline.workloads.data.paths import find_folder, read_text
+from secateur.pipeline.workloads.data.scenes import (
     SEARCH_FRACTION,
     Corners,
     FileScenes,
@@ -56,7 +56,7 @@ def load(
         test_fraction: share of all images, where there is no list for the test.
 
     Raises:
-        UserError: see ``pipeline.workloads.data.scenes``.
+        UserError: see ``secateur.pipeline.workloads.data.scenes``.
     """
     scenes, lists, tally = _read(path, years, official)
     scenes, seen, index = usable(scenes, damaged, reading, tally)

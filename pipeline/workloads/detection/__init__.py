@@ -17,20 +17,20 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from pipeline.config.schema import Section
-from pipeline.errors import UserError
-from pipeline.workloads import ClassCount, DataSummary, Split
-from pipeline.workloads.data import decode
-from pipeline.workloads.data.content import Reading
-from pipeline.workloads.data.digit_scenes import DigitScenes
-from pipeline.workloads.data.record import DataRecord, fingerprint_of, parts_of
-from pipeline.workloads.data.scenes import SceneSource
-from pipeline.workloads.data.sources import ImageSource
-from pipeline.workloads.detection import boxes, networks, scenes, ssd
-from pipeline.workloads.detection.suppression import Detections
-from pipeline.workloads.weights import choose_weights, file_digest, find_weights, fit_weights, read_weights
-from pipeline.workloads.weights.files import describe
-from pipeline.workloads.weights.tensors import plain
+from secateur.pipeline.config.schema import Section
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.workloads import ClassCount, DataSummary, Split
+from secateur.pipeline.workloads.data import decode
+from secateur.pipeline.workloads.data.content import Reading
+from secateur.pipeline.workloads.data.digit_scenes import DigitScenes
+from secateur.pipeline.workloads.data.record import DataRecord, fingerprint_of, parts_of
+from secateur.pipeline.workloads.data.scenes import SceneSource
+from secateur.pipeline.workloads.data.sources import ImageSource
+from secateur.pipeline.workloads.detection import boxes, networks, scenes, ssd
+from secateur.pipeline.workloads.detection.suppression import Detections
+from secateur.pipeline.workloads.weights import choose_weights, file_digest, find_weights, fit_weights, read_weights
+from secateur.pipeline.workloads.weights.files import describe
+from secateur.pipeline.workloads.weights.tensors import plain
 
 VERSION = 3
 """Part of the fingerprint; raise it when a change here changes images, targets or loss."""

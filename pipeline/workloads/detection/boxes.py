@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torchvision import ops
 
-from pipeline.errors import UserError
+from secateur.pipeline.errors import UserError
 
 Curve = Literal["voc07", "area"]
 

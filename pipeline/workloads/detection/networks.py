@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.config import trust
-from pipeline.config.faults import known
-from pipeline.errors import UserError
-from pipeline.workloads.detection.ssd import Scores
+from secateur.pipeline.config import trust
+from secateur.pipeline.config.faults import known
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.workloads.detection.ssd import Scores
 
 
 def grid_boxes(sides: Sequence[int], shapes: Sequence[Sequence[tuple[float, float]]]) -> Tensor:

@@ -9,11 +9,11 @@ from typing import Annotated, Literal, cast
 
 from pydantic import Field, model_validator
 
-from pipeline.config.schema import Section
-from pipeline.errors import UserError
-from pipeline.workloads.data import coco, digit_scenes, voc
-from pipeline.workloads.data.content import Damaged, Reading
-from pipeline.workloads.data.scenes import FileScenes, SceneData
+from secateur.pipeline.config.schema import Section
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.workloads.data import coco, digit_scenes, voc
+from secateur.pipeline.workloads.data.content import Damaged, Reading
+from secateur.pipeline.workloads.data.scenes import FileScenes, SceneData
 
 
 class SceneOptions(Section):

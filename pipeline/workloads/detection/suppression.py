@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes
 
-from export.detections import Suppression, append_detections, compare_detections
-from pipeline.workloads import Agreement
-from pipeline.workloads.detection import ssd
+from secateur.export.detections import Suppression, append_detections, compare_detections
+from secateur.pipeline.workloads import Agreement
+from secateur.pipeline.workloads.detection import ssd
 
 TOLERANCE = 1e-3
 """On scores, and on boxes as fractions of the image."""

@@ -12,12 +12,12 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import UserError
-from pipeline.workloads.data import paths
-from pipeline.workloads.data.notes import some
-from pipeline.workloads.weights.files import SAVE, describe, read_file
-from pipeline.workloads.weights.names import Copy, alternatives, copies, faults_of, flattened, notes
-from pipeline.workloads.weights.tensors import is_one_array, plain, taken, value_fault
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.workloads.data import paths
+from secateur.pipeline.workloads.data.notes import some
+from secateur.pipeline.workloads.weights.files import SAVE, describe, read_file
+from secateur.pipeline.workloads.weights.names import Copy, alternatives, copies, faults_of, flattened, notes
+from secateur.pipeline.workloads.weights.tensors import is_one_array, plain, taken, value_fault
 
 TORCHVISION = "torchvision"
 """``model.weights`` that are torchvision's own for a network, instead of a file."""

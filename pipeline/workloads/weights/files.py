@@ -13,10 +13,10 @@ import psutil
 import torch
 from torch import Tensor
 
-from device_profiles.wording import cut, printable, shown
-from pipeline.archives import check_archive
-from pipeline.errors import UserError
-from pipeline.workloads.data.notes import some
+from secateur.device_profiles.wording import cut, printable, shown
+from secateur.pipeline.archives import check_archive
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.workloads.data.notes import some
 
 SAVE = 'torch.save(model.state_dict(), "weights.pt")'
 OTHERS: Mapping[bytes, str] = {

@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
-from device_profiles.wording import printable
-from pipeline.workloads.data.notes import some
-from pipeline.workloads.weights.tensors import kind_fault
+from secateur.device_profiles.wording import printable
+from secateur.pipeline.workloads.data.notes import some
+from secateur.pipeline.workloads.weights.tensors import kind_fault
 
 DEPTH = 6
 """Levels of mappings within mappings that are looked through."""

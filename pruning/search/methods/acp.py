@@ -37,8 +37,8 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from pruning.plan import IntArray, PruningPlan, SearchSpace
-from pruning.search.methods.clustering import (
+from secateur.pruning.plan import IntArray, PruningPlan, SearchSpace
+from secateur.pruning.search.methods.clustering import (
     Clusterer,
     Tree,
     by_silhouette,
@@ -48,7 +48,7 @@ from pruning.search.methods.clustering import (
     preferring,
     representatives,
 )
-from pruning.search.protocol import (
+from secateur.pruning.search.protocol import (
     DENSE,
     RANDOM,
     Answer,
@@ -60,7 +60,7 @@ from pruning.search.protocol import (
     Request,
     Strategy,
 )
-from pruning.search.support import (
+from secateur.pruning.search.support import (
     Limit,
     SearchError,
     best_first,

@@ -31,8 +31,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from pruning.plan import IntArray, PruningPlan, SearchSpace
-from pruning.search.protocol import (
+from secateur.pruning.plan import IntArray, PruningPlan, SearchSpace
+from secateur.pruning.search.protocol import (
     DENSE,
     Answer,
     Candidate,
@@ -44,7 +44,7 @@ from pruning.search.protocol import (
     Request,
     Strategy,
 )
-from pruning.search.support import (
+from secateur.pruning.search.support import (
     Limit,
     SearchError,
     best_first,

@@ -39,8 +39,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from pruning.plan import BoolArray, IntArray, PruningPlan, SearchSpace
-from pruning.search.protocol import (
+from secateur.pruning.plan import BoolArray, IntArray, PruningPlan, SearchSpace
+from secateur.pruning.search.protocol import (
     DENSE,
     Answer,
     Candidate,
@@ -51,7 +51,7 @@ from pruning.search.protocol import (
     Request,
     Strategy,
 )
-from pruning.search.support import (
+from secateur.pruning.search.support import (
     Ratios,
     SearchError,
     check_ranges,

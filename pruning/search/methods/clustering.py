@@ -20,9 +20,9 @@ from scipy.sparse.csgraph import shortest_path
 from scipy.spatial import Delaunay
 from scipy.spatial.distance import squareform
 
-from pruning.plan import BoolArray, IntArray
-from pruning.search.protocol import FloatArray
-from pruning.search.support import Limit, bisect
+from secateur.pruning.plan import BoolArray, IntArray
+from secateur.pruning.search.protocol import FloatArray
+from secateur.pruning.search.support import Limit, bisect
 
 Clusterer = Literal["dbscan", "agglomerative", "dbs"]
 

@@ -23,10 +23,10 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from pruning.plan import PruningPlan
-from pruning.search.methods.knapsack import at_least
-from pruning.search.protocol import Candidate, FloatArray, Problem, Strategy
-from pruning.search.support import Limit, best_first, check_ranges, evaluate, limit_of, meet, project, score
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.search.methods.knapsack import at_least
+from secateur.pruning.search.protocol import Candidate, FloatArray, Problem, Strategy
+from secateur.pruning.search.support import Limit, best_first, check_ranges, evaluate, limit_of, meet, project, score
 
 CRITERION = "weight_dependency"
 """The saliency w."""

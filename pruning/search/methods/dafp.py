@@ -21,11 +21,11 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from pruning.plan import PruningPlan
-from pruning.search.methods.cpmc import normalised
-from pruning.search.methods.knapsack import at_least
-from pruning.search.protocol import DENSE, Answer, Candidate, FloatArray, Problem, Request, Strategy
-from pruning.search.support import (
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.search.methods.cpmc import normalised
+from secateur.pruning.search.methods.knapsack import at_least
+from secateur.pruning.search.protocol import DENSE, Answer, Candidate, FloatArray, Problem, Request, Strategy
+from secateur.pruning.search.support import (
     Limit,
     SearchError,
     best_first,

@@ -3,7 +3,7 @@
 Guan, Liu, Liu, Xu, "DAIS: Automatic Channel Pruning via Differentiable Annealing Indicator Search" (arXiv 2011.02166).
 One training finds the plan: every channel is multiplied by its indicator I = sigmoid(alpha / T), weights learn on 70 %
 of the training images and alphas on the other 30 %, a term of the expected cost holds the network near its target, and
-T falls until indicators are 0 or 1 (``pipeline.training.auxiliary.indicators``). Then::
+T falls until indicators are 0 or 1 (``secateur.pipeline.training.auxiliary.indicators``). Then::
 
     keep the channels with I > 0.5
 
@@ -24,8 +24,18 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from pruning.search.protocol import DENSE, RANDOM, Answer, Candidate, FloatArray, Goal, Problem, Request, Strategy
-from pruning.search.support import (
+from secateur.pruning.search.protocol import (
+    DENSE,
+    RANDOM,
+    Answer,
+    Candidate,
+    FloatArray,
+    Goal,
+    Problem,
+    Request,
+    Strategy,
+)
+from secateur.pruning.search.support import (
     Limit,
     SearchError,
     best_first,

@@ -12,7 +12,7 @@ No trained network is needed: one full-width parent network learns while the sea
 
 A genome has two real genes per group (p, q): the share p that goes, and the criterion ``min(3, floor(4 q))`` of 0 the
 sum, 1 the relative norm, 2 the largest share and 3 the geometric median of the weights' sensitivities ``|dL/dmask|``
-(``pruning.saliency``: ``snip_l1``, ``snip_l2``, ``snip_max``, ``snip_fpgm``).
+(``secateur.pruning.saliency``: ``snip_l1``, ``snip_l2``, ``snip_max``, ``snip_fpgm``).
 
 As in the authors' code: binary tournament by dominance and crowding, two-point crossover, polynomial mutation (eta
 3), no duplicates. Our choices: a group, not a convolution, has genes, so that none is idle; the genes of a group lie
@@ -43,8 +43,8 @@ from pymoo.operators.crossover.pntx import TwoPointCrossover
 from pymoo.operators.mutation.pm import PM
 from pymoo.problems.static import StaticProblem
 
-from pruning.plan import BoolArray, PruningPlan, SearchSpace
-from pruning.search.protocol import (
+from secateur.pruning.plan import BoolArray, PruningPlan, SearchSpace
+from secateur.pruning.search.protocol import (
     DENSE,
     RANDOM,
     Answer,
@@ -58,7 +58,7 @@ from pruning.search.protocol import (
     Request,
     Strategy,
 )
-from pruning.search.support import (
+from secateur.pruning.search.support import (
     Limit,
     SearchError,
     best_first,

@@ -42,9 +42,9 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from pruning.plan import BoolArray, IntArray, PruningPlan
-from pruning.search.methods.knapsack import at_least, knapsack
-from pruning.search.protocol import (
+from secateur.pruning.plan import BoolArray, IntArray, PruningPlan
+from secateur.pruning.search.methods.knapsack import at_least, knapsack
+from secateur.pruning.search.protocol import (
     DENSE,
     Answer,
     Candidate,
@@ -55,7 +55,7 @@ from pruning.search.protocol import (
     Request,
     Strategy,
 )
-from pruning.search.support import (
+from secateur.pruning.search.support import (
     Limit,
     SearchError,
     check_ranges,

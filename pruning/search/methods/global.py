@@ -16,9 +16,9 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from pruning.plan import PruningPlan
-from pruning.search.protocol import Candidate, FloatArray, Problem, Strategy
-from pruning.search.support import Limit, SearchError, best_first, evaluate, limit_of, meet, project, score
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.search.protocol import Candidate, FloatArray, Problem, Strategy
+from secateur.pruning.search.support import Limit, SearchError, best_first, evaluate, limit_of, meet, project, score
 
 
 @dataclass(frozen=True)

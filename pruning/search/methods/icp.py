@@ -26,8 +26,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from pruning.plan import PruningPlan
-from pruning.search.methods.clustering import (
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.search.methods.clustering import (
     Clusterer,
     calibrate,
     cluster,
@@ -35,7 +35,7 @@ from pruning.search.methods.clustering import (
     preferring,
     representatives,
 )
-from pruning.search.protocol import (
+from secateur.pruning.search.protocol import (
     Answer,
     Candidate,
     Entry,
@@ -45,7 +45,7 @@ from pruning.search.protocol import (
     Request,
     Strategy,
 )
-from pruning.search.support import Limit, SearchError, check_ranges, evaluate, fine_tune, limit_of, meet, score
+from secateur.pruning.search.support import Limit, SearchError, check_ranges, evaluate, fine_tune, limit_of, meet, score
 
 FAILURES = 4
 """Failed trainings in a row after which the search ends."""

@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pruning.plan import IntArray
-from pruning.search.protocol import FloatArray, Problem
-from pruning.search.support import Limit, SearchError, project
+from secateur.pruning.plan import IntArray
+from secateur.pruning.search.protocol import FloatArray, Problem
+from secateur.pruning.search.support import Limit, SearchError, project
 
 BINS = 1000
 """Parts of the cost above the smallest widths (HALP: latency in thousandths)."""

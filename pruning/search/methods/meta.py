@@ -16,9 +16,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pruning.search.protocol import Evaluation, Goal, Problem, Strategy
-from pruning.search.support import SearchError
-from pruning.search.width_evolution import Settings, evolve
+from secateur.pruning.search.protocol import Evaluation, Goal, Problem, Strategy
+from secateur.pruning.search.support import SearchError
+from secateur.pruning.search.width_evolution import Settings, evolve
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,19 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from device_profiles.wording import command
-from pruning.plan import SearchSpace
-from pruning.search.protocol import Candidate, Evaluation, Goal, Problem, Strategy
-from pruning.search.support import Limit, SearchError, best_first, bisect, check_ranges, evaluate, limit_of, score
+from secateur.device_profiles.wording import command
+from secateur.pruning.plan import SearchSpace
+from secateur.pruning.search.protocol import Candidate, Evaluation, Goal, Problem, Strategy
+from secateur.pruning.search.support import (
+    Limit,
+    SearchError,
+    best_first,
+    bisect,
+    check_ranges,
+    evaluate,
+    limit_of,
+    score,
+)
 
 SAMPLERS: dict[str, tuple[str, Mapping[str, object]]] = {
     "tpe": ("TPESampler", {}),

@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pruning.search.protocol import Candidate, Evaluation, Goal, Problem, Strategy
-from pruning.search.support import Limit, SearchError, best_first, check_ranges, evaluate, limit_of, score
+from secateur.pruning.search.protocol import Candidate, Evaluation, Goal, Problem, Strategy
+from secateur.pruning.search.support import Limit, SearchError, best_first, check_ranges, evaluate, limit_of, score
 
 
 @dataclass(frozen=True)

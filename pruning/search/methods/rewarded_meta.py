@@ -20,10 +20,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pruning.search.protocol import Evaluation, Problem, Strategy
-from pruning.search.reward import Reward, make_reward
-from pruning.search.support import check_ranges
-from pruning.search.width_evolution import Settings, evolve
+from secateur.pruning.search.protocol import Evaluation, Problem, Strategy
+from secateur.pruning.search.reward import Reward, make_reward
+from secateur.pruning.search.support import check_ranges
+from secateur.pruning.search.width_evolution import Settings, evolve
 
 PAPER_BA = 70.6
 """Percentage points; the authors' BA for ResNet-50 and MobileNetV2 on ImageNet."""

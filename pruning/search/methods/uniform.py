@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pruning.search.protocol import Candidate, Goal, Problem, Strategy
-from pruning.search.support import Limit, SearchError, best_first, bisect, evaluate, limit_of, meet, score
+from secateur.pruning.search.protocol import Candidate, Goal, Problem, Strategy
+from secateur.pruning.search.support import Limit, SearchError, best_first, bisect, evaluate, limit_of, meet, score
 
 
 @dataclass(frozen=True)

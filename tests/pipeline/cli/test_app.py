@@ -10,13 +10,13 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 
-from device_profiles import DeviceError
-from export import ExportError
-from pipeline import errors
-from pipeline.cli import app as cli
-from pipeline.cli import inspect
-from pipeline.run.facts import Check
-from pruning.search import METHODS
+from secateur.device_profiles import DeviceError
+from secateur.export import ExportError
+from secateur.pipeline import errors
+from secateur.pipeline.cli import app as cli
+from secateur.pipeline.cli import inspect
+from secateur.pipeline.run.facts import Check
+from secateur.pruning.search import METHODS
 from tests.pipeline.helpers import made_up_facts, quick_device, write_tiny
 
 Captured = pytest.CaptureFixture[str]
@@ -127,11 +127,11 @@ def test_an_interrupt_has_its_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_that_fails_its_gate_says_why_and_ends_with_3(
     monkeypatch: pytest.MonkeyPatch, capsys: Captured, tmp_path: Path, passed: bool, code: int
 ) -> None:
-    import pipeline.flow
+    import secateur.pipeline.flow
 
     check = Check(name="drop in top1", value=0.05, relation="<=", bound=0.02, ok=passed)
     facts = made_up_facts(gate={"checks": (check,), "passed": passed}, promote={"promoted": passed})
-    monkeypatch.setattr(pipeline.flow, "execute", lambda run, debug: facts)
+    monkeypatch.setattr(secateur.pipeline.flow, "execute", lambda run, debug: facts)
     assert call(monkeypatch, "run", str(write_tiny(tmp_path))) == code
     text = capsys.readouterr().out
     assert "1.50x" in text

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import yaml
 
-import device_profiles
-from device_profiles import BenchmarkResult, DeviceError, load_profile
-from device_profiles.profile import Multiples
-from pipeline import errors
-from pipeline.cli import app as cli
-from pipeline.cli.devices import parity
+from secateur import device_profiles
+from secateur.device_profiles import BenchmarkResult, DeviceError, load_profile
+from secateur.device_profiles.profile import Multiples
+from secateur.pipeline import errors
+from secateur.pipeline.cli import app as cli
+from secateur.pipeline.cli.devices import parity
 from tests.device_profiles.test_check import GOOD
 from tests.device_profiles.tiny import write_conv
 from tests.pipeline.helpers import quick_device
@@ -367,7 +367,7 @@ def test_differences_are_relative_to_the_largest_value() -> None:
 def test_what_a_probe_finds_is_kept_beside_the_profile(
     call: Call, folder: Path, monkeypatch: pytest.MonkeyPatch, device: FakeTarget
 ) -> None:
-    from device_profiles import calibration, staircase
+    from secateur.device_profiles import calibration, staircase
 
     (folder / "kitchen.yaml").write_text("extends: raspberry-pi-5\nconnect: {host: kitchen}\n")
     multiples = Multiples(conv=16, pointwise=8, depthwise=4, linear=1)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import errors
-from pipeline.cli.interrupts import SHOW_CURSOR
+from secateur.pipeline import errors
+from secateur.pipeline.cli.interrupts import SHOW_CURSOR
 from tests.pipeline.helpers import write_tiny
 from tests.pipeline.run.test_kill import journal_lines, prefect_home, run_directory
 from tests.pipeline.test_children import of_home, wait_until
@@ -26,18 +26,18 @@ CODES = {signal.SIGINT: errors.EXIT_INTERRUPTED, signal.SIGTERM: errors.EXIT_TER
 WORDS = {signal.SIGINT: "Interrupted", signal.SIGTERM: "Terminated"}
 PROGRAM = """
 import hashlib, os, signal, sys, threading, time
-from pipeline.cli import interrupts, program
+from secateur.pipeline.cli import interrupts, program
 import types
 
 interrupts.GRACE_S = {grace}
-cli = types.ModuleType("pipeline.cli.app")
-sys.modules["pipeline.cli.app"] = cli
+cli = types.ModuleType("secateur.pipeline.cli.app")
+sys.modules["secateur.pipeline.cli.app"] = cli
 def main():
     interrupts.current.go_on = "secateur resume '/a b'"
     work()
 cli.main = main
-import pipeline.cli
-pipeline.cli.app = cli
+import secateur.pipeline.cli
+secateur.pipeline.cli.app = cli
 def begin():
     os.write(1, b"working\\n")
 {work}
@@ -180,7 +180,7 @@ def test_a_command_that_began_nothing_only_says_that_it_ended(tmp_path: Path, wo
                     time.sleep(600)
         sys.meta_path.insert(0, Slow())
         sys.argv = ["secateur", *{words}]
-        from pipeline.cli.program import run_program
+        from secateur.pipeline.cli.program import run_program
         run_program()
     """
     text = textwrap.dedent(stopped).replace("{words}", repr(words))
@@ -213,7 +213,7 @@ def test_a_run_in_a_terminal_is_interrupted_and_ended_and_goes_on(
     """A signal to the whole group as Prefect starts, in mid-search, and in a later stage; then to the end."""
     home = tmp_path / "home"
     env = environment(SECATEUR_HOME=str(home), PREFECT_HOME=str(prefect_home), COLUMNS="200")
-    words = [sys.executable, "-m", "pipeline"]
+    words = [sys.executable, "-m", "secateur"]
     arguments = ["run", str(write_tiny(tmp_path))]
     for shown, number in moments.items():
         with Terminal([*words, *arguments], env, tmp_path) as terminal:

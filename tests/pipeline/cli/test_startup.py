@@ -10,18 +10,32 @@ import pytest
 
 ALWAYS_LATE = {
     *("torch", "torchvision", "mlflow", "prefect", "onnx", "onnxruntime", "onnxscript", "optuna", "pymoo", "sklearn"),
-    *("scipy", "numpy", "pandas", "pyarrow", "PIL", "psutil", "jinja2", "sqlalchemy", "export"),
+    *("scipy", "numpy", "pandas", "pyarrow", "PIL", "psutil", "jinja2", "sqlalchemy", "secateur.export"),
 }
 LATE_IN = {
-    "--help": {"pydantic", "yaml", "asyncssh", "ssl", "rich.markdown", "rich.traceback", "device_profiles.profile"},
-    "list methods": {"yaml", "asyncssh", "pipeline.config.schema", "pruning.search.methods", "device_profiles.profile"},
-    "list workloads": {"asyncssh", "pipeline.workloads", "pruning.search.methods"},
-    "list devices": {"pipeline.workloads", "pruning.search.methods"},
+    "--help": {
+        "pydantic",
+        "yaml",
+        "asyncssh",
+        "ssl",
+        "rich.markdown",
+        "rich.traceback",
+        "secateur.device_profiles.profile",
+    },
+    "list methods": {
+        "yaml",
+        "asyncssh",
+        "secateur.pipeline.config.schema",
+        "secateur.pruning.search.methods",
+        "secateur.device_profiles.profile",
+    },
+    "list workloads": {"asyncssh", "secateur.pipeline.workloads", "secateur.pruning.search.methods"},
+    "list devices": {"secateur.pipeline.workloads", "secateur.pruning.search.methods"},
 }
 """Command -> what it does not import; parsing any command's options imports pydantic (typer does)."""
 PERFORM = """
 import json, sys
-from pipeline.cli import app
+from secateur.pipeline.cli import app
 try:
     app.main()
 except SystemExit as ended:
@@ -30,7 +44,7 @@ print(json.dumps(sorted(sys.modules)))
 """
 HELP = """
 import sys
-from pipeline.cli import app
+from secateur.pipeline.cli import app
 if sys.argv.pop(1) == "whole":
     import rich.markdown, rich.traceback
 app.main()
@@ -57,7 +71,7 @@ def test_help_is_the_same_without_what_it_leaves_out(command: str) -> None:
 
 def test_what_help_leaves_out_is_there_for_others() -> None:
     code = (
-        "from pipeline.cli.help import import_formatter; import_formatter();"
+        "from secateur.pipeline.cli.help import import_formatter; import_formatter();"
         "from rich.markdown import Markdown; from rich.traceback import Traceback;"
         "print(Markdown.__module__, Traceback.__module__)"
     )

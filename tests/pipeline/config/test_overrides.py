@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from pipeline.config.reading import parse_run_file
-from pipeline.errors import UserError
+from secateur.pipeline.config.reading import parse_run_file
+from secateur.pipeline.errors import UserError
 from tests.pipeline.helpers import TINY
 
 BASE = "name: t\nworkload: {name: classification, model: {name: cifar_resnet8}, data: {source: digits}}\n"

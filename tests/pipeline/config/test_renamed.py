@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pytest
 import yaml
 
-from pipeline.config import renamed
-from pipeline.config.reading import parse_run_file
-from pipeline.config.renamed import RENAMED
-from pipeline.config.schema import RunFile
+from secateur.pipeline.config import renamed
+from secateur.pipeline.config.reading import parse_run_file
+from secateur.pipeline.config.renamed import RENAMED
+from secateur.pipeline.config.schema import RunFile
 from tests.pipeline.helpers import TINY, merged
 
 WORDS = [(place, old, new) for place, words in RENAMED.items() for old, new in words.items()]

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from device_profiles import plain_yaml
-from device_profiles.settle import schema_of, settle
-from pipeline.config.choices import WORKLOADS, reward_model
-from pipeline.config.reading import parse_run_file, reward_options
-from pipeline.config.schema import RunFile
-from pipeline.errors import UserError
-from pruning.search import METHODS, reward
+from secateur.device_profiles import plain_yaml
+from secateur.device_profiles.settle import schema_of, settle
+from secateur.pipeline.config.choices import WORKLOADS, reward_model
+from secateur.pipeline.config.reading import parse_run_file, reward_options
+from secateur.pipeline.config.schema import RunFile
+from secateur.pipeline.errors import UserError
+from secateur.pruning.search import METHODS, reward
 from tests.tools import schemas
 
 DATA = {"classification": "data: {source: digits}", "detection": "data: {source: digits}"}
@@ -102,7 +102,7 @@ def test_a_new_method_s_options_have_bounds_without_a_word_about_them() -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_no_reward_with_valid_options_overflows(preset: str) -> None:
     """At the edges of its options, for the evaluations that could be."""
-    from pruning.search.protocol import Evaluation
+    from secateur.pruning.search.protocol import Evaluation
 
     reference = Evaluation(metrics={"top1": 0.99, "macs": 1e9, "params": 1e6, "latency_ratio": 1.0})
     schema = schema_of(reward_model(preset))["properties"]

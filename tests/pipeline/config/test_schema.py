@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-import pipeline.runs
-from pipeline.config.reading import load_run_file, parse_run_file
-from pipeline.errors import UserError
+import secateur.pipeline.runs
+from secateur.pipeline.config.reading import load_run_file, parse_run_file
+from secateur.pipeline.errors import UserError
 from tests.pipeline.helpers import TINY
 
-RUN_FILES = sorted(Path(pipeline.runs.__path__[0]).glob("*.yaml"))
+RUN_FILES = sorted(Path(secateur.pipeline.runs.__path__[0]).glob("*.yaml"))
 
 BROKEN = """\
 name: no/slashes

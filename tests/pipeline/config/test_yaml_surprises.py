@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from device_profiles import plain_yaml
-from pipeline.config.reading import parse_run_file, reward_options
-from pipeline.config.schema import RunFile
-from pipeline.errors import UserError
+from secateur.device_profiles import plain_yaml
+from secateur.pipeline.config.reading import parse_run_file, reward_options
+from secateur.pipeline.config.schema import RunFile
+from secateur.pipeline.errors import UserError
 from tests.pipeline.helpers import TINY
 
 TEXT, INTEGER, NUMBER, BOOLEAN, FREE = "text", "integer", "number", "boolean", "free"
@@ -183,7 +183,7 @@ def test_a_listed_word_is_that_word_whatever_yaml_takes_it_for() -> None:
 
     from pydantic import TypeAdapter
 
-    from device_profiles.settle import settle
+    from secateur.device_profiles.settle import settle
 
     schema = TypeAdapter(Literal["off", "2007", "fast"]).json_schema()
     for word in ("off", "2007", "fast"):
@@ -262,7 +262,7 @@ def test_rescore_reads_its_parameters_as_the_run_file_does() -> None:
 def test_what_is_written_out_is_read_back_as_it_was(word: str) -> None:
     data = {"text": word, word: [word, {"deep": word}]}
     text = plain_yaml.dump(data)
-    from device_profiles.settle import settle
+    from secateur.device_profiles.settle import settle
 
     assert settle(plain_yaml.read(text).content, {(): {}}) == (data, ())
     assert yaml.safe_load(text) == data, "and by every other reader"

@@ -16,14 +16,14 @@ import pytest
 import torch
 from torch import nn
 
-from device_profiles import DeviceProfile, Multiples
-from device_profiles.calibration import load, path_of
-from device_profiles.layers import KINDS
-from pipeline.devices.device import RunDevice, meet
-from pipeline.errors import SurroundingsError
-from pipeline.progress import Report, Silent
-from pipeline.run.widths import group_multiples
-from pruning.trace import trace
+from secateur.device_profiles import DeviceProfile, Multiples
+from secateur.device_profiles.calibration import load, path_of
+from secateur.device_profiles.layers import KINDS
+from secateur.pipeline.devices.device import RunDevice, meet
+from secateur.pipeline.errors import SurroundingsError
+from secateur.pipeline.progress import Report, Silent
+from secateur.pipeline.run.widths import group_multiples
+from secateur.pruning.trace import trace
 from tests.device_profiles.layered import LawTarget, padded
 from tests.device_profiles.tiny import quick_profile
 from tests.export import nets

@@ -22,13 +22,13 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from device_profiles import DeviceError
-from pipeline import errors
-from pipeline.cli.app import exit_code
-from pipeline.errors import SurroundingsError
-from pipeline.progress import Silent
-from pipeline.run.journal import read_journal
-from pipeline.run.run import Run, create_run_directory
+from secateur.device_profiles import DeviceError
+from secateur.pipeline import errors
+from secateur.pipeline.cli.app import exit_code
+from secateur.pipeline.errors import SurroundingsError
+from secateur.pipeline.progress import Silent
+from secateur.pipeline.run.journal import read_journal
+from secateur.pipeline.run.run import Run, create_run_directory
 from tests.device_profiles import sshd
 from tests.pipeline.helpers import end, perform, quick_device, tiny_config, write_tiny
 from tests.pipeline.run.test_kill import ROOT, evaluations, finish, journal_lines, prefect_home, run_directory, start
@@ -233,7 +233,7 @@ def test_a_clock_that_jumps_changes_no_duration_and_no_decision(
 
 def test_a_device_whose_clock_is_set_measures_the_same_and_says_so(tmp_path: Path) -> None:
     """The agent of a process whose clock jumps by an hour in mid-measurement."""
-    from device_profiles import LocalTarget, load_profile, measure
+    from secateur.device_profiles import LocalTarget, load_profile, measure
     from tests.device_profiles.tiny import write_conv
 
     (tmp_path / "sitecustomize.py").write_text(
@@ -316,7 +316,7 @@ def test_a_full_disk_in_mid_search_ends_the_run_and_a_resume_goes_on(
     env = {**os.environ, "SECATEUR_HOME": str(home), "PREFECT_HOME": str(prefect_home), "PYTHONPATH": str(ROOT)}
 
     def started(*arguments: str) -> subprocess.Popen[bytes]:
-        command = [*inside, sys.executable, "-m", "pipeline", *arguments]
+        command = [*inside, sys.executable, "-m", "secateur", *arguments]
         with (tmp_path / "output").open("wb") as output:
             return subprocess.Popen(
                 command, env=env, cwd=tmp_path, stdout=output, stderr=subprocess.STDOUT, start_new_session=True

@@ -17,31 +17,31 @@ import numpy as np
 import pytest
 import yaml
 
-from device_profiles import DeviceError, Ratio
-from device_profiles.profile import Multiples
-from export.slicing import OnnxTemplate
-from pipeline.config.reading import parse_run_file
-from pipeline.config.schema import RunFile
-from pipeline.devices import fleet as fleets
-from pipeline.devices.device import meet
-from pipeline.devices.fleet import Device, Fleet, Tally
-from pipeline.errors import SurroundingsError, UserError
-from pipeline.evaluation.baseline import Baseline
-from pipeline.evaluation.evaluator import Evaluator, make_evaluator
-from pipeline.evaluation.fleet_latency import FleetLatencies, mean_of, worst_of
-from pipeline.evaluation.latency import LATENCIES
-from pipeline.evaluation.onnx_files import SharedFiles
-from pipeline.progress import Silent
-from pipeline.report import final_table
-from pipeline.run.facts import Facts
-from pipeline.run.opening import device_profiles
-from pipeline.run.run import Run, create_run_directory
-from pipeline.run.widths import common_multiples
-from pruning.channels import ChannelGraph
-from pruning.plan import PruningPlan
-from pruning.saliency import uniform_plan
-from pruning.search.protocol import Candidate, Predict, Time
-from pruning.trace import trace
+from secateur.device_profiles import DeviceError, Ratio
+from secateur.device_profiles.profile import Multiples
+from secateur.export.slicing import OnnxTemplate
+from secateur.pipeline.config.reading import parse_run_file
+from secateur.pipeline.config.schema import RunFile
+from secateur.pipeline.devices import fleet as fleets
+from secateur.pipeline.devices.device import meet
+from secateur.pipeline.devices.fleet import Device, Fleet, Tally
+from secateur.pipeline.errors import SurroundingsError, UserError
+from secateur.pipeline.evaluation.baseline import Baseline
+from secateur.pipeline.evaluation.evaluator import Evaluator, make_evaluator
+from secateur.pipeline.evaluation.fleet_latency import FleetLatencies, mean_of, worst_of
+from secateur.pipeline.evaluation.latency import LATENCIES
+from secateur.pipeline.evaluation.onnx_files import SharedFiles
+from secateur.pipeline.progress import Silent
+from secateur.pipeline.report import final_table
+from secateur.pipeline.run.facts import Facts
+from secateur.pipeline.run.opening import device_profiles
+from secateur.pipeline.run.run import Run, create_run_directory
+from secateur.pipeline.run.widths import common_multiples
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.saliency import uniform_plan
+from secateur.pruning.search.protocol import Candidate, Predict, Time
+from secateur.pruning.trace import trace
 from tests.device_profiles import sshd
 from tests.device_profiles.layered import plain
 from tests.device_profiles.tiny import quick_profile

@@ -11,21 +11,21 @@ import pytest
 import torch
 from torch import nn
 
-from device_profiles import load_profile, open_target
-from pipeline.config.schema import FinetuneSection, SearchSection
-from pipeline.devices.fleet import Device, Fleet
-from pipeline.evaluation.accuracy import recalibrate
-from pipeline.evaluation.baseline import Baseline
-from pipeline.evaluation.evaluator import Evaluator, make_evaluator
-from pipeline.evaluation.inference import FORWARDS, PLAIN
-from pipeline.run.records import to_dict, to_evaluation
-from pruning.channels import ChannelGraph
-from pruning.cost import count
-from pruning.plan import PruningPlan
-from pruning.saliency import uniform_plan
-from pruning.search.protocol import DENSE, RANDOM, Candidate, Distort, FineTune, MaskedLoss, Score
-from pruning.surgery import prune
-from pruning.trace import trace
+from secateur.device_profiles import load_profile, open_target
+from secateur.pipeline.config.schema import FinetuneSection, SearchSection
+from secateur.pipeline.devices.fleet import Device, Fleet
+from secateur.pipeline.evaluation.accuracy import recalibrate
+from secateur.pipeline.evaluation.baseline import Baseline
+from secateur.pipeline.evaluation.evaluator import Evaluator, make_evaluator
+from secateur.pipeline.evaluation.inference import FORWARDS, PLAIN
+from secateur.pipeline.run.records import to_dict, to_evaluation
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.cost import count
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.saliency import uniform_plan
+from secateur.pruning.search.protocol import DENSE, RANDOM, Candidate, Distort, FineTune, MaskedLoss, Score
+from secateur.pruning.surgery import prune
+from secateur.pruning.trace import trace
 from tests.pipeline.helpers import digits, quick_device
 
 WORKLOAD = digits(image_size=8)

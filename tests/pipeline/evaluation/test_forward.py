@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.evaluation.deterministic import DeterministicInference
-from pipeline.evaluation.inference import FORWARDS, PLAIN, ForwardError, Inference
-from pruning.plan import PruningPlan
+from secateur.pipeline.evaluation.deterministic import DeterministicInference
+from secateur.pipeline.evaluation.inference import FORWARDS, PLAIN, ForwardError, Inference
+from secateur.pruning.plan import PruningPlan
 from tests.pipeline.evaluation.test_inference import (
     BATCHES,
     CPU,

@@ -15,14 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import pipeline.evaluation.inference
-from export.slicing import OnnxTemplate
-from pipeline.evaluation.inference import Inference
-from pipeline.training.precision import DTYPES, Precision, native_bf16
-from pruning.channels import ChannelGraph
-from pruning.plan import PruningPlan
-from pruning.trace import trace
-from pruning.weights import inherit
+import secateur.pipeline.evaluation.inference
+from secateur.export.slicing import OnnxTemplate
+from secateur.pipeline.evaluation.inference import Inference
+from secateur.pipeline.training.precision import DTYPES, Precision, native_bf16
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.trace import trace
+from secateur.pruning.weights import inherit
 from tests.numerics import LOWERED, assert_same, pretend_bf16, rounding_of, run_lowered
 
 CPU = torch.device("cpu")
@@ -140,7 +140,7 @@ def inference(kind: Callable[[], nn.Module], **options: Any) -> Inference:
 
 def onnx_only(kind: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch, **options: Any) -> Inference:
     """With PyTorch out of the race, and blocks of 16: whatever is fastest, this is what the test is about."""
-    monkeypatch.setattr(pipeline.evaluation.inference, "BLOCKS", (16,))
+    monkeypatch.setattr(secateur.pipeline.evaluation.inference, "BLOCKS", (16,))
     engine = inference(kind, **options)
     list(engine.outputs(PruningPlan.full(engine.graph.groups)))
     assert engine._template is not None, engine.describe()
@@ -336,8 +336,8 @@ def test_a_network_without_a_template(threads: int, bf16: bool, set_threads: Cal
 
 def test_a_way_that_computes_something_else_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = inference(Residual, bf16=False)
-    monkeypatch.setattr(pipeline.evaluation.inference, "fuse_conv_bn_eval", lambda conv, _: conv)
-    monkeypatch.setattr(pipeline.evaluation.inference, "_any_batch", _negated)
+    monkeypatch.setattr(secateur.pipeline.evaluation.inference, "fuse_conv_bn_eval", lambda conv, _: conv)
+    monkeypatch.setattr(secateur.pipeline.evaluation.inference, "_any_batch", _negated)
     plan = random_plan(engine.graph, 0)
     assert_plain(list(engine.outputs(plan)), Residual, plan)
     assert [t.name for t in engine.trials if not t.reason] == ["PyTorch"]
@@ -416,4 +416,4 @@ def _negated(model: Any) -> Any:
     return model
 
 
-_ANY_BATCH = pipeline.evaluation.inference._any_batch
+_ANY_BATCH = secateur.pipeline.evaluation.inference._any_batch

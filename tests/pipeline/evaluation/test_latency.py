@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
-from device_profiles import BenchmarkResult
-from device_profiles.latency_model import LatencyModel
-from device_profiles.layers import LayerTable
-from pipeline.config.schema import LatencySection
-from pipeline.evaluation.latency import CHECK_EVERY, Latencies, plan_of, random_widths, widths_of
-from pruning.plan import ChannelGroup, PruningPlan, SearchSpace
+from secateur.device_profiles import BenchmarkResult
+from secateur.device_profiles.latency_model import LatencyModel
+from secateur.device_profiles.layers import LayerTable
+from secateur.pipeline.config.schema import LatencySection
+from secateur.pipeline.evaluation.latency import CHECK_EVERY, Latencies, plan_of, random_widths, widths_of
+from secateur.pruning.plan import ChannelGroup, PruningPlan, SearchSpace
 from tests.device_profiles.layered import Network, mobile, plain, table_of
 
 BUDGET = 12
@@ -25,7 +25,7 @@ BUDGET = 12
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Few plans to choose from, and one thread: several only wait for each other at these sizes."""
-    monkeypatch.setattr("pipeline.evaluation.latency.POOL", 200)
+    monkeypatch.setattr("secateur.pipeline.evaluation.latency.POOL", 200)
     with threadpool_limits(1):
         yield
 

@@ -20,27 +20,27 @@ import psutil
 import pytest
 import torch
 
-from device_profiles import load_profile, open_target
-from export.slicing import OnnxTemplate
-from pipeline.config.reading import load_run_file
-from pipeline.config.schema import RunFile, WorkersSection
-from pipeline.devices.fleet import Device, Fleet
-from pipeline.errors import UserError
-from pipeline.evaluation import worker as workers
-from pipeline.evaluation.accuracy import recalibrate
-from pipeline.evaluation.baseline import Baseline
-from pipeline.evaluation.evaluator import Evaluator, make_evaluator
-from pipeline.evaluation.worker_pool import Engine, WorkerDiedError, WorkerPool
-from pipeline.flow.environment import runtime_env
-from pipeline.flow.worker_engines import Dask, Processes, Ray, open_engine
-from pipeline.run.journal import Journal
-from pipeline.run.run import Run
-from pipeline.run.study import Study
-from pipeline.training.loop import save_weights
-from pruning.channels import ChannelGraph
-from pruning.saliency import uniform_plan
-from pruning.search.protocol import AuxiliaryTraining, Candidate, Evaluate, FineTune, Strategy
-from pruning.trace import trace
+from secateur.device_profiles import load_profile, open_target
+from secateur.export.slicing import OnnxTemplate
+from secateur.pipeline.config.reading import load_run_file
+from secateur.pipeline.config.schema import RunFile, WorkersSection
+from secateur.pipeline.devices.fleet import Device, Fleet
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.evaluation import worker as workers
+from secateur.pipeline.evaluation.accuracy import recalibrate
+from secateur.pipeline.evaluation.baseline import Baseline
+from secateur.pipeline.evaluation.evaluator import Evaluator, make_evaluator
+from secateur.pipeline.evaluation.worker_pool import Engine, WorkerDiedError, WorkerPool
+from secateur.pipeline.flow.environment import runtime_env
+from secateur.pipeline.flow.worker_engines import Dask, Processes, Ray, open_engine
+from secateur.pipeline.run.journal import Journal
+from secateur.pipeline.run.run import Run
+from secateur.pipeline.run.study import Study
+from secateur.pipeline.training.loop import save_weights
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.saliency import uniform_plan
+from secateur.pruning.search.protocol import AuxiliaryTraining, Candidate, Evaluate, FineTune, Strategy
+from secateur.pruning.trace import trace
 from tests.pipeline.helpers import digits, tiny_config, write_tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")

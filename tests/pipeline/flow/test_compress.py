@@ -8,8 +8,8 @@ from typing import Any
 
 from prefect.cache_policies import INPUTS
 
-from pipeline.flow.compress import key_of
-from pipeline.stages.order import STAGES
+from secateur.pipeline.flow.compress import key_of
+from secateur.pipeline.stages.order import STAGES
 
 STAGE = {stage.name: stage for stage in STAGES}
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from device_profiles import DeviceProfile, load_profile
-from pipeline.flow import lease_of, limit_name
+from secateur.device_profiles import DeviceProfile, load_profile
+from secateur.pipeline.flow import lease_of, limit_name
 from tests.pipeline.helpers import tiny_config
 from tests.servers import prefect_server, running
 

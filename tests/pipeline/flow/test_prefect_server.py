@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import children, errors
-from pipeline.errors import SurroundingsError
-from pipeline.flow import runtime_env, server
-from pipeline.foreign import exit_code
+from secateur.pipeline import children, errors
+from secateur.pipeline.errors import SurroundingsError
+from secateur.pipeline.flow import runtime_env, server
+from secateur.pipeline.foreign import exit_code
 from tests.pipeline.test_children import of_home, wait_until
 from tests.servers import free_port
 

@@ -23,14 +23,14 @@ import psutil
 import pytest
 from pydantic import ValidationError
 
-from pipeline import errors
-from pipeline.config.schema import RunFile
-from pipeline.errors import JournalError, OlderRunError, SurroundingsError, UserError
-from pipeline.flow import notify, run_claim
-from pipeline.flow.deployments import Order, deploy
-from pipeline.flow.device_lease import Lease
-from pipeline.flow.parameters import Compress, Profile, Promote
-from pipeline.run.journal import Journal
+from secateur.pipeline import errors
+from secateur.pipeline.config.schema import RunFile
+from secateur.pipeline.errors import JournalError, OlderRunError, SurroundingsError, UserError
+from secateur.pipeline.flow import notify, run_claim
+from secateur.pipeline.flow.deployments import Order, deploy
+from secateur.pipeline.flow.device_lease import Lease
+from secateur.pipeline.flow.parameters import Compress, Profile, Promote
+from secateur.pipeline.run.journal import Journal
 from tests.pipeline.helpers import quick_device, tiny_config, write_tiny
 from tests.pipeline.registered import add, embedded, linear_model, make_template, migrated_home
 from tests.servers import Server, database_url, free_port, mlflow_server, postgres, prefect_server, running
@@ -278,7 +278,7 @@ def test_parameters_refuse_what_they_do_not_know() -> None:
 
 
 def test_a_refused_challenger_is_not_measured_until_it_wins_by_chance() -> None:
-    from pipeline.flow.deployed import refused
+    from secateur.pipeline.flow.deployed import refused
 
     tags = {"secateur.decision.pi-5": json.dumps({"outcome": "refused", "champion": "2"})}
     assert refused(tags, "pi-5", "2")
@@ -320,7 +320,7 @@ class Workplace:
         return {**kept, **own, **self.settings}
 
     def secateur(self, *arguments: str, code: int = 0, **env: str) -> str:
-        command = [sys.executable, "-m", "pipeline", *arguments]
+        command = [sys.executable, "-m", "secateur", *arguments]
         done = subprocess.run(
             command, env={**self.env, **env}, cwd=self.folder, capture_output=True, text=True, timeout=PATIENCE_S
         )
@@ -438,7 +438,7 @@ def test_without_a_server_deploy_says_what_is_missing(tmp_path: Path) -> None:
     file = write_tiny(tmp_path)
 
     def deploy(*arguments: str, **settings: str) -> tuple[int, str]:
-        command = [sys.executable, "-m", "pipeline", "deploy", str(file), *arguments]
+        command = [sys.executable, "-m", "secateur", "deploy", str(file), *arguments]
         done = subprocess.run(command, env={**env, **settings}, cwd=ROOT, capture_output=True, text=True, timeout=120)
         return done.returncode, done.stderr
 
@@ -521,7 +521,7 @@ def test_the_promote_flow_crowns_whoever_passes_and_measures_a_refused_one_once(
 ) -> None:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    from pipeline.flow import deployed
+    from secateur.pipeline.flow import deployed
 
     registry = embedded(migrated_home(tmp_path / "home", make_template(tmp_path / "mlflow.db")))
     monkeypatch.setenv("SECATEUR_HOME", str(tmp_path / "home"))
@@ -551,8 +551,8 @@ def test_people_hear_of_a_regression_and_of_a_mistake(
 ) -> None:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    from pipeline.flow import deployed
-    from pipeline.tracking.store import connect
+    from secateur.pipeline.flow import deployed
+    from secateur.pipeline.tracking.store import connect
     from tests.pipeline.lifecycle.test_reprofile import FakeRegistry, reprofiled, result
 
     slower = reprofiled(result(1.0), result(1.3, 2.6, seed=1, onnxruntime="2"))
@@ -621,7 +621,7 @@ def evaluations(directory: Path) -> list[str]:
 def told(home: Path, uri: str = "") -> list[str]:
     from mlflow import MlflowClient
 
-    from pipeline.tracking import CANDIDATE_TAG
+    from secateur.pipeline.tracking import CANDIDATE_TAG
 
     client = MlflowClient(uri or f"sqlite:///{home}/mlflow.db")
     experiment = client.get_experiment_by_name("secateur")

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from pipeline.cli.app import app
-from pipeline.errors import EXIT_GATE, EXIT_OK, UserError
-from pipeline.lifecycle.finish import CHOSEN, begin, chosen_plan
-from pipeline.lifecycle.rescore import history
-from pipeline.progress import Silent
-from pipeline.run.run import Run
-from pipeline.tracking import Registry
-from pruning.plan import PruningPlan
+from secateur.pipeline.cli.app import app
+from secateur.pipeline.errors import EXIT_GATE, EXIT_OK, UserError
+from secateur.pipeline.lifecycle.finish import CHOSEN, begin, chosen_plan
+from secateur.pipeline.lifecycle.rescore import history
+from secateur.pipeline.progress import Silent
+from secateur.pipeline.run.run import Run
+from secateur.pipeline.tracking import Registry
+from secateur.pruning.plan import PruningPlan
 from tests.pipeline.helpers import opened, perform, tiny_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
@@ -63,7 +63,7 @@ def test_the_command_finishes_a_plan_of_a_run_and_registers_it(tmp_path: Path, m
     command = ["finish", str(directory), "--candidate", str(past[-1].candidate.id)]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     found = subprocess.run(
-        [sys.executable, "-m", "pipeline", *command], cwd=tmp_path, env=env, capture_output=True, text=True
+        [sys.executable, "-m", "secateur", *command], cwd=tmp_path, env=env, capture_output=True, text=True
     )
     assert found.returncode in (EXIT_OK, EXIT_GATE), found.stderr
     (new,) = (d for d in directory.parent.iterdir() if d != directory)

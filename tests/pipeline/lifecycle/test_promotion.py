@@ -14,13 +14,13 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from device_profiles import BenchmarkResult, DeviceProfile, Target, load_profile, open_target
-from device_profiles.measure import ModelSamples, Process
-from pipeline.config.schema import GateSection
-from pipeline.errors import UserError
-from pipeline.lifecycle import promotion
-from pipeline.lifecycle.promotion import Contender, absolute_gates, paired, relative_gates, resampled
-from pipeline.tracking import ChampionMovedError, Decision, Registry, Version
+from secateur.device_profiles import BenchmarkResult, DeviceProfile, Target, load_profile, open_target
+from secateur.device_profiles.measure import ModelSamples, Process
+from secateur.pipeline.config.schema import GateSection
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.lifecycle import promotion
+from secateur.pipeline.lifecycle.promotion import Contender, absolute_gates, paired, relative_gates, resampled
+from secateur.pipeline.tracking import ChampionMovedError, Decision, Registry, Version
 from tests.pipeline.helpers import QUICK_DEVICE, digits, quick_device
 from tests.pipeline.registered import add, crown, embedded, linear_model, make_template, migrated_home
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from device_profiles import BenchmarkResult, DeviceError, DeviceProfile, load_profile
-from device_profiles.measure import ModelSamples, Process
-from pipeline.errors import UserError
-from pipeline.files import sha256_of
-from pipeline.lifecycle.reprofile import (
+from secateur.device_profiles import BenchmarkResult, DeviceError, DeviceProfile, load_profile
+from secateur.device_profiles.measure import ModelSamples, Process
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.files import sha256_of
+from secateur.pipeline.lifecycle.reprofile import (
     Reprofile,
     Tolerances,
     changes,
@@ -28,10 +28,10 @@ from pipeline.lifecycle.reprofile import (
     recorded,
     reprofile,
 )
-from pipeline.progress import Silent
-from pipeline.tracking import Version
-from pipeline.tracking.reprofiles import REPROFILE_TAG, record_reprofile
-from pipeline.tracking.store import connect
+from secateur.pipeline.progress import Silent
+from secateur.pipeline.tracking import Version
+from secateur.pipeline.tracking.reprofiles import REPROFILE_TAG, record_reprofile
+from secateur.pipeline.tracking.store import connect
 from tests.pipeline.helpers import quick_device
 
 VERSION = Version("digits", "3")

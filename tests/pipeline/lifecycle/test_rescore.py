@@ -11,15 +11,15 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from pipeline.cli.app import app
-from pipeline.errors import JournalError, UserError
-from pipeline.lifecycle.rescore import front_rows, rescore, write_ranking
-from pipeline.run.journal import Journal
-from pipeline.run.records import describe
-from pipeline.stages.register import register
-from pipeline.stages.report import report
-from pruning.plan import ChannelGroup, PruningPlan
-from pruning.search.protocol import Candidate
+from secateur.pipeline.cli.app import app
+from secateur.pipeline.errors import JournalError, UserError
+from secateur.pipeline.lifecycle.rescore import front_rows, rescore, write_ranking
+from secateur.pipeline.run.journal import Journal
+from secateur.pipeline.run.records import describe
+from secateur.pipeline.stages.register import register
+from secateur.pipeline.stages.report import report
+from secateur.pruning.plan import ChannelGroup, PruningPlan
+from secateur.pruning.search.protocol import Candidate
 from tests.pipeline.helpers import made_up_facts, tiny_config
 
 FULL = PruningPlan.full([ChannelGroup("a", 8)])
@@ -62,7 +62,7 @@ def test_the_winner_follows_the_reward_and_nothing_else_changes(directory: Path)
 
 
 def test_the_front_keeps_what_is_best_in_one_thing_and_marks_it(directory: Path) -> None:
-    from pipeline.run.journal import read_journal
+    from secateur.pipeline.run.journal import read_journal
 
     rows = front_rows(read_journal(directory / "journal.jsonl"), "top1")
     found = [

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.progress import Silent
-from pipeline.run.journal import read_journal
-from pipeline.run.run import Run, create_run_directory
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.progress import Silent
+from secateur.pipeline.run.journal import read_journal
+from secateur.pipeline.run.run import Run, create_run_directory
 from tests.pipeline.helpers import perform, tiny_config
 
 CASES: dict[str, tuple[dict[str, Any], str]] = {

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.cli import app as cli
-from pipeline.config.schema import RunFile
-from pipeline.progress import Silent
-from pipeline.run import rehearsal
-from pipeline.run.estimate import Estimate, estimate
-from pipeline.run.preflight import examine
-from pipeline.run.rehearsal import Counted
-from pipeline.run.run import Run, create_run_directory
-from pruning.search import METHODS
+from secateur.pipeline.cli import app as cli
+from secateur.pipeline.config.schema import RunFile
+from secateur.pipeline.progress import Silent
+from secateur.pipeline.run import rehearsal
+from secateur.pipeline.run.estimate import Estimate, estimate
+from secateur.pipeline.run.preflight import examine
+from secateur.pipeline.run.rehearsal import Counted
+from secateur.pipeline.run.run import Run, create_run_directory
+from secateur.pruning.search import METHODS
 from tests.pipeline.helpers import perform, tiny_config, write_tiny
 
 Changes = dict[str, Any]

@@ -9,11 +9,20 @@ from typing import Any
 
 import pytest
 
-from pipeline.run.facts import Both, Facts, LatencyFacts, StageFacts, TimedOnDevice, TimedResults, from_json, to_json
-from pipeline.tracking import Decision
-from pipeline.tracking.registry import Gate
-from pruning.plan import PruningPlan
-from pruning.search.protocol import Candidate, Entry, Evaluation
+from secateur.pipeline.run.facts import (
+    Both,
+    Facts,
+    LatencyFacts,
+    StageFacts,
+    TimedOnDevice,
+    TimedResults,
+    from_json,
+    to_json,
+)
+from secateur.pipeline.tracking import Decision
+from secateur.pipeline.tracking.registry import Gate
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.search.protocol import Candidate, Entry, Evaluation
 from tests.pipeline.helpers import made_up_facts
 
 THIRD = 0.1 + 0.2

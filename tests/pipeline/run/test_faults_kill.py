@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from pipeline.stages.order import STAGES
+from secateur.pipeline.stages.order import STAGES
 from tests.pipeline.helpers import write_tiny
 from tests.pipeline.run.test_kill import (
     evaluations,

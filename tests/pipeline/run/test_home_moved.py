@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli.app import main
-from pipeline.config.schema import RunFile
-from pipeline.errors import TrackingError, UserError
-from pipeline.lifecycle.rescore import rescore
-from pipeline.progress import Silent
-from pipeline.run.origin import ORIGIN, check_tracked_at, read_origin, return_to_origin
-from pipeline.run.run import Run, create_run_directory
-from pipeline.tracking import Registry
-from pipeline.tracking.pull import pull
-from pipeline.tracking.reprofiles import record_reprofile
+from secateur.pipeline.cli.app import main
+from secateur.pipeline.config.schema import RunFile
+from secateur.pipeline.errors import TrackingError, UserError
+from secateur.pipeline.lifecycle.rescore import rescore
+from secateur.pipeline.progress import Silent
+from secateur.pipeline.run.origin import ORIGIN, check_tracked_at, read_origin, return_to_origin
+from secateur.pipeline.run.run import Run, create_run_directory
+from secateur.pipeline.tracking import Registry
+from secateur.pipeline.tracking.pull import pull
+from secateur.pipeline.tracking.reprofiles import record_reprofile
 from tests.pipeline.helpers import tiny_config
 from tests.pipeline.registered import add, crown, embedded, linear_model, make_template, migrated_home
 

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import JournalError, UserError
-from pipeline.run.journal import Journal, read_journal
+from secateur.pipeline.errors import JournalError, UserError
+from secateur.pipeline.run.journal import Journal, read_journal
 
 
 def journal(path: Path, run: str = "run-1", config: str = "abc") -> Journal:
@@ -175,8 +175,8 @@ def test_two_processes_cannot_write_one_journal(tmp_path: Path) -> None:
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
-from pipeline.errors import JournalError
-from pipeline.run.journal import Journal
+from secateur.pipeline.errors import JournalError
+from secateur.pipeline.run.journal import Journal
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # for this process the disk is full after 2,000 bytes
 with Journal(Path(sys.argv[1]), "run-1", "abc") as opened:

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from pipeline import errors
-from pipeline.tracking import CANDIDATE_TAG, Registry
+from secateur.pipeline import errors
+from secateur.pipeline.tracking import CANDIDATE_TAG, Registry
 from tests.pipeline.helpers import end, opened, perform, start_server, tiny_config, write_tiny
 from tests.pipeline.test_children import of_home
 from tests.servers import free_port
@@ -36,9 +36,9 @@ def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(home: Path, prefect_home: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    """``python -m pipeline ARGUMENTS`` in a home of its own; its output goes to a file there."""
+    """``python -m secateur ARGUMENTS`` in a home of its own; its output goes to a file there."""
     env = {**os.environ, "SECATEUR_HOME": str(home), "PREFECT_HOME": str(prefect_home), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pipeline", *arguments]
+    command = [sys.executable, "-m", "secateur", *arguments]
     with (home / "output").open("wb") as output:  # no pipe: an orphaned server would keep it open
         return subprocess.Popen(command, env=env, cwd=home, stdout=output, stderr=subprocess.STDOUT)
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import OlderRunError
-from pipeline.lifecycle.rescore import rescore
-from pipeline.progress import Silent
-from pipeline.run.journal import Journal, Record, read_journal
-from pipeline.run.run import Run, create_run_directory
+from secateur.pipeline.errors import OlderRunError
+from secateur.pipeline.lifecycle.rescore import rescore
+from secateur.pipeline.progress import Silent
+from secateur.pipeline.run.journal import Journal, Record, read_journal
+from secateur.pipeline.run.run import Run, create_run_directory
 from tests.pipeline.helpers import tiny_config
 from tests.pipeline.lifecycle.test_rescore import candidate
 
@@ -53,7 +53,7 @@ def test_a_run_of_an_older_format_is_rescored_and_not_continued(directory: Path,
 def test_a_run_is_not_continued_where_a_default_of_its_method_has_changed(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.run import run as module
+    from secateur.pipeline.run import run as module
 
     file = directory / "journal.jsonl"
     file.unlink()

@@ -13,15 +13,15 @@ import pytest
 from PIL import Image
 from safetensors.torch import save_file
 
-from pipeline import errors
-from pipeline.cli import app as cli
-from pipeline.config.faults import FaultsError
-from pipeline.progress import Silent
-from pipeline.run.preflight import examine
-from pipeline.run.run import Run, create_run_directory
-from pipeline.workloads.classification.networks import build_network
-from pipeline.workloads.data import content
-from pipeline.workloads.data.content import Reading
+from secateur.pipeline import errors
+from secateur.pipeline.cli import app as cli
+from secateur.pipeline.config.faults import FaultsError
+from secateur.pipeline.progress import Silent
+from secateur.pipeline.run.preflight import examine
+from secateur.pipeline.run.run import Run, create_run_directory
+from secateur.pipeline.workloads.classification.networks import build_network
+from secateur.pipeline.workloads.data import content
+from secateur.pipeline.workloads.data.content import Reading
 from tests.pipeline.helpers import merged, quick_device, tiny_config, write_tiny
 
 Captured = pytest.CaptureFixture[str]

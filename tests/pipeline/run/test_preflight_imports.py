@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.workloads.data import digits
-from pruning.search import METHODS
+from secateur.pipeline.workloads.data import digits
+from secateur.pruning.search import METHODS
 from tests.pipeline.helpers import write_tiny
 
 HEAVY = {"mlflow", "optuna", "pandas", "prefect", "sklearn", "scipy", "onnx", "onnxruntime", "pymoo", "torchvision"}
 COMPILER = "torch._dynamo"
 ASK = """
 import json, sys
-from pipeline.cli import app as cli
+from secateur.pipeline.cli import app as cli
 sys.argv = ["secateur", "validate", *sys.argv[1:]]
 try:
     cli.main()

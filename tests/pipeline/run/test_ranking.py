@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.run.journal import Journal, read_journal
-from pipeline.run.ranking import PER_PLACE, rank_exactly
-from pipeline.run.study import Study
-from pruning.plan import ChannelGroup, PruningPlan
-from pruning.search.protocol import Candidate, Entry, Evaluation
+from secateur.pipeline.run.journal import Journal, read_journal
+from secateur.pipeline.run.ranking import PER_PLACE, rank_exactly
+from secateur.pipeline.run.study import Study
+from secateur.pruning.plan import ChannelGroup, PruningPlan
+from secateur.pruning.search.protocol import Candidate, Entry, Evaluation
 
 GROUP = ChannelGroup("a", 40)
 FULL = PruningPlan.full([GROUP])

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.errors import JournalError, UserError
-from pipeline.progress import Silent
-from pipeline.run.opening import check_forward
-from pipeline.run.run import Run, create_run_directory
+from secateur.pipeline.errors import JournalError, UserError
+from secateur.pipeline.progress import Silent
+from secateur.pipeline.run.opening import check_forward
+from secateur.pipeline.run.run import Run, create_run_directory
 from tests.pipeline.helpers import opened, quick_device, tiny_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
@@ -71,7 +71,7 @@ def test_threads_follow_what_the_process_may_use_unless_the_run_file_says_otherw
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = torch.get_num_threads()
-    monkeypatch.setattr("pipeline.run.run.usable_cores", lambda: 2)
+    monkeypatch.setattr("secateur.pipeline.run.run.usable_cores", lambda: 2)
     try:
         for threads, expected in ((None, 2), (1, 1)):
             with opened(tiny_config(tmp_path, threads=threads)):

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.errors import JournalError
-from pipeline.run.journal import Journal
-from pipeline.run.study import Study
-from pruning.plan import ChannelGroup, PruningPlan, SearchSpace
-from pruning.search.methods import ccep
-from pruning.search.protocol import (
+from secateur.pipeline.errors import JournalError
+from secateur.pipeline.run.journal import Journal
+from secateur.pipeline.run.study import Study
+from secateur.pruning.plan import ChannelGroup, PruningPlan, SearchSpace
+from secateur.pruning.search.methods import ccep
+from secateur.pruning.search.protocol import (
     Archive,
     AuxiliaryTrained,
     AuxiliaryTraining,

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline.run.facts import Facts
-from pipeline.run.run import Run
+from secateur.pipeline.run.facts import Facts
+from secateur.pipeline.run.run import Run
 from tests.pipeline.helpers import opened, perform, tiny_config
 
 

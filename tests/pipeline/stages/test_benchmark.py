@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.stages.benchmark import load_benchmark, position_of_median, timed
+from secateur.pipeline.stages.benchmark import load_benchmark, position_of_median, timed
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
 

@@ -14,16 +14,16 @@ import onnxruntime
 import pytest
 import torch
 
-from pipeline.evaluation import evaluator
-from pipeline.lifecycle import promotion
-from pipeline.lifecycle.rescore import rank_agreement, rescore
-from pipeline.report import final_table
-from pipeline.run.facts import Facts
-from pipeline.run.run import Run
-from pipeline.stages import gate
-from pipeline.stages.loading import first_batch, load_baseline, load_compact, parity_images
-from pipeline.stages.report import NUM_PICTURES
-from pruning.plan import PruningPlan
+from secateur.pipeline.evaluation import evaluator
+from secateur.pipeline.lifecycle import promotion
+from secateur.pipeline.lifecycle.rescore import rank_agreement, rescore
+from secateur.pipeline.report import final_table
+from secateur.pipeline.run.facts import Facts
+from secateur.pipeline.run.run import Run
+from secateur.pipeline.stages import gate
+from secateur.pipeline.stages.loading import first_batch, load_baseline, load_compact, parity_images
+from secateur.pipeline.stages.report import NUM_PICTURES
+from secateur.pruning.plan import PruningPlan
 from tests.pipeline.helpers import opened, perform, tiny_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own

@@ -13,25 +13,25 @@ import pytest
 import torch
 from torch import nn
 
-from device_profiles import Target as DeviceTarget
-from device_profiles import load_profile, open_target
-from export.slicing import OnnxTemplate
-from pipeline.config.schema import FinetuneSection, Recipe, SearchSection
-from pipeline.devices.fleet import Device, Fleet
-from pipeline.evaluation.accuracy import recalibrate
-from pipeline.evaluation.baseline import Baseline
-from pipeline.evaluation.evaluator import Evaluator, make_evaluator
-from pipeline.run.journal import Journal
-from pipeline.run.opening import widths_costs
-from pipeline.run.study import Oracle, Study
-from pipeline.training.loop import fit
-from pipeline.workloads import detection
-from pruning.channels import ChannelGraph
-from pruning.plan import IntArray, PruningPlan, SearchSpace
-from pruning.search import METHODS
-from pruning.search.protocol import Budget, Candidate, Goal, Problem
-from pruning.search.reward import make_reward
-from pruning.trace import trace
+from secateur.device_profiles import Target as DeviceTarget
+from secateur.device_profiles import load_profile, open_target
+from secateur.export.slicing import OnnxTemplate
+from secateur.pipeline.config.schema import FinetuneSection, Recipe, SearchSection
+from secateur.pipeline.devices.fleet import Device, Fleet
+from secateur.pipeline.evaluation.accuracy import recalibrate
+from secateur.pipeline.evaluation.baseline import Baseline
+from secateur.pipeline.evaluation.evaluator import Evaluator, make_evaluator
+from secateur.pipeline.run.journal import Journal
+from secateur.pipeline.run.opening import widths_costs
+from secateur.pipeline.run.study import Oracle, Study
+from secateur.pipeline.training.loop import fit
+from secateur.pipeline.workloads import detection
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.plan import IntArray, PruningPlan, SearchSpace
+from secateur.pruning.search import METHODS
+from secateur.pruning.search.protocol import Budget, Candidate, Goal, Problem
+from secateur.pruning.search.reward import make_reward
+from secateur.pruning.trace import trace
 from tests.pipeline.helpers import digits, quick_device
 
 BRIEF: dict[str, dict[str, Any]] = {

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.stages.finetune import best_plans
-from pipeline.stages.loading import load_baseline, load_compact
-from pruning.plan import PruningPlan
-from pruning.search.protocol import Candidate, Entry, Evaluation
+from secateur.pipeline.stages.finetune import best_plans
+from secateur.pipeline.stages.loading import load_baseline, load_compact
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.search.protocol import Candidate, Entry, Evaluation
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
 

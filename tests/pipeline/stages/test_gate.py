@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from device_profiles import load_profile
-from device_profiles.profile import Budgets
-from pipeline.config.schema import RunFile
-from pipeline.run.facts import Both, Facts
-from pipeline.stages.gate import check, checks_of
+from secateur.device_profiles import load_profile
+from secateur.device_profiles.profile import Budgets
+from secateur.pipeline.config.schema import RunFile
+from secateur.pipeline.run.facts import Both, Facts
+from secateur.pipeline.stages.gate import check, checks_of
 from tests.pipeline.helpers import made_up_facts
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own

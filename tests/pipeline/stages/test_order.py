@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.files import sha256_of
-from pipeline.run.facts import BaselineFacts, Facts, to_json
-from pipeline.stages.order import STAGES, Stage
+from secateur.pipeline.files import sha256_of
+from secateur.pipeline.run.facts import BaselineFacts, Facts, to_json
+from secateur.pipeline.stages.order import STAGES, Stage
 from tests.pipeline.helpers import made_up_facts
 
 NAMES = [stage.name for stage in STAGES]

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.run.facts import Facts
-from pipeline.stages.promote import promote
+from secateur.pipeline.run.facts import Facts
+from secateur.pipeline.stages.promote import promote
 from tests.pipeline.helpers import made_up_facts, opened, perform, tiny_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own

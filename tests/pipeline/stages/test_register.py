@@ -9,9 +9,9 @@ from typing import Any
 import onnx
 import pytest
 
-from pipeline.run.facts import Speedup
-from pipeline.stages.register import final_metrics, usage_tag
-from pipeline.tracking.registry import MAX_TAG
+from secateur.pipeline.run.facts import Speedup
+from secateur.pipeline.stages.register import final_metrics, usage_tag
+from secateur.pipeline.tracking.registry import MAX_TAG
 from tests.pipeline.helpers import made_up_facts
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own

@@ -10,9 +10,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from pipeline.flow.compress import resume_tracking
-from pipeline.report import final_table
-from pipeline.stages.register import candidate_table
+from secateur.pipeline.flow.compress import resume_tracking
+from secateur.pipeline.report import final_table
+from secateur.pipeline.stages.register import candidate_table
 from tests.pipeline.helpers import opened, perform, tiny_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own

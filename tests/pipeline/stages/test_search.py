@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.errors import UserError
+from secateur.pipeline.errors import UserError
 from tests.pipeline.helpers import opened, perform, quick_device, tiny_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own

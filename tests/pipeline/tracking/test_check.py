@@ -21,13 +21,13 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from pipeline.config.reading import parse_run_file
-from pipeline.config.schema import RunFile
-from pipeline.errors import TrackingError, UserError
-from pipeline.tracking import check
-from pipeline.tracking.check import check_tracking, require_tracking
-from pipeline.tracking.database import revisions
-from pipeline.tracking.ownership import DEFAULT_DEVICE, MADE_TAG, RUN_TAG
+from secateur.pipeline.config.reading import parse_run_file
+from secateur.pipeline.config.schema import RunFile
+from secateur.pipeline.errors import TrackingError, UserError
+from secateur.pipeline.tracking import check
+from secateur.pipeline.tracking.check import check_tracking, require_tracking
+from secateur.pipeline.tracking.database import revisions
+from secateur.pipeline.tracking.ownership import DEFAULT_DEVICE, MADE_TAG, RUN_TAG
 from tests.pipeline.registered import make_template
 from tests.servers import database_url, free_port, mlflow_server, postgres, running
 
@@ -273,7 +273,7 @@ def test_a_store_that_is_to_be_made_and_an_empty_file_are_fine(tmp_path: Path) -
 
 
 def test_a_locked_file_is_unreachable(filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.tracking.database.LOCKED_S", 0.1)
+    monkeypatch.setattr("secateur.pipeline.tracking.database.LOCKED_S", 0.1)
     file = shutil.copyfile(filled, tmp_path / "x.db")
     connection = sqlite3.connect(file)
     connection.execute("PRAGMA journal_mode=DELETE")
@@ -414,7 +414,7 @@ def no_such_host() -> Iterator[Hostile]:
 def test_a_server_that_is_away_is_a_note_unless_it_is_required(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Callable[[], Any]
 ) -> None:
-    monkeypatch.setattr("pipeline.tracking.rest.ANSWER_S", 0.3)
+    monkeypatch.setattr("secateur.pipeline.tracking.rest.ANSWER_S", 0.3)
     with server() as found:
         report = check_tracking(config_of(uri=found.url), tmp_path)
         assert (report.faults, report.unreachable) == ((), False)
@@ -465,8 +465,8 @@ def test_who_we_are_is_said_to_the_server_and_to_nobody_it_names(
 
 def test_nothing_heavy_is_imported(filled: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from pipeline.config.reading import parse_run_file;"
-        "from pipeline.tracking.check import check_tracking;"
+        "import sys; from pathlib import Path; from secateur.pipeline.config.reading import parse_run_file;"
+        "from secateur.pipeline.tracking.check import check_tracking;"
         f"text = 'name: net\\nworkload: {WORKLOAD}\\ntracking: {{uri: \"sqlite:///{filled}\", experiment: theirs}}';"
         "config = parse_run_file(text); before = set(sys.modules);"  # which imports what the workload names
         "print(len(check_tracking(config, Path('.')).faults));"

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from pipeline.errors import TrackingError
-from pipeline.tracking import CANDIDATE_TAG, PARENT_TAG, Tracker
-from pipeline.tracking.ownership import MADE_TAG
+from secateur.pipeline.errors import TrackingError
+from secateur.pipeline.tracking import CANDIDATE_TAG, PARENT_TAG, Tracker
+from secateur.pipeline.tracking.ownership import MADE_TAG
 from tests.pipeline.tracking.test_tracking import children, record, tracker
 from tests.servers import database_url, mlflow_server, postgres, running
 

@@ -20,15 +20,15 @@ from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from onnx import TensorProto, helper
 from PIL import Image
 
-from pipeline import errors
-from pipeline.cli import app as cli
-from pipeline.cli import registry as registry_cli
-from pipeline.errors import TrackingError, UserError, VersionError
-from pipeline.tracking import Registry, Version
-from pipeline.tracking.fetched import check_onnx
-from pipeline.tracking.manifest import MANIFEST, MAX_BYTES, MODEL, Manifest
-from pipeline.tracking.pull import Cache, _chosen, pull
-from pipeline.tracking.registry import MANIFEST_TAG, MODEL_TAG
+from secateur.pipeline import errors
+from secateur.pipeline.cli import app as cli
+from secateur.pipeline.cli import registry as registry_cli
+from secateur.pipeline.errors import TrackingError, UserError, VersionError
+from secateur.pipeline.tracking import Registry, Version
+from secateur.pipeline.tracking.fetched import check_onnx
+from secateur.pipeline.tracking.manifest import MANIFEST, MAX_BYTES, MODEL, Manifest
+from secateur.pipeline.tracking.pull import Cache, _chosen, pull
+from secateur.pipeline.tracking.registry import MANIFEST_TAG, MODEL_TAG
 from tests.pipeline.helpers import digits
 from tests.pipeline.registered import add, crown, embedded, linear_model, make_template, migrated_home
 from tests.pipeline.tracking.test_check import PAGE, always, answering
@@ -82,7 +82,7 @@ model, pixels = Model(), np.load("pixels.npy")
 prepared = np.stack([model.prepare(image) for image in pixels])
 found = [model.predict(x) for x in (pixels, list(pixels), prepared)]
 print(json.dumps([x.argmax(1).tolist() for x in found] + [list(model.predict(pixels[0]).shape)]))
-assert not [name for name in sys.modules if name.split(".")[0] in ("pipeline", "mlflow", "torch")]
+assert not [name for name in sys.modules if name.split(".")[0] in ("secateur", "mlflow", "torch")]
 """
     found = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
@@ -98,7 +98,7 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("pipeline", "
 def test_the_loader_prepares_images_as_the_workload_does(registry: Registry, tmp_path: Path) -> None:
     import torch
 
-    from pipeline.tracking.loader import Model
+    from secateur.pipeline.tracking.loader import Model
 
     pull(registry, "net", tmp_path / "model")
     workload = digits(image_size=8)

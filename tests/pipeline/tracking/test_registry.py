@@ -22,13 +22,13 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from pipeline.errors import TrackingError, UserError, VersionError
-from pipeline.tracking import ChampionMovedError, Registry, alias_of
-from pipeline.tracking.history import Event
-from pipeline.tracking.manifest import MANIFEST, check_name
-from pipeline.tracking.pull import pull
-from pipeline.tracking.registry import DeletedChampion
-from pipeline.tracking.reprofiles import record_reprofile
+from secateur.pipeline.errors import TrackingError, UserError, VersionError
+from secateur.pipeline.tracking import ChampionMovedError, Registry, alias_of
+from secateur.pipeline.tracking.history import Event
+from secateur.pipeline.tracking.manifest import MANIFEST, check_name
+from secateur.pipeline.tracking.pull import pull
+from secateur.pipeline.tracking.registry import DeletedChampion
+from secateur.pipeline.tracking.reprofiles import record_reprofile
 from tests.pipeline.helpers import digits
 from tests.pipeline.registered import EXAMPLE, add, crown, decided, embedded, linear_model, make_template, migrated_home
 from tests.servers import database_url, free_port, mlflow_server, postgres, running
@@ -317,8 +317,8 @@ DEATHS = """
     sys.path.insert(0, {root!r})
     import mlflow.store.model_registry.sqlalchemy_store, mlflow.store.tracking.sqlalchemy_store
     from mlflow import MlflowClient
-    from pipeline.errors import UserError
-    from pipeline.tracking import ChampionMovedError, Decision, Gate, Registry
+    from secateur.pipeline.errors import UserError
+    from secateur.pipeline.tracking import ChampionMovedError, Decision, Gate, Registry
 
     home = Path(sys.argv[1])
     WRITES = ("set_registered_model_tag", "set_registered_model_alias", "delete_registered_model_alias")

@@ -9,12 +9,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 
-from pipeline.config.schema import TrackingSection
-from pipeline.errors import UserError
-from pipeline.tracking import Registry, Tracker
-from pipeline.tracking.history import FOUND, PROMOTE, ROLLBACK, Event, champions, is_known
-from pipeline.tracking.ownership import DEFAULT_DEVICE, MADE_TAG, foreign_aliases
-from pipeline.tracking.store import experiment_of
+from secateur.pipeline.config.schema import TrackingSection
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.tracking import Registry, Tracker
+from secateur.pipeline.tracking.history import FOUND, PROMOTE, ROLLBACK, Event, champions, is_known
+from secateur.pipeline.tracking.ownership import DEFAULT_DEVICE, MADE_TAG, foreign_aliases
+from secateur.pipeline.tracking.store import experiment_of
 from tests.pipeline.registered import add, crown, embedded, linear_model, make_template, migrated_home
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own

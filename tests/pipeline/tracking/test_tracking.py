@@ -20,12 +20,12 @@ import pytest
 from mlflow import MlflowClient
 from onnx import TensorProto, helper
 
-from pipeline.config.schema import TrackingSection
-from pipeline.errors import TrackingError
-from pipeline.locks import held
-from pipeline.tracking import CANDIDATE_TAG, PARENT_TAG, RUN_TAG, Tracker, redacted
-from pipeline.tracking.delivery import Child, Delivery, write
-from pipeline.tracking.store import Unreachable, connect, first_line
+from secateur.pipeline.config.schema import TrackingSection
+from secateur.pipeline.errors import TrackingError
+from secateur.pipeline.locks import held
+from secateur.pipeline.tracking import CANDIDATE_TAG, PARENT_TAG, RUN_TAG, Tracker, redacted
+from secateur.pipeline.tracking.delivery import Child, Delivery, write
+from secateur.pipeline.tracking.store import Unreachable, connect, first_line
 from tests.pipeline.helpers import end, start_server
 from tests.pipeline.tracking.test_check import PAGE, always, answering
 from tests.servers import database_url, free_port, postgres, running
@@ -157,9 +157,9 @@ def test_a_candidate_that_mlflow_refuses_does_not_block_those_behind_it(
     home: Path, monkeypatch: pytest.MonkeyPatch, beside: bool, wrong: dict[str, Any]
 ) -> None:
     if beside:
-        monkeypatch.setattr("pipeline.tracking.tracker.MANY", 0)
+        monkeypatch.setattr("secateur.pipeline.tracking.tracker.MANY", 0)
     if "series" in wrong:
-        monkeypatch.setattr("pipeline.tracking.tracker.SERIES", ("top1", "bad:\nname"))
+        monkeypatch.setattr("secateur.pipeline.tracking.tracker.SERIES", ("top1", "bad:\nname"))
     tracking = tracker(home)
     tracking.start()
     for i in range(4):
@@ -297,7 +297,7 @@ def server(home: Path) -> Iterator[Callable[[], tuple[str, subprocess.Popen[byte
 def test_candidates_wait_for_a_server_that_comes_goes_and_comes_again(
     home: Path, server: Any, monkeypatch: pytest.MonkeyPatch, many: int
 ) -> None:
-    monkeypatch.setattr("pipeline.tracking.tracker.MANY", many)
+    monkeypatch.setattr("secateur.pipeline.tracking.tracker.MANY", many)
     uri, process = server()
     end(process)  # unreachable from the start
     tracking = tracker(home, uri)
@@ -326,7 +326,7 @@ def test_postgresql_takes_candidates_and_the_model_as_sqlite_does(
     with running(postgres(tmp_path / "pg")) as database:
         uri = database_url(database, "mlflow", "postgresql+psycopg2")
         monkeypatch.setenv("SECATEUR_TRACKING_URI", uri)  # it holds a password, which no run file may
-        monkeypatch.setattr("pipeline.tracking.tracker.MANY", 10)
+        monkeypatch.setattr("secateur.pipeline.tracking.tracker.MANY", 10)
         tracking = tracker(tmp_path, required=True)
         tracking.start()
         for i in range(20):
@@ -344,11 +344,11 @@ def test_postgresql_takes_candidates_and_the_model_as_sqlite_does(
 def deliveries(of: psutil.Process | None = None) -> list[psutil.Process]:
     """Processes that tell MLflow for one."""
     found = (of or psutil.Process()).children(recursive=True)
-    return [process for process in found if "pipeline.tracking.delivery" in process.cmdline()]
+    return [process for process in found if "secateur.pipeline.tracking.delivery" in process.cmdline()]
 
 
 def test_a_delivery_that_is_killed_loses_and_doubles_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.tracking.tracker.MANY", 2)
+    monkeypatch.setattr("secateur.pipeline.tracking.tracker.MANY", 2)
     tracking = tracker(home)
     tracking.start()
     for i in range(40):
@@ -366,7 +366,7 @@ def test_a_delivery_that_is_killed_loses_and_doubles_nothing(home: Path, monkeyp
 
 def test_a_delivery_ends_with_whoever_started_it_and_shows_nobody_the_password() -> None:
     program = (
-        "import time; from pipeline.tracking.delivery import Delivery; "
+        "import time; from secateur.pipeline.tracking.delivery import Delivery; "
         "delivery = Delivery('http://me:hidden-word@host'); print(1, flush=True); time.sleep(99)"
     )
     command = [sys.executable, "-c", program]
@@ -418,7 +418,7 @@ def test_a_delivery_whose_parent_is_gone_writes_no_more(home: Path) -> None:
     """It has the candidate already, and waits: the lock is what the run's next process takes first."""
     child = made_up(home, "search:evaluation:1")
     program = (
-        "import json, sys; from pathlib import Path; from pipeline.tracking.delivery import Child, Delivery\n"
+        "import json, sys; from pathlib import Path; from secateur.pipeline.tracking.delivery import Child, Delivery\n"
         "delivery = Delivery(sys.argv[1], Path(sys.argv[2])); row = json.loads(sys.argv[3])\n"
         "print('started', flush=True); delivery.write(Child(**row))\n"
     )
@@ -458,7 +458,8 @@ def test_what_is_doubled_all_the_same_is_merged_at_the_next_start(home: Path) ->
 
 def test_a_store_is_made_whole_or_not_at_all_by_however_many_at_once(tmp_path: Path) -> None:
     program = (
-        "import sys; from pipeline.tracking.store import connect; print(len(connect(sys.argv[1]).search_experiments()))"
+        "import sys; from secateur.pipeline.tracking.store import connect; "
+        "print(len(connect(sys.argv[1]).search_experiments()))"
     )
     uri = f"sqlite:///{tmp_path}/home/mlflow.db"
     root = Path(__file__).parents[3]

@@ -18,22 +18,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from device_profiles import BenchmarkResult, DeviceProfile
-from pipeline import foreign
-from pipeline.cli import app as cli
-from pipeline.cli import registry as registry_cli
-from pipeline.config.reading import parse_run_file
-from pipeline.config.schema import GateSection
-from pipeline.errors import EXIT_GATE, EXIT_USER, UserError
-from pipeline.flow.deployed import refused
-from pipeline.lifecycle import promotion
-from pipeline.lifecycle.reprofile import Reprofile, Tolerances, compared, markdown, profile_of, recorded
-from pipeline.terminal import out
-from pipeline.tracking import RUN_TAG, Decision, Registry, Version
-from pipeline.tracking.history import EVENTS
-from pipeline.tracking.manifest import MANIFEST, MODEL
-from pipeline.tracking.registry import MANIFEST_TAG, MODEL_TAG
-from pipeline.workloads import Workload
+from secateur.device_profiles import BenchmarkResult, DeviceProfile
+from secateur.pipeline import foreign
+from secateur.pipeline.cli import app as cli
+from secateur.pipeline.cli import registry as registry_cli
+from secateur.pipeline.config.reading import parse_run_file
+from secateur.pipeline.config.schema import GateSection
+from secateur.pipeline.errors import EXIT_GATE, EXIT_USER, UserError
+from secateur.pipeline.flow.deployed import refused
+from secateur.pipeline.lifecycle import promotion
+from secateur.pipeline.lifecycle.reprofile import Reprofile, Tolerances, compared, markdown, profile_of, recorded
+from secateur.pipeline.terminal import out
+from secateur.pipeline.tracking import RUN_TAG, Decision, Registry, Version
+from secateur.pipeline.tracking.history import EVENTS
+from secateur.pipeline.tracking.manifest import MANIFEST, MODEL
+from secateur.pipeline.tracking.registry import MANIFEST_TAG, MODEL_TAG
+from secateur.pipeline.workloads import Workload
 from tests.pipeline.helpers import QUICK_DEVICE, TINY, digits, merged
 from tests.pipeline.lifecycle.test_reprofile import result
 from tests.pipeline.registered import linear_model

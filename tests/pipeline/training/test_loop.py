@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from pipeline.config.schema import Distillation, Recipe
-from pipeline.files import sha256_of
-from pipeline.training import loop as training
-from pipeline.training.loop import TrainingError, fit, load_weights, save_weights
-from pipeline.workloads.classification import Classification
-from pipeline.workloads.classification.losses import distillation_loss
+from secateur.pipeline.config.schema import Distillation, Recipe
+from secateur.pipeline.files import sha256_of
+from secateur.pipeline.training import loop as training
+from secateur.pipeline.training.loop import TrainingError, fit, load_weights, save_weights
+from secateur.pipeline.workloads.classification import Classification
+from secateur.pipeline.workloads.classification.losses import distillation_loss
 from tests.pipeline.helpers import digits
 
 CPU = torch.device("cpu")

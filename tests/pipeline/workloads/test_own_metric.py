@@ -16,9 +16,9 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from pipeline.evaluation import shipped_data
-from pipeline.run.journal import read_journal
-from pipeline.workloads import Workload
+from secateur.pipeline.evaluation import shipped_data
+from secateur.pipeline.run.journal import read_journal
+from secateur.pipeline.workloads import Workload
 from tests.pipeline.helpers import digits, write_tiny
 
 ROOT = Path(__file__).parents[3]
@@ -30,7 +30,7 @@ from typing import Literal
 
 import torch
 
-from pipeline.workloads import classification
+from secateur.pipeline.workloads import classification
 
 
 class Options(classification.Options):
@@ -81,7 +81,7 @@ def test_a_run_is_searched_resumed_rescored_reported_and_judged_by_a_new_workloa
     env |= {"PYTHONPATH": str(tmp_path / "tree"), "OMP_NUM_THREADS": "1"}
 
     def secateur(*arguments: str) -> str:
-        command = [sys.executable, "-m", "pipeline", *arguments]
+        command = [sys.executable, "-m", "secateur", *arguments]
         ended = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=500, check=False)
         assert ended.returncode == 0, ended.stdout + ended.stderr
         return ended.stdout
@@ -120,12 +120,12 @@ def test_a_run_is_searched_resumed_rescored_reported_and_judged_by_a_new_workloa
 def test_images_sent_to_a_worker_are_judged_by_their_own_workloads_metric(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import pipeline.workloads
+    import secateur.pipeline.workloads
 
     (tmp_path / "balanced.py").write_text(WORKLOAD)
-    folders = [*pipeline.workloads.__path__, str(tmp_path)]
-    monkeypatch.setattr(pipeline.workloads, "__path__", folders)
-    monkeypatch.setattr(pipeline.workloads.__spec__, "submodule_search_locations", folders)
+    folders = [*secateur.pipeline.workloads.__path__, str(tmp_path)]
+    monkeypatch.setattr(secateur.pipeline.workloads, "__path__", folders)
+    monkeypatch.setattr(secateur.pipeline.workloads.__spec__, "submodule_search_locations", folders)
     section = {"name": "balanced", "model": {"name": "cifar_resnet8"}, "data": {"source": "digits", "image_size": 8}}
     own: Workload = shipped_data.open_section(section)
     sent = shipped_data.unpack(section, shipped_data.pack(own, 32, 48, tmp_path / "images.npz"))

@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from pruning.plan import ChannelGroup, PruningPlan, SearchSpace
-from pruning.search.protocol import (
+from secateur.pruning.plan import ChannelGroup, PruningPlan, SearchSpace
+from secateur.pruning.search.protocol import (
     DENSE,
     RANDOM,
     Answer,

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pruning.search.methods import random
-from pruning.search.methods.acp import Options, Particle, compat_move, ordered_move, search
-from pruning.search.methods.clustering import dbscan, num_kept
-from pruning.search.protocol import DENSE, RANDOM, Candidate, Evaluate, Evaluation, FineTune, Goal, Score, Time
-from pruning.search.support import SearchError
+from secateur.pruning.search.methods import random
+from secateur.pruning.search.methods.acp import Options, Particle, compat_move, ordered_move, search
+from secateur.pruning.search.methods.clustering import dbscan, num_kept
+from secateur.pruning.search.protocol import DENSE, RANDOM, Candidate, Evaluate, Evaluation, FineTune, Goal, Score, Time
+from secateur.pruning.search.support import SearchError
 from tests.pruning.search.fakes import BASELINE, FakeStudy, drive, study
 
 LOOSE = Options(epsilon=0.0, fitness_epochs=0)
@@ -249,7 +249,7 @@ def test_the_papers_swarm_never_moves_the_last_group_but_ours_does():
 
 
 def test_inertia_falls_from_60_to_42_hundredths(monkeypatch):
-    from pruning.search.methods import acp
+    from secateur.pruning.search.methods import acp
 
     seen = []
     real = acp.ordered_move
@@ -260,7 +260,7 @@ def test_inertia_falls_from_60_to_42_hundredths(monkeypatch):
 
 
 def test_pbest_and_gbest_change_only_for_the_strictly_better_and_gbest_never_falls(monkeypatch):
-    from pruning.search.methods import acp
+    from secateur.pruning.search.methods import acp
 
     history = []
     real = acp.Swarm.move

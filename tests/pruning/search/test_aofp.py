@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pruning.search.methods import random
-from pruning.search.methods.aofp import Group, Options, search
-from pruning.search.protocol import Budget, BudgetSpent, Distort, Evaluate, FineTune, Goal
-from pruning.search.support import SearchError
+from secateur.pruning.search.methods import random
+from secateur.pruning.search.methods.aofp import Group, Options, search
+from secateur.pruning.search.protocol import Budget, BudgetSpent, Distort, Evaluate, FineTune, Goal
+from secateur.pruning.search.support import SearchError
 from tests.pruning.search.fakes import FakeStudy, drive, study
 
 STILL = Options(finetune_epochs=0)

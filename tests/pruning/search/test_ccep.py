@@ -10,9 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pruning.search.methods.ccep import Individual, Options, Subproblem, _fit, crossover, initial, mutate, search
-from pruning.search.protocol import Candidate, Evaluate, FineTune, Goal, Time
-from pruning.search.support import SearchError
+from secateur.pruning.search.methods.ccep import (
+    Individual,
+    Options,
+    Subproblem,
+    _fit,
+    crossover,
+    initial,
+    mutate,
+    search,
+)
+from secateur.pruning.search.protocol import Candidate, Evaluate, FineTune, Goal, Time
+from secateur.pruning.search.support import SearchError
 from tests.pruning.search.fakes import FakeStudy, drive, study
 
 FAST = Options(outer_iterations=2, generations=4)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.cluster import DBSCAN, AgglomerativeClustering
 from sklearn.metrics import silhouette_score
 
-from pruning.search.methods.clustering import (
+from secateur.pruning.search.methods.clustering import (
     Grid,
     agglomerative,
     by_silhouette,
@@ -26,7 +26,7 @@ from pruning.search.methods.clustering import (
     silhouette,
     swarm,
 )
-from pruning.search.support import Limit
+from secateur.pruning.search.support import Limit
 
 
 def distances(vectors: np.ndarray) -> np.ndarray:
@@ -233,7 +233,7 @@ def test_the_swarm_depends_on_its_generator_only():
 
 
 def test_the_work_of_a_large_group_is_bounded(monkeypatch):
-    from pruning.search.methods import clustering
+    from secateur.pruning.search.methods import clustering
 
     calls = []
     real = clustering.jump

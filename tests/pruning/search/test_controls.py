@@ -3,10 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pruning.search import METHODS
-from pruning.search.methods import random, uniform
-from pruning.search.protocol import Evaluate, Goal, Score
-from pruning.search.support import SearchError, check_reachable
+from secateur.pruning.search import METHODS
+from secateur.pruning.search.methods import random, uniform
+from secateur.pruning.search.protocol import Evaluate, Goal, Score
+from secateur.pruning.search.support import SearchError, check_reachable
 from tests.pruning.search.fakes import FakeStudy, drive, study
 
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pruning.search.methods import random as random_search
-from pruning.search.methods.cpmc import Options, multi_criteria, normalised, search
-from pruning.search.protocol import Evaluate, Goal, Score
-from pruning.search.support import Limit, SearchError, macs_ratios
+from secateur.pruning.search.methods import random as random_search
+from secateur.pruning.search.methods.cpmc import Options, multi_criteria, normalised, search
+from secateur.pruning.search.protocol import Evaluate, Goal, Score
+from secateur.pruning.search.support import Limit, SearchError, macs_ratios
 from tests.pruning.search.fakes import FakeStudy, drive, study
 
 

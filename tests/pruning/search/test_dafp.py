@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pruning.search.methods import random as random_search
-from pruning.search.methods.dafp import Options, search, uniform_sparsity
-from pruning.search.protocol import DENSE, AuxiliaryTraining, Evaluate, Evaluation, Goal, Score
-from pruning.search.support import Limit, SearchError, macs_ratios
+from secateur.pruning.search.methods import random as random_search
+from secateur.pruning.search.methods.dafp import Options, search, uniform_sparsity
+from secateur.pruning.search.protocol import DENSE, AuxiliaryTraining, Evaluate, Evaluation, Goal, Score
+from secateur.pruning.search.support import Limit, SearchError, macs_ratios
 from tests.pruning.search.fakes import FakeStudy, drive, study
 
 

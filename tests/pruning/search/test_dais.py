@@ -5,10 +5,19 @@ import json
 import numpy as np
 import pytest
 
-from pruning.search.methods import random
-from pruning.search.methods.dais import Options, search
-from pruning.search.protocol import DENSE, RANDOM, AuxiliaryTrained, AuxiliaryTraining, Evaluate, Evaluation, Goal, Time
-from pruning.search.support import SearchError
+from secateur.pruning.search.methods import random
+from secateur.pruning.search.methods.dais import Options, search
+from secateur.pruning.search.protocol import (
+    DENSE,
+    RANDOM,
+    AuxiliaryTrained,
+    AuxiliaryTraining,
+    Evaluate,
+    Evaluation,
+    Goal,
+    Time,
+)
+from secateur.pruning.search.support import SearchError
 from tests.pruning.search.fakes import FakeStudy, drive, study
 
 HALF = Goal(macs_ratio=0.5)
@@ -116,7 +125,7 @@ def test_the_training_is_asked_for_with_the_target_and_the_options() -> None:
 
 
 def test_the_options_are_those_that_the_training_knows() -> None:
-    from pipeline.training.auxiliary.indicators import Settings
+    from secateur.pipeline.training.auxiliary.indicators import Settings
 
     fake = taught(on(12, 16, 24))
     drive(search(fake.problem(HALF), Options(lr=0.003)), fake)

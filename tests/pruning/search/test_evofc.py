@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pruning.search import METHODS
-from pruning.search.methods.evofc import (
+from secateur.pruning.search import METHODS
+from secateur.pruning.search.methods.evofc import (
     FOUR,
     Options,
     _front_within,
@@ -22,7 +22,7 @@ from pruning.search.methods.evofc import (
     non_dominated,
     search,
 )
-from pruning.search.protocol import (
+from secateur.pruning.search.protocol import (
     DENSE,
     RANDOM,
     Answer,
@@ -35,10 +35,10 @@ from pruning.search.protocol import (
     Score,
     Time,
 )
-from pruning.search.support import SearchError
-from pruning.surgery import scatter
-from pruning.trace import trace
-from pruning.weights import inherit
+from secateur.pruning.search.support import SearchError
+from secateur.pruning.surgery import scatter
+from secateur.pruning.trace import trace
+from secateur.pruning.weights import inherit
 from tests.pruning.models import CifarResNet, half, randomise
 from tests.pruning.search.fakes import FakeStudy, drive, study
 

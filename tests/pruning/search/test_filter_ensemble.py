@@ -13,14 +13,23 @@ from hypothesis import strategies as st
 from scipy.linalg import hadamard
 from torch import nn
 
-from pruning.cost import cost, costs
-from pruning.plan import PruningPlan, SearchSpace
-from pruning.search.methods import random as random_search
-from pruning.search.methods.filter_ensemble import Fit, Options, Units, _positive, draw, estimate, ridge, search
-from pruning.search.protocol import DENSE, Evaluate, Evaluation, FineTune, Goal, MaskedLoss, Problem, Score
-from pruning.search.support import SearchError
-from pruning.surgery import prune
-from pruning.trace import trace
+from secateur.pruning.cost import cost, costs
+from secateur.pruning.plan import PruningPlan, SearchSpace
+from secateur.pruning.search.methods import random as random_search
+from secateur.pruning.search.methods.filter_ensemble import (
+    Fit,
+    Options,
+    Units,
+    _positive,
+    draw,
+    estimate,
+    ridge,
+    search,
+)
+from secateur.pruning.search.protocol import DENSE, Evaluate, Evaluation, FineTune, Goal, MaskedLoss, Problem, Score
+from secateur.pruning.search.support import SearchError
+from secateur.pruning.surgery import prune
+from secateur.pruning.trace import trace
 from tests.pruning.search.fakes import FakeStudy, drive, study
 
 KINDS = ["stratified", "bernoulli", "antithetic", "layerwise"]

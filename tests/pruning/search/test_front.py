@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pruning.search.front import pareto_front
-from pruning.search.protocol import Evaluation
+from secateur.pruning.search.front import pareto_front
+from secateur.pruning.search.protocol import Evaluation
 
 few = st.integers(0, 4).map(float)
 points = st.lists(st.tuples(few, few, few), max_size=12)

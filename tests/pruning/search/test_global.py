@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pruning.search import METHODS
-from pruning.search.protocol import Evaluate, Goal, Score, Time
-from pruning.search.support import SearchError
+from secateur.pruning.search import METHODS
+from secateur.pruning.search.protocol import Evaluate, Goal, Score, Time
+from secateur.pruning.search.support import SearchError
 from tests.pruning.search.fakes import FakeStudy, drive, study
 
 method = METHODS.load("global")

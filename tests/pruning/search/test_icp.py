@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pruning.search.methods import random
-from pruning.search.methods.icp import Options, search
-from pruning.search.protocol import Evaluate, Evaluation, FineTune, Goal, Score, Time
-from pruning.search.support import SearchError
+from secateur.pruning.search.methods import random
+from secateur.pruning.search.methods.icp import Options, search
+from secateur.pruning.search.protocol import Evaluate, Evaluation, FineTune, Goal, Score, Time
+from secateur.pruning.search.support import SearchError
 from tests.pruning.search.fakes import BASELINE, FakeStudy, drive, study
 from tests.pruning.search.test_acp import redundant, widths
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pruning.plan import ChannelGroup, PruningPlan
-from pruning.search import identity as identities
-from pruning.search.identity import FIRST_TEXTS, KINDS, digest_of, draws_of, identity
-from pruning.search.protocol import (
+from secateur.pruning.plan import ChannelGroup, PruningPlan
+from secateur.pruning.search import identity as identities
+from secateur.pruning.search.identity import FIRST_TEXTS, KINDS, digest_of, draws_of, identity
+from secateur.pruning.search.protocol import (
     AuxiliaryTraining,
     Candidate,
     Distort,

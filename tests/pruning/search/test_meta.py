@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pruning.plan import SearchSpace
-from pruning.search import METHODS
-from pruning.search.methods import meta, rewarded_meta
-from pruning.search.protocol import (
+from secateur.pruning.plan import SearchSpace
+from secateur.pruning.search import METHODS
+from secateur.pruning.search.methods import meta, rewarded_meta
+from secateur.pruning.search.protocol import (
     DENSE,
     RANDOM,
     AuxiliaryTrained,
@@ -29,8 +29,8 @@ from pruning.search.protocol import (
     Goal,
     Time,
 )
-from pruning.search.support import SearchError
-from pruning.search.width_evolution import SCALES, Draws, Member, Pool, Settings
+from secateur.pruning.search.support import SearchError
+from secateur.pruning.search.width_evolution import SCALES, Draws, Member, Pool, Settings
 from tests.pruning.search.fakes import FakeStudy, chain, drive, study
 
 BOTH = [meta, rewarded_meta]

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pruning.search import METHODS
-from pruning.search.protocol import Evaluate, Goal
-from pruning.search.support import Limit, SearchError, macs_ratios
+from secateur.pruning.search import METHODS
+from secateur.pruning.search.protocol import Evaluate, Goal
+from secateur.pruning.search.support import Limit, SearchError, macs_ratios
 from tests.pruning.search.fakes import FakeStudy, drive, study
 
 method = METHODS.load("optuna")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pruning.plan import ChannelGroup, PlanError, PruningPlan, SearchSpace, from_ranges, to_ranges
+from secateur.pruning.plan import ChannelGroup, PlanError, PruningPlan, SearchSpace, from_ranges, to_ranges
 
 sizes = st.integers(1, 40)
 names = st.text(min_size=1, max_size=12)

@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from device_profiles.latency_model import LatencyModel
-from device_profiles.layers import LayerTable
-from pruning.search.protocol import Answer, Goal, Predict, Request, Time
-from pruning.search.support import latency_table, limit_of, predicted_latency
+from secateur.device_profiles.latency_model import LatencyModel
+from secateur.device_profiles.layers import LayerTable
+from secateur.pruning.search.protocol import Answer, Goal, Predict, Request, Time
+from secateur.pruning.search.support import latency_table, limit_of, predicted_latency
 from tests.pruning.search.fakes import FakeStudy, chain, drive, study
 
 

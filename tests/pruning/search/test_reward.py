@@ -7,8 +7,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from pruning.search.protocol import Evaluation
-from pruning.search.reward import PRESETS, make_reward
+from secateur.pruning.search.protocol import Evaluation
+from secateur.pruning.search.reward import PRESETS, make_reward
 
 REFERENCE = Evaluation(metrics={"top1": 0.93, "macs": 125e6, "params": 8.5e5, "latency_ratio": 1.0})
 accuracies = st.floats(0.1, 1.0)

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pipeline.config.schema import FinetuneSection, Recipe
-from pipeline.progress import Report, silent
-from pipeline.training.auxiliary import Outcome, Task
-from pipeline.training.auxiliary.indicators import (
+from secateur.pipeline.config.schema import FinetuneSection, Recipe
+from secateur.pipeline.progress import Report, silent
+from secateur.pipeline.training.auxiliary import Outcome, Task
+from secateur.pipeline.training.auxiliary.indicators import (
     CostTerm,
     Indicators,
     Settings,
@@ -28,15 +28,15 @@ from pipeline.training.auxiliary.indicators import (
     interpolated,
     train,
 )
-from pipeline.training.loop import TrainingError, fit
-from pipeline.workloads import Split
-from pipeline.workloads.classification import Classification
-from pruning.channels import ChannelGraph
-from pruning.cost import cost, costs
-from pruning.plan import PruningPlan
-from pruning.reference import run_masked
-from pruning.trace import trace
-from pruning.weights import inherit
+from secateur.pipeline.training.loop import TrainingError, fit
+from secateur.pipeline.workloads import Split
+from secateur.pipeline.workloads.classification import Classification
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.cost import cost, costs
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.reference import run_masked
+from secateur.pruning.trace import trace
+from secateur.pruning.weights import inherit
 from tests.pipeline.helpers import digits
 from tests.pruning.models import CifarResNet, Net, PlainCNN, Tied, TwoBranches, half, randomise
 

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline.config.schema import FinetuneSection
-from pipeline.progress import Report, silent
-from pipeline.training.auxiliary import TRAININGS, Outcome, Task
-from pipeline.training.auxiliary.sparsity import BUFFER, channel_scales, penalty, sparsity, train
-from pipeline.workloads import Workload
-from pruning.channels import ChannelGraph
-from pruning.trace import trace
+from secateur.pipeline.config.schema import FinetuneSection
+from secateur.pipeline.progress import Report, silent
+from secateur.pipeline.training.auxiliary import TRAININGS, Outcome, Task
+from secateur.pipeline.training.auxiliary.sparsity import BUFFER, channel_scales, penalty, sparsity, train
+from secateur.pipeline.workloads import Workload
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.trace import trace
 from tests.pipeline.helpers import digits
 from tests.pruning.models import CifarResNet
 

@@ -12,19 +12,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.schema import FinetuneSection
-from pipeline.evaluation.accuracy import recalibrate
-from pipeline.progress import silent
-from pipeline.training import auxiliary as learning
-from pipeline.training.auxiliary import Outcome, Task, pruning_net, shared
-from pipeline.training.loop import load_weights, save_weights
-from pipeline.workloads.classification import Classification
-from pruning.channels import ChannelGraph
-from pruning.plan import PruningPlan
-from pruning.saliency import channel_saliency
-from pruning.supernet import scaled_space
-from pruning.trace import trace
-from pruning.weights import inherit
+from secateur.pipeline.config.schema import FinetuneSection
+from secateur.pipeline.evaluation.accuracy import recalibrate
+from secateur.pipeline.progress import silent
+from secateur.pipeline.training import auxiliary as learning
+from secateur.pipeline.training.auxiliary import Outcome, Task, pruning_net, shared
+from secateur.pipeline.training.loop import load_weights, save_weights
+from secateur.pipeline.workloads.classification import Classification
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.saliency import channel_saliency
+from secateur.pruning.supernet import scaled_space
+from secateur.pruning.trace import trace
+from secateur.pruning.weights import inherit
 from tests.pipeline.helpers import digits
 
 CPU = torch.device("cpu")

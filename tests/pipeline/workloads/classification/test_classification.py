@@ -12,8 +12,8 @@ from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
-from pipeline.errors import UserError
-from pipeline.workloads import classification
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.workloads import classification
 from tests.pipeline.helpers import digits
 
 CPU = torch.device("cpu")

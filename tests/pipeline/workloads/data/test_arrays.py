@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.workloads.classification import Classification, Options, build
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.workloads.classification import Classification, Options, build
 
 IMAGES = np.random.default_rng(0).integers(0, 255, (60, 16, 16, 3), dtype=np.uint8)
 LABELS = np.arange(60) % 3
@@ -98,7 +98,7 @@ def test_normalisations_that_cannot_be_meant_are_refused(mean: list[float], std:
 
 
 def test_digests_of_large_arrays_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.workloads.data import arrays
+    from secateur.pipeline.workloads.data import arrays
 
     monkeypatch.setattr(arrays, "LARGE_BYTES", 10)
     calls: list[int] = []

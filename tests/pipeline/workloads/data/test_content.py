@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.files import sha256_of
-from pipeline.surroundings import home
-from pipeline.workloads.data import content
-from pipeline.workloads.data.content import Reading, kept, look
+from secateur.pipeline.files import sha256_of
+from secateur.pipeline.surroundings import home
+from secateur.pipeline.workloads.data import content
+from secateur.pipeline.workloads.data.content import Reading, kept, look
 from tests.pipeline.workloads.data.pictures import noise
 
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
 
-from pipeline.workloads.data import decode
-from pipeline.workloads.data.decode import DecodeError, Picture
+from secateur.pipeline.workloads.data import decode
+from secateur.pipeline.workloads.data.decode import DecodeError, Picture
 from tests.pipeline.workloads.data.pictures import (
     ADOBE,
     SRGB,
@@ -389,7 +389,7 @@ def test_boxes_turn_with_the_pixels(orientation: int, size: tuple[int, int], at:
 
 
 def test_the_detector_reads_the_same_pixels(tmp_path: Path) -> None:
-    from pipeline.workloads.data.content import read_file
+    from secateur.pipeline.workloads.data.content import read_file
 
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from torchvision.datasets import ImageFolder
 
-from pipeline.errors import UserError
-from pipeline.workloads.classification import Classification, Options, build
-from pipeline.workloads.data.content import Reading
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.workloads.classification import Classification, Options, build
+from secateur.pipeline.workloads.data.content import Reading
 from tests.pipeline.workloads.data.pictures import noise
 
 ALL = Reading()

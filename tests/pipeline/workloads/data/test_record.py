@@ -11,13 +11,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.cli import app as cli
-from pipeline.config.reading import parse_run_file
-from pipeline.errors import EXIT_USER, UserError
-from pipeline.lifecycle.rescore import rescore
-from pipeline.progress import Silent
-from pipeline.run.run import Run, create_run_directory
-from pipeline.workloads.data.record import DataRecord, Member, differences, digest_of, read, write
+from secateur.pipeline.cli import app as cli
+from secateur.pipeline.config.reading import parse_run_file
+from secateur.pipeline.errors import EXIT_USER, UserError
+from secateur.pipeline.lifecycle.rescore import rescore
+from secateur.pipeline.progress import Silent
+from secateur.pipeline.run.run import Run, create_run_directory
+from secateur.pipeline.workloads.data.record import DataRecord, Member, differences, digest_of, read, write
 from tests.pipeline.workloads.data.pictures import noise
 from tests.pipeline.workloads.data.test_folder import tree
 
@@ -81,7 +81,7 @@ def test_a_renamed_image_is_the_same_image(tmp_path: Path) -> None:
 def test_what_differs_besides_the_images_is_named(tmp_path: Path) -> None:
     import torch
 
-    from pipeline.workloads.classification.networks import build_network
+    from secateur.pipeline.workloads.classification.networks import build_network
 
     root, weights = tree(tmp_path / "data"), tmp_path / "w.pt"
     torch.save(build_network("cifar_resnet8", 2, 3, {}).state_dict(), weights)

@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.workloads.data.notes import Tally
-from pipeline.workloads.data.splits import draw, in_order, note_conflicts, note_repeats, shares_of
+from secateur.pipeline.workloads.data.notes import Tally
+from secateur.pipeline.workloads.data.splits import draw, in_order, note_conflicts, note_repeats, shares_of
 
 
 def contents(*names: object) -> list[bytes]:

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.errors import UserError
-from pipeline.workloads.detection import boxes
-from pipeline.workloads.detection.boxes import average_precision, coco_precision
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.workloads.detection import boxes
+from secateur.pipeline.workloads.detection.boxes import average_precision, coco_precision
 
 VOC100 = Path(__file__).parents[5] / "shared" / "data" / "voc100"
 CURVES: tuple[boxes.Curve, ...] = ("voc07", "area")

@@ -15,22 +15,22 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from device_profiles import load_profile, open_target
-from export.onnx_export import export_onnx
-from export.verify import predict
-from pipeline.config.choices import WORKLOADS, workload_options
-from pipeline.config.reading import load_run_file
-from pipeline.config.schema import FinetuneSection, Recipe, SearchSection
-from pipeline.devices.fleet import Device, Fleet
-from pipeline.errors import UserError
-from pipeline.evaluation.baseline import Baseline
-from pipeline.evaluation.evaluator import Evaluator, make_evaluator
-from pipeline.training.loop import fit
-from pipeline.workloads import detection
-from pipeline.workloads.detection import networks, ssd
-from pruning.saliency import uniform_plan
-from pruning.search.protocol import Candidate, MaskedLoss, Score
-from pruning.trace import trace
+from secateur.device_profiles import load_profile, open_target
+from secateur.export.onnx_export import export_onnx
+from secateur.export.verify import predict
+from secateur.pipeline.config.choices import WORKLOADS, workload_options
+from secateur.pipeline.config.reading import load_run_file
+from secateur.pipeline.config.schema import FinetuneSection, Recipe, SearchSection
+from secateur.pipeline.devices.fleet import Device, Fleet
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.evaluation.baseline import Baseline
+from secateur.pipeline.evaluation.evaluator import Evaluator, make_evaluator
+from secateur.pipeline.training.loop import fit
+from secateur.pipeline.workloads import detection
+from secateur.pipeline.workloads.detection import networks, ssd
+from secateur.pruning.saliency import uniform_plan
+from secateur.pruning.search.protocol import Candidate, MaskedLoss, Score
+from secateur.pruning.trace import trace
 from tests.pipeline.helpers import quick_device
 from tests.pipeline.workloads.detection.test_ssd import Bare, perfect
 

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
-from pipeline.errors import UserError
-from pipeline.workloads.data import voc as voc_format
-from pipeline.workloads.data.content import Reading
-from pipeline.workloads.data.digit_scenes import DigitScenes
-from pipeline.workloads.data.scenes import FileScenes, SceneData
-from pipeline.workloads.detection import scenes
-from pipeline.workloads.detection.scenes import SceneOptions
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.workloads.data import voc as voc_format
+from secateur.pipeline.workloads.data.content import Reading
+from secateur.pipeline.workloads.data.digit_scenes import DigitScenes
+from secateur.pipeline.workloads.data.scenes import FileScenes, SceneData
+from secateur.pipeline.workloads.detection import scenes
+from secateur.pipeline.workloads.detection.scenes import SceneOptions
 
 DATA = Path(__file__).parents[5] / "shared" / "data"
 

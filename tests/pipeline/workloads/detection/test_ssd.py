@@ -16,15 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from export.onnx_export import export_onnx
-from export.slicing import OnnxTemplate
-from export.verify import predict
-from pipeline.errors import UserError
-from pipeline.workloads.detection import networks, ssd
-from pruning.channels import ChannelGraph
-from pruning.saliency import uniform_plan
-from pruning.surgery import certify, prune
-from pruning.trace import trace
+from secateur.export.onnx_export import export_onnx
+from secateur.export.slicing import OnnxTemplate
+from secateur.export.verify import predict
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.workloads.detection import networks, ssd
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.saliency import uniform_plan
+from secateur.pruning.surgery import certify, prune
+from secateur.pruning.trace import trace
 
 GRID = networks.grid_boxes([4, 2], [[(0.2, 0.2), (0.3, 0.15)], [(0.5, 0.5), (0.35, 0.7)]])
 

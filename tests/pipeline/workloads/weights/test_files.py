@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 from torch import nn
 
-from pipeline.errors import UserError
-from pipeline.workloads.data import paths
-from pipeline.workloads.weights import choose_weights, find_weights, fit_weights, read_weights
-from pipeline.workloads.weights.files import describe
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.workloads.data import paths
+from secateur.pipeline.workloads.weights import choose_weights, find_weights, fit_weights, read_weights
+from secateur.pipeline.workloads.weights.files import describe
 
 Write = Callable[[Path], object]
 
@@ -229,7 +229,7 @@ def test_tensors_that_cannot_be_a_networks_weights(kind: str, tmp_path: Path) ->
 
 
 def test_quantised_tensors_are_refused() -> None:
-    from pipeline.workloads.weights.tensors import kind_fault
+    from secateur.pipeline.workloads.weights.tensors import kind_fault
 
     class Quantised:
         shape, dtype = (1,), torch.quint8

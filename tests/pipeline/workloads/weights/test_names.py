@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pipeline.errors import UserError
-from pipeline.workloads.weights import choose_weights
-from pipeline.workloads.weights.names import copies, flattened
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.workloads.weights import choose_weights
+from secateur.pipeline.workloads.weights.names import copies, flattened
 
 
 def network() -> nn.Module:

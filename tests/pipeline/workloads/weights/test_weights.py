@@ -12,8 +12,8 @@ import torchvision.models as classifiers
 import torchvision.models.detection as detectors
 from torch import Tensor, nn
 
-from pipeline.errors import UserError
-from pipeline.workloads import classification, detection, weights
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.workloads import classification, detection, weights
 
 SSDLITE = "ssdlite320_mobilenet_v3_large"
 COCO = detectors.SSDLite320_MobileNet_V3_Large_Weights.COCO_V1

@@ -1,5 +1,0 @@
-"""``python -m pipeline`` is ``secateur``."""
-
-from pipeline.cli.program import run_program
-
-run_program()
