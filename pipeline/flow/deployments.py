@@ -122,7 +122,7 @@ def _deploy(order: Order, config: RunFile, profiles: tuple[DeviceProfile, ...], 
     for limit in sorted({limit_name(profile) for profile in profiles}):
         make_limit(limit)
         lines.append(f"Concurrency limit {limit}: 1")
-    lines += _warnings()
+    lines += [*_warnings(), *_of_earlier_versions()]
     return lines
 
 
@@ -176,6 +176,23 @@ def _warnings() -> list[str]:
         "Note: this server forgets who holds a limit when it is restarted. Start it with "
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE=prefect.server.concurrency.lease_storage.filesystem"
     ]
+
+
+def _of_earlier_versions() -> list[str]:
+    """Deployments that name modules as they were called before all of them were ``secateur``'s: their runs fail."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags
+
+    lines = []
+    with get_client(sync_client=True) as client:
+        ours = DeploymentFilter(tags=DeploymentFilterTags(all_=[TAG]))
+        for found in client.read_deployments(deployment_filter=ours):
+            module, _, flow = (found.entrypoint or "").rpartition(".")
+            if module.startswith("pipeline."):
+                file = found.parameters.get("job", {}).get("file", "RUN_FILE")
+                anew = command("secateur", "deploy", file, "--name", found.name)
+                lines.append(f"Note: {flow}/{found.name} was made by an earlier version, and cannot start; run: {anew}")
+    return lines
 
 
 def _lease_storage() -> str:

@@ -23,6 +23,7 @@ import psutil
 import pytest
 from pydantic import ValidationError
 
+from secateur.device_profiles import wording
 from secateur.pipeline import errors
 from secateur.pipeline.config.schema import RunFile
 from secateur.pipeline.errors import JournalError, OlderRunError, SurroundingsError, UserError
@@ -479,6 +480,18 @@ def test_deploying_twice_changes_nothing_and_its_schedule_fires(place: Workplace
         answer = httpx.post(path, json={"parameters": {"job": job}})
         assert answer.status_code in (409, 422), answer.text
         assert "Validation failed" in answer.text
+
+
+@pytest.mark.slow
+def test_a_deployment_of_an_earlier_version_is_told_with_what_makes_it_anew(place: Workplace) -> None:
+    file = write_tiny(place.folder)
+    place.deploy(file, "old")
+    found = place.deployment("compress/old")
+    former = {"entrypoint": "pipeline.flow.deployed.compress"}
+    place.api("PATCH", f"/deployments/{found['id']}", json=former)
+    note = "Note: compress/old was made by an earlier version, and cannot start; "
+    assert f"{note}run: {wording.command('secateur', 'deploy', file, '--name', 'old')}" in place.deploy(file, "new")
+    assert not [line for line in place.deploy(file, "old") if "compress/old was made by" in line]
 
 
 @pytest.mark.long
