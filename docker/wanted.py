@@ -9,9 +9,12 @@ import argparse
 import re
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 TORCH = ("torch", "torchvision")
+PROGRAM = ("pipeline", "detection")
+"""Parts that every image has."""
 
 
 def wanted(project: Path, extras: list[str]) -> list[str]:
@@ -24,8 +27,19 @@ def wanted(project: Path, extras: list[str]) -> list[str]:
     table, known = content["project"], content["project"]["optional-dependencies"]
     if unknown := [name for name in extras if name not in known]:
         raise ValueError(f"no extra {', '.join(unknown)} in pyproject.toml; known: {', '.join(known)}")
-    chosen = [line for name in extras for line in known[name]]
+    chosen = dict.fromkeys(line for name in (*PROGRAM, *extras) for line in part(known, name, table["name"]))
     return [*content["build-system"]["requires"], *table["dependencies"], *chosen]
+
+
+def part(known: dict[str, list[str]], name: str, project: str) -> Iterator[str]:
+    """The requirements of an extra, with those of the project's other extras that it names."""
+    for line in known[name]:
+        others = re.fullmatch(rf"{project}\[(.*)\]", line)
+        if others is None:
+            yield line
+            continue
+        for one in others[1].split(","):
+            yield from part(known, one, project)
 
 
 def torch_pins(lock: Path) -> list[str]:

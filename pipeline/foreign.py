@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from secateur.pipeline import parts
 from secateur.pipeline.errors import EXIT_BUG, EXIT_SURROUNDINGS, EXIT_USER, SurroundingsError, UserError, masked
 
 MISTAKES: Mapping[int, str] = {
@@ -67,6 +68,8 @@ def expected(error: BaseException) -> Exception | None:
 
     if isinstance(error, UserError | SurroundingsError | DeviceError | ExportError):
         return error
+    if (part := parts.missing(error)) is not None:
+        return UserError(part)
     if isinstance(error, MemoryError):
         return SurroundingsError(MEMORY)
     if isinstance(error, OSError):

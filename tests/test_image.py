@@ -114,6 +114,8 @@ def test_extras_and_the_build_of_torch_are_chosen(tmp_path: Path) -> None:
     assert wanted(tmp_path, "--extras", "postgres,ray").returncode == 0
     lines = (tmp_path / "wanted.txt").read_text().splitlines()
     assert "psycopg2-binary>=2.9" in lines and "ray>=2.60" in lines and "torch>=2.14" in lines
+    assert "onnx>=1.23" in lines and "mlflow>=3.17,<3.18" in lines and "faster-coco-eval>=1.8" in lines
+    assert not [line for line in lines if "secateur" in line] and len(lines) == len(set(lines))
     assert not [line for line in lines if line.startswith(("pytest", "distributed", "ruff"))]
     assert wanted(tmp_path, "--torch", "cpu", "--index", "file:///wheels").returncode == 0
     pins = (tmp_path / "torch.txt").read_text().split()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 from typing import NoReturn
 
 from secateur.pipeline.cli import interrupts
+from secateur.pipeline.errors import EXIT_USER
 
 
 def run_program() -> NoReturn:
@@ -17,9 +19,15 @@ def run_program() -> NoReturn:
     try:
         if not debug:
             keep_libraries_quiet()
-        from secateur.pipeline import children
-        from secateur.pipeline.cli import app as cli
+        from secateur.pipeline import children, parts
 
+        try:
+            from secateur.pipeline.cli import app as cli
+        except ModuleNotFoundError as error:
+            if (part := parts.missing(error)) is None:
+                raise
+            os.write(2, f"Error: {part}\n".encode())  # what else prints is not installed
+            sys.exit(EXIT_USER)
         stop.last = children.end_all
         cli.main()
     except BaseException:

@@ -1,0 +1,30 @@
+"""Parts of Secateur that are installed as extras: which one brings a package that is missing.
+
+Imports next to nothing: the command line asks it before it has a command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+PARTS: Mapping[str, tuple[str, ...]] = {
+    "export": ("onnx", "onnxruntime", "onnxscript", "scipy"),
+    "pipeline": (
+        *("asyncssh", "fastapi", "jinja2", "mlflow", "optuna", "pandas", "PIL", "prefect", "psutil"),
+        *("pyarrow", "pymoo", "rich", "sklearn", "sqlalchemy", "torchvision", "typer"),
+    ),
+    "detection": ("faster_coco_eval",),
+    "postgres": ("psycopg2",),
+    "dask": ("distributed", "prefect_dask"),
+    "ray": ("prefect_ray", "ray"),
+}
+"""Extra of pyproject.toml -> the packages it brings, as they are imported."""
+EXTRA_OF = {package: extra for extra, packages in PARTS.items() for package in packages}
+
+
+def missing(error: BaseException) -> str | None:
+    """What to install, where an import failed for want of a part; None = it failed for another reason."""
+    if not isinstance(error, ModuleNotFoundError) or error.name not in EXTRA_OF:
+        return None
+    extra = EXTRA_OF[error.name]
+    return f"this needs {error.name}, a part that is not installed; run: pip install 'secateur[{extra}]'"
