@@ -22,7 +22,7 @@ from secateur.pipeline.workloads import Workload
 from tests.pipeline.helpers import digits, write_tiny
 
 ROOT = Path(__file__).parents[3]
-PACKAGES = ("pipeline", "export", "pruning", "device_profiles")
+PACKAGES = ("secateur", "pipeline", "export", "pruning", "device_profiles")
 METRIC = "balanced_accuracy"
 WORKLOAD = '''"""Digits judged by the mean recall of their classes."""
 
@@ -70,7 +70,9 @@ def timeless(value: Any) -> Any:
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_is_searched_resumed_rescored_reported_and_judged_by_a_new_workloads_metric(tmp_path: Path) -> None:
     for package in PACKAGES:
-        shutil.copytree(ROOT / package, tmp_path / "tree" / package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / package, tmp_path / "tree" / package, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
     (tmp_path / "tree" / "pipeline" / "workloads" / "balanced.py").write_text(WORKLOAD)
     home = tmp_path / "home"
     home.mkdir()
