@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Callable
 
@@ -261,7 +262,9 @@ def test_the_certificate_catches_a_wrong_rule(monkeypatch: pytest.MonkeyPatch, n
     assert graph.groups and certificate.ok, certificate
     assert operator in rules.RULES or operator == "add"
     monkeypatch.setitem(rules.RULES, operator, rule)
-    monkeypatch.setattr("secateur.pruning.trial.settle", lambda tracer, args, _: assemble(tracer, len(args[0])).graph)
+    monkeypatch.setattr(
+        sys.modules["secateur.pruning.trace"], "settle", lambda tracer, args, _: assemble(tracer, len(args[0])).graph
+    )
     graph, certificate = certified(model, IMAGES)
     assert graph.groups
     assert not certificate.ok

@@ -356,7 +356,7 @@ def evaluator(workload: detection.Detection, tmp_path: Path) -> Iterator[Evaluat
 
 
 def test_the_evaluator_gets_what_it_asks_for(evaluator: Evaluator, workload: detection.Detection) -> None:
-    graph, model = evaluator.graph, evaluator.model
+    graph, model = evaluator.graph, evaluator.accuracy.baseline.model
     plan = uniform_plan(graph, 0.5, model=model, saliency="random", seed=0)
     found = evaluator.evaluate(Candidate(0, plan, "test"), latency=True, floor=0.99)
     assert found.status == "ok", found.reason
