@@ -226,10 +226,11 @@ def _points(group: str) -> tuple[EntryPoint, ...]:
 
 @functools.lru_cache(maxsize=8)
 def _all_points(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
-    """Those of every package in these folders, the first of a name."""
+    """Those of every package in these folders, the first of a name; only what has any of ours is read any further."""
     packages: dict[str, Distribution] = {}
     for package in distributions(path=list(path)):
-        packages.setdefault(str(package.name).lower().replace("_", "-"), package)
+        if "[secateur." in (package.read_text("entry_points.txt") or ""):
+            packages.setdefault(str(package.name).lower().replace("_", "-"), package)
     ours = (point for package in packages.values() for point in package.entry_points)
     return tuple(point for point in ours if point.group.startswith("secateur."))
 

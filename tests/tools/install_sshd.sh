@@ -50,10 +50,10 @@ Debug::NoLocking "true";
 Dir::State::lists "$work/lists";
 Dir::Cache "$work/cache";
 CONF
-apt="apt-get -c $work/apt.conf -q -q -y"
-$apt update || fail "cannot read the package lists of this machine's sources"
-$apt install --reinstall --download-only "${WANTED[@]}" || fail "cannot fetch ${WANTED[*]}"
-$apt install --reinstall --download-only "${WELCOME[@]}" || say "no ${WELCOME[*]}: the network test will be skipped"
+apt() { apt-get -c "$work/apt.conf" -q -q -y "$@"; }
+apt update || fail "cannot read the package lists of this machine's sources"
+apt install --reinstall --download-only "${WANTED[@]}" || fail "cannot fetch ${WANTED[*]}"
+apt install --reinstall --download-only "${WELCOME[@]}" || say "no ${WELCOME[*]}: the network test will be skipped"
 for package in "$work"/cache/archives/*.deb; do
     dpkg-deb -x "$package" "$work/new"
 done
