@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from secateur.device_profiles.wording import command
+
 PARTS: Mapping[str, tuple[str, ...]] = {
     "export": ("onnx", "onnxruntime", "onnxscript", "scipy"),
     "pipeline": (
@@ -26,5 +28,5 @@ def missing(error: BaseException) -> str | None:
     """What to install, where an import failed for want of a part; None = it failed for another reason."""
     if not isinstance(error, ModuleNotFoundError) or error.name not in EXTRA_OF:
         return None
-    extra = EXTRA_OF[error.name]
-    return f"this needs {error.name}, a part that is not installed; run: pip install 'secateur[{extra}]'"
+    install = command("pip", "install", f"secateur[{EXTRA_OF[error.name]}]")
+    return f"this needs {error.name}, a part that is not installed; run: {install}"

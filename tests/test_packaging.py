@@ -192,4 +192,4 @@ def test_a_command_names_the_part_it_misses(
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == EXIT_USER, done.stderr
-    assert f"pip install 'secateur[{missing}]'" in done.stderr
+    assert f" install 'secateur[{missing}]'" in done.stderr
