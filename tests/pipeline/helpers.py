@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from secateur.export.artifact import ExportedModel, TensorSpec
+from secateur.pipeline.config import trust
 from secateur.pipeline.config.reading import parse_run_file
 from secateur.pipeline.config.schema import RunFile
 from secateur.pipeline.devices.device import RunDevice
@@ -96,6 +97,11 @@ def digits(**data: Any) -> classification.Classification:
 def opened(config: RunFile) -> Run:
     """A new run."""
     return Run(create_run_directory(config), Silent())
+
+
+def consent(config: RunFile, directory: Path) -> None:
+    """Consent, as a person would give it, to what a run's file and profiles name as code."""
+    trust.allow(entry for found in trust.code_in(config, directory / "run.yaml") for entry in found.entries)
 
 
 def perform(run: Run, until: str = "promote", facts: Facts | None = None) -> Facts:

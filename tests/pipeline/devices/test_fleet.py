@@ -46,7 +46,7 @@ from tests.device_profiles import sshd
 from tests.device_profiles.layered import plain
 from tests.device_profiles.tiny import quick_profile
 from tests.pipeline.evaluation.test_latency import Device as Arithmetic
-from tests.pipeline.helpers import QUICK_DEVICE, TINY, digits, merged, perform, quick_device
+from tests.pipeline.helpers import QUICK_DEVICE, TINY, consent, digits, merged, perform, quick_device
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
 WORKLOAD = digits(image_size=8)
@@ -512,6 +512,7 @@ def test_a_run_on_two_boards_and_this_machine(tmp_path: Path, monkeypatch: pytes
                 update={"gate": RunFile.model_fields["gate"].default.model_copy(update={**gate, "max_drop": 1.0})}
             )
             directory = create_run_directory(config)
+            consent(config, directory)
             with Run(directory, Silent()) as run:
                 run.tracker.start()
                 facts = perform(run)
