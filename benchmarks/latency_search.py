@@ -42,7 +42,7 @@ from secateur.pruning import PruningPlan
 from secateur.pruning.cost import cost, count
 from secateur.pruning.plan import SearchSpace
 from secateur.pruning.saliency import channel_saliency
-from secateur.pruning.search import load
+from secateur.pruning.search import METHODS
 from secateur.pruning.search.protocol import Archive, Evaluate, Evaluation, Goal, Problem, Request, Score
 from secateur.pruning.search.reward import make_reward
 
@@ -88,7 +88,7 @@ class Contest:
             Goal(macs_ratio=self.share),
             np.random.default_rng(0),
         )
-        method = load("optuna")
+        method = METHODS.load("optuna")
         strategy = method.search(problem, method.Options(num_plans=self.plans))
         request = next(strategy)
         while True:

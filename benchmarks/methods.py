@@ -44,7 +44,7 @@ from secateur.pipeline.run.journal import Journal
 from secateur.pipeline.run.opening import open_workload, widths_costs
 from secateur.pipeline.run.study import Study
 from secateur.pruning import SearchSpace
-from secateur.pruning.search import load
+from secateur.pruning.search import METHODS
 from secateur.pruning.search.protocol import RANDOM, Budget, Candidate, Entry, FineTune, Goal, Problem
 from secateur.pruning.search.reward import make_reward
 
@@ -123,7 +123,7 @@ SCALES = {
     "cpu": Scale((0.5,), 500, 60.0, 0.15, 0.2, 0.02, CPU),
     "gpu": Scale((0.5, 0.37), 5000, 1800.0, 60.0, 60.0, 0.05),
 }
-METHODS = (
+TRIED = (
     "uniform global random optuna cpmc dafp ccep acp icp meta rewarded_meta filter_ensemble evofc aofp dais"
 ).split()
 CONTROLS = ("uniform", "global", "random", "optuna", "scratch")
@@ -172,7 +172,7 @@ class Bench:
                 np.random.default_rng(0),
                 budget,
             )
-            module = load(searched)
+            module = METHODS.load(searched)
             options = module.Options(**self.scale.options.get(searched, {}))
             study = Study(journal, oracle, stage="search", budget=budget)
             archive = study.run(module.search(problem, options))
@@ -250,7 +250,7 @@ def main() -> None:
     options = arguments.parse_args()
     scale, started = SCALES[options.profile], time.monotonic()
     bench = Bench(scale, options.threads)
-    names = options.only.split(",") if options.only else [*METHODS, "scratch"]
+    names = options.only.split(",") if options.only else [*TRIED, "scratch"]
     rows: list[dict[str, Any]] = []
     for share in scale.targets:
         for name in names:

@@ -82,7 +82,7 @@ def main() -> None:
                     sys.exit(f"MLflow did not take the candidates: {tracker.failure}")
                 inside = time.perf_counter() - started
                 network = evaluator.network(plan)
-                batches = list(evaluator._images())
+                batches = list(evaluator.accuracy._images())
                 started = time.perf_counter()
                 with torch.inference_mode():
                     for images, _ in batches:
@@ -94,7 +94,7 @@ def main() -> None:
     ratio = sum(r["pipeline_s"] for r in rows) / sum(r["bare_s"] for r in rows)
     figure = Figure("candidate_overhead_ratio", ratio, BOUND, ratio <= BOUND)
     present(
-        f"ResNet-20, {len(evaluator.split):,} CIFAR-10 images, {options.threads} thread(s)",
+        f"ResNet-20, {len(evaluator.accuracy.split):,} CIFAR-10 images, {options.threads} thread(s)",
         rows,
         [figure],
         options.json,

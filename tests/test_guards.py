@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -57,3 +60,14 @@ def test_heavy_libraries_wait_until_they_are_needed(module: str) -> None:
     heavy = "{'torch', 'mlflow', 'prefect', 'torchvision'}"
     code = f"import sys, {module}; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_benchmarks_import_what_there_is() -> None:
+    """They run for hours and on other days; a name that moved shows here."""
+    for script in sorted((Path(__file__).parents[1] / "benchmarks").glob("*.py")):
+        for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("secateur."):
+                module = importlib.import_module(str(node.module))
+                for alias in node.names:
+                    there = hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}")
+                    assert there, f"{script.name}: {node.module} has no {alias.name}"
