@@ -12,7 +12,6 @@ and what it finds on the test images compared with PyTorch. Controls that are tr
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -188,9 +187,10 @@ def _compared(
 
 def _pulled(run: Run, compact: nn.Module) -> list[Figure]:
     """Detections of the registered file, fetched from the registry, against those of the PyTorch model."""
-    entry = json.loads((run.directory / "report.json").read_text(encoding="utf-8"))["facts"]["register"]
+    versions = run.tracker.registry.versions(run.config.tracking.registered_model or run.config.name)
+    registered = next(version for version in versions if version.run == run.run_id)
     mlflow.set_tracking_uri(run.tracker.uri)
-    file = Path(mlflow.artifacts.download_artifacts(f"{entry['uri']}/model.onnx"))
+    file = Path(mlflow.artifacts.download_artifacts(f"{registered.uri}/model.onnx"))
     images, after = first_batch(run, run.workload.test)[0], run.workload.postprocessing
     assert after is not None
     with torch.inference_mode():

@@ -56,7 +56,7 @@ class ExportedModel:
         Raises:
             ExportError: the file is gone or another one.
         """
-        found = _sha256(self.path)
+        found = sha256_of(self.path)
         if found != self.sha256:
             raise ExportError(f"{self.path} has changed since its export: sha256 {found}, expected {self.sha256}")
 
@@ -88,7 +88,7 @@ def describe(path: str | Path, precision: str = "fp32", plan_digest: str = "") -
         ExportError: the file cannot be read or is no valid ONNX model.
     """
     path = Path(path)
-    digest = _sha256(path)
+    digest = sha256_of(path)
     try:
         model = onnx.load(path)
         onnx.checker.check_model(model)
@@ -124,7 +124,12 @@ def _specs(values: Iterable[onnx.ValueInfoProto]) -> dict[str, TensorSpec]:
     return specs
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits.
+
+    Raises:
+        ExportError: it cannot be read.
+    """
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,7 +5,6 @@ Whoever measures goes on naming ONNX files, and results stay results of those; o
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from secateur.device_profiles import DeviceError, Target
 from secateur.device_profiles.target import Progress
+from secateur.export.artifact import sha256_of
 from secateur.export.errors import ExportError
 from secateur.export.formats import FORMATS
 
@@ -86,7 +86,7 @@ class InFormat:
         except ExportError as error:
             raise DeviceError(str(error), "model-load") from error
         place = self.target.put(file)
-        self._sha256[place] = _digest(file)
+        self._sha256[place] = sha256_of(file)
         return place
 
     def run(self, request: Mapping[str, Any], timeout_s: float, progress: Progress | None = None) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class InFormat:
         self._folder.cleanup()
 
     def _file(self, path: Path) -> Path:
-        digest = _digest(path)
+        digest = sha256_of(path)
         if digest not in self._made:
             made = Path(self._folder.name, digest + self.kind.SUFFIX)
             converted(self.kind, self.name, path, made)
@@ -114,8 +114,3 @@ class InFormat:
 
 def _models(request: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return list(request.get("models") or ())
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

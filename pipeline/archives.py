@@ -26,7 +26,7 @@ def check_archive(path: Path, fix: str, compressed: bool = True) -> None:
         with zipfile.ZipFile(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
-        return
+        return  # no archive, or a damaged one: whoever unpacks it says so
     if not compressed and size > path.stat().st_size:
         raise UserError(f"{path} says that it holds {size:,} bytes but has {path.stat().st_size:,}; {fix}")
     free = psutil.virtual_memory().available

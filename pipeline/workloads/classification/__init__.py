@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from secateur.pipeline.config.faults import known
 from secateur.pipeline.config.schema import Section
 from secateur.pipeline.errors import UserError
+from secateur.pipeline.files import sha256_of
 from secateur.pipeline.workloads import ClassCount, DataSummary, Split
 from secateur.pipeline.workloads.classification.losses import distillation_loss
 from secateur.pipeline.workloads.classification.networks import build_network
@@ -30,7 +31,6 @@ from secateur.pipeline.workloads.data.sources import ArraySource, ImageData
 from secateur.pipeline.workloads.weights import (
     TORCHVISION,
     choose_weights,
-    file_digest,
     find_weights,
     fit_weights,
     read_weights,
@@ -155,7 +155,7 @@ class Classification:
             self._content = _renamed(name, weights)
         where = {"data": {"path", "train", "test", "download"}}
         content: dict[str, Any] = {"options": options.model_dump(mode="json", exclude=where)}
-        content |= {"data": data, "weights": None if weights is None else file_digest(weights)}
+        content |= {"data": data, "weights": None if weights is None else sha256_of(weights)}
         content |= {"decoder": decode.VERSION}
         self.fingerprint = record.fingerprint_of(content)
         told = {

@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 
 from secateur.pipeline.config.schema import Section
 from secateur.pipeline.errors import UserError
+from secateur.pipeline.files import sha256_of
 from secateur.pipeline.workloads import ClassCount, DataSummary, Split
 from secateur.pipeline.workloads.data import decode
 from secateur.pipeline.workloads.data.content import Reading
@@ -28,7 +29,7 @@ from secateur.pipeline.workloads.data.scenes import SceneSource
 from secateur.pipeline.workloads.data.sources import ImageSource
 from secateur.pipeline.workloads.detection import boxes, networks, scenes, ssd
 from secateur.pipeline.workloads.detection.suppression import Detections
-from secateur.pipeline.workloads.weights import choose_weights, file_digest, find_weights, fit_weights, read_weights
+from secateur.pipeline.workloads.weights import choose_weights, find_weights, fit_weights, read_weights
 from secateur.pipeline.workloads.weights.files import describe
 from secateur.pipeline.workloads.weights.tensors import plain
 
@@ -150,7 +151,7 @@ class Detection:
             "version": VERSION,
             "options": options.model_dump(mode="json", exclude={"data", "metrics"}),
             "data": opened.fingerprint,
-            "weights": None if weights is None else file_digest(weights),
+            "weights": None if weights is None else sha256_of(weights),
             "decoder": decode.VERSION,
         }
         self.fingerprint = fingerprint_of(content)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
@@ -189,9 +188,3 @@ def _same(a: Copy, b: Copy) -> bool:
         t.dtype == b.tensors[n].dtype and torch.equal(*(plain(x) for x in (t, b.tensors[n])))
         for n, t in a.tensors.items()
     )
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

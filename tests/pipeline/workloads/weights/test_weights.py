@@ -13,6 +13,7 @@ import torchvision.models.detection as detectors
 from torch import Tensor, nn
 
 from secateur.pipeline.errors import UserError
+from secateur.pipeline.files import sha256_of
 from secateur.pipeline.workloads import classification, detection, weights
 
 SSDLITE = "ssdlite320_mobilenet_v3_large"
@@ -97,7 +98,7 @@ def test_a_download_with_another_hash_is_refused(cache: Path, tmp_path: Path) ->
 
 def test_a_download_is_kept(cache: Path, tmp_path: Path) -> None:
     torch.save({"w": torch.ones(1)}, tmp_path / "part.pth")
-    digest = weights.file_digest(tmp_path / "part.pth")
+    digest = sha256_of(tmp_path / "part.pth")
     source = (tmp_path / "part.pth").rename(tmp_path / f"weights-{digest[:8]}.pth")
     path = weights.download(source.as_uri())
     source.unlink()
