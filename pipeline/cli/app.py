@@ -11,10 +11,8 @@ import typer
 from secateur.pipeline import children, errors
 from secateur.pipeline.cli import deploy, devices, inspect, interrupts, registry, results, run, trust, validate
 from secateur.pipeline.cli.devices import benchmark
-from secateur.pipeline.cli.help import import_formatter
+from secateur.pipeline.cli.help import import_formatter, narrowed
 from secateur.pipeline.cli.texts import make_logs_harmless
-from secateur.pipeline.foreign import exit_code as exit_code
-from secateur.pipeline.foreign import expected
 from secateur.pipeline.surroundings import home, prepare
 from secateur.pipeline.terminal import err, use_any_encoding
 
@@ -49,7 +47,7 @@ def main() -> NoReturn:
     try:
         prepare()
         children.sweep(home())
-        sys.exit(app(standalone_mode=False) or errors.EXIT_OK)
+        sys.exit(narrowed(app, sys.argv[1:])(standalone_mode=False) or errors.EXIT_OK)
     except typer.TyperException as error:  # a mistake in the command itself
         if interrupts.current.stopping:
             raise
@@ -58,6 +56,8 @@ def main() -> NoReturn:
     except Exception as error:
         if interrupts.current.stopping:  # whatever it is, it comes from the end that was asked for
             raise
+        from secateur.pipeline.foreign import exit_code, expected
+
         if debug:
             err.print(errors.masked(traceback.format_exc()))
         meant = expected(error)

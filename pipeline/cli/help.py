@@ -1,9 +1,19 @@
-"""Typer's help, without what it imports for other uses: rich's Markdown and tracebacks, a third of its time."""
+"""Typer's help, without the third of its time that goes into what it does not show.
+
+That is what it imports for other uses (rich's Markdown and tracebacks), and the parameters of other commands.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from copy import copy
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typer import Typer
+    from typer.models import CommandInfo
 
 UNUSED = ("rich.markdown", "rich.traceback")
 """Our help is no Markdown, and our errors are no tracebacks of typer's."""
@@ -25,3 +35,37 @@ def import_formatter() -> None:
     finally:
         for name in missing:
             del sys.modules[name]
+
+
+def narrowed(app: Typer, words: Sequence[str]) -> Typer:
+    """The same commands, of which only those that a command line names have parameters: typer reads those of all.
+
+    Args:
+        app: is left as it is.
+        words: of the command line; what is no command's name is passed over.
+    """
+    narrow = copy(app)
+    narrow.registered_commands = [
+        command if _name(command) in words else _listed(command) for command in app.registered_commands
+    ]
+    narrow.registered_groups = [copy(group) for group in app.registered_groups]
+    for group in narrow.registered_groups:
+        assert group.typer_instance is not None
+        group.typer_instance = narrowed(group.typer_instance, words)
+    return narrow
+
+
+def _name(command: CommandInfo) -> str:
+    assert command.callback is not None
+    return command.name or command.callback.__name__
+
+
+def _listed(command: CommandInfo) -> CommandInfo:
+    """A command that has a name and a text, and is never called."""
+
+    def nothing() -> None: ...
+
+    nothing.__name__, nothing.__doc__ = _name(command), getattr(command.callback, "__doc__", None)
+    listed = copy(command)
+    listed.callback = nothing
+    return listed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -21,6 +22,7 @@ def run_program() -> NoReturn:
             keep_libraries_quiet()
         from secateur.pipeline import children, parts
 
+        gc.disable()  # nothing of what imports make is garbage
         try:
             from secateur.pipeline.cli import app as cli
         except ModuleNotFoundError as error:
@@ -28,6 +30,8 @@ def run_program() -> NoReturn:
                 raise
             os.write(2, f"Error: {part}\n".encode())  # what else prints is not installed
             sys.exit(EXIT_USER)
+        finally:
+            gc.enable()
         stop.last = children.end_all
         cli.main()
     except BaseException:

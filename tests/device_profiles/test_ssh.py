@@ -19,8 +19,7 @@ from secateur.device_profiles import DeviceError, measure, open_target
 from secateur.device_profiles.agent import PROTOCOL
 from secateur.device_profiles.runtime import DEFAULT, Runtime, runtime_named
 from secateur.device_profiles.target import AGENT
-from secateur.device_profiles.targets import ssh
-from secateur.device_profiles.targets.ssh import Settings, SshTarget
+from secateur.device_profiles.targets.ssh import Settings, SshTarget, session
 from tests.device_profiles import matrix, sshd
 from tests.device_profiles.sshd import Device, opened
 from tests.device_profiles.tiny import quick_profile, write_conv
@@ -77,7 +76,7 @@ def test_prepare_and_measure(device: Device, tmp_path: Path):
 def test_nothing_is_sent_twice(device: Device, model: Path, monkeypatch: pytest.MonkeyPatch):
     with opened(device.settings()) as target:
         place = target.put(model)
-        monkeypatch.setattr(ssh._Link, "upload", None)
+        monkeypatch.setattr(session._Link, "upload", None)
         assert target.put(model) == place
     with opened(device.settings()) as target:  # nor by the next session, the agent included
         assert target.put(model) == place
@@ -146,7 +145,7 @@ def test_fetch(device: Device, model: Path, tmp_path: Path, monkeypatch: pytest.
             with pytest.raises(DeviceError) as caught:
                 target.fetch(path, to)
             assert caught.value.code == code
-        monkeypatch.setattr(ssh, "MAX_FETCH_BYTES", 10)
+        monkeypatch.setattr(session, "MAX_FETCH_BYTES", 10)
         with pytest.raises(DeviceError, match="larger than") as caught:
             target.fetch(place, back)
         assert caught.value.code == "too-large"
@@ -352,9 +351,9 @@ def test_python_is_one_program_or_a_list():
 @pytest.mark.parametrize("word", ["", "plain", "a b", "it's", "back\\slash\\", "\\", "'\\'", "$(x) `y` !z *", "é"])
 def test_quoted_words_survive_the_shell(word: str):
     for shell in ("sh", "bash"):
-        done = subprocess.run([shell, "-c", f"printf %s {ssh._quote(word)}"], capture_output=True, check=True)
+        done = subprocess.run([shell, "-c", f"printf %s {session._quote(word)}"], capture_output=True, check=True)
         assert done.stdout.decode() == word
-    assert shlex.split(ssh._quote(word)) == [word]
+    assert shlex.split(session._quote(word)) == [word]
 
 
 def test_a_closed_target_can_be_used_again(device: Device, model: Path):

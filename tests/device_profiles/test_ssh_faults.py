@@ -22,8 +22,7 @@ import pytest
 
 from secateur.device_profiles import DeviceError, protocol
 from secateur.device_profiles.target import AGENT
-from secateur.device_profiles.targets import ssh
-from secateur.device_profiles.targets.ssh import Settings, SshTarget
+from secateur.device_profiles.targets.ssh import Settings, SshTarget, session
 from tests.device_profiles import sshd
 from tests.device_profiles.proxy import Proxy
 from tests.device_profiles.sshd import Device, opened, wait_for
@@ -162,8 +161,8 @@ def hang(device: Device, model: Path) -> None:
 
 
 def test_a_hung_agent_is_killed(device: Device, model: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ssh, "GRACE_S", 2.0)
-    monkeypatch.setattr(ssh, "END_S", 0.3)
+    monkeypatch.setattr(session, "GRACE_S", 2.0)
+    monkeypatch.setattr(session, "END_S", 0.3)
     hang(device, model)
 
 
@@ -172,8 +171,8 @@ def test_a_hung_agent_of_root_is_killed(model: Path, monkeypatch: pytest.MonkeyP
     """Signals of the SSH protocol would not do: sshd ignores them for root."""
     if os.geteuid() != 0:
         pytest.skip("needs root")
-    monkeypatch.setattr(ssh, "GRACE_S", 2.0)
-    monkeypatch.setattr(ssh, "END_S", 0.3)
+    monkeypatch.setattr(session, "GRACE_S", 2.0)
+    monkeypatch.setattr(session, "END_S", 0.3)
     with sshd.public_folder() as folder:
         device = sshd.start_device(folder, root_login=True)
         try:
@@ -281,7 +280,7 @@ def test_a_full_disk(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
                 with pytest.raises(DeviceError, match=r"4\.\d MB free in .*, 7\.0 MB are needed") as caught:
                     target.put(large)
                 assert caught.value.code == "disk-full"
-                monkeypatch.setattr(ssh, "SPARE_BYTES", -(10**9))  # it fills up meanwhile
+                monkeypatch.setattr(session, "SPARE_BYTES", -(10**9))  # it fills up meanwhile
                 assert code_of(lambda: target.put(large)) == "disk-full"
                 assert list(models.iterdir()) == []
                 monkeypatch.undo()
@@ -359,8 +358,8 @@ async def deep(process: Any) -> None:
 @pytest.mark.parametrize("behaviour", [endless_line, endless_events, endless_errors, deep])
 def test_too_much_is_cut_off(hostile: sshd.Impostor, behaviour: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(protocol, "MAX_REPLY_BYTES", 500_000)
-    monkeypatch.setattr(ssh, "END_S", 0.2)
-    monkeypatch.setattr(ssh, "GRACE_S", 0.5)
+    monkeypatch.setattr(session, "END_S", 0.2)
+    monkeypatch.setattr(session, "GRACE_S", 0.5)
     hostile.behaviour = behaviour
     with opened(hostile.settings()) as target:
         assert code_of(lambda: target.run({"op": "probe"}, 30)) == "reply-too-long"
@@ -401,8 +400,8 @@ async def strange_pids(process: Any) -> None:
 
 
 def test_no_pid_reaches_a_shell_that_is_none(hostile: sshd.Impostor, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ssh, "END_S", 0.2)
-    monkeypatch.setattr(ssh, "GRACE_S", 0.2)
+    monkeypatch.setattr(session, "END_S", 0.2)
+    monkeypatch.setattr(session, "GRACE_S", 0.2)
     hostile.behaviour = strange_pids
     with opened(hostile.settings()) as target:
         assert code_of(lambda: target.run({"op": "probe"}, 0.3)) == "client-timeout"
@@ -415,8 +414,8 @@ async def silent(process: Any) -> None:
 
 @pytest.mark.parametrize(("behaviour", "code"), [(silent, "client-timeout")])
 def test_a_device_that_says_nothing(hostile: sshd.Impostor, behaviour: Any, code: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ssh, "GRACE_S", 0.2)
-    monkeypatch.setattr(ssh, "END_S", 0.2)
+    monkeypatch.setattr(session, "GRACE_S", 0.2)
+    monkeypatch.setattr(session, "END_S", 0.2)
     hostile.behaviour = silent
     with opened(hostile.settings()) as target:
         assert code_of(lambda: target.run({"op": "probe"}, 0.3)) == "client-timeout"
@@ -435,8 +434,8 @@ class Lazy(asyncssh.SFTPServer):
 
 
 def test_a_disk_that_hangs(hostile: sshd.Impostor, big: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ssh, "STALL_S", 0.5)
-    monkeypatch.setattr(ssh, "END_S", 0.2)
+    monkeypatch.setattr(session, "STALL_S", 0.5)
+    monkeypatch.setattr(session, "END_S", 0.2)
     hostile.sftp = Lazy
     with opened(hostile.settings()) as target:
         assert code_of(lambda: target.put(big)) == "link-dead"

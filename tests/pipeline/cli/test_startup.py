@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+import typer.main
+
+from secateur.pipeline.cli.app import app
+from secateur.pipeline.cli.help import narrowed
 
 ALWAYS_LATE = {
     *("torch", "torchvision", "mlflow", "prefect", "onnx", "onnxruntime", "onnxscript", "optuna", "pymoo", "sklearn"),
@@ -17,6 +22,7 @@ LATE_IN = {
         "pydantic",
         "yaml",
         "asyncssh",
+        "socket",
         "ssl",
         "rich.markdown",
         "rich.traceback",
@@ -30,7 +36,9 @@ LATE_IN = {
         "secateur.device_profiles.profile",
     },
     "list workloads": {"asyncssh", "secateur.pipeline.workloads", "secateur.pruning.search.methods"},
-    "list devices": {"secateur.pipeline.workloads", "secateur.pruning.search.methods"},
+    "list devices": {"asyncssh", "asyncio", "secateur.pipeline.workloads", "secateur.pruning.search.methods"},
+    "devices --help": {"asyncssh", "asyncio", "yaml", "secateur.device_profiles.profile"},
+    "devices list": {"asyncssh", "asyncio", "secateur.pipeline.workloads", "secateur.pruning.search.methods"},
 }
 """Command -> what it does not import; parsing any command's options imports pydantic (typer does)."""
 PERFORM = """
@@ -67,6 +75,22 @@ def test_help_is_the_same_without_what_it_leaves_out(command: str) -> None:
     arguments = [*command.split(), "--help"]
     assert "Usage" in python(HELP, "light", *arguments)
     assert python(HELP, "light", *arguments) == python(HELP, "whole", *arguments)
+
+
+def test_a_command_has_its_options_and_only_the_others_go_without() -> None:
+    """Typer reads the options of every command; here, of those that the command line names."""
+    narrow = typer.main.get_command(narrowed(app, ["devices", "add", "kitchen"]))
+    whole = typer.main.get_command(app)
+    assert parameters(narrow, "devices", "add") == parameters(whole, "devices", "add") != []
+    assert parameters(narrow, "validate") == []
+    assert [c.name for c in narrow.commands.values()] == [c.name for c in whole.commands.values()]
+    assert typer.main.get_command(app).commands["validate"].params
+
+
+def parameters(command: Any, *names: str) -> list[str]:
+    for name in names:
+        command = command.commands[name]
+    return [parameter.name for parameter in command.params]
 
 
 def test_what_help_leaves_out_is_there_for_others() -> None:

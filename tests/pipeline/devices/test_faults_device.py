@@ -24,8 +24,8 @@ from mlflow import MlflowClient
 
 from secateur.device_profiles import DeviceError
 from secateur.pipeline import errors
-from secateur.pipeline.cli.app import exit_code
 from secateur.pipeline.errors import SurroundingsError
+from secateur.pipeline.foreign import exit_code
 from secateur.pipeline.progress import Silent
 from secateur.pipeline.run.journal import read_journal
 from secateur.pipeline.run.run import Run, create_run_directory

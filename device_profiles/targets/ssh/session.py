@@ -1,10 +1,4 @@
-"""A device reached over SSH: files go by SFTP, the agent runs there, host keys are always checked.
-
-The user's SSH configuration is honoured (aliases, users, ports, keys, jump hosts), but nothing in it and nothing in a
-profile can switch the check of host keys off. One connection is kept per target; after it breaks the next call opens
-another. What the device holds lies in one folder (``Settings.folder``): the agent and the models under the names of
-their SHA-256, so that nothing is sent twice; a file appears under its name only when it is whole.
-"""
+"""What is done with a device over SSH: one connection, on an event loop in a thread of its own."""
 
 from __future__ import annotations
 
@@ -19,7 +13,6 @@ import re
 import shlex
 import socket
 import threading
-import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Future
@@ -28,34 +21,29 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import asyncssh
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from secateur.device_profiles.answers import checked
 from secateur.device_profiles.errors import DeviceError
-from secateur.device_profiles.profile import DeviceProfile
 from secateur.device_profiles.protocol import CANCEL_LINE, Reader, hung, request_line
-from secateur.device_profiles.runtime import DEFAULT, Runtime, runtime_named, runtime_of
-from secateur.device_profiles.target import AGENT, PYTHON, AddOption, Progress, Target
+from secateur.device_profiles.runtime import Runtime
+from secateur.device_profiles.target import AGENT, Progress
+from secateur.device_profiles.targets.ssh.settings import DEFAULT_FOLDER, DEFAULT_PYTHON, Settings
 
 T = TypeVar("T")
 Work = Callable[["_Session", Progress | None], Coroutine[Any, Any, T]]
 Event = Mapping[str, Any]
 
-DEFAULT_FOLDER = "~/.cache/secateur"
-DEFAULT_PYTHON = ("python3",)
 KEEPALIVE_COUNT = 3
 CHUNK_BYTES = 512 * 1024
 SPARE_BYTES = 1_000_000  # left free on the device's disk
 MAX_FETCH_BYTES = 1024**3
 PUT_RETRIES = 3
 STALL_S = 60.0  # for one request or one chunk, on a link that otherwise answers
-PREPARE_S = 180.0
 GRACE_S = 5.0  # beyond its time-out, for an agent that reports it
 END_S = 2.0  # for an agent to clean up after it was told to stop
 CLOSE_S = 15.0
 MAX_HOPS = 8
 ERROR_CHARS = 4000
-HOST = re.compile(r"(?:(?P<user>[^@\s]+)@)?(?P<host>\[[0-9a-fA-F:.%\w]+\]|[^\s:@/\[\]]+)(?::(?P<port>\d+))?")
 SYSTEM_KNOWN_HOSTS = Path("/etc/ssh/ssh_known_hosts")
 
 FOREIGN = "this program on the device is built for another machine; set connect.python of the device profile"
@@ -63,175 +51,7 @@ FOREIGN = "this program on the device is built for another machine; set connect.
 log = logging.getLogger(__name__)
 
 
-class Settings(BaseModel):
-    """``connect`` of a device reached over SSH. Whatever is not set comes from the user's SSH configuration.
-
-    Args:
-        host: name, address or an alias of the SSH configuration.
-        port: default 22.
-        user: default: the local user's name.
-        python: the device's Python: one program, or a list of a program and its arguments. ``~/`` is the home there.
-        folder: where the agent and the models are kept on the device; relative to the home there.
-        known_hosts: file of the host keys that are trusted.
-        identity: file of the private key to log in with; an agent's keys are tried as well.
-        config: SSH configuration to use instead of ``~/.ssh/config``.
-        keepalive_s: seconds without a sign of the device before it is asked for one; after four times as long the link
-            counts as dead.
-        connect_timeout_s: seconds to connect and log in, for each hop.
-        busy_wait_s: seconds to wait while another process measures on the device.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    host: str = Field(min_length=1)
-    port: int | None = Field(default=None, ge=1, le=65535)
-    user: str | None = Field(default=None, min_length=1)
-    python: tuple[str, ...] = Field(default=DEFAULT_PYTHON, min_length=1)
-    folder: str = Field(default=DEFAULT_FOLDER, min_length=1)
-    known_hosts: Path | None = None
-    identity: Path | None = None
-    config: Path | None = None
-    keepalive_s: float = Field(default=5.0, gt=0)
-    connect_timeout_s: float = Field(default=20.0, gt=0)
-    busy_wait_s: float = Field(default=120.0, ge=0)
-
-    @field_validator("python", mode="before")
-    @classmethod
-    def _one_program(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("python", "folder")
-    @classmethod
-    def _printable(cls, value: Any) -> Any:
-        words = (value,) if isinstance(value, str) else value
-        if not all(word.isprintable() and word for word in words):
-            raise ValueError("must not be empty or contain line breaks and other control characters")
-        return value
-
-
-def open_target(profile: DeviceProfile, settings: Settings) -> Target:
-    """The device at ``settings.host``; it is not reached before its first use."""
-    return SshTarget(settings, runtime_of(profile))
-
-
-def machine(connect: Mapping[str, Any]) -> tuple[str, ...]:
-    """Host and port."""
-    return (str(connect.get("host")), str(connect.get("port")))
-
-
-def address(connect: Mapping[str, Any]) -> str:
-    """``user@host:port``, as far as they are given; empty without a host."""
-    if not connect.get("host"):
-        return ""
-    user = f"{connect['user']}@" if connect.get("user") else ""
-    port = f":{connect['port']}" if connect.get("port") else ""
-    return f"{user}{connect['host']}{port}"
-
-
-def read_address(text: str) -> dict[str, Any]:
-    """``user@host:port`` as settings.
-
-    Raises:
-        ValueError: it is no address.
-    """
-    match = HOST.fullmatch(text)
-    if match is None or (match["port"] and not 0 < int(match["port"]) < 65536):
-        raise ValueError("that is no address; write user@host:port, for example pi@192.168.1.20")
-    parts: dict[str, Any] = {"host": match["host"].strip("[]"), "user": match["user"]}
-    parts["port"] = int(match["port"]) if match["port"] else None
-    return {key: value for key, value in parts.items() if value is not None}
-
-
-ADD_OPTIONS = (
-    AddOption(
-        "host", "USER@HOST:PORT", "Where it is; user and port may be left out.", read_address, example="user@address"
-    ),
-    PYTHON,
-)
-
-
-class SshTarget:
-    """A device reached over SSH. Its methods may be called from any thread; ``close`` it after use.
-
-    Args:
-        settings: how to reach it.
-        runtime: what networks run with there; None = ONNX Runtime.
-    """
-
-    def __init__(self, settings: Settings, runtime: Runtime | None = None) -> None:
-        self.settings = settings
-        self.runtime = runtime or runtime_named(DEFAULT)
-        self._guard = threading.Lock()
-        self._worker: _Worker | None = None
-
-    def prepare(self) -> Mapping[str, Any]:
-        """Connect, bring the agent, sweep, probe; see ``Target.prepare``.
-
-        Raises:
-            DeviceError: among others ``host-key``, ``key-refused``, ``connection-refused``, ``unknown-host``,
-                ``connect-timeout``, ``no-python``, ``wrong-arch``, ``disk-full``; each text names the fix.
-        """
-        self.run({"op": "sweep"}, PREPARE_S)
-        return self.run({"op": "probe"}, PREPARE_S)
-
-    def put(self, path: Path) -> str:
-        """Bring a file to the device, unless one of its SHA-256 and size is there; returns its path on the device.
-
-        Raises:
-            DeviceError: no such file; ``transfer-broken`` after four attempts; ``link-dead``; ``disk-full``.
-        """
-        digest, size = _digest(path)
-        return self._wait(lambda session, _: session.put(path, digest, size))
-
-    def run(self, request: Mapping[str, Any], timeout_s: float, progress: Progress | None = None) -> dict[str, Any]:
-        """Run the agent once; see ``Target.run``. Whatever happens here, no process of it stays on the device.
-
-        Args:
-            timeout_s: seconds; the agent ends its own work then, and is ended a little later if it does not.
-            progress: called in this thread; an exception it raises ends the run.
-
-        Raises:
-            DeviceError: whatever the agent reports; ``client-timeout``; ``transfer-broken`` or ``link-dead`` if the
-                connection is lost; ``reply-too-long``; ``busy`` after ``busy_wait_s``.
-        """
-        wait_s = self.settings.busy_wait_s
-        give_up = time.monotonic() + wait_s
-        while True:
-            try:
-                return self._wait(lambda session, report: session.run(request, timeout_s, report), progress)
-            except DeviceError as error:
-                if error.code != "busy":
-                    raise
-                if time.monotonic() >= give_up:
-                    text = f"{error}; waited {wait_s:g} s. End that process or try again later."
-                    raise DeviceError(text, "busy") from error
-            time.sleep(min(1.0, max(0.05, wait_s / 20)))
-
-    def fetch(self, path: str, to: Path) -> None:
-        """Bring a file of at most 1 GiB from the device; see ``Target.fetch``.
-
-        Raises:
-            DeviceError: ``no-such-file``, ``too-large``, ``transfer-broken``, ``link-dead``; ``local-file`` if it
-                cannot be written here.
-        """
-        self._wait(lambda session, _: session.fetch(path, to))
-
-    def close(self) -> None:
-        """Close the connection; work under way ends with a ``DeviceError``. A later call opens another."""
-        with self._guard:
-            worker, self._worker = self._worker, None
-        if worker:
-            worker.stop()
-
-    def _wait(self, work: Work[T], progress: Progress | None = None) -> T:
-        with self._guard:
-            if self._worker is None:
-                self._worker = _Worker(self.settings, self.runtime)
-            worker = self._worker
-        return worker.wait(work, progress)
-
-
-class _Worker:
+class Worker:
     """The thread with the event loop on which everything of one target happens."""
 
     def __init__(self, settings: Settings, runtime: Runtime) -> None:
@@ -936,21 +756,6 @@ def _plain(error: DeviceError) -> DeviceError:
 def _machine(header: bytes | None) -> tuple[bytes, bytes] | None:
     """Class, byte order and machine of an ELF file's header; None if it is no such file."""
     return (header[4:6], header[18:20]) if header and header.startswith(b"\x7fELF") else None
-
-
-def _digest(path: Path) -> tuple[str, int]:
-    """SHA-256 and size of a local file.
-
-    Raises:
-        DeviceError: it cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
-    except FileNotFoundError as error:
-        raise DeviceError(f"no model file at {path}; export it first", "model-load") from error
-    except OSError as error:
-        raise DeviceError(f"cannot read {path}: {error.strerror}", "local-file") from error
 
 
 async def _pump(stream: asyncssh.SSHReader[bytes], take: Callable[[bytes], None] | None = None) -> None:
