@@ -104,6 +104,7 @@ class ChannelGraph:
         scaled_groups: convolution weights whose ``groups`` shrinks in proportion with dimension 0 (depthwise ones, and
             those that lose whole groups); for other convolutions ``groups`` stays constant.
         normalising: group name -> operators that normalise over its channels, so that removing some changes the rest.
+        summed: names of groups whose channels a residual sum carries, the stream of a network; the others are inner.
         mixed: whether an operator without weights sums, normalises or picks over channels of a group.
         rules: the user's rules the model was traced with.
         unknown: operator without a rule -> the modules that called it on channels.
@@ -120,6 +121,7 @@ class ChannelGraph:
     aliases: Mapping[str, str]
     scaled_groups: frozenset[str]
     normalising: Mapping[str, tuple[str, ...]]
+    summed: frozenset[str]
     mixed: bool
     rules: Mapping[str, Rule] | None = field(repr=False)
     unknown: Mapping[str, tuple[str, ...]]
@@ -183,6 +185,9 @@ class ChannelGraph:
             more = f" and {len(readers) - 3} more" if len(readers) > 3 else ""
             rows.append((group.name, str(group.size), ", ".join(readers[:3]) + more))
         lines += _table(("group", "channels", "read by"), rows)
+        if self.summed:
+            names = [group.name for group in self.groups if group.name in self.summed]
+            lines += ["", "carried by residual sums (the stream; the other groups are inner):", f"  {', '.join(names)}"]
         share = sum({f.layer: f.macs_share for f in self.frozen}.values())
         lines += ["", f"frozen: the output channels of {len(self.frozen)} layers with {share:.1%} of the MACs"]
         rows = [(f.layer, str(f.size), f"{f.macs_share:.1%}", f.reason) for f in self.frozen]
@@ -319,6 +324,7 @@ class _Assembler:
             aliases=self.aliases,
             scaled_groups=self._with_aliases([*self.labels.scaled_groups, *map(weight_name, whole_groups)]),
             normalising=self._normalising(groups, group),
+            summed=frozenset(groups[g].name for labels in self.labels.sums for g in set(group[labels].tolist()) - {-1}),
             mixed=any((group[labels] >= 0).any() for labels in self.labels.mixed),
             rules=self.tracer.rules,
             unknown={name: tuple(dict.fromkeys(where)) for name, where in self.labels.unknown.items()},

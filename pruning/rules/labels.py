@@ -100,6 +100,8 @@ class Propagation:
         self.normalising: list[tuple[IntArray, str]] = []
         self.mixed: list[IntArray] = []
         """Labels over which an operator without weights sums, normalises or picks."""
+        self.sums: list[IntArray] = []
+        """Labels of dimensions along which activations of different layers are added (``added``)."""
         self.unknown: dict[str, list[str]] = {}
         self.scaled_groups: dict[str, None] = {}
         self.used: dict[str, None] = {}
@@ -201,6 +203,15 @@ class Propagation:
         """The code gives the length of this dimension (or a part of it) as a number that may not follow the width."""
         if dim is not None:
             self.stated.append((dim, f"{self.here} gets a size from the code"))
+
+    def added(self, *dims: Dim) -> None:
+        """Activations are added, and these dimensions face each other: different labels make it a residual sum.
+
+        Equal labels are one layer's, as in ``x + x ** 3``; those that ``open`` made are an empty sum to begin with.
+        """
+        carried = [dim for dim in dims if dim is not None and not self.is_open(dim)]
+        if any(not np.array_equal(carried[0], dim) for dim in carried[1:]):
+            self.sums += carried
 
     def depend(self, tensor: Tensor, dim: Dim) -> None:
         """The tensor holds positions along ``dim``: whoever reads it freezes the labels."""
@@ -424,6 +435,14 @@ def elementwise(p: Propagation, a: Arguments, out: Any) -> None:
             facing = [x[d] for shape, x in inputs if n != 1 and len(shape) >= -d and shape[d] == n]
             dims.append(p.tie(*facing))
         p.set(result, dims)
+
+
+def total(p: Propagation, a: Arguments, out: Any) -> None:
+    """Element by element, as ``add`` and its like; a bias or another parameter makes no residual sum."""
+    addends = [x for x in tensors_in(a.values()) if p.source(x) is None]
+    for d in range(-out.ndim, 0) if len(addends) > 1 else ():
+        p.added(*(p.of(x)[d] for x in addends if x.ndim >= -d and x.shape[d] == out.shape[d] != 1))
+    elementwise(p, a, out)
 
 
 def fixed(p: Propagation, size: int, reason: str) -> IntArray:

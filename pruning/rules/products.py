@@ -96,6 +96,8 @@ def matmul(p: Propagation, a: Arguments, out: Any, *, left: str, right: str, bia
         add = p.of(a[bias])
         for d in range(-a[bias].ndim, 0):
             if a[bias].shape[d] == out.shape[d] != 1:
+                if p.source(a[bias]) is None:
+                    p.added(dims[d], add[d])
                 dims[d] = p.tie(dims[d], add[d])
     p.set(out, dims)
 

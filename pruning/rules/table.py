@@ -21,7 +21,7 @@ from secateur.pruning.rules.along import (
     unfold_windows,
     weight_norm,
 )
-from secateur.pruning.rules.labels import CUTS, MAKES, Propagation, Rule, elementwise
+from secateur.pruning.rules.labels import CUTS, MAKES, Propagation, Rule, elementwise, total
 from secateur.pruning.rules.operators import Arguments, Operator, tensors_in
 from secateur.pruning.rules.parts import (
     cat,
@@ -89,6 +89,7 @@ ATTENTIONS = frozenset(_ATTENTION.split())
 """Operators that compute an attention."""
 RULES: dict[str, Rule] = {
     **dict.fromkeys(f"{_CARRY} {_LIKE}".split(), elementwise),
+    **dict.fromkeys(("add", "sub", "rsub", "addcmul", "addcdiv", "lerp"), total),
     **dict.fromkeys(_VIEW.split(), view),
     **dict.fromkeys(_BATCH_NORM.split(), batch_norm),
     **dict.fromkeys(_ATTENTION.split(), attention),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 
 from secateur.pruning.channels import ChannelGraph, components
@@ -20,6 +21,7 @@ from secateur.pruning.surgery import prune
 from secateur.pruning.trace import trace
 from secateur.pruning.tracer import PruningError
 from tests.pruning.models import CifarResNet, PlainCNN, Tied, TwoBranches, certified, half
+from tests.pruning.models import Net as Parts
 
 
 class Net(nn.Module):
@@ -259,3 +261,86 @@ def test_lazy_layers_are_named_with_the_way_out(lazy: nn.Module) -> None:
     model(IMAGES)
     _, certificate = certified(model, IMAGES)
     assert certificate.ok, certificate
+
+
+def conv(inputs: int, outputs: int = 8) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=1)
+
+
+SUMS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
+    "a residual sum": (lambda: Parts(lambda m, x: m.b(m.a(x) + m.c(x)), a=conv(3), b=conv(8, 3), c=conv(3)), {"a"}),
+    "in place": (lambda: Parts(lambda m, x: m.b(m.a(x).add_(m.c(x))), a=conv(3), b=conv(8, 3), c=conv(3)), {"a"}),
+    "a difference": (lambda: Parts(lambda m, x: m.b(m.a(x) - m.c(x)), a=conv(3), b=conv(8, 3), c=conv(3)), {"a"}),
+    "added to zeros": (
+        lambda: Parts(lambda m, x: m.b(torch.zeros(1, 8, 8, 8) + m.a(x)), a=conv(3), b=conv(8, 3)),
+        set(),
+    ),
+    "gating": (lambda: Parts(lambda m, x: m.b(m.a(x) * m.c(x)), a=conv(3), b=conv(8, 3), c=conv(3)), set()),
+    "concatenation": (
+        lambda: Parts(lambda m, x: m.b(torch.cat([m.a(x), m.c(x)], 1)), a=conv(3), b=conv(16, 3), c=conv(3)),
+        set(),
+    ),
+    "a bias": (
+        lambda: Parts(
+            lambda m, x: m.b(m.a(x) + m.bias), a=conv(3), b=conv(8, 3), bias=nn.Parameter(torch.ones(8, 1, 1))
+        ),
+        set(),
+    ),
+    "a function of itself": (
+        lambda: Parts(lambda m, x: m.b((h := m.a(x)) + h**3 - h.mean((2, 3), keepdim=True)), a=conv(3), b=conv(8, 3)),
+        set(),
+    ),
+    "a fused sum": (
+        lambda: Parts(
+            lambda m, x: m.b(torch.addmm(m.a(x), m.c(x), m.d.weight.t())),
+            **{"a": nn.Linear(4, 8), "b": nn.Linear(8, 2), "c": nn.Linear(4, 6), "d": nn.Linear(6, 8, bias=False)},
+        ),
+        {"a"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_the_stream_is_what_sums_of_activations_carry(name: str) -> None:
+    make, summed = SUMS[name]
+    example = torch.randn(3, 4) if name == "a fused sum" else torch.randn(1, 3, 8, 8)
+    assert trace(make(), example).summed == summed
+
+
+STREAMS = {
+    "resnet18": ({"conv1", "layer2.0.conv2", "layer3.0.conv2", "layer4.0.conv2"}, {"layer1.0.conv1", "layer4.1.conv1"}),
+    "resnet50": ({f"layer{i}.0.conv3" for i in (1, 2, 3, 4)}, {"conv1", "layer1.0.conv1", "layer1.0.conv2"}),
+    "mobilenet_v2": (
+        {f"features.{i}.conv.2" for i in (2, 4, 7, 11, 14)},
+        {"features.0.0", "features.1.conv.1", "features.2.conv.0.0", "features.17.conv.2", "features.18.0"},
+    ),
+    "efficientnet_b0": (
+        {f"features.{i}.0.block.3.0" for i in (2, 3, 4, 5, 6)},
+        {"features.2.0.block.0.0", "features.2.0.block.2.fc1"},  # the expansion with its gate, and the gate's own
+    ),
+    "convnext_tiny": ({"features.0.0", "features.2.1", "features.4.1", "features.6.1"}, {"features.1.0.block.3"}),
+    "vgg11_bn": (set(), {"features.0", "classifier.0"}),
+    "densenet121": (set(), {"features.conv0", "features.denseblock1.denselayer1.conv2"}),
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_the_stream_of_known_networks(name: str) -> None:
+    stream, some_inner = STREAMS[name]
+    graph = trace(torchvision.models.get_model(name, weights=None), torch.randn(1, 3, 32, 32))
+    assert graph.summed == stream
+    assert some_inner <= {group.name for group in graph.groups} - graph.summed
+
+
+def test_the_hidden_layers_and_heads_of_a_transformer_are_inner() -> None:
+    vit = torchvision.models.VisionTransformer(32, 8, 2, 4, 16, 32, num_classes=5)
+    graph = trace(vit, torch.randn(1, 3, 32, 32))
+    assert graph.summed == {"conv_proj"}  # the embedding, with the heads that have one size with it
+    assert {f"encoder.layers.encoder_layer_{i}.mlp.0" for i in (0, 1)} <= {group.name for group in graph.groups}
+
+
+@pytest.mark.parametrize("option", ["A", "B"])
+def test_the_stream_of_cifar_networks(option: str) -> None:
+    graph = trace(CifarResNet(option), IMAGES)
+    assert graph.summed and not any(name.endswith(".conv1") and name != "conv1" for name in graph.summed)
+    assert "carried by residual sums" in graph.report()
