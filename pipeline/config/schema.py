@@ -83,14 +83,19 @@ class TargetSection(Section):
 
 
 class BudgetSection(Section):
-    """What the search may spend; None = no such limit. The search ends with what it has found by then."""
+    """What the search may spend; None = no such limit. The search ends at its target with what it has found by then."""
+
+    later = frozenset({"work"})
 
     evaluations: Annotated[int, Field(gt=0, le=10**9)] | None = None
     """Candidates evaluated, fine-tuned ones included."""
     seconds: Annotated[float, Field(gt=0, le=1e9)] | None = None
     """Nothing begins after so many seconds of search (what is under way is finished, and one plan is evaluated)."""
     epochs: Annotated[float, Field(ge=0, le=1e9)] | None = None
-    """Epochs of training during the search."""
+    """Epochs of training during the search; a training that would overrun is shortened."""
+    work: Annotated[float, Field(gt=0, le=1e24)] | None = None
+    """Image-MACs: images times the MACs of the network they pass, three times that in training. Unlike seconds it is
+    the same on every machine."""
 
 
 class LatencySection(Section):

@@ -137,6 +137,7 @@ class AccuracyEvaluator:
             else Inference(baseline.model, baseline.graph, images, template, **options)  # type: ignore[arg-type]
         )
         self.images_forwarded = 0
+        self.image_macs = 0
         self._batches: list[tuple[Tensor, Tensor]] | None = None
         self._order = agreed.order
 
@@ -208,6 +209,7 @@ class AccuracyEvaluator:
             targets.append(labels)
             seen += len(labels)
             self.images_forwarded += len(labels)
+            self.image_macs += len(labels) * self.baseline.macs(plan)
             if self.inference.trials is not tried:  # trying backends is nobody's candidate's time
                 started, tried = time.perf_counter(), self.inference.trials
             if time.perf_counter() - started > self.settings.seconds_per_candidate:
@@ -241,6 +243,7 @@ class AccuracyEvaluator:
         network = self.weights.network(plan, base)
         recalibrate(network, self.baseline.workload, num_images, self.baseline.compute)
         self.images_forwarded += num_images
+        self.image_macs += num_images * self.baseline.macs(plan)
         for images, _ in self._images():
             with torch.inference_mode():
                 outputs: Tensor = network(images).float()

@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from secateur.pipeline.training.loop import move
 from secateur.pipeline.workloads import Workload
 from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.cost import cost
 from secateur.pruning.plan import PruningPlan
 from secateur.pruning.weights import inherit
 
 CPU = torch.device("cpu")
+REMEMBERED = 512
+"""Plans whose MACs are kept."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +46,18 @@ class Baseline:
     def full(self) -> PruningPlan:
         """The plan that keeps every channel."""
         return PruningPlan.full(self.graph.groups)
+
+    def macs(self, plan: PruningPlan) -> int:
+        """MACs of a pruned network at batch 1; those of the last few hundred plans are remembered."""
+        if plan.digest not in self._macs:
+            if len(self._macs) >= REMEMBERED:
+                self._macs.clear()
+            self._macs[plan.digest] = int(cost(self.graph, plan).macs)
+        return self._macs[plan.digest]
+
+    @cached_property
+    def _macs(self) -> dict[str, int]:
+        return {}
 
     def cut(self, plan: PruningPlan, state: Mapping[str, Tensor] | None = None) -> nn.Module:
         """The pruned network, on ``compute``, in eval mode.

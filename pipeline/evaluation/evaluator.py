@@ -76,7 +76,7 @@ class Evaluator:
         self.accuracy, self.latencies, self.trainer, self.saliency = accuracy, latencies, trainer, saliency
         self.files, self.workers = files, workers
         self._known: dict[Key, Accuracy] = {}
-        self._images_of_workers = 0
+        self._images_of_workers = self._image_macs_of_workers = 0
 
     @property
     def graph(self) -> ChannelGraph:
@@ -85,11 +85,16 @@ class Evaluator:
 
     @property
     def spent(self) -> Mapping[str, int]:
-        """Running totals of images passed forward and trained on, and of measurements."""
+        """Running totals: images forwarded and trained on, image-MACs (``Budget``), measurements.
+
+        What a fast path saves, kept activations for example, counts as if it had been computed.
+        """
         forwarded = self.accuracy.images_forwarded + self.saliency.images_forwarded + self._images_of_workers
+        computed = self.accuracy.image_macs + self.saliency.image_macs + self._image_macs_of_workers
         return {
             "images_forwarded": forwarded,
             "images_trained": self.trainer.images_trained,
+            "image_macs": computed + self.trainer.image_macs,
             "measurements": self.latencies.num_measurements,
         }
 
@@ -199,6 +204,10 @@ class Evaluator:
         evaluation = self.evaluate(whole, latency=False)
         return AuxiliaryTrained(trained.base, trained.scores, evaluation), {"sha256": trained.sha256}
 
+    def epoch_work(self, request: FineTune | AuxiliaryTraining) -> float:
+        """Image-MACs of one epoch of a training."""
+        return self.trainer.epoch_work(request)
+
     def restore(self, request: FineTune | AuxiliaryTraining, base: str, checkpoint: Mapping[str, str]) -> bool:
         """Make the weights of a journalled training usable again; False if the file is gone or altered."""
         return self.trainer.restore(request, base, checkpoint)
@@ -264,6 +273,8 @@ class Evaluator:
             accuracy = self.accuracy.evaluate(request)
         else:
             self._images_of_workers += accuracy.images_forwarded
+            macs = self.accuracy.baseline.macs(request.plan)
+            self._image_macs_of_workers += accuracy.images_forwarded * macs
         if accuracy.status == "ok":
             self._known[key] = replace(accuracy, images_forwarded=0, seconds=0.0)
         return accuracy

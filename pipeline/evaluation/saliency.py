@@ -13,7 +13,7 @@ from secateur.pipeline.errors import UserError
 from secateur.pipeline.evaluation.accuracy import AccuracyEvaluator
 from secateur.pruning.distortion import distortions
 from secateur.pruning.feature_maps import feature_distance
-from secateur.pruning.saliency import channel_saliency
+from secateur.pruning.saliency import CRITERIA, channel_saliency
 from secateur.pruning.search.identity import draws_of
 from secateur.pruning.search.protocol import Distort, MaskedLoss, Score
 from secateur.pruning.weights import silence
@@ -29,6 +29,7 @@ class SaliencyScorer:
     def __init__(self, accuracy: AccuracyEvaluator) -> None:
         self.accuracy, self.baseline, self.weights = accuracy, accuracy.baseline, accuracy.weights
         self.images_forwarded = 0
+        self.image_macs = 0
 
     def score(self, request: Score) -> Mapping[str, np.ndarray]:
         """Saliency of every channel of every group, or the distances between them.
@@ -42,10 +43,12 @@ class SaliencyScorer:
         try:
             if request.criterion == "feature_distance":
                 options: dict[str, Any] = {**request.options}
-                batches = self._train_batches(request, int(options.pop("images", 200)))
+                batches = self._train_batches(request, int(options.pop("images", 200)), passes=1)
                 scores = feature_distance(dense, graph, [images for images, _ in batches], **options)
             else:
-                batches = self._train_batches(request, int(request.options.get("images", 128)))
+                criterion = CRITERIA.get(request.criterion)
+                passes = 3 if criterion is not None and criterion.gradients else 0
+                batches = self._train_batches(request, int(request.options.get("images", 128)), passes=passes)
                 scores = channel_saliency(
                     dense,
                     graph,
@@ -71,6 +74,7 @@ class SaliencyScorer:
             answers = torch.cat([workload.answers(found, labels, brief=True) for found, labels in pairs])
             losses.append(workload.metrics(answers, targets)["loss"])
             self.images_forwarded += len(targets)
+            self.image_macs += len(targets) * self.baseline.macs(plan)
         return np.array(losses)
 
     def distort(self, request: Distort) -> Mapping[str, np.ndarray]:
@@ -79,7 +83,8 @@ class SaliencyScorer:
         Raises:
             UserError: the request names channels that the network does not have.
         """
-        batches = self._train_batches(request, len(request.removed) * request.batch_size, request.batch_size)
+        num_images = len(request.removed) * request.batch_size
+        batches = self._train_batches(request, num_images, request.batch_size, passes=2)
         state = self.weights.state(request.base, self.baseline.full)
         images = [images for images, _ in batches]
         try:
@@ -88,15 +93,20 @@ class SaliencyScorer:
             raise UserError(f"search: {error}") from error
 
     def _train_batches(
-        self, request: Score | Distort, num_images: int, batch_size: int = 64
+        self, request: Score | Distort, num_images: int, batch_size: int = 64, *, passes: int
     ) -> list[tuple[Tensor, Tensor]]:
-        """Random training images without augmentation, the same for the same request."""
+        """Random training images without augmentation, the same for the same request.
+
+        Args:
+            passes: forward passes of the unpruned network that each image costs; a gradient is two more.
+        """
         workload, split = self.baseline.workload, self.baseline.workload.train
         generator = torch.Generator().manual_seed(self.baseline.seed ^ int(draws_of(request), 16))
         order = torch.cat(
             [torch.randperm(len(split), generator=generator) for _ in range(1 + (num_images - 1) // len(split))]
         )[:num_images]
         self.images_forwarded += num_images
+        self.image_macs += passes * num_images * self.baseline.macs(self.baseline.full)
         return [
             workload.batch(split, indices, train=False, generator=None, device=self.baseline.compute)
             for indices in torch.split(order, batch_size)

@@ -15,6 +15,9 @@ from secateur.pipeline.training.loop import fit
 from secateur.pruning.search.identity import draws_of
 from secateur.pruning.search.protocol import AuxiliaryTraining, FineTune, FloatArray
 
+OVER_FORWARD = 3
+"""MACs of a training step to those of a forward pass: the backward pass has two products for each of its."""
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -43,6 +46,7 @@ class Trainer:
     def __init__(self, baseline: Baseline, weights: Weights, recipe: FinetuneSection, progress: ProgressView) -> None:
         self.baseline, self.weights, self.recipe, self.progress = baseline, weights, recipe, progress
         self.images_trained = 0
+        self.image_macs = 0
 
     def finetune(self, request: FineTune) -> Trained:
         """Train the candidate's network, by default with the baseline as teacher.
@@ -68,6 +72,7 @@ class Trainer:
                 report=report,
             )
         self.images_trained += round(request.epochs * len(train))
+        self.image_macs += round(request.epochs * self.epoch_work(request))
         state = student.state_dict()
         return Trained(base, self.weights.save_tuned(base, candidate.base, candidate.plan, state, request.write_back))
 
@@ -96,8 +101,18 @@ class Trainer:
                 outcome = training.train(task)
             except ValueError as error:
                 raise UserError(f"search: auxiliary training {request.kind}: {error}") from error
-        self.images_trained += outcome.images or round(request.epochs * len(self.baseline.workload.train))
+        images = outcome.images or round(request.epochs * len(self.baseline.workload.train))
+        self.images_trained += images
+        self.image_macs += OVER_FORWARD * images * self.baseline.macs(self.baseline.full)
         return Trained(base, self.weights.save_learned(base, request.kind, outcome.state), outcome.scores)
+
+    def epoch_work(self, request: FineTune | AuxiliaryTraining) -> float:
+        """Image-MACs of an epoch: three times those of the trained network's forward pass, and the teacher's."""
+        images, whole = len(self.baseline.workload.train), self.baseline.macs(self.baseline.full)
+        if isinstance(request, AuxiliaryTraining):
+            return float(images * OVER_FORWARD * whole)
+        teacher = whole if self._distillation(request) else 0
+        return float(images * (OVER_FORWARD * self.baseline.macs(request.candidate.plan) + teacher))
 
     def restore(self, request: FineTune | AuxiliaryTraining, base: str, checkpoint: Mapping[str, str]) -> bool:
         """Make the weights of a journalled training usable again; False if the file is gone or altered."""

@@ -3,8 +3,8 @@
 Replaying the journal is resuming the run (``study.py``), delivering it is tracking (``tracking.py``), and re-scoring
 it is choosing another winner. A line carries its number and a checksum; a last line cut short by a crash is dropped on
 opening (that was the evaluation in flight), any other damage is an error, and so are lines that are missing, doubled or
-out of order. Journals of formats 2 and 3 are read; they cannot be continued, for their requests have other digests.
-Those of format 2 have no numbers.
+out of order. Journals of formats 2 to 4 are read; they cannot be continued, for methods would ask other questions or
+give them other digests. Those of format 2 have no numbers.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any
 from secateur.device_profiles.wording import command
 from secateur.pipeline.errors import JournalError, OlderRunError
 
-FORMAT, UNNUMBERED = 4, 2
-READABLE = (FORMAT, 3, UNNUMBERED)
+FORMAT, UNNUMBERED = 5, 2
+READABLE = (FORMAT, 4, 3, UNNUMBERED)
 NOT_THERE = "nothing"
 """What an option is said to be that one of two versions does not have."""
 Record = Mapping[str, Any]

@@ -31,6 +31,7 @@ from secateur.pruning.channels import ChannelGraph
 from secateur.pruning.cost import costs
 from secateur.pruning.plan import IntArray, PlanError, SearchSpace
 from secateur.pruning.search import METHODS
+from secateur.pruning.search.landing import at_target
 from secateur.pruning.search.protocol import Budget, Evaluation, FloatArray, Goal, Problem, Strategy
 from secateur.pruning.search.reward import Reward
 from secateur.pruning.trace import trace
@@ -241,8 +242,7 @@ def make_strategy(
     )
     method = METHODS.load(config.search.method)
     search = getattr(method, "rehearse", method.search) if rehearsed else method.search
-    strategy: Strategy = search(problem, method_options(config.search))
-    return strategy
+    return at_target(problem, search(problem, method_options(config.search)))
 
 
 def widths_costs(graph: ChannelGraph, space: SearchSpace, widths: IntArray) -> dict[str, FloatArray]:

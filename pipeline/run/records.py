@@ -2,6 +2,7 @@
 
 A record says which request it answers (``request``, the digest of its identity), what of it is worth reading, and the
 answer. Records of formats 2 and 3 have another ``request`` or none; everything else in them is read in the same way.
+A training that the budget shortened has ``trained``, its true epochs, beside those that were asked for.
 """
 
 from __future__ import annotations
@@ -52,12 +53,13 @@ def _told(request: Request) -> dict[str, Any]:
 
 
 def request_of(record: Record) -> FineTune | AuxiliaryTraining:
-    """The request that a record of a training answers."""
+    """The request that a record of a training answers, with the epochs that were trained."""
+    epochs = record.get("trained", record["epochs"])
     if record["kind"] == "learn":
-        return AuxiliaryTraining(record["learning"], record["epochs"], record["base_of"], record["options"])
+        return AuxiliaryTraining(record["learning"], epochs, record["base_of"], record["options"])
     start, end = record["part"]
     more = {name: record[name] for name in ("write_back", "distill", "latency") if name in record}
-    return FineTune(to_candidate(record["candidate"]), record["epochs"], (start, end), **more)
+    return FineTune(to_candidate(record["candidate"]), epochs, (start, end), **more)
 
 
 def of_candidates(records: Iterable[Record]) -> list[Record]:
@@ -82,8 +84,8 @@ def unpack(data: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def describe(candidate: Candidate) -> dict[str, Any]:
-    """A candidate as JSON; ``plan`` is the text of ``PruningPlan.to_json``."""
-    return {
+    """A candidate as JSON; ``plan`` is the text of ``PruningPlan.to_json``, ``projected_share`` stands where not 0."""
+    told = {
         "id": candidate.id,
         "plan": candidate.plan.to_json(),
         "digest": candidate.plan.digest,
@@ -91,12 +93,14 @@ def describe(candidate: Candidate) -> dict[str, Any]:
         "parents": list(candidate.parents),
         "base": candidate.base,
     }
+    return {**told, "projected_share": candidate.projected_share} if candidate.projected_share else told
 
 
 def to_candidate(data: Mapping[str, Any]) -> Candidate:
     """The inverse of ``describe``."""
     plan = PruningPlan.from_json(data["plan"])
-    return Candidate(data["id"], plan, data["origin"], tuple(data["parents"]), data["base"])
+    parents, share = tuple(data["parents"]), data.get("projected_share", 0.0)
+    return Candidate(data["id"], plan, data["origin"], parents, data["base"], share)
 
 
 def to_dict(evaluation: Evaluation) -> dict[str, Any]:

@@ -55,6 +55,8 @@ CHECK_EVERY = 10
 does."""
 CPU_SECONDS = 0.5
 """What a rehearsal may take; a search that has not ended by then is counted as far as it came."""
+TRAIN_OVER_FORWARD = 3
+"""MACs of a training step to those of a forward pass."""
 SCORED_IMAGES = 128
 """Training images of a saliency that names no number."""
 FREE = frozenset({"l1", "l2", "random", "uniform"})
@@ -140,6 +142,7 @@ class Rehearsal:
         self.value = {name: values * ACCURACY / values.sum() for name, values in drawn.items()}
         self.weights = {DENSE: (self.full, ACCURACY), RANDOM: (self.full, UNTRAINED)}
         self.whole = self._costs(self.full)
+        self._image_macs = 0.0
         self._met: set[tuple[str, str, bool]] = set()
         self._timed: set[str] = set()
         self._untimed = 0
@@ -151,7 +154,7 @@ class Rehearsal:
         if time.process_time() > self._ends:
             raise OutOfTime
         seconds = sum(count * self.seconds.get(step, 0.0) for step, count in self.work.items())
-        return {"estimated_seconds": seconds}
+        return {"estimated_seconds": seconds, "image_macs": self._image_macs}
 
     # -- the Oracle of a study -----------------------------------------------------------------------------------------
 
@@ -173,7 +176,9 @@ class Rehearsal:
             self._met.add(key)
             self.work["networks"] += 1
             way = "images_forwarded" if exact else "images_scored"
-            self.work[way] += self.num_scored * share(ratio) * (0.5 if given_up else 1.0)
+            seen = self.num_scored * (0.5 if given_up else 1.0)
+            self.work[way] += seen * share(ratio)
+            self._image_macs += (seen + self.config.search.recalibrate_images) * ratio * self.whole["macs"]
             self.work["images_forwarded"] += self.config.search.recalibrate_images * share(ratio)
         if given_up:
             return Evaluation("infeasible", "cannot reach the floor")
@@ -188,6 +193,7 @@ class Rehearsal:
         candidate, recipe = request.candidate, self.config.finetune
         distilled = recipe.distill is not None if request.distill is None else request.distill
         self._train(request.epochs, self.macs_ratio(candidate.plan), distilled=distilled)
+        self._image_macs += request.epochs * self.epoch_work(request)
         plan, accuracy = self.weights[candidate.base]
         tuned, base = trained(self._accuracy(candidate)), f"tuned-{len(self.weights)}"
         self.weights[base] = (plan, trained(accuracy)) if request.write_back else (candidate.plan, tuned)
@@ -197,11 +203,16 @@ class Rehearsal:
 
     def train_auxiliary(self, request: AuxiliaryTraining) -> tuple[AuxiliaryTrained, dict[str, str]]:
         self._train(request.epochs, 1.0, distilled=False)
+        self._image_macs += request.epochs * self.epoch_work(request)
         base = f"learned-{len(self.weights)}"
         self.weights[base] = self.full, ACCURACY - 0.05
         return AuxiliaryTrained(
             base, self.value, self.evaluate(Candidate(0, self.full, "", (), base), latency=False)
         ), {}
+
+    def epoch_work(self, request: FineTune | AuxiliaryTraining) -> float:
+        ratio = self.macs_ratio(request.candidate.plan) if isinstance(request, FineTune) else 1.0
+        return TRAIN_OVER_FORWARD * ratio * self.num_train * self.whole["macs"]
 
     def score(self, request: Score) -> Mapping[str, np.ndarray]:
         images = float(request.options.get("images", SCORED_IMAGES))
@@ -220,11 +231,15 @@ class Rehearsal:
         return found
 
     def masked_loss(self, request: MaskedLoss) -> np.ndarray:
-        self.work["images_forwarded"] += len(request.plans) * (request.images or self.num_scored)
+        images = request.images or self.num_scored
+        self.work["images_forwarded"] += len(request.plans) * images
+        self._image_macs += images * sum(self.macs_ratio(plan) for plan in request.plans) * self.whole["macs"]
         return np.array([1 - self._accuracy(Candidate(0, plan, "", (), request.base)) for plan in request.plans])
 
     def distort(self, request: Distort) -> Mapping[str, np.ndarray]:
-        self.work["images_forwarded"] += 2 * len(request.removed) * request.batch_size
+        passed = 2 * len(request.removed) * request.batch_size
+        self.work["images_forwarded"] += passed
+        self._image_macs += passed * self.whole["macs"]
         names = dict.fromkeys(name for removed in request.removed for name in removed)
         return {
             name: np.array([self.value[name][list(removed.get(name, ()))].sum() for removed in request.removed])
@@ -318,7 +333,7 @@ def rehearse(
         oracle.evaluate(Candidate(0, space.smallest(), "smallest"), latency=True)
     reward = make_reward(config.reward.preset, reference, metrics[1], **config.reward.options)
     pages = cast(Journal, Pages())
-    study = Study(pages, oracle, budget=budget)
+    study = Study(pages, oracle, budget=budget, closes=target != Goal())
     top, complete = config.finetune.top, True
     finals: tuple[float, ...] = ()
 

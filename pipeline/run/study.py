@@ -6,11 +6,12 @@ the same strategy again and answering from the journal until the journal ends.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -31,8 +32,10 @@ from secateur.pruning.search.protocol import (
     Evaluation,
     FineTune,
     FineTuned,
+    Left,
     MaskedLoss,
     Predict,
+    Remaining,
     Request,
     Score,
     Strategy,
@@ -41,6 +44,17 @@ from secateur.pruning.search.protocol import (
 
 PATIENCE = 1000
 """How often a strategy may ask again for what the budget refuses."""
+USEFUL = 0.1
+"""A training is shortened to what is left of the budget, but not to less than this share of what was asked for."""
+ASIDES = 12
+"""Requests beside the last evaluation that are answered when the budget is spent: what projecting a plan needs."""
+MASKS = 64
+"""Masks of such a request."""
+SCORED_OVER_TRAINED = 0.4
+"""Seconds per image-MAC of scoring, by the fastest forward pass, to those of training: before any training is timed."""
+
+
+Training = TypeVar("Training", FineTune, AuxiliaryTraining)
 
 
 class Oracle(Protocol):
@@ -51,7 +65,10 @@ class Oracle(Protocol):
 
     @property
     def spent(self) -> Mapping[str, int]:
-        """Running totals: ``images_forwarded``, ``images_trained``, ``measurements``."""
+        """Running totals: ``images_forwarded``, ``images_trained``, ``image_macs``, ``measurements``."""
+
+    def epoch_work(self, request: FineTune | AuxiliaryTraining) -> float:
+        """Image-MACs of one epoch of a training."""
 
     def evaluate(self, candidate: Candidate, latency: bool, floor: float | None = None) -> Evaluation: ...
 
@@ -96,6 +113,7 @@ class Study:
         stage: name under which this study's records are filed.
         budget: what the strategy may spend, counted over replayed and new answers alike.
         watch: told what is being worked on, where that is no candidate.
+        closes: keep one evaluation back, and grant it once the budget is spent: for a strategy that has a target.
     """
 
     def __init__(
@@ -106,12 +124,17 @@ class Study:
         stage: str = "search",
         budget: Budget = Budget(),  # noqa: B008 - frozen
         watch: Callable[[str], None] = lambda _: None,
+        *,
+        closes: bool = False,
     ) -> None:
         self.journal, self.oracle, self.notify, self.stage, self.budget = journal, oracle, notify, stage, budget
         self.watch = watch
         self._replay: deque[Record] = deque(r for r in journal.records if r.get("stage") == stage)
-        self.spent = {"evaluations": 0.0, "epochs": 0.0, "seconds": 0.0}
+        self.spent = {"evaluations": 0.0, "epochs": 0.0, "seconds": 0.0, "image_macs": 0.0}
         self._found: list[Entry] = []
+        self._kept_back, self._asides, self._granted = int(closes), ASIDES if closes else 0, False
+        self._most = math.inf if budget.evaluations is None else budget.evaluations - self._kept_back
+        self._pace = _Pace(r for r in journal.records if r.get("stage") == "reference")
 
     def run(self, strategy: Strategy) -> Archive:
         """Drive a strategy to its end, or to the end of the budget.
@@ -124,7 +147,7 @@ class Study:
             request = next(strategy)
             while True:
                 spent = self._over(request)
-                if not spent:
+                if not spent or (thrown and self._grants(request)):
                     request = strategy.send(self.answer(request))
                 elif (thrown := thrown + 1) > PATIENCE:
                     strategy.close()
@@ -162,6 +185,18 @@ class Study:
                 return self._arrays(request, lambda: {"": self.oracle.time(request)})[""]
             case Predict():
                 return self._arrays(request, lambda: self.oracle.predict(request))
+            case Remaining():
+                return self.left()
+
+    def left(self) -> Left:
+        """What is left of the budget, by the totals of all answers so far."""
+        spent = {name: self.spent[name] for name in ("evaluations", "seconds", "epochs")}
+        spent["work"] = self.spent["image_macs"]
+        limits = {"evaluations": self._most, **{n: getattr(self.budget, n) for n in ("seconds", "epochs", "work")}}
+        set_ = {name: limit for name, limit in limits.items() if limit is not None and limit < math.inf}
+        left = {name: max(0.0, limit - spent[name]) for name, limit in set_.items()}
+        share = min((left[name] / limit if limit > 0 else 0.0 for name, limit in set_.items()), default=1.0)
+        return Left(**left, share=share, spent=spent)
 
     def evaluate(self, candidate: Candidate, latency: bool, floor: float | None = None) -> Evaluation:
         """One candidate's evaluation, journalled before it is returned."""
@@ -182,16 +217,18 @@ class Study:
 
     def finetune(self, request: FineTune) -> FineTuned:
         """One candidate trained and evaluated, journalled before it is returned."""
+        afforded = self._afforded(request)
 
         def train() -> dict[str, Any]:
-            answer, checkpoint = self.oracle.finetune(request)
+            answer, checkpoint = self.oracle.finetune(afforded)
             evaluation = to_dict(answer.evaluation)
-            return {"base": answer.base, "checkpoint": dict(checkpoint), "evaluation": evaluation}
+            facts = {"base": answer.base, "checkpoint": dict(checkpoint), "evaluation": evaluation}
+            return {**facts, **_shortened(request, afforded)}
 
         candidate, replayed = request.candidate, bool(self._replay)
-        record = self._record(heading(request), train, request)
+        record = self._record(heading(request), train, afforded)
         self.spent["evaluations"] += 1
-        self.spent["epochs"] += request.epochs
+        self.spent["epochs"] += afforded.epochs
         tuned = FineTuned(record["base"], to_evaluation(record["evaluation"]))
         trained = replace(candidate, base=tuned.base)
         if replayed:
@@ -201,44 +238,89 @@ class Study:
         return tuned
 
     def _train_auxiliary(self, request: AuxiliaryTraining) -> AuxiliaryTrained:
-        def train() -> dict[str, Any]:
-            answer, checkpoint = self.oracle.train_auxiliary(request)
-            facts = {"base": answer.base, "checkpoint": dict(checkpoint), "evaluation": to_dict(answer.evaluation)}
-            return {**facts, "scores": pack(answer.scores)}
+        afforded = self._afforded(request)
 
-        record = self._record(heading(request), train, request)
-        self.spent["epochs"] += request.epochs
+        def train() -> dict[str, Any]:
+            answer, checkpoint = self.oracle.train_auxiliary(afforded)
+            facts = {"base": answer.base, "checkpoint": dict(checkpoint), "evaluation": to_dict(answer.evaluation)}
+            return {**facts, "scores": pack(answer.scores), **_shortened(request, afforded)}
+
+        record = self._record(heading(request), train, afforded)
+        self.spent["epochs"] += afforded.epochs
         return AuxiliaryTrained(record["base"], unpack(record["scores"]), to_evaluation(record["evaluation"]))
 
     def _arrays(self, request: Request, ask: Callable[[], Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
         return unpack(self._record(heading(request), lambda: {"scores": pack(ask())})["scores"])
 
     def _evaluate_within(self, candidate: Candidate, latency: bool, floor: float | None) -> Evaluation:
-        """An evaluation, if the budget has one left."""
+        """An evaluation, if the budget has one left, or its last one is granted."""
         spent = self._over(Evaluate((candidate,)))
-        return Evaluation("infeasible", spent) if spent else self.evaluate(candidate, latency, floor)
+        if spent and not self._granted:
+            return Evaluation("infeasible", spent)
+        self._granted = False
+        return self.evaluate(candidate, latency, floor)
 
     def _new(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
         """Those of a request that are not in the journal, as far as the budget of evaluations reaches."""
-        limit = self.budget.evaluations
-        if limit is not None:
-            candidates = candidates[: max(0, limit - int(self.spent["evaluations"]))]
+        if self._granted:
+            candidates = candidates[:1]
+        elif self._most < math.inf:
+            candidates = candidates[: max(0, int(self._most - self.spent["evaluations"]))]
         return candidates[len(self._replay) :]
+
+    def _grants(self, request: Request) -> bool:
+        """Whether a request is answered although the budget is spent: one evaluation, and what its plan comes from."""
+        if isinstance(request, Evaluate):
+            self._granted, self._kept_back = self._kept_back > 0, 0
+            return self._granted
+        few = isinstance(request, Score | Time | Predict) or (
+            isinstance(request, MaskedLoss) and len(request.plans) <= MASKS
+        )
+        if not (few and self._kept_back and self._asides):
+            return False
+        self._asides -= 1
+        return True
+
+    def _afforded(self, request: Training) -> Training:
+        """A training with the epochs that the budget allows it; those of the record where it is replayed."""
+        if self._replay:
+            return replace(request, epochs=self._replay[0].get("trained", request.epochs))
+        epochs = self._affordable(request)
+        return request if epochs >= request.epochs * (1 - 1e-9) else replace(request, epochs=epochs)
+
+    def _affordable(self, request: FineTune | AuxiliaryTraining) -> float:
+        """Epochs of a training, up to those it asks for, that what is left of the budget allows."""
+        left, epochs = self.left(), [request.epochs]
+        if self.budget.epochs is not None:
+            epochs.append(left.epochs)
+        if self.budget.work is None and self.budget.seconds is None:
+            return min(epochs)
+        work = self.oracle.epoch_work(request)
+        if work > 0 and self.budget.work is not None:
+            epochs.append(left.work / work)
+        if work > 0 and self.budget.seconds is not None and (pace := self._pace.of_training()) > 0:
+            seconds = left.seconds / (pace * work)
+            epochs.append(seconds if self._pace.timed else max(seconds, USEFUL * request.epochs))
+        return min(epochs)
 
     def _over(self, request: Request) -> str:
         """Why the budget allows no such request any more; empty while it does."""
+        if isinstance(request, Remaining):
+            return ""
         budget, spent = self.budget, self.spent
-        closing = not self._found and isinstance(
+        first = not self._found and isinstance(
             request, Evaluate | Score | Time | Predict
         )  # what was learned must not be lost
-        if budget.seconds is not None and spent["seconds"] >= budget.seconds and not closing:
+        if budget.seconds is not None and spent["seconds"] >= budget.seconds and not first:
             return f"the budget of {budget.seconds:g} s is spent"
-        evaluates, epochs = isinstance(request, Evaluate | FineTune), getattr(request, "epochs", 0.0)
-        if evaluates and budget.evaluations is not None and spent["evaluations"] >= budget.evaluations:
+        if budget.work is not None and spent["image_macs"] >= budget.work and not first:
+            return f"the budget of {budget.work:g} image-MACs is spent"
+        if isinstance(request, Evaluate | FineTune) and spent["evaluations"] >= self._most:
             return f"the budget of {budget.evaluations} evaluations is spent"
-        if epochs and budget.epochs is not None and spent["epochs"] + epochs > budget.epochs + 1e-9:
-            left = budget.epochs - spent["epochs"]
-            return f"{epochs:g} epochs of training exceed what is left of the budget ({left:g} epochs)"
+        if isinstance(request, FineTune | AuxiliaryTraining) and request.epochs > 0:
+            epochs = self._affordable(request)
+            if epochs < USEFUL * request.epochs:
+                return f"{request.epochs:g} epochs of training exceed what is left of the budget ({epochs:.3g} epochs)"
         return ""
 
     def _record(
@@ -260,6 +342,7 @@ class Study:
             ask()  # the file is gone: train it again, deterministically
         for name, amount in record["spent"].items():
             self.spent[name] = self.spent.get(name, 0) + amount
+        self._pace.add(record)
         return record
 
     def _keep(self, candidate: Candidate, evaluation: Evaluation) -> None:
@@ -279,6 +362,43 @@ class Study:
                 "journal is of another version of Secateur, of the data or of the model; start a new run"
             )
         return record
+
+
+class _Pace:
+    """Seconds per image-MAC, as records tell them.
+
+    Args:
+        records: of the reference, until there are others.
+    """
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        self.trained, self.scored = [0.0, 0.0], [0.0, 0.0]
+        for record in records:
+            self.add(record)
+
+    @property
+    def timed(self) -> bool:
+        """Whether a training has been timed."""
+        return min(self.trained) > 0
+
+    def add(self, record: Record) -> None:
+        """Learn from one more record."""
+        kinds = {"finetune": self.trained, "learn": self.trained, "evaluation": self.scored}
+        spent = record.get("spent", {})
+        if (totals := kinds.get(record["kind"])) is not None:
+            totals[0] += spent.get("seconds", 0.0)
+            totals[1] += spent.get("image_macs", 0.0)
+
+    def of_training(self) -> float:
+        """Seconds per image-MAC of a training; by what scoring takes before the first one, 0 = unknown."""
+        if self.timed:
+            return self.trained[0] / self.trained[1]
+        return self.scored[0] / self.scored[1] / SCORED_OVER_TRAINED if min(self.scored) > 0 else 0.0
+
+
+def _shortened(asked: FineTune | AuxiliaryTraining, trained: FineTune | AuxiliaryTraining) -> dict[str, float]:
+    """What a record says of a training that the budget shortened."""
+    return {} if trained.epochs == asked.epochs else {"trained": trained.epochs}
 
 
 def work_of(request: Request) -> str:

@@ -20,7 +20,7 @@ from secateur.pipeline.stages.loading import load_baseline
 from secateur.pruning.channels import ChannelGraph
 from secateur.pruning.cost import cost
 from secateur.pruning.plan import PruningPlan, SearchSpace
-from secateur.pruning.search.protocol import Archive, BudgetSpent, Candidate, Evaluation
+from secateur.pruning.search.protocol import Archive, BudgetSpent, Candidate, Evaluation, Goal
 from secateur.pruning.search.reward import Reward
 from secateur.pruning.search.support import SearchError
 
@@ -83,9 +83,16 @@ def _search(
         def show(text: str) -> None:
             report(int(study.spent["evaluations"]), 0, text)
 
-        study = Study(run.journal, oracle, notify, budget=run.budget(), watch=lambda work: show(f"{work} ..."))
+        plan = chosen_plan(run.directory, graph)
+        study = Study(
+            run.journal,
+            oracle,
+            notify,
+            budget=run.budget(),
+            watch=lambda work: show(f"{work} ..."),
+            closes=plan is None and run.search_target != Goal(),
+        )
         try:
-            plan = chosen_plan(run.directory, graph)
             return study.run(only(plan) if plan else run.strategy(graph, space, reference, reward)), study
         except (SearchError, BudgetSpent) as error:
             raise UserError(f"search.{run.config.search.method}: {error}") from error

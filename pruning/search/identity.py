@@ -39,7 +39,7 @@ KINDS: Mapping[type, str] = {
     Time: "time",
     Predict: "predict",
 }
-"""What each kind of request is called in journals: for ever, whatever its class is called."""
+"""What each kind of request is called in journals: for ever, whatever its class is called. ``Remaining`` is in none."""
 FIRST_TEXTS: Mapping[type, tuple[str, tuple[str, ...]]] = {
     FineTune: ("FineTune", ("candidate", "epochs", "part", "write_back", "distill", "latency")),
     AuxiliaryTraining: ("Learn", ("kind", "epochs", "base", "options")),

@@ -6,11 +6,15 @@ its requests depend on nothing but that generator and earlier answers, so replay
 resuming the search. It never sees a model, a file, a tracker or a clock.
 
 Each method is one module of ``secateur.pruning.search.methods``: its file name is its name in a run file, ``Options``
-(a frozen dataclass) are its options, and ``search(problem, options)`` is the generator.
+(a frozen dataclass) are its options, and ``search(problem, options)`` is the generator. A function
+``least(problem, options) -> Budget`` may say what one round of it takes, the least that makes sense (default: one
+evaluation); it asks ``problem`` for its space and goal only, and a line ``Least budget: ...`` of the module's docstring
+says the same of its defaults, for lists.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -46,6 +50,8 @@ class Candidate:
         parents: ids of the candidates it was derived from.
         base: whose weights are inherited: ``DENSE``, ``RANDOM``, or the ``base`` of an earlier ``FineTuned`` or
             ``AuxiliaryTrained``.
+        projected_share: MACs that were moved to bring the plan to the target, over all MACs it removes, in 0..1: how
+            much of it is no choice of the method's (``secateur.pruning.search.landing``).
     """
 
     id: int
@@ -53,6 +59,7 @@ class Candidate:
     origin: str
     parents: tuple[int, ...] = ()
     base: str = DENSE
+    projected_share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -239,15 +246,49 @@ class Predict:
     """
 
 
-Request = Evaluate | FineTune | Score | MaskedLoss | Distort | AuxiliaryTraining | Time | Predict
-Answer = tuple[Evaluation, ...] | FineTuned | AuxiliaryTrained | Mapping[str, FloatArray] | FloatArray
+@dataclass(frozen=True)
+class Remaining:
+    """Request: what is left of the budget. Answer: ``Left``. It costs nothing and is no part of the journal."""
+
+
+@dataclass(frozen=True)
+class Left:
+    """Answer to ``Remaining``, from what the journal says of earlier answers, so that a replay is told the same.
+
+    Args:
+        evaluations: candidates that may still be evaluated, without the one that is kept back for the end; inf = no
+            limit, as in all others.
+        seconds: of answering requests.
+        epochs: of training, in passes over the training split.
+        work: image-MACs (``Budget``).
+        share: the smallest share of a limit that is left, in 0..1; 1 where there is no limit.
+        spent: so far, by the same names.
+    """
+
+    evaluations: float = math.inf
+    seconds: float = math.inf
+    epochs: float = math.inf
+    work: float = math.inf
+    share: float = 1.0
+    spent: Mapping[str, float] = field(default_factory=dict)
+
+    def rounds(self, before: Left) -> float:
+        """How many rounds like the one since ``before`` fit into what is left; inf where nothing limits them."""
+        costs = {name: self.spent[name] - before.spent[name] for name in self.spent}
+        return min((getattr(self, name) / cost for name, cost in costs.items() if cost > 0), default=math.inf)
+
+
+Request = Evaluate | FineTune | Score | MaskedLoss | Distort | AuxiliaryTraining | Time | Predict | Remaining
+Answer = tuple[Evaluation, ...] | FineTuned | AuxiliaryTrained | Mapping[str, FloatArray] | FloatArray | Left
 
 
 class BudgetSpent(Exception):  # noqa: N818 - a signal, like StopIteration
     """Thrown into a strategy, at its ``yield``, when the run's budget allows no further request of that kind.
 
     A strategy may catch it and return the archive it has; where it passes, everything evaluated so far is the archive.
-    A further request after it is answered by the same exception.
+    Where the run has a target, one evaluation is kept back: after the exception exactly one ``Evaluate`` is answered,
+    for its first candidate, and the few ``Score``, ``Time``, ``Predict`` and ``MaskedLoss`` that a plan at the target
+    needs. Any other request is answered by the same exception.
     """
 
 
@@ -260,7 +301,7 @@ class Entry:
 
 
 Archive = tuple[Entry, ...]
-"""What a search returns: the plans worth fine-tuning, in the order they were found."""
+"""What a search returns: the plans worth fine-tuning, in an order of its own."""
 
 
 @dataclass(frozen=True)
@@ -284,15 +325,19 @@ class Goal:
 class Budget:
     """What a search may spend; None = no such limit. It is enforced outside the strategy (``BudgetSpent``).
 
+    A training that would overrun it is shortened to what is left, as long as that is a tenth of what was asked for.
+
     Args:
         evaluations: candidates evaluated (fine-tuned ones included).
         seconds: spent answering requests.
         epochs: of training, in passes over the training split.
+        work: image-MACs: images passed forward times the MACs of the network they pass; three times that in training.
     """
 
     evaluations: int | None = None
     seconds: float | None = None
     epochs: float | None = None
+    work: float | None = None
 
 
 @dataclass(frozen=True)

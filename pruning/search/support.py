@@ -17,6 +17,7 @@ from secateur.pruning.search.protocol import (
     Archive,
     AuxiliaryTrained,
     AuxiliaryTraining,
+    BudgetSpent,
     Candidate,
     Distort,
     Entry,
@@ -25,9 +26,11 @@ from secateur.pruning.search.protocol import (
     FineTune,
     FineTuned,
     FloatArray,
+    Left,
     MaskedLoss,
     Predict,
     Problem,
+    Remaining,
     Request,
     Score,
     Time,
@@ -38,11 +41,28 @@ class SearchError(ValueError):
     """A search cannot do what its run file asks for, or found nothing that can be evaluated."""
 
 
+def remaining() -> Generator[Request, Answer, Left]:
+    """``left = yield from remaining()``: ask what is left of the budget, and what has been spent."""
+    answer = yield Remaining()
+    assert isinstance(answer, Left), answer
+    return answer
+
+
 def evaluate(
-    candidates: Sequence[Candidate], *, latency: bool = False, floor: float | None = None
+    candidates: Sequence[Candidate], *, latency: bool = False, floor: float | None = None, last: bool = False
 ) -> Generator[Request, Answer, tuple[Evaluation, ...]]:
-    """``evaluations = yield from evaluate(candidates)``: ask for evaluations, in the order of the candidates."""
-    answer = yield Evaluate(tuple(candidates), latency, floor)
+    """``evaluations = yield from evaluate(candidates)``: ask for evaluations, in the order of the candidates.
+
+    Args:
+        last: these end the search: where the budget is spent, the first of them gets the evaluation kept back.
+    """
+    request = Evaluate(tuple(candidates), latency, floor)
+    try:
+        answer = yield request
+    except BudgetSpent:
+        if not last:
+            raise
+        answer = yield request
     assert isinstance(answer, tuple) and len(answer) == len(candidates), answer
     return answer
 
@@ -278,14 +298,18 @@ def meet(
     """``plan = yield from meet(problem, limit, cut)``: the plan of ``cut(limit)``, tightened until it measures within.
 
     A MACs limit is exact and asks nothing. A predicted latency is measured, and where it is missed the bound given to
-    ``cut`` is lowered by the miss, up to ``rounds`` times; the last plan comes back if none meets the target.
+    ``cut`` is lowered by the miss, up to ``rounds`` times; the last plan comes back if none meets the target, or where
+    the budget allows no measurement.
     """
     plan, bound = cut(limit), limit.bound
     if limit.name == "macs_ratio":
         return plan
     smallest = limit.of(problem.space.encode(problem.space.smallest()))
     for _ in range(rounds):
-        (measured,) = yield from time_plans([plan])
+        try:
+            (measured,) = yield from time_plans([plan])
+        except BudgetSpent:
+            break
         if measured <= limit.bound or bound <= smallest:
             break
         bound = max(smallest, bound - (measured - limit.bound))

@@ -39,13 +39,13 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("number", [2, 3, 4])
 def test_a_run_of_an_older_format_is_rescored_and_not_continued(directory: Path, number: int) -> None:
     file = directory / "journal.jsonl"
     write_as(file, read_journal(file), number)
     before = file.read_bytes()
     assert rescore(directory, "device", {}).rows[0][1].candidate.id == 0
-    with pytest.raises(OlderRunError, match=rf"format {number}, this version continues format 4.*`secateur rescore`"):
+    with pytest.raises(OlderRunError, match=rf"format {number}, this version continues format 5.*`secateur rescore`"):
         Run(directory, Silent())
     assert file.read_bytes() == before
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from secateur.pipeline.errors import JournalError
+from secateur.pipeline.run import study as study_module
 from secateur.pipeline.run.journal import Journal
+from secateur.pipeline.run.records import request_of
 from secateur.pipeline.run.study import Study
 from secateur.pruning.plan import ChannelGroup, PruningPlan, SearchSpace
 from secateur.pruning.search.methods import ccep
@@ -28,8 +32,10 @@ from secateur.pruning.search.protocol import (
     FineTune,
     FineTuned,
     Goal,
+    Left,
     MaskedLoss,
     Problem,
+    Remaining,
     Score,
     Strategy,
     Time,
@@ -53,7 +59,8 @@ class FakeOracle:
 
     @property
     def spent(self) -> Mapping[str, int]:
-        return {"images_forwarded": 10 * self.asked, "images_trained": 100 * self.trained, "measurements": 0}
+        macs = {"image_macs": 10 * self.asked + 300 * self.trained}
+        return {"images_forwarded": 10 * self.asked, "images_trained": 100 * self.trained, "measurements": 0, **macs}
 
     def evaluate(self, candidate: Candidate, latency: bool, floor: float | None = None) -> Evaluation:
         if self.asked >= self.lives:
@@ -76,6 +83,9 @@ class FakeOracle:
     def train_auxiliary(self, request: AuxiliaryTraining) -> tuple[AuxiliaryTrained, Mapping[str, str]]:
         self.trained += 1
         return AuxiliaryTrained(f"learned-{request.kind}", WORTH, Evaluation(metrics={"top1": 0.5})), {"sha256": "z"}
+
+    def epoch_work(self, request: FineTune | AuxiliaryTraining) -> float:
+        return 300.0
 
     def restore(self, request: FineTune | AuxiliaryTraining, base: str, checkpoint: Mapping[str, str]) -> bool:
         return self.keeps
@@ -227,7 +237,7 @@ def greedy(asked: list[int], catch: bool = False) -> Strategy:
 
 @pytest.mark.parametrize(
     ("budget", "evaluations", "epochs"),
-    [(Budget(evaluations=10), 10, 3.0), (Budget(evaluations=3), 3, 0), (Budget(epochs=4), 11, 3.0)],
+    [(Budget(evaluations=10), 10, 3.0), (Budget(evaluations=3), 3, 0), (Budget(epochs=4), 15, 4.0)],
 )
 def test_a_budget_is_never_exceeded_and_everything_found_by_then_is_the_archive(
     tmp_path: Path, budget: Budget, evaluations: int, epochs: float
@@ -265,7 +275,7 @@ def test_a_budget_spent_before_anything_was_evaluated_is_said(tmp_path: Path) ->
         return ()
 
     with Journal(tmp_path / "journal.jsonl", "run", "config") as journal, pytest.raises(BudgetSpent, match="5 epochs"):
-        Study(journal, FakeOracle(), budget=Budget(epochs=2)).run(only_trains())
+        Study(journal, FakeOracle(), budget=Budget(epochs=0.4)).run(only_trains())
 
 
 def test_what_was_learned_beyond_the_seconds_is_still_evaluated_once(tmp_path: Path) -> None:
@@ -309,3 +319,117 @@ def test_what_is_neither_in_the_journal_nor_beyond_the_budget_is_announced_at_on
         Study(journal, third, budget=budget).run(asks())
     assert third.announced == []
     assert (4, "base-4", True) in third.remembered
+
+
+def closing(heard: list[Any]) -> Strategy:
+    """Evaluates one by one until it is refused, then asks for what a last plan needs, and for more."""
+    try:
+        for i in range(100):
+            yield Evaluate((Candidate(i, plan(3), "x"),))
+    except BudgetSpent:
+        yield Score("l1")
+    yield Time((plan(1),))
+    heard += yield Evaluate((Candidate(100, plan(1), "last"), Candidate(101, plan(2), "last")))  # type: ignore[misc]
+    for request in (Evaluate((Candidate(102, plan(1), "x"),)), FineTune(Candidate(103, plan(1), "x"), 1)):
+        try:
+            yield request
+        except BudgetSpent:
+            heard.append("refused")
+    return ()
+
+
+@pytest.mark.parametrize("budget", [Budget(evaluations=4), Budget(evaluations=1), Budget(work=25)])
+def test_one_evaluation_is_kept_back_and_granted_once_with_what_it_needs(tmp_path: Path, budget: Budget) -> None:
+    heard: list[list[Any]] = [[], []]
+    for i, oracle in enumerate((FakeOracle(), FakeOracle(lives=0))):
+        with Journal(tmp_path / "journal.jsonl", "run", "config") as journal:
+            study = Study(journal, oracle, budget=budget, closes=True)
+            study.run(closing(heard[i]))
+            assert study.spent["evaluations"] == (budget.evaluations or 4)
+    assert [getattr(e, "status", e) for e in heard[0]] == ["ok", "infeasible", *["refused"] * 2]
+    assert heard[0] == heard[1]
+
+
+def test_what_is_left_is_told_from_the_records(tmp_path: Path) -> None:
+    def asks(heard: list[Any]) -> Strategy:
+        heard.append((yield Remaining()))
+        yield Evaluate((Candidate(0, plan(3), "x"),))
+        yield FineTune(Candidate(1, plan(3), "x"), 0.5)
+        heard.append((yield Remaining()))
+        return ()
+
+    heard: list[list[Left]] = [[], []]
+    budget = Budget(evaluations=11, epochs=2.0, work=3200)
+    for i, oracle in enumerate((FakeOracle(), FakeOracle(lives=0))):
+        with Journal(tmp_path / "journal.jsonl", "run", "config") as journal:
+            Study(journal, oracle, budget=budget, closes=True).run(asks(heard[i]))
+            assert len(journal.records) == 3  # it is no part of the journal
+    first, second = heard[0]
+    assert first == Left(10, math.inf, 2.0, 3200, 1.0, dict.fromkeys(("evaluations", "seconds", "epochs", "work"), 0.0))
+    assert (second.evaluations, second.epochs, second.work) == (8, 1.5, 3200 - 320)
+    assert second.share == 0.75  # of the epochs
+    assert second.rounds(first) == 3
+    assert heard[1] == heard[0]
+
+
+class ByEpoch(FakeOracle):
+    """Its trainings take 700 image-MACs and ten seconds an epoch, all else takes nothing."""
+
+    epochs = 0.0
+
+    @property
+    def spent(self) -> Mapping[str, int]:
+        return {"image_macs": round(700 * self.epochs)}
+
+    def epoch_work(self, request: FineTune | AuxiliaryTraining) -> float:
+        return 700.0
+
+    def finetune(self, request: FineTune) -> tuple[FineTuned, Mapping[str, str]]:
+        self.epochs += request.epochs
+        return super().finetune(request)
+
+    def train_auxiliary(self, request: AuxiliaryTraining) -> tuple[AuxiliaryTrained, Mapping[str, str]]:
+        self.epochs += request.epochs
+        return super().train_auxiliary(request)
+
+
+@pytest.mark.parametrize(
+    ("budget", "told"),
+    [
+        (Budget(epochs=9.0), [None, None]),
+        (Budget(epochs=2.5), [None, 0.5]),
+        (Budget(work=1750), [None, 0.5]),
+        (Budget(seconds=25), [None, 0.5]),
+        (Budget(epochs=2.1), [None]),  # less than a tenth of what is asked is of no use
+        (Budget(work=700), [1.0]),
+    ],
+)
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_training_that_would_overrun_is_shortened_and_a_replay_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: Budget, told: list[float | None], learns: bool
+) -> None:
+    def trains() -> Strategy:
+        for i in range(2):
+            if learns:
+                yield AuxiliaryTraining("indicators", 2.0, options={"i": i})
+            else:
+                yield FineTune(Candidate(i, plan(3), "x"), 2.0)
+        return ()
+
+    totals = []
+    for oracle in (ByEpoch(), ByEpoch(), ByEpoch(keeps_checkpoints=False)):
+        clock = lambda oracle=oracle: 10 * oracle.epochs  # noqa: E731
+        monkeypatch.setattr(study_module, "time", SimpleNamespace(perf_counter=clock))
+        with Journal(tmp_path / "journal.jsonl", "run", "config") as journal:
+            study = Study(journal, oracle, budget=budget)
+            if len(told) == 1 and learns:
+                with pytest.raises(BudgetSpent, match=r"epochs of training exceed|is spent"):
+                    study.run(trains())
+            else:
+                study.run(trains())
+            trained = [record for record in journal.records if "epochs" in record]
+        assert [record.get("trained") for record in trained] == told
+        assert [request_of(record).epochs for record in trained] == [epochs or 2.0 for epochs in told]
+        totals.append((oracle.epochs, study.spent["epochs"]))
+    epochs = sum(e or 2.0 for e in told)
+    assert totals == [(epochs, epochs), (0, epochs), (epochs, epochs)]  # the last one's weights were lost

@@ -24,9 +24,11 @@ from secateur.pruning.search.protocol import (
     FineTune,
     FineTuned,
     Goal,
+    Left,
     MaskedLoss,
     Predict,
     Problem,
+    Remaining,
     Request,
     Score,
     Strategy,
@@ -121,6 +123,8 @@ class FakeStudy:
             return np.array([(self.macs(plan) / full) ** 0.5 for plan in request.plans])
         if isinstance(request, Predict):
             return {}  # no model to be trusted
+        if isinstance(request, Remaining):
+            return Left(spent=dict.fromkeys(("evaluations", "seconds", "epochs", "work"), 0.0))
         if isinstance(request, AuxiliaryTraining):
             base = f"learned-{len(self.weights)}"
             self.weights[base] = self.space.full, BASELINE - 0.05
@@ -145,7 +149,7 @@ class FakeStudy:
 
     @property
     def requests(self) -> list[Request]:
-        return [request for request, _ in self.log]
+        return [request for request, _ in self.log if not isinstance(request, Remaining)]
 
     @property
     def candidates(self) -> list[Candidate]:

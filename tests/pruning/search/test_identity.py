@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from secateur.pipeline.run.records import describe, to_candidate
 from secateur.pruning.plan import ChannelGroup, PruningPlan
 from secateur.pruning.search import identity as identities
 from secateur.pruning.search.identity import FIRST_TEXTS, KINDS, digest_of, draws_of, identity
@@ -88,6 +89,14 @@ def test_arrays_stand_as_digests_and_what_has_no_canonical_form_is_refused() -> 
         identity(with_array(object()))
 
 
+def test_a_projected_share_is_a_part_of_a_candidate_only_where_there_is_one() -> None:
+    moved = replace(ONE, projected_share=0.25)
+    assert "projected_share" not in identity(Evaluate((ONE,)))
+    assert '"projected_share":0.25' in identity(Evaluate((moved,)))
+    assert draws_of(FineTune(moved, 1.0)) != draws_of(FineTune(ONE, 1.0))
+    assert to_candidate(describe(moved)) == moved and "projected_share" not in describe(ONE)
+
+
 @dataclass(frozen=True)
 class Renamed:
     """``AuxiliaryTraining`` renamed, with a field more."""
@@ -113,6 +122,6 @@ def test_draws_are_those_of_the_first_versions() -> None:
     for request in (
         request for request, _ in REQUESTS if isinstance(request, FineTune | AuxiliaryTraining | Score | Distort)
     ):
-        text = repr(request).replace("AuxiliaryTraining(", "Learn(", 1)
+        text = repr(request).replace("AuxiliaryTraining(", "Learn(", 1).replace(", projected_share=0.0", "")
         assert draws_of(request) == hashlib.sha256(text.encode()).hexdigest()[:12]
     assert draws_of(Score("taylor", plan=HALF)) == "4e758b08c399"

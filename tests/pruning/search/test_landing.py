@@ -1,0 +1,194 @@
+"""Plans brought to a target: from both sides, at coarse widths, around frozen groups, and the share that was moved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from secateur.pruning.plan import PruningPlan, SearchSpace
+from secateur.pruning.search.landing import NEAR, at_target, land_on, per_mean, settle
+from secateur.pruning.search.protocol import BudgetSpent, Candidate, Entry, Evaluate, FineTune, Goal, Strategy
+from secateur.pruning.search.support import Limit, SearchError, evaluate, macs_ratios
+from tests.pruning.search.fakes import FakeStudy, chain, drive, study
+
+
+def macs_limit(fake: FakeStudy, target: float) -> Limit:
+    return Limit("macs_ratio", macs_ratios(fake.problem()), target)
+
+
+def random_plan(fake: FakeStudy, rng: np.random.Generator) -> PruningPlan:
+    """Any subset of any group, at widths that need not be allowed."""
+    kept = {}
+    for name, size in fake.space.sizes.items():
+        kept[name] = np.sort(rng.choice(size, int(rng.integers(1, size + 1)), replace=False)).tolist()
+    return fake.space.full.replace(kept)
+
+
+def widened(fake: FakeStudy, plan: PruningPlan) -> list[PruningPlan]:
+    """Every plan one step wider in one group."""
+    space = fake.space
+    wider = {n: space.above(n, plan.widths[n]) for n in space.names}
+    return [plan.replace({n: range(w)}) for n, w in wider.items() if w != plan.widths[n]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    target=st.floats(0.15, 0.95),
+    multiple=st.sampled_from([1, 4, 8]),
+    per_cost=st.booleans(),
+)
+def test_any_plan_ends_at_the_target(seed: int, target: float, multiple: int, per_cost: bool) -> None:
+    rng = np.random.default_rng(seed)
+    fake = study((16, 24, 32, 16), multiple)
+    plan, limit = random_plan(fake, rng), macs_limit(fake, target)
+    if limit.of(fake.space.encode(fake.space.smallest())) > target:
+        with pytest.raises(SearchError, match="no plan of the space meets macs_ratio"):
+            settle(fake.problem(), limit, plan, fake.value, per_cost=per_cost)
+        return
+    settled = settle(fake.problem(), limit, plan, fake.value, per_cost=per_cost)
+    ratio = limit.of(fake.space.encode(settled.plan))
+    assert ratio <= target
+    assert all(settled.plan.widths[n] in fake.space.allowed[n] for n in fake.space.names)
+    assert ratio >= NEAR * target or all(
+        limit.of(fake.space.encode(wider)) > target for wider in widened(fake, settled.plan)
+    )
+    assert 0 <= settled.projected_share <= 1
+    for name, kept in settled.plan.kept.items():  # what was chosen stays while there is room, and goes by rank
+        chosen, left = set(plan.kept[name]), set(kept)
+        assert left <= chosen or chosen <= left
+        worth = fake.value[name]
+        assert max(worth[[*chosen - left]], default=0) <= min(worth[[*chosen & left]], default=1)
+        others = set(range(len(worth))) - chosen
+        assert max(worth[[*others - left]], default=0) <= min(worth[[*others & left]], default=1)
+
+
+def test_a_plan_at_the_target_stays_as_it_is() -> None:
+    fake = study((64, 64, 64))
+    plan = settle(fake.problem(), macs_limit(fake, 0.5), fake.space.full, fake.value).plan
+    again = settle(fake.problem(), macs_limit(fake, 0.5), plan, dict(reversed(fake.value.items())))
+    assert again.plan == plan and again.projected_share == 0
+
+
+def test_the_share_is_what_was_moved_over_what_is_removed() -> None:
+    fake = study((10, 10))
+    limit = macs_limit(fake, 0.5)
+    whole = settle(fake.problem(), limit, fake.space.full, fake.value)
+    assert whole.projected_share == 1
+    first, second = fake.space.names
+    far = fake.space.full.replace({first: range(2), second: range(2)})
+    settled = settle(fake.problem(), limit, far, fake.value)
+    dense, before, after = (fake.macs(plan) for plan in (fake.space.full, far, settled.plan))
+    assert settled.projected_share == pytest.approx(min(1, (after - before) / (dense - after)), abs=1e-4)
+
+
+def test_groups_that_may_not_change_do_not_and_channels_without_weights_never_return() -> None:
+    fake = study((16, 16, 16), frozen=["layer2.conv1"])
+    first, second = fake.space.names
+    settled = settle(fake.problem(), macs_limit(fake, 0.7), fake.space.full, fake.value, names=[second])
+    assert settled.plan.widths[first] == 16 == settled.plan.widths["layer2.conv1"]
+    with pytest.raises(SearchError, match="the smallest reaches"):
+        settle(fake.problem(), macs_limit(fake, 0.2), fake.space.full, fake.value, names=[second])
+    narrow = fake.space.full.replace({first: range(4), second: range(5)})
+    gone = {n: np.where(narrow.mask(n), values, -np.inf) for n, values in fake.value.items()}
+    back = settle(fake.problem(), macs_limit(fake, 0.9), narrow, gone)
+    assert back.plan == narrow
+    assert settle(fake.problem(), macs_limit(fake, 0.9), narrow, fake.value).plan.widths[first] > 4
+
+
+def test_saliency_that_is_not_a_number_or_negative_is_survived() -> None:
+    fake = study((8, 8))
+    first, second = fake.space.names
+    odd = {first: np.array([np.nan, -1.0, *np.linspace(0, 1, 6)]), second: fake.value[second]}
+    assert settle(fake.problem(), macs_limit(fake, 0.5), fake.space.full, odd).plan.widths[first] >= 1
+    assert per_mean({"a": np.array([1.0, 3.0, -np.inf]), "b": np.zeros(2)})["a"].tolist() == [0.5, 1.5, -np.inf]
+
+
+def test_a_predicted_latency_is_measured_and_met() -> None:
+    fake = study((16, 24, 32))
+    limit = Limit(
+        "latency_ratio", lambda widths: (fake.costs(widths)["macs"] / fake.macs(fake.space.full)) ** 0.5 - 0.03, 0.7
+    )
+    start = Candidate(3, fake.space.full, "x", (1,), "")
+
+    def lands() -> Strategy:
+        landed = yield from land_on(fake.problem(), limit, start, fake.value)
+        (evaluation,) = yield from evaluate([landed], latency=True)
+        return (Entry(landed, evaluation),)
+
+    (entry,) = drive(lands(), fake)
+    assert entry.evaluation["latency_ratio"] <= 0.7
+    assert entry.candidate.projected_share == 1 and entry.candidate.parents == (1,)
+
+
+# -- around every strategy ---------------------------------------------------------------------------------------------
+
+
+def stops_early(widths: Sequence[int], *, returns: bool = True) -> Strategy:
+    """Evaluates one group at some widths, never near the target."""
+    space = SearchSpace.of(chain(16, 24, 32))
+    candidates = [Candidate(i, space.full.replace({space.names[0]: range(w)}), "x") for i, w in enumerate(widths)]
+    evaluations = yield from evaluate(candidates, latency=True)
+    if not returns:
+        yield FineTune(candidates[-1], 1.0)
+    return tuple(map(Entry, candidates, evaluations))
+
+
+def test_an_archive_that_misses_the_target_gets_its_nearest_plan_projected() -> None:
+    fake = study()
+    archive = drive(at_target(fake.problem(Goal(macs_ratio=0.5)), stops_early([15, 8, 12])), fake)
+    first = archive[0].candidate
+    assert first.origin == "projected" and first.id == 3 and first.parents == (1,)
+    assert set(first.plan.kept["layer0.conv1"]) <= set(range(8))
+    assert NEAR * 0.5 < archive[0].evaluation["macs"] / fake.macs(fake.space.full) <= 0.5
+    assert 0 < first.projected_share < 1
+    assert [entry.candidate.id for entry in archive[1:]] == [0, 1, 2]
+
+
+def test_an_archive_that_meets_it_is_left_alone_but_for_its_order() -> None:
+    fake = study()
+    archive = drive(at_target(fake.problem(Goal(macs_ratio=0.9)), stops_early([15, 8, 12, 7])), fake)
+    assert [entry.candidate.id for entry in archive] == [1, 3, 0, 2]
+    assert len(fake.requests) == 1
+    without = drive(at_target(fake.problem(), stops_early([15, 8])), fake)
+    assert [entry.candidate.id for entry in without] == [0, 1]
+
+
+@pytest.mark.parametrize("widths", [[15, 8], []])
+def test_what_a_spent_budget_leaves_is_projected_and_the_unpruned_network_at_the_least(widths: list[int]) -> None:
+    fake = study()
+    goal, refused = Goal(latency_ratio=0.7), []
+
+    def bounded(strategy: Strategy) -> Any:
+        """Answers all but trainings; evaluations of nothing are refused too."""
+        request = next(strategy)
+        while True:
+            try:
+                hopeless = isinstance(request, FineTune) or request == Evaluate((), latency=True)
+                if hopeless:
+                    refused.append(request)
+                    request = strategy.throw(BudgetSpent("no more"))
+                else:
+                    request = strategy.send(fake(request))
+            except StopIteration as end:
+                return end.value
+
+    archive = bounded(at_target(fake.problem(goal), stops_early(widths, returns=False)))
+    assert refused and archive[0].candidate.origin == "projected"
+    assert archive[0].evaluation["latency_ratio"] <= 0.7
+    assert len(archive) == len(widths) + 1
+
+
+def test_errors_of_a_search_with_budget_left_are_its_own() -> None:
+    def fails() -> Strategy:
+        yield FineTune(Candidate(0, study().space.full, "x"), 1.0)
+        raise SearchError("found nothing")
+
+    fake = study()
+    with pytest.raises(SearchError, match="found nothing"):
+        drive(at_target(fake.problem(Goal(macs_ratio=0.5)), fails()), fake)
