@@ -95,7 +95,7 @@ def test_budgets_bound_a_rehearsal(method: str, tmp_path: Path) -> None:
             tiny_config(tmp_path, search={"method": method, "options": {}, "target": HALF, "budget": budget})
         )
 
-    assert of({"evaluations": 5}).evaluations == 5
+    assert 4 <= of({"evaluations": 5}).evaluations <= 5  # one is kept back
     assert of({"epochs": 0}).epochs == 0
     whole, short = of({"evaluations": 40}), of({"evaluations": 40, "seconds": 3})
     assert 0 < short.evaluations < whole.evaluations
