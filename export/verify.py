@@ -18,6 +18,8 @@ from secateur.export.errors import ExportError
 from secateur.export.onnx_export import Example, arguments, evaluating, tensors_in
 
 Array = npt.NDArray[Any]
+TOLERANCE = 1e-4
+"""Relative error up to which two computations are the same, unless told otherwise."""
 MAX_INPUT = 1 << 28
 """Numbers of an input that is tried with zeros: a gigabyte."""
 
@@ -63,7 +65,7 @@ def verify_parity(
     exported: ExportedModel | str | Path | bytes,
     model: torch.nn.Module,
     batches: Iterable[Array | Example],
-    tolerance: float = 1e-4,
+    tolerance: float = TOLERANCE,
     threads: int = 1,
 ) -> Parity:
     """Run both on the same inputs.
@@ -89,7 +91,7 @@ def verify_parity(
             if len(feed) != len(names):
                 return Parity(False, float("inf"), 0.0, samples, f"the file takes {names}, given {len(feed)} tensors")
             expected = [x.numpy() for x in tensors_in(model(*inputs))]
-            found = _run(session, dict(zip(names, feed, strict=True)))
+            found = run_session(session, dict(zip(names, feed, strict=True)))
             shapes = [a.shape for a in found], [b.shape for b in expected]
             if shapes[0] != shapes[1]:
                 return Parity(False, float("inf"), 0.0, samples, f"output shapes {shapes[0]}, expected {shapes[1]}")
@@ -112,7 +114,7 @@ def verify_parity(
 
 
 def predict(
-    path: ExportedModel | str | Path,
+    model: ExportedModel | str | Path | onnxruntime.InferenceSession,
     inputs: Array,
     threads: int = 1,
     progress: Callable[[int, int], None] | None = None,
@@ -120,6 +122,7 @@ def predict(
     """First output of an ONNX file for every sample, whatever its batch size (the last batch is padded).
 
     Args:
+        model: a file, or a session of one, which has its own number of threads.
         inputs: shape ``(samples, ...)``.
         progress: called with (samples done, samples in all).
 
@@ -131,14 +134,14 @@ def predict(
     """
     if not len(inputs):
         raise ExportError("nothing to predict: no samples")
-    session = open_session(path, threads)
+    session = model if isinstance(model, onnxruntime.InferenceSession) else open_session(model, threads)
     port = session.get_inputs()[0]
     batch = port.shape[0] if isinstance(port.shape[0], int) else 32
     outputs = []
     for start in range(0, len(inputs), batch):
         part = inputs[start : start + batch]
         padding = [(0, batch - len(part))] + [(0, 0)] * (inputs.ndim - 1)
-        outputs.append(_run(session, {port.name: np.pad(part, padding)})[0][: len(part)])
+        outputs.append(run_session(session, {port.name: np.pad(part, padding)})[0][: len(part)])
         if progress:
             progress(start + len(part), len(inputs))
     return np.concatenate(outputs)
@@ -157,10 +160,15 @@ def rehearse(path: Path) -> None:
         if port.type != "tensor(float)" or not 0 < math.prod(shape) <= MAX_INPUT:
             raise ExportError(f"{path.name} takes a {port.type} of shape {port.shape}")
         feed[port.name] = np.zeros(shape, np.float32)
-    _run(session, feed)
+    run_session(session, feed)
 
 
-def _run(session: onnxruntime.InferenceSession, feed: dict[str, Array]) -> list[Array]:
+def run_session(session: onnxruntime.InferenceSession, feed: dict[str, Array]) -> list[Array]:
+    """All outputs.
+
+    Raises:
+        ExportError: ONNX Runtime cannot run the model.
+    """
     try:
         found: list[Array] = session.run(None, feed)
     except Exception as error:  # onnxruntime's own exceptions share no base class

@@ -23,8 +23,9 @@ from secateur.device_profiles.cores import usable_cores
 from secateur.device_profiles.intervals import MANY_PROCESSES, of_processes, processes_that_tell
 from secateur.device_profiles.shelf import NotAdmittedError
 from secateur.device_profiles.wording import command, cut, printable
+from secateur.export.batching import Predictor
 from secateur.export.errors import ExportError
-from secateur.export.verify import predict, rehearse
+from secateur.export.verify import rehearse
 from secateur.pipeline.config import trust
 from secateur.pipeline.config.consents import Found
 from secateur.pipeline.config.reading import parse_run_file
@@ -540,17 +541,20 @@ def paired(result: BenchmarkResult, reading: Callable[[Any], float | None]) -> R
 
 
 def test_answers(workload: Workload, onnx_file: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Answers of an ONNX file on the test split, shape (n, ...), and the targets: the one reader of that split."""
+    """Answers of an ONNX file on the test split, shape (n, ...), and the targets: the one reader of that split.
+
+    Images go through the file in batches where that was proven to give the same (``export.batching``).
+    """
     split, answers, targets = workload.test, [], []
     example = workload.example_input()
-    bytes_each = 4 * (example.numel() + predict(onnx_file, example.numpy()).size)
+    predict = Predictor(onnx_file, threads=min(torch.get_num_threads(), usable_cores()))
+    bytes_each = 4 * (example.numel() + predict(example.numpy()).size)
     chunk = max(1, CHUNK_BYTES // bytes_each)
     for start in range(0, len(split), chunk):
         part = Split(split.source, split.indices[start : start + chunk])
         every = torch.arange(len(part))
         images, labels = workload.batch(part, every, train=False, generator=None, device=torch.device("cpu"))
-        found = predict(onnx_file, images.contiguous().numpy(), threads=min(torch.get_num_threads(), usable_cores()))
-        answers.append(workload.answers(torch.from_numpy(found), labels))
+        answers.append(workload.answers(torch.from_numpy(predict(images.contiguous().numpy())), labels))
         targets.append(labels)
     return torch.cat(answers), torch.cat(targets)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,50 @@ from mlflow import MlflowClient
 
 from secateur.device_profiles import BenchmarkResult, DeviceProfile, Target, load_profile, open_target
 from secateur.device_profiles.measure import ModelSamples, Process
+from secateur.export import batching, export_onnx
 from secateur.pipeline.config.schema import GateSection
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.lifecycle import promotion
 from secateur.pipeline.lifecycle.promotion import Contender, absolute_gates, paired, relative_gates, resampled
 from secateur.pipeline.tracking import ChampionMovedError, Decision, Registry, Version
+from secateur.pipeline.workloads import Workload, detection
 from tests.pipeline.helpers import QUICK_DEVICE, digits, quick_device
 from tests.pipeline.registered import add, crown, embedded, linear_model, make_template, migrated_home
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
 LOOSE = GateSection(max_latency_increase=1e6, max_resource_increase=1e6)
 """Gates that this machine's noise cannot decide."""
+
+
+# -- the test split ----------------------------------------------------------------------------------------------------
+
+
+def scenes() -> detection.Detection:
+    """Scenes of digits, with a detector."""
+    data = {"source": "digits", "image_size": 64, "scenes": 60}
+    return detection.build(detection.Options.model_validate({"data": data}))
+
+
+@pytest.mark.parametrize("make", [digits, scenes])
+def test_the_test_split_is_answered_in_batches_as_image_by_image(
+    make: Callable[[], Workload], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    workload = make()
+    file = export_onnx(workload.build_model(), workload.example_input(), tmp_path / "network.onnx").path
+    twins, wide = [], batching.twin_of
+    monkeypatch.setattr(batching, "WIDE", 4)
+    monkeypatch.setattr(batching, "WORTH", 10**9)
+    expected, targets = promotion.test_answers(workload, file)
+    monkeypatch.setattr(batching, "WORTH", 4)
+    monkeypatch.setattr(batching, "twin_of", lambda *args: twins.append(args) or wide(*args))
+    found, again = promotion.test_answers(workload, file)
+    assert len(twins) == 1  # proven once, however many parts the split is read in
+    assert torch.equal(targets, again)
+    assert len(found) == len(workload.test)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    metric = workload.metric
+    assert workload.metrics(found, targets)[metric] == workload.metrics(expected, targets)[metric]
 
 
 # -- gates, by hand ----------------------------------------------------------------------------------------------------
