@@ -282,11 +282,13 @@ class SearchSpace:
         sizes: channels per prunable group in the unpruned network, in network order.
         allowed: per group, the allowed widths in increasing order; the last one is the full size.
         full: the plan that removes nothing, over *all* groups of the network (frozen ones included).
+        readers: layers that read a group's channels, where that is known: many for a residual stream.
     """
 
     sizes: Mapping[str, int]
     allowed: Mapping[str, tuple[int, ...]]
     full: PruningPlan = field(repr=False)
+    readers: Mapping[str, int] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(
@@ -326,7 +328,8 @@ class SearchSpace:
         if not allowed:
             raise PlanError("the search space is empty: no channel group is left to prune")
         sizes = {group.name: group.size for group in groups if group.name in allowed}
-        return cls(sizes, allowed, PruningPlan.full(groups))
+        readers = {group.name: sum(member.reads for member in group.members) for group in groups}
+        return cls(sizes, allowed, PruningPlan.full(groups), readers)
 
     @property
     def names(self) -> tuple[str, ...]:

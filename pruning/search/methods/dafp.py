@@ -9,9 +9,11 @@ cuts::
     remove the channels of least |gamma_k| * ||W_next[:, k]||, down to the target
 
 Known are these ideas, not the formulas. Ours: the wanted share grows linearly from 0 to the share of channels that a
-uniform cut to the target removes; scores are divided by the Euclidean norm of their group before the global ranking,
-so that they say which share of the next layer's input comes through a channel (a batch norm behind that layer undoes
-any common factor). With ``epochs: 0`` the scores are those of the pretrained network.
+uniform cut to the target removes; scores are divided by the mean of their group before the global ranking, so that they
+say how much more or less of the next layer's input comes through a channel than through its neighbours (a batch norm
+behind that layer undoes any common factor). The Euclidean norm would do so too, but grows with the square root of the
+width, and so takes from wide layers. With ``epochs: 0``, or where the budget allows no training, the scores are those
+of the pretrained network.
 """
 
 from __future__ import annotations
@@ -22,9 +24,19 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from secateur.pruning.plan import PruningPlan
+from secateur.pruning.search.landing import settle
 from secateur.pruning.search.methods.cpmc import normalised
 from secateur.pruning.search.methods.knapsack import at_least
-from secateur.pruning.search.protocol import DENSE, Answer, Candidate, FloatArray, Problem, Request, Strategy
+from secateur.pruning.search.protocol import (
+    DENSE,
+    Answer,
+    BudgetSpent,
+    Candidate,
+    FloatArray,
+    Problem,
+    Request,
+    Strategy,
+)
 from secateur.pruning.search.support import (
     Limit,
     SearchError,
@@ -33,7 +45,6 @@ from secateur.pruning.search.support import (
     evaluate,
     limit_of,
     meet,
-    project,
     score,
     train_auxiliary,
 )
@@ -53,8 +64,8 @@ class Options:
         strength: lambda at the beginning.
         rate: eta, in 0..1, relative change of lambda per hundredth of the training.
         threshold: scales of less magnitude count as small.
-        normalise: scores are divided by their group's ``l2`` norm, its ``max``, or not (``none``: one threshold for the
-            bare scores).
+        normalise: scores are divided by their group's ``mean``, its ``max``, its ``l2`` norm, or not (``none``: one
+            threshold for the bare scores).
         min_keep: kept / width in 0..1 of every group.
     """
 
@@ -65,7 +76,7 @@ class Options:
     strength: float = 1e-4
     rate: float = 0.2
     threshold: float = 0.01
-    normalise: Literal["l2", "max", "none"] = "l2"
+    normalise: Literal["mean", "max", "l2", "none"] = "mean"
     min_keep: float = 0.1
 
     def __post_init__(self) -> None:
@@ -86,11 +97,11 @@ def search(problem: Problem, options: Options) -> Strategy:
     scores = {name: normalised(learned[name], options.normalise) for name in problem.space.names}
 
     def cut(limit: Limit) -> PruningPlan:
-        return problem.space.decode(project(problem, limit, scores, per_cost=False), scores)
+        return settle(problem, limit, problem.space.full, scores, per_cost=False).plan
 
     plan = yield from meet(problem, limit, cut)
     candidates = [Candidate(0, plan, "dafp", (), base)]
-    evaluations = yield from evaluate(candidates, latency=True)
+    evaluations = yield from evaluate(candidates, latency=True, last=True)
     return best_first(problem, candidates, evaluations)
 
 
@@ -101,14 +112,17 @@ def _dependency(
     if options.epochs == 0:
         return DENSE, (yield from score(CRITERION))
     wanted = options.target_sparsity
-    learned = yield from train_auxiliary(
-        "sparsity",
-        options.epochs,
-        target_sparsity=uniform_sparsity(problem, limit) if wanted is None else wanted,
-        strength=options.strength,
-        rate=options.rate,
-        threshold=options.threshold,
-    )
+    try:
+        learned = yield from train_auxiliary(
+            "sparsity",
+            options.epochs,
+            target_sparsity=uniform_sparsity(problem, limit) if wanted is None else wanted,
+            strength=options.strength,
+            rate=options.rate,
+            threshold=options.threshold,
+        )
+    except BudgetSpent:
+        return DENSE, (yield from score(CRITERION))
     if learned.evaluation.status != "ok":
         raise SearchError(
             f"dafp's sparse training failed: {learned.evaluation.reason}. Lower strength, rate or the recipe's lr, or "

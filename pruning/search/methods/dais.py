@@ -121,7 +121,7 @@ def search(problem: Problem, options: Options) -> Strategy:
         problem, limit, lambda within: space.decode(_widths(problem, options, within, scores), scores)
     )
     candidates = [Candidate(0, plan, "indicators", (), learned.base)]
-    evaluations = yield from evaluate(candidates, latency=True)
+    evaluations = yield from evaluate(candidates, latency=True, last=True)
     return best_first(problem, candidates, evaluations)
 
 

@@ -17,8 +17,9 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from secateur.pruning.plan import PruningPlan
+from secateur.pruning.search.landing import settle
 from secateur.pruning.search.protocol import Candidate, FloatArray, Problem, Strategy
-from secateur.pruning.search.support import Limit, SearchError, best_first, evaluate, limit_of, meet, project, score
+from secateur.pruning.search.support import Limit, SearchError, best_first, evaluate, limit_of, meet, score
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,11 @@ def search(problem: Problem, options: Options) -> Strategy:
     saliency = comparable({name: scores[name] for name in problem.space.names}, options)
 
     def cut(within: Limit) -> PruningPlan:
-        widths = project(problem, within, saliency, per_cost=options.per_cost)
-        return problem.space.decode(widths, saliency)
+        return settle(problem, within, problem.space.full, saliency, per_cost=options.per_cost).plan
 
     plan = yield from meet(problem, limit, cut)
     candidates = [Candidate(0, plan, "global")]
-    return best_first(problem, candidates, (yield from evaluate(candidates, latency=True)))
+    return best_first(problem, candidates, (yield from evaluate(candidates, latency=True, last=True)))
 
 
 def comparable(saliency: Mapping[str, FloatArray], options: Options) -> dict[str, FloatArray]:

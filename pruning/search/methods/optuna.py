@@ -5,7 +5,8 @@ the reward. The default sampler, TPE, draws where good plans are dense and bad o
 2011). It is a yardstick for the methods made for pruning: what a general optimiser finds with as many evaluations.
 
 Our choices: with a target, what is sampled is a *profile*, keep ratios relative to each other, and the plan is the
-largest multiple of it within the target, so that every evaluation is spent at the target and all plans compare. Latency
+largest multiple of it within the target, filled up with the channels worth most, so that every evaluation is spent at
+the target and all plans compare. Latency
 predictions are corrected by the mean difference of the plans measured so far. The first plan keeps the same share of
 every group. A plan met again is not evaluated again; its reward is told once more.
 """
@@ -25,8 +26,17 @@ from typing import Any, ClassVar
 import numpy as np
 
 from secateur.device_profiles.wording import command
-from secateur.pruning.plan import SearchSpace
-from secateur.pruning.search.protocol import Candidate, Evaluation, Goal, Problem, Strategy
+from secateur.pruning.plan import PruningPlan, SearchSpace
+from secateur.pruning.search.landing import per_mean, settle
+from secateur.pruning.search.protocol import (
+    BudgetSpent,
+    Candidate,
+    Evaluation,
+    FloatArray,
+    Goal,
+    Problem,
+    Strategy,
+)
 from secateur.pruning.search.support import (
     Limit,
     SearchError,
@@ -126,12 +136,18 @@ def search(problem: Problem, options: Options) -> Strategy:
             with quiet():
                 trial = study.ask(ratios)
             profile = [trial.params[block] for block in blocks]
-            plan = problem.space.decode(fitted(problem.space, profile, within), saliency)
+            plan = planned(problem, profile, within, saliency)
             asked.append((trial, plan.digest))
             if plan.digest not in rewards:
                 fresh.setdefault(plan.digest, Candidate(len(candidates) + len(fresh), plan, options.sampler))
         if fresh:
-            answers = yield from evaluate([*fresh.values()], latency=True)
+            try:
+                answers = yield from evaluate([*fresh.values()], latency=True)
+            except BudgetSpent:
+                candidates.append(next(iter(fresh.values())))
+                evaluations += yield from evaluate(candidates[-1:], latency=True, last=True)
+                rewards[candidates[-1].plan.digest] = _reward(problem, evaluations[-1])
+                break
             rewards |= {digest: _reward(problem, e) for digest, e in zip(fresh, answers, strict=True)}
             candidates += fresh.values()
             evaluations += answers
@@ -155,9 +171,8 @@ def rehearse(problem: Problem, options: Options) -> Strategy:
     candidates: list[Candidate] = []
     for i in range(options.num_plans):
         profile = (1.0 - 0.9 * problem.rng.random(len(problem.space.names))).tolist()
-        plan = problem.space.decode(fitted(problem.space, profile, limit), saliency)
-        candidates.append(Candidate(i, plan, options.sampler))
-    evaluations = yield from evaluate(candidates, latency=True)
+        candidates.append(Candidate(i, planned(problem, profile, limit, saliency), options.sampler))
+    evaluations = yield from evaluate(candidates, latency=True, last=True)
     return best_first(problem, candidates, evaluations)
 
 
@@ -169,6 +184,14 @@ def blocks_of(space: SearchSpace, blocks: int | None) -> list[str]:
     names, number = space.names, len(space.names)
     starts = np.arange(number) * min(blocks or number, number) // number
     return [names[int(np.flatnonzero(starts == start)[0])] for start in starts]
+
+
+def planned(
+    problem: Problem, profile: Sequence[float], limit: Limit | None, saliency: Mapping[str, FloatArray]
+) -> PruningPlan:
+    """The plan of a profile: its largest multiple within the limit, filled up with the best channels that still fit."""
+    plan = problem.space.decode(fitted(problem.space, profile, limit), saliency)
+    return plan if limit is None else settle(problem, limit, plan, per_mean(saliency), per_cost=False).plan
 
 
 def fitted(space: SearchSpace, profile: Sequence[float], limit: Limit | None) -> list[int]:

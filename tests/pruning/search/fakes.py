@@ -184,5 +184,14 @@ def drive(strategy: Strategy, answer: Callable[[Request], Answer]) -> Archive:
         return end.value
 
 
+def at_the_target(fake: FakeStudy, plan: PruningPlan, target: float) -> bool:
+    """Whether a plan's MACs are 0.99 to 1.00 of a ratio, or no single step fits any more."""
+    space, whole = fake.space, fake.macs(fake.space.full)
+    wider = [{**plan.widths, n: space.above(n, plan.widths[n])} for n in space.names]
+    steps = [fake.macs(space.full.replace({n: range(w) for n, w in ws.items()})) for ws in wider if ws != plan.widths]
+    ratio = fake.macs(plan) / whole
+    return ratio <= target and (ratio >= 0.99 * target or all(macs > target * whole for macs in steps))
+
+
 def study(sizes: Sequence[int] = (16, 24, 32), channel_multiple: int = 1, **space: object) -> FakeStudy:
     return FakeStudy(SearchSpace.of(chain(*sizes), channel_multiple=channel_multiple, **space))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -118,3 +120,16 @@ def test_a_group_of_zeros_is_no_division_by_zero():
         plan_of(study(), Goal())
     with pytest.raises(ValueError, match="cost_weight must lie in"):
         Options(cost_weight=-1)
+
+
+def test_a_group_that_many_layers_read_does_not_vanish():
+    """A stream costs much because many layers read it; per reader its channels cost what all others do."""
+    left = []
+    for readers in ({}, {"layer1.conv1": 8}):
+        fake = study((16, 64, 64))
+        fake.value["layer1.conv1"] = np.linspace(0.5, 1, 64) / 64
+        problem = fake.problem(Goal(0.5))
+        problem = dataclasses.replace(problem, space=dataclasses.replace(problem.space, readers=readers))
+        (entry,) = drive(search(problem, Options()), fake)
+        left.append(entry.candidate.plan.widths["layer1.conv1"])
+    assert left[0] < left[1]

@@ -69,7 +69,7 @@ def test_channels_nobody_listens_to_go_first():
 
 
 @settings(max_examples=15)
-@given(scale=st.floats(1e-6, 1e6), normalise=st.sampled_from(["max", "l2"]), group=st.integers(0, 2))
+@given(scale=st.floats(1e-6, 1e6), normalise=st.sampled_from(["mean", "max", "l2"]), group=st.integers(0, 2))
 def test_a_common_factor_of_a_group_does_not_matter(scale, normalise, group):
     plans = []
     for factor in (1.0, scale):
@@ -117,3 +117,17 @@ def test_options_out_of_range_are_listed():
         Options(target_sparsity=1.5, rate=-1)
     with pytest.raises(SearchError, match="needs a target"):
         plan_of(study(), Goal())
+
+
+def test_wide_layers_are_not_punished_for_their_width():
+    """Alike channels in narrow and wide groups: the Euclidean norm takes from the wide one first, the mean does not."""
+    fake = study((16, 64, 16))
+    rng = np.random.default_rng(0)
+    fake.value = {n: rng.uniform(0.5, 1.5, s) for n, s in fake.space.sizes.items()}
+    fake.top1 = lambda candidate: 0.5
+    ratios = {}
+    for normalise in ("mean", "l2"):
+        widths = plan_of(fake, Goal(0.5), Options(normalise=normalise)).widths
+        ratios[normalise] = {n: w / fake.space.sizes[n] for n, w in widths.items()}
+    assert max(ratios["mean"].values()) - min(ratios["mean"].values()) < 0.25
+    assert ratios["l2"]["layer1.conv1"] < 0.6 * ratios["l2"]["layer0.conv1"]
