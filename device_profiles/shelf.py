@@ -83,6 +83,13 @@ class Shelf:
                 found[name] = f"unusable: {error}"
         return dict(sorted(found.items()))
 
+    def stated(self, label: str) -> dict[str, str]:
+        """What the texts of the shelf's own modules say in a line ``LABEL: ...``, without its full stop, by name."""
+        line = re.compile(rf"^{re.escape(label)}: (.+?)\.?$", re.MULTILINE)
+        texts = {name: file.read_text(encoding="utf-8") for name, file in self._files().items()}
+        matches = {name: line.search(text) for name, text in texts.items() if self._belongs(text)}
+        return {name: match[1] for name, match in matches.items() if match is not None}
+
     def names(self) -> list[str]:
         """The names of everything on the shelf, sorted; those of broken additions included."""
         return sorted({*self._own(), *(point.name for point in _points(self.group))})

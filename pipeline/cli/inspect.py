@@ -51,7 +51,11 @@ def listing(what: str) -> dict[str, str]:
         case "methods":
             from secateur.pruning.search import METHODS
 
-            return METHODS.descriptions()
+            least = METHODS.stated("Least budget")
+            return {
+                name: f"{text} Least budget: {least.get(name, '1 evaluation')}."
+                for name, text in METHODS.descriptions().items()
+            }
         case "workloads":
             from secateur.pipeline.config.choices import WORKLOADS
 

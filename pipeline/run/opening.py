@@ -7,8 +7,9 @@ quick.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
 import torch
@@ -212,6 +213,30 @@ def known_steps(profiles: Iterable[DeviceProfile]) -> tuple[Multiples, bool]:
     return common_multiples(found), probed
 
 
+def make_problem(
+    config: RunFile, graph: ChannelGraph, space: SearchSpace, reference: Evaluation, reward: Reward, metric: str
+) -> Problem:
+    """What the search method of a run file is given."""
+    return Problem(
+        space,
+        reference,
+        reward,
+        lambda widths: widths_costs(graph, space, widths),
+        Goal(config.search.target.macs_ratio, config.search.target.latency_ratio),
+        np.random.default_rng(config.seed),
+        Budget(**config.search.budget.model_dump()),
+        metric,
+    )
+
+
+def least_budget(method: str, problem: Problem, options: Any) -> Budget:
+    """What one round of a method takes: as its module says (``least``), else one evaluation."""
+    least: Callable[[Problem, Any], Budget] = getattr(
+        METHODS.load(method), "least", lambda problem, options: Budget(evaluations=1)
+    )
+    return least(problem, options)
+
+
 def make_strategy(
     config: RunFile,
     graph: ChannelGraph,
@@ -230,16 +255,7 @@ def make_strategy(
         rehearsed: the answers are made up, to count the requests; a method whose engine takes long to import has a
             function ``rehearse`` for that, which asks for as much without it.
     """
-    problem = Problem(
-        space,
-        reference,
-        reward,
-        lambda widths: widths_costs(graph, space, widths),
-        Goal(config.search.target.macs_ratio, config.search.target.latency_ratio),
-        np.random.default_rng(config.seed),
-        Budget(**config.search.budget.model_dump()),
-        metric,
-    )
+    problem = make_problem(config, graph, space, reference, reward, metric)
     method = METHODS.load(config.search.method)
     search = getattr(method, "rehearse", method.search) if rehearsed else method.search
     return at_target(problem, search(problem, method_options(config.search)))

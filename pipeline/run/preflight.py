@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 
 from secateur.device_profiles.profile import DeviceProfile
+from secateur.pipeline.config.choices import method_options
 from secateur.pipeline.config.faults import Fault, FaultsError
 from secateur.pipeline.config.schema import ExportSection, RunFile, SearchSection
 from secateur.pipeline.errors import UserError
@@ -22,6 +23,8 @@ from secateur.pipeline.run.opening import (
     compute_device,
     device_profiles,
     known_steps,
+    least_budget,
+    make_problem,
     open_workload,
     search_space,
     trace_network,
@@ -34,6 +37,8 @@ from secateur.pipeline.workloads.data.content import Reading
 from secateur.pruning.channels import ChannelGraph
 from secateur.pruning.cost import Cost, cost
 from secateur.pruning.plan import PruningPlan, SearchSpace
+from secateur.pruning.search import METHODS
+from secateur.pruning.search.protocol import Budget, Evaluation
 
 BYTES_PER_PARAM = 4
 """Of the fp32 files that are exported."""
@@ -152,6 +157,7 @@ def examine(
     found.network = found.attempt(("search",), lambda: _network(found, model, example))
     if found.network is not None:
         _check_targets(found, found.network)
+        _check_budget(found, workload, found.network)
         space, graph = found.network.space, found.network.graph
         found.attempt(("search",), lambda: prove(model, graph, space, example, config.seed))
     return found
@@ -187,6 +193,33 @@ def _check_images(found: Preflight, workload: Workload) -> None:
             found.faults.append(Fault(place, message))
         elif wanted > there:
             found.notes.append(f"{name} is {wanted:,}, the {split} split has {there:,} images: all are used")
+
+
+def _check_budget(found: Preflight, workload: Workload, network: Network) -> None:
+    """See that the search's budget holds one round of its method; of work, the least that it can take."""
+    search, whole = found.config.search, network.whole
+    dense = Evaluation(metrics={"macs": float(whole.macs), "params": float(whole.params), workload.search_metric: 1.0})
+    rewards = lambda evaluation: 0.0  # noqa: E731 - nothing is evaluated
+    problem = make_problem(found.config, network.graph, network.space, dense, rewards, workload.search_metric)
+    images, kept = min(search.images, len(workload.search)), search.target.macs_ratio or 0.0
+
+    def lacking(least: Budget) -> dict[str, tuple[float, float]]:
+        """Kind -> what there is and what it takes, of those that do not suffice."""
+        seen = images * (least.evaluations or 0) + 3 * len(workload.train) * (least.epochs or 0.0)
+        takes = {"evaluations": least.evaluations, "epochs": least.epochs, "seconds": least.seconds}
+        takes["work"] = max(least.work or 0.0, seen * kept * whole.macs)
+        there = {name: getattr(search.budget, name) for name in takes}
+        return {n: (there[n], take) for n, take in takes.items() if take and there[n] is not None and there[n] < take}
+
+    short = lacking(least_budget(search.method, problem, method_options(search)))
+    if not short:
+        return
+    defaults = {name: module.Options() for name, module in METHODS.loaded().items() if name != search.method}
+    holds = [name for name, options in defaults.items() if not lacking(least_budget(name, problem, options))]
+    way = f"take a method that it holds: {', '.join(holds)}" if holds else "no method takes less"
+    for kind, (there, takes) in short.items():
+        message = f"{there:g} cannot hold one round of {search.method}, whose least is {takes:g}; raise it, or {way}"
+        found.faults.append(Fault(("search", "budget", kind), message))
 
 
 def _check_targets(found: Preflight, network: Network) -> None:

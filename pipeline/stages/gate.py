@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from secateur.pipeline.lifecycle import promotion
-from secateur.pipeline.run.facts import Both, Check, Facts, GateFacts, ModelFacts
+from secateur.pipeline.run.facts import Both, Check, Facts, GateFacts, ModelFacts, Speedup
 from secateur.pipeline.run.run import Run
 from secateur.pipeline.stages.loading import load_baseline
 from secateur.pruning.cost import cost
@@ -16,6 +16,8 @@ from secateur.pruning.plan import PruningPlan
 
 CERTIFIED = 1e-4
 """The largest relative difference of the pruned network to the masked one."""
+TELLING = 0.1
+"""How far (fraction) above a latency target the interval of a ratio may reach, to be called at the target."""
 
 
 def gate(run: Run, facts: Facts) -> GateFacts:
@@ -72,6 +74,7 @@ def checks_of(run: Run, facts: Facts, models: Both[ModelFacts]) -> Iterator[Chec
         yield check(f"parity of {name}", exported.parity.max_relative_error, "<=", run.config.export.tolerance)
         if exported.postprocessing is not None:
             yield check(f"results of {name} that differ", float(exported.postprocessing.differing), "<=", 0.0)
+    yield from _search_target(run, facts, base, compact)
     if section.max_drop is not None:
         yield check(f"drop in {metric}", round(base[metric] - compact[metric], 6), "<=", section.max_drop)
     if section.min_speedup is not None:
@@ -81,6 +84,38 @@ def checks_of(run: Run, facts: Facts, models: Both[ModelFacts]) -> Iterator[Chec
         yield check("MACs ratio", compact.macs / base.macs, "<=", section.max_macs_ratio)
     if section.budgets:
         yield from _budgets(run, facts, compact)
+
+
+def _search_target(run: Run, facts: Facts, base: ModelFacts, compact: ModelFacts) -> Iterator[Check]:
+    """Whether the compact network is at the target that was searched for."""
+    target, combine = run.search_target, run.config.device.combine
+    if target.macs_ratio is not None:
+        yield check("search target: MACs ratio", compact.macs / base.macs, "<=", target.macs_ratio)
+    if target.latency_ratio is None:
+        return
+    timed = facts.benchmark.of_devices
+    if combine == "mean":
+        ends = [[_ratios(each.speedup)[i] for each in timed.values()] for i in (0, 1)]
+        yield _latency_check("", math.fsum(ends[0]) / len(timed), math.fsum(ends[1]) / len(timed), target.latency_ratio)
+        return
+    for device, each in timed.items():
+        yield _latency_check(_on(run, device), *_ratios(each.speedup), target.latency_ratio)
+
+
+def _latency_check(on: str, low: float, high: float, target: float) -> Check:
+    """A latency ratio against its target: it holds where the interval reaches down to the target.
+
+    An interval that reaches further than ``TELLING`` above the target, or is not there, cannot tell, and does not hold.
+    """
+    telling = low > target or high <= (1 + TELLING) * target
+    return check(f"search target: latency ratio{on}, lower end", low if telling else None, "<=", target)
+
+
+def _ratios(speedup: Speedup) -> tuple[float, float]:
+    """The 95 % interval of the compact network's latency as a ratio to the unpruned one's; NaN where there is none."""
+    if speedup.low is None or speedup.high is None:
+        return math.nan, math.nan
+    return 1 / speedup.high, 1 / speedup.low
 
 
 def check(name: str, value: float | None, relation: str, bound: float) -> Check:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from secateur.pipeline.run.opening import least_budget
 from secateur.pruning.search import METHODS
 from secateur.pruning.search.protocol import DENSE, RANDOM, AuxiliaryTrained, Evaluate, FineTune, FineTuned, Goal
 from tests.pruning.search.fakes import FakeStudy, drive, study
@@ -171,3 +172,17 @@ def test_options_are_frozen_documented_and_closed(method):
 @pytest.mark.parametrize("method", NAMES)
 def test_the_docstring_begins_with_one_sentence_for_the_list(method):
     assert re.fullmatch(r"[A-Z].{20,110}\.", METHODS.descriptions()[method])
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_the_least_budget_that_lists_show_is_that_of_the_defaults(method):
+    """``Least budget: 2 evaluations and 1 a group, 1 epoch.``: read without importing, for a network of any size."""
+    stated = METHODS.stated("Least budget")[method]
+    shape = r"(\d+) evaluations?(?: and (\d+) a group)?(?:, ([\d.]+) epochs?)?"
+    fixed, each, epochs = re.fullmatch(shape, stated).groups(default="0")
+    for name in SPACES:
+        problem = make(name).problem(TARGET)
+        least = least_budget(method, problem, METHODS.load(method).Options())
+        assert least.evaluations == int(fixed) + int(each) * len(problem.space.names)
+        assert (least.epochs or 0.0) == pytest.approx(float(epochs))
+        assert least.seconds is None and least.work is None

@@ -25,6 +25,8 @@ Our choices, where the source leaves room or slips (``paper_compat`` has the sou
 
 A position counts the allowed widths of a group from 1, so a step is one multiple of the device's channels; where every
 width is allowed, it is the width. Particles that meet the same plan share its evaluation.
+
+Least budget: 2 evaluations.
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ from secateur.pruning.search.protocol import (
     DENSE,
     RANDOM,
     Answer,
+    Budget,
     Candidate,
     Evaluation,
     FloatArray,
@@ -127,6 +130,11 @@ class Options:
         check_ranges(self, **counts, **free, epsilon=(0, 2), move_share=(0, 1))
         if self.start == "random" and self.fitness_epochs == 0:
             raise ValueError("start: random needs fitness_epochs > 0; untrained networks cannot be told apart")
+
+
+def least(problem: Problem, options: Options) -> Budget:
+    """A candidate to learn from, and the last one."""
+    return Budget(evaluations=2)
 
 
 def search(problem: Problem, options: Options) -> Strategy:

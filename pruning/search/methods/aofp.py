@@ -18,6 +18,8 @@ Where all groups are stuck above theta and the target is not met, theta grows (`
 widths, a group goes from one allowed width to another, and halves are never smaller than one such step. The last mask
 takes no more filters than the target needs. With a latency target, theta of a group is scaled by the latency that half
 of its channels would save, relative to the mean over groups (at least a tenth).
+
+Least budget: 1 evaluation.
 """
 
 from __future__ import annotations

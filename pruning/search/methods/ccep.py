@@ -26,6 +26,8 @@ an individual is given up once it can no longer survive; a group whose pruned in
 frozen (``freeze_drop``); the search stops at its target, and the round that oversteps it is taken back where it costs
 most accuracy. With ``latency_aware``, equally accurate individuals are ordered by the latency they save on the device.
 Where the device restricts widths, see ``Subproblem``; with every width allowed, the algorithm is the paper's.
+
+Least budget: 2 evaluations and 1 a group.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ from secateur.pruning.plan import BoolArray, IntArray, PruningPlan, SearchSpace
 from secateur.pruning.search.protocol import (
     DENSE,
     Answer,
+    Budget,
     Candidate,
     Entry,
     Evaluation,
@@ -114,6 +117,11 @@ class Options:
         counts = dict.fromkeys(("outer_iterations", "population", "generations"), (1.0, math.inf))
         chances = ("mutation_rate", "initial_keep", "ratio_bound", "crossover_rate", "freeze_drop", "accuracy_step")
         check_ranges(self, **counts, **dict.fromkeys(chances, (0.0, 1.0)), finetune_epochs=(0, math.inf))
+
+
+def least(problem: Problem, options: Options) -> Budget:
+    """A round: the snapshot, an individual of every group, and the splice."""
+    return Budget(evaluations=2 + len(problem.space.names))
 
 
 def search(problem: Problem, options: Options) -> Strategy:

@@ -14,6 +14,8 @@ all channels. (Without the division a residual stream, which many layers read, c
 it would vanish: 3 of 16 channels were left.) The globally smallest scores go until the target is met. Where a latency
 is the target, f is the predicted latency per channel between a group's full and its smallest width, for the latency of
 a single channel is mostly zero.
+
+Least budget: 1 evaluation.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ say how much more or less of the next layer's input comes through a channel than
 behind that layer undoes any common factor). The Euclidean norm would do so too, but grows with the square root of the
 width, and so takes from wide layers. With ``epochs: 0``, or where the budget allows no training, the scores are those
 of the pretrained network.
+
+Least budget: 1 evaluation, 1 epoch.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from secateur.pruning.search.methods.knapsack import at_least
 from secateur.pruning.search.protocol import (
     DENSE,
     Answer,
+    Budget,
     BudgetSpent,
     Candidate,
     FloatArray,
@@ -82,6 +85,11 @@ class Options:
     def __post_init__(self) -> None:
         shares = dict.fromkeys(("target_sparsity", "rate", "min_keep"), (0.0, 1.0))
         check_ranges(self, epochs=(0, math.inf), strength=(1e-12, 1.0), threshold=(1e-9, math.inf), **shares)
+
+
+def least(problem: Problem, options: Options) -> Budget:
+    """One plan, and a sparse training of a tenth of the epochs."""
+    return Budget(evaluations=1, epochs=0.1 * options.epochs)
 
 
 def search(problem: Problem, options: Options) -> Strategy:

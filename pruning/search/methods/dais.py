@@ -12,6 +12,8 @@ so no symmetry term is needed; first-order steps; T falls exponentially; alphas 
 expected cost is the target. Where the kept channels miss the target, those with the lowest indicators go, per cost
 saved; where they stay below it by more than the band, those with the highest come back until it is just met. A latency
 target becomes an expected latency: what each group saves at a width, from a few measured plans, interpolated and added.
+
+Least budget: 1 evaluation, 3 epochs.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from secateur.pruning.search.protocol import (
     DENSE,
     RANDOM,
     Answer,
+    Budget,
     Candidate,
     FloatArray,
     Goal,
@@ -84,6 +87,11 @@ class Options:
         positive, weight = (1e-9, math.inf), (0.0, math.inf)
         check_ranges(self, epochs=positive, lr=positive, cost_weight=weight, lasso=weight)
         check_ranges(self, band=(0, 0.9), weight_share=(0.01, 0.99), coldest=(1e-6, 1))
+
+
+def least(problem: Problem, options: Options) -> Budget:
+    """One plan, and a training of a tenth of the epochs."""
+    return Budget(evaluations=1, epochs=0.1 * options.epochs)
 
 
 def search(problem: Problem, options: Options) -> Strategy:

@@ -23,6 +23,8 @@ rule: the smaller violation wins), without which most of the search goes into pl
 learning-rate schedule counts the initial population too; the front is taken over everything trained (authors: the
 last population) and evaluated again with the last weights, and with latency. Not here: bounds of p that change with
 depth.
+
+Least budget: 2 evaluations.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ from secateur.pruning.search.protocol import (
     DENSE,
     RANDOM,
     Answer,
+    Budget,
     BudgetSpent,
     Candidate,
     Entry,
@@ -160,6 +163,11 @@ class Individual:
     def objectives(self) -> tuple[float, float]:
         """What is minimised (a failure is kept out by its violation; its error is a number all the same)."""
         return (self.error if self.trained else 1.0), self.cost
+
+
+def least(problem: Problem, options: Options) -> Budget:
+    """A candidate to learn from, and the last one."""
+    return Budget(evaluations=2)
 
 
 def search(problem: Problem, options: Options) -> Strategy:

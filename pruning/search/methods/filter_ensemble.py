@@ -29,6 +29,8 @@ anew, up to three times.
 under the target's cost. With ``rounds``, all but the last round remove the filters of least ``beta / cost^gamma``,
 bounded per round and group, and fine-tune. Nothing here knows of convolutions: groups of a fully connected network
 are pruned just so.
+
+Least budget: 1 evaluation.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ of Neural Network Pruning?", MLSys 2020, arXiv 2003.03033, "GlobalMagWeight"), o
 arXiv 1608.08710). Raw norms of filters grow with their fan-in, so a global ranking of them mostly ranks layers;
 dividing by the group's mean is the usual remedy and our default (the first does not). Compared with ``uniform``, this
 control tells what a choice of widths is worth when nothing is searched.
+
+Least budget: 1 evaluation.
 """
 # ruff: noqa: N999 - a file is named as the method is in a run file
 

@@ -14,6 +14,8 @@ those of the run file.
 Our choices: a round's radius is found by bisection so that equal factors of the cost lead to the target in ``rounds``
 rounds; no group loses more than ``max_cut`` of its channels in one; of each cluster the medoid stays, then the largest
 L1 norms; after a failed training the next round cuts half as much.
+
+Least budget: 1 evaluation.
 """
 
 from __future__ import annotations

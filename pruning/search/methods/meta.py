@@ -9,6 +9,8 @@ Liu et al., "MetaPruning: Meta Learning for Automatic Neural Network Channel Pru
 Our choices: where the paper trains A and C from random weights, the default begins with the pretrained network and the
 archive inherits its most salient (L1) channels; the window may be one of predicted latency; mutation takes bounded
 steps. ``paper_compat`` restores all of these. The search itself is in ``width_evolution``.
+
+Least budget: 2 evaluations.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from secateur.pruning.search.protocol import Evaluation, Goal, Problem, Strategy
+from secateur.pruning.search.protocol import Budget, Evaluation, Goal, Problem, Strategy
 from secateur.pruning.search.support import SearchError
 from secateur.pruning.search.width_evolution import Settings, evolve
 
@@ -50,6 +52,11 @@ class Options(Settings):
         paper_compat: random ``start``, ``scratch``, mutation (g + U{1..30}) mod 31, widths rounded down, initial genes
             from 12 scales around the target, a strict window.
     """
+
+
+def least(problem: Problem, options: Options) -> Budget:
+    """A candidate to learn from, and the last one."""
+    return Budget(evaluations=2)
 
 
 def search(problem: Problem, options: Options) -> Strategy:

@@ -9,6 +9,8 @@ largest multiple of it within the target, filled up with the channels worth most
 the target and all plans compare. Latency
 predictions are corrected by the mean difference of the plans measured so far. The first plan keeps the same share of
 every group. A plan met again is not evaluated again; its reward is told once more.
+
+Least budget: 1 evaluation.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 Random search is the yardstick of Li and Talwalkar (UAI 2019, arXiv 1902.07638); rejecting the draws outside a MACs
 window follows MetaPruning (ICCV 2019, arXiv 1903.10258). A plan of the window is brought to the target itself, so that
 plans compare (our choice).
+
+Least budget: 1 evaluation.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ proxy accuracy seen, the unpruned network's among them, plus a margin, so no can
 anew as it grows.
 
 The other choices are those of ``meta``. Without a target there is no window: the reward alone decides.
+
+Least budget: 2 evaluations.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from secateur.pruning.search.protocol import Evaluation, Problem, Strategy
+from secateur.pruning.search.protocol import Budget, Evaluation, Problem, Strategy
 from secateur.pruning.search.reward import Reward, make_reward
 from secateur.pruning.search.support import check_ranges
 from secateur.pruning.search.width_evolution import Settings, evolve
@@ -73,6 +75,11 @@ class Options(Settings):
         super().__post_init__()
         tiny = 1e-6
         check_ranges(self, alpha=(tiny, 16), ba_pp=(tiny, 200), margin_pp=(tiny, 100))
+
+
+def least(problem: Problem, options: Options) -> Budget:
+    """A candidate to learn from, and the last one."""
+    return Budget(evaluations=2)
 
 
 def search(problem: Problem, options: Options) -> Strategy:

@@ -3,6 +3,8 @@
 Li et al., "Pruning Filters for Efficient ConvNets" (ICLR 2017, arXiv 1608.08710), with the same ratio everywhere. Every
 other method has to beat it at equal MACs and an equal fine-tuning budget, so it is filled up to the target (our
 choice): behind the largest ratio within it, groups take one step more where it fits, the ones that keep most first.
+
+Least budget: 1 evaluation.
 """
 
 from __future__ import annotations

@@ -299,3 +299,22 @@ def test_a_run_decodes_what_validate_did_not(monkeypatch: pytest.MonkeyPatch, tm
     assert examine(config, Reading(check="sample")).faults == []
     with pytest.raises(FaultsError, match=r"3\.png"):
         Run(create_run_directory(config), Silent())
+
+
+@pytest.mark.parametrize(
+    ("method", "budget", "place", "says"),
+    [
+        ("ccep", {"evaluations": 2}, "evaluations", "2 cannot hold one round of ccep, whose least is"),
+        ("dafp", {"epochs": 0.2}, "epochs", "0.2 cannot hold one round of dafp, whose least is 1;"),
+        ("dafp", {"work": 1.0}, "work", "no method takes less"),
+    ],
+)
+def test_a_budget_that_holds_no_round_of_its_method_is_refused(
+    tmp_path: Path, method: str, budget: Changes, place: str, says: str
+) -> None:
+    section = {"method": method, "options": {}, "target": {"macs_ratio": 0.5}, "budget": budget}
+    faults = examine(tiny_config(tmp_path, search=section)).faults
+    assert [fault.place for fault in faults] == [("search", "budget", place)]
+    assert says in faults[0].message
+    if place != "work":
+        assert "global" in faults[0].message.partition("take a method that it holds:")[2]

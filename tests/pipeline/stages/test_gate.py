@@ -14,17 +14,20 @@ from secateur.device_profiles.profile import Budgets
 from secateur.pipeline.config.schema import RunFile
 from secateur.pipeline.run.facts import Both, Facts
 from secateur.pipeline.stages.gate import check, checks_of
+from secateur.pruning.search.protocol import Goal
 from tests.pipeline.helpers import made_up_facts
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
 
 
-def held_against(facts: Facts, **gate: Any) -> dict[str, Any]:
+def held_against(facts: Facts, goal: Goal = Goal(), combine: str = "worst", **gate: Any) -> dict[str, Any]:  # noqa: B008
     """The checks by name."""
     section = RunFile.model_fields["gate"].default.model_copy(update=gate)
-    config = SimpleNamespace(gate=section, export=SimpleNamespace(tolerance=1e-4))
+    sections = {"export": SimpleNamespace(tolerance=1e-4), "device": SimpleNamespace(combine=combine)}
+    config = SimpleNamespace(gate=section, **sections)
     profile = load_profile("local").model_copy(update={"name": "quick", "budgets": Budgets(p50_ms=0.5)})
-    run: Any = SimpleNamespace(config=config, workload=SimpleNamespace(metric="top1"), profiles=[profile])
+    workload = SimpleNamespace(metric="top1")
+    run: Any = SimpleNamespace(config=config, workload=workload, profiles=[profile], search_target=goal)
     return {check.name: check for check in checks_of(run, facts, facts.gate.models)}
 
 
@@ -79,3 +82,34 @@ def test_the_lower_end_of_the_speed_up_counts_and_must_be_known() -> None:
     assert [held.ok for held in checks] == [True, False]
     unknown = replace(facts.benchmark.speedup, low=None, high=None)
     assert not held_against(made_up_facts(benchmark={"speedup": unknown}), min_speedup=1.0)["speed-up, lower end"].ok
+
+
+def test_a_compact_model_that_misses_the_macs_target_does_not_pass() -> None:
+    facts = made_up_facts()
+    base = facts.gate.models.baseline
+    for macs, ok in ((500_000, True), (500_001, False)):
+        models = Both(base, replace(base, macs=macs))
+        checks = held_against(facts.plus(gate=replace(facts.gate, models=models)), Goal(macs_ratio=0.5))
+        assert checks["search target: MACs ratio"].ok is ok
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ok"),
+    [
+        (2.1, 2.2, True),  # faster than asked for
+        (1.9, 2.1, True),  # the interval of the ratio contains the target
+        (1.8, 1.95, False),  # slower
+        (1.5, 2.5, False),  # cannot tell
+        (None, None, False),
+    ],
+)
+def test_a_latency_target_is_held_against_the_interval_of_the_final_timing(
+    low: float | None, high: float | None, ok: bool
+) -> None:
+    facts = made_up_facts()
+    speedup = replace(facts.benchmark.speedup, low=low, high=high, value=2.0)
+    facts = made_up_facts(benchmark={"speedup": speedup})
+    found = held_against(facts, Goal(latency_ratio=0.5))["search target: latency ratio, lower end"]
+    assert found.ok is ok
+    mean = held_against(facts, Goal(latency_ratio=0.5), combine="mean")
+    assert mean["search target: latency ratio, lower end"] == found
