@@ -354,6 +354,10 @@ def take_lock(request: Request) -> Optional[int]:
     """Lock this device, or fail at once; the kernel lets go when the process dies, so no lock is ever stale.
 
     Returns the lock's file descriptor, or None where the request allows a busy device and it is busy.
+
+    Raises:
+        AgentError: ``busy``: another process measures here; names it.
+        OSError: the file system has no locks.
     """
     lock = _open_lock()
     try:
@@ -392,7 +396,11 @@ def lock_folder() -> str:
 
 
 def open_lock(path: str) -> int:
-    """The file of a lock, which every user can lock; made where there is none. No link is followed."""
+    """The file of a lock, which every user can lock; made where there is none. No link is followed.
+
+    Raises:
+        OSError: it cannot be made or opened, or is no ordinary file.
+    """
     with contextlib.suppress(FileExistsError):
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
         with contextlib.suppress(OSError):

@@ -82,7 +82,11 @@ class Terminal(Console):
             return False
 
     def on_broken_pipe(self) -> NoReturn:
-        """Whoever read the output has seen enough: no error, and nothing more is written."""
+        """Whoever read the output has seen enough: no error, and nothing more is written.
+
+        Raises:
+            SystemExit: with ``EXIT_BROKEN_PIPE``.
+        """
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(EXIT_BROKEN_PIPE)

@@ -93,7 +93,12 @@ class LocalTarget:
         return str(path.resolve())
 
     def run(self, request: Mapping[str, Any], timeout_s: float, progress: Progress | None = None) -> dict[str, Any]:
-        """See ``Target.run``; waits up to ``busy_wait_s`` while another process measures."""
+        """See ``Target.run``; waits up to ``busy_wait_s`` while another process measures.
+
+        Raises:
+            DeviceError: whatever the agent reports; ``client-timeout`` or ``agent-died`` where it gives no answer;
+                ``no-python`` or ``wrong-arch`` where it cannot be started; ``busy`` after ``busy_wait_s``.
+        """
         give_up = time.monotonic() + self.busy_wait_s
         while True:
             try:

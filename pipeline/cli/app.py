@@ -38,7 +38,12 @@ app.command()(inspect.explain)
 
 
 def main() -> NoReturn:
-    """Perform a command; turns expected errors into one message and an exit code."""
+    """Perform a command; turns expected errors into one message and an exit code.
+
+    Raises:
+        TyperException: a mistake in the command, where a signal has come and ends the process anyway.
+        Exception: any other one, likewise.
+    """
     debug = "--debug" in sys.argv
     use_any_encoding()
     make_logs_harmless()

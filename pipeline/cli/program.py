@@ -14,7 +14,11 @@ from secateur.pipeline.errors import EXIT_USER
 
 
 def run_program() -> NoReturn:
-    """Perform the command of this command line, and exit as it says, or as a signal says."""
+    """Perform the command of this command line, and exit as it says, or as a signal says.
+
+    Raises:
+        ModuleNotFoundError: a package is missing that no part of Secateur brings.
+    """
     debug = "--debug" in sys.argv
     interrupts.current = stop = interrupts.Interrupts(quiet=not debug).install()
     try:

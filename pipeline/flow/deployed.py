@@ -78,7 +78,14 @@ def answering(work: Callable[..., State[Any]]) -> Callable[..., State[Any]]:
 @flow(name="compress", on_failure=[tell], on_crashed=[tell], on_completion=[tell])
 @answering
 def compress(job: Compress) -> State[Any]:
-    """Run a run file from the baseline to the registered, device-timed compact model; or finish a run left undone."""
+    """Run a run file from the baseline to the registered, device-timed compact model; or finish a run left undone.
+
+    Raises:
+        UserError: the run file is wrong, or its code needs consent; the next flow run begins anew.
+        ExportError: a network of it cannot be exported; likewise.
+        SurroundingsError: disk, network or tracking server fail; the next flow run goes on.
+        DeviceError: the device cannot measure; likewise.
+    """
     trust.accept(job.trusted)
     config = trust.consented(lambda: load_run_file(Path(job.file), job.overrides), Path(job.file))
     flow_run, deployment = own_id(), this_deployment.id or "none"

@@ -150,7 +150,11 @@ class Rehearsal:
 
     @property
     def spent(self) -> Mapping[str, Any]:
-        """Running totals, as a study asks for them."""
+        """Running totals, as a study asks for them.
+
+        Raises:
+            OutOfTime: the rehearsal has taken ``CPU_SECONDS``.
+        """
         if time.process_time() > self._ends:
             raise OutOfTime
         seconds = sum(count * self.seconds.get(step, 0.0) for step, count in self.work.items())

@@ -247,6 +247,7 @@ class Registry:
 
         Raises:
             UserError: there is no such model or version; names what there is.
+            TrackingError: MLflow is unreachable, or fails.
         """
         model = self._model(name)
         alias = alias_of(which, device) if which in (CHAMPION, CHALLENGER) else which
@@ -254,14 +255,19 @@ class Registry:
         if number is None:
             known = ", ".join(f"{a} (version {v})" for a, v in sorted(_aliases(model).items())) or "none"
             raise UserError(f"model {name} has no alias {alias}; it has: {known}")
+        if (version := self._version_if_any(model, number)) is not None:
+            return version
+        numbers = ", ".join(v.version for v in self.versions(name)) or "none"
+        raise UserError(f"model {name} has no version {number}; it has: {numbers}")
+
+    def _version_if_any(self, model: Any, number: str) -> Version | None:
         with self._talking() as client:
             try:
-                return _version_of(client.get_model_version(name, number), _aliases(model))
+                return _version_of(client.get_model_version(model.name, number), _aliases(model))
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
-        numbers = ", ".join(v.version for v in self.versions(name)) or "none"
-        raise UserError(f"model {name} has no version {number}; it has: {numbers}")
+        return None
 
     def champion(self, name: str, device: str) -> Version | None:
         """The champion of a device; None when it has none."""

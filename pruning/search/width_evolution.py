@@ -139,6 +139,7 @@ def evolve(
 
     Raises:
         SearchError: the target is out of reach, the window rejects every draw, or nothing could be evaluated.
+        BudgetSpent: the budget ends before any candidate is evaluated.
     """
     draws = yield from Draws.of(problem, settings)
     births = draws.first(settings.population)  # before stage A: an empty window costs no training

@@ -22,7 +22,13 @@ PARITY_TIMEOUT_S = 900.0
 
 
 def check_parity(profile: DeviceProfile, model: Path) -> None:
-    """Print how far the device's outputs are from this machine's; ends with 3 if that is more than rounding."""
+    """Print how far the device's outputs are from this machine's; ends with 3 if that is more than rounding.
+
+    Raises:
+        DeviceError: one of the two cannot run the model.
+        SurroundingsError: the agent on the device is too old to give outputs back.
+        Exit: with 3.
+    """
     from secateur.device_profiles import DeviceError, LocalTarget
     from secateur.device_profiles.runtime import DEFAULT
     from secateur.pipeline.progress import RichProgress
