@@ -9,7 +9,7 @@ from scipy.stats import mannwhitneyu
 from secateur.pruning.plan import PruningPlan, SearchSpace
 from secateur.pruning.search import METHODS
 from secateur.pruning.search.protocol import Archive, Candidate, Goal, Score
-from tests.pruning.search.fakes import BASELINE, FakeStudy, chain, drive, study
+from secateur.pruning.search.testing import BASELINE, FakeStudy, chain, drive, study
 
 NAMES = sorted(set(METHODS.names()) - {"random"})
 SEEDS = range(20)

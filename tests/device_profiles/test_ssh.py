@@ -20,6 +20,7 @@ from secateur.device_profiles.agent import PROTOCOL
 from secateur.device_profiles.runtime import DEFAULT, Runtime, runtime_named
 from secateur.device_profiles.target import AGENT
 from secateur.device_profiles.targets.ssh import Settings, SshTarget, session
+from secateur.device_profiles.testing import check_target
 from tests.device_profiles import matrix, sshd
 from tests.device_profiles.sshd import Device, opened
 from tests.device_profiles.tiny import quick_profile, write_conv
@@ -354,6 +355,10 @@ def test_quoted_words_survive_the_shell(word: str):
         done = subprocess.run([shell, "-c", f"printf %s {session._quote(word)}"], capture_output=True, check=True)
         assert done.stdout.decode() == word
     assert shlex.split(session._quote(word)) == [word]
+
+
+def test_what_every_target_promises(device: Device, model: Path):
+    check_target(SshTarget(device.settings()), model)
 
 
 def test_a_closed_target_can_be_used_again(device: Device, model: Path):

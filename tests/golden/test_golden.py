@@ -23,9 +23,9 @@ from secateur.pruning.plan import PruningPlan, SearchSpace
 from secateur.pruning.saliency import channel_saliency
 from secateur.pruning.search import METHODS
 from secateur.pruning.search.protocol import Answer, Evaluate, Evaluation, Goal, Problem, Request, Score
+from secateur.pruning.search.testing import drive
 from secateur.pruning.trace import trace
 from tests.golden import compare
-from tests.pruning.search.fakes import drive
 
 NETWORKS = {
     "digits": (lambda: build_network("cifar_resnet8", 10, 1, {}), (1, 1, 8, 8)),

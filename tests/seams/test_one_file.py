@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,20 +78,26 @@ def in_the_tree(folder: Path) -> Place:
 
 def by_entry_points(folder: Path) -> Place:
     """An installed package that has them."""
-    site = folder / "site"
-    package = site / "theirs"
-    package.mkdir(parents=True)
-    (package / "__init__.py").touch()
     texts = {"methods": METHOD, "targets": TARGET, "runtimes": RUNTIME.format(format="packed"), "formats": FORMAT}
-    lines = []
-    for group, name in GROUPS.items():
-        (package / f"{name}.py").write_text(texts[group])
-        lines.append(f"[secateur.{group}]\n{name} = theirs.{name}\n")
-    info = site / "theirs-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("\n".join(lines))
+    site = folder / "site"
+    install(site, "theirs", {group: {name: texts[group]} for group, name in GROUPS.items()})
     return Place(folder, ROOT, (site,))
+
+
+def install(site: Path, package: str, groups: Mapping[str, Mapping[str, str]]) -> None:
+    """A package in a folder of packages: group of entry points -> name -> text of its module."""
+    info, modules = site / f"{package}-1.0.dist-info", site / package
+    for made in (info, modules):
+        made.mkdir(parents=True)
+    lines = []
+    for group, texts in groups.items():
+        lines.append(f"[secateur.{group}]")
+        for name, text in texts.items():
+            (modules / f"{name}.py").write_text(text)
+            lines.append(f"{name} = {package}.{name}")
+    (modules / "__init__.py").touch()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
 
 
 def as_files(folder: Path) -> Place:
@@ -134,20 +141,46 @@ def test_target_runtime_and_format_are_one_file_each(way: str, tmp_path: Path) -
     assert "board B2" in place.secateur("devices", "list")
 
 
+BROKEN = {"methods": {"crash": METHOD + "1 / 0\n", "less": '"""Less than a method."""\n'}}
+"""Modules that cannot be used."""
+
+
 @pytest.mark.long
-def test_a_whole_run_of_files_beside_the_run_file(tmp_path: Path) -> None:
-    """Search with a worker process, gate, report, resume and rescore."""
-    place = as_files(tmp_path)
+@pytest.mark.parametrize("way", [by_entry_points, as_files])
+def test_a_whole_run(way: Callable[[Path], Place], tmp_path: Path) -> None:
+    """Search with a worker process, gate, report, resume and rescore; broken packages beside it are in nobody's way."""
+    place = way(tmp_path)
     place.write()
-    refused = place.secateur("run", "run.yaml", code=2)
-    for name in ("search.method: mine.py:mine", "bench.py:bench", "zipped.py:zipped", "secateur trust"):
-        assert name in refused
-    place.secateur("run", "run.yaml", "--trust")
+    install(tmp_path / "broken", "broken", BROKEN)
+    place.extra += (tmp_path / "broken",)
+    trusted = ("--trust",) if way is as_files else ()
+    if trusted:
+        refused = place.secateur("run", "run.yaml", code=2)
+        for name in ("search.method: mine.py:mine", "bench.py:bench", "zipped.py:zipped", "secateur trust"):
+            assert name in refused
+    assert "Gate: passed" in place.secateur("run", "run.yaml", *trusted)
     directory = place.run_directory()
-    assert yaml.safe_load((directory / "run.yaml").read_text())["search"]["method"] == "mine.py:mine"
-    assert "mine.py:mine" in (directory / "report.html").read_text()
+    assert yaml.safe_load((directory / "run.yaml").read_text())["search"]["method"] == place.method
+    assert place.method in (directory / "report.html").read_text()
     before = (directory / "journal.jsonl").read_bytes()
     shutil.rmtree(directory / "stages")
     place.secateur("resume", directory)
     assert (directory / "journal.jsonl").read_bytes() == before, "replayed, and nothing evaluated anew"
     assert "mine" in place.secateur("rescore", directory, "--reward", "mnasnet", "--set", "target_ratio=0.5")
+
+
+@pytest.mark.slow
+def test_a_package_that_cannot_be_used_is_one_message(tmp_path: Path) -> None:
+    place = by_entry_points(tmp_path)
+    place.write()
+    install(tmp_path / "broken", "broken", BROKEN)
+    install(tmp_path / "twin", "twin", {"methods": {"mine": METHOD}})
+    place.extra += (tmp_path / "broken",)
+    for name, fault in (("crash", "ZeroDivisionError: division by zero"), ("less", "has no Options, search")):
+        said = place.secateur("validate", "run.yaml", "--set", f"search.method={name}", code=2)
+        assert said.count("broken") == 1 and fault in said and "Traceback" not in said
+    listed = place.secateur("list", "methods")
+    assert "unusable: broken.less" in listed and "every group keeps the same share" in listed and "knapsack" in listed
+    place.extra += (tmp_path / "twin",)
+    said = place.secateur("validate", "run.yaml", code=2)
+    assert "method mine is there 2 times" in said and "theirs.mine" in said and "twin.mine" in said

@@ -14,7 +14,7 @@ from secateur.pruning.search.methods.acp import Options, Particle, compat_move, 
 from secateur.pruning.search.methods.clustering import dbscan, num_kept
 from secateur.pruning.search.protocol import DENSE, RANDOM, Candidate, Evaluate, Evaluation, FineTune, Goal, Score, Time
 from secateur.pruning.search.support import SearchError
-from tests.pruning.search.fakes import BASELINE, FakeStudy, drive, study
+from secateur.pruning.search.testing import BASELINE, FakeStudy, drive, study
 
 LOOSE = Options(epsilon=0.0, fitness_epochs=0)
 """No cluster and no target: the swarm starts at the full widths."""
@@ -43,10 +43,10 @@ class Redundant(FakeStudy):
     def top1(self, candidate: Candidate) -> float:
         return BASELINE - self.penalty * self.missing(candidate.plan)
 
-    def scores(self, request: Score) -> dict[str, np.ndarray]:
+    def saliency(self, request: Score) -> dict[str, np.ndarray]:
         if request.criterion == "feature_distance":
             return {name: (kinds[:, None] != kinds).astype(float) for name, kinds in self.kinds.items()}
-        return super().scores(request)
+        return super().saliency(request)
 
 
 def redundant(**options) -> Redundant:
@@ -69,7 +69,7 @@ def test_the_distances_are_asked_for_once_and_particle_0_is_what_the_clusters_su
     drive(search(fake.problem(), Options(epsilon=0.002)), fake)
     assert fake.requests[:2] == [Score("feature_distance", options={"images": 200}), Score("l1")]
     assert sum(isinstance(request, Score) for request in fake.requests) == 2
-    distance = fake.scores(Score("feature_distance"))
+    distance = fake.saliency(Score("feature_distance"))
     expected = [num_kept(dbscan(distance[name], 5).at(0.002)) for name in fake.space.names]
     assert widths(fake.candidates[0]) == expected
     assert len({16, 24, 32} & set(expected)) < 3  # something was clustered
@@ -376,8 +376,8 @@ class Hidden(FakeStudy):
         gone = np.array(widths(candidate)) - HIDDEN
         return BASELINE - 1e-4 * float(gone @ gone)
 
-    def scores(self, request):
-        scores = super().scores(request)
+    def saliency(self, request):
+        scores = super().saliency(request)
         if request.criterion == "feature_distance":
             for name, width, off in zip(scores, HIDDEN, (-8, 6, -7, 8, 5, -6), strict=True):
                 kinds = np.maximum(0, np.arange(64) - (64 - width - off))

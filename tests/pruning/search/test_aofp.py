@@ -12,7 +12,7 @@ from secateur.pruning.search.methods import random
 from secateur.pruning.search.methods.aofp import Group, Options, search
 from secateur.pruning.search.protocol import Budget, BudgetSpent, Distort, Evaluate, FineTune, Goal
 from secateur.pruning.search.support import SearchError
-from tests.pruning.search.fakes import FakeStudy, drive, study
+from secateur.pruning.search.testing import FakeStudy, drive, study
 
 STILL = Options(finetune_epochs=0)
 HALF = Goal(macs_ratio=0.5)

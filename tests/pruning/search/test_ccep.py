@@ -22,7 +22,7 @@ from secateur.pruning.search.methods.ccep import (
 )
 from secateur.pruning.search.protocol import Candidate, Evaluate, FineTune, Goal, Time
 from secateur.pruning.search.support import SearchError
-from tests.pruning.search.fakes import FakeStudy, drive, study
+from secateur.pruning.search.testing import FakeStudy, drive, study
 
 FAST = Options(outer_iterations=2, generations=4)
 

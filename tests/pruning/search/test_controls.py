@@ -7,7 +7,7 @@ from secateur.pruning.search import METHODS
 from secateur.pruning.search.methods import random, uniform
 from secateur.pruning.search.protocol import Evaluate, Goal, Score
 from secateur.pruning.search.support import SearchError, check_reachable
-from tests.pruning.search.fakes import FakeStudy, at_the_target, drive, study
+from secateur.pruning.search.testing import FakeStudy, at_the_target, drive, study
 
 
 def macs_ratio(fake: FakeStudy, candidate) -> float:

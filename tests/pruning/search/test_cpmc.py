@@ -13,7 +13,7 @@ from secateur.pruning.search.methods import random as random_search
 from secateur.pruning.search.methods.cpmc import Options, multi_criteria, normalised, search
 from secateur.pruning.search.protocol import Evaluate, Goal, Score
 from secateur.pruning.search.support import Limit, SearchError, macs_ratios
-from tests.pruning.search.fakes import FakeStudy, drive, study
+from secateur.pruning.search.testing import FakeStudy, drive, study
 
 
 def plan_of(fake: FakeStudy, target: Goal, options: Options = Options()):  # noqa: B008

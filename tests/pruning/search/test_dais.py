@@ -18,7 +18,7 @@ from secateur.pruning.search.protocol import (
     Time,
 )
 from secateur.pruning.search.support import SearchError
-from tests.pruning.search.fakes import FakeStudy, drive, study
+from secateur.pruning.search.testing import FakeStudy, drive, study
 
 HALF = Goal(macs_ratio=0.5)
 

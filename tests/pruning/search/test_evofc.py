@@ -36,11 +36,11 @@ from secateur.pruning.search.protocol import (
     Time,
 )
 from secateur.pruning.search.support import SearchError
+from secateur.pruning.search.testing import FakeStudy, drive, study
 from secateur.pruning.surgery import scatter
 from secateur.pruning.trace import trace
 from secateur.pruning.weights import inherit
 from tests.pruning.models import CifarResNet, half, randomise
-from tests.pruning.search.fakes import FakeStudy, drive, study
 
 HALF = Goal(macs_ratio=0.5)
 FAST = Options(population=6, offspring=6, generations=4)
@@ -63,7 +63,7 @@ class Settled(FakeStudy):
         plan = candidate.plan
         return 0.9 - sum(float(self.value[n][~plan.mask(n)].sum()) for n in plan.kept)
 
-    def scores(self, request: Score) -> dict[str, np.ndarray]:
+    def saliency(self, request: Score) -> dict[str, np.ndarray]:
         told = FOUR.index(request.criterion.partition("_")[2]) if "_" in request.criterion else 0
         return {n: v if g % 4 == told else -v for g, (n, v) in enumerate(self.value.items())}
 

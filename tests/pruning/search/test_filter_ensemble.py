@@ -28,9 +28,9 @@ from secateur.pruning.search.methods.filter_ensemble import (
 )
 from secateur.pruning.search.protocol import DENSE, Evaluate, Evaluation, FineTune, Goal, MaskedLoss, Problem, Score
 from secateur.pruning.search.support import SearchError
+from secateur.pruning.search.testing import FakeStudy, drive, study
 from secateur.pruning.surgery import prune
 from secateur.pruning.trace import trace
-from tests.pruning.search.fakes import FakeStudy, drive, study
 
 KINDS = ["stratified", "bernoulli", "antithetic", "layerwise"]
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from secateur.pruning.search import METHODS
 from secateur.pruning.search.protocol import Evaluate, Goal, Score, Time
 from secateur.pruning.search.support import SearchError
-from tests.pruning.search.fakes import FakeStudy, drive, study
+from secateur.pruning.search.testing import FakeStudy, drive, study
 
 method = METHODS.load("global")
 Options, search, comparable = method.Options, method.search, method.comparable

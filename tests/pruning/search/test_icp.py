@@ -14,7 +14,7 @@ from secateur.pruning.search.methods import random
 from secateur.pruning.search.methods.icp import Options, search
 from secateur.pruning.search.protocol import Evaluate, Evaluation, FineTune, Goal, Score, Time
 from secateur.pruning.search.support import SearchError
-from tests.pruning.search.fakes import BASELINE, FakeStudy, drive, study
+from secateur.pruning.search.testing import BASELINE, FakeStudy, drive, study
 from tests.pruning.search.test_acp import redundant, widths
 
 HALF = Goal(macs_ratio=0.5)

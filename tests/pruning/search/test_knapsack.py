@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from secateur.pruning.search.methods.knapsack import at_least, knapsack, programme
 from secateur.pruning.search.protocol import Problem
 from secateur.pruning.search.support import Limit, SearchError, macs_ratios, project
-from tests.pruning.search.fakes import study
+from secateur.pruning.search.testing import study
 
 SIZES = st.lists(st.integers(2, 7), min_size=1, max_size=4)
 

@@ -14,7 +14,7 @@ from secateur.pruning.plan import PruningPlan, SearchSpace
 from secateur.pruning.search.landing import NEAR, at_target, land_on, per_mean, settle
 from secateur.pruning.search.protocol import BudgetSpent, Candidate, Entry, Evaluate, FineTune, Goal, Strategy
 from secateur.pruning.search.support import Limit, SearchError, evaluate, macs_ratios
-from tests.pruning.search.fakes import FakeStudy, at_the_target, chain, drive, study
+from secateur.pruning.search.testing import FakeStudy, at_the_target, chain, drive, study
 
 
 def macs_limit(fake: FakeStudy, target: float) -> Limit:

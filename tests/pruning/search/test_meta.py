@@ -30,8 +30,8 @@ from secateur.pruning.search.protocol import (
     Time,
 )
 from secateur.pruning.search.support import SearchError
+from secateur.pruning.search.testing import FakeStudy, chain, drive, study
 from secateur.pruning.search.width_evolution import SCALES, Draws, Member, Pool, Settings
-from tests.pruning.search.fakes import FakeStudy, chain, drive, study
 
 BOTH = [meta, rewarded_meta]
 HALF = Goal(macs_ratio=0.5)

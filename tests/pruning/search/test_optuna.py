@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from secateur.pruning.search import METHODS
 from secateur.pruning.search.protocol import Evaluate, Goal
 from secateur.pruning.search.support import Limit, SearchError, macs_ratios
-from tests.pruning.search.fakes import FakeStudy, drive, study
+from secateur.pruning.search.testing import FakeStudy, drive, study
 
 method = METHODS.load("optuna")
 Options, search, fitted, blocks_of = method.Options, method.search, method.fitted, method.blocks_of

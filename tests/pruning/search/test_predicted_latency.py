@@ -9,7 +9,7 @@ from secateur.device_profiles.latency_model import LatencyModel
 from secateur.device_profiles.layers import LayerTable
 from secateur.pruning.search.protocol import Answer, Goal, Predict, Request, Time
 from secateur.pruning.search.support import latency_table, limit_of, predicted_latency
-from tests.pruning.search.fakes import FakeStudy, chain, drive, study
+from secateur.pruning.search.testing import FakeStudy, chain, drive, study
 
 
 def model_of(sizes: tuple[int, ...]) -> LatencyModel:
