@@ -38,13 +38,14 @@ import torch
 from benchmarks._output import Figure, parser, present
 from secateur.export.slicing import OnnxTemplate
 from secateur.pipeline.config.schema import RunFile, WorkersSection
-from secateur.pipeline.evaluation.accuracy import AccuracyEvaluator, AccuracyRequest, recalibrate
+from secateur.pipeline.evaluation.accuracy import AccuracyEvaluator, AccuracyRequest
 from secateur.pipeline.evaluation.baseline import Baseline
 from secateur.pipeline.evaluation.shipped_data import open_section
 from secateur.pipeline.evaluation.worker_pool import WorkerPool
 from secateur.pipeline.flow import runtime_env
 from secateur.pipeline.flow.worker_engines import open_engine
 from secateur.pipeline.training.loop import save_weights
+from secateur.pipeline.training.statistics import recalibrate, training_images
 from secateur.pruning import PruningPlan
 from secateur.pruning.saliency import uniform_plan
 
@@ -66,7 +67,7 @@ class Scene:
         workload = open_section(section)
         torch.manual_seed(0)
         self.model = workload.fresh_model()
-        recalibrate(self.model, workload, 256, torch.device("cpu"))
+        recalibrate(self.model, training_images(workload, workload.train, 256, torch.device("cpu")))
         self.graph = trace(self.model, workload.example_input())
         self.baseline = folder / "baseline.safetensors"
         save_weights(self.baseline, self.model.state_dict())

@@ -18,6 +18,8 @@ from secateur.pipeline.config.renamed import with_first_words
 from secateur.pipeline.errors import is_secret
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
+RECALIBRATION_IMAGES = 512
+"""Training images for a candidate's batch-norm statistics, where the run file says nothing."""
 
 
 class Section(BaseModel):
@@ -126,8 +128,10 @@ class SearchSection(Section):
     """Channel groups that are left alone; ``*`` and ``?`` match as in file names."""
     images: Annotated[int, Field(gt=0, le=10**9)] = 1000
     """Images of the search split each candidate is scored on."""
-    recalibrate_images: Annotated[int, Field(ge=0, le=10**9)] = 0
-    """Training images for re-estimating batch-norm statistics of a candidate; 0 = off."""
+    recalibrate_images: Annotated[int, Field(ge=0, le=10**9)] | None = None
+    """Training images on which a candidate's batch-norm statistics are taken anew; 0 = they stay as they were before
+    the cut; null = 512, and none where the method's ``paper_compat`` is set. Candidates see at most a quarter as many
+    of them as of search images, those that may be fine-tuned all."""
     memory_mb: Annotated[int, Field(gt=0, le=10**8)] = 1024
     """Bound on the activations of one batch."""
     seconds_per_candidate: Annotated[float, Field(gt=0, le=1e9)] = 120.0
@@ -135,6 +139,13 @@ class SearchSection(Section):
     forward: Literal["auto", "deterministic"] = "auto"
     """auto = the fastest forward pass, found by trials; deterministic = one that gives the same numbers to the last bit
     in every process and order. With ``workers`` it is always deterministic."""
+
+    @property
+    def num_recalibration_images(self) -> int:
+        """``recalibrate_images``, its default resolved."""
+        if self.recalibrate_images is not None:
+            return self.recalibrate_images
+        return 0 if self.options.get("paper_compat") else RECALIBRATION_IMAGES
 
 
 class WorkersSection(Section):

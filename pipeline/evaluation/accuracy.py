@@ -7,7 +7,6 @@ holds one and nothing else (``worker``). Both must find the same bits: see ``Det
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,10 +20,11 @@ from secateur.export.slicing import OnnxTemplate
 from secateur.pipeline.config.schema import SearchSection
 from secateur.pipeline.evaluation.baseline import Baseline
 from secateur.pipeline.evaluation.deterministic import BackendName, DeterministicInference
-from secateur.pipeline.evaluation.inference import PLAIN, Inference
+from secateur.pipeline.evaluation.inference import Inference
 from secateur.pipeline.evaluation.weights import Weights
 from secateur.pipeline.progress import ProgressView, Silent
-from secateur.pipeline.workloads import Split, Workload
+from secateur.pipeline.training.statistics import IMAGES_AT_ONCE, moving_norms, training_images
+from secateur.pipeline.workloads import Split
 from secateur.pruning.cost import cost
 from secateur.pruning.plan import PruningPlan
 from secateur.pruning.search.protocol import DENSE
@@ -34,11 +34,15 @@ CACHED_BYTES = 2 << 30
 """Search images are kept on the compute device as float32 up to this size."""
 SUPERNET_IMAGES = 1000
 """Training images for re-estimating batch-norm statistics of a supernet's candidate, where the run file names none."""
+RECALIBRATION_SHARE = 4
+"""Search images for each training image that a candidate's statistics are taken on, at least: a training image costs
+1.3 to 1.4 times what a search image does, and scoring shall not cost more than 1.5 times what it does without."""
 
 Status = Literal["ok", "infeasible", "failed"]
 NOTHING: Mapping[str, float] = {}
-Key = tuple[str, str, bool, bool]
-"""Under which metrics are remembered: base, digest of the plan, in float32, the search's metric alone."""
+Key = tuple[str, str, bool, bool, int]
+"""Under which metrics are remembered: base, digest of the plan, in float32, the search's metric alone, and training
+images of its statistics."""
 
 
 class HopelessError(RuntimeError):
@@ -58,6 +62,7 @@ class AccuracyRequest:
         floor: see ``Evaluate``.
         exact: in float32.
         brief: the metric that the search goes by, alone.
+        recalibration_images: training images on which its batch-norm statistics are taken anew; 0 = they are not.
     """
 
     plan: PruningPlan
@@ -65,6 +70,7 @@ class AccuracyRequest:
     floor: float | None = None
     exact: bool = True
     brief: bool = False
+    recalibration_images: int = 0
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,8 @@ class AccuracyEvaluator:
         )
         self.images_forwarded = 0
         self.image_macs = 0
+        self._recalibrates = bool(moving_norms(baseline.model))
+        self._training: dict[int, Sequence[Tensor]] = {}
         self._batches: list[tuple[Tensor, Tensor]] | None = None
         self._order = agreed.order
 
@@ -149,8 +157,8 @@ class AccuracyEvaluator:
 
     @property
     def num_recalibration_images(self) -> int:
-        """Training images that batch-norm statistics may be taken anew on."""
-        return self.settings.recalibrate_images or SUPERNET_IMAGES
+        """Training images that batch-norm statistics may be taken anew on, at most."""
+        return max(self.settings.num_recalibration_images, self.settings.recalibrate_images or SUPERNET_IMAGES)
 
     def evaluate(self, request: AccuracyRequest) -> Accuracy:
         """The metrics of a candidate, computed now, or why it has none."""
@@ -158,8 +166,7 @@ class AccuracyEvaluator:
 
         def found(status: Status, reason: str = "", metrics: Mapping[str, float] = NOTHING) -> Accuracy:
             images = self.images_forwarded - before
-            forward = PLAIN if self._num_recalibrated(request.base) else self.inference.used
-            return Accuracy(status, reason, metrics, images, time.perf_counter() - started, forward)
+            return Accuracy(status, reason, metrics, images, time.perf_counter() - started, self.inference.used)
 
         deterministic = isinstance(self.inference, DeterministicInference) and self.baseline.compute.type == "cpu"
         try:
@@ -172,7 +179,23 @@ class AccuracyEvaluator:
 
     def key(self, request: AccuracyRequest) -> Key:
         """Under which a candidate's metrics are remembered."""
-        return request.base, request.plan.digest, request.exact or self.inference.precision == "fp32", request.brief
+        exact = request.exact or self.inference.precision == "fp32"
+        return request.base, request.plan.digest, exact, request.brief, request.recalibration_images
+
+    def recalibration_images(self, base: str, plan: PruningPlan, *, final: bool) -> int:
+        """How many training images a candidate's batch-norm statistics are taken anew on; 0 = they are not.
+
+        A network that was trained as it is has taken them at the end of its training.
+
+        Args:
+            final: the candidate may be fine-tuned next, and the cost does not matter.
+        """
+        if not self._recalibrates or self.weights.is_trained(base, plan):
+            return 0
+        if self.weights.is_supernet(base):
+            return self.settings.recalibrate_images or SUPERNET_IMAGES
+        wanted = self.settings.num_recalibration_images
+        return wanted if final else min(wanted, max(1, len(self.split) // RECALIBRATION_SHARE))
 
     def order(self) -> Sequence[int] | None:
         """In which order the search images are gone through; None = as they come."""
@@ -202,14 +225,14 @@ class AccuracyEvaluator:
             HopelessError: the floor cannot be reached any more.
             GivenUpError: it took too long.
         """
-        workload, base, plan = self.baseline.workload, request.base, request.plan
+        workload = self.baseline.workload
         answers, targets, seen, tried = [], [], 0, self.inference.trials
-        for (_, labels), outputs in zip(self._images(), self._forward(base, plan, request.exact), strict=True):
+        for (_, labels), outputs in zip(self._images(), self._forward(request), strict=True):
             answers.append(workload.answers(outputs, labels, brief=request.brief))
             targets.append(labels)
             seen += len(labels)
             self.images_forwarded += len(labels)
-            self.image_macs += len(labels) * self.baseline.macs(plan)
+            self.image_macs += len(labels) * self.baseline.macs(request.plan)
             if self.inference.trials is not tried:  # trying backends is nobody's candidate's time
                 started, tried = time.perf_counter(), self.inference.trials
             if time.perf_counter() - started > self.settings.seconds_per_candidate:
@@ -226,28 +249,29 @@ class AccuracyEvaluator:
                     )
         return workload.metrics(torch.cat(answers), torch.cat(targets))
 
-    def _num_recalibrated(self, base: str) -> int:
-        """Training images on which a candidate's batch-norm statistics are taken anew; 0 = they are not."""
-        return self.settings.recalibrate_images or (SUPERNET_IMAGES if self.weights.is_supernet(base) else 0)
-
-    def _forward(self, base: str, plan: PruningPlan, exact: bool = False) -> Iterator[Tensor]:
-        """Outputs of a candidate for each batch of search images; ``exact`` = in float32."""
-        num_images = self._num_recalibrated(base)
-        if not num_images:
-            tried = self.inference.trials
-            yield from self.inference.outputs(plan, base, self.weights.state(base, plan), exact=exact)
-            if self.inference.trials is not tried:
-                with self.progress.stage("  Find the fastest forward pass") as report:
-                    report(1, 1, self.inference.describe().partition("\n")[0])
-            return
-        network = self.weights.network(plan, base)
-        recalibrate(network, self.baseline.workload, num_images, self.baseline.compute)
+    def _forward(self, request: AccuracyRequest) -> Iterator[Tensor]:
+        """Outputs of a candidate for each batch of search images."""
+        tried, plan, base = self.inference.trials, request.plan, request.base
+        state, training = self.weights.state(base, plan), self.training(request.recalibration_images)
+        num_images = sum(map(len, training))
         self.images_forwarded += num_images
         self.image_macs += num_images * self.baseline.macs(plan)
-        for images, _ in self._images():
-            with torch.inference_mode():
-                outputs: Tensor = network(images).float()
-            yield outputs
+        shared = None if self.weights.is_supernet(base) else base
+        yield from self.inference.outputs(plan, shared, state, exact=request.exact, training=training)
+        if self.inference.trials is not tried:
+            with self.progress.stage("  Find the fastest forward pass") as report:
+                report(1, 1, self.inference.describe().partition("\n")[0])
+
+    def training(self, num_images: int) -> Sequence[Tensor]:
+        """Batches of the first training images, without augmentation; the same ones at every call if they are kept."""
+        if num_images not in self._training:
+            workload, at_once = self.baseline.workload, min(IMAGES_AT_ONCE, self._batch_size)
+            batches = training_images(workload, workload.train, num_images, self.baseline.compute, at_once)
+            kept = tuple(batches) if num_images else ()
+            if sum(images.nbytes for images in kept) > CACHED_BYTES:
+                return kept
+            self._training[num_images] = kept
+        return self._training[num_images]
 
     def _images(self) -> Iterable[tuple[Tensor, Tensor]]:
         """Batches of the search images, preprocessed; kept if they are small enough.
@@ -283,20 +307,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def recalibrate(network: nn.Module, workload: Workload, num_images: int, compute: torch.device) -> None:
-    """Re-estimate batch-norm statistics in place: cumulative average over training images, without augmentation."""
-    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    momenta = [m.momentum for m in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    split = workload.train.first(num_images)
-    with torch.inference_mode():
-        for chosen in torch.tensor_split(torch.arange(len(split)), math.ceil(len(split) / MAX_BATCH)):  # equal ones
-            network(workload.batch(split, chosen, train=False, generator=None, device=compute)[0])
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-        norm.eval()

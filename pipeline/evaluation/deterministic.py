@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -104,5 +105,7 @@ class DeterministicInference(Inference):
 
         return again
 
-    def _from_branch(self, plan: PruningPlan, base: str, state: State | None) -> ForwardFn | None:
+    def _from_branch(
+        self, plan: PruningPlan, base: str, state: State | None, training: Sequence[Tensor]
+    ) -> ForwardFn | None:
         return None

@@ -261,7 +261,8 @@ class Evaluator:
         plan, workload = candidate.plan, self.accuracy.baseline.workload
         full = exact or plan.is_full or workload.search_metric == workload.metric
         brief = not full and int(plan.digest[:8], 16) % FULL_EVERY > 0
-        return AccuracyRequest(plan, candidate.base, floor, exact=latency or exact, brief=brief)
+        images = self.accuracy.recalibration_images(candidate.base, plan, final=exact)
+        return AccuracyRequest(plan, candidate.base, floor, latency or exact, brief, images)
 
     def _accuracy(self, request: AccuracyRequest) -> Accuracy:
         """From memory where the plan was met before, from a worker where it was asked ahead, else computed here."""

@@ -5,6 +5,9 @@ PyTorch runs one by one. Its convolutions work on blocks of channels, and a widt
 next block: widths are rounded up, and what is added is read with zeros. Where candidates differ in one group only,
 everything before the group's readers is the same for all: it is computed once and kept, and a candidate is a mask.
 
+Batch-norm statistics may be taken anew for each candidate first, on training images. They go into its weights like any
+others, so every backend takes them; and before a group's readers they are the same for all as well.
+
 Every backend is compared with the plain pruned network before it is used. What fails or computes something else is left
 out, and the plain network remains.
 """
@@ -38,6 +41,7 @@ from secateur.export.verify import open_session
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.training import precision
 from secateur.pipeline.training.precision import DTYPES, Precision
+from secateur.pipeline.training.statistics import moving_norms, recalibrate
 from secateur.pruning.channels import ChannelGraph
 from secateur.pruning.plan import Member, PruningPlan
 from secateur.pruning.search.protocol import DENSE
@@ -158,26 +162,31 @@ class Inference:
     def outputs(
         self,
         plan: PruningPlan,
-        base: str = DENSE,
+        base: str | None = DENSE,
         state: State | None = None,
         *,
         exact: bool = False,
         images: Iterable[Tensor] | None = None,
+        training: Sequence[Tensor] = (),
     ) -> Iterator[Any]:
         """What the plan's network gives for each batch, in order; floating-point numbers as float32.
 
         Args:
-            base: names the weights.
+            base: names the weights; None = they are of this plan alone.
             state: the weights in the unpruned network's shapes; None = the model's own.
             exact: not in bfloat16, even where that orders plans alike.
             images: other batches than the usual ones.
+            training: batches of training images on which batch-norm statistics are taken anew; none = they are not. The
+                same sequence for all candidates, so that what is computed from it can be kept.
         """
         started = time.perf_counter()
         if not self.trials and self._patience_s <= 0:
             self._try_backends()
         self.used = FORWARDS["_onnx"]
-        run = self._from_branch(plan, base, state) if images is None else None
-        run = run or self._prepared(plan, state, exact)
+        run = None if images is not None or base is None else self._from_branch(plan, base, state, training)
+        if run is None:
+            state = self.recalibrated(plan, state, training, exact) if training else state
+            run = self._prepared(plan, state, exact)
         for number, batch in enumerate(self.images() if images is None else images):
             with torch.inference_mode():
                 try:
@@ -193,10 +202,35 @@ class Inference:
             yield result
             started = time.perf_counter()
 
+    def recalibrated(
+        self, plan: PruningPlan, state: State | None, training: Sequence[Tensor], exact: bool = True
+    ) -> State:
+        """Weights in the unpruned network's shapes, with the batch-norm statistics that the plan's network has.
+
+        Args:
+            state: the weights, as in ``outputs``.
+            training: batches of training images.
+            exact: in float32, even where bfloat16 is the type of the forward pass.
+        """
+        network = inherit(self.model, self.graph, plan, state)
+        dtype = DTYPES["fp32" if exact else self.precision]
+        network.to(self.compute, dtype, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        for norm in moving_norms(network).values():
+            norm.float()
+        recalibrate(network, (images.to(dtype) for images in training))
+        result = dict(self.model.state_dict() if state is None else state)
+        slices = self.graph.slices(plan)
+        for name, norm in moving_norms(network).items():
+            for statistic in ("running_mean", "running_var"):
+                tensor, found = f"{name}.{statistic}", getattr(norm, statistic)
+                at = torch.as_tensor(slices.get(tensor, {}).get(0, range(len(result[tensor]))), device=found.device)
+                result[tensor] = result[tensor].index_copy(0, at, found.to(result[tensor]))
+        return result
+
     @property
     def precision(self) -> Precision:
         """The type in which candidates go through, unless an answer has to be exact."""
-        return "fp32" if self._fast == self._exact else "bf16"
+        return "bf16" if self._fast == self._bf16 else "fp32"
 
     def describe(self) -> str:
         """The backends tried, fastest first, one line each; then the groups that are never cut at, and why."""
@@ -377,7 +411,9 @@ class Inference:
 
     # -- candidates that differ in one group -------------------------------------------------------------------------
 
-    def _from_branch(self, plan: PruningPlan, base: str, state: State | None) -> ForwardFn | None:
+    def _from_branch(
+        self, plan: PruningPlan, base: str, state: State | None, training: Sequence[Tensor]
+    ) -> ForwardFn | None:
         """From kept activations on, where a plan seen before gets a second neighbour in a group.
 
         A neighbour in the next group is enough if the last cut of that plan served several candidates.
@@ -385,7 +421,7 @@ class Inference:
         if self._template is None:
             return None
         branch = self._branch
-        if branch is None or branch.seen[0] != base or not branch.covers(plan):
+        if branch is None or branch.seen[0] != base or branch.training is not training or not branch.covers(plan):
             found = self._neighbour(plan, base)
             if found is None:
                 self._seen[base, plan.digest] = plan
@@ -399,12 +435,24 @@ class Inference:
             if self._neighbours[(*key, name)] < 2 and not usual:
                 return None
             self._branch = branch = None  # its activations go before new ones come
-            self._branch = branch = self._cut(key, name, plan, state)
+            self._branch = branch = self._cut(key, name, plan, state, training)
             if branch is None:
                 return None
         branch.served += 1
+        return self._continued(branch, plan)
+
+    def _continued(self, branch: _Branch, plan: PruningPlan) -> Callable[[int | None, Tensor], Tensor]:
+        """A candidate of a branch: its masks, and its own statistics from the masks on."""
         masks = branch.masks(plan)
-        return lambda number, images: self._continue(branch, masks, number, images)
+        after = self._recalibrated_after(branch, masks) if branch.trained_on else branch.after
+        return partial(self._continue, branch, after, masks)
+
+    def _recalibrated_after(self, branch: _Branch, masks: Mapping[str, Array]) -> onnxruntime.InferenceSession:
+        """The part behind the masks, with statistics taken from the kept activations of training images."""
+        run = partial(branch.statistics.run, None)
+        feeds = [{**feed, **masks} for feed in branch.trained_on]
+        found = list(self._pool.map(run, feeds) if self._pool else map(run, feeds))
+        return branch.with_statistics(found)
 
     def _neighbour(self, plan: PruningPlan, base: str) -> tuple[tuple[str, str], str] | None:
         """The last plan seen that differs in one group only, and the group."""
@@ -415,18 +463,29 @@ class Inference:
                     return key, different[0]
         return None
 
-    def _cut(self, key: tuple[str, str], name: str, plan: PruningPlan, state: State | None) -> _Branch | None:
+    def _cut(
+        self, key: tuple[str, str], name: str, plan: PruningPlan, state: State | None, training: Sequence[Tensor]
+    ) -> _Branch | None:
         """The network of a plan seen, cut where the group is read; None, and why, where that cannot be done right."""
         seen = self._seen[key]
         if not plan.is_within(seen):
             seen = seen.replace({name: range(seen.sizes[name])})
         images = next(iter(self.images()))[: self._chunk]
+
+        def of(plan: PruningPlan) -> State | None:
+            return self.recalibrated(plan, state, training) if training else state
+
         try:
             readers = [member for member in self.graph.group(name).members if member.reads]
             slices = self.graph.slices(self._rounded(seen))
-            branch = _Branch(self._model(seen, state), key, name, seen, readers, slices, self._parts(images)[0])
-            expected = self._onnx(plan, state)(0, images)
-            found = self._continue(branch, branch.masks(plan), None, images)
+            branch = _Branch(self._model(seen, of(seen)), key, name, seen, readers, slices, self._parts(images)[0])
+            if training:
+                branch.training, branch.num_bytes = training, branch.bytes_per_image * sum(map(len, training))
+                if branch.num_bytes > self._cache_bytes:
+                    raise TemplateError("the activations of the training images do not fit into search.memory_mb")
+                branch.take_statistics(training, moving_norms(self.model))
+            expected = self._onnx(plan, of(plan))(0, images)
+            found = self._continued(branch, plan)(None, images)
         except Exception as failure:  # noqa: BLE001 - it runs like any other plan; ``describe`` says why
             self._not_cut[name] = first_line(failure)
             return None
@@ -436,22 +495,28 @@ class Inference:
             return None
         return branch
 
-    def _continue(self, branch: _Branch, masks: Mapping[str, Array], number: int | None, images: Tensor) -> Tensor:
+    def _continue(
+        self,
+        branch: _Branch,
+        after: onnxruntime.InferenceSession,
+        masks: Mapping[str, Array],
+        number: int | None,
+        images: Tensor,
+    ) -> Tensor:
         """Outputs of a batch, from the activations kept for it; they are computed and kept if there is room.
 
         Args:
+            after: the part behind the masks.
             number: of the batch; None = keep nothing.
         """
         feeds = branch.kept.get(number) if number is not None else None
         if feeds is None:
             inputs = [{branch.port: part} for part in self._parts(images)]
-            num_bytes = branch.num_bytes + len(images) * branch.bytes_per_image
-            if number is not None and num_bytes > self._cache_bytes:
-                return _joined(self._spread(branch.uncut, [{**feed, **masks} for feed in inputs]))
             feeds = [dict(zip(branch.crossing, r, strict=True)) for r in self._spread(branch.before, inputs)]
-            if number is not None:
+            num_bytes = branch.num_bytes + len(images) * branch.bytes_per_image
+            if number is not None and num_bytes <= self._cache_bytes:
                 branch.kept[number], branch.num_bytes = feeds, num_bytes
-        return _joined(self._spread(branch.after, [{**feed, **masks} for feed in feeds]))
+        return _joined(self._spread(after, [{**feed, **masks} for feed in feeds]))
 
 
 class _Branch:
@@ -484,25 +549,61 @@ class _Branch:
         self.port: str = model.graph.input[0].name
         self.kept: dict[int, list[dict[str, Array]]] = {}
         self.num_bytes = 0
+        self.training: Sequence[Tensor] = ()
+        self.trained_on: list[dict[str, Array]] = []
         self._masks: dict[str, tuple[Member, Array, int]] = {}
         for member in readers:
             self._mask(model.graph, member, slices.get(member.tensor, {}).get(member.dim))
-        self._model = model
         live = _downstream(model.graph.node, {self.port})
         masked = _downstream(model.graph.node, set(self._masks))
         read = {name for node in model.graph.node if masked & set(node.output) for name in node.input}
         self.crossing = sorted((read & live | (read & {self.port})) - masked - set(self._masks))
         outputs = [onnx.ValueInfoProto(name=name) for name in self.crossing]
-        self.before = open_session(_part(model, model.graph.input[:1], outputs).SerializeToString())
+        self._ahead = _part(model, model.graph.input[:1], outputs)
+        self.before = open_session(self._ahead.SerializeToString())
         arrays = self.before.run(None, {self.port: sample})
         self.bytes_per_image = sum(array.nbytes for array in arrays) // len(sample)
         inputs = [_value_info(name, array) for name, array in zip(self.crossing, arrays, strict=True)]
         inputs += model.graph.input[1:]
-        self.after = open_session(_part(model, inputs, model.graph.output).SerializeToString())
+        self._behind = _part(model, inputs, model.graph.output)
 
     @cached_property
-    def uncut(self) -> onnxruntime.InferenceSession:
-        return open_session(self._model.SerializeToString())
+    def after(self) -> onnxruntime.InferenceSession:
+        """The part behind the masks, with the statistics that the whole plan has."""
+        return open_session(self._behind.SerializeToString())
+
+    def take_statistics(self, training: Sequence[Tensor], norms: Mapping[str, _BatchNorm]) -> None:
+        """Keep what batches of training images come to at the cut, for ``statistics`` of what lies behind it.
+
+        Every batch goes through whole, normalised by its own statistics.
+
+        Args:
+            training: each of shape ``(n, channels, height, width)``.
+            norms: path -> those whose statistics are taken; others stay as they are.
+
+        Raises:
+            TemplateError: one of them is not of images.
+        """
+        self._norms, behind = _by_the_batch(self._behind, norms)
+        if not self._norms:
+            return
+        outputs = [output.name for output in self._ahead.graph.output]
+        ahead = open_session(_by_the_batch(self._ahead, norms, outputs)[1].SerializeToString())
+        for images in training:
+            arrays = ahead.run(outputs, {self.port: images.float().contiguous().numpy()})
+            self.trained_on.append(dict(zip(self.crossing, arrays, strict=True)))
+        self.statistics = open_session(behind.SerializeToString())
+
+    def with_statistics(self, batches: Sequence[Sequence[Array]]) -> onnxruntime.InferenceSession:
+        """The part behind the masks, with the average of what ``statistics`` said of batches."""
+        places = {tensor.name: tensor for tensor in self._behind.graph.initializer}
+        columns: list[Array] = [np.asarray(np.mean(values, axis=0)) for values in zip(*batches, strict=True)]
+        for node, mean, variance, size in zip(self._norms, columns[::3], columns[1::3], columns[2::3], strict=True):
+            count = float(size) / len(mean)
+            unbiased = variance * (count / max(1.0, count - 1))
+            for name, value in zip(node.input[3:5], (mean, unbiased), strict=True):
+                places[name].CopyFrom(numpy_helper.from_array(value.astype(np.float32), name))
+        return open_session(self._behind.SerializeToString())
 
     def covers(self, plan: PruningPlan) -> bool:
         """Whether a plan is this one, or keeps less of the group and the same of all others."""
@@ -567,6 +668,53 @@ def _part(
     inputs = [port for port in inputs if port.name in wanted]
     graph = helper.make_graph(nodes[::-1], "part", inputs, outputs, weights)
     return helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+
+
+def _by_the_batch(
+    model: onnx.ModelProto, norms: Mapping[str, _BatchNorm], outputs: Sequence[str] = ()
+) -> tuple[list[onnx.NodeProto], onnx.ModelProto]:
+    """The batch norms of a model, and the model with each of them normalising by the statistics of the batch.
+
+    Its outputs are the mean and the (biased) variance of each, shape ``(channels,)``, and the number of values.
+
+    Args:
+        norms: path -> those that are meant.
+        outputs: the model's outputs that are wanted instead.
+
+    Raises:
+        TemplateError: one is not of images.
+    """
+    paths = {f"{path}.running_mean": path for path in norms}
+    found: list[onnx.NodeProto] = []
+    nodes, said = [], []
+    axes = numpy_helper.from_array(np.array([0, 2, 3]), "secateur_axes")
+    for node in model.graph.node:
+        if node.op_type != "BatchNormalization" or node.input[3] not in paths:
+            nodes.append(node)
+            continue
+        if not isinstance(norms[paths[node.input[3]]], nn.BatchNorm2d):
+            raise TemplateError(f"the batch norm {paths[node.input[3]]} is not of images")
+        x, y = node.input[0], node.output[0]
+        mean, square, squared = f"{y}_mean", f"{y}_square", f"{y}_squared"
+        second, variance, size = f"{y}_second", f"{y}_variance", f"{y}_size"
+        nodes += [
+            helper.make_node("ReduceMean", [x, axes.name], [mean], keepdims=0),
+            helper.make_node("Mul", [x, x], [square]),
+            helper.make_node("ReduceMean", [square, axes.name], [second], keepdims=0),
+            helper.make_node("Mul", [mean, mean], [squared]),
+            helper.make_node("Sub", [second, squared], [f"{y}_difference"]),
+            helper.make_node("Relu", [f"{y}_difference"], [variance]),
+            helper.make_node("Size", [x], [size]),
+        ]
+        moved = onnx.NodeProto.FromString(node.SerializeToString())
+        moved.input[3], moved.input[4] = mean, variance
+        nodes.append(moved)
+        found.append(node)
+        said += [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in (mean, variance)]
+        said.append(helper.make_tensor_value_info(size, onnx.TensorProto.INT64, None))
+    wanted = [port for port in model.graph.output if port.name in outputs] or said
+    graph = helper.make_graph(nodes, "statistics", model.graph.input, wanted, [*model.graph.initializer, axes])
+    return found, helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
 
 
 def _value_info(name: str, array: Array) -> onnx.ValueInfoProto:

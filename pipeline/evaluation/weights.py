@@ -90,6 +90,10 @@ class Weights:
         """Whether the weights depend on the plan, so that batch-norm statistics must be taken anew for each."""
         return base in self.checkpoints and self.checkpoints[base].is_supernet
 
+    def is_trained(self, base: str, plan: PruningPlan) -> bool:
+        """Whether fine-tuning ended with just this network, whose batch-norm statistics are its own then."""
+        return base in self.checkpoints and self.checkpoints[base].plan == plan
+
     def path(self, base: str) -> Path:
         """The file of a checkpoint that this process writes."""
         return self.folder / f"{base}.safetensors"

@@ -208,12 +208,13 @@ def request_to_json(request: AccuracyRequest) -> dict[str, Any]:
         "floor": request.floor,
         "exact": request.exact,
         "brief": request.brief,
+        "recalibration_images": request.recalibration_images,
     }
 
 
 def request_from_json(row: Mapping[str, Any]) -> AccuracyRequest:
     """The inverse of ``request_to_json``."""
-    return AccuracyRequest(PruningPlan.from_json(row["plan"]), row["base"], row["floor"], row["exact"], row["brief"])
+    return AccuracyRequest(**{**row, "plan": PruningPlan.from_json(row["plan"])})
 
 
 def groups_digest(graph: ChannelGraph) -> str:

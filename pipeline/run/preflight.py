@@ -183,7 +183,7 @@ def _check_images(found: Preflight, workload: Workload) -> None:
     train, held_out = ("train", len(workload.train)), ("search", len(workload.search))
     asked = (
         (("search", "images"), search.images, SearchSection().images, held_out),
-        (("search", "recalibrate_images"), search.recalibrate_images, 0, train),
+        (("search", "recalibrate_images"), search.recalibrate_images or 0, 0, train),
         (("export", "parity_images"), export.parity_images, ExportSection().parity_images, held_out),
     )
     for place, wanted, default, (split, there) in asked:

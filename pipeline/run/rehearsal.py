@@ -18,6 +18,7 @@ from typing import Any, cast
 import numpy as np
 
 from secateur.pipeline.config.schema import RunFile
+from secateur.pipeline.evaluation.accuracy import RECALIBRATION_SHARE
 from secateur.pipeline.run.journal import Journal, Record
 from secateur.pipeline.run.opening import make_strategy
 from secateur.pipeline.run.ranking import rank_exactly
@@ -180,10 +181,11 @@ class Rehearsal:
             self._met.add(key)
             self.work["networks"] += 1
             way = "images_forwarded" if exact else "images_scored"
-            seen = self.num_scored * (0.5 if given_up else 1.0)
+            wanted, seen = self.config.search.num_recalibration_images, self.num_scored * (0.5 if given_up else 1.0)
+            recalibrated = wanted if exact else min(wanted, self.num_scored // RECALIBRATION_SHARE)
             self.work[way] += seen * share(ratio)
-            self._image_macs += (seen + self.config.search.recalibrate_images) * ratio * self.whole["macs"]
-            self.work["images_forwarded"] += self.config.search.recalibrate_images * share(ratio)
+            self._image_macs += (seen + recalibrated) * ratio * self.whole["macs"]
+            self.work["images_forwarded"] += recalibrated * share(ratio)
         if given_up:
             return Evaluation("infeasible", "cannot reach the floor")
         if latency:

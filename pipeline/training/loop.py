@@ -24,10 +24,15 @@ from secateur.pipeline.config.schema import Distillation, Recipe
 from secateur.pipeline.files import write_whole
 from secateur.pipeline.progress import Report, silent
 from secateur.pipeline.training.precision import trains_in_bf16
+from secateur.pipeline.training.statistics import IMAGES_AT_ONCE, recalibrate, training_images
 from secateur.pipeline.workloads import Split, Workload
 
-VERSION = 1
+VERSION = 2
 """Part of every content hash of trained weights; raise it when a change here changes the result."""
+
+
+RECALIBRATION_IMAGES = 2048
+"""Training images that batch-norm statistics are taken anew on at the end of a training."""
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -58,9 +63,10 @@ def fit(
     distill: Distillation | None = None,
     penalty: Callable[[float], Tensor] | None = None,
     part: tuple[float, float] = (0.0, 1.0),
+    recalibration_images: int = RECALIBRATION_IMAGES,
     report: Report = silent,
 ) -> nn.Module:
-    """Train ``model`` in place by ``recipe`` and return it in eval mode.
+    """Train ``model`` in place by ``recipe`` and return it in eval mode, with the batch-norm statistics of its weights.
 
     Args:
         model: the network; its weights are the starting point.
@@ -69,6 +75,8 @@ def fit(
         teacher: the unpruned baseline, for distillation (Hinton et al. 2015, arXiv 1503.02531).
         penalty: called in every step with the share of training that is done (0..1); its scalar is added to the loss.
         part: which part of the learning-rate schedule this training is, as fractions of its whole.
+        recalibration_images: training images that batch-norm statistics are taken anew on at the end (all, if there
+            are fewer); 0 = they stay as training leaves them.
         report: told (step, steps, note) as it goes.
 
     Raises:
@@ -135,8 +143,12 @@ def fit(
             _save_checkpoint(checkpoint, model, optimizer, average, step)
     if average is not None:
         model.load_state_dict(average.state)
+    model.eval()
+    if recalibration_images:
+        at_once = min(recipe.batch_size, IMAGES_AT_ONCE)
+        recalibrate(model, training_images(workload, split, recalibration_images, compute, at_once))
     checkpoint.unlink(missing_ok=True)
-    return model.eval()
+    return model
 
 
 class Average:

@@ -84,6 +84,7 @@ def train_supernet(task: Task, net: PruningNet, options: Mapping[str, float | st
         seed=task.seed,
         checkpoint=task.checkpoint,
         compute=task.compute,
+        recalibration_images=0,  # of a supernet they are taken for every plan
         report=task.report,
     )
     state = {name: tensor.detach() for name, tensor in net.tensors().items()}

@@ -14,11 +14,11 @@ from torch import nn
 from secateur.device_profiles import load_profile, open_target
 from secateur.pipeline.config.schema import FinetuneSection, SearchSection
 from secateur.pipeline.devices.fleet import Device, Fleet
-from secateur.pipeline.evaluation.accuracy import recalibrate
 from secateur.pipeline.evaluation.baseline import Baseline
 from secateur.pipeline.evaluation.evaluator import Evaluator, make_evaluator
 from secateur.pipeline.evaluation.inference import FORWARDS, PLAIN
 from secateur.pipeline.run.records import to_dict, to_evaluation
+from secateur.pipeline.training.statistics import recalibrate, training_images
 from secateur.pruning.channels import ChannelGraph
 from secateur.pruning.cost import count
 from secateur.pruning.plan import PruningPlan
@@ -35,7 +35,7 @@ WORKLOAD = digits(image_size=8)
 def network() -> tuple[nn.Module, ChannelGraph]:
     torch.manual_seed(0)
     model = WORKLOAD.build_model()
-    recalibrate(model, WORKLOAD, 512, torch.device("cpu"))
+    recalibrate(model, training_images(WORKLOAD, WORKLOAD.train, 512, torch.device("cpu")))
     return model, trace(model, WORKLOAD.example_input())
 
 
@@ -83,7 +83,7 @@ def test_accuracy_of_a_candidate_is_the_masked_networks(network: Any, make: Any)
     model, _ = network
     plan = candidate(network).plan
     plan = plan.replace({"conv1": range(plan.sizes["conv1"])})
-    evaluator = make()
+    evaluator = make(recalibrate_images=0)
     pruned, _ = evaluator.accuracy.outputs(evaluator.network(plan))
     silent, targets = evaluator.accuracy.outputs(masked(model, plan))
     assert torch.allclose(pruned, silent, atol=1e-4)
@@ -92,7 +92,7 @@ def test_accuracy_of_a_candidate_is_the_masked_networks(network: Any, make: Any)
 
 
 def test_an_accuracy_says_its_forward_pass_and_the_exact_one_is_of_float32(network: Any, make: Any) -> None:
-    chosen, evaluator, other = candidate(network), make(), make()
+    chosen, evaluator, other = candidate(network), make(recalibrate_images=0), make(recalibrate_images=0)
     inference = evaluator.accuracy.inference
     inference._fast = inference._bf16  # as on a processor on which it is the fastest
     rough = evaluator.evaluate(chosen, latency=False)
@@ -148,7 +148,8 @@ def test_memory_bounds_the_batch_but_not_the_result(network: Any, make: Any) -> 
     sizes = []
     narrow = make(memory_mb=1)
     hook = narrow.accuracy.baseline.model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
-    expected = make().evaluate(Candidate(0, PruningPlan.full(network[1].groups), "x"), latency=False)
+    whole = Candidate(0, PruningPlan.full(network[1].groups), "x")
+    expected = make(recalibrate_images=0).evaluate(whole, latency=False)
     sizes.clear()
     outputs, targets = narrow.accuracy.outputs(narrow.accuracy.baseline.model)
     hook.remove()
@@ -254,7 +255,7 @@ def test_outputs_that_are_no_numbers_fail_with_a_reason(network: Any, make: Any)
 
 
 def test_masked_losses_are_those_of_the_masked_networks_on_the_first_images(network: Any, make: Any) -> None:
-    evaluator = make()
+    evaluator = make(recalibrate_images=0)
     chosen = candidate(network)
     whole, part = (
         evaluator.masked_loss(MaskedLoss((chosen.plan,))),
@@ -280,13 +281,50 @@ def test_recalibrated_statistics_are_those_of_the_training_images(network: Any) 
     model, _ = network
     with torch.no_grad():
         model.bn1.running_mean.add_(3)
-    recalibrate(model, WORKLOAD, 200, torch.device("cpu"))
+    recalibrate(model, training_images(WORKLOAD, WORKLOAD.train, 200, torch.device("cpu")))
     cpu = torch.device("cpu")
     images, _ = WORKLOAD.batch(WORKLOAD.train, torch.arange(200), train=False, generator=None, device=cpu)
     expected = model.conv1(images).mean((0, 2, 3))
     assert torch.allclose(model.bn1.running_mean, expected, atol=1e-4)
     assert not model.bn1.training
     assert model.bn1.momentum == 0.1
+
+
+def scored_with(evaluator: Evaluator, network: nn.Module, num_images: int) -> float:
+    """The loss on the search split of a network whose statistics are taken anew; 0 images = they are not."""
+    if num_images:
+        cpu = torch.device("cpu")
+        batches = training_images(WORKLOAD, WORKLOAD.train, num_images, cpu, evaluator.accuracy._batch_size)
+        recalibrate(network, batches)
+    return WORKLOAD.metrics(*evaluator.accuracy.outputs(network))["loss"]
+
+
+def test_candidates_are_scored_with_statistics_of_their_own_and_finalists_with_better_ones(
+    network: Any, make: Any
+) -> None:
+    """A quarter as many training images as search images, then all that the run file names; the reference likewise."""
+    full = Candidate(0, PruningPlan.full(network[1].groups), "reference")
+    evaluator = make()
+    for chosen in (candidate(network), full):
+        plain = scored_with(evaluator, evaluator.network(chosen.plan), 0)
+        for found, num_images in ((evaluator.evaluate(chosen, latency=False), 25), (evaluator.exact(chosen), 512)):
+            expected = scored_with(evaluator, evaluator.network(chosen.plan), num_images)
+            assert found["loss"] == pytest.approx(expected, rel=1e-4)
+            assert found["loss"] != pytest.approx(plain, rel=1e-3)
+
+
+def test_a_network_trained_as_it_is_is_scored_as_it_would_be_shipped(network: Any, make: Any) -> None:
+    evaluator, chosen = make(), candidate(network)
+    tuned, _ = evaluator.finetune(FineTune(chosen, 0.1, latency=False))
+    shipped = scored_with(evaluator, evaluator.network(chosen.plan, tuned.base), 0)
+    assert tuned.evaluation["loss"] == pytest.approx(shipped, rel=1e-4)
+
+
+@pytest.mark.parametrize("search", [{"recalibrate_images": 0}, {"options": {"paper_compat": True}}])
+def test_the_papers_protocol_leaves_statistics_as_they_were(search: Any, network: Any, make: Any) -> None:
+    evaluator, chosen = make(**search), candidate(network)
+    expected = scored_with(evaluator, evaluator.network(chosen.plan), 0)
+    assert evaluator.evaluate(chosen, latency=False)["loss"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_scores_are_of_the_asked_base_and_plan(network: Any, make: Any) -> None:

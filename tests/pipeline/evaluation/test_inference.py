@@ -255,6 +255,75 @@ def test_one_group_of_a_pruned_and_tuned_snapshot(
     assert cut == {group.name for group in engine.graph.groups if group.size > 1}
 
 
+TRAINING = [1 + 2 * torch.randn((n, 3, 12, 12), generator=torch.Generator().manual_seed(n)) for n in (30, 29)]
+
+
+def reestimated(network: nn.Module, batches: list[Tensor]) -> nn.Module:
+    """A network whose batch norms have the statistics that PyTorch's own moving average gives them, batch by batch."""
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    network.eval()
+    sums = [[torch.zeros(norm.num_features), torch.zeros(norm.num_features)] for norm in norms]
+    with torch.no_grad():
+        for images in batches:
+            for norm in norms:
+                norm.train()
+                norm.momentum = 1.0  # the last batch alone
+            network(images)
+            for pair, norm in zip(sums, norms, strict=True):
+                pair[0] += cast(Tensor, norm.running_mean) / len(batches)
+                pair[1] += cast(Tensor, norm.running_var) / len(batches)
+        for (mean, var), norm in zip(sums, norms, strict=True):
+            cast(Tensor, norm.running_mean).copy_(mean)
+            cast(Tensor, norm.running_var).copy_(var)
+    return network.eval()
+
+
+@pytest.mark.parametrize("kind", FAST)
+def test_statistics_taken_anew_are_those_of_the_cut_network(
+    kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a plan over all groups, and of neighbours in one group that begin at kept activations."""
+    engine = onnx_only(kind, monkeypatch)
+    state, rounding = other_weights(kind), rounding_of(traced(kind)[0], torch.float32)
+    snapshot, cut = random_plan(engine.graph, 0), set()
+    plans = [
+        snapshot.replace({group.name: snapshot.kept[group.name][:n]})
+        for group in engine.graph.groups
+        for n in range(max(1, snapshot.widths[group.name] - 3), snapshot.widths[group.name])
+    ]
+    for plan in [snapshot, *plans]:
+        found = list(engine.outputs(plan, "tuned", state, training=TRAINING))
+        network = reestimated(inherit(*traced(kind), plan, state), TRAINING)
+        with torch.inference_mode():
+            assert_same(found, [network(images) for images in BATCHES], rounding)
+        cut |= {engine._branch.name} if engine._branch is not None and engine._branch.covers(plan) else set()
+    assert len(cut) >= len(engine.graph.groups) - 1, engine.describe()
+
+
+def test_frozen_statistics_and_those_of_no_batch_norm_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch norm whose scale is not trained keeps its statistics, in the cut network and behind a cut."""
+    model, graph = traced(Residual)
+    engine = onnx_only(Residual, monkeypatch)
+    assert isinstance(model, Residual)
+    frozen = cast(nn.BatchNorm2d, model.inner2[1])
+    frozen.weight.requires_grad_(False)
+    try:
+        for width in (20, 19, 18):
+            plan = PruningPlan.full(graph.groups).replace({"inner1.0": range(width - 4)})
+            before = inherit(model, graph, plan).state_dict()
+            after = engine.recalibrated(plan, None, TRAINING)
+            name = "inner2.1.running_mean"
+            assert torch.equal(after[name], before[name])
+            assert not torch.equal(after["inner1.1.running_mean"], model.state_dict()["inner1.1.running_mean"])
+            expected = inherit(model, graph, plan, after).eval()
+            with torch.inference_mode():
+                wanted = [expected(images) for images in BATCHES]
+            assert_same(list(engine.outputs(plan, training=TRAINING)), wanted, rounding_of(model, torch.float32))
+        assert engine._branch is not None
+    finally:
+        frozen.weight.requires_grad_(True)
+
+
 def test_a_candidate_outside_the_snapshot_is_right_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a resume the snapshot itself was never run: its neighbours are neighbours of each other."""
     engine = onnx_only(Residual, monkeypatch)

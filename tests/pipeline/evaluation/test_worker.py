@@ -27,7 +27,6 @@ from secateur.pipeline.config.schema import RunFile, WorkersSection
 from secateur.pipeline.devices.fleet import Device, Fleet
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.evaluation import worker as workers
-from secateur.pipeline.evaluation.accuracy import recalibrate
 from secateur.pipeline.evaluation.baseline import Baseline
 from secateur.pipeline.evaluation.evaluator import Evaluator, make_evaluator
 from secateur.pipeline.evaluation.worker_pool import Engine, WorkerDiedError, WorkerPool
@@ -37,6 +36,7 @@ from secateur.pipeline.run.journal import Journal
 from secateur.pipeline.run.run import Run
 from secateur.pipeline.run.study import Study
 from secateur.pipeline.training.loop import save_weights
+from secateur.pipeline.training.statistics import recalibrate, training_images
 from secateur.pruning.channels import ChannelGraph
 from secateur.pruning.saliency import uniform_plan
 from secateur.pruning.search.protocol import AuxiliaryTraining, Candidate, Evaluate, FineTune, Strategy
@@ -78,7 +78,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
     workload = digits(image_size=8)
     torch.manual_seed(0)
     model = workload.build_model()
-    recalibrate(model, workload, 512, CPU)
+    recalibrate(model, training_images(workload, workload.train, 512, CPU))
     save_weights(folder / "baseline.safetensors", model.state_dict())
     graph = trace(model, workload.example_input())
     OnnxTemplate.export(model, workload.example_input(), graph, folder / "template.onnx")

@@ -18,13 +18,13 @@ from secateur.device_profiles import load_profile, open_target
 from secateur.export.slicing import OnnxTemplate
 from secateur.pipeline.config.schema import FinetuneSection, Recipe, SearchSection
 from secateur.pipeline.devices.fleet import Device, Fleet
-from secateur.pipeline.evaluation.accuracy import recalibrate
 from secateur.pipeline.evaluation.baseline import Baseline
 from secateur.pipeline.evaluation.evaluator import Evaluator, make_evaluator
 from secateur.pipeline.run.journal import Journal
 from secateur.pipeline.run.opening import widths_costs
 from secateur.pipeline.run.study import Oracle, Study
 from secateur.pipeline.training.loop import fit
+from secateur.pipeline.training.statistics import recalibrate, training_images
 from secateur.pipeline.workloads import detection
 from secateur.pruning.channels import ChannelGraph
 from secateur.pruning.plan import IntArray, PruningPlan, SearchSpace
@@ -120,7 +120,7 @@ def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     if request.param == "classifier":
         workload, images, recipe = digits(image_size=8), 64, FinetuneSection(epochs=1, batch_size=64, lr=0.02)
         model = workload.build_model()
-        recalibrate(model, workload, 512, CPU)
+        recalibrate(model, training_images(workload, workload.train, 512, CPU))
     else:
         workload, images = scenes(), 12
         recipe = FinetuneSection(epochs=1, batch_size=16, lr=0.01, clip_norm=5.0)

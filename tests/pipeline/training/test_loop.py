@@ -69,9 +69,33 @@ def test_a_moving_average_of_the_weights_is_what_training_ends_with(workload: Cl
         decay = min(0.9, (1 + step) / (10 + step))
         for name, tensor in state.items():
             expected[name] = decay * expected[name] + (1 - decay) * tensor if tensor.is_floating_point() else tensor
-    found = model.state_dict()
+    found = dict(model.named_parameters())  # statistics are taken anew for these weights
+    expected = {name: expected[name] for name in found}
     assert all(torch.allclose(found[name], tensor, atol=1e-5) for name, tensor in expected.items())
     assert not all(torch.allclose(found[name], tensor, atol=1e-5) for name, tensor in seen[-1].items())
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_training_ends_with_the_statistics_of_its_last_weights(
+    workload: Classification, tmp_path: Path, ema: float
+) -> None:
+    """Over training images without augmentation, the average of batches; not what moved along with older weights."""
+    model = trained(workload, tmp_path / "a.ckpt", recipe=RECIPE.model_copy(update={"epochs": 0.5, "ema": ema}))
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    kept = [(norm.running_mean, norm.running_var) for norm in norms]
+    seen: list[list[torch.Tensor]] = [[] for _ in norms]
+    for norm, values in zip(norms, seen, strict=True):
+        norm.register_forward_pre_hook(lambda _, args, values=values: values.append(args[0].transpose(0, 1).flatten(1)))
+        norm.running_mean, norm.running_var = torch.zeros_like(norm.bias), torch.ones_like(norm.bias)
+        norm.train()
+    with torch.no_grad():
+        for chosen in torch.arange(384).split(128):
+            model(workload.batch(workload.train, chosen, train=False, generator=None, device=CPU)[0])
+    for (mean, variance), values in zip(kept, seen, strict=True):
+        assert mean is not None
+        assert variance is not None
+        assert torch.allclose(mean, torch.stack([batch.mean(1) for batch in values]).mean(0), atol=1e-4)
+        assert torch.allclose(variance, torch.stack([batch.var(1) for batch in values]).mean(0), rtol=1e-3)
 
 
 def test_a_killed_training_continues_its_average_too(workload: Classification, tmp_path: Path) -> None:

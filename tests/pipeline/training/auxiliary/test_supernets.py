@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from secateur.pipeline.config.schema import FinetuneSection
-from secateur.pipeline.evaluation.accuracy import recalibrate
 from secateur.pipeline.progress import silent
 from secateur.pipeline.training import auxiliary as learning
 from secateur.pipeline.training.auxiliary import Outcome, Task, pruning_net, shared
 from secateur.pipeline.training.loop import load_weights, save_weights
+from secateur.pipeline.training.statistics import recalibrate, training_images
 from secateur.pipeline.workloads.classification import Classification
 from secateur.pruning.channels import ChannelGraph
 from secateur.pruning.plan import PruningPlan
@@ -72,7 +72,7 @@ def teach(
 
 def accuracy(workload: Classification, graph: ChannelGraph, state: Mapping[str, Tensor], plan: PruningPlan) -> float:
     network = inherit(fresh(workload), graph, plan, state).eval()
-    recalibrate(network, workload, 512, CPU)
+    recalibrate(network, training_images(workload, workload.train, 512, CPU))
     images, targets = workload.batch(
         workload.search, torch.arange(len(workload.search)), train=False, generator=None, device=CPU
     )
