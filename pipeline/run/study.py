@@ -196,7 +196,14 @@ class Study:
         set_ = {name: limit for name, limit in limits.items() if limit is not None and limit < math.inf}
         left = {name: max(0.0, limit - spent[name]) for name, limit in set_.items()}
         share = min((left[name] / limit if limit > 0 else 0.0 for name, limit in set_.items()), default=1.0)
-        return Left(**left, share=share, spent=spent)
+        return Left(**left, share=share, spent=spent, epoch=self._epoch())
+
+    def _epoch(self) -> dict[str, float]:
+        """What an epoch of the unpruned network takes, where a limit counts it."""
+        if self.budget.work is None and self.budget.seconds is None:
+            return {}
+        work = self.oracle.epoch_work(AuxiliaryTraining("", 1.0))
+        return {"work": work, "seconds": work * self._pace.of_training()}
 
     def evaluate(self, candidate: Candidate, latency: bool, floor: float | None = None) -> Evaluation:
         """One candidate's evaluation, journalled before it is returned."""

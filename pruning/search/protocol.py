@@ -263,6 +263,7 @@ class Left:
         work: image-MACs (``Budget``).
         share: the smallest share of a limit that is left, in 0..1; 1 where there is no limit.
         spent: so far, by the same names.
+        epoch: what an epoch of training of the unpruned network takes, ``work`` and ``seconds``; 0 = not known.
     """
 
     evaluations: float = math.inf
@@ -271,6 +272,12 @@ class Left:
     work: float = math.inf
     share: float = 1.0
     spent: Mapping[str, float] = field(default_factory=dict)
+    epoch: Mapping[str, float] = field(default_factory=dict)
+
+    def trainable(self, share: float = 1.0) -> float:
+        """Epochs that the unpruned network can be trained for with a share of the work and seconds; inf = no limit."""
+        lasting = [share * float(getattr(self, name)) / cost for name, cost in self.epoch.items() if cost > 0]
+        return min([self.epochs, *lasting])
 
     def rounds(self, before: Left) -> float:
         """How many rounds like the one since ``before`` fit into what is left; inf where nothing limits them."""

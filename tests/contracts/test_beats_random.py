@@ -50,8 +50,8 @@ class Redundant(FakeStudy):
             if f not in there[name]
         )
 
-    def scores(self, request: Score) -> dict[str, np.ndarray]:
-        answer = super().scores(request)
+    def saliency(self, request: Score) -> dict[str, np.ndarray]:
+        answer = super().saliency(request)
         if request.criterion != "feature_distance":
             return answer
         families = {name: np.arange(len(value)) // self.family for name, value in self.value.items()}

@@ -15,31 +15,42 @@ meets the run's target, in MACs or in measured latency.
 
 Our choices, where the source leaves room or slips (``paper_compat`` has the source's):
 
-- a particle outside the target is projected onto it (the source's fitness ignores cost and may drift to wide networks);
+- every particle is brought onto the target, from above or from below, its widths by one factor and the rest by norms
+  (the source's fitness ignores cost and may drift to wide networks); so all of them cost the same, and the swarm
+  compares nothing but how widths are spread;
+- two particles begin elsewhere, at equal keep ratios in all groups and where Taylor's criterion alone would cut; the
+  population spreads around the best of these three starts;
+- 90 trainings of 3 epochs are days on a processor. Particles are scored as cut, which takes seconds, and half of the
+  budget is left to training the best one, whose weights begin the final training. Particles are trained where the
+  budget holds an epoch for all of them, and where networks as cut have lost so much that scores tell nothing (as those
+  without batch norm may): then for as long as it holds ``TRAININGS`` of them;
+- which channels stay is decided once, on these three starts: by the rule that loses least of medoids of the clusters,
+  L1 norms and Taylor's criterion (the source keeps random filters);
 - fitness is the run's reward, not the accuracy alone;
 - velocities are updated before positions, for every group (the source's updates the first eight only, so that all
   others keep their first velocity for good), with random factors of their own; the moved groups are distinct and
   include the last;
-- moves are rounded, and end at the full width, not one below it;
-- of each cluster the medoid stays, then the largest L1 norms decide (the source keeps random filters).
+- moves are rounded, and end at the full width, not one below it.
 
 A position counts the allowed widths of a group from 1, so a step is one multiple of the device's channels; where every
 width is allowed, it is the width. Particles that meet the same plan share its evaluation.
 
-Least budget: 2 evaluations.
+Least budget: 1 evaluation.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, product
 from typing import ClassVar, Literal
 
 import numpy as np
 
 from secateur.pruning.plan import IntArray, PruningPlan, SearchSpace
+from secateur.pruning.search.landing import settle
 from secateur.pruning.search.methods.clustering import (
     Clusterer,
     Tree,
@@ -55,10 +66,12 @@ from secateur.pruning.search.protocol import (
     RANDOM,
     Answer,
     Budget,
+    BudgetSpent,
     Candidate,
     Evaluation,
     FloatArray,
     Goal,
+    Left,
     Problem,
     Request,
     Strategy,
@@ -67,12 +80,13 @@ from secateur.pruning.search.support import (
     Limit,
     SearchError,
     best_first,
+    bisect,
     check_ranges,
     evaluate,
     fine_tune,
     limit_of,
     meet,
-    project,
+    remaining,
     score,
 )
 
@@ -81,6 +95,20 @@ CHI = 0.729
 C1 = C2 = 2.0
 COMPAT_MOVES = 8
 """Groups a particle moves in the source, drawn with replacement."""
+PAPER_EPOCHS = 3.0
+"""Of training before a particle is judged, in the source."""
+RULES = ("taylor", "medoid", "l1")
+"""Of inheritance, that are tried."""
+SWARM_SHARE = 0.5
+"""Of the budget, for judging particles without training; the rest trains the best one."""
+TELLING = 0.05
+"""Of the unpruned network's score: where no start as cut has so much, scores without training tell nothing."""
+TAYLOR_IMAGES = 640
+"""Training images that Taylor's criterion is averaged over."""
+TRAININGS = 20
+"""Particles that the budget is to hold where they have to be trained: 4 of them, for 4 cycles."""
+MOST_EPOCHS = 1.0
+"""Of training before a particle is judged, unless the run file says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -97,14 +125,19 @@ class Options:
         images: training images the feature maps are averaged over (authors: test images).
         concat: parts the images are divided into; the maps are averaged within each and put side by side.
         after_activation: compare what the next layers read, instead of the layer's output before batch norm.
-        population: N, particles.
-        cycles: of the swarm.
+        population: N, particles; fewer where the budget does not hold them.
+        cycles: of the swarm, at most; fewer where the budget does not hold them.
         v_max: largest velocity, in steps of the allowed widths.
         move_share: fraction in 0..1 of the groups that a particle moves in a cycle (authors: 8 draws; VGG has 13).
-        fitness_epochs: of training before a particle is judged; 0 = evaluate without training.
-        inherit: which channels stay: ``medoid`` (ours), ``l1``, or ``random`` (authors).
+        fitness_epochs: of training before a particle is judged (authors: 3); 0 = none; None = what the
+            budget asks for (see the module).
+        best_epochs: of training that the best particle gets at the end, as far as the budget goes (authors: the 3 of
+            its fitness).
+        inherit: which channels stay: ``medoid`` of the clusters and then the largest norms, the largest ``l1`` norms,
+            ``taylor`` (what the loss needs), ``random`` (authors), or ``auto``, the one of the first three that loses
+            least.
         start: ``pretrained`` weights are inherited, or each particle begins with ``random`` ones.
-        paper_compat: the source's fitness, swarm and bounds instead of ours (see the module).
+        paper_compat: the source's fitness, swarm, bounds and inheritance instead of ours (see the module).
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -119,22 +152,38 @@ class Options:
     cycles: int = 8
     v_max: float = 2.0
     move_share: float = 0.6
-    fitness_epochs: float = 3
-    inherit: Literal["medoid", "l1", "random"] = "medoid"
+    fitness_epochs: float | None = None
+    best_epochs: float = 3.0
+    inherit: Literal["auto", "medoid", "l1", "taylor", "random"] = "auto"
     start: Literal["pretrained", "random"] = "pretrained"
     paper_compat: bool = False
 
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("min_samples", "images", "concat", "population"), (1.0, math.inf))
-        free = dict.fromkeys(("cycles", "v_max", "fitness_epochs"), (0.0, math.inf))
+        free = dict.fromkeys(("cycles", "v_max", "fitness_epochs", "best_epochs"), (0.0, math.inf))
         check_ranges(self, **counts, **free, epsilon=(0, 2), move_share=(0, 1))
-        if self.start == "random" and self.fitness_epochs == 0:
+        if self.start == "random" and self.epochs == 0:
             raise ValueError("start: random needs fitness_epochs > 0; untrained networks cannot be told apart")
+
+    @property
+    def epochs(self) -> float | None:
+        """Epochs of a particle's fitness; None = to be found out."""
+        if self.fitness_epochs is None and (self.paper_compat or self.start == "random"):
+            return PAPER_EPOCHS
+        return self.fitness_epochs
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        """Rules of inheritance to choose from."""
+        if self.inherit != "auto":
+            return (self.inherit,)
+        return ("random",) if self.paper_compat else RULES
 
 
 def least(problem: Problem, options: Options) -> Budget:
-    """A candidate to learn from, and the last one."""
-    return Budget(evaluations=2)
+    """One particle: what the clusters suggest, judged."""
+    del problem
+    return Budget(evaluations=1, epochs=options.epochs or None)
 
 
 def search(problem: Problem, options: Options) -> Strategy:
@@ -146,11 +195,13 @@ def search(problem: Problem, options: Options) -> Strategy:
     """
     suggestion = yield from suggest(problem, options)
     swarm = Swarm(problem, options, suggestion)
-    yield from swarm.populate()
-    for t in range(options.cycles):
-        w = 0.4 + 0.2 * (options.cycles - t) / options.cycles  # inertia: 0.600, 0.575 ... 0.425 in eight cycles
-        for particle in swarm.particles:
-            yield from swarm.move(particle, w)
+    with suppress(BudgetSpent):  # what was judged until then is an archive too
+        yield from swarm.populate()
+        for t in range(swarm.cycles):
+            w = 0.4 + 0.2 * (swarm.cycles - t) / swarm.cycles  # inertia: 0.600, 0.575 ... 0.425 in eight cycles
+            for particle in swarm.particles:
+                yield from swarm.move(particle, w)
+        yield from swarm.train_best()
     return best_first(problem, swarm.candidates, swarm.evaluations)
 
 
@@ -159,16 +210,29 @@ class Suggestion:
     """What the clusters say.
 
     Args:
-        widths: allowed width per group, shape ``(groups,)``.
+        start: allowed width per group, and how much of that is the projection's.
         limit: the target, with the bound at which it was measured to be met; None = none is looked at.
-        medoids: group -> shape ``(size,)``, saliency: one channel of each cluster before all others.
-        norms: group -> shape ``(size,)``, L1 norms.
+        saliencies: rule of inheritance -> group -> shape ``(size,)``, higher = keep.
+        worth: the same, comparable across groups: by what positions are brought onto the target.
     """
 
-    widths: list[int]
+    start: Position
     limit: Limit | None
-    medoids: Mapping[str, FloatArray]
-    norms: Mapping[str, FloatArray]
+    saliencies: Mapping[str, Mapping[str, FloatArray]]
+    worth: Mapping[str, FloatArray]
+
+
+@dataclass(frozen=True, eq=False)
+class Position:
+    """Where a particle is.
+
+    Args:
+        widths: allowed width per group.
+        share: ``Candidate.projected_share``.
+    """
+
+    widths: tuple[int, ...]
+    share: float = 0.0
 
 
 def suggest(problem: Problem, options: Options) -> Generator[Request, Answer, Suggestion]:
@@ -184,6 +248,7 @@ def suggest(problem: Problem, options: Options) -> Generator[Request, Answer, Su
     limit = (yield from limit_of(problem)) if looked_at else None
     distance = yield from score("feature_distance", DENSE, None, **feature_options(options))
     norms = yield from score("l1")
+    taylor = (yield from score("taylor", images=TAYLOR_IMAGES)) if "taylor" in options.rules else norms
     clusters = {n: cluster(options.clusterer, distance[n], problem.rng, options.min_samples) for n in space.names}
     trees = {name: tree for name, tree in clusters.items() if isinstance(tree, Tree)}
     labels: dict[str, IntArray] = {}
@@ -192,22 +257,27 @@ def suggest(problem: Problem, options: Options) -> Generator[Request, Answer, Su
         labels.update({name: clusters[name].at(epsilon) for name in space.names})
         return suggested(space, labels)
 
+    worth, found = shares(norms), Position(())
+
     def cut(within: Limit) -> PruningPlan:
-        nonlocal limit
+        nonlocal limit, found
         limit = within
-        if given is None:
-            return space.decode(widths(calibrate(clusters, within, widths)), norms)
-        return space.decode(project(problem, within, shares(norms), widths(given)), norms)
+        plan = space.decode(widths(calibrate(clusters, within, widths) if given is None else given), norms)
+        found = Position(tuple(space.encode(plan).tolist()))
+        if not options.paper_compat:
+            settled = settle(problem, within, plan, worth)
+            plan, found = settled.plan, Position(tuple(space.encode(settled.plan).tolist()), settled.projected_share)
+        return plan
 
     if limit is not None:
-        start = space.encode((yield from meet(problem, limit, cut))).tolist()
+        yield from meet(problem, limit, cut)
     elif given is not None:
-        start = widths(given)
+        found = Position(tuple(widths(given)))
     else:
         labels.update({name: by_silhouette(tree, distance[name]) for name, tree in trees.items()})
-        start = suggested(space, labels)
+        found = Position(tuple(suggested(space, labels)))
     medoids = {n: preferring(representatives(labels[n], distance[n], norms[n]), norms[n]) for n in space.names}
-    return Suggestion(start, limit, medoids, norms)
+    return Suggestion(found, limit, {"medoid": medoids, "l1": norms, "taylor": taylor}, worth)
 
 
 def feature_options(options: Options) -> dict[str, float]:
@@ -250,16 +320,25 @@ class Particle:
 
 
 class Swarm:
-    """Steps 2 and 3 (2.4 and 2.6), and everything that was evaluated on the way."""
+    """Steps 2 and 3 (2.4 and 2.6), and everything that was evaluated on the way.
+
+    Attributes:
+        rule: by which channels stay.
+        epochs: of training before a particle is judged.
+        size, cycles: of the swarm, as the budget has it.
+        particles: so far.
+        candidates, evaluations: what was judged.
+    """
 
     def __init__(self, problem: Problem, options: Options, suggestion: Suggestion) -> None:
         self.problem, self.options, self.suggestion = problem, options, suggestion
-        self.worth = shares(suggestion.norms)
+        self.rule, self.epochs = options.rules[0], options.epochs or 0.0
+        self.size, self.cycles = options.population, options.cycles
         self.steps = np.array([len(problem.space.allowed[name]) for name in problem.space.names])
         self.particles: list[Particle] = []
         self.candidates: list[Candidate] = []
         self.evaluations: list[Evaluation] = []
-        self._known: dict[str, tuple[int, float]] = {}
+        self._known: dict[tuple[str, float], tuple[int, float]] = {}
         self._ids = count()
 
     @property
@@ -268,15 +347,79 @@ class Swarm:
         return max(self.particles, key=lambda particle: particle.best_fitness)
 
     def populate(self) -> Generator[Request, Answer, None]:
-        """2.4: particle 0 is the clustering's result, those after it lie farther and farther away."""
-        rng, v_max = self.problem.rng, self.options.v_max
-        c0 = self.position(self.suggestion.widths)
-        for i in range(self.options.population):
-            s = rng.integers(-1, 2, len(self.steps))
-            position = self.within(np.clip(c0 + i * s, 1, self.steps))
-            velocity = rng.uniform(-v_max, v_max, len(self.steps))
-            id_, fitness = yield from self.judge(position, "init" if i else "cluster", ())
-            self.particles.append(Particle(position, velocity, id_, position, fitness, id_))
+        """2.4: particle 0 is the clustering's result, those after it lie farther and farther away.
+
+        Ours: two more known starts come next, and the others lie around the best of the three. Before, the rule of
+        inheritance is chosen, whether particles are trained, and how many of them the budget holds.
+        """
+        starts = list(self._starts())
+        if self.options.paper_compat:
+            yield from self._join("cluster", starts[0][1])
+        else:
+            yield from self._begin(starts)
+        centre = self.best.best
+        for i in range(1, self.size - len(self.particles) + 1):
+            s = self.problem.rng.integers(-1, 2, len(self.steps))
+            yield from self._join("init", self.within(np.clip(centre + i * s, 1, self.steps)))
+
+    def _starts(self) -> Iterator[tuple[str, Position]]:
+        """Suggested widths; at the target also equal keep ratios, and where Taylor's criterion alone cuts.
+
+        That one ranks channels by what they are worth per cost, and as they are.
+        """
+        space, limit = self.problem.space, self.suggestion.limit
+        yield "cluster", self.suggestion.start
+        if limit is None or self.options.paper_compat:
+            return
+
+        yield "uniform", self.within(self.steps)
+        for per_cost in (True, False) if "taylor" in self.options.rules else ():
+            taylor = self.suggestion.saliencies["taylor"]
+            plan = settle(self.problem, limit, space.full, taylor, per_cost=per_cost).plan
+            yield "taylor", Position(tuple(space.encode(plan).tolist()))  # no projection of anything else
+
+    def _begin(self, starts: Sequence[tuple[str, Position]]) -> Generator[Request, Answer, None]:
+        """Judge the starts as cut where that is to decide anything, and let them join."""
+        rules, before, judged = self.options.rules, (yield from remaining()), 0
+        if self.options.epochs is None or (len(rules) > 1 and self.options.start == "pretrained"):
+            found = list[tuple[float, str]]()
+            for rule, (origin, position) in product(rules, starts):
+                self.rule = rule
+                found.append(((yield from self._judge(position, origin, (), 0.0))[1], rule))
+            self.rule = max(found, key=lambda pair: pair[0])[1]
+            judged = len(self.evaluations)
+        if self.options.epochs is None:
+            self.epochs = self._affordable((yield from remaining()))
+        if judged == 0 or self.epochs > 0:
+            before, judged = (yield from remaining()), 1
+            yield from self._join(*starts[0])
+        self._follow(judged * (yield from remaining()).rounds(before))
+        for start in starts[len(self.particles) : self.size]:
+            yield from self._join(*start)
+
+    def _affordable(self, left: Left) -> float:
+        """Epochs of training before a particle is judged, 0 where scores as cut tell enough and a budget is short."""
+        epochs, metric = left.trainable(), self.problem.metric
+        best = max((e[metric] for e in self.evaluations if e.status == "ok"), default=0.0)
+        if best >= TELLING * self.problem.reference[metric]:
+            enough = self.size * (1 + self.cycles) * MOST_EPOCHS <= epochs < math.inf
+            return MOST_EPOCHS if enough else 0.0
+        return min(MOST_EPOCHS, epochs / TRAININGS)
+
+    def _follow(self, particles: float) -> None:
+        """Fewer particles and fewer cycles, where the budget holds no more than so many like those before."""
+        if self.epochs == 0:
+            particles *= SWARM_SHARE
+        if particles < self.size * (1 + self.cycles):
+            self.size = max(1, min(self.size, round(math.sqrt(particles))))
+            self.cycles = min(self.cycles, int(particles) // self.size)
+
+    def _join(self, origin: str, position: Position) -> Generator[Request, Answer, None]:
+        """One more particle."""
+        velocity = self.problem.rng.uniform(-self.options.v_max, self.options.v_max, len(self.steps))
+        id_, fitness = yield from self._judge(position, origin, (), self.epochs)
+        ranks = self.ranks(position.widths)
+        self.particles.append(Particle(ranks, velocity, id_, ranks, fitness, id_))
 
     def move(self, particle: Particle, w: float) -> Generator[Request, Answer, None]:
         """2.6: one particle moves and is judged; pbest and gbest change where it is strictly better."""
@@ -284,32 +427,46 @@ class Swarm:
         move = compat_move if self.options.paper_compat else ordered_move
         moved, particle.velocity = move(particle, best.best, self.steps, w, self.options, self.problem.rng)
         parents = tuple(dict.fromkeys((particle.id, particle.best_id, best.best_id)))
-        particle.position = self.within(moved)
-        particle.id, fitness = yield from self.judge(particle.position, "pso", parents)
+        position = self.within(moved)
+        particle.position = self.ranks(position.widths)
+        particle.id, fitness = yield from self._judge(position, "pso", parents, self.epochs)
         if fitness > particle.best_fitness:
             particle.best, particle.best_fitness, particle.best_id = particle.position, fitness, particle.id
 
-    def judge(
-        self, position: IntArray, origin: str, parents: tuple[int, ...]
+    def train_best(self) -> Generator[Request, Answer, None]:
+        """Step 4 begins: the best network is trained for as long as the budget goes."""
+        epochs, best = self.options.best_epochs, self.best
+        if epochs == 0 or self.options.paper_compat or best.best_fitness == -math.inf:
+            return
+        known = next(candidate for candidate in self.candidates if candidate.id == best.best_id)
+        candidate = replace(known, id=next(self._ids), origin="best", parents=(known.id,))
+        most = (
+            2 * (yield from remaining()).trainable()
+        )  # the unpruned network could be; it is shortened to what is left
+        tuned = yield from fine_tune(candidate, min(epochs, most))
+        self._note(replace(candidate, base=tuned.base), tuned.evaluation)
+
+    def _judge(
+        self, position: Position, origin: str, parents: tuple[int, ...], epochs: float
     ) -> Generator[Request, Answer, tuple[int, float]]:
-        """2.5: id and fitness of a position; a plan met before is not trained again."""
-        plan = self.problem.space.decode(self.widths(position), self._saliency())
-        if plan.digest not in self._known:
+        """2.5: id and fitness of a position; a plan met before is not judged again."""
+        plan = self.problem.space.decode(position.widths, self._saliency())
+        if (plan.digest, epochs) not in self._known:
             base = RANDOM if self.options.start == "random" else DENSE
-            candidate = Candidate(next(self._ids), plan, origin, parents, base)
-            if self.options.fitness_epochs > 0:
-                tuned = yield from fine_tune(candidate, self.options.fitness_epochs)
+            candidate = Candidate(next(self._ids), plan, origin, parents, base, position.share)
+            if epochs > 0:
+                tuned = yield from fine_tune(candidate, epochs)
                 evaluation, base = tuned.evaluation, tuned.base
             else:
-                (evaluation,) = yield from evaluate([candidate], latency=True)
-            self._known[plan.digest] = candidate.id, self._note(replace(candidate, base=base), evaluation)
-        return self._known[plan.digest]
+                (evaluation,) = yield from evaluate([candidate], latency=True, last=not self.candidates)
+            self._known[plan.digest, epochs] = candidate.id, self._note(replace(candidate, base=base), evaluation)
+        return self._known[plan.digest, epochs]
 
     def _saliency(self) -> Mapping[str, FloatArray]:
         """2.5, which channels stay: group -> shape ``(size,)``; drawn anew for each particle where it is random."""
-        if self.options.inherit == "random":
+        if self.rule == "random":
             return {name: self.problem.rng.random(size) for name, size in self.problem.space.sizes.items()}
-        return self.suggestion.medoids if self.options.inherit == "medoid" else self.suggestion.norms
+        return self.suggestion.saliencies[self.rule]
 
     def _note(self, candidate: Candidate, evaluation: Evaluation) -> float:
         """Keep an evaluation; its fitness, -inf where it is not known, so that such particles are never the best."""
@@ -324,23 +481,33 @@ class Swarm:
         self.evaluations.append(evaluation)
         return fitness
 
-    def widths(self, position: IntArray) -> list[int]:
-        """Allowed width per group."""
+    def widths(self, ranks: IntArray) -> list[int]:
+        """Allowed width per group, of positions counted from 1, shape ``(groups,)``."""
         space = self.problem.space
-        return [space.allowed[name][int(r) - 1] for name, r in zip(space.names, position, strict=True)]
+        return [space.allowed[name][int(r) - 1] for name, r in zip(space.names, ranks, strict=True)]
 
-    def position(self, widths: Sequence[int]) -> IntArray:
+    def ranks(self, widths: Sequence[int]) -> IntArray:
         """The inverse of ``widths``."""
         space = self.problem.space
         ranks = [space.allowed[name].index(w) + 1 for name, w in zip(space.names, widths, strict=True)]
         return np.array(ranks, dtype=np.int64)
 
-    def within(self, position: IntArray) -> IntArray:
-        """The position, projected onto the target where it lies outside."""
-        limit = self.suggestion.limit
+    def within(self, ranks: IntArray) -> Position:
+        """A position brought onto the target: all widths by one factor, then what rounding left by the norms.
+
+        Cut by norms alone it would lose the very channels that a move has added, and the swarm would stand still.
+        """
+        limit, space, widths = self.suggestion.limit, self.problem.space, self.widths(ranks)
         if limit is None or self.options.paper_compat:
-            return position
-        return self.position(project(self.problem, limit, self.worth, self.widths(position)))
+            return Position(tuple(widths))
+
+        def scaled(factor: float) -> list[int]:
+            return [space.snap(n, max(1, round(factor * w))) for n, w in zip(space.names, widths, strict=True)]
+
+        most = max(space.sizes[name] / width for name, width in zip(space.names, widths, strict=True))
+        near, worth = scaled(bisect(limit, scaled, meets=0.0, fails=most)), self.suggestion.worth
+        settled = settle(self.problem, limit, space.decode(near, worth), worth)
+        return Position(tuple(space.encode(settled.plan).tolist()), settled.projected_share)
 
 
 Moved = tuple[IntArray, FloatArray]

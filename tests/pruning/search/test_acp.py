@@ -12,9 +12,21 @@ from hypothesis import strategies as st
 from secateur.pruning.search.methods import random
 from secateur.pruning.search.methods.acp import Options, Particle, compat_move, ordered_move, search
 from secateur.pruning.search.methods.clustering import dbscan, num_kept
-from secateur.pruning.search.protocol import DENSE, RANDOM, Candidate, Evaluate, Evaluation, FineTune, Goal, Score, Time
+from secateur.pruning.search.protocol import (
+    DENSE,
+    RANDOM,
+    Budget,
+    Candidate,
+    Evaluate,
+    Evaluation,
+    FineTune,
+    Goal,
+    Score,
+    Time,
+)
 from secateur.pruning.search.support import SearchError
 from secateur.pruning.search.testing import BASELINE, FakeStudy, drive, study
+from tests.pruning.search.bounded import bounded, work
 
 LOOSE = Options(epsilon=0.0, fitness_epochs=0)
 """No cluster and no target: the swarm starts at the full widths."""
@@ -67,8 +79,8 @@ def moving(position, velocity, best, fitness=0.0) -> Particle:
 def test_the_distances_are_asked_for_once_and_particle_0_is_what_the_clusters_suggest():
     fake = study()
     drive(search(fake.problem(), Options(epsilon=0.002)), fake)
-    assert fake.requests[:2] == [Score("feature_distance", options={"images": 200}), Score("l1")]
-    assert sum(isinstance(request, Score) for request in fake.requests) == 2
+    asked = [Score("feature_distance", options={"images": 200}), Score("l1"), Score("taylor", options={"images": 640})]
+    assert fake.requests[:3] == [request for request in fake.requests if isinstance(request, Score)] == asked
     distance = fake.saliency(Score("feature_distance"))
     expected = [num_kept(dbscan(distance[name], 5).at(0.002)) for name in fake.space.names]
     assert widths(fake.candidates[0]) == expected
@@ -96,7 +108,7 @@ def test_the_other_rules_of_inheritance_lose_kinds(inherit):
 
 def test_medoids_come_first_then_the_largest_norms():
     fake = redundant()
-    drive(search(fake.problem(), Options(epsilon=1e-6, population=6, cycles=2)), fake)
+    drive(search(fake.problem(), Options(epsilon=1e-6, population=6, cycles=2, inherit="medoid")), fake)
     for candidate in fake.candidates:
         for name, kept in candidate.plan.kept.items():
             kinds, value = fake.kinds[name], fake.value[name]
@@ -107,23 +119,38 @@ def test_medoids_come_first_then_the_largest_norms():
 
 @pytest.mark.parametrize("target", [0.3, 0.6, 0.9])
 @pytest.mark.parametrize("clusterer", ["dbscan", "agglomerative", "dbs"])
-def test_epsilon_is_calibrated_to_the_macs_target_and_every_particle_meets_it(target, clusterer):
+def test_every_particle_is_at_the_macs_target(target, clusterer):
+    """Brought there from above and from below; within a few steps of the suggestion, little of it is the projection."""
     fake = study()
-    options = Options(clusterer=clusterer, population=5, cycles=3, fitness_epochs=0)
-    drive(search(fake.problem(Goal(macs_ratio=target)), options), fake)
+    options = Options(clusterer=clusterer, population=5, cycles=3)
+    archive = drive(search(fake.problem(Goal(macs_ratio=target)), options), fake)
     ratios = [fake.macs(c.plan) / fake.macs(fake.space.full) for c in fake.candidates]
-    assert max(ratios) <= target
-    assert len(ratios) > 5
+    assert 0.98 * target <= min(ratios) <= max(ratios) <= target  # 0.99 where widths of 16 channels allow it
+    assert len({c.plan.digest for c in fake.candidates}) > 3
+    assert np.median([c.projected_share for c in fake.candidates]) < 0.25
+    assert archive[0].candidate.origin == "best"
 
 
-def test_epsilon_is_calibrated_to_measured_latency():
+@pytest.mark.parametrize("target", [0.3, 0.6])
+def test_in_the_papers_way_epsilon_is_calibrated_to_the_target_and_particles_drift(target):
+    fake = study()
+    drive(search(fake.problem(Goal(macs_ratio=target)), Options(paper_compat=True)), fake)
+    ratios = [fake.macs(c.plan) / fake.macs(fake.space.full) for c in fake.candidates]
+    assert ratios[0] <= target < max(ratios)
+    assert all(c.projected_share == 0 for c in fake.candidates)
+    trainings = [request for request in fake.requests if not isinstance(request, Score)]
+    assert {type(request) for request in trainings} == {FineTune}
+    assert {request.epochs for request in trainings} == {3}
+
+
+def test_the_suggestion_is_measured_to_meet_a_latency_target():
     fake = study()
     options = Options(clusterer="agglomerative", population=1, cycles=0)
     drive(search(fake.problem(Goal(latency_ratio=0.7)), options), fake)
-    (candidate,) = fake.candidates
-    ratio = (fake.macs(candidate.plan) / fake.macs(fake.space.full)) ** 0.5
-    assert 0.5 < ratio <= 0.7
-    assert isinstance(fake.requests[-2], Time)  # it was measured before it was trained
+    ratio = (fake.macs(fake.candidates[0].plan) / fake.macs(fake.space.full)) ** 0.5
+    assert 0.6 < ratio <= 0.7
+    judged = [type(request) for request in fake.requests]
+    assert isinstance(fake.requests[judged.index(Evaluate) - 1], Time)  # it was measured before it was judged
 
 
 def test_a_given_epsilon_is_projected_onto_the_target_unless_the_papers_way_is_wanted():
@@ -148,9 +175,9 @@ def test_trees_need_neither_epsilon_nor_target(clusterer):
 @pytest.mark.parametrize("seed", range(3))
 def test_particle_i_lies_at_most_i_steps_away(seed, compat):
     fake = redundant()
-    options = Options(epsilon=1e-6, cycles=0, population=10, inherit="random", paper_compat=compat)
+    options = Options(epsilon=1e-6, cycles=0, population=10, inherit="l1", fitness_epochs=1, paper_compat=compat)
     drive(search(fake.problem(seed=seed), options), fake)
-    particles = np.array([widths(c) for c in fake.candidates])
+    particles = np.array([widths(c) for c in fake.candidates if c.origin != "best"])
     assert len(particles) == 10
     assert particles[0].tolist() == [7, 11, 9]
     for i, particle in enumerate(particles):
@@ -160,7 +187,7 @@ def test_particle_i_lies_at_most_i_steps_away(seed, compat):
 
 
 def test_steps_are_those_of_the_device():
-    fake = study((64, 64), 8)
+    fake = study((64, 64, 64, 64), 8)
     drive(search(fake.problem(Goal(macs_ratio=0.5)), replace(LOOSE, epsilon=None, cycles=0)), fake)
     moved = {w for c in fake.candidates for w in widths(c)}
     assert len(moved) > 3
@@ -276,8 +303,8 @@ def test_pbest_and_gbest_change_only_for_the_strictly_better_and_gbest_never_fal
         history.append(self.best.best_fitness)
 
     monkeypatch.setattr(acp.Swarm, "move", watched)
-    fake = study()
-    archive = drive(search(fake.problem(Goal(macs_ratio=0.6)), Options()), fake)
+    fake = study((64, 64, 64, 64))
+    archive = drive(search(fake.problem(Goal(macs_ratio=0.6)), Options(inherit="medoid", best_epochs=0)), fake)
     assert history[-1] > history[0]
     assert history == sorted(history)
     assert history[-1] == fake.problem().reward(archive[0].evaluation)
@@ -286,20 +313,20 @@ def test_pbest_and_gbest_change_only_for_the_strictly_better_and_gbest_never_fal
 def test_an_equally_good_position_replaces_nothing():
     fake = study((64, 64, 64))
     problem = replace(fake.problem(), reward=lambda e: 1.0)
-    drive(search(problem, Options(epsilon=0.0002, inherit="random")), fake)
+    drive(search(problem, Options(epsilon=0.0002, inherit="random", fitness_epochs=1)), fake)
     moved = [c for c in fake.candidates if c.origin == "pso"]
     assert all(0 in c.parents for c in moved)  # gbest stays with particle 0
     assert all(p < 10 for c in moved for p in c.parents[1:])  # and each pbest where its particle began
 
 
-def test_it_asks_for_90_trainings_of_3_epochs_at_most_and_for_no_plan_twice():
+def test_the_papers_way_asks_for_90_trainings_of_3_epochs_at_most_and_for_no_plan_twice():
     fake = study((64, 64, 64, 64))
-    drive(search(fake.problem(), Options(epsilon=0.001, inherit="random")), fake)
+    drive(search(fake.problem(), Options(epsilon=0.001, paper_compat=True)), fake)
     trainings = [request for request in fake.requests if isinstance(request, FineTune)]
     assert len(trainings) == 90
     assert all(request.epochs == 3 and request.part == (0, 1) and request.distill is None for request in trainings)
     fake = study((8, 8))
-    drive(search(fake.problem(), Options(epsilon=0.001)), fake)
+    drive(search(fake.problem(), Options(epsilon=0.001, paper_compat=True, inherit="l1")), fake)
     plans = [c.plan.digest for c in fake.candidates]
     assert len(plans) == len(set(plans)) < 90
 
@@ -310,15 +337,23 @@ def test_parents_are_where_the_particle_was_and_its_two_attractors():
     moved = [c for c in fake.candidates if c.origin == "pso"]
     assert moved
     assert all(1 <= len(c.parents) <= 3 and len(set(c.parents)) == len(c.parents) for c in moved)
-    assert all(c.parents == () for c in fake.candidates if c.origin != "pso")
+    assert all(c.parents == () for c in fake.candidates if c.origin not in ("pso", "best"))
 
 
 def test_final_training_starts_from_the_best_networks_weights():
     fake = study()
-    archive = drive(search(fake.problem(Goal(macs_ratio=0.6)), Options(population=3, cycles=1)), fake)
+    options = Options(fitness_epochs=1, population=3, cycles=1, inherit="l1")
+    archive = drive(search(fake.problem(Goal(macs_ratio=0.6)), options), fake)
     assert all(entry.candidate.base == f"tuned-{entry.candidate.id}" for entry in archive)
     rewards = [fake.problem().reward(entry.evaluation) for entry in archive]
     assert rewards == sorted(rewards, reverse=True)
+    fake = study()
+    best, *others = drive(search(fake.problem(Goal(macs_ratio=0.6)), Options(population=3, cycles=1)), fake)
+    (training,) = [request for request in fake.requests if isinstance(request, FineTune)]
+    assert training.epochs == 3
+    assert best.candidate == replace(training.candidate, base=f"tuned-{best.candidate.id}")
+    assert best.candidate.plan == others[0].candidate.plan
+    assert {entry.candidate.base for entry in others} == {DENSE}
 
 
 @pytest.mark.parametrize("compat", [False, True])
@@ -334,7 +369,7 @@ def test_fitness_is_the_reward_and_the_accuracy_in_the_papers_way(compat):
 
 def test_without_training_particles_are_evaluated_as_they_are_with_latency():
     fake = study()
-    archive = drive(search(fake.problem(), replace(LOOSE, epsilon=0.002)), fake)
+    archive = drive(search(fake.problem(), replace(LOOSE, epsilon=0.002, best_epochs=0)), fake)
     asked = [request for request in fake.requests if not isinstance(request, Score)]
     assert all(isinstance(request, Evaluate) and request.latency for request in asked)
     assert all(entry.candidate.base == DENSE for entry in archive)
@@ -342,10 +377,60 @@ def test_without_training_particles_are_evaluated_as_they_are_with_latency():
 
 def test_particles_may_begin_with_random_weights():
     fake = study()
-    drive(search(fake.problem(), Options(epsilon=0.002, start="random", population=3, cycles=1)), fake)
+    options = Options(epsilon=0.002, start="random", population=3, cycles=1, best_epochs=0)
+    drive(search(fake.problem(), options), fake)
     assert {c.base for c in fake.candidates} == {RANDOM}
+    assert not any(isinstance(request, Evaluate) for request in fake.requests)
     with pytest.raises(ValueError, match="start: random needs fitness_epochs > 0"):
         Options(start="random", fitness_epochs=0)
+
+
+# -- budgets -----------------------------------------------------------------------------------------------------------
+
+HALF = Goal(macs_ratio=0.5)
+
+
+@pytest.mark.parametrize("evaluations", [1, 2, 5, 17, 40, 200])
+def test_however_few_evaluations_the_best_is_at_the_target(evaluations):
+    fake = study((64, 64, 64))
+    archive, ran = bounded("acp", Options(), fake, HALF, Budget(evaluations=evaluations))
+    assert 0.99 <= archive[0].evaluation["macs"] / fake.macs(fake.space.full) / 0.5 <= 1
+    assert ran.spent["evaluations"] <= evaluations
+    assert archive[0].candidate.projected_share < 0.25
+
+
+@pytest.mark.parametrize("evaluations", [20, 60, 300])
+def test_half_of_the_work_is_left_to_training_the_best(evaluations):
+    fake = study((64, 64, 64))
+    archive, ran = bounded("acp", Options(), fake, HALF, Budget(work=work(fake, evaluations)))
+    (training,) = [request for request in fake.requests if isinstance(request, FineTune)]
+    assert archive[0].candidate == replace(training.candidate, base=archive[0].candidate.base)
+    assert training.epochs >= min(3, 0.4 * evaluations / 30 / 0.5)  # 30 evaluations are an epoch; half of the MACs
+    assert ran.spent["image_macs"] <= 1.02 * work(fake, evaluations)
+
+
+class Ruined(FakeStudy):
+    """As without batch norm: whatever is cut scores nothing until it is trained."""
+
+    def top1(self, candidate):
+        return (0.001 if candidate.base == DENSE else 1) * super().top1(candidate)
+
+
+def test_particles_are_trained_where_scores_as_cut_tell_nothing():
+    fake = Ruined(study((64, 64, 64)).space)
+    archive, _ = bounded("acp", Options(), fake, HALF, Budget(epochs=10))
+    trained = [r.epochs for r in fake.requests if isinstance(r, FineTune) and r.candidate.origin != "best"]
+    assert set(trained) == {10 / 20}
+    assert 15 <= len(trained) <= 20
+    assert archive[0].candidate.base != DENSE
+
+
+@pytest.mark.parametrize("epochs", [50, 100])
+def test_particles_are_trained_for_an_epoch_where_the_budget_holds_it_for_all(epochs):
+    fake = study((64, 64, 64))
+    bounded("acp", Options(), fake, HALF, Budget(epochs=epochs))
+    trained = sum(isinstance(request, FineTune) for request in fake.requests)
+    assert trained > 20 if epochs == 100 else trained == 1
 
 
 # -- against the known optimum, and when things go wrong ---------------------------------------------------------------
@@ -393,7 +478,7 @@ def test_the_swarm_improves_on_its_population_and_on_random_search_at_equal_eval
         archive = drive(search(replace(fake.problem(seed=seed), reward=lambda e: e["top1"]), options), fake)
         assert np.abs(np.array(widths(fake.candidates[0])) - HIDDEN).max() == 8
         ours.append(archive[0].evaluation["top1"])
-        first.append(max(fake.top1(c) for c in fake.candidates if c.origin != "pso"))
+        first.append(max(fake.top1(c) for c in fake.candidates if c.origin in ("cluster", "init")))
         rivals = random.Options(num_plans=len(fake.candidates))
         rival = drive(random.search(replace(twin.problem(seed=seed), reward=lambda e: e["top1"]), rivals), twin)
         theirs.append(rival[0].evaluation["top1"])
