@@ -19,6 +19,9 @@ from secateur.export import quantize
 from secateur.export.artifact import ExportedModel, describe, opset_of
 from secateur.export.errors import ExportError
 
+OPSET = 20
+"""Operator set of files, unless told otherwise; templates always have it."""
+
 Example = torch.Tensor | tuple[Any, ...]
 """One tensor, or the tuple of a forward's arguments: tensors, and nested lists and mappings of them."""
 
@@ -38,7 +41,7 @@ def export_onnx(
     example_input: Example,
     path: str | Path,
     *,
-    opset: int = 20,
+    opset: int = OPSET,
     dynamic_batch: bool = False,
     optimize: bool = True,
     plan_digest: str = "",
@@ -76,7 +79,7 @@ def export_proto(
     model: torch.nn.Module,
     example_input: Example,
     *,
-    opset: int = 20,
+    opset: int = OPSET,
     dynamic_batch: bool = False,
     optimize: bool = True,
     input_names: Sequence[str] = ("input",),
@@ -117,6 +120,18 @@ def export_proto(
         raise ExportError(f"asked for opset {opset}, the exporter wrote {opset_of(proto)}; ask for opset 18 or newer")
     strip_metadata(proto)
     return proto
+
+
+def optimise(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """What ``export_proto`` gives with ``optimize``, of a model that was exported without."""
+    from onnxscript import ir  # half a second, which only exports need
+
+    with _silence():
+        program = torch.onnx.ONNXProgram(ir.from_proto(proto), None)
+        program.optimize()
+        optimised = program.model_proto
+    strip_metadata(optimised)
+    return optimised
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from onnx import numpy_helper
 
 from secateur.export.artifact import ExportedModel, describe
 from secateur.export.errors import ExportError, TemplateError
-from secateur.export.onnx_export import Example, export_onnx, export_proto, write_atomically
+from secateur.export.onnx_export import Example, export_onnx, export_proto, optimise, write_atomically
 from secateur.export.shapes import follow_widths
 from secateur.export.verify import Parity, verify_parity
 from secateur.pruning.plan import ChannelGroup, PruningPlan
@@ -189,6 +189,7 @@ def candidate_onnx(
     plan: PruningPlan,
     path: str | Path,
     *,
+    optimised: bool = False,
     tolerance: float = 1e-5,
 ) -> ExportedModel:
     """The ONNX file of a pruned model: cut from the template and compared with the model, or exported afresh.
@@ -196,6 +197,7 @@ def candidate_onnx(
     Args:
         template: of the dense model; None = always export.
         pruned: the model that ``plan`` made, with the weights to write.
+        optimised: fold constants and fuse, as ``export_onnx`` does, in a file that is cut.
         tolerance: on the relative error; a cut file beyond it is thrown away.
 
     Raises:
@@ -205,6 +207,8 @@ def candidate_onnx(
     if template is not None:
         try:
             data = template.slice(plan, pruned.state_dict())
+            if optimised:
+                data = optimise(onnx.load_model_from_string(data)).SerializeToString()
             _compare(data, pruned, example_input, tolerance)
             write_atomically(path, data)
             return describe(path, plan_digest=plan.digest)

@@ -18,8 +18,8 @@ from secateur.pipeline.progress import ProgressView
 from secateur.pruning.plan import PruningPlan
 from secateur.pruning.weights import inherit
 
-TEMPLATE = "template.onnx"
-"""Name of the template's file."""
+CANDIDATES, TEMPLATE = "candidates", "template.onnx"
+"""Folder of a run's files, and the template's file in it."""
 
 
 class OnnxFiles:

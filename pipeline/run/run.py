@@ -30,6 +30,7 @@ from secateur.pipeline.devices.fleet import Device, Fleet, FleetProgress
 from secateur.pipeline.errors import JournalError, SurroundingsError, UserError
 from secateur.pipeline.evaluation.baseline import Baseline
 from secateur.pipeline.evaluation.evaluator import Evaluator, make_evaluator
+from secateur.pipeline.evaluation.onnx_files import CANDIDATES
 from secateur.pipeline.evaluation.worker_pool import Engine, WorkerPool
 from secateur.pipeline.files import write_whole
 from secateur.pipeline.progress import ProgressView
@@ -224,7 +225,7 @@ class Run:
         return make_evaluator(
             Baseline(baseline, graph, self.workload, self.config.seed, self.device),
             self.fleet,
-            self.directory / "candidates",
+            self.directory / CANDIDATES,
             self.config.search,
             self.config.finetune,
             progress=self.progress,

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, replace
 
 import onnx
 import torch
 from torch import nn
 
 from secateur.export.artifact import describe
-from secateur.export.onnx_export import export_onnx, write_atomically
+from secateur.export.errors import TemplateError
+from secateur.export.onnx_export import OPSET, export_onnx, write_atomically
+from secateur.export.slicing import OnnxTemplate, candidate_onnx
 from secateur.export.verify import predict, verify_parity
+from secateur.pipeline.evaluation.onnx_files import CANDIDATES, TEMPLATE
 from secateur.pipeline.run.facts import ExportedNetwork, ExportFacts, Facts, ParityFacts, Proof, ResultParity
 from secateur.pipeline.run.run import Run
 from secateur.pipeline.stages.loading import load_baseline, load_compact, parity_images
 from secateur.pipeline.workloads import Postprocessing
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.plan import PruningPlan
 from secateur.pruning.surgery import certify, prune
 
 
@@ -27,10 +33,11 @@ def export(run: Run, facts: Facts) -> ExportFacts:
     model, graph = load_baseline(run)
     plan = facts.finetune.best.candidate.plan
     compact = load_compact(run, model, graph, plan)
-    exported = []
+    exported, template = [], _template(run, model, graph)
+    full = PruningPlan.full(graph.groups)
     with run.progress.stage("Export to ONNX") as report:
-        for name, network, digest in (("baseline", model.cpu(), ""), ("compact", compact, plan.digest)):
-            exported.append(_export_one(run, name, network, digest))
+        for name, network, own in (("baseline", model.cpu(), full), ("compact", compact, plan)):
+            exported.append(_export_one(run, name, network, own, "" if own is full else own.digest, template))
             error = exported[-1].parity.max_relative_error
             report(len(exported), 2, f"largest relative difference {error:.1e}")
     certificate = certify(model, prune(model, graph, plan), graph, plan, run.workload.example_input())
@@ -43,14 +50,34 @@ def export(run: Run, facts: Facts) -> ExportFacts:
     )
 
 
-def _export_one(run: Run, name: str, network: nn.Module, plan_digest: str) -> ExportedNetwork:
+def _template(run: Run, model: nn.Module, graph: ChannelGraph) -> OnnxTemplate | None:
+    """What both files are cut from: the search's template, or one that is exported now.
+
+    None where the run file asks for other files than cut ones, or the network's cannot be cut.
+    """
+    section, file = run.config.export, run.directory / CANDIDATES / TEMPLATE
+    if section.dynamic_batch or section.opset != OPSET:
+        return None
+    with suppress(TemplateError):
+        return OnnxTemplate.load(file, graph)
+    with suppress(TemplateError):
+        return OnnxTemplate.export(model.cpu(), run.workload.example_input(), graph, file)
+    return None
+
+
+def _export_one(
+    run: Run, name: str, network: nn.Module, plan: PruningPlan, digest: str, template: OnnxTemplate | None
+) -> ExportedNetwork:
     """A network's ONNX file and its parity; the same with postprocessing behind it, where the workload has some."""
     section, after = run.config.export, run.workload.postprocessing
     path, images = run.directory / f"{name}.onnx", parity_images(run)
     example = run.workload.example_input()
-    artifact = export_onnx(
-        network, example, path, opset=section.opset, plan_digest=plan_digest, dynamic_batch=section.dynamic_batch
-    )
+    if template is None:
+        artifact = export_onnx(
+            network, example, path, opset=section.opset, plan_digest=digest, dynamic_batch=section.dynamic_batch
+        )
+    else:
+        artifact = replace(candidate_onnx(template, network, example, plan, path, optimised=True), plan_digest=digest)
     parity = verify_parity(path, network, torch.split(images, 1), tolerance=section.tolerance)
     exported = ExportedNetwork(artifact=artifact, parity=ParityFacts(**asdict(parity)))
     return exported if after is None else _with_postprocessing(exported, after, network, images)

@@ -270,6 +270,20 @@ class Wrong:
         return self.data
 
 
+@pytest.mark.parametrize("build", [nets.Flat, nets.Mobile, nets.Shuffle, nets.Attention])
+def test_an_optimised_cut_file_has_the_operators_and_values_of_an_export(build: type[nn.Module], tmp_path: Path):
+    model, x, graph, template = traced(build())
+    plan = random_plan(graph)
+    pruned = prune(model, graph, plan)
+    cut = candidate_onnx(template, pruned, x, plan, tmp_path / "cut.onnx", optimised=True)
+    exported = export_onnx(pruned, x, tmp_path / "export.onnx")
+    operators = [Counter(node.op_type for node in onnx.load(file.path).graph.node) for file in (cut, exported)]
+    assert operators[0] == operators[1]
+    assert (cut.inputs, cut.outputs, cut.opset) == (exported.inputs, exported.outputs, exported.opset)
+    outputs = [open_session(file).run(None, {"input": x.numpy()})[0] for file in (cut, exported)]
+    np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-6)
+
+
 def test_candidate_falls_back_to_an_export_and_says_why(
     flat, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):

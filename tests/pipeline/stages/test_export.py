@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from secateur.pipeline.progress import Silent
+from secateur.pipeline.run.run import Run
+from secateur.pipeline.stages.export import export
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
 
@@ -23,3 +30,19 @@ def test_every_file_is_named_with_its_digest(finished: Any) -> None:
         "baseline.onnx": facts.export.baseline.artifact.sha256,
         "compact.onnx": facts.export.compact.artifact.sha256,
     }
+
+
+def test_networks_that_a_template_was_exported_of_are_not_exported_again(
+    finished: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run, facts = finished
+    shutil.copytree(run.directory, tmp_path / run.directory.name)
+    monkeypatch.setenv("SECATEUR_HOME", str(run.directory.parent / "home"))
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: pytest.fail("exported again"))
+    with Run(tmp_path / run.directory.name, Silent()) as again:
+        found = export(again, facts)
+    assert found.files == facts.export.files
+    assert (found.baseline.artifact.plan_digest, found.compact.artifact.plan_digest) == (
+        "",
+        facts.finetune.best.candidate.plan.digest,
+    )
