@@ -37,7 +37,7 @@ def test_networks_that_a_template_was_exported_of_are_not_exported_again(
 ) -> None:
     run, facts = finished
     shutil.copytree(run.directory, tmp_path / run.directory.name)
-    monkeypatch.setenv("SECATEUR_HOME", str(run.directory.parent / "home"))
+    monkeypatch.setenv("SECATEUR_HOME", str(run.directory.parents[1]))
     monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: pytest.fail("exported again"))
     with Run(tmp_path / run.directory.name, Silent()) as again:
         found = export(again, facts)
