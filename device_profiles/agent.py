@@ -506,16 +506,16 @@ def _sweep_parts(age_s: float) -> List[str]:
 def _sweep_models(request: Request) -> Tuple[List[str], int]:
     """Paths removed, and bytes of models left; none goes while another process measures."""
     limit = request.get("max_store_bytes", 4 << 30)
-    found = []
+    models = []
     for path in _entries(os.path.join(store_path(), "models")):
         with contextlib.suppress(OSError):
             facts = os.stat(path)
             if not path.endswith(".part"):
-                found.append((max(facts.st_atime, facts.st_mtime), path, facts.st_size))
-    left = sum(size for _, _, size in found)
+                models.append((max(facts.st_atime, facts.st_mtime), path, facts.st_size))
+    left = sum(size for _, _, size in models)
     removed: List[str] = []
     if left > limit and not _lock_state()["held"]:
-        for _, path, size in sorted(found):
+        for _, path, size in sorted(models):
             if left <= limit:
                 break
             with contextlib.suppress(OSError):
@@ -781,8 +781,8 @@ class Monitor:
         return round((time.time() - self.wall) - (time.monotonic() - self.begin), 3)
 
     def _oom_kills(self) -> Optional[int]:
-        found = re.search(r"^oom_kill (\d+)$", _read("proc/vmstat") or "", re.MULTILINE)
-        return int(found.group(1)) if found else None
+        match = re.search(r"^oom_kill (\d+)$", _read("proc/vmstat") or "", re.MULTILINE)
+        return int(match.group(1)) if match else None
 
 
 def read_sensors(cores: List[int]) -> Dict[str, Any]:
@@ -854,8 +854,8 @@ def was_throttled(samples: List[Dict[str, Any]]) -> Optional[bool]:
 
 def memory(key: str) -> Optional[int]:
     """A line of /proc/meminfo in bytes."""
-    found = re.search(r"^%s:\s+(\d+) kB" % key, _read("proc/meminfo") or "", re.MULTILINE)
-    return int(found.group(1)) * 1024 if found else None
+    match = re.search(r"^%s:\s+(\d+) kB" % key, _read("proc/meminfo") or "", re.MULTILINE)
+    return int(match.group(1)) * 1024 if match else None
 
 
 # ---- a share of a core ----
@@ -875,8 +875,8 @@ def cgroup_folders() -> List[str]:
         _, controllers, path = (line.split(":", 2) + [""] * 3)[:3]
         version = "v1" if "cpu" in controllers.split(",") else "v2" if not controllers else ""
         if version in mounts:
-            found = _upwards(os.path.join(SYSROOT, mounts[version].lstrip("/")), path)
-            folders = found + folders if version == "v1" else folders + found
+            chain = _upwards(os.path.join(SYSROOT, mounts[version].lstrip("/")), path)
+            folders = chain + folders if version == "v1" else folders + chain
     return folders
 
 
@@ -1174,15 +1174,15 @@ def _given_inputs(path: str, runner: Runner) -> Dict[str, Any]:
     wanted = list(runner.feed)
     try:
         with np.load(path, allow_pickle=False) as file:
-            found = {name: np.ascontiguousarray(file[name]) for name in file.files}
+            arrays = {name: np.ascontiguousarray(file[name]) for name in file.files}
     except (ValueError, zipfile.BadZipFile, EOFError) as error:
         raise AgentError("bad-request", "%s is no .npz of arrays: %s" % (path, error)) from error
     except FileNotFoundError as error:
         raise AgentError("bad-request", "no inputs at %s; bring them first" % path) from error
-    if set(found) != set(wanted):
+    if set(arrays) != set(wanted):
         detail = "%s holds %s; the inputs of %s are %s"
-        raise AgentError("bad-request", detail % (path, ", ".join(found) or "nothing", runner.name, ", ".join(wanted)))
-    return found
+        raise AgentError("bad-request", detail % (path, ", ".join(arrays) or "nothing", runner.name, ", ".join(wanted)))
+    return arrays
 
 
 def _write_npz(path: str, arrays: Dict[str, Any]) -> str:
@@ -1238,8 +1238,8 @@ def _energy_counters() -> Dict[str, int]:
     ]
     sensors = glob.glob(os.path.join(glob.escape(SYSROOT), "sys/class/hwmon/hwmon*/energy*_input"))
     for group in (packages, sensors):
-        found = {path: _read_int(path) for path in group}
-        known = {path: value for path, value in found.items() if value is not None}
+        values = {path: _read_int(path) for path in group}
+        known = {path: value for path, value in values.items() if value is not None}
         if known:
             return known
     return {}
@@ -1288,11 +1288,11 @@ def _profile_nodes(runtime: Runtime, runners: List[Runner], job: Request, models
 
 def _verify(model: Dict[str, str]) -> None:
     try:
-        found = _sha256(model["path"])
+        digest = _sha256(model["path"])
     except OSError as error:
         raise AgentError("model-load", "%s: %s" % (model["path"], error.strerror)) from error
-    if found != model["sha256"]:
-        raise AgentError("sha256-mismatch", "%s: expected %s, found %s" % (model["name"], model["sha256"], found))
+    if digest != model["sha256"]:
+        raise AgentError("sha256-mismatch", "%s: expected %s, found %s" % (model["name"], model["sha256"], digest))
     if os.path.dirname(model["path"]) == os.path.join(store_path(), "models"):
         with contextlib.suppress(OSError):
             os.utime(model["path"])  # a sweep removes those that were used longest ago
@@ -1460,8 +1460,8 @@ def describe_device() -> Dict[str, Any]:
 def _temperature() -> Optional[float]:
     """The hottest thermal zone, degrees Celsius."""
     zones = glob.glob(os.path.join(SYSROOT, "sys/class/thermal/thermal_zone*/temp"))
-    found = [_read_int(os.path.relpath(zone, SYSROOT)) for zone in zones]
-    return max((value / 1000 for value in found if value is not None), default=None)
+    readings = [_read_int(os.path.relpath(zone, SYSROOT)) for zone in zones]
+    return max((value / 1000 for value in readings if value is not None), default=None)
 
 
 def _load_signals() -> Dict[str, float]:

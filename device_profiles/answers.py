@@ -23,25 +23,25 @@ def _fact(value: Any) -> Any:
     """A value of JSON within the bounds: finite numbers, texts without control characters, few levels and items."""
     left, rest = MAX_ITEMS, [(value, 0)]
     while rest:
-        found, depth = rest.pop()
+        part, depth = rest.pop()
         left -= 1
         if depth > MAX_DEPTH or left < 0:
             raise ValueError("nested too deeply or too long")
-        if isinstance(found, str):
-            if len(found) > MAX_TEXT or not found.replace("\n", " ").replace("\t", " ").isprintable():
+        if isinstance(part, str):
+            if len(part) > MAX_TEXT or not part.replace("\n", " ").replace("\t", " ").isprintable():
                 raise ValueError("a text with control characters, or one too long")
-        elif isinstance(found, dict):
-            rest += [(key, depth + 1) for key in found] + [(item, depth + 1) for item in found.values()]
-        elif isinstance(found, list | tuple):
-            rest += [(item, depth + 1) for item in found]
-        elif isinstance(found, float):
-            if not math.isfinite(found):
+        elif isinstance(part, dict):
+            rest += [(key, depth + 1) for key in part] + [(item, depth + 1) for item in part.values()]
+        elif isinstance(part, list | tuple):
+            rest += [(item, depth + 1) for item in part]
+        elif isinstance(part, float):
+            if not math.isfinite(part):
                 raise ValueError("a number that is none")
-        elif isinstance(found, int):
-            if abs(found) > 2**63:
+        elif isinstance(part, int):
+            if abs(part) > 2**63:
                 raise ValueError("a number too large")
-        elif found is not None:
-            raise ValueError(f"a value of type {type(found).__name__}")
+        elif part is not None:
+            raise ValueError(f"a value of type {type(part).__name__}")
     return value
 
 

@@ -34,7 +34,7 @@ def load(folder: Path, profile: DeviceProfile, fingerprint: str | None = None) -
         DeviceError: the file is damaged.
     """
     try:
-        found = Staircase.from_json(path_of(folder, profile).read_text(encoding="utf-8"))
+        staircase = Staircase.from_json(path_of(folder, profile).read_text(encoding="utf-8"))
     except OSError:
         return None
-    return found if fingerprint in (None, found.fingerprint) else None
+    return staircase if fingerprint in (None, staircase.fingerprint) else None

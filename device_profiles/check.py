@@ -98,8 +98,8 @@ def _profile(profile: DeviceProfile) -> Check:
     if is_template(profile):
         return Check("profile", "missing", f"valid, but it needs {needs(profile)}", adding(profile))
     if not profile.timing:
-        found = "valid; timing: false, so outputs can be compared here, but its times mean nothing"
-        return Check("profile", "warning", found)
+        verdict = "valid; timing: false, so outputs can be compared here, but its times mean nothing"
+        return Check("profile", "warning", verdict)
     return Check("profile", "ok", f"valid: {profile.provider}, threads: {profile.threads}")
 
 
@@ -131,17 +131,17 @@ def _failure(profile: DeviceProfile, error: DeviceError) -> Iterator[Check]:
 
 def _python(device: Mapping[str, Any], runtime: Runtime) -> Iterator[Check]:
     wheels = runtime.wheels.get("python", OLDEST_PYTHON)
-    found = str(device.get("python", ""))
-    if not found:
+    version = str(device.get("python", ""))
+    if not version:
         return
-    if _version(found) < OLDEST_PYTHON:
-        yield Check("python", "missing", found, "the agent needs Python 3.8 or newer; set connect.python")
-    elif _version(found) < wheels:
+    if _version(version) < OLDEST_PYTHON:
+        yield Check("python", "missing", version, "the agent needs Python 3.8 or newer; set connect.python")
+    elif _version(version) < wheels:
         needed = ".".join(map(str, wheels))
         fix = f"the {runtime.name} of today needs Python {needed}; this one gets an older one"
-        yield Check("python", "warning", found, fix)
+        yield Check("python", "warning", version, fix)
     else:
-        yield Check("python", "ok", found)
+        yield Check("python", "ok", version)
 
 
 def _runtime(
@@ -156,14 +156,14 @@ def _runtime(
         yield Check(kind.name, "missing", str(runtime.get("detail") or code), fix)
         return
     for package in (kind.name, "numpy"):
-        found, known = str(runtime.get(package, "")), newest.get(package, "")
-        if not found:
+        version, known = str(runtime.get(package, "")), newest.get(package, "")
+        if not version:
             continue
-        if known and _version(found)[:2] < _version(known)[:2]:
+        if known and _version(version)[:2] < _version(known)[:2]:
             fix = f"update it if you can (python -m pip install -U {package}); models of newer operators need it"
-            yield Check(package, "warning", f"{found}; {known} is known here", fix)
+            yield Check(package, "warning", f"{version}; {known} is known here", fix)
         else:
-            yield Check(package, "ok", found)
+            yield Check(package, "ok", version)
     providers = [str(name) for name in runtime.get("providers", [])]
     if providers and profile.provider not in providers:
         package = kind.package(profile.provider) or f"an {kind.name} built with it"
@@ -182,14 +182,14 @@ def _runtime_fix(code: str, profile: DeviceProfile) -> str:
 
 
 def _architecture(profile: DeviceProfile, device: Mapping[str, Any]) -> Iterator[Check]:
-    said, found = profile.facts.get("arch"), device.get("machine")
-    if not said or not found:
+    said, machine = profile.facts.get("arch"), device.get("machine")
+    if not said or not machine:
         return
-    if MACHINES.get(str(said), str(said)) == MACHINES.get(str(found), str(found)):
-        yield Check("architecture", "ok", str(found))
+    if MACHINES.get(str(said), str(said)) == MACHINES.get(str(machine), str(machine)):
+        yield Check("architecture", "ok", str(machine))
     else:
         fix = "base the profile on one of the same architecture (extends: ...): facts and steps are of another"
-        yield Check("architecture", "warning", f"{found}; the profile says {said}", fix)
+        yield Check("architecture", "warning", f"{machine}; the profile says {said}", fix)
 
 
 def _cores(profile: DeviceProfile, limits: Mapping[str, Any]) -> Iterator[Check]:
@@ -212,8 +212,8 @@ def _room(limits: Mapping[str, Any]) -> Iterator[Check]:
     store, writable = limits.get("store", "the store"), limits.get("store_writable")
     if writable is not None:
         fix = "" if writable else "give the user that folder, or set connect.folder to another one"
-        found = f"{store}" if writable else f"{store} is not writable"
-        yield Check("store", "ok" if writable else "missing", found, fix)
+        text = f"{store}" if writable else f"{store} is not writable"
+        yield Check("store", "ok" if writable else "missing", text, fix)
     rows = (
         ("disk", "free_bytes", LEAST_DISK_BYTES, ENOUGH_DISK_BYTES, "make room, or set connect.folder"),
         ("memory", "memory_available_bytes", LEAST_MEMORY_BYTES, ENOUGH_MEMORY_BYTES, "end other programs there"),
@@ -224,8 +224,8 @@ def _room(limits: Mapping[str, Any]) -> Iterator[Check]:
             continue
         status: Status = "ok" if free >= enough else "warning" if free >= least else "missing"
         total = limits.get("memory_total_bytes") if name == "memory" else None
-        found = f"{free / 1e6:,.0f} MB free" + (f" of {total / 1e6:,.0f} MB" if total else "")
-        yield Check(name, status, found, "" if status == "ok" else fix)
+        text = f"{free / 1e6:,.0f} MB free" + (f" of {total / 1e6:,.0f} MB" if total else "")
+        yield Check(name, status, text, "" if status == "ok" else fix)
 
 
 def _lock(limits: Mapping[str, Any]) -> Iterator[Check]:
@@ -261,11 +261,11 @@ def _clocks(now: Mapping[str, Any]) -> Iterator[Check]:
 def _heat(profile: DeviceProfile, now: Mapping[str, Any]) -> Iterator[Check]:
     heat, most = now.get("temperature_c"), profile.max_temperature_c
     if isinstance(heat, int | float):
-        found = f"{heat:.0f} degrees C" + (f", at most {most:.0f} allowed" if most else "")
+        text = f"{heat:.0f} degrees C" + (f", at most {most:.0f} allowed" if most else "")
         if most and heat > most:
-            yield Check("temperature", "warning", found, "let it cool down, or give it a fan: times would not count")
+            yield Check("temperature", "warning", text, "let it cool down, or give it a fan: times would not count")
         else:
-            yield Check("temperature", "ok", found)
+            yield Check("temperature", "ok", text)
     bits, cooling = now.get("throttled"), now.get("cooling")
     if bits is None and cooling is None:
         return
@@ -293,11 +293,11 @@ def _load(now: Mapping[str, Any]) -> Iterator[Check]:
     pressure = now.get("cpu_pressure")
     if not isinstance(pressure, int | float):
         return
-    found = f"programs wait for a CPU {pressure:.0%} of the time"
+    text = f"programs wait for a CPU {pressure:.0%} of the time"
     if pressure > MAX_PRESSURE:
-        yield Check("load", "warning", found, "end other work; with one thread ratios survive it, times do not")
+        yield Check("load", "warning", text, "end other work; with one thread ratios survive it, times do not")
     else:
-        yield Check("load", "ok", found)
+        yield Check("load", "ok", text)
 
 
 def _sensors(limits: Mapping[str, Any]) -> Iterator[Check]:
@@ -307,8 +307,10 @@ def _sensors(limits: Mapping[str, Any]) -> Iterator[Check]:
     readable = [text for key, text in SENSORS.items() if key in limits["sensors"]]
     absent = [text for key, text in SENSORS.items() if key not in limits["sensors"]]
     (absent if limits.get("energy", "none") == "none" else readable).append("energy")
-    found = ", ".join(readable) or "none can be read"
-    yield Check("sensors", "ok", found + (f"; not readable, which is no fault: {', '.join(absent)}" if absent else ""))
+    summary = ", ".join(readable) or "none can be read"
+    yield Check(
+        "sensors", "ok", summary + (f"; not readable, which is no fault: {', '.join(absent)}" if absent else "")
+    )
 
 
 def _version(text: str) -> tuple[int, ...]:

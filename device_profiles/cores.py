@@ -30,12 +30,12 @@ def _quotas(root: Path) -> Iterator[float]:
     mounts = root / "sys/fs/cgroup"
     for controllers, group in _groups(root):
         if controllers == "":
-            found = (_v2(folder) for mount in V2_MOUNTS for folder in _folders(mounts / mount, group))
+            quotas = (_v2(folder) for mount in V2_MOUNTS for folder in _folders(mounts / mount, group))
         elif "cpu" in controllers.split(","):
-            found = (_v1(folder) for mount in V1_MOUNTS for folder in _folders(mounts / mount, group))
+            quotas = (_v1(folder) for mount in V1_MOUNTS for folder in _folders(mounts / mount, group))
         else:
             continue
-        yield from (quota for quota in found if quota is not None)
+        yield from (quota for quota in quotas if quota is not None)
 
 
 def _groups(root: Path) -> Iterator[tuple[str, PurePosixPath]]:

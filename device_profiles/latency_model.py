@@ -99,8 +99,8 @@ class LatencyModel:
         ratios = np.array([sample.ratio for sample in samples])
         features, times = _features(table, table.channels(widths)), _times(samples)
         coefficients = _coefficients(table, features, times)
-        found = cls(table, coefficients, np.ones(len(table.names)), np.array([0.0, 1.0]))
-        predicted = found._layers(features)
+        unscaled = cls(table, coefficients, np.ones(len(table.names)), np.array([0.0, 1.0]))
+        predicted = unscaled._layers(features)
         with np.errstate(divide="ignore", invalid="ignore"):
             errors = np.log(times / predicted)
         known = np.isfinite(errors)
@@ -121,8 +121,8 @@ class LatencyModel:
             widths: shape ``(plans, groups)``.
         """
         layers = self._layers(_features(self.table, self.table.channels(widths)))
-        found = self.line[0] + self.line[1] * (layers @ self.factors)
-        ratios: FloatArray = np.maximum(found, 1e-6)
+        predicted = self.line[0] + self.line[1] * (layers @ self.factors)
+        ratios: FloatArray = np.maximum(predicted, 1e-6)
         return ratios
 
     def to_arrays(self) -> dict[str, FloatArray]:
@@ -150,8 +150,8 @@ class LatencyModel:
 
     def _layers(self, features: FloatArray) -> FloatArray:
         """Time of every layer by its kind's formula, shape ``(plans, layers)``."""
-        found: FloatArray = np.einsum("plf,lf->pl", features, self.coefficients[_kind_numbers(self.table)])
-        return found
+        times: FloatArray = np.einsum("plf,lf->pl", features, self.coefficients[_kind_numbers(self.table)])
+        return times
 
 
 def sample_of(table: LayerTable, widths: IntArray, result: BenchmarkResult, name: str, reference: str) -> Sample:
@@ -163,8 +163,8 @@ def sample_of(table: LayerTable, widths: IntArray, result: BenchmarkResult, name
         reference: of the unpruned network's model there.
     """
     channels = table.channels(widths[None])[0]
-    found = [layer_times(table, channels, process.models[name].nodes) for process in result.processes]
-    return Sample(np.asarray(widths), result.ratio(name, reference).value, np.min(found, axis=0))
+    times = [layer_times(table, channels, process.models[name].nodes) for process in result.processes]
+    return Sample(np.asarray(widths), result.ratio(name, reference).value, np.min(times, axis=0))
 
 
 def layer_times(table: LayerTable, channels: IntArray, nodes: Sequence[Node]) -> FloatArray:
@@ -251,15 +251,15 @@ def _times(samples: Sequence[Sample]) -> FloatArray:
     """Layers' shares of the measured ratios, shape ``(samples, layers)``: a profile's own clock does not matter."""
     shares = np.array([sample.layer_ms for sample in samples])
     ratios = np.array([sample.ratio for sample in samples])
-    found: FloatArray = shares / np.nansum(shares, axis=1, keepdims=True) * ratios[:, None]
-    return found
+    times: FloatArray = shares / np.nansum(shares, axis=1, keepdims=True) * ratios[:, None]
+    return times
 
 
 def _coefficients(table: LayerTable, features: FloatArray, times: FloatArray) -> FloatArray:
     """Non-negative least squares per kind of layer, shape ``(kinds, features)``."""
     from scipy.optimize import nnls
 
-    kinds, found = _kind_numbers(table), np.zeros((len(KINDS), features.shape[2]))
+    kinds, coefficients = _kind_numbers(table), np.zeros((len(KINDS), features.shape[2]))
     floor = 0.2 * float(np.nanmedian(times))
     for kind in np.unique(kinds):
         rows = features[:, kinds == kind].reshape(-1, features.shape[2])
@@ -275,8 +275,8 @@ def _coefficients(table: LayerTable, features: FloatArray, times: FloatArray) ->
         ridge = RIDGE * np.linalg.norm(weighed, axis=0).max() * np.eye(features.shape[2])
         target = np.concatenate([wanted * weights, np.zeros(len(ridge))])
         solution, _ = nnls(np.vstack([weighed, ridge]), target, maxiter=100 * features.shape[2])
-        found[kind] = solution / scale
-    return found
+        coefficients[kind] = solution / scale
+    return coefficients
 
 
 def _features(table: LayerTable, channels: IntArray) -> FloatArray:

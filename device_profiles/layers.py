@@ -45,8 +45,10 @@ class LayerTable:
         Args:
             widths: shape ``(plans, groups)``, in the order of ``groups``.
         """
-        found: IntArray = self.constant + np.einsum("pg,lcg->plc", np.asarray(widths, dtype=np.int64), self.per_width)
-        return found
+        channels: IntArray = self.constant + np.einsum(
+            "pg,lcg->plc", np.asarray(widths, dtype=np.int64), self.per_width
+        )
+        return channels
 
     def kinds_of(self, group: str) -> set[LayerKind]:
         """The kinds of layers that produce or read the channels of a group."""

@@ -122,8 +122,8 @@ class Process:
     @property
     def temperature_c(self) -> float | None:
         """The highest temperature seen, degrees Celsius; None where no sensor can be read."""
-        found = self.environment.get("temperature_c")
-        return found.get("max") if isinstance(found, Mapping) else found
+        temperature = self.environment.get("temperature_c")
+        return temperature.get("max") if isinstance(temperature, Mapping) else temperature
 
     @property
     def throttled(self) -> bool:
@@ -219,8 +219,8 @@ class BenchmarkResult:
 
     def energy_mj(self, name: str) -> float | None:
         """Median over processes of the energy of one call, millijoules; None where the device counts none."""
-        found = [p.models[name].energy_mj for p in self.processes]
-        known = [value for value in found if value is not None]
+        energies = [p.models[name].energy_mj for p in self.processes]
+        known = [value for value in energies if value is not None]
         return float(np.median(known)) if known else None
 
     @property

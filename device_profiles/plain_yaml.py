@@ -289,11 +289,11 @@ def _scalar(node: yaml.ScalarNode) -> Plain | str:
     kinds = EXPLICIT.get(node.tag)
     if kinds is None:
         raise _refused(node, f"the tag {node.tag!r} means nothing here; leave it out")
-    found = plain(node.value)
-    said = isinstance(found, Plain) and type(found.value) in kinds and (found.reading == "" or bool in kinds)
-    if not said or not isinstance(found, Plain):
+    content = plain(node.value)
+    said = isinstance(content, Plain) and type(content.value) in kinds and (content.reading == "" or bool in kinds)
+    if not said or not isinstance(content, Plain):
         raise _refused(node, f"{node.value[:40]!r} is not what its tag says it is; leave the tag out")
-    return Plain(found.written, found.value)
+    return Plain(content.written, content.value)
 
 
 def _check_growth(text: str) -> None:

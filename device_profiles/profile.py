@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PydanticUserError,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from secateur.device_profiles import plain_yaml
 from secateur.device_profiles.errors import DeviceError
@@ -174,25 +184,25 @@ def load_profile(name: str | Path, extra_dirs: Iterable[str | Path] = ()) -> Dev
             with its line), or profiles extend each other in a circle.
     """
     if not str(name).endswith((".yaml", ".yml")):
-        found = _all_profiles(extra_dirs)
-        if str(name) not in found:
+        files = _all_profiles(extra_dirs)
+        if str(name) not in files:
             raise DeviceError(
-                f"unknown device profile {_unknown(str(name), found)} "
+                f"unknown device profile {_unknown(str(name), files)} "
                 "A new device is a new YAML file; its file name is its name.",
                 "profile",
             )
-        return _load(found[str(name)][-1], found, ())
+        return _load(files[str(name)][-1], files, ())
     path = Path(name)
     return _load(path, _all_profiles([*extra_dirs, path.parent]), ())
 
 
 def _all_profiles(folders: Iterable[str | Path]) -> dict[str, list[Path]]:
     """Name -> every file of that name, in the order in which later ones hide earlier ones."""
-    found: dict[str, list[Path]] = {}
+    files: dict[str, list[Path]] = {}
     for folder in dict.fromkeys([BOARDS, *(Path(f).absolute() for f in folders)]):
         for path in sorted(folder.glob("*.yaml")):
-            found.setdefault(path.stem, []).append(path)
-    return found
+            files.setdefault(path.stem, []).append(path)
+    return files
 
 
 def _unknown(name: str, known: Iterable[str], what: str = "Known") -> str:
@@ -203,7 +213,7 @@ def _unknown(name: str, known: Iterable[str], what: str = "Known") -> str:
     return f"{name!r}.{hint} {what}: {', '.join(names)}."
 
 
-def _load(path: Path, found: Mapping[str, list[Path]], chain: tuple[Path, ...]) -> DeviceProfile:
+def _load(path: Path, profiles: Mapping[str, list[Path]], chain: tuple[Path, ...]) -> DeviceProfile:
     """Read a file and those it extends; ``chain`` are the files that led to it."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -220,7 +230,7 @@ def _load(path: Path, found: Mapping[str, list[Path]], chain: tuple[Path, ...]) 
     base = None
     if "extends" in content:
         try:
-            base = _base(_written(content["extends"]), path, found, (*chain, path.absolute()))
+            base = _base(_written(content["extends"]), path, profiles, (*chain, path.absolute()))
         except DeviceError as error:
             faults.append(f"line {lines['extends']}: extends: {error}")
             raise _invalid(path, faults) from error
@@ -272,7 +282,7 @@ def _schemas(target: str) -> dict[Place, Schema | None]:
     properties = {**own["properties"], **{key: {"type": "string"} for key in NOT_SETTINGS}}
     try:
         connect = schema_of(TARGETS.load(target).Settings)
-    except ValueError:  # told with the other faults
+    except (ValueError, PydanticUserError):  # told with the other faults
         connect = None
     return {(): {**own, "properties": properties}, ("connect",): connect}
 
@@ -285,20 +295,20 @@ def _dotted(place: Sequence[str | int]) -> str:
     return ".".join(map(str, place))
 
 
-def _base(name: object, path: Path, found: Mapping[str, list[Path]], chain: tuple[Path, ...]) -> DeviceProfile:
+def _base(name: object, path: Path, profiles: Mapping[str, list[Path]], chain: tuple[Path, ...]) -> DeviceProfile:
     """The profile that ``path`` extends. One that extends its own name means the one that it hides."""
-    files = found.get(str(name), [])
+    files = profiles.get(str(name), [])
     if str(name) == path.stem:
         hidden = [file.absolute() for file in files]
         files = files[: hidden.index(path.absolute())] if path.absolute() in hidden else files
         if not files:
             raise DeviceError(f"the profile {str(name)!r} extends itself; name another one", "profile")
     if not files:
-        raise DeviceError(f"unknown device profile {_unknown(str(name), found)}", "profile")
+        raise DeviceError(f"unknown device profile {_unknown(str(name), profiles)}", "profile")
     if files[-1].absolute() in chain:
         circle = " -> ".join(file.stem for file in (*chain[chain.index(files[-1].absolute()) :], files[-1]))
         raise DeviceError(f"{circle} is a circle; one of them must stand on its own", "profile")
-    return _load(files[-1], found, chain)
+    return _load(files[-1], profiles, chain)
 
 
 def _inherited(base: DeviceProfile, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -331,7 +341,9 @@ def _connect_faults(settings: Mapping[str, Any], lines: Mapping[str, int], told:
         return faults
     if not TARGETS.has(target):
         return []  # a file that there is no consent for so far: ``open_target`` checks
-    model: type[BaseModel] = TARGETS.load(target).Settings
+    model: Any = TARGETS.load(target).Settings
+    if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        return [_at("target", f"the Settings of target {target} are no pydantic model", lines)]
     try:
         model.model_validate(dict(connect))
     except ValidationError as error:

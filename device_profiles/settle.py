@@ -101,8 +101,8 @@ class Wanted:
 
     @property
     def types(self) -> frozenset[str]:
-        found = frozenset(kind for branch in self.branches for kind in _types(branch))
-        return found | {"number"} if "integer" in found else found
+        types = frozenset(kind for branch in self.branches for kind in _types(branch))
+        return types | {"number"} if "integer" in types else types
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -157,8 +157,8 @@ def _types(branch: Schema) -> set[str]:
     """The JSON types of an alternative; none = it takes anything."""
     if listed := _listed(branch):
         return {TYPES[type(value)] for value in listed if type(value) in TYPES}
-    found = branch.get("type", ())
-    return {found} if isinstance(found, str) else set(found)
+    kind = branch.get("type", ())
+    return {kind} if isinstance(kind, str) else set(kind)
 
 
 def _below(branch: Schema, key: str | int) -> Iterator[Schema]:
@@ -211,11 +211,11 @@ class _Settler:
         if not wanted.known or wanted.free or wanted.takes("string"):
             return text
         if wanted.takes("number"):
-            found = number(text)
-            if found is None:
+            value = number(text)
+            if value is None:
                 self._fault(place, f"expected {expected(wanted)}, got {shown(text)}{_hint(text, wanted)}")
                 return text
-            return self._bounded(found, text, place, wanted)
+            return self._bounded(value, text, place, wanted)
         if wanted.takes("boolean"):
             if text.lower() in BOOLEANS:
                 return BOOLEANS[text.lower()]

@@ -75,13 +75,13 @@ class Shelf:
     def descriptions(self) -> dict[str, str]:
         """Everything on the shelf: name -> first line of its docstring, or why it cannot be used."""
         texts = {name: file.read_text(encoding="utf-8") for name, file in self._files().items()}
-        found = {name: _first_line(text) for name, text in texts.items() if self._belongs(text)}
+        described = {name: _first_line(text) for name, text in texts.items() if self._belongs(text)}
         for name in dict.fromkeys(point.name for point in _points(self.group)):
             try:
-                found[name] = self._described(self._point(name))
+                described[name] = self._described(self._point(name))
             except PluginError as error:
-                found[name] = f"unusable: {error}"
-        return dict(sorted(found.items()))
+                described[name] = f"unusable: {error}"
+        return dict(sorted(described.items()))
 
     def stated(self, label: str) -> dict[str, str]:
         """What the texts of the shelf's own modules say in a line ``LABEL: ...``, without its full stop, by name."""
@@ -128,13 +128,13 @@ class Shelf:
 
     def loaded(self) -> dict[str, Any]:
         """Everything on the shelf that can be imported, and every file that was admitted: name -> module."""
-        found = {}
+        modules = {}
         for name in [*self.names(), *(name for package, name in _admitted if package == self.package)]:
             try:
-                found[name] = self.load(name)
+                modules[name] = self.load(name)
             except PluginError:
                 continue  # told where it is asked for
-        return found
+        return modules
 
     # -- the folder ----------------------------------------------------------------------------------------------------
 
@@ -182,10 +182,10 @@ class Shelf:
 
     def _from_point(self, point: EntryPoint) -> Any:
         try:
-            found = point.load()
+            thing = point.load()
         except Exception as error:  # others' code, which may raise anything
             raise self._broken(_place(point), error) from error
-        return self._checked(found, _place(point))
+        return self._checked(thing, _place(point))
 
     def _from_file(self, name: str) -> Any:
         if (self.package, name) not in _admitted:
@@ -206,10 +206,10 @@ class Shelf:
             )
         return self._checked(getattr(module, attribute), f"{file}:{attribute}")
 
-    def _checked(self, found: Any, place: str) -> Any:
-        missing = [name for name in self.defines if not hasattr(found, name)]
-        self._require(missing, (found.__doc__ or "").strip(), place)
-        return found
+    def _checked(self, thing: Any, place: str) -> Any:
+        missing = [name for name in self.defines if not hasattr(thing, name)]
+        self._require(missing, (thing.__doc__ or "").strip(), place)
+        return thing
 
     def _require(self, missing: Sequence[str], described: str, place: str) -> None:
         if missing:
@@ -222,8 +222,8 @@ class Shelf:
 
 
 def _first_line(text: str) -> str:
-    found = FIRST_LINE.match(text)
-    return "" if found is None else found[1].rstrip('"').strip()
+    match = FIRST_LINE.match(text)
+    return "" if match is None else match[1].rstrip('"').strip()
 
 
 def _points(group: str) -> tuple[EntryPoint, ...]:
@@ -254,8 +254,8 @@ def _file_of(module: str) -> Path | None:
     parts = module.split(".")
     for depth in range(1, len(parts) + 1):
         finders = (finder for finder in sys.meta_path if hasattr(finder, "find_spec"))
-        found = (finder.find_spec(".".join(parts[:depth]), path) for finder in finders)
-        spec = next((spec for spec in found if spec is not None), None)
+        specs = (finder.find_spec(".".join(parts[:depth]), path) for finder in finders)
+        spec = next((spec for spec in specs if spec is not None), None)
         if spec is None:
             return None
         path = list(spec.submodule_search_locations or ())

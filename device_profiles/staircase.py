@@ -153,12 +153,12 @@ def probe(
         floor = noise_floor(target, profile, Path(folder, f"{kinds[0]}-{max(widths)}.onnx"))
     if progress:
         progress(steps, steps, f"noise +-{floor:.1%}")
-    found = dict.fromkeys(Multiples.model_fields, 1) | {kind: step_of(curve) for kind, curve in curves.items()}
+    multiples = dict.fromkeys(Multiples.model_fields, 1) | {kind: step_of(curve) for kind, curve in curves.items()}
     losses = {kind: losses_of(curve) for kind, curve in curves.items()}
     return Staircase(
         profile.name,
         fingerprint_of(profile, answer),
-        Multiples(**found),
+        Multiples(**multiples),
         curves,
         losses,
         floor,

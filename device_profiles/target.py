@@ -7,12 +7,14 @@ The module's file name is the ``target`` of a profile. It has
 - ``open_target(profile, settings)``: a ``Target``; nothing is reached yet,
 
 and, where the defaults of ``TargetKind`` do not fit, ``THIS_MACHINE``, ``ADD_OPTIONS``, ``missing(connect)``,
-``machine(connect)`` and ``address(connect)``. Nothing outside the module knows more about a kind of target.
+``machine(connect)``, ``address(connect)`` and ``starts(connect)``. Nothing outside the module knows more about a kind
+of target.
 """
 
 from __future__ import annotations
 
 import shlex
+import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +88,36 @@ def read_program(text: str) -> dict[str, Any]:
     return {"python": [text] if Path(text).is_file() else shlex.split(text)}
 
 
+@dataclass(frozen=True)
+class Started:
+    """Something of a user's that a target starts, or reads commands from: it needs consent.
+
+    Args:
+        setting: of ``connect``, that names it.
+        text: what it is, for whoever is asked.
+        file: on this machine; who can write it can change what runs.
+    """
+
+    setting: str
+    text: str
+    file: Path | None = None
+
+
+def started_here(python: object) -> tuple[Started, ...]:
+    """The program of a setting ``python``, started on this machine; nothing where it is not set.
+
+    Args:
+        python: a program, or a program and its arguments.
+    """
+    words = [python] if isinstance(python, str) else [str(word) for word in python or ()]  # type: ignore[attr-defined]
+    if not words:
+        return ()
+    program = shutil.which(words[0])
+    file = Path(program).absolute() if program is not None else None
+    shown = command(file or words[0], *words[1:])
+    return (Started("python", f"{shown} (on this machine)", file),)
+
+
 PYTHON = AddOption("python", "COMMAND", "The Python there that has onnxruntime.", read_program, "/opt/ort/bin/python")
 """The option of kinds of target that have a setting ``python``: a program and its arguments."""
 
@@ -136,6 +168,12 @@ class TargetKind:
             return str(self.module.address(connect))
         return " ".join(self.machine(connect))
 
+    def starts(self, connect: Mapping[str, Any]) -> tuple[Started, ...]:
+        """What of a user's it starts. ``starts``; by default the program ``python``, on this machine."""
+        if hasattr(self.module, "starts"):
+            return tuple(self.module.starts(connect))
+        return started_here(connect.get("python"))
+
 
 def kind_of(profile: DeviceProfile) -> TargetKind:
     """The kind of target of a profile.
@@ -179,6 +217,13 @@ def adding(template: DeviceProfile, base: str = "") -> str:
 def needs(profile: DeviceProfile) -> str:
     """What a template lacks: ``a host``."""
     return " and ".join(f"a{'n' * (name[0] in 'aeiou')} {name}" for name in kind_of(profile).missing(profile.connect))
+
+
+def started_by(profile: DeviceProfile) -> tuple[Started, ...]:
+    """What of a user's the target of a profile starts; a kind in a file, itself such a thing, is never asked."""
+    if in_file(profile.target):
+        return started_here(profile.connect.get("python"))
+    return kind_of(profile).starts(profile.connect)
 
 
 def require_complete(profile: DeviceProfile) -> None:

@@ -79,8 +79,8 @@ def _by_command_line() -> bool:
     return started == ["-m", "secateur"] or Path("".join(started[:1])).name == "secateur"
 
 
-def _same(found: str | None, path: Path) -> bool:
-    return found is not None and Path(found).absolute() == path.absolute()
+def _same(program: str | None, path: Path) -> bool:
+    return program is not None and Path(program).absolute() == path.absolute()
 
 
 def _current_folder() -> Path | None:

@@ -56,9 +56,9 @@ class ExportedModel:
         Raises:
             ExportError: the file is gone or another one.
         """
-        found = sha256_of(self.path)
-        if found != self.sha256:
-            raise ExportError(f"{self.path} has changed since its export: sha256 {found}, expected {self.sha256}")
+        digest = sha256_of(self.path)
+        if digest != self.sha256:
+            raise ExportError(f"{self.path} has changed since its export: sha256 {digest}, expected {self.sha256}")
 
     def to_dict(self) -> dict[str, Any]:
         """Made of JSON's types."""

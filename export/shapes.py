@@ -194,12 +194,12 @@ def _expand_like(node: onnx.NodeProto, partners: Sequence[str], a: _Side, b: _Si
 
 def _partners(graph: onnx.GraphProto) -> dict[str, list[str]]:
     """Values that arithmetic reads together with each output of an Expand."""
-    found: dict[str, list[str]] = {node.output[0]: [] for node in graph.node if node.op_type == "Expand"}
+    partners: dict[str, list[str]] = {node.output[0]: [] for node in graph.node if node.op_type == "Expand"}
     for node in graph.node:
         for name in node.input if node.op_type in BROADCASTS else ():
-            if name in found:
-                found[name] += [other for other in node.input if other != name]
-    return found
+            if name in partners:
+                partners[name] += [other for other in node.input if other != name]
+    return partners
 
 
 def _gather(node: onnx.NodeProto, a: _Side, s: Shape, s2: Shape) -> list[onnx.NodeProto]:

@@ -91,17 +91,17 @@ def verify_parity(
             if len(feed) != len(names):
                 return Parity(False, float("inf"), 0.0, samples, f"the file takes {names}, given {len(feed)} tensors")
             expected = [x.numpy() for x in tensors_in(model(*inputs))]
-            found = run_session(session, dict(zip(names, feed, strict=True)))
-            shapes = [a.shape for a in found], [b.shape for b in expected]
+            outputs = run_session(session, dict(zip(names, feed, strict=True)))
+            shapes = [a.shape for a in outputs], [b.shape for b in expected]
             if shapes[0] != shapes[1]:
                 return Parity(False, float("inf"), 0.0, samples, f"output shapes {shapes[0]}, expected {shapes[1]}")
-            errors = errors or [0.0] * len(found)
-            scales = scales or [0.0] * len(found)
-            for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+            errors = errors or [0.0] * len(outputs)
+            scales = scales or [0.0] * len(outputs)
+            for i, (a, b) in enumerate(zip(outputs, expected, strict=True)):
                 errors[i] = float(np.maximum(errors[i], _largest(np.subtract(a, b, dtype=np.float64))))  # keeps NaN
                 scales[i] = max(scales[i], _largest(b))
-            if found and found[0].ndim and found[0].size:
-                same = found[0].argmax(-1) == expected[0].argmax(-1)
+            if outputs and outputs[0].ndim and outputs[0].size:
+                same = outputs[0].argmax(-1) == expected[0].argmax(-1)
                 agreed, rows = agreed + int(np.sum(same)), rows + np.size(same)
             samples += len(feed[0]) if feed and feed[0].ndim else 1
     if not samples:
@@ -170,10 +170,10 @@ def run_session(session: onnxruntime.InferenceSession, feed: dict[str, Array]) -
         ExportError: ONNX Runtime cannot run the model.
     """
     try:
-        found: list[Array] = session.run(None, feed)
+        outputs: list[Array] = session.run(None, feed)
     except Exception as error:  # onnxruntime's own exceptions share no base class
         raise ExportError(f"ONNX Runtime cannot run the model: {error}") from error
-    return found
+    return outputs
 
 
 def _largest(values: Array) -> float:

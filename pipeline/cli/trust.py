@@ -43,9 +43,9 @@ def trust(
             took = consents.forget(folder)
             out.print(f"{'Consent taken back' if took else 'There was no consent'}: {one_line(folder)}")
             continue
-        found = _code_below(folder)
-        require(found, asker(given=True))
-        if not found:
+        naming_code = _code_below(folder)
+        require(naming_code, asker(given=True))
+        if not naming_code:
             out.print(f"Nothing in {one_line(folder)} names code; no consent is needed.")
 
 
@@ -65,21 +65,21 @@ def consent_to_profile(name: str, given: bool) -> None:
     """The same for a device profile."""
     from secateur.pipeline.config.trust import code_of_profile, require
 
-    found = code_of_profile(name)
-    require([found] if found else [], asker(given))
+    naming_code = code_of_profile(name)
+    require([naming_code] if naming_code else [], asker(given))
 
 
 def asker(given: bool) -> Callable[[Found], bool]:
     """How consent is asked for where none is kept: it is given, a person at a terminal is asked, or it is not there."""
 
-    def ask(found: Found) -> bool:
+    def ask(code: Found) -> bool:
         if not given and not err.is_attended:
             return False
-        err.print(f"{one_line(found.file)} names code, which runs with all your rights:")
-        for entry in found.entries:
+        err.print(f"{one_line(code.file)} names code, which runs with all your rights:")
+        for entry in code.entries:
             err.print(f"  {one_line(entry)}")
         if given:
-            err.print(f"Consent is kept for {one_line(found.folder)}")
+            err.print(f"Consent is kept for {one_line(code.folder)}")
             return True
         return err.confirmed("Have you looked at it, and shall it run?")
 
@@ -93,7 +93,7 @@ def _code_below(folder: Path) -> list[Found]:
     from secateur.pipeline.run.origin import ORIGIN
     from secateur.pipeline.run.run import open_run_directory
 
-    found: list[Found] = []
+    naming_code: list[Found] = []
     for file in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):
         try:
             begun = file.name == "run.yaml" and (folder / ORIGIN).is_file()
@@ -101,9 +101,9 @@ def _code_below(folder: Path) -> list[Found]:
         except errors.UserError as error:
             profile = code_of_profile(file)
             if profile is not None:
-                found.append(profile)
+                naming_code.append(profile)
             elif "workload" in str(error):
                 err.print(f"Passed over: {one_line(str(error).splitlines()[0])}")
             continue
-        found += code_in(config, file)
-    return found
+        naming_code += code_in(config, file)
+    return naming_code

@@ -57,34 +57,34 @@ def validate(
     from secateur.pipeline.run.preflight import examine
     from secateur.pipeline.workloads.data.content import Reading
 
-    found = examine(config, Reading(RichProgress(err), "all" if every else "sample"), tracking=True)
-    taken = estimate(found) if estimating else None
+    preflight = examine(config, Reading(RichProgress(err), "all" if every else "sample"), tracking=True)
+    taken = estimate(preflight) if estimating else None
     if as_json:
-        out.data(document(file, found, taken))
+        out.data(document(file, preflight, taken))
     else:
-        _show(found, taken)
-    if found.faults and as_json:
+        _show(preflight, taken)
+    if preflight.faults and as_json:
         raise typer.Exit(EXIT_USER)
-    if found.faults:
-        raise FaultsError(str(file), found.faults)
+    if preflight.faults:
+        raise FaultsError(str(file), preflight.faults)
     if not as_json:
-        devices = ", ".join(profile.name for profile in found.profiles or ())
+        devices = ", ".join(profile.name for profile in preflight.profiles or ())
         out.print(f"{one_line(file)} is valid: {config.search.method} for device {devices}.")
 
 
-def document(file: Path, found: Preflight, taken: Estimate | None = None) -> dict[str, Any]:
+def document(file: Path, preflight: Preflight, taken: Estimate | None = None) -> dict[str, Any]:
     """What is known of a run, as JSON can hold it; docs/run-file.md describes every key."""
     return {
         "format": FORMAT,
         "file": str(file),
-        "valid": not found.faults,
-        "faults": _faults(found.faults),
-        "notes": list(found.notes),
-        "method": found.config.search.method,
-        "devices": None if found.profiles is None else [profile.name for profile in found.profiles],
-        "compute": None if found.compute is None else found.compute.type,
-        "data": None if found.data is None else _data(found.data, found),
-        "network": _network(found),
+        "valid": not preflight.faults,
+        "faults": _faults(preflight.faults),
+        "notes": list(preflight.notes),
+        "method": preflight.config.search.method,
+        "devices": None if preflight.profiles is None else [profile.name for profile in preflight.profiles],
+        "compute": None if preflight.compute is None else preflight.compute.type,
+        "data": None if preflight.data is None else _data(preflight.data, preflight),
+        "network": _network(preflight),
         "estimate": None if taken is None else _estimate(taken),
     }
 
@@ -113,24 +113,24 @@ def _faults(faults: tuple[Fault, ...] | list[Fault]) -> list[dict[str, str]]:
     ]
 
 
-def _data(data: DataSummary, found: Preflight) -> dict[str, Any]:
+def _data(data: DataSummary, preflight: Preflight) -> dict[str, Any]:
     return {
-        "images": _images(found),
+        "images": _images(preflight),
         "counted": data.counted,
         "classes": [{"name": c.name, "train": c.train, "search": c.search, "test": c.test} for c in data.classes],
         "sizes": [{"width": width, "height": height, "images": num} for (width, height), num in _by_count(data.sizes)],
     }
 
 
-def _images(found: Preflight) -> dict[str, int]:
+def _images(preflight: Preflight) -> dict[str, int]:
     """Images of each split."""
-    workload = found.workload
+    workload = preflight.workload
     assert workload is not None
     return {"train": len(workload.train), "search": len(workload.search), "test": len(workload.test)}
 
 
-def _network(found: Preflight) -> dict[str, Any] | None:
-    network = found.network
+def _network(preflight: Preflight) -> dict[str, Any] | None:
+    network = preflight.network
     if network is None:
         return None
     whole, smallest, space = network.whole, network.smallest, network.space
@@ -157,20 +157,20 @@ def _by_count(sizes: Mapping[tuple[int, int], int]) -> list[tuple[tuple[int, int
     return sorted(sizes.items(), key=lambda item: (-item[1], item[0]))
 
 
-def _show(found: Preflight, taken: Estimate | None) -> None:
+def _show(preflight: Preflight, taken: Estimate | None) -> None:
     """The same for people."""
-    if found.data is not None:
-        _show_data(found.data, found)
-    if found.network is not None:
-        _show_network(found)
+    if preflight.data is not None:
+        _show_data(preflight.data, preflight)
+    if preflight.network is not None:
+        _show_network(preflight)
     if taken is not None:
         _show_estimate(taken)
-    for note in found.notes:
+    for note in preflight.notes:
         out.print(f"Note: {note}")
 
 
-def _show_data(data: DataSummary, found: Preflight) -> None:
-    images = _images(found)
+def _show_data(data: DataSummary, preflight: Preflight) -> None:
+    images = _images(preflight)
     parts = tuple(images)
     rows = table("class", *parts, title=f"{data.counted.capitalize()} of each class", right=parts)
     for c in data.classes[:MOST_ROWS]:
@@ -185,8 +185,8 @@ def _show_data(data: DataSummary, found: Preflight) -> None:
     out.print(f"Image sizes (width x height): {shown}{more}")
 
 
-def _show_network(found: Preflight) -> None:
-    network = found.network
+def _show_network(preflight: Preflight) -> None:
+    network = preflight.network
     assert network is not None
     whole, smallest, space = network.whole, network.smallest, network.space
     groups = network.graph.groups

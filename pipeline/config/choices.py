@@ -82,8 +82,8 @@ def reward_schema(preset: str) -> Schema | None:
 
 def _named(content: Mapping[str, Content], section: str, key: str) -> str:
     """The text at ``section.key``, before anything of it was checked."""
-    found, default = content.get(section), DEFAULTS.get(f"{section}.{key}", "")
-    value = found.get(key, default) if isinstance(found, dict) else default
+    given, default = content.get(section), DEFAULTS.get(f"{section}.{key}", "")
+    value = given.get(key, default) if isinstance(given, dict) else default
     return value.written if isinstance(value, Plain) else str(value)
 
 
@@ -95,9 +95,9 @@ def check_workload(section: object, report: Report) -> None:
     if not isinstance(section, dict):
         return
     name = section.get("name")
-    found = _chosen(WORKLOADS, name, "workload", ("workload", "name"), report)
-    if found is not None:
-        report.check(found.Options, section, ("workload",))
+    module = _chosen(WORKLOADS, name, "workload", ("workload", "name"), report)
+    if module is not None:
+        report.check(module.Options, section, ("workload",))
 
 
 def check_method(section: object, report: Report) -> None:
@@ -108,9 +108,9 @@ def check_method(section: object, report: Report) -> None:
     method, options = section.get("method", DEFAULTS["search.method"]), section.get("options", {})
     if not isinstance(method, str):
         return  # the schema has said so already
-    found = _chosen(METHODS, method, "method", ("search", "method"), report)
-    if found is not None and isinstance(options, dict):
-        report.check(found.Options, options, ("search", "options"))
+    module = _chosen(METHODS, method, "method", ("search", "method"), report)
+    if module is not None and isinstance(options, dict):
+        report.check(module.Options, options, ("search", "options"))
 
 
 def _chosen(shelf: Shelf, name: object, kind: str, place: Place, report: Report) -> Any:

@@ -79,15 +79,15 @@ def kept(folder_: Path) -> set[Entry]:
         return set()
 
 
-def keep(found: Found) -> None:
+def keep(code: Found) -> None:
     """Keep consent for a file's entries, beside what its folder has already.
 
     Raises:
         SurroundingsError: it cannot be written.
     """
-    entries = sorted(kept(found.folder) | set(found.entries))
-    content = {"folder": str(found.folder), "entries": [written(entry) for entry in entries]}
-    file = _record(found.folder)
+    entries = sorted(kept(code.folder) | set(code.entries))
+    content = {"folder": str(code.folder), "entries": [written(entry) for entry in entries]}
+    file = _record(code.folder)
     made(home(), HOME)
     file.parent.mkdir(exist_ok=True, mode=0o700)
     write_whole(file, json.dumps({"content": content, "seal": _seal(content, _made_key())}, indent=2) + "\n")
@@ -148,18 +148,18 @@ def _made_key() -> bytes:
         ) from error
 
 
-def refuse_what_others_write(found: Found) -> None:
+def refuse_what_others_write(code: Found) -> None:
     """See that only this user and root decide what is run.
 
     Raises:
         UserError: somebody else can write a file, its folder or one above; says which, and how to change that.
     """
-    for file in (found.file, *found.others):
+    for file in (code.file, *code.others):
         for path in dict.fromkeys([file.absolute(), file.resolve()]):
             for part in (path, *path.parents):
                 if _others_write(part, is_above=part not in (path, path.parent)):
                     raise UserError(
-                        f"{printable(found.file)} names code ({found.entries[0]}), and others than you can write "
+                        f"{printable(code.file)} names code ({code.entries[0]}), and others than you can write "
                         f"{printable(part)}, so that they could change what runs. See whose it is with "
                         f"`{command('ls', '-ld', part)}`; if it is to be yours alone: "
                         f"`{command('chmod', 'go-w', part)}`"

@@ -75,8 +75,8 @@ class Report:
         except ValidationError as error:
             details = error.errors()
         told = {fault.place for fault in self.faults}
-        found = [_fault(schema, detail, place) for detail in details]
-        self.faults += [fault for fault in found if fault.place not in told]
+        faults = [_fault(schema, detail, place) for detail in details]
+        self.faults += [fault for fault in faults if fault.place not in told]
         unknown = {detail["loc"][0] for detail in details if len(detail["loc"]) == 1 and detail["type"] in UNKNOWN_KEY}
         if unknown and isinstance(data, dict):  # they may hide faults of the keys that are known
             self.check(schema, {key: value for key, value in data.items() if key not in unknown}, place)

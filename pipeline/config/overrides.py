@@ -62,13 +62,13 @@ def _value(override: str, text: str) -> Content:
     """The value of an override, as YAML."""
     quoted = f"a text with special characters needs quotes within the quotes: {override.partition('=')[0]}='\"...\"'"
     try:
-        found = plain_yaml.read(text).content
+        content = plain_yaml.read(text).content
     except yaml.YAMLError as error:
         why = printable(str(error).splitlines()[0])
         raise UserError(f"--set {shown(override)}: the value is not valid YAML ({why}); {quoted}") from error
-    written, given = found.written if isinstance(found, Plain) else found, text.strip()
+    written, given = content.written if isinstance(content, Plain) else content, text.strip()
     if isinstance(written, str) and given[:1] not in ("'", '"', "|", ">", "&", "!"):
-        lost = not written if isinstance(found, Plain) else written != given
+        lost = not written if isinstance(content, Plain) else written != given
         if given and lost:
             raise UserError(f"--set {shown(override)}: YAML reads {shown(written)}, the rest is a comment; {quoted}")
-    return found
+    return content

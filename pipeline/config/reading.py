@@ -76,7 +76,7 @@ def parse_run_file(text: str, name: str = "run file", overrides: Sequence[str] =
 def _checked(content: dict[str, Content], report: Report) -> RunFile | None:
     """The run file that a text says; None = it has faults, which are told."""
     data, misread = settle(content, schemas(content))
-    report.faults += [Fault(found.place, found.message) for found in misread]
+    report.faults += [Fault(misreading.place, misreading.message) for misreading in misread]
     run_file = report.check(RunFile, data)
     check_workload(data.get("workload"), report)
     check_method(data.get("search"), report)
@@ -98,7 +98,7 @@ def reward_options(preset: str, overrides: Sequence[str] = ()) -> dict[str, Any]
         apply(content, override, "parameter=value, for example --set alpha=1")
     schema = reward_schema(preset)
     data, misread = settle(content, {(): schema})
-    report = Report(Fault(found.place, found.message) for found in misread)
+    report = Report(Fault(misreading.place, misreading.message) for misreading in misread)
     if schema is not None:
         report.check(reward_model(preset), data)
     if not report.faults:

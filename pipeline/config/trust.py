@@ -13,7 +13,6 @@ import importlib
 import inspect
 import os
 import re
-import shutil
 import sys
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -43,7 +42,6 @@ ZOOS = ("torchvision", "timm")
 """Packages whose own builders of networks need no consent."""
 LOADING = re.compile(r"pretrained|checkpoint|weights")
 """Options with which a builder of theirs reads files or addresses."""
-DEFAULT_PYTHON = ("python3",)
 FIX = "name an nn.Module builder of a module in the run file's folder, or of an installed package"
 
 
@@ -71,9 +69,9 @@ def code_in(config: RunFile, file: Path) -> list[Found]:
     Raises:
         UserError: a factory's module is not in the run file's folder or the environment, or is one of Python's own.
     """
-    found = [code_of_method(config, file), code_of_workload(config, file)]
-    found += [code_of_profile(name) for name in (config.device.profile, *config.device.others)]
-    return [one for one in found if one is not None]
+    code = [code_of_method(config, file), code_of_workload(config, file)]
+    code += [code_of_profile(name) for name in (config.device.profile, *config.device.others)]
+    return [one for one in code if one is not None]
 
 
 def code_of_profile(name: str | Path) -> Found | None:
@@ -94,8 +92,8 @@ def code_of_profile(name: str | Path) -> Found | None:
 
 def code_of_method(config: RunFile, file: Path) -> Found | None:
     """What names code in the choice of a search method; as ``code_in``."""
-    found = _of_file(config.search.method, "search.method", config.folder)
-    return Found(file, (found[0],), (found[1],)) if found else None
+    entry_and_file = _of_file(config.search.method, "search.method", config.folder)
+    return Found(file, (entry_and_file[0],), (entry_and_file[1],)) if entry_and_file else None
 
 
 def _of_file(name: object, place: str, near: Path | None) -> tuple[Entry, Path] | None:
@@ -115,7 +113,6 @@ def _of_file(name: object, place: str, near: Path | None) -> tuple[Entry, Path] 
         raise UserError(
             f"{place}: {printable(name)}: there is no file {printable(file)}; "
             "a relative one is looked for beside the run file or profile"
-            "run file or profile"
         )
     return Entry(place, f"{name} of {printable(file)}", str(file)), file
 
@@ -178,8 +175,8 @@ def _find(module: str, near: Path | None) -> tuple[Path, Path]:
 
 def _spec(module: str, path: Sequence[str] | None) -> Any:
     """A module's spec as the import system finds it."""
-    found = (finder.find_spec(module, path) for finder in sys.meta_path if hasattr(finder, "find_spec"))
-    return next((spec for spec in found if spec is not None), None)
+    specs = (finder.find_spec(module, path) for finder in sys.meta_path if hasattr(finder, "find_spec"))
+    return next((spec for spec in specs if spec is not None), None)
 
 
 def _is_installed(file: Path) -> bool:
@@ -205,34 +202,23 @@ def _is_of_a_zoo(name: str, options: object) -> bool:
 
 def _of_profile(profile: DeviceProfile) -> tuple[tuple[Entry, ...], tuple[Path, ...]]:
     """What a device profile would start, beyond the default."""
-    connect, entries, others = profile.connect, [], []
+    from secateur.device_profiles.target import started_by
+
+    entries, others = [], []
     for place, name in (("target", profile.target), ("runtime", profile.runtime)):
-        if found := _of_file(name, place, None):
-            entries.append(found[0])
-            others.append(found[1])
-    given = connect.get("python") or ()
-    words = (given,) if isinstance(given, str) else tuple(map(str, given))
-    if words and not (profile.target == "ssh" and words == DEFAULT_PYTHON):
-        where = "on this machine"
-        if profile.target == "ssh":
-            user = f"{connect['user']}@" if connect.get("user") else ""
-            port = f":{connect['port']}" if connect.get("port") else ""
-            where = f"on {user}{connect.get('host')}{port}"
-        elif (program := shutil.which(words[0])) is not None:
-            words = (str(Path(program).absolute()), *words[1:])
-            others.append(Path(words[0]))
-        entries.append(Entry("connect.python", f"{command(*words)} ({printable(where)})"))
-    if connect.get("config"):
-        file = Path(connect["config"]).expanduser().absolute()
-        others.append(file)
-        entries.append(Entry("connect.config", f"{printable(file)} (an SSH configuration can start commands here)"))
+        if entry_and_file := _of_file(name, place, None):
+            entries.append(entry_and_file[0])
+            others.append(entry_and_file[1])
+    for started in started_by(profile):
+        entries.append(Entry(f"connect.{started.setting}", started.text))
+        others += [started.file] if started.file else []
     return tuple(entries), tuple(file for file in others if file.is_file())
 
 
 # ---------------------------------------------------------------------------------------------------------- consent
 
 
-def require(found: Iterable[Found], ask: Callable[[Found], bool] | None = None) -> None:
+def require(code: Iterable[Found], ask: Callable[[Found], bool] | None = None) -> None:
     """See that there is consent for what names code; from here on, this process may run it.
 
     Args:
@@ -241,10 +227,10 @@ def require(found: Iterable[Found], ask: Callable[[Found], bool] | None = None) 
     Raises:
         UserError: there is none, or others can write what would run; says what would run and the command to paste.
     """
-    found, open_ = list(found), list[Found]()
-    for one in found:
+    code, open_ = list(code), list[Found]()
+    for one in code:
         refuse_what_others_write(one)
-    for one in found:
+    for one in code:
         known = _allowed | kept(one.folder)
         if not set(one.entries) <= known:
             if ask is None or not ask(one):
@@ -268,15 +254,15 @@ def consented(load: Callable[[], RunFile], file: Path, ask: Callable[[Found], bo
         UserError: as ``load`` and ``require``.
     """
     config = load()
-    found = code_in(config, file)
-    require(found, ask)
-    return load() if any(entry.place in SHELVES for one in found for entry in one.entries) else config
+    code = code_in(config, file)
+    require(code, ask)
+    return load() if any(entry.place in SHELVES for one in code for entry in one.entries) else config
 
 
-def refusal(found: Sequence[Found]) -> str:
+def refusal(code: Sequence[Found]) -> str:
     """What would run, and how to say yes."""
-    listed = "\n".join(f"  {printable(one.file)}: {entry}" for one in found for entry in one.entries)
-    folders = list(dict.fromkeys(one.folder for one in found))
+    listed = "\n".join(f"  {printable(one.file)}: {entry}" for one in code for entry in one.entries)
+    folders = list(dict.fromkeys(one.folder for one in code))
     return (
         f"this names code, which would run with all your rights, and nobody has consented to it:\n{listed}\n"
         f"Look at it; if you trust it, run: {command('secateur', 'trust', *folders)}\n"
@@ -340,23 +326,23 @@ def factory(name: str, options: object, place: str = "workload.model.name") -> C
             raise ClosedError(f"{entry} names code, and nobody has consented to it here: see `secateur trust --help`")
     module, _, attribute = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        builder = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(f"{name}: {error}; expected an importable module and an nn.Module builder in it") from error
     fix = (
         "a factory is a class derived from torch.nn.Module, or a function that returns one; a function of an installed "
         "package says so (def build(num_classes) -> nn.Module)"
     )
-    if not callable(found):
-        raise UserError(f"{name} is a {type(found).__name__}, not a callable; {fix}")
-    if not _may_build(found, anything=not _is_installed(_find(module, None)[0])):
+    if not callable(builder):
+        raise UserError(f"{name} is a {type(builder).__name__}, not a callable; {fix}")
+    if not _may_build(builder, anything=not _is_installed(_find(module, None)[0])):
         raise UserError(f"{name} builds no torch.nn.Module; {fix}")
 
     def build(*arguments: Any, **given: Any) -> nn.Module:
         from torch import nn
 
         try:
-            network = found(*arguments, **given)
+            network = builder(*arguments, **given)
         except (TypeError, UserError):  # options that it does not take, which its caller words
             raise
         except Exception as error:
@@ -368,7 +354,7 @@ def factory(name: str, options: object, place: str = "workload.model.name") -> C
     return build
 
 
-def _may_build(found: Any, anything: bool) -> bool:
+def _may_build(builder: Any, anything: bool) -> bool:
     """Whether a callable can be a builder of networks, as far as it can be known before it is called.
 
     Args:
@@ -376,9 +362,9 @@ def _may_build(found: Any, anything: bool) -> bool:
     """
     from torch import nn
 
-    if isinstance(found, type):
-        return issubclass(found, nn.Module)
-    plain = inspect.unwrap(found)
+    if isinstance(builder, type):
+        return issubclass(builder, nn.Module)
+    plain = inspect.unwrap(builder)
     if not inspect.isfunction(plain):
         return False
     try:

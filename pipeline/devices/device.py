@@ -99,9 +99,9 @@ def meet(
         with progress.stage(f"Probe {profile.name}") as report:
             staircase = probe(target, profile, progress=report)
         save(home / "devices", profile, staircase)
-    found = _of(staircase, profile, fingerprint, {**answer["device"], **answer["runtime"]})
-    write_whole(file, json.dumps(asdict(found)) + "\n")
-    return found
+    facts = _of(staircase, profile, fingerprint, {**answer["device"], **answer["runtime"]})
+    write_whole(file, json.dumps(asdict(facts)) + "\n")
+    return facts
 
 
 def check_same(known: RunDevice, profile: DeviceProfile, answer: Mapping[str, Any]) -> None:

@@ -103,9 +103,9 @@ class Fleet:
 
     def meet(self, meet: Callable[[Device], RunDevice]) -> None:
         """Take in what a run has to know of every device; ``meet`` finds it out."""
-        found = self.each(meet)
+        facts = self.each(meet)
         self.devices = tuple(
-            replace(device, facts=found[device.name], noise_floor=found[device.name].noise_floor)
+            replace(device, facts=facts[device.name], noise_floor=facts[device.name].noise_floor)
             for device in self.devices
         )
         for device in self.devices:

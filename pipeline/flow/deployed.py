@@ -130,16 +130,16 @@ def profile(job: Profile) -> State[Any]:
     reprofiles: list[Reprofile] = []
     faults: list[str] = []
     profiles = [Path(file) for file in job.device_profiles]
-    for found in reprofile(
+    for outcome in reprofile(
         registry, champions, job.tolerances, lease=device_lease, progress=LogProgress(say), profiles=profiles
     ):
-        if isinstance(found, Reprofile):
-            reprofiles.append(found)
-            about = (found.name, found.version, found.device)
+        if isinstance(outcome, Reprofile):
+            reprofiles.append(outcome)
+            about = (outcome.name, outcome.version, outcome.device)
             with told(faults, *about):
-                record_reprofile(uri, home(), about, own_id(), found.metrics(), found.to_json())
+                record_reprofile(uri, home(), about, own_id(), outcome.metrics(), outcome.to_json())
         else:
-            name, device, error = found
+            name, device, error = outcome
             faults.append(f"{name} on {device}: {error}")
     if reprofiles:
         artifact(markdown(reprofiles), "secateur-profile")
@@ -204,10 +204,10 @@ def mark_crashed(flow_run: str, by: str) -> None:
     """Say of a flow run whose process is dead that it is; Prefect would show it as running for ever."""
     going_on = (StateType.RUNNING, StateType.PENDING, StateType.CANCELLING)
     with contextlib.suppress(httpx.HTTPError, ObjectNotFound), get_client(sync_client=True) as client:
-        found = client.read_flow_run(flow_run)  # type: ignore[arg-type]
-        if found.state is not None and found.state.type in going_on:
+        run = client.read_flow_run(flow_run)  # type: ignore[arg-type]
+        if run.state is not None and run.state.type in going_on:
             message = f"its process is dead; flow run {by} continues its work"
-            client.set_flow_run_state(found.id, Crashed(message=message), force=True)
+            client.set_flow_run_state(run.id, Crashed(message=message), force=True)
 
 
 def device_lease(device: DeviceProfile) -> Callable[[], contextlib.AbstractContextManager[None]]:
@@ -238,14 +238,14 @@ def challengers(registry: Registry, job: Promote) -> Iterator[tuple[str, str]]:
             if job.device not in (None, device):
                 continue
             challenger = alias_of("challenger", device)
-            found = next((v for v in registry.versions(name) if challenger in v.aliases), None)
-            if found is None or alias_of("champion", device) in found.aliases:
+            version = next((v for v in registry.versions(name) if challenger in v.aliases), None)
+            if version is None or alias_of("champion", device) in version.aliases:
                 continue
             champion = registry.champion(name, device)
-            if job.again or not refused(found.tags, device, champion.version if champion else None):
+            if job.again or not refused(version.tags, device, champion.version if champion else None):
                 yield name, device
             else:
-                say(f"{name} version {found.version} was refused on {device} already; set again to compare anew")
+                say(f"{name} version {version.version} was refused on {device} already; set again to compare anew")
 
 
 def refused(tags: Any, device: str, champion: str | None) -> bool:

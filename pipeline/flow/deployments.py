@@ -131,8 +131,8 @@ def _parameters(order: Order, config: RunFile) -> dict[str, Parameters]:
     section = config.device
     files = [str(Path(p).absolute()) for p in (section.profile, *section.others) if Path(p).suffix == ".yaml"]
     model = config.tracking.registered_model or config.name
-    found = trust.code_in(config, order.file)
-    trusted = [written(entry) for one in found for entry in one.entries]
+    code = trust.code_in(config, order.file)
+    trusted = [written(entry) for one in code for entry in one.entries]
     about = {"names": [model], "tracking": config.tracking.uri, "device_profiles": files, "trusted": trusted}
     return {
         "compress": Compress(file=str(order.file.absolute()), overrides=list(order.overrides), trusted=trusted),
@@ -143,13 +143,13 @@ def _parameters(order: Order, config: RunFile) -> dict[str, Parameters]:
 
 def _environment() -> dict[str, str]:
     """Folders of the flow's process; addresses and secrets are the worker's own affair."""
-    found = {HOME: str(home())}
+    variables = {HOME: str(home())}
     if (data := folder(DATA)) is not None:
-        found[DATA] = str(data)
+        variables[DATA] = str(data)
     root = str(Path(secateur.__file__).parents[1])
     if root in sys.path and "site-packages" not in root:  # run from a checkout
-        found["PYTHONPATH"] = root
-    return found
+        variables["PYTHONPATH"] = root
+    return variables
 
 
 def _schedule(flow: str, cron: str | None, order: Order) -> Any:
@@ -186,12 +186,14 @@ def _of_earlier_versions() -> list[str]:
     lines = []
     with get_client(sync_client=True) as client:
         ours = DeploymentFilter(tags=DeploymentFilterTags(all_=[TAG]))
-        for found in client.read_deployments(deployment_filter=ours):
-            module, _, flow = (found.entrypoint or "").rpartition(".")
+        for deployment in client.read_deployments(deployment_filter=ours):
+            module, _, flow = (deployment.entrypoint or "").rpartition(".")
             if module.startswith("pipeline."):
-                file = found.parameters.get("job", {}).get("file", "RUN_FILE")
-                anew = command("secateur", "deploy", file, "--name", found.name)
-                lines.append(f"Note: {flow}/{found.name} was made by an earlier version, and cannot start; run: {anew}")
+                file = deployment.parameters.get("job", {}).get("file", "RUN_FILE")
+                anew = command("secateur", "deploy", file, "--name", deployment.name)
+                lines.append(
+                    f"Note: {flow}/{deployment.name} was made by an earlier version, and cannot start; run: {anew}"
+                )
     return lines
 
 

@@ -76,14 +76,14 @@ def check(url: str) -> None:
     Raises:
         SurroundingsError: none does within ``ANSWER_S``; names the address and what to do.
     """
-    found = _health(url, ANSWER_S)
-    if found:
+    fault = _health(url, ANSWER_S)
+    if fault:
         fix = (
             f"Start it, or correct {URL} (of the environment, or of a Prefect profile: "
             f"{command('prefect', 'config', 'view')}); it ends in /api. Without it a temporary server is used: "
             f"{command('prefect', 'config', 'unset', URL)}"
         )
-        raise SurroundingsError(f"the Prefect server at {masked(printable(url))} {found}. {fix}")
+        raise SurroundingsError(f"the Prefect server at {masked(printable(url))} {fault}. {fix}")
 
 
 def _health(url: str, timeout_s: float) -> str:

@@ -85,15 +85,15 @@ def only(plan: PruningPlan) -> Strategy:
 def _of_the_search(directory: Path, candidate: int | None) -> PruningPlan:
     records = read_journal(directory / "journal.jsonl")
     check_same_data(directory, records)
-    found = {past.candidate.id: past for past in history(records) if past.stage == "search"}
-    if candidate not in found:
-        ids = sorted(found)
+    evaluated = {past.candidate.id: past for past in history(records) if past.stage == "search"}
+    if candidate not in evaluated:
+        ids = sorted(evaluated)
         known = f"{ids[0]} to {ids[-1]}" if ids else "none"
         raise UserError(
             f"the search of {directory} has no pruned candidate {candidate}; it has: {known}. "
             f"`{command('secateur', 'rescore', directory, '--reward', 'device')}` lists them"
         )
-    return found[candidate].candidate.plan
+    return evaluated[candidate].candidate.plan
 
 
 def _of_a_file(plan: Path) -> PruningPlan:

@@ -183,17 +183,17 @@ def _compare(
     lost = registry.deleted_champion(chosen.name, profile.name) if about[3] is None else None
     if lost is not None and lost.earlier is not None:
         return Decision(*about, (Gate("champion", None, 1.0, False, _lost(chosen.name, profile.name, lost)),)), []
-    found, gates = {}, []
+    contenders, gates = {}, []
     with progress.stage("Fetch challenger and champion"):
         for role, version in ((CHALLENGER, chosen), (CHAMPION, champion)):
             if version is not None:
                 try:
-                    found[role] = fetch(registry, version, folder / role)
+                    contenders[role] = fetch(registry, version, folder / role)
                 except VersionError as error:
                     gates.append(_content(role, error))
     if gates:
         return Decision(*about, tuple(gates)), []
-    challenger, reigning = found[CHALLENGER], found.get(CHAMPION)
+    challenger, reigning = contenders[CHALLENGER], contenders.get(CHAMPION)
     try:
         parity, opened = _parity(challenger), judged(challenger)
     except VersionError as error:
@@ -333,7 +333,7 @@ def _measure(
     same = champion is None or champion.data == challenger.data
 
     def decided(result: BenchmarkResult) -> bool:
-        return not any(undecided(found, bound) for _, found, bound in ratios(rules, result))
+        return not any(undecided(ratio, bound) for _, ratio, bound in ratios(rules, result))
 
     with progress.stage(f"Time on {profile.name}") as report:
         return measure(
@@ -377,8 +377,8 @@ def accuracy_gates(
     try:
         workload = _same_images(rules, challenger, champion)
         with progress.stage("Read the test split") as report:
-            found = [_answers(workload, c) for c in (challenger, champion) if c is not None]
-            accuracies = resampled(workload, [answers for answers, _ in found], found[0][1])
+            answered = [_answers(workload, c) for c in (challenger, champion) if c is not None]
+            accuracies = resampled(workload, [answers for answers, _ in answered], answered[0][1])
             report(1, 1, f"{workload.metric} {accuracies[0, 0]:.4f}")
     except trust.ClosedError:
         raise
@@ -393,7 +393,7 @@ def accuracy_gates(
         ok = judged <= bound if drop else judged >= bound
         how = f"champion's {metric} less the challenger's" if drop else f"the challenger's {metric}"
         if low <= bound <= high and low < high:
-            how += f"; not resolved by {len(found[0][1])} images"
+            how += f"; not resolved by {len(answered[0][1])} images"
         gates.append(Gate(name, value, bound, bool(ok), f"{how}, {len(draws) - 1} resamples", low, high))
     return gates
 
@@ -455,7 +455,7 @@ def absolute_gates(
 ) -> list[Gate]:
     """Milliseconds and bytes, against the run file's limits and the device's budgets."""
     size = float(challenger.model.stat().st_size)
-    found = {
+    values = {
         "p50_ms": result.p50_ms(name),
         "p95_ms": result.p95_ms(name),
         "size_bytes": size,
@@ -467,7 +467,7 @@ def absolute_gates(
     gates = []
     for key, limit in limits.items():
         if limit is not None:
-            value = found.get(key)
+            value = values.get(key)
             reason = f"on {profile.name}" if value is not None else f"{profile.name} does not tell it"
             gates.append(Gate(key, value, float(limit), value is not None and value <= limit, reason))
     return gates
@@ -480,7 +480,7 @@ def relative_gates(
 
     Sizes are exact. A reading that the device does not give is unknown, which is no pass.
     """
-    gates = [_no_larger(name, found, bound, len(result.processes)) for name, found, bound in ratios(section, result)]
+    gates = [_no_larger(name, ratio, bound, len(result.processes)) for name, ratio, bound in ratios(section, result)]
     if section.max_resource_increase is not None:
         size = challenger.model.stat().st_size / champion.model.stat().st_size
         gates.append(_no_larger("size ratio", Ratio(size, size, size), 1 + section.max_resource_increase, 1))
@@ -503,22 +503,22 @@ def ratios(section: GateSection, result: BenchmarkResult) -> list[tuple[str, Rat
     return rows
 
 
-def undecided(found: Ratio | None, bound: float) -> bool:
+def undecided(ratio: Ratio | None, bound: float) -> bool:
     """Whether a ratio's interval contains the bound, so that more processes could tell."""
-    return found is not None and found.low <= bound < found.high
+    return ratio is not None and ratio.low <= bound < ratio.high
 
 
-def _no_larger(name: str, found: Ratio | None, bound: float, count: int) -> Gate:
+def _no_larger(name: str, ratio: Ratio | None, bound: float, count: int) -> Gate:
     """A ratio challenger / champion that is within its bound for sure: its interval's upper end is."""
-    if found is None:
+    if ratio is None:
         return Gate(name, None, bound, False, "the device does not tell it; set the limit to null to do without")
     reason = "challenger / champion, upper end of the interval"
-    if undecided(found, bound):
-        needed = processes_that_tell(found, bound, count)
+    if undecided(ratio, bound):
+        needed = processes_that_tell(ratio, bound, count)
         about = f"more than {needed:,}" if needed >= MANY_PROCESSES else f"about {needed:,}"
         reason = f"unknown after {count}: {about} processes would tell (final.max_processes of the device profile)"
-    ends = (found.low, found.high) if found.known else (None, None)
-    return Gate(name, found.value, bound, found.high <= bound, reason, *ends)
+    ends = (ratio.low, ratio.high) if ratio.known else (None, None)
+    return Gate(name, ratio.value, bound, ratio.high <= bound, reason, *ends)
 
 
 def _stable(result: BenchmarkResult) -> Gate:

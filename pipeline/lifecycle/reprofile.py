@@ -113,16 +113,16 @@ class Reprofile:
 
     def metrics(self) -> dict[str, float]:
         """For the tracker: figures, and changes with their intervals."""
-        found: dict[str, float] = {"regressed": float(bool(self.regressions))}
+        metrics: dict[str, float] = {"regressed": float(bool(self.regressions))}
         for figure in self.figures:
-            found[figure.name] = figure.now
+            metrics[figure.name] = figure.now
             for part in ("value", "low", "high"):
-                found[f"change.{figure.name}.{part}"] = getattr(figure.change, part)
+                metrics[f"change.{figure.name}.{part}"] = getattr(figure.change, part)
         if self.reference is not None:
-            found["change.reference"] = self.reference.value
+            metrics["change.reference"] = self.reference.value
         if self.speedup is not None:
-            found["speedup"] = self.speedup[1].value
-        return {name: value for name, value in found.items() if math.isfinite(value)}
+            metrics["speedup"] = self.speedup[1].value
+        return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
     def to_json(self) -> str:
         data = asdict(replace(self, benchmark=None))  # type: ignore[arg-type]
@@ -149,13 +149,13 @@ def chosen(registry: Champions, names: Sequence[str], device: str | None) -> lis
         UserError: there is no such champion; names those there are.
     """
     every = registry.champions()
-    found = [c for c in every if (not names or c[0] in names) and device in (None, c[1])]
-    missing = sorted(set(names) - {name for name, _, _ in found})
-    if missing or not found:
+    champions = [c for c in every if (not names or c[0] in names) and device in (None, c[1])]
+    missing = sorted(set(names) - {name for name, _, _ in champions})
+    if missing or not champions:
         known = ", ".join(f"{name} on {where}" for name, where, _ in every) or "none"
         wanted = ", ".join(missing) or "any"
         raise UserError(f"no champion of {wanted}{f' on {device}' if device else ''}; there are: {known}")
-    return found
+    return champions
 
 
 def reprofile(
@@ -305,15 +305,15 @@ def growth(now: Sequence[float], then: Sequence[float], noise_floor: float | Non
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, ...]:
     """What differs between a device as it was described then and now, for people; unknown on one side is no change."""
-    found = [
+    lines = [
         f"{key} {before[key]} -> {now[key]}"
         for key in SYSTEM_KEYS
         if key in before and key in now and before[key] != now[key]
     ]
     warmth = [_warmest(facts) for facts in (before, now)]
     if warmth[0] is not None and warmth[1] is not None and abs(warmth[1] - warmth[0]) >= 5:
-        found.append(f"highest temperature {warmth[0]:.0f} -> {warmth[1]:.0f} C")
-    return tuple(found)
+        lines.append(f"highest temperature {warmth[0]:.0f} -> {warmth[1]:.0f} C")
+    return tuple(lines)
 
 
 def profile_of(device: str, files: Sequence[Path] = ()) -> DeviceProfile:
@@ -352,8 +352,8 @@ def markdown(reprofiles: Sequence[Reprofile]) -> str:
 
 
 def _warmest(facts: Mapping[str, Any]) -> float | None:
-    found = facts.get("temperature_c")
-    return found.get("max") if isinstance(found, Mapping) else found
+    temperature = facts.get("temperature_c")
+    return temperature.get("max") if isinstance(temperature, Mapping) else temperature
 
 
 def _verdict(change: Ratio, tolerance: float, busy: bool) -> str:
@@ -368,8 +368,8 @@ def _of_processes(
     result: BenchmarkResult, name: str, of: Callable[[BenchmarkResult, str], float | None]
 ) -> list[float]:
     """A figure of every process; empty where the device does not tell it."""
-    found = [of(replace(result, processes=(process,)), name) for process in result.processes]
-    return [value for value in found if value is not None]
+    values = [of(replace(result, processes=(process,)), name) for process in result.processes]
+    return [value for value in values if value is not None]
 
 
 def _latency(result: BenchmarkResult, name: str) -> float:

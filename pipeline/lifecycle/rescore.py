@@ -69,14 +69,14 @@ class Ranking:
 
 def history(records: Sequence[Record]) -> list[Past]:
     """Every pruned candidate of a journal that was evaluated, in order."""
-    found = []
+    candidates = []
     for record in records:
         if record.get("stage") in STAGES and record["kind"] in ("evaluation", "finetune"):
             tuned = record["kind"] == "finetune"
             candidate = to_candidate({**record["candidate"], **({"base": record["base"]} if tuned else {})})
             if not candidate.plan.is_full:
-                found.append(Past(record["stage"], candidate, to_evaluation(record["evaluation"]), tuned))
-    return found
+                candidates.append(Past(record["stage"], candidate, to_evaluation(record["evaluation"]), tuned))
+    return candidates
 
 
 def front_rows(records: Sequence[Record], metric: str) -> list[dict[str, Any]]:
@@ -182,9 +182,9 @@ def shared_metric(metrics: Sequence[str], reference: Evaluation, past: Sequence[
     """
     known = [reference.metrics, *(p.evaluation.metrics for p in past if p.evaluation.status == "ok")]
     for name in metrics:
-        if all(name in found for found in known):
+        if all(name in recorded for recorded in known):
             return name
-    held = sorted(set.intersection(*(set(found) for found in known)))
+    held = sorted(set.intersection(*(set(recorded) for recorded in known)))
     raise UserError(
         f"the run's candidates cannot be compared: none of {', '.join(metrics)} was recorded for each (all have "
         f"{', '.join(held)}). Start a new run with `secateur run`, which records its metric"
@@ -197,13 +197,13 @@ def rank_agreement(records: Sequence[Record], metric: str) -> dict[str, Any] | N
     None where the workload has no stand-in, fewer than three candidates have both, or all are equal.
     """
     metrics = [p.evaluation.metrics for p in history(records) if p.stage == "search" and p.evaluation.status == "ok"]
-    known = dict.fromkeys(name for found in metrics for name in on_images(found))
+    known = dict.fromkeys(name for recorded in metrics for name in on_images(recorded))
     stand_in = next((name for name in known if name not in (metric, "loss")), metric)
-    pairs = [(found[stand_in], found[metric]) for found in metrics if stand_in in found and metric in found]
+    pairs = [(each[stand_in], each[metric]) for each in metrics if stand_in in each and metric in each]
     if stand_in == metric or not pairs or any(len(set(values)) < 3 for values in zip(*pairs, strict=True)):
         return None
-    found = float(spearmanr(*zip(*pairs, strict=True)).statistic)
-    return {"stand_in": stand_in, "metric": metric, "spearman": found, "candidates": len(pairs)}
+    correlation = float(spearmanr(*zip(*pairs, strict=True)).statistic)
+    return {"stand_in": stand_in, "metric": metric, "spearman": correlation, "candidates": len(pairs)}
 
 
 def mixed(ranking: Ranking, top: int) -> bool:
@@ -216,15 +216,15 @@ def ranking_rows(ranking: Ranking, top: int) -> list[tuple[str, ...]]:
     metric, reference = ranking.metric, ranking.reference
     rows: list[tuple[str, ...]] = []
     for i, (reward, past) in enumerate(ranking.rows[:top]):
-        found = past.evaluation
-        latency = found["latency_ratio"]
+        evaluation = past.evaluation
+        latency = evaluation["latency_ratio"]
         rows.append(
             (
                 str(i + 1),
                 " ".join(dict.fromkeys((past.stage, past.candidate.origin, str(past.candidate.id)))),
                 past.weights,
-                f"{found[metric]:.2%}",
-                f"{found['macs'] / reference['macs']:.3f}",
+                f"{evaluation[metric]:.2%}",
+                f"{evaluation['macs'] / reference['macs']:.3f}",
                 "-" if latency != latency else f"{latency:.3f}",
                 f"{reward:.4g}",
                 "front" if i in ranking.front else "",

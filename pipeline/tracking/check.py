@@ -63,12 +63,12 @@ def check_tracking(config: RunFile, home: Path) -> TrackingReport:
 
     threading.Thread(target=look, name="tracking check", daemon=True).start()
     try:
-        found = answers.get(timeout=LONGEST_S)
+        answer = answers.get(timeout=LONGEST_S)
     except queue.Empty:
-        found = _away(config, uri, f"it did not answer within {LONGEST_S:g} s")
-    if isinstance(found, BaseException):
-        raise found
-    return found
+        answer = _away(config, uri, f"it did not answer within {LONGEST_S:g} s")
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
 
 
 def require_tracking(config: RunFile, home: Path, say: Callable[[str], None]) -> None:

@@ -143,12 +143,12 @@ def _checked(query: SqliteQuery, what: str, uri: str) -> Store:
     return SqlStore(query)
 
 
-def _check_schema(found: Sequence[str], what: str, uri: str) -> None:
+def _check_schema(present: Sequence[str], what: str, uri: str) -> None:
     """See that MLflow will not refuse a store for its schema."""
     known, heads = revisions()
-    if not heads or set(found) == heads:
+    if not heads or set(present) == heads:
         return
-    if set(found) <= known:
+    if set(present) <= known:
         upgrade = command("mlflow", "db", "upgrade", redacted(uri))
         raise StoreRefusedError(f"{what} was made by an earlier MLflow: keep a copy of it, then run `{upgrade}`")
     raise StoreRefusedError(

@@ -86,11 +86,11 @@ def is_there(client: MlflowClient, child: Child) -> bool:
     """Whether a candidate's run is there in full; one that was cut short is removed."""
     key, parent = child.tags[CANDIDATE_TAG], child.tags[PARENT_TAG]
     query = f"tags.`{PARENT_TAG}` = '{parent}' and tags.`{CANDIDATE_TAG}` = '{key}'"
-    found = client.search_runs([child.experiment_id], query)
-    for run in found:
+    runs = client.search_runs([child.experiment_id], query)
+    for run in runs:
         if run.info.status != "FINISHED":
             client.delete_run(run.info.run_id)
-    return any(run.info.status == "FINISHED" for run in found)
+    return any(run.info.status == "FINISHED" for run in runs)
 
 
 @contextlib.contextmanager

@@ -44,11 +44,11 @@ class Event:
 
 def read_events(tags: Mapping[str, str]) -> list[Event]:
     """The entries among a registered model's tags, the oldest first; ``done`` where they are marked so."""
-    found = []
+    events = []
     for _, text in sorted((key, text) for key, text in tags.items() if key.startswith(EVENTS)):
         with contextlib.suppress(ValueError):  # written by somebody else
-            found.append(Event(**dict(checked(MoveTag, read_json(text)))))
-    return found
+            events.append(Event(**dict(checked(MoveTag, read_json(text)))))
+    return events
 
 
 def next_key(tags: Mapping[str, str]) -> str:
@@ -57,7 +57,7 @@ def next_key(tags: Mapping[str, str]) -> str:
     Earlier versions took microseconds since 1970 for numbers; counting goes on from there.
     """
     numbers = [key.removeprefix(EVENTS).partition("-")[0] for key in tags if key.startswith(EVENTS)]
-    number = max((int(found) for found in numbers if found.isdecimal() and len(found) <= DIGITS), default=0) + 1
+    number = max((int(digits) for digits in numbers if digits.isdecimal() and len(digits) <= DIGITS), default=0) + 1
     return f"{EVENTS}{number:0{DIGITS}d}-{secrets.token_hex(2)}"
 
 

@@ -43,8 +43,8 @@ class Manifest:
     @property
     def files(self) -> Mapping[str, Mapping[str, Any]]:
         """Path within the version -> its ``sha256`` and ``bytes``; every file but this list."""
-        found: Mapping[str, Mapping[str, Any]] = self.data["files"]
-        return found
+        files: Mapping[str, Mapping[str, Any]] = self.data["files"]
+        return files
 
     @classmethod
     def read(cls, raw: bytes, expected: str, what: str) -> Manifest:
@@ -54,9 +54,9 @@ class Manifest:
             TrackingError: they are others.
             VersionError: they name files that no version may have, or are no list at all.
         """
-        found = hashlib.sha256(raw).hexdigest()
-        if found != expected:
-            raise TrackingError(f"the provenance of {what} was changed: sha256 {found}, expected {expected}")
+        digest = hashlib.sha256(raw).hexdigest()
+        if digest != expected:
+            raise TrackingError(f"the provenance of {what} was changed: sha256 {digest}, expected {expected}")
         try:
             if len(raw) > MAX_MANIFEST:
                 raise ValueError("it is too large")
@@ -73,7 +73,7 @@ class Manifest:
             raise VersionError(f"the provenance of {what} cannot be used: {printable(error)}") from error
         if len(sizes) > MAX_FILES or sum(sizes) > MAX_BYTES:
             raise VersionError(f"{what} has {len(sizes)} files of {sum(sizes)} bytes: more than any version should")
-        return cls(raw, found, data)
+        return cls(raw, digest, data)
 
     def verify(self, path: str, file: Path, what: str) -> None:
         """Compare a file with what is said of it.
@@ -85,8 +85,8 @@ class Manifest:
         size = file.stat().st_size
         if size != expected["bytes"]:
             raise TrackingError(f"{path} of {what} was changed: {size} bytes, expected {expected['bytes']}")
-        if (found := sha256_of(file)) != expected["sha256"]:
-            raise TrackingError(f"{path} of {what} was changed: sha256 {found}, expected {expected['sha256']}")
+        if (digest := sha256_of(file)) != expected["sha256"]:
+            raise TrackingError(f"{path} of {what} was changed: sha256 {digest}, expected {expected['sha256']}")
 
 
 def write_manifest(folder: Path, name: str, run_key: str, facts: Mapping[str, Any]) -> str:

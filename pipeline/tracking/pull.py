@@ -65,19 +65,19 @@ def pull(
     _refuse_foreign(folder)
     cache = Cache(registry.home / CACHE)
     reference, notice = f"{redacted(registry.uri)} {name} {which} {device or ''}", ""
-    found = None
+    cached = None
     if not offline:
         try:
             version = registry.version(name, which, device)
-            found = version, cache.keep(registry, version, reference)
+            cached = version, cache.keep(registry, version, reference)
         except TrackingError as error:
             if not (cache.knows(reference) and error.unreachable):
                 raise
             notice = f"{error}. Using what was pulled last"
-    if found is None:
-        found = cache.last(reference)
-        notice = f"{notice or 'Offline: using what was pulled last'}: version {found[0].version}"
-    version, manifest = found
+    if cached is None:
+        cached = cache.last(reference)
+        notice = f"{notice or 'Offline: using what was pulled last'}: version {cached[0].version}"
+    version, manifest = cached
     with _replacing(folder) as part:
         for path, own in _chosen(manifest, version.uri).items():
             cache.copy(manifest, path, part / own, version.uri)
@@ -166,12 +166,12 @@ def _chosen(manifest: Manifest, what: str) -> dict[str, str]:
     Raises:
         VersionError: one would take another's place.
     """
-    found = {MODEL: MODEL, **{p: p.removeprefix(f"{FOLDER}/") for p in manifest.files if p.startswith(f"{FOLDER}/")}}
+    chosen = {MODEL: MODEL, **{p: p.removeprefix(f"{FOLDER}/") for p in manifest.files if p.startswith(f"{FOLDER}/")}}
     taken = {MODEL, *WRITTEN}
-    for path, own in found.items():
+    for path, own in chosen.items():
         if path != MODEL and ("/" in own or own.casefold() in {name.casefold() for name in taken}):
             raise VersionError(f"{what} has a file {path}, which no version of ours has: refused")
-    return found
+    return chosen
 
 
 def _refuse_foreign(folder: Path) -> None:

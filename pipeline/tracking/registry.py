@@ -235,8 +235,8 @@ class Registry:
         aliases = _aliases(self._model(name))
         with self._talking() as client:
             query = equals("name", name)
-            found = list(_pages(lambda token: client.search_model_versions(query, page_token=token)))
-        return sorted((_version_of(v, aliases) for v in found if v.name == name), key=lambda v: -int(v.version))
+            versions = list(_pages(lambda token: client.search_model_versions(query, page_token=token)))
+        return sorted((_version_of(v, aliases) for v in versions if v.name == name), key=lambda v: -int(v.version))
 
     def version(self, name: str, which: str = CHAMPION, device: str | None = None) -> Version:
         """One version of a model.
@@ -277,14 +277,14 @@ class Registry:
 
     def champions(self) -> list[tuple[str, str, Version]]:
         """(model, device, version) of every champion of every device."""
-        found = []
+        champions = []
         for model in self._models():
             names = {_plain(n): n for key, n in model.tags.items() if key.startswith(DEVICE_NAMES)}
             for alias, number in sorted(_aliases(model).items()):
                 role, separator, plain = alias.partition("-")
                 if role == CHAMPION and separator:
-                    found.append((model.name, names.get(plain, plain), self.version(model.name, number)))
-        return found
+                    champions.append((model.name, names.get(plain, plain), self.version(model.name, number)))
+        return champions
 
     def history(self, name: str) -> list[Event]:
         """Every move of a champion, the oldest first.
@@ -547,10 +547,10 @@ class Registry:
         Raises:
             UserError: there is no such model, or nobody has named its device.
         """
-        found = self._model(name).tags.get(DEFAULT_DEVICE)
-        if found is None:
+        device = self._model(name).tags.get(DEFAULT_DEVICE)
+        if device is None:
             raise UserError(f"model {name} has no default device; name one with --device")
-        return str(found)
+        return str(device)
 
     def _move(self, kind: str, name: str, version: str, device: str, previous: str | None, run_id: str) -> None:
         """Write an entry, then move the device's alias: the one step that makes a champion. Then mark it as done."""
@@ -580,12 +580,12 @@ class Registry:
                     client.delete_registered_model_alias(name, alias)
                     del aliases[alias]
             for role in (CHAMPION, CHALLENGER) if device is not None else ():
-                wanted, found = aliases.get(alias_of(role, device)), aliases.get(role)
-                if wanted is not None and wanted != found:
-                    if role == CHAMPION and found is not None:
-                        self._keep(name, model, str(device), found)
+                wanted, present = aliases.get(alias_of(role, device)), aliases.get(role)
+                if wanted is not None and wanted != present:
+                    if role == CHAMPION and present is not None:
+                        self._keep(name, model, str(device), present)
                     client.set_registered_model_alias(name, role, wanted)
-                elif wanted is None and found is not None and role == CHALLENGER:
+                elif wanted is None and present is not None and role == CHALLENGER:
                     client.delete_registered_model_alias(name, role)
 
     def _name_device(self, name: str, device: str) -> None:
@@ -593,10 +593,10 @@ class Registry:
         with self._talking() as client:
             client.set_registered_model_tag(name, DEVICE_NAMES + _plain(device), device)
 
-    def _keep(self, name: str, model: Any, device: str, found: str) -> None:
+    def _keep(self, name: str, model: Any, device: str, version: str) -> None:
         """Write down a plain ``champion`` that somebody else has set, so that a roll-back can reach it."""
-        if not is_known(found, *_reign(model, device)):
-            self._enter(name, Event(FOUND, device, found, None, time.time()))
+        if not is_known(version, *_reign(model, device)):
+            self._enter(name, Event(FOUND, device, version, None, time.time()))
 
     # -- decisions ---------------------------------------------------------------------------------------------------
 
@@ -705,17 +705,17 @@ class Registry:
             _check_folder(version, place)
             store = get_artifact_repository(place, tracking_uri=self.uri, registry_uri=self.uri)
             _check_size(version, path, store.list_artifacts(path.rpartition("/")[0] or None), sizes)
-            found = Path(store.download_artifacts(path, dst_path=str(folder)))
-        if not found.is_file():
+            file = Path(store.download_artifacts(path, dst_path=str(folder)))
+        if not file.is_file():
             raise TrackingError(f"{version.uri} has no file {path}")
-        return found
+        return file
 
 
 def _lock_of(uri: str) -> Path:
     """The file of a store's lock."""
-    found = sqlite_file(uri)
-    if found is not None:
-        file = found.resolve()
+    database = sqlite_file(uri)
+    if database is not None:
+        file = database.resolve()
         return file.with_name(f"{file.name}.lock")
     return machine_lock("registry-" + hashlib.sha256(redacted(uri).rstrip("/").encode()).hexdigest()[:16])
 
@@ -744,19 +744,25 @@ def _check_size(version: Version, path: str, listed: Sequence[Any], sizes: range
     Raises:
         TrackingError: it holds none, a folder of that name, or a file of another size.
     """
-    found = next((entry for entry in listed if entry.path == path), None)
-    if found is None or found.is_dir:
+    file = next((entry for entry in listed if entry.path == path), None)
+    if file is None or file.is_dir:
         raise TrackingError(f"{version.uri} has no file {path}")
-    if found.file_size is not None and int(found.file_size) not in sizes:
+    if file.file_size is not None and int(file.file_size) not in sizes:
         expected = str(sizes.start) if len(sizes) == 1 else f"at most {sizes.stop - 1}"
-        raise TrackingError(f"{path} of {version.uri} was changed: {found.file_size} bytes, expected {expected}")
+        raise TrackingError(f"{path} of {version.uri} was changed: {file.file_size} bytes, expected {expected}")
 
 
-def _version_of(found: Any, aliases: Mapping[str, str]) -> Version:
-    number = str(found.version)
+def _version_of(version: Any, aliases: Mapping[str, str]) -> Version:
+    number = str(version.version)
     own = tuple(sorted(alias for alias, target in aliases.items() if target == number))
     return Version(
-        found.name, number, dict(found.tags), own, found.source, found.run_id or "", int(found.creation_timestamp or 0)
+        version.name,
+        number,
+        dict(version.tags),
+        own,
+        version.source,
+        version.run_id or "",
+        int(version.creation_timestamp or 0),
     )
 
 
@@ -783,12 +789,12 @@ def _is_unreachable(error: BaseException) -> bool:
 
 def _gate_metrics(decision: Decision) -> dict[str, float]:
     """A decision's numbers under the names MLflow allows."""
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for gate in decision.gates:
         name = re.sub(r"[^A-Za-z0-9_./ -]", "", gate.name)
         values = {"value": gate.value, "low": gate.low, "high": gate.high, "bound": gate.bound, "ok": float(gate.ok)}
-        found |= {f"{name}.{k}": float(v) for k, v in values.items() if v is not None and np.isfinite(v)}
-    return found
+        metrics |= {f"{name}.{k}": float(v) for k, v in values.items() if v is not None and np.isfinite(v)}
+    return metrics
 
 
 def _pages(ask: Any) -> Iterator[Any]:

@@ -44,15 +44,13 @@ def record_reprofile(
         experiment_id = experiment_of(client, uri, experiment, home)
         label = f"{name}/{version}/{device}"
         likely = client.search_runs([experiment_id], equals(f"tags.`{REPROFILE_TAG}`", label))
-        found = [run for run in likely if run.data.tags[REPROFILE_TAG] == label]
+        runs = [run for run in likely if run.data.tags[REPROFILE_TAG] == label]
         tags = {REPROFILE_TAG: label, "model": name, "version": version, "device": device}
-        run = (
-            found[0] if found else client.create_run(experiment_id, tags=tags, run_name=f"{name} {version} on {device}")
-        )
+        run = runs[0] if runs else client.create_run(experiment_id, tags=tags, run_name=f"{name} {version} on {device}")
         run_id = str(run.info.run_id)
         if run.data.tags.get(LAST_TAG) == key:
             return run_id
-        history = client.get_metric_history(run_id, "regressed") if found else []
+        history = client.get_metric_history(run_id, "regressed") if runs else []
         now_ms, step = int(time.time() * 1000), max((point.step for point in history), default=-1) + 1
         points = [Metric(metric, value, now_ms, step) for metric, value in metrics.items()]
         client.log_text(run_id, document, f"readings/{step:05d}.json")
@@ -76,10 +74,10 @@ def page_of(uri: str, experiment: str, run_id: str) -> str:
         known = client.get_experiment_by_name(experiment)
         if known is None:
             return ""
-        found = client.search_runs([known.experiment_id], f"tags.`{RUN_TAG}` = '{run_id}'", max_results=1)
+        runs = client.search_runs([known.experiment_id], f"tags.`{RUN_TAG}` = '{run_id}'", max_results=1)
     except Unreachable as error:
         raise TrackingError(f"tracking server {redacted(uri)}: {first_line(error)}") from error
     parts = urlsplit(uri)
     server = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
     place = f"{server}/#/experiments/{known.experiment_id}"
-    return f"{place}/runs/{found[0].info.run_id}" if found else place
+    return f"{place}/runs/{runs[0].info.run_id}" if runs else place

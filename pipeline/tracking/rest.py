@@ -77,12 +77,12 @@ class RestStore(Store):
         answer = self._api("experiments/get-by-name", {"experiment_name": name})
         if answer is None:
             return None
-        found = answer.get("experiment")
-        if not isinstance(found, Mapping) or "experiment_id" not in found:
+        experiment = answer.get("experiment")
+        if not isinstance(experiment, Mapping) or "experiment_id" not in experiment:
             raise StoreRefusedError(_NO_MLFLOW)
-        number, tags = str(found["experiment_id"]), _tags(found)
+        number, tags = str(experiment["experiment_id"]), _tags(experiment)
         ours = MADE_TAG in tags or any(self._has_runs(number, tag) for tag in RUN_TAGS)
-        return Experiment(number, found.get("lifecycle_stage") == "deleted", tags, runs_of_ours=ours)
+        return Experiment(number, experiment.get("lifecycle_stage") == "deleted", tags, runs_of_ours=ours)
 
     def model(self, name: str) -> Model | None:
         answer = self._api("registered-models/get", {"name": name})
@@ -91,11 +91,11 @@ class RestStore(Store):
             prompts = self._api("registered-models/search", {"filter": query}) or {}
             known = any(isinstance(m, Mapping) and m.get("name") == name for m in prompts.get("registered_models", ()))
             return Model({PROMPT_TAG: "true"}, {}) if known else None
-        found = answer.get("registered_model")
-        if not isinstance(found, Mapping):
+        model = answer.get("registered_model")
+        if not isinstance(model, Mapping):
             raise StoreRefusedError(_NO_MLFLOW)
-        aliases = {str(a["alias"]): str(a["version"]) for a in found.get("aliases", ())}
-        tags, ours = _tags(found), []
+        aliases = {str(a["alias"]): str(a["version"]) for a in model.get("aliases", ())}
+        tags, ours = _tags(model), []
         for number in sorted({v for alias, v in aliases.items() if is_alias_of_ours(alias) and DEFAULT_DEVICE in tags}):
             got = self._api("model-versions/get", {"name": name, "version": number}) or {}
             if RUN_TAG in _tags(got.get("model_version", {})):
@@ -108,14 +108,14 @@ class RestStore(Store):
 
     def _check_version(self) -> None:
         status, content, _ = self._get(f"{self._base}/version")
-        found = re.fullmatch(r"(\d+)\.\d+[\w.+-]*", content.decode("utf-8", "replace").strip())
-        if status != 200 or found is None:
+        match = re.fullmatch(r"(\d+)\.\d+[\w.+-]*", content.decode("utf-8", "replace").strip())
+        if status != 200 or match is None:
             return  # behind a proxy it may not be there; the other questions tell
-        if int(found[1]) < OLDEST:
-            raise StoreRefusedError(f"the server is MLflow {found[0]}; Secateur needs {OLDEST}.0 or newer there")
+        if int(match[1]) < OLDEST:
+            raise StoreRefusedError(f"the server is MLflow {match[0]}; Secateur needs {OLDEST}.0 or newer there")
         own = version("mlflow")
-        if int(found[1]) > int(own.partition(".")[0]):
-            self.notes = (f"the tracking server is MLflow {found[0]}, newer than the {own} here",)
+        if int(match[1]) > int(own.partition(".")[0]):
+            self.notes = (f"the tracking server is MLflow {match[0]}, newer than the {own} here",)
 
     def _api(
         self, path: str, query: Mapping[str, str] | None = None, body: Mapping[str, Any] | None = None
@@ -243,8 +243,8 @@ def _is_page(content: bytes) -> bool:
     return content.lstrip()[:1] == b"<"
 
 
-def _tags(found: Any) -> dict[str, str]:
+def _tags(entity: Any) -> dict[str, str]:
     """The tags of an answer."""
-    if not isinstance(found, Mapping):
+    if not isinstance(entity, Mapping):
         return {}
-    return {str(tag["key"]): str(tag.get("value", "")) for tag in found.get("tags", ()) if "key" in tag}
+    return {str(tag["key"]): str(tag.get("value", "")) for tag in entity.get("tags", ()) if "key" in tag}

@@ -121,9 +121,9 @@ class Tracker:
                 return self._client
             client = connect(self.uri)
             experiment_id = experiment_of(client, self.uri, self.section.experiment, self.home, self.section.take_over)
-            found = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{self.run_id}'", max_results=1)
-            if found:
-                self._parent = found[0].info.run_id
+            runs = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{self.run_id}'", max_results=1)
+            if runs:
+                self._parent = runs[0].info.run_id
             else:
                 tags = {**self.labels, RUN_TAG: self.run_id}
                 self._parent = client.create_run(experiment_id, tags=tags, run_name=self.run_name).info.run_id

@@ -74,6 +74,10 @@ def test_a_broken_package_is_a_fault_of_the_profile_that_names_it(tmp_path: Path
     with pytest.raises(DeviceError, match=r"line 1: target: .*ZeroDivisionError") as caught:
         load_profile(tmp_path / "mine.yaml")
     assert "line 2: threads" in str(caught.value)
+    installed(tmp_path, monkeypatch, "bare", bare=GOOD)
+    (tmp_path / "mine.yaml").write_text("target: bare\nconnect: {serial: A1}\n")
+    with pytest.raises(DeviceError, match="line 1: target: the Settings of target bare are no pydantic model"):
+        load_profile(tmp_path / "mine.yaml")
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from secateur.pipeline.config.reading import load_run_file
 from secateur.pipeline.errors import EXIT_GATE, EXIT_USER, UserError
 from secateur.pipeline.lifecycle import promotion
 from secateur.pipeline.tracking import Registry
+from tests.device_profiles.test_shelf import GOOD, installed
 from tests.pipeline.helpers import TINY, merged, quick_device
 from tests.pipeline.registered import add, crown, embedded, linear_model, make_template, migrated_home
 
@@ -430,6 +431,31 @@ def test_a_device_added_with_an_interpreter_was_asked_for(
     found = trust.code_of_profile("mine")
     assert found is not None
     trust.require([found])
+
+
+def test_a_kind_of_target_says_itself_what_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "tool"
+    tool.touch()
+    good = GOOD.replace(
+        "class Settings: ...",
+        "import pathlib, pydantic\nclass Settings(pydantic.BaseModel):\n    wire: str = ''\n    python: str = ''",
+    )
+    says = f"""
+from secateur.device_profiles.target import Started
+def starts(connect):
+    return [Started("wire", "the wire to " + connect["wire"], pathlib.Path({str(tool)!r}))]
+"""
+    installed(tmp_path, monkeypatch, wired=good + says, plain=good)
+    for kind, connect, text in (
+        ("wired", "{wire: pc7}", "connect.wire: the wire to pc7"),
+        ("plain", "{python: /opt/py}", "connect.python: /opt/py (on this machine)"),
+    ):
+        (tmp_path / "board.yaml").write_text(f"target: {kind}\nconnect: {connect}\n")
+        found = trust.code_of_profile(tmp_path / "board.yaml")
+        assert found is not None and list(map(str, found.entries)) == [text]
+        assert found.others == ((tool,) if kind == "wired" else ())
+        with pytest.raises(UserError, match="nobody has consented"):
+            trust.open_target(load_profile(tmp_path / "board.yaml"))
 
 
 # --------------------------------------------------------------------------------------- runs, deployments, workers

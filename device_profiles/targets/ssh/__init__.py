@@ -14,15 +14,16 @@ import hashlib
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from secateur.device_profiles.errors import DeviceError
 from secateur.device_profiles.profile import DeviceProfile
 from secateur.device_profiles.runtime import DEFAULT, Runtime, runtime_named, runtime_of
-from secateur.device_profiles.target import PYTHON, AddOption, Progress, Target
-from secateur.device_profiles.targets.ssh.settings import Settings
+from secateur.device_profiles.target import PYTHON, AddOption, Progress, Started, Target
+from secateur.device_profiles.targets.ssh.settings import DEFAULT_PYTHON, Settings
+from secateur.device_profiles.wording import command, printable
 
 if TYPE_CHECKING:
     from secateur.device_profiles.targets.ssh.session import Work, Worker
@@ -50,6 +51,17 @@ def address(connect: Mapping[str, Any]) -> str:
     user = f"{connect['user']}@" if connect.get("user") else ""
     port = f":{connect['port']}" if connect.get("port") else ""
     return f"{user}{connect['host']}{port}"
+
+
+def starts(connect: Mapping[str, Any]) -> Iterator[Started]:
+    """A Python of the user's own on the device; and an SSH configuration, in which commands can stand."""
+    python = connect.get("python") or ()
+    words = (python,) if isinstance(python, str) else tuple(map(str, python))
+    if words and words != DEFAULT_PYTHON:
+        yield Started("python", f"{command(*words)} (on {printable(address(connect))})")
+    if connect.get("config"):
+        file = Path(connect["config"]).expanduser().absolute()
+        yield Started("config", f"{printable(file)} (an SSH configuration can start commands here)", file)
 
 
 def read_address(text: str) -> dict[str, Any]:

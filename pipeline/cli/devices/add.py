@@ -122,8 +122,8 @@ def _add_options() -> list[AddOption]:
     """The options of every kind of target, each name once; a kind that cannot be loaded is told where it is used."""
     from secateur.device_profiles.target import kinds
 
-    found = {option.name: option for kind in kinds() for option in kind.add_options}
-    return [found[name] for name in sorted(found)]
+    options = {option.name: option for kind in kinds() for option in kind.add_options}
+    return [options[name] for name in sorted(options)]
 
 
 def _check_name(name: str, base: str, force: bool) -> None:

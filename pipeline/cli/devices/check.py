@@ -74,8 +74,8 @@ def print_checks(name: str, checks: tuple[Check, ...]) -> None:
     rows = table("check", "", "found", box=None, header_style="bold")
     long = [entry for entry in checks if len(entry.found) > LONG]  # a command in it could not be copied from a table
     for entry in checks:
-        found = "see below" if entry in long else entry.found
-        rows.add_row(entry.name, Text(entry.status, style=MARKS[entry.status]), found)
+        text = "see below" if entry in long else entry.found
+        rows.add_row(entry.name, Text(entry.status, style=MARKS[entry.status]), text)
     out.print(rows)
     for entry in long:
         out.print(f"\n{entry.name}: {entry.found}\n")

@@ -38,27 +38,27 @@ def probe(
     profiles.require_timing(profile, "")
     consent_to_profile(name, trust)
     with profiles.opened(profile) as target, RichProgress(err).stage(f"probe {name}") as report:
-        found = staircase.probe(target, profile, seconds=seconds, progress=report)
-    path = calibration.save(profiles.folder(), profile, found)
+        measured = staircase.probe(target, profile, seconds=seconds, progress=report)
+    path = calibration.save(profiles.folder(), profile, measured)
     rows = table("", "", box=None, show_header=False)
-    for kind, text in found.summary():
+    for kind, text in measured.summary():
         rows.add_row(kind, text)
     out.print(rows)
-    multiples = ", ".join(f"{kind}: {value}" for kind, value in found.multiples.model_dump().items())
+    multiples = ", ".join(f"{kind}: {value}" for kind, value in measured.multiples.model_dump().items())
     out.print(f"channel_multiple: {{{multiples}}}")
     out.print(f"Written: {one_line(path)}")
-    out.print(f"Picture: {_draw(name, found, path.with_suffix('.html'))}")
+    out.print(f"Picture: {_draw(name, measured, path.with_suffix('.html'))}")
 
 
-def _draw(name: str, found: Staircase, path: Path) -> Path:
+def _draw(name: str, measured: Staircase, path: Path) -> Path:
     """How latency steps with width, as a page that loads nothing."""
     from markupsafe import escape as safe
 
     from secateur.pipeline.report.charts import lines
 
-    curves = {str(kind): curve for kind, curve in found.curves.items()}
+    curves = {str(kind): curve for kind, curve in measured.curves.items()}
     chart = lines(curves, "channels", "time, shortest = 1", 16)
-    rows = "".join(f"<li><b>{safe(kind)}</b>: {safe(text)}</li>" for kind, text in found.summary())
+    rows = "".join(f"<li><b>{safe(kind)}</b>: {safe(text)}</li>" for kind, text in measured.summary())
     style = "body{font:15px system-ui,sans-serif;max-width:60rem;margin:2rem auto}svg{font-size:11px}"
     page = (
         f"<title>{safe(name)}</title><style>{style}</style><h1>Channel steps of {safe(name)}</h1>{chart}<ul>{rows}</ul>"
