@@ -129,7 +129,7 @@ def _tuned(
             recipe,
             seed=run.config.seed,
             checkpoint=file.with_suffix(".ckpt"),
-            compute=run.device,
+            compute=run.compute,
             teacher=teacher if recipe.distill else None,
             distill=recipe.distill,
             report=report,

@@ -122,7 +122,7 @@ class Run:
         torch.set_num_threads(self.config.threads or usable_cores())
         keep_freed_memory()
         found = examine(self.config, Reading(progress), begun=has_begun(self.directory / "journal.jsonl"))
-        self.profiles, self.device, self.workload = found.require(str(self.directory / "run.yaml"))
+        self.profiles, self.compute, self.workload = found.require(str(self.directory / "run.yaml"))
         self.profile = self.profiles[0]
         check_data(self.directory, self.workload.record)
         for note in found.notes:
@@ -223,7 +223,7 @@ class Run:
     def evaluator(self, baseline: nn.Module, graph: ChannelGraph, space: SearchSpace | None = None) -> Evaluator:
         """An evaluator for the trained baseline; ``space`` is where its latency model may draw plans from."""
         return make_evaluator(
-            Baseline(baseline, graph, self.workload, self.config.seed, self.device),
+            Baseline(baseline, graph, self.workload, self.config.seed, self.compute),
             self.fleet,
             self.directory / CANDIDATES,
             self.config.search,
@@ -280,7 +280,7 @@ class Run:
         return None if reward is None else reward(to_evaluation(record["evaluation"]))
 
     @property
-    def search_target(self) -> Goal:
+    def goal(self) -> Goal:
         """What the search aims at; nothing meets it if none is set."""
         return Goal(self.config.search.target.macs_ratio, self.config.search.target.latency_ratio)
 

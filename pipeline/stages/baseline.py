@@ -57,7 +57,7 @@ def _train(run: Run, checkpoint: Path) -> Mapping[str, Tensor]:
                 run.config.baseline,
                 seed=run.config.seed,
                 checkpoint=checkpoint,
-                compute=run.device,
+                compute=run.compute,
                 report=report,
             )
         except TrainingError as error:

@@ -88,7 +88,7 @@ def checks_of(run: Run, facts: Facts, models: Both[ModelFacts]) -> Iterator[Chec
 
 def _search_target(run: Run, facts: Facts, base: ModelFacts, compact: ModelFacts) -> Iterator[Check]:
     """Whether the compact network is at the target that was searched for."""
-    target, combine = run.search_target, run.config.device.combine
+    target, combine = run.goal, run.config.device.combine
     if target.macs_ratio is not None:
         yield check("search target: MACs ratio", compact.macs / base.macs, "<=", target.macs_ratio)
     if target.latency_ratio is None:

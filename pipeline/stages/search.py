@@ -90,7 +90,7 @@ def _search(
             notify,
             budget=run.budget(),
             watch=lambda work: show(f"{work} ..."),
-            closes=plan is None and run.search_target != Goal(),
+            closes=plan is None and run.goal != Goal(),
         )
         try:
             return study.run(only(plan) if plan else run.strategy(graph, space, reference, reward)), study
@@ -166,7 +166,7 @@ def _at_best(metrics: Mapping[str, float], at: str = "") -> float:
 
 def merit(run: Run, reward: Reward, evaluation: Evaluation, reference: Evaluation) -> tuple[bool, float]:
     """What ranks plans: whether the search's targets are met, then the reward."""
-    return run.search_target.met(evaluation, reference), reward(evaluation)
+    return run.goal.met(evaluation, reference), reward(evaluation)
 
 
 def merit_against(run: Run, reference: Evaluation) -> Callable[[Evaluation], tuple[bool, float]]:

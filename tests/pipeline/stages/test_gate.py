@@ -27,7 +27,7 @@ def held_against(facts: Facts, goal: Goal = Goal(), combine: str = "worst", **ga
     config = SimpleNamespace(gate=section, **sections)
     profile = load_profile("local").model_copy(update={"name": "quick", "budgets": Budgets(p50_ms=0.5)})
     workload = SimpleNamespace(metric="top1")
-    run: Any = SimpleNamespace(config=config, workload=workload, profiles=[profile], search_target=goal)
+    run: Any = SimpleNamespace(config=config, workload=workload, profiles=[profile], goal=goal)
     return {check.name: check for check in checks_of(run, facts, facts.gate.models)}
 
 
