@@ -4,8 +4,8 @@ A plan that lies above the target loses the channels that are worth least; one t
 back that fit (methods.md 10.1). At the target are MACs of 0.99 to 1.00 of it, or as near as the allowed widths come:
 then no single step fits any more. What the projection moved is told (``Candidate.projected_share``).
 
-``at_target`` is around every strategy, also those of plug-ins: a search whose own archive misses the target ends with
-one more plan, its nearest one brought there by L1 saliency.
+``at_target`` is around every strategy, also those of plug-ins: a search whose own archive has no plan at the target
+ends with one more, its best one brought there by L1 saliency.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ import numpy as np
 
 from secateur.pruning.plan import IntArray, PruningPlan
 from secateur.pruning.search.protocol import (
+    DENSE,
+    RANDOM,
     Answer,
     Archive,
+    AuxiliaryTrained,
     BudgetSpent,
     Candidate,
     Entry,
@@ -31,12 +34,14 @@ from secateur.pruning.search.protocol import (
     Request,
     Strategy,
 )
-from secateur.pruning.search.support import Limit, SearchError, evaluate, limit_of, meet, score
+from secateur.pruning.search.support import Limit, SearchError, evaluate, limit_of, macs_ratios, meet, remaining, score
 
 NEAR = 0.99
 """Of the target: what lies between it and the target is at the target."""
 MARKED = 0.25
 """A projected share above it is worth a mark: more than a quarter of the plan is no choice of the method's."""
+PATIENCE = 1000
+"""How often a strategy may ask for the last evaluation in vain; then whoever counts its requests decides."""
 EXCHANGES = 20
 """How often a step down pays for a step up, to come nearer to the target."""
 
@@ -272,39 +277,64 @@ def _order(plan: PruningPlan, name: str, saliency: FloatArray) -> IntArray:
 
 
 def at_target(problem: Problem, strategy: Strategy) -> Strategy:
-    """A strategy whose archive begins with plans that meet the run's target, of which there is one at least.
+    """A strategy whose archive begins with plans at the run's target, of which there is one; then those that meet it.
 
-    Where the strategy's own archive has none (or the budget ended it), its plan nearest to the target is projected onto
-    it by L1 saliency and evaluated; the unpruned network where there is no plan at all.
+    Where the strategy's own archive has none (or the budget ended it), one of its plans is projected onto the target by
+    L1 saliency and evaluated: of those that meet the target the one of the highest reward, else the nearest; the
+    unpruned network where there is no plan at all. A plan that gets channels back is cut anew from the unpruned weights
+    where its own no longer have them.
 
     Raises:
         SearchError: as the strategy does; or the target is out of reach.
     """
     if problem.goal == Goal():
         return (yield from strategy)
-    heard = _Heard()
+    heard = _Heard(problem)
     archive = yield from heard.archive_of(strategy)
 
-    def met(entry: Entry) -> bool:
-        return problem.goal.met(entry.evaluation, problem.reference)
+    if not any(_standing(problem, entry) == 0 for entry in archive):
+        archive = (*archive, *(yield from _insisting(_brought(problem, archive or tuple(heard.found), heard))))
+    return tuple(sorted(archive, key=lambda entry: _standing(problem, entry)))
 
-    if not any(map(met, archive)):
-        archive = (*archive, *(yield from _brought(problem, archive or tuple(heard.found), heard.next_id)))
-    return tuple(sorted(archive, key=lambda entry: not met(entry)))
+
+def _standing(problem: Problem, entry: Entry) -> int:
+    """0 = at the target, 1 = below it, 2 = it is not met. What meets a latency target is at it."""
+    if not problem.goal.met(entry.evaluation, problem.reference):
+        return 2
+    return int(not _lies_at(problem, entry.candidate.plan))
+
+
+def _lies_at(problem: Problem, plan: PruningPlan) -> bool:
+    """Whether a plan's MACs are at the target; True where a latency counts, which is not known of a plan alone."""
+    goal = problem.goal
+    if goal.macs_ratio is None or goal.latency_ratio is not None:
+        return True
+    space, limit = problem.space, Limit("macs_ratio", macs_ratios(problem), goal.macs_ratio)
+    widths = space.encode(plan)
+    if not NEAR * limit.bound > limit.of(widths):
+        return limit.of(widths) <= limit.bound
+    rows = np.repeat(widths[None], len(widths), axis=0)
+    np.fill_diagonal(rows, [space.above(n, int(w)) for n, w in zip(space.names, widths, strict=True)])
+    return not bool((limit.ratios(rows[rows.diagonal() != widths]) <= limit.bound).any())
 
 
 class _Heard:
     """What passes between a strategy and whoever answers it.
 
+    Once the budget is spent, an evaluation is refused that is not of a plan at the target: the last one is for those.
+
     Args:
         found: every pruned plan that could be evaluated.
+        whole: names of weights that have every channel.
         next_id: of the next candidate.
-        spent: whether the budget ended.
+        refused: how often the budget allowed no request.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
         self.found: list[Entry] = []
-        self.next_id, self.spent = 0, False
+        self.whole = {DENSE, RANDOM}
+        self.next_id = self.refused = 0
 
     def archive_of(self, strategy: Strategy) -> Strategy:
         """The strategy's archive; everything evaluated so far where the budget ended it.
@@ -317,9 +347,10 @@ class _Heard:
             request = next(strategy)
             while True:
                 try:
+                    yield from self.check(request)
                     answer = yield request
                 except BudgetSpent as spent:
-                    self.spent = True
+                    self.refused += 1
                     request = strategy.throw(spent)
                 else:
                     self.note(request, answer)
@@ -328,9 +359,23 @@ class _Heard:
             archive: Archive = end.value
             return archive
         except (BudgetSpent, SearchError):
-            if not self.spent:
+            if not self.refused:
                 raise
             return tuple(self.found)
+
+    def check(self, request: Request) -> Generator[Request, Answer, None]:
+        """See that the last evaluation is not given away.
+
+        Raises:
+            BudgetSpent: it would be.
+        """
+        if not self.refused or self.refused >= PATIENCE or not isinstance(request, Evaluate):
+            return
+        left = yield from remaining()
+        if min(left.evaluations, left.seconds, left.work) <= 0 and not _lies_at(
+            self.problem, request.candidates[0].plan
+        ):
+            raise BudgetSpent("the budget is spent; the evaluation kept back is for a plan at the target")
 
     def note(self, request: Request, answer: Answer) -> None:
         """Keep what was evaluated."""
@@ -341,24 +386,53 @@ class _Heard:
         elif isinstance(request, FineTune):
             assert isinstance(answer, FineTuned)
             pairs = [Entry(replace(request.candidate, base=answer.base), answer.evaluation)]
+            if request.write_back and request.candidate.base in self.whole:
+                self.whole.add(answer.base)
+        elif isinstance(answer, AuxiliaryTrained):
+            self.whole.add(answer.base)
         for entry in pairs:
             self.next_id = max(self.next_id, entry.candidate.id + 1)
             if entry.evaluation.status == "ok" and not entry.candidate.plan.is_full:
                 self.found.append(entry)
 
 
-def _brought(problem: Problem, found: Archive, next_id: int) -> Generator[Request, Answer, Archive]:
-    """The plan nearest to the target, brought there and evaluated; nothing where it cannot be evaluated."""
+def _insisting(strategy: Strategy) -> Strategy:
+    """A strategy that asks once more for what the budget refuses: then the last evaluation is granted, if it is left.
+
+    What it would add is left out where it is refused for good.
+    """
+    try:
+        request = next(strategy)
+        while True:
+            try:
+                answer = yield request
+            except BudgetSpent:
+                answer = yield request
+            request = strategy.send(answer)
+    except StopIteration as end:
+        archive: Archive = end.value
+        return archive
+    except BudgetSpent:
+        return ()
+
+
+def _brought(problem: Problem, found: Archive, heard: _Heard) -> Generator[Request, Answer, Archive]:
+    """One of the plans brought to the target and evaluated; nothing where it cannot be evaluated."""
     limit = yield from limit_of(problem)
 
-    def distance(entry: Entry) -> tuple[bool, float, float]:
-        cost = limit.of(problem.space.encode(entry.candidate.plan))
-        return cost > limit.bound, abs(cost - limit.bound), -problem.reward(entry.evaluation)
+    def preference(entry: Entry) -> tuple[bool, float, float]:
+        over = limit.of(problem.space.encode(entry.candidate.plan)) - limit.bound
+        missed = not problem.goal.met(entry.evaluation, problem.reference)
+        return missed, abs(over) if missed else 0.0, -problem.reward(entry.evaluation)
 
-    nearest = min(found, key=distance).candidate if found else Candidate(next_id, problem.space.full, "unpruned")
-    parents = (nearest.id,) if found else ()
-    saliency = per_mean((yield from score("l1", nearest.base, nearest.plan)))
-    candidate = Candidate(next_id, nearest.plan, "projected", parents, nearest.base)
+    if found:
+        best = min(found, key=preference)
+        start, returns = best.candidate, _standing(problem, best) == 1
+        base = start.base if not returns or start.base in heard.whole else DENSE
+    else:
+        start, returns, base = Candidate(heard.next_id, problem.space.full, "unpruned"), False, DENSE
+    saliency = per_mean((yield from score("l1", base, None if returns else start.plan)))
+    candidate = Candidate(heard.next_id, start.plan, "projected", (start.id,) if found else (), base)
     candidate = yield from land_on(problem, limit, candidate, saliency, per_cost=False)
     (evaluation,) = yield from evaluate([candidate], latency=True, last=True)
     return (Entry(candidate, evaluation),) if evaluation.status == "ok" else ()

@@ -17,7 +17,7 @@ import numpy as np
 
 from secateur.pruning.search.landing import per_mean, settle
 from secateur.pruning.search.protocol import BudgetSpent, Candidate, Evaluation, Goal, Problem, Strategy
-from secateur.pruning.search.support import Limit, best_first, check_ranges, evaluate, limit_of, score
+from secateur.pruning.search.support import Limit, best_first, check_ranges, evaluate, limit_of, remaining, score
 
 CHUNK = 32
 """Plans drawn at once; part of what a seed finds."""
@@ -58,8 +58,8 @@ def search(problem: Problem, options: Options) -> Strategy:
     space, rng = problem.space, problem.rng
     limit = None if problem.goal == Goal() else (yield from limit_of(problem))
     ranking = None if options.saliency == "random" else (yield from score(options.saliency))
-    candidates = []
-    for i in range(options.num_plans):
+    left, candidates = (yield from remaining()), []
+    for i in range(int(min(options.num_plans, left.evaluations + 1))):
         widths = _draw(problem, options, limit)
         saliency = ranking or {name: rng.random(size) for name, size in space.sizes.items()}
         plan, share = space.decode(widths, saliency), 0.0

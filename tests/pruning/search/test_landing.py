@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -141,8 +142,8 @@ def test_an_archive_that_misses_the_target_gets_its_nearest_plan_projected() -> 
 
 def test_an_archive_that_meets_it_is_left_alone_but_for_its_order() -> None:
     fake = study()
-    archive = drive(at_target(fake.problem(Goal(macs_ratio=0.9)), stops_early([15, 8, 12, 7])), fake)
-    assert [entry.candidate.id for entry in archive] == [1, 3, 0, 2]
+    archive = drive(at_target(fake.problem(Goal(macs_ratio=0.87)), stops_early([15, 8, 12, 7])), fake)
+    assert [entry.candidate.id for entry in archive] == [1, 3, 0, 2]  # at it, below it, above it
     assert len(fake.requests) == 1
     without = drive(at_target(fake.problem(), stops_early([15, 8])), fake)
     assert [entry.candidate.id for entry in without] == [0, 1]
@@ -181,3 +182,23 @@ def test_errors_of_a_search_with_budget_left_are_its_own() -> None:
     fake = study()
     with pytest.raises(SearchError, match="found nothing"):
         drive(at_target(fake.problem(Goal(macs_ratio=0.5)), fails()), fake)
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_an_archive_that_stays_below_the_target_gets_its_best_plan_filled_up(tuned: bool) -> None:
+    def overshoots() -> Strategy:
+        first = fake.space.names[0]
+        candidate = Candidate(0, fake.space.full.replace({first: range(5)}), "x")
+        if tuned:
+            answer: Any = yield FineTune(candidate, 1.0)
+            return (Entry(dataclasses.replace(candidate, base=answer.base), answer.evaluation),)
+        (evaluation,) = yield from evaluate([candidate], latency=True)
+        return (Entry(candidate, evaluation),)
+
+    fake = study()
+    archive = drive(at_target(fake.problem(Goal(macs_ratio=0.9)), overshoots()), fake)
+    first, second = (entry.candidate for entry in archive)
+    assert first.origin == "projected" and first.parents == (0,) and second.id == 0
+    assert at_the_target(fake, first.plan, 0.9)
+    assert second.plan.is_within(first.plan)
+    assert first.base == ""  # a network trained at fewer channels has no weights for more
