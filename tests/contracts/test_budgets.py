@@ -34,7 +34,7 @@ from secateur.pruning.search.protocol import (
     Time,
 )
 from secateur.pruning.search.support import Limit, macs_ratios
-from tests.pruning.search.fakes import FakeStudy, at_the_target, study
+from secateur.pruning.search.testing import FakeStudy, at_the_target, study
 
 TARGET = 0.6
 TRAIN, SEARCH = 1000, 100
