@@ -35,7 +35,7 @@ from secateur.pruning.trace import trace
 from tests.pipeline.helpers import digits, quick_device
 
 BRIEF: dict[str, dict[str, Any]] = {
-    "acp": {"population": 2, "cycles": 1, "fitness_epochs": 0.1, "images": 20},
+    "acp": {"population": 2, "cycles": 1, "fitness_epochs": 0.1, "best_epochs": 0.1, "images": 20},
     "aofp": {"batches": 2, "batch_size": 16, "stagger": 1, "threshold": 0.5, "finetune_epochs": 0.1},
     "ccep": {
         "outer_iterations": 3,
@@ -48,7 +48,14 @@ BRIEF: dict[str, dict[str, Any]] = {
     "dafp": {"epochs": 0.2},
     "dais": {"epochs": 0.3},
     "evofc": {"population": 2, "offspring": 2, "generations": 1, "epochs": 0.4, "images": 32, "start": "pretrained"},
-    "filter_ensemble": {"max_masks": 1, "min_masks": 1, "bundle": 16, "images": 12},
+    "filter_ensemble": {
+        "rounds": 2,
+        "finetune_epochs": 0.1,
+        "max_masks": 1,
+        "min_masks": 1,
+        "bundle": 16,
+        "images": 12,
+    },
     "icp": {"rounds": 2, "finetune_epochs": 0.1, "images": 20},
     "meta": {"population": 4, "iterations": 1, "epochs": 0.2, "top": 2},
     "optuna": {"num_plans": 3},

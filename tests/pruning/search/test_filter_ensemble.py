@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -26,12 +27,26 @@ from secateur.pruning.search.methods.filter_ensemble import (
     ridge,
     search,
 )
-from secateur.pruning.search.protocol import DENSE, Evaluate, Evaluation, FineTune, Goal, MaskedLoss, Problem, Score
+from secateur.pruning.search.protocol import (
+    DENSE,
+    Budget,
+    Evaluate,
+    Evaluation,
+    FineTune,
+    Goal,
+    Left,
+    MaskedLoss,
+    Problem,
+    Remaining,
+    Score,
+)
 from secateur.pruning.search.support import SearchError
-from secateur.pruning.search.testing import FakeStudy, drive, study
+from secateur.pruning.search.testing import FakeStudy, at_the_target, drive, study
 from secateur.pruning.surgery import prune
 from secateur.pruning.trace import trace
+from tests.pruning.search.bounded import bounded, work
 
+ONE_SHOT = Options(rounds=1, finetune_epochs=0)
 KINDS = ["stratified", "bernoulli", "antithetic", "layerwise"]
 
 
@@ -270,7 +285,7 @@ def test_losses_that_are_no_numbers_are_left_out():
 def test_probes_come_in_batches_that_change_nothing():
     fakes = [study(), study()]
     archives = [
-        drive(search(f.problem(Goal(0.5)), Options(batch=b, images=64)), f)
+        drive(search(f.problem(Goal(0.5)), replace(ONE_SHOT, batch=b, images=64)), f)
         for f, b in zip(fakes, (7, 999), strict=True)
     ]
     assert archives[0] == archives[1]
@@ -285,8 +300,8 @@ def test_probes_come_in_batches_that_change_nothing():
 def test_one_shot_beats_random_at_the_same_macs():
     for seed in range(1):
         fake, twin = study(), study()
-        (entry,) = drive(search(fake.problem(Goal(0.5), seed), Options()), fake)
-        assert entry.evaluation["macs"] <= 0.5 * fake.macs(fake.space.full)
+        (entry,) = drive(search(fake.problem(Goal(0.5), seed), ONE_SHOT), fake)
+        assert 0.99 <= entry.evaluation["macs"] / fake.macs(fake.space.full) / 0.5 <= 1
         others = drive(random_search.search(twin.problem(Goal(0.5), seed), random_search.Options(num_plans=1)), twin)
         many = drive(random_search.search(twin.problem(Goal(0.5), seed), random_search.Options(saliency="l1")), twin)
         assert entry.evaluation["top1"] > others[0].evaluation["top1"] + 0.05
@@ -301,12 +316,12 @@ def test_dead_channels_go_first_and_the_rest_stay_while_there_is_room(selection)
     first, second = fake.space.names
     fake.value[first][[1, 5]], fake.value[second][3] = 0, 0
     target = fake.macs(fake.space.full.replace({first: range(10), second: range(11)})) / fake.macs(fake.space.full)
-    (entry,) = drive(search(fake.problem(Goal(target)), Options(selection=selection)), fake)
+    (entry,) = drive(search(fake.problem(Goal(target)), replace(ONE_SHOT, selection=selection)), fake)
     gone = {name: set(range(12)) - set(kept) for name, kept in entry.candidate.plan.kept.items()}
     assert gone == {first: {1, 5}, second: {3}}
     again = study((12, 12))
     again.value = {name: np.zeros(12) for name in again.value}  # nothing matters: still no more than wanted goes
-    (entry,) = drive(search(again.problem(Goal(0.8)), Options(selection=selection)), again)
+    (entry,) = drive(search(again.problem(Goal(0.8)), replace(ONE_SHOT, selection=selection)), again)
     assert 0.7 < again.macs(entry.candidate.plan) / again.macs(again.space.full) <= 0.8
 
 
@@ -315,7 +330,7 @@ def test_worth_per_macs_spares_cheap_groups():
     for power in (0.0, 1.0):
         fake = study((64, 8, 64))  # a channel costs 11, 128 and 18
         fake.value = {name: np.random.default_rng(1).random(size) / 200 for name, size in fake.space.sizes.items()}
-        options = Options(selection="ranking", cost_power=power)
+        options = replace(ONE_SHOT, selection="ranking", cost_power=power)
         (entry,) = drive(search(fake.problem(Goal(0.5)), options), fake)
         widths[power] = [*entry.candidate.plan.widths.values()]
     assert widths[1.0][1] < widths[0.0][1]
@@ -323,24 +338,24 @@ def test_worth_per_macs_spares_cheap_groups():
     assert widths[1.0][2] > widths[0.0][2]
 
 
-def test_rounds_stay_within_their_shares_and_end_at_the_target():
+def test_rounds_go_by_equal_factors_of_the_cost_within_their_shares_and_end_at_the_target():
     fake = study((32, 48, 64))
     fake.value["layer2.conv1"] /= 10  # would go first, were it not for the bounds
-    options = Options(rounds=8, finetune_epochs=3, min_keep=0.2)
+    options = Options(rounds=8, finetune_epochs=3, layer_share=0.25, min_keep=0.2)
     archive = drive(search(fake.problem(Goal(0.35)), options), fake)
     assert all(isinstance(r, MaskedLoss | FineTune) for r in fake.requests)
     assert {r.epochs for r in fake.requests if isinstance(r, FineTune)} == {3}
     plans = [fake.space.full, *(entry.candidate.plan for entry in archive)]
     for before, after in pairwise(plans[:-1]):
         assert after.is_within(before)
-        total = sum(before.widths.values())
-        assert total - sum(after.widths.values()) == int(0.1 * total)
+        assert fake.macs(after) / fake.macs(before) == pytest.approx(0.35 ** (1 / 8), abs=0.02)
         for name, width in after.widths.items():
             assert width >= np.ceil(0.75 * before.widths[name] - 1e-9)
             assert width >= 0.2 * before.sizes[name]
     assert plans[-1].is_within(plans[-2])
     ratios = [entry.evaluation["macs"] / fake.macs(fake.space.full) for entry in archive]
-    assert ratios[-1] <= 0.35 < ratios[-2]
+    assert 0.99 * 0.35 <= ratios[-1] <= 0.35 < ratios[-2]
+    assert archive[-1].candidate.projected_share < 0.05
     assert [c.parents for c in fake.candidates] == [(), *((i,) for i in range(len(archive) - 1))]
     assert [c.base for c in fake.candidates] == [DENSE, *(f"tuned-{i}" for i in range(len(archive) - 1))]
     probed = [r.base for r in fake.requests if isinstance(r, MaskedLoss)]
@@ -352,7 +367,7 @@ def test_two_rounds_go_all_the_way_in_the_second():
     archive = drive(search(fake.problem(Goal(0.3)), Options(rounds=2)), fake)
     assert len(archive) == 2
     assert archive[-1].evaluation["macs"] <= 0.3 * fake.macs(fake.space.full) < archive[0].evaluation["macs"]
-    assert {r.epochs for r in fake.requests if isinstance(r, FineTune)} == {10}
+    assert {r.epochs for r in fake.requests if isinstance(r, FineTune)} == {1}
 
 
 def test_a_round_that_fails_begins_again_from_the_same_weights():
@@ -369,7 +384,7 @@ def test_a_round_that_fails_begins_again_from_the_same_weights():
 
 def test_large_networks_are_masked_in_bundles():
     fake = study((64, 64))
-    drive(search(fake.problem(Goal(0.5)), Options(bundle=8)), fake)
+    drive(search(fake.problem(Goal(0.5)), replace(ONE_SHOT, bundle=8)), fake)
     assert fake.requests[0] == Score("l1", DENSE, fake.space.full)
     plans = [plan for r in fake.requests if isinstance(r, MaskedLoss) for plan in r.plans]
     assert len(plans) <= 8 * 16 + 50
@@ -390,6 +405,57 @@ def test_what_cannot_be_done_names_the_way_out():
         Options(keep=1.0)
     with pytest.raises(ValueError, match="max_masks 1 must not lie below min_masks 2"):
         Options(max_masks=1)
+
+
+# -- budgets -----------------------------------------------------------------------------------------------------------
+
+HALF = Goal(macs_ratio=0.5)
+
+
+@pytest.mark.parametrize("evaluations", [1, 2, 3, 10])
+def test_however_few_evaluations_it_ends_at_the_target(evaluations):
+    fake = study((16, 24, 32))
+    archive, _ = bounded("filter_ensemble", Options(), fake, HALF, Budget(evaluations=evaluations))
+    assert at_the_target(fake, archive[0].candidate.plan, 0.5)
+    assert len(fake.candidates) == min(4, max(1, evaluations - 1))  # one is kept back
+
+
+@pytest.mark.parametrize("evaluations", [30, 200, 1000])
+def test_however_little_work_it_ends_at_the_target(evaluations):
+    fake = study((16, 24, 32))
+    archive, ran = bounded("filter_ensemble", Options(), fake, HALF, Budget(work=work(fake, evaluations)))
+    assert at_the_target(fake, archive[0].candidate.plan, 0.5)
+    assert archive[0].candidate.origin == "ensemble"
+    assert archive[0].candidate.projected_share < 0.1
+    assert ran.spent["image_macs"] <= 1.05 * work(fake, evaluations) + work(fake, 4)
+
+
+def test_masks_and_trainings_of_all_rounds_get_equal_parts_of_the_work():
+    fake = study((32, 32, 32))
+    bounded("filter_ensemble", Options(), fake, HALF, Budget(work=work(fake, 3000)))
+    masks, epochs = [0], []
+    for request in fake.requests:
+        if isinstance(request, MaskedLoss):
+            masks[-1] += len(request.plans)
+        elif isinstance(request, FineTune):
+            epochs.append(request.epochs)
+            masks.append(0)
+    assert len(epochs) == 4
+    assert max(masks[:4]) < 2 * min(masks[:4])
+    assert max(epochs[:3]) < 2 * min(epochs[:3]) < epochs[3]  # the last one takes what is left
+
+
+def test_a_small_budget_masks_bundles_on_few_images():
+    fake = study((64, 64, 64))
+    sizes = {}
+    for evaluations in (300, 3000):
+        fake = study((64, 64, 64))
+        bounded("filter_ensemble", replace(ONE_SHOT, images=500), fake, HALF, Budget(work=work(fake, evaluations)))
+        masked = next(r for r in fake.requests if isinstance(r, MaskedLoss) and not r.plans[0].is_full)
+        removed = [set(range(64)) - set(plan.kept["layer0.conv1"]) for plan in masked.plans]
+        sizes[evaluations] = min(len(one) for one in removed if one), masked.images
+    assert sizes[300][0] > sizes[3000][0]
+    assert 64 <= sizes[300][1] <= sizes[3000][1]
 
 
 # -- a fully connected network -----------------------------------------------------------------------------------------
@@ -433,6 +499,8 @@ class Perceptron:
     def __call__(self, request: object):
         if isinstance(request, MaskedLoss):
             return np.array([self.loss(plan) for plan in request.plans])
+        if isinstance(request, Remaining):
+            return Left()
         assert isinstance(request, Evaluate)
         return tuple(self.metrics(c.plan) for c in request.candidates)
 
@@ -457,7 +525,7 @@ def test_a_fully_connected_network_is_pruned_by_the_loss_its_units_save():
     ]
     assert np.corrcoef(fit.beta, alone)[0, 1] > 0.8  # with one unit left out at a time
     assert (np.abs(fit.beta[DEAD]) < 2 * fit.errors[DEAD]).all()
-    (entry,) = drive(search(oracle.problem(0.5), Options()), oracle)
+    (entry,) = drive(search(oracle.problem(0.5), ONE_SHOT), oracle)
     assert entry.evaluation["macs"] <= 0.5 * oracle.metrics(full)["macs"]
     widths, rng = [entry.candidate.plan.widths[name] for name in oracle.space.names], np.random.default_rng(1)
     drawn = [{name: rng.random(size) for name, size in oracle.space.sizes.items()} for _ in range(20)]
