@@ -88,15 +88,23 @@ def reachable(model: nn.Module, *, functions: bool = True) -> Iterator[tuple[Roo
             module = paths.get(id(value))
             root = root if module is None else (module, "")
             for name, item in vars(value).items():
-                if name in HOOKS and not item:
+                if type(item) in ATOMS or (name in HOOKS and not item):
                     continue
                 below = path if name in ("_parameters", "_buffers", "_modules") else _step(path, name)
                 todo.append((root if module is None else (module, name), below, item, follow))
-            todo += [((root[0], SHARED), path, kind, True) for kind in type(value).__mro__ if follow]
+            todo += [
+                ((root[0], SHARED), path, kind, True)
+                for kind in (type(value).__mro__ if follow else ())
+                if id(kind) not in seen
+            ]
         elif isinstance(value, CONTAINERS):
             items: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, dict) else enumerate(value)
             named = root[1] in ("_parameters", "_buffers", "_modules")
-            todo += [(root, _step(path, str(k)) if named else f"{path}[{k!r}]", item, follow) for k, item in items]
+            todo += [
+                (root, _step(path, str(k)) if named else f"{path}[{k!r}]", item, follow)
+                for k, item in items
+                if type(item) not in ATOMS
+            ]
         elif isinstance(value, type):
             if not _is_own(value):
                 continue

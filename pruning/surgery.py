@@ -129,7 +129,8 @@ def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
             elif type(value) in (dict, OrderedDict) and id(value) not in memo:
                 memo[id(value)] = attributes[name] = type(value)()
                 for key, item in value.items():
-                    attributes[name][copy.deepcopy(key, memo)] = copy.deepcopy(item, memo)
+                    own = key if type(key) in ATOMS else copy.deepcopy(key, memo)
+                    attributes[name][own] = copy.deepcopy(item, memo)
             else:
                 attributes[name] = copy.deepcopy(value, memo)
     result: nn.Module = copy.deepcopy(model, memo)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import gc
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -36,11 +38,26 @@ def trace(
         PruningError: the forward fails on the example (says in which module and with which shapes), or a name
             in ``freeze`` matches no layer.
     """
+    with _collecting_new_objects_only():
+        try:
+            tracer = Tracer(model, rules, values=False)
+            tracer.run(example_inputs, kwargs)
+        except NeedsValuesError:
+            tracer = Tracer(model, rules)
+            tracer.run(example_inputs, kwargs)
+        freeze_layers(tracer, freeze)
+        return settle(tracer, example_inputs, kwargs)
+
+
+@contextmanager
+def _collecting_new_objects_only() -> Iterator[None]:
+    """Python's collector of cycles leaves alone what was there before: a trace makes so many objects that it would
+    look through all of the process, which takes as long as several traces of a small network."""
+    own = gc.get_freeze_count() == 0  # what somebody else has frozen would be thawed with ours
+    if own:
+        gc.freeze()
     try:
-        tracer = Tracer(model, rules, values=False)
-        tracer.run(example_inputs, kwargs)
-    except NeedsValuesError:
-        tracer = Tracer(model, rules)
-        tracer.run(example_inputs, kwargs)
-    freeze_layers(tracer, freeze)
-    return settle(tracer, example_inputs, kwargs)
+        yield
+    finally:
+        if own:
+            gc.unfreeze()

@@ -130,13 +130,14 @@ def undisturbed(model: nn.Module, *, training: bool = False) -> Iterator[Snapsho
     """
     parameters = (p for module in model.modules() for p in module._parameters.values() if p is not None)
     devices = {p.device for p in parameters if p.is_cuda}
-    with ALONE, torch.random.fork_rng([d.index for d in devices]), torch.no_grad(), _Composed():
+    with ALONE, torch.random.fork_rng([d.index for d in devices]), torch.no_grad():
         snapshot = Snapshot(model)
         for module in model.modules():
             if module.training != training:
                 module.training = training
         try:
-            yield snapshot
+            with _Composed():  # not around the snapshot, thousands of small calls
+                yield snapshot
         finally:
             snapshot.restore()
 

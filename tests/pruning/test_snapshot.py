@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -446,3 +447,21 @@ def test_what_a_module_was_made_with_reaches_the_pruned_network(
     assert [group.name for group in graph.groups] == ["conv"]
     plan = uniform_plan(graph, 0.5, model=model)
     assert certify(model, prune(model, graph, plan), graph, plan, example).ok
+
+
+def test_tracing_collects_cycles_of_its_own_only_and_leaves_the_collector_as_it_was() -> None:
+    def older_objects_are_left_alone(*_: Any) -> None:
+        assert gc.get_freeze_count() > 0
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    model.register_forward_hook(older_objects_are_left_alone)
+    assert gc.get_freeze_count() == 0
+    trace(model, IMAGES)
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    try:
+        frozen = gc.get_freeze_count()
+        trace(model, IMAGES)
+        assert gc.get_freeze_count() >= frozen * 0.99  # what was frozen by somebody else stays so; some of it may die
+    finally:
+        gc.unfreeze()
