@@ -55,6 +55,9 @@ def evaluate(
 
     Args:
         last: these end the search: where the budget is spent, the first of them gets the evaluation kept back.
+
+    Raises:
+        BudgetSpent: the budget holds none of them any more.
     """
     request = Evaluate(tuple(candidates), latency, floor)
     try:
