@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from secateur.pruning.plan import IntArray, PruningPlan, SearchSpace
+from secateur.pruning.search.landing import per_mean, settle
 from secateur.pruning.search.protocol import (
     DENSE,
     RANDOM,
@@ -31,6 +32,7 @@ from secateur.pruning.search.protocol import (
     Evaluation,
     FloatArray,
     Goal,
+    Left,
     Problem,
     Request,
     Strategy,
@@ -42,6 +44,7 @@ from secateur.pruning.search.support import (
     evaluate,
     fine_tune,
     limit_of,
+    remaining,
     score,
     time_plans,
     train_auxiliary,
@@ -59,6 +62,12 @@ MORE = 3
 """Times ``top`` candidates that are looked at while none measures within the latency target (our choice)."""
 CHUNK = 64
 """Vectors drawn at once; part of what a seed finds."""
+STAGE_A = 0.5
+"""Share of the budget that stage A may spend, so that there is something left to search with (our choice)."""
+LEAST_EPOCHS = 0.02
+"""A supernet trained for less is worse than the pretrained network; then none is trained (our choice)."""
+FINALS = 0.05
+"""Share of the budget that is kept for the final pick (our choice)."""
 
 Proposal = Callable[[int], tuple[IntArray, IntArray]]
 """A number of NEVs -> those, shape ``(number, groups)``, and the ids of their parents, shape ``(number, parents)``."""
@@ -72,8 +81,8 @@ class Settings:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
-    weights: Literal["pruning_net", "shared"] = "pruning_net"
-    epochs: float = 32
+    weights: Literal["pruning_net", "shared"] | None = None
+    epochs: float | None = None
     lr: float | None = None
     hidden: int = 32
     start: Literal["pretrained", "random"] | None = None
@@ -88,7 +97,7 @@ class Settings:
     max_draws: int = 10_000
     top: int = 10
     pick_epochs: float = 0
-    retrain: Literal["inherit", "scratch"] | None = None
+    retrain: Literal["supernet", "inherit", "scratch"] | None = None
     paper_compat: bool = False
 
     def __post_init__(self) -> None:
@@ -108,7 +117,7 @@ class Settings:
                 "retrain 'inherit' needs start 'pretrained': a supernet that began with random weights says nothing "
                 "about which channels of the pretrained network to keep; leave retrain out, or set it to 'scratch'"
             )
-        if self.epochs == 0 and not (self.pretrained and self.weights == "shared"):
+        if self.epochs == 0 and not (self.pretrained and self.source == "shared"):
             raise ValueError(
                 "epochs 0 (no supernet training) means that candidates are cut from the pretrained network: it needs "
                 "weights 'shared' and start 'pretrained'"
@@ -120,10 +129,23 @@ class Settings:
         return self.start == "pretrained" if self.start else not self.paper_compat
 
     @property
-    def retrained_from(self) -> str:
-        """Base of stage C (paper: from scratch)."""
-        inherit = self.retrain == "inherit" if self.retrain else self.pretrained
-        return DENSE if inherit else RANDOM
+    def source(self) -> str:
+        """Where a supernet's weights come from (paper: generators)."""
+        return self.weights or ("pruning_net" if self.paper_compat else "shared")
+
+    def epochs_within(self, left: Left) -> float:
+        """Epochs of stage A, at most those that its share of the budget pays for; 0 = none are worth it.
+
+        Paper: 32 (ResNet-50); ours 10. Only a supernet that begins with pretrained weights can be left untrained.
+        """
+        wanted = self.epochs if self.epochs is not None else 32.0 if self.paper_compat else 10.0
+        afforded = wanted if self.paper_compat else min(wanted, left.trainable(STAGE_A))
+        return afforded if afforded >= LEAST_EPOCHS or not self.pretrained else 0.0
+
+    def retrained_from(self, supernet: str) -> str:
+        """Base of stage C: the supernet's weights (ours), the pretrained network's, or random ones (paper)."""
+        chosen = self.retrain or ("supernet" if self.pretrained else "scratch")
+        return {"supernet": supernet, "inherit": DENSE, "scratch": RANDOM}[chosen]
 
 
 def evolve(
@@ -131,7 +153,7 @@ def evolve(
 ) -> Strategy:
     """Stages A and B, and the pick for stage C.
 
-    Where the run's budget ends, the best candidates found so far are the archive.
+    Stage A spends at most half of the budget; where that ends, the best candidates found so far are the archive.
 
     Args:
         fitness_of: the unpruned network with the supernet's weights -> how candidates are ranked.
@@ -154,13 +176,27 @@ def evolve(
                 for b in births
             ]
             pool.add(births, candidates, (yield from evaluate(candidates, latency=latency)))
+            if (yield from remaining()).share < FINALS:
+                break
             births = draws.next_generation(pool.best(fitness, settings.parents), settings)
             if not births:  # every width vector of the window is known
                 break
     except BudgetSpent:
         if not pool.best(fitness, 1):
             raise
-    return (yield from pick(problem, settings, ids, pool.best(fitness, None), measured=latency))
+
+    def brought(candidate: Candidate) -> Candidate:
+        """A final candidate as near to a MACs target as the widths come; the paper takes what lies in its window.
+
+        A predicted latency is left in its window: nearer to the target, every other plan would measure above it.
+        """
+        if draws.limit is None or draws.limit.name != "macs_ratio" or settings.paper_compat:
+            return candidate
+        settled = settle(problem, draws.limit, candidate.plan, supernet.worth)
+        return replace(candidate, plan=settled.plan, projected_share=settled.projected_share)
+
+    start = settings.retrained_from(supernet.base)
+    return (yield from pick(problem, settings, ids, pool.best(fitness, None), start, brought, measured=latency))
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,14 +216,23 @@ class Supernet:
     def plan(self, space: SearchSpace, widths: IntArray) -> PruningPlan:
         return space.decode(widths.tolist(), self.order)
 
+    @property
+    def worth(self) -> Mapping[str, FloatArray]:
+        """The order as a saliency >= 0 that groups can be compared by: scores, or the places of leading channels."""
+        positive = {name: order - min(0.0, float(order.min())) for name, order in self.order.items()}
+        return per_mean(positive)
+
 
 def stage_a(problem: Problem, settings: Settings, table: Sequence[IntArray]) -> Generator[Request, Answer, Supernet]:
     """Stage A (3.3): one training whose weights serve every width vector; none where ``epochs`` is 0.
 
+    Where the budget allows next to none, candidates are cut from the pretrained network.
+
     Raises:
         SearchError: the training failed.
     """
-    if settings.epochs == 0:
+    epochs = settings.epochs_within((yield from remaining()))
+    if epochs == 0:
         return Supernet(DENSE, (yield from score("l1")), problem.reference)
     space = problem.space
     widths = {name: sorted(set(column.tolist())) for name, column in zip(space.names, table, strict=True)}
@@ -197,10 +242,10 @@ def stage_a(problem: Problem, settings: Settings, table: Sequence[IntArray]) -> 
     }
     if settings.lr is not None:
         options["lr"] = settings.lr
-    if settings.weights == "pruning_net":
+    if settings.source == "pruning_net":
         options["hidden"] = settings.hidden
     base = DENSE if settings.pretrained else RANDOM
-    learned = yield from train_auxiliary(settings.weights, settings.epochs, base, **options)
+    learned = yield from train_auxiliary(settings.source, epochs, base, **options)
     if learned.evaluation.status == "failed":
         raise SearchError(f"the supernet could not be trained: {learned.evaluation.reason}")
     leading = {name: -np.arange(size, dtype=np.float64) for name, size in space.full.sizes.items()}
@@ -443,15 +488,24 @@ def corrected(problem: Problem, draws: Draws, limit: Limit) -> Generator[Request
 
 
 def pick(
-    problem: Problem, settings: Settings, ids: count[int], ranked: Sequence[Member], *, measured: bool
+    problem: Problem,
+    settings: Settings,
+    ids: count[int],
+    ranked: Sequence[Member],
+    start: str,
+    brought: Callable[[Candidate], Candidate],
+    *,
+    measured: bool,
 ) -> Strategy:
-    """The final pick (3.8): the fittest, evaluated again with their latency, as plans that stage C begins with.
+    """The final pick (3.8): the fittest, brought to the target and evaluated there with their latency.
 
     While a latency target is set and none of them measures within, up to ``MORE`` times as many follow. With
     ``pick_epochs`` each is trained that long from where stage C begins (the specification: a tenth of its epochs).
 
     Args:
-        measured: the latencies of ``ranked`` are known.
+        start: the weights that stage C begins with.
+        brought: a candidate -> the same, at the target.
+        measured: the latencies of ``ranked`` are known, and stand.
 
     Raises:
         SearchError: ``ranked`` is empty.
@@ -465,7 +519,7 @@ def pick(
     archive: list[Entry] = []
     if measured:
         ranked = [m for m in ranked if target.met(m.evaluation, problem.reference)] or ranked
-    first = tuple(_entry(settings, m.candidate, m.evaluation) for m in ranked[:top])
+    first = tuple(_entry(start, m.candidate, m.evaluation) for m in ranked[:top])
     if measured and not settings.pick_epochs:
         return first
     try:
@@ -473,19 +527,20 @@ def pick(
             met = any(target.met(entry.evaluation, problem.reference) for entry in archive)
             if len(archive) >= (top if met or target.latency_ratio is None else MORE * top):
                 break
-            candidate = replace(member.candidate, id=next(ids), origin="final", parents=(member.candidate.id,))
+            candidate = brought(member.candidate)
+            candidate = replace(candidate, id=next(ids), origin="final", parents=(member.candidate.id,))
             if settings.pick_epochs:
-                candidate = replace(candidate, base=settings.retrained_from)
+                candidate = replace(candidate, base=start)
                 evaluation = (yield from fine_tune(candidate, settings.pick_epochs)).evaluation
             else:
                 (evaluation,) = yield from evaluate([candidate], latency=True)
             if evaluation.status == "ok" and not math.isnan(evaluation[problem.metric]):
-                archive.append(_entry(settings, candidate, evaluation))
+                archive.append(_entry(start, candidate, evaluation))
     except BudgetSpent:  # what was found is worth more than what there is no budget left to look at again
         pass
     return tuple(archive) or first
 
 
-def _entry(settings: Settings, candidate: Candidate, evaluation: Evaluation) -> Entry:
+def _entry(start: str, candidate: Candidate, evaluation: Evaluation) -> Entry:
     """A plan as stage C begins with it."""
-    return Entry(replace(candidate, base=settings.retrained_from), evaluation)
+    return Entry(replace(candidate, base=start), evaluation)

@@ -13,7 +13,7 @@ expected cost is the target. Where the kept channels miss the target, those with
 saved; where they stay below it by more than the band, those with the highest come back until it is just met. A latency
 target becomes an expected latency: what each group saves at a width, from a few measured plans, interpolated and added.
 
-Least budget: 1 evaluation, 3 epochs.
+Least budget: 1 evaluation, 0.3 epochs.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from secateur.pruning.search.support import (
     macs_ratios,
     meet,
     project,
+    remaining,
     train_auxiliary,
 )
 
@@ -58,7 +59,8 @@ class Options:
     """Options of DAIS.
 
     Args:
-        epochs: of the training with indicators; each is one pass over all training images (ours).
+        epochs: of the training with indicators, at most what nine tenths of the budget pay for; each is one pass over
+            all training images (ours).
         start: weights it begins with: ``dense`` = the unpruned network's, ``random`` = fresh ones.
         lr: Adam's learning rate for alpha. None = 0.006 (0.001 .. 0.006 suit CIFAR-10), and more where there are so few
             steps that indicators would stay soft.
@@ -90,8 +92,8 @@ class Options:
 
 
 def least(problem: Problem, options: Options) -> Budget:
-    """One plan, and a training of a tenth of the epochs."""
-    return Budget(evaluations=1, epochs=0.1 * options.epochs)
+    """One plan, and a hundredth of the training: indicators that a budget leaves soft still rank the channels."""
+    return Budget(evaluations=1, epochs=0.01 * options.epochs)
 
 
 def search(problem: Problem, options: Options) -> Strategy:
@@ -106,9 +108,10 @@ def search(problem: Problem, options: Options) -> Strategy:
         check_reachable(problem)
         latency = yield from limit_of(replace(problem, goal=Goal(latency_ratio=target.latency_ratio)))
     limit = yield from _limit(problem, latency)
+    left = yield from remaining()
     learned = yield from train_auxiliary(
         "indicators",
-        options.epochs,
+        min(options.epochs, left.trainable(TRAINING)) or options.epochs,
         RANDOM if options.start == "random" else DENSE,
         groups=json.dumps(space.names),
         macs_ratio=target.macs_ratio or 0.0,
@@ -143,6 +146,8 @@ def _limit(problem: Problem, latency: Limit | None) -> Generator[Request, Answer
     return replace(latency, ratios=lambda widths: np.maximum(predicted(widths), macs(widths) * relative))
 
 
+TRAINING = 0.9
+"""Share of the budget that the training may spend."""
 SAVINGS_POINTS = 9
 """Widths per group at which the predicted latency is handed to the training."""
 

@@ -6,9 +6,10 @@ Liu et al., "MetaPruning: Meta Learning for Automatic Neural Network Channel Pru
     B. evolve width vectors whose cost lies in a window below the target; fitness = accuracy with generated weights
     C. train the best from scratch
 
-Our choices: where the paper trains A and C from random weights, the default begins with the pretrained network and the
-archive inherits its most salient (L1) channels; the window may be one of predicted latency; mutation takes bounded
-steps. ``paper_compat`` restores all of these. The search itself is in ``width_evolution``.
+Our choices: where the paper trains A and C from random weights, the default begins with the pretrained network, one
+set of weights serves all widths, and the archive keeps them; the final ones are brought from the window up to the
+target; the window may be one of predicted latency; mutation takes bounded steps. ``paper_compat`` restores all of
+these. The search itself is in ``width_evolution``.
 
 Least budget: 2 evaluations.
 """
@@ -28,10 +29,10 @@ class Options(Settings):
     """Options of MetaPruning. The authors' search evaluates about 1000 candidates; ours 200.
 
     Args:
-        weights: ``pruning_net`` (generated; authors) or ``shared`` (one dense set, cut: cheaper, for large layers).
-        epochs: of supernet training, in passes over the training split (authors: 32 for ResNet-50, 64 for MobileNets; a
-            quarter of a normal training suffices). 0 = none, with ``shared``: candidates are cut from the pretrained
-            network; set ``search.recalibrate_images`` then.
+        weights: ``pruning_net`` (generated; authors) or ``shared`` (one dense set, cut: cheaper; None).
+        epochs: of supernet training, in passes over the training split, at most what half of the budget pays for
+            (authors: 32 for ResNet-50, 64 for MobileNets; None = 10). 0 = none, with ``shared``: candidates are cut
+            from the pretrained network; so they are where the budget pays for next to none.
         lr: learning rate of that training; None = the fine-tuning recipe's (authors: 0.1 and 0.25).
         hidden: units of a layer's generator (authors: 32; 64 for MobileNetV2).
         start: what that training begins with: ``pretrained`` (None) or ``random`` weights (authors).
@@ -47,10 +48,12 @@ class Options(Settings):
             plan within the target (our choice).
         top: candidates that are measured at the end; they are the archive (specification: 10).
         pick_epochs: epochs that each of them is trained for before the choice (specification: a tenth of the training).
-        retrain: what the best are trained from: ``inherit`` = the pretrained network's channels, ``scratch`` = random
-            weights. None = inherit where ``start`` is pretrained (authors: scratch).
-        paper_compat: random ``start``, ``scratch``, mutation (g + U{1..30}) mod 31, widths rounded down, initial genes
-            from 12 scales around the target, a strict window.
+        retrain: what the best are trained from: ``supernet`` = its weights at their widths, ``inherit`` = the
+            pretrained network's channels, ``scratch`` = random weights. None = supernet where ``start`` is pretrained
+            (authors: scratch).
+        paper_compat: ``pruning_net``, 32 epochs, random ``start``, ``scratch``, mutation (g + U{1..30}) mod 31, widths
+            rounded down, initial genes from 12 scales around the target, a strict window in which plans stay as they
+            are drawn.
     """
 
 

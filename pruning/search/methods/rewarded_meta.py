@@ -36,10 +36,10 @@ class Options(Settings):
     """Options of Rewarded meta-pruning. The authors' search evaluates about 1000 candidates; ours 200.
 
     Args:
-        weights: ``pruning_net`` (generated; authors) or ``shared`` (one dense set, cut: cheaper, for large layers).
-        epochs: of supernet training, in passes over the training split (authors: 32 for ResNet-50, 64 for MobileNets; a
-            quarter of a normal training suffices). 0 = none, with ``shared``: candidates are cut from the pretrained
-            network; set ``search.recalibrate_images`` then.
+        weights: ``pruning_net`` (generated; authors) or ``shared`` (one dense set, cut: cheaper; None).
+        epochs: of supernet training, in passes over the training split, at most what half of the budget pays for
+            (authors: 32 for ResNet-50, 64 for MobileNets; None = 10). 0 = none, with ``shared``: candidates are cut
+            from the pretrained network; so they are where the budget pays for next to none.
         lr: learning rate of that training; None = the fine-tuning recipe's (authors: 0.1 and 0.25).
         hidden: units of a layer's generator (authors: 32; 64 for MobileNetV2).
         start: what that training begins with: ``pretrained`` (None) or ``random`` weights (authors).
@@ -55,8 +55,9 @@ class Options(Settings):
             plan within the target (our choice).
         top: candidates that are measured at the end; they are the archive (specification: 10).
         pick_epochs: epochs that each of them is trained for before the choice (specification: a tenth of the training).
-        retrain: what the best are trained from: ``inherit`` = the pretrained network's channels, ``scratch`` = random
-            weights. None = inherit where ``start`` is pretrained (authors: scratch).
+        retrain: what the best are trained from: ``supernet`` = its weights at their widths, ``inherit`` = the
+            pretrained network's channels, ``scratch`` = random weights. None = supernet where ``start`` is pretrained
+            (authors: scratch).
         paper_compat: as in ``meta``; and BA = 70.6 with neither margin nor guards.
         fitness: ``rewarded`` = R; ``reward`` = the run's own reward.
         alpha: exponent of the accuracy coefficient (authors: 2).

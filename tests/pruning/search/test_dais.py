@@ -15,6 +15,7 @@ from secateur.pruning.search.protocol import (
     Evaluate,
     Evaluation,
     Goal,
+    Left,
     Time,
 )
 from secateur.pruning.search.support import SearchError
@@ -173,7 +174,7 @@ def test_errors_name_the_way_out() -> None:
         return (
             AuxiliaryTrained("", {}, Evaluation("failed", "the training loss is nan"))
             if isinstance(request, AuxiliaryTraining)
-            else None
+            else Left()
         )
 
     with pytest.raises(SearchError, match="learned no indicators: the training loss is nan"):
