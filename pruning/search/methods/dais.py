@@ -9,9 +9,10 @@ T falls until indicators are 0 or 1 (``secateur.pipeline.training.auxiliary.indi
 
 The source is known to us by its abstract and a re-implementation. Our choices: coupled layers share their indicators,
 so no symmetry term is needed; first-order steps; T falls exponentially; alphas begin at the one value at which the
-expected cost is the target. Where the kept channels miss the target, those with the lowest indicators go, per cost
-saved; where they stay below it by more than the band, those with the highest come back until it is just met. A latency
-target becomes an expected latency: what each group saves at a width, from a few measured plans, interpolated and added.
+expected cost is the target. Where the kept channels miss the target by more than the band, the threshold that meets it
+takes the place of 0.5; then those with the lowest indicators go, per cost saved, or those with the highest come back,
+until the target is just met. A latency target becomes an expected latency: what each group saves at a width, from a few
+measured plans, interpolated and added.
 
 Least budget: 1 evaluation, 0.3 epochs.
 """
@@ -26,6 +27,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from secateur.pruning.search.landing import land_on
 from secateur.pruning.search.protocol import (
     DENSE,
     RANDOM,
@@ -42,13 +44,12 @@ from secateur.pruning.search.support import (
     Limit,
     SearchError,
     best_first,
+    bisect,
     check_ranges,
     check_reachable,
     evaluate,
     limit_of,
     macs_ratios,
-    meet,
-    project,
     remaining,
     train_auxiliary,
 )
@@ -70,7 +71,7 @@ class Options:
         weight_share: fraction in 0..1 of the training images that weights learn on; alphas learn on the rest
             (re-implementation: 0.7).
         coldest: last temperature, the first is 1 (re-implementation: 1/50).
-        paper_compat: 1 / T grows linearly, as in the re-implementation, and no channel with I <= 0.5 comes back.
+        paper_compat: 1 / T grows linearly, as in the re-implementation; the threshold is 0.5, and none comes back.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -128,10 +129,11 @@ def search(problem: Problem, options: Options) -> Strategy:
     if learned.evaluation.status == "failed" or not learned.scores:
         raise SearchError(f"dais learned no indicators: {learned.evaluation.reason or 'the training gave no scores'}")
     scores = {name: np.nan_to_num(learned.scores[name]) for name in space.names}
-    plan = yield from meet(
-        problem, limit, lambda within: space.decode(_widths(problem, options, within, scores), scores)
-    )
-    candidates = [Candidate(0, plan, "indicators", (), learned.base)]
+    switched_on = space.decode(_widths(problem, options, limit, scores), scores)
+    candidate = Candidate(0, switched_on, "indicators", (), learned.base)
+    if not (options.paper_compat and limit.of(space.encode(switched_on)) <= limit.bound):
+        candidate = yield from land_on(problem, limit, candidate, scores)
+    candidates = [candidate]
     evaluations = yield from evaluate(candidates, latency=True, last=True)
     return best_first(problem, candidates, evaluations)
 
@@ -164,19 +166,17 @@ def _savings(problem: Problem, latency: Limit) -> dict[str, tuple[list[int], lis
     return table
 
 
-def _switched_on(problem: Problem, scores: Mapping[str, FloatArray]) -> list[int]:
-    """Width per group of the channels with I > 0.5, at the nearest allowed width."""
-    space = problem.space
-    return [space.snap(name, int((scores[name] > 0.5).sum())) for name in space.names]
-
-
 def _widths(problem: Problem, options: Options, limit: Limit, scores: Mapping[str, FloatArray]) -> list[int]:
-    """Widths that meet the limit: what is switched on, less or more by the indicators (methods.md 10.1)."""
-    start = _switched_on(problem, scores)
-    cost = limit.of(start)
-    if cost > limit.bound:
-        return project(problem, limit, scores, start)
-    if options.paper_compat or cost >= (1 - options.band) * limit.bound:
-        return start
-    # From the full widths down, what is off goes before anything that is on.
-    return project(problem, limit, {name: soft + 1e6 * (soft > 0.5) for name, soft in scores.items()})
+    """Width per group of the channels that are switched on: I > 0.5, or what meets the target where that misses it.
+
+    After a short training indicators are soft, and 0.5 says little; their order is what was learned (our choice).
+    """
+    space = problem.space
+
+    def above(threshold: float) -> list[int]:
+        return [space.snap(name, int((scores[name] > threshold).sum())) for name in space.names]
+
+    on = above(0.5)
+    if options.paper_compat or (1 - options.band) * limit.bound <= limit.of(on) <= limit.bound:
+        return on
+    return above(bisect(limit, above, meets=1.0, fails=0.0))

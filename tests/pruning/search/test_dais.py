@@ -56,7 +56,7 @@ def macs_ratio(fake: FakeStudy, plan) -> float:
 
 def test_channels_that_are_switched_on_stay() -> None:
     fake = taught(on(12, 16, 24))
-    target = Goal(macs_ratio=macs_ratio(fake, fake.plan_of([12, 16, 24])) * 1.02)
+    target = Goal(macs_ratio=macs_ratio(fake, fake.plan_of([12, 16, 24])) * 1.005)
     (entry,) = drive(search(fake.problem(target), Options()), fake)
     assert entry.candidate.plan.kept == {
         "layer0.conv1": tuple(range(4, 16)),
@@ -94,11 +94,23 @@ def test_a_cheap_channel_that_is_off_never_stands_before_a_dear_one_that_is_on()
     assert all(entry.candidate.plan.widths[name] >= width for name, width in on(4, 22, 8).items())
 
 
-def test_slightly_below_the_target_nothing_comes_back() -> None:
+def test_slightly_below_the_target_no_more_comes_back_than_it_takes() -> None:
     fake = taught(on(12, 16, 24))
     ratio = macs_ratio(fake, fake.plan_of([12, 16, 24]))
     (entry,) = drive(search(fake.problem(Goal(macs_ratio=ratio / 0.96)), Options()), fake)
-    assert entry.candidate.plan.widths == on(12, 16, 24)
+    assert all(entry.candidate.plan.widths[name] >= width - 1 for name, width in on(12, 16, 24).items())
+    assert 0.99 <= macs_ratio(fake, entry.candidate.plan) * 0.96 / ratio <= 1
+    assert 0 < entry.candidate.projected_share < 0.1
+
+
+def test_where_all_indicators_are_soft_their_order_chooses() -> None:
+    fake = taught(on(16, 24, 32))
+    fake.indicators = {name: 0.6 + 0.3 * np.linspace(0, 1, size) for name, size in fake.space.sizes.items()}
+    (entry,) = drive(search(fake.problem(HALF), Options()), fake)
+    for name, kept in entry.candidate.plan.kept.items():
+        assert kept == tuple(range(fake.space.sizes[name] - len(kept), fake.space.sizes[name]))
+    assert 0.495 <= macs_ratio(fake, entry.candidate.plan) <= 0.5
+    assert entry.candidate.projected_share < 0.25  # the order of the indicators chose, and not the projection
 
 
 def test_widths_are_the_allowed_ones_next_to_what_is_on() -> None:
@@ -159,7 +171,7 @@ def test_it_beats_random_when_the_indicators_know_the_channels() -> None:
     fake.indicators = {name: value / 0.02 for name, value in fake.value.items()}
     (entry,) = drive(search(fake.problem(HALF), Options()), fake)
     (other,) = drive(random.search(rival.problem(HALF), random.Options(num_plans=1)), rival)
-    assert fake.top1(entry.candidate) + 0.05 > other.evaluation["top1"] + 0.1  # its base is 0.05 less accurate
+    assert fake.top1(entry.candidate) + 0.05 > other.evaluation["top1"] + 0.08  # its base is 0.05 less accurate
 
 
 def test_errors_name_the_way_out() -> None:
