@@ -501,8 +501,8 @@ def best_of_random(seed: int, num: int) -> float:
 def test_it_beats_random_search_at_equal_evaluations(module, options, seed):
     fake = uneven(seed)
     run(module, fake, seed=seed, **options)
-    assert len({c.plan.digest for c in fake.candidates}) <= 200
-    assert max(fake.top1(Candidate(0, c.plan, "")) for c in fake.candidates) > best_of_random(seed, 200)
+    assert len({c.plan.digest for c in fake.candidates}) <= 210  # the last ten at the target
+    assert max(fake.top1(Candidate(0, c.plan, "")) for c in fake.candidates) > best_of_random(seed, 210)
 
 
 def test_it_comes_near_the_optimum_of_a_small_problem():
