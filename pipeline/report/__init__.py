@@ -19,6 +19,7 @@ from secateur.pipeline.files import write_whole
 from secateur.pipeline.report.charts import cloud, histogram, lines
 from secateur.pipeline.run.facts import EARLIER_NAMES, Facts, Speedup
 from secateur.pipeline.run.records import of_candidates
+from secateur.pruning.search.landing import MARKED
 
 Row = tuple[str, str, str, str]
 METRICS = {"map50": "mAP50", "map": "COCO mAP"}
@@ -152,6 +153,9 @@ def write_report(
         num_points=len(points),
         front=[_front_row(row, facts) for row in front[:MAX_FRONT]],
         widths=_widths(facts),
+        projected=facts.finetune.best.candidate.projected_share,
+        marked=MARKED,
+        control=_control(facts),
         pictures=[(_data_uri(before), _data_uri(after)) for before, after in pictures],
         latencies=_latencies(facts),
         device=(device := facts.search.device),
@@ -208,12 +212,21 @@ def _points(config: RunFile, facts: Facts, records: Sequence[Mapping[str, Any]])
     for record in of_candidates(records):
         values = record["evaluation"]["metrics"]
         accuracy = values.get(facts.gate.search_metric)
-        if accuracy is None or record["stage"] == "smallest":
+        if accuracy is None or record["stage"] in ("smallest", "control"):
             continue
         kind = record["stage"] if record["stage"] != "search" else record["kind"]
         label = f"{record['candidate']['origin']} {record['candidate']['id']}: {accuracy:.4f}"
         points.append((values["macs"] / macs, accuracy, kind, label))
     return points
+
+
+def _control(facts: Facts) -> list[tuple[str, float, float]]:
+    """Rows (what, accuracy, MACs ratio): the chosen plan and the uniform control, both as cut from the baseline."""
+    control, metric, macs = facts.finetune.control, facts.gate.search_metric, facts.search.reference["macs"]
+    if control is None:
+        return []
+    pairs = ("the chosen plan", control.chosen), ("uniform", control.uniform)
+    return [(what, entry.evaluation[metric], entry.evaluation["macs"] / macs) for what, entry in pairs]
 
 
 def _widths(facts: Facts) -> list[tuple[str, int, int]]:

@@ -174,11 +174,29 @@ class SearchFacts(StageFacts):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ControlFacts:
+    """What the choice of a plan is worth, before any fine-tuning; on the search split.
+
+    Args:
+        uniform: the control at equal MACs, in the same groups.
+        chosen: the plan of the compact network, cut from the same unpruned weights.
+    """
+
+    uniform: KeptEntry
+    chosen: KeptEntry
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinetuneFacts(StageFacts):
-    """The fine-tuned plans, and the best of them: the compact network."""
+    """The fine-tuned plans, and the best of them: the compact network.
+
+    Args:
+        control: None where no uniform plan has so few MACs, or one of both could not be evaluated.
+    """
 
     best: KeptEntry
     finals: tuple[KeptEntry, ...]
+    control: Annotated[ControlFacts | None, OMITTED] = None
 
 
 # -- export and benchmark ----------------------------------------------------------------------------------------------

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.evaluation.evaluator import Evaluator
 from secateur.pipeline.files import sha256_of, write_whole
-from secateur.pipeline.run.facts import Facts, FinetuneFacts
+from secateur.pipeline.run.facts import ControlFacts, Facts, FinetuneFacts
+from secateur.pipeline.run.opening import make_problem
 from secateur.pipeline.run.records import request_of
 from secateur.pipeline.run.run import Run
 from secateur.pipeline.run.study import Study
 from secateur.pipeline.stages.loading import load_baseline
 from secateur.pipeline.stages.search import merit
 from secateur.pipeline.training.loop import save_weights
-from secateur.pruning.search.protocol import RANDOM, AuxiliaryTraining, Candidate, Entry, FineTune
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.search.methods.uniform import filled
+from secateur.pruning.search.protocol import (
+    RANDOM,
+    AuxiliaryTraining,
+    Candidate,
+    Entry,
+    Evaluation,
+    FineTune,
+    Score,
+)
+from secateur.pruning.search.support import Limit, SearchError, macs_ratios
 
 
 def finetune(run: Run, facts: Facts) -> FinetuneFacts:
@@ -44,8 +57,31 @@ def finetune(run: Run, facts: Facts) -> FinetuneFacts:
     plan = run.directory / "compact.plan.json"
     write_whole(plan, best.candidate.plan.to_json() + "\n")
     return FinetuneFacts(
-        best=best, finals=finals, files={"compact.safetensors": weights, "compact.plan.json": sha256_of(plan)}
+        best=best,
+        finals=finals,
+        control=control(run, oracle, reference, best.candidate.plan),
+        files={"compact.safetensors": weights, "compact.plan.json": sha256_of(plan)},
     )
+
+
+def control(run: Run, oracle: Evaluator, reference: Evaluation, chosen: PruningPlan) -> ControlFacts | None:
+    """The uniform control at the MACs of the chosen plan, and that plan, both as they are cut; recorded as a stage."""
+    space = run.space(oracle.graph)
+    rewards = run.reward(reference, run.workload.search_metric)
+    problem = make_problem(run.config, oracle.graph, space, reference, rewards, run.workload.search_metric)
+    ratio = oracle.accuracy.baseline.macs(chosen) / reference["macs"]
+    study = Study(run.journal, oracle, stage="control")
+    with run.progress.stage("Score the uniform control"):
+        saliency = study.answer(Score("l1"))
+        assert isinstance(saliency, Mapping)
+        try:
+            plan = filled(problem, Limit("macs_ratio", macs_ratios(problem), ratio), saliency)
+        except SearchError:
+            return None
+        candidates = Candidate(0, plan, "uniform"), Candidate(1, chosen, "chosen")
+        entries = [Entry(candidate, study.evaluate(candidate, latency=False)) for candidate in candidates]
+    known = all(entry.evaluation.status == "ok" for entry in entries)
+    return ControlFacts(uniform=entries[0], chosen=entries[1]) if known else None
 
 
 def best_plans(archive: Sequence[Entry]) -> list[Candidate]:
@@ -70,9 +106,9 @@ def revive_weights(run: Run, oracle: Evaluator) -> None:
 def _tuned(run: Run, study: Study, number: int, old: Candidate) -> Entry:
     """A candidate of the search, trained by the run's recipe."""
     base = RANDOM if run.config.finetune.from_scratch else old.base
-    candidate = Candidate(number, old.plan, "final", (old.id,), base)
+    candidate = Candidate(number, old.plan, "final", (old.id,), base, old.projected_share)
     answer = study.finetune(FineTune(candidate, run.config.finetune.epochs))
-    return Entry(Candidate(number, old.plan, "final", (old.id,), answer.base), answer.evaluation)
+    return Entry(replace(candidate, base=answer.base), answer.evaluation)
 
 
 def _cut(oracle: Evaluator, best: Candidate) -> nn.Module:

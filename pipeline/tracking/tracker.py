@@ -279,6 +279,8 @@ class Tracker:
             "candidate.base": candidate["base"] or "baseline",
             "candidate.kind": record["kind"],
         }
+        if share := candidate.get("projected_share"):
+            tags["candidate.projected_share"] = f"{share:g}"
         name = f"{candidate['origin']}-{candidate['id']}"
         child = Child(self._experiment_id, name, at_ms, {k: v[:MAX_TEXT] for k, v in tags.items()}, values)
         if self._delivery is None and len(self._delivered) >= MANY:

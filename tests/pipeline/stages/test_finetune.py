@@ -31,3 +31,16 @@ def test_the_compact_network_is_the_best_plan_with_the_trained_weights(finished:
     network = load_compact(run, model, graph, plan)
     assert sum(p.numel() for p in network.parameters()) == facts.gate.models.compact.params
     assert all(torch.isfinite(p).all() for p in network.parameters())
+
+
+def test_a_uniform_control_at_the_same_macs_stands_beside_the_chosen_plan(finished: Any) -> None:
+    run, facts = finished
+    control, best = facts.finetune.control, facts.finetune.best.candidate
+    assert control.chosen.candidate.plan == best.plan and control.chosen.candidate.base == ""
+    assert 0.9 * control.chosen.evaluation["macs"] < control.uniform.evaluation["macs"]
+    assert control.uniform.evaluation["macs"] <= control.chosen.evaluation["macs"]
+    metric = run.workload.search_metric
+    assert 0 <= control.uniform.evaluation[metric] <= 1
+    records = [record for record in run.journal.records if record.get("stage") == "control"]
+    assert [record["kind"] for record in records] == ["score", "evaluation", "evaluation"]
+    assert "uniform" in (run.directory / "report.html").read_text(encoding="utf-8")
