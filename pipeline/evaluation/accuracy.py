@@ -7,9 +7,11 @@ holds one and nothing else (``worker``). Both must find the same bits: see ``Det
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +36,10 @@ CACHED_BYTES = 2 << 30
 """Search images are kept on the compute device as float32 up to this size."""
 SUPERNET_IMAGES = 1000
 """Training images for re-estimating batch-norm statistics of a supernet's candidate, where the run file names none."""
+DIVERGENCE_SCORE = "divergence_score"
+"""The metric exp(-KL) of a candidate's outputs from the unpruned network's."""
+MEMORISED = 0.03
+"""How much more accurate (fraction) a network is on images that it knows by heart than on augmented ones, at least."""
 RECALIBRATION_SHARE = 4
 """Search images for each training image that a candidate's statistics are taken on, at least: a training image costs
 1.3 to 1.4 times what a search image does, and scoring shall not cost more than 1.5 times what it does without."""
@@ -208,12 +214,22 @@ class AccuracyEvaluator:
             pairs = [(network(images).float(), labels) for images, labels in self._images()]
         return torch.cat([outputs for outputs, _ in pairs]), torch.cat([labels for _, labels in pairs])
 
-    def batches(self, num_images: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of the first search images, preprocessed, in the order of the split; None = all of them."""
-        count = min(num_images or len(self.split), len(self.split))
+    def batches(
+        self, num_images: int | None = None, *, augmented: bool | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of the first search images, preprocessed, in the order of the split.
+
+        Args:
+            num_images: None = all of them.
+            augmented: as in training, drawn under the run's seed, the same at every call; None = as the metric that the
+                search goes by wants them.
+        """
+        workload, count = self.baseline.workload, min(num_images or len(self.split), len(self.split))
+        train = getattr(workload, "search_augmented", False) if augmented is None else augmented
+        generator = torch.Generator().manual_seed(self.baseline.seed)
         for indices in torch.split(torch.arange(count), self._batch_size):
-            yield self.baseline.workload.batch(
-                self.split, indices, train=False, generator=None, device=self.baseline.compute
+            yield workload.batch(
+                self.split, indices, train=train, generator=generator if train else None, device=self.baseline.compute
             )
 
     # -- the parts ---------------------------------------------------------------------------------------------------
@@ -247,7 +263,31 @@ class AccuracyEvaluator:
                         f"{workload.search_metric} cannot reach {request.floor:.4f}: given up after {seen} of "
                         f"{len(self.split)} images"
                     )
-        return workload.metrics(torch.cat(answers), torch.cat(targets))
+        found = dict(workload.metrics(torch.cat(answers), torch.cat(targets)))
+        if workload.search_metric == DIVERGENCE_SCORE:
+            divergence = workload.divergence(torch.cat(answers), self._dense_answers)
+            found |= {DIVERGENCE_SCORE: math.exp(-divergence), "divergence": divergence}
+        return found
+
+    @cached_property
+    def _dense_answers(self) -> Tensor:
+        """Of the unpruned network with its own statistics, for the search images in their order."""
+        outputs, targets = self.outputs(self.baseline.model)
+        return self.baseline.workload.answers(outputs, targets)
+
+    def memorised(self) -> tuple[float, float]:
+        """Accuracy of the unpruned network on the search images as they are, and on augmented ones.
+
+        Where the first lies ``MEMORISED`` above the second, the weights know the images by heart: they were trained on
+        them, and accuracy on them says little.
+        """
+        workload, found = self.baseline.workload, []
+        for augmented in (False, True):
+            with torch.inference_mode():
+                pairs = [(self.baseline.model(i).float(), t) for i, t in self.batches(augmented=augmented)]
+            answers = torch.cat([workload.answers(outputs, targets) for outputs, targets in pairs])
+            found.append(workload.metrics(answers, torch.cat([targets for _, targets in pairs]))[workload.metric])
+        return found[0], found[1]
 
     def _forward(self, request: AccuracyRequest) -> Iterator[Tensor]:
         """Outputs of a candidate for each batch of search images."""

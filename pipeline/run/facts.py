@@ -146,6 +146,23 @@ class LatencyFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SearchSplitFacts:
+    """How well the unpruned network knows the search images.
+
+    Args:
+        metric: what the search went by.
+        accuracy: of the unpruned network on them, by the workload's own metric.
+        augmented: the same on augmented ones.
+        memorised: whether the first is so much higher that the weights were trained on them.
+    """
+
+    metric: str
+    accuracy: float
+    augmented: float
+    memorised: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class SearchFacts(StageFacts):
     """What the search found.
 
@@ -159,6 +176,7 @@ class SearchFacts(StageFacts):
         devices: every device, where there are several.
         certificate: of a cut through every group that was searched.
         graph: the channel groups, for people.
+        split: what the search images can tell; None in runs of earlier versions.
     """
 
     reference: KeptEvaluation
@@ -171,6 +189,7 @@ class SearchFacts(StageFacts):
     devices: Annotated[Mapping[str, RunDevice] | None, OMITTED] = None
     certificate: Proof
     graph: str
+    split: Annotated[SearchSplitFacts | None, OMITTED] = None
 
 
 @dataclass(frozen=True, kw_only=True)

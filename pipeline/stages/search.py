@@ -8,10 +8,11 @@ from functools import partial
 from typing import Any
 
 from secateur.pipeline.errors import UserError
+from secateur.pipeline.evaluation.accuracy import MEMORISED
 from secateur.pipeline.evaluation.evaluator import Evaluator
 from secateur.pipeline.lifecycle.finish import chosen_plan, only
 from secateur.pipeline.lifecycle.rescore import rank_agreement
-from secateur.pipeline.run.facts import Facts, LatencyFacts, Proof, RankAgreement, SearchFacts
+from secateur.pipeline.run.facts import Facts, LatencyFacts, Proof, RankAgreement, SearchFacts, SearchSplitFacts
 from secateur.pipeline.run.proof import prove
 from secateur.pipeline.run.ranking import rank_exactly
 from secateur.pipeline.run.run import Run
@@ -42,7 +43,7 @@ def search(run: Run, facts: Facts) -> SearchFacts:
     space = run.space(graph)
     certificate = prove(model, graph, space, run.workload.example_input(), run.config.seed)
     oracle = run.evaluator(model, graph, space)
-    reference = measure_reference(run, oracle, graph)
+    reference, split = measure_reference(run, oracle, graph), look_at_split(run, oracle)
     archive, study = _search(run, oracle, graph, space, reference)
     full, again = PruningPlan.full(graph.groups), Study(run.journal, oracle, stage="ranking")
     with run.progress.stage("Score the best again in float32"):
@@ -61,6 +62,7 @@ def search(run: Run, facts: Facts) -> SearchFacts:
         devices=run.facts_of_devices if len(run.fleet) > 1 else None,
         certificate=Proof(**asdict(certificate)),
         graph=graph.report(),
+        split=split,
         files={},
     )
 
@@ -112,6 +114,21 @@ def measure_reference(run: Run, oracle: Evaluator, graph: ChannelGraph) -> Evalu
     if reference.status != "ok":
         raise UserError(f"the unpruned network cannot be evaluated: {reference.reason}")
     return reference
+
+
+def look_at_split(run: Run, oracle: Evaluator) -> SearchSplitFacts:
+    """Whether the weights know the search images by heart; says so, and what to do."""
+    metric, goes_by = run.workload.metric, run.workload.search_metric
+    accuracy, augmented = oracle.accuracy.memorised()
+    memorised = accuracy - augmented > MEMORISED
+    if memorised:
+        still_sees = goes_by != metric
+        run.progress.say(
+            f"Warning: the weights know the search images by heart: {metric} {accuracy:.1%}, and {augmented:.1%} once "
+            "they are augmented. Pretrained weights have probably seen them; accuracies of the search are too high. "
+            + (f"The search goes by {goes_by}" if still_sees else "Set workload.metrics.search: divergence")
+        )
+    return SearchSplitFacts(metric=goes_by, accuracy=accuracy, augmented=augmented, memorised=memorised)
 
 
 def reject_impossible(run: Run, oracle: Evaluator, smallest: PruningPlan, reference: Evaluation) -> None:

@@ -128,7 +128,8 @@ class Workload(Protocol):
     metric: str
     """The metric the gate looks at (``top1``, ``map50``); a fraction, higher = better."""
     search_metric: str
-    """The metric the search goes by: the same, or one that is quicker to have and ranks networks much alike."""
+    """The metric the search goes by: the same, or one that is quicker to have and ranks networks much alike. A workload
+    may have ``search_augmented``, which says that it is taken on augmented search images."""
     fingerprint: str
     """Names the content of data and model options; part of every content hash."""
     notes: tuple[str, ...]
@@ -183,6 +184,13 @@ class Workload(Protocol):
 
     def test_metrics(self, answers: Tensor, targets: Tensor) -> Mapping[str, float]:
         """The same for the end of a run, where more may be worth its time."""
+
+    def divergence(self, answers: Tensor, dense: Tensor) -> float:
+        """How far answers are from the unpruned network's for the same images (nats, >= 0).
+
+        Only asked for where ``search_metric`` is ``divergence_score``.
+        """
+        ...
 
     def ease(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """How easy each image is, shape (n,): those that are likely to go wrong first come first."""

@@ -33,6 +33,8 @@ COSTS = frozenset(
     }
 )
 """What an evaluation says of a network's costs; one device of several has its own, with its name behind a dot."""
+LOWER_IS_BETTER = frozenset({"loss", "divergence"})
+"""Metrics of which less is better; of all others more is, and they are fractions."""
 DENSE = ""
 """``base`` of a candidate whose weights are cut from the unpruned baseline."""
 RANDOM = "random"
@@ -83,6 +85,16 @@ class Evaluation:
     def __getitem__(self, name: str) -> float:
         """A metric by name; NaN where it was not taken."""
         return self.metrics.get(name, float("nan"))
+
+
+def merit_of(metric: str, value: float) -> float:
+    """A metric's value, turned so that higher is better."""
+    return -value if metric in LOWER_IS_BETTER else value
+
+
+def as_fraction(metric: str, value: float) -> float:
+    """A metric's value as a fraction, higher = better: exp(-value) in (0, 1] where less is better."""
+    return math.exp(-value) if metric in LOWER_IS_BETTER else value
 
 
 def on_images(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from secateur.pruning.search.protocol import Evaluation
+from secateur.pruning.search.protocol import Evaluation, as_fraction
 
 MAX_EXPONENT = 16
 LEAST = 1e-9
@@ -281,8 +281,8 @@ def make_reward(preset: str, reference: Evaluation, metric: str = "", **override
 
 
 def _seen(evaluation: Evaluation, metric: str) -> Evaluation:
-    """The evaluation with ``metric`` as its accuracy."""
-    return replace(evaluation, metrics={**evaluation.metrics, "accuracy": evaluation[metric]})
+    """The evaluation with ``metric`` as its accuracy: a fraction, higher = better."""
+    return replace(evaluation, metrics={**evaluation.metrics, "accuracy": as_fraction(metric, evaluation[metric])})
 
 
 def _unknown(what: str, name: str, known: Collection[str]) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -104,10 +105,21 @@ class DataOptions(Section):
         return self
 
 
+class MetricOptions(Section):
+    """How classifiers are compared in a search."""
+
+    search: Literal["top1", "divergence", "loss"] = "top1"
+    """What the search goes by: top1; ``divergence_score`` = exp(-KL), where KL is the mean divergence (nats) of a
+    candidate's class probabilities from the unpruned network's; or ``loss_score`` = exp(-cross-entropy). The last two
+    look at augmented search images, the same for all candidates, so that they still see where weights know the search
+    images by heart."""
+
+
 class Options(Section):
     """The ``workload`` section for image classification."""
 
     name: Literal["classification"] = "classification"
+    metrics: MetricOptions = MetricOptions()
     model: ModelOptions = ModelOptions()
     data: DataOptions = DataOptions()
 
@@ -129,9 +141,11 @@ class Classification:
 
     metric = search_metric = "top1"
     postprocessing = None
+    SEEING: ClassVar[Mapping[str, str]] = {"divergence": "divergence_score", "loss": "loss_score"}
 
     def __init__(self, options: Options, reading: Reading) -> None:
         self.options = options
+        self.search_metric = self.SEEING.get(options.metrics.search, self.search_metric)
         opened = _open(options.data, reading)
         self.classes, self.named, self.resize = opened.classes, opened.named, opened.resize
         self.train, self.search, self.test = _split(opened, options.data)
@@ -153,7 +167,7 @@ class Classification:
         self._content = None if weights is None else read_weights(weights)
         if weights is not None and options.model.weights == TORCHVISION:
             self._content = _renamed(name, weights)
-        where = {"data": {"path", "train", "test", "download"}}
+        where: Any = {"data": {"path", "train", "test", "download"}, "metrics": True}
         content: dict[str, Any] = {"options": options.model_dump(mode="json", exclude=where)}
         content |= {"data": data, "weights": None if weights is None else sha256_of(weights)}
         content |= {"decoder": decode.VERSION}
@@ -164,6 +178,11 @@ class Classification:
         }
         files = not isinstance(opened.train, ArraySource)
         self.record = record.DataRecord(self.fingerprint, told, members, files)
+
+    @property
+    def search_augmented(self) -> bool:
+        """Whether the search looks at augmented images."""
+        return self.search_metric in self.SEEING.values()
 
     @property
     def usage(self) -> Mapping[str, Any]:
@@ -228,10 +247,14 @@ class Classification:
         return outputs
 
     def metrics(self, answers: Tensor, targets: Tensor) -> Mapping[str, float]:
-        return {
-            "top1": (answers.argmax(1) == targets).float().mean().item(),
-            "loss": F.cross_entropy(answers.float(), targets).item(),
-        }
+        loss = F.cross_entropy(answers.float(), targets).item()
+        found = {"top1": (answers.argmax(1) == targets).float().mean().item(), "loss": loss}
+        return {**found, "loss_score": math.exp(-loss)} if self.search_metric == "loss_score" else found
+
+    def divergence(self, answers: Tensor, dense: Tensor) -> float:
+        """Mean Kullback-Leibler divergence KL(dense || candidate) of class probabilities in nats, >= 0."""
+        found, wanted = (logits.double().log_softmax(1) for logits in (answers, dense))
+        return max(0.0, F.kl_div(found, wanted, reduction="batchmean", log_target=True).item())
 
     test_metrics = metrics
 
@@ -240,6 +263,8 @@ class Classification:
         return own - outputs.scatter(1, targets[:, None], -torch.inf).amax(1)
 
     def bound(self, answers: Tensor, targets: Tensor, num_unseen: int) -> float:
+        if self.search_metric in self.SEEING.values():
+            return 1.0  # no image sets a bound to the mean of others
         right = int((answers.argmax(1) == targets).sum())
         return (right + num_unseen) / (len(targets) + num_unseen)
 

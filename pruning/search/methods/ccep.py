@@ -53,6 +53,7 @@ from secateur.pruning.search.protocol import (
     Problem,
     Request,
     Strategy,
+    merit_of,
 )
 from secateur.pruning.search.support import (
     Ratios,
@@ -88,7 +89,8 @@ class Options:
             example 0.001 = 0.1 percentage points. 0 = exactly (authors).
         adaptive_bound: give every group its own r, 1 - r in proportion to its share of the latency (``latency_aware``)
             or of the MACs, at most twice the common one, so that cheap groups are not eroded in vain (authors: off).
-        fitness: metric that ranks individuals, higher = better; empty = the workload's accuracy (authors: top-1).
+        fitness: metric that ranks individuals (of ``loss``, less is better); empty = the workload's accuracy (authors:
+            top-1).
         include: name patterns (``*``, ``?``) of the groups to prune. The authors prune inner widths of residual blocks
             only: ``["*.conv1"]`` in a ResNet of basic blocks.
         paper_compat: mutate bits in index order as the authors do (it removes low indices slightly more often, so the
@@ -435,8 +437,8 @@ def _tune(splice: Candidate, options: Options) -> Generator[Request, Answer, Fin
 
 
 def _fitness(evaluation: Evaluation, options: Options) -> float:
-    """Step 2: accuracy, -inf where it is not known, so that failures rank last."""
-    value = evaluation[options.fitness]
+    """Step 2: accuracy (or what else ranks, turned so that higher = better), -inf where it is not known: ranks last."""
+    value = merit_of(options.fitness, evaluation[options.fitness])
     return value if evaluation.status == "ok" and not math.isnan(value) else -math.inf
 
 
