@@ -35,11 +35,11 @@ NETWORKS = {
 WHOLE = {"digits": (747_136, 75_002), "resnet20": (40_551_040, 269_722), "ssd": (5_242_368, 137_516)}
 """Network -> MACs and parameters, unpruned."""
 PLANS = {
-    ("digits", "uniform"): ("720ff1feea7bb58b", 286_256, 36_682),
-    ("digits", "global"): ("235d9e356119247d", 364_592, 44_202),
-    ("resnet20", "uniform"): ("59fc70f4f02a7598", 16_663_088, 137_674),
+    ("digits", "uniform"): ("bcee4f659bbc89b9", 353_072, 41_314),
+    ("digits", "global"): ("47b53cadf68af173", 371_504, 42_474),
+    ("resnet20", "uniform"): ("489a42480f2a8ad0", 20_128_304, 152_138),
     ("resnet20", "global"): ("468381694fc94aee", 20_238_896, 153_874),
-    ("ssd", "uniform"): ("cf49553ac9d10627", 2_183_680, 65_556),
+    ("ssd", "uniform"): ("46165d39751b9ec7", 2_605_888, 75_260),
     ("ssd", "global"): ("32b068e2816ff129", 2_619_520, 75_256),
 }
 """Network and method -> digest of the plan at half the MACs, its MACs and its parameters."""
