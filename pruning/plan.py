@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, pairwise
@@ -334,6 +334,17 @@ class SearchSpace:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self.sizes)
+
+    def over(self, names: Collection[str]) -> SearchSpace:
+        """The same widths over some of the groups; the others keep all their channels.
+
+        Raises:
+            PlanError: none of them is in this space.
+        """
+        allowed = {name: widths for name, widths in self.allowed.items() if name in names}
+        if not allowed:
+            raise PlanError(f"none of {sorted(names)} can be pruned here; the search space has {list(self.names)}")
+        return SearchSpace({name: self.sizes[name] for name in allowed}, allowed, self.full)
 
     def encode(self, plan: PruningPlan) -> IntArray:
         """Width vector of a plan, shape ``(groups,)``, in the order of ``names``."""

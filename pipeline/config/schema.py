@@ -117,7 +117,7 @@ class LatencySection(Section):
 class SearchSection(Section):
     """The search: method, its options, its limits, and how candidates are evaluated."""
 
-    later = frozenset({"forward"})
+    later = frozenset({"forward", "channel_multiple", "scope"})
     method: str = "ccep"
     options: dict[str, Any] = Field(default_factory=dict)
     target: TargetSection = TargetSection()
@@ -126,6 +126,13 @@ class SearchSection(Section):
     min_keep_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     frozen: tuple[str, ...] = ()
     """Channel groups that are left alone; ``*`` and ``?`` match as in file names."""
+    channel_multiple: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    """Widths are multiples of it; None = the device's (``device.channel_multiple``, its probe or profile), the steps of
+    its latency. A target of MACs may be met with finer ones; what that costs on the device is timed, and reported."""
+    scope: Literal["inner", "all", "auto"] = "auto"
+    """Which groups may be cut: inner = those whose channels no residual sum carries and no detector's head reads; all =
+    the residual stream too; auto = what does less harm to the loss per cost saved, by one uniform cut of each. Where
+    inner groups alone cannot reach the target, the stream is cut as well, and the run says so."""
     images: Annotated[int, Field(gt=0, le=10**9)] = 1000
     """Images of the search split each candidate is scored on."""
     recalibrate_images: Annotated[int, Field(ge=0, le=10**9)] | None = None

@@ -170,7 +170,7 @@ def estimate(found: Preflight) -> Estimate | None:
     counted = rehearse(
         config,
         network.graph,
-        network.space,
+        network.spaces,
         (len(workload.train), num_scored),
         (workload.metric, workload.search_metric),
         {name: price.wall for name, price in prices.items()},

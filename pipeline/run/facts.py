@@ -18,6 +18,7 @@ from secateur.pipeline.devices.device import RunDevice
 from secateur.pipeline.run.records import describe, to_candidate, to_dict, to_evaluation
 from secateur.pipeline.tracking import Decision
 from secateur.pruning.search.protocol import Entry, Evaluation
+from secateur.pruning.search.scope import ScopeChoice
 
 EARLIER_NAMES = {"gate": "judge"}
 """Stages that had another name: for one release it is still read, and written beside the new one in ``report.json``."""
@@ -163,13 +164,37 @@ class SearchSplitFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScopeFacts:
+    """Which groups the search could cut.
+
+    Args:
+        asked: ``search.scope``.
+        chosen: ``inner`` or ``all``.
+        reason: for people; empty where nothing was to be chosen.
+        trials: the cuts that were compared (``secateur.pruning.search.scope.ScopeTrial``).
+    """
+
+    asked: str
+    chosen: str
+    reason: str
+    trials: tuple[Mapping[str, str | Number | None], ...] = ()
+
+    @classmethod
+    def of(cls, asked: str, choice: ScopeChoice) -> ScopeFacts:
+        """Of a choice that was made."""
+        trials = tuple(asdict(trial) for trial in choice.trials)
+        return cls(asked=asked, chosen=choice.scope, reason=choice.reason, trials=trials)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SearchFacts(StageFacts):
     """What the search found.
 
     Args:
         reference: the unpruned network's evaluation, its accuracy in float32.
         archive: the search's result, best first.
-        num_candidates: how many the search evaluated.
+        num_candidates: how many the method evaluated.
+        scope: None where it was given its plan.
         agreement: None where the search went by the workload's own metric, or too few candidates have both.
         spent: running totals (``evaluations``, ``epochs``, ``seconds``, ``images_forwarded`` ...).
         device: the run's own device.
@@ -182,6 +207,7 @@ class SearchFacts(StageFacts):
     reference: KeptEvaluation
     archive: tuple[KeptEntry, ...]
     num_candidates: int
+    scope: Annotated[ScopeFacts | None, OMITTED] = None
     agreement: RankAgreement | None
     spent: Mapping[str, Number]
     latency: LatencyFacts
@@ -206,16 +232,44 @@ class ControlFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WidthsFacts:
+    """What widths that are finer than the device's steps cost there.
+
+    Args:
+        latency_ratio: of the compact network, measured.
+        rounded_latency_ratio: of the same with every width at the nearest one that suits the device.
+        rounded_macs_ratio: of that network.
+        groups: with another width then.
+    """
+
+    latency_ratio: float
+    rounded_latency_ratio: float
+    rounded_macs_ratio: float
+    groups: int
+
+    @property
+    def text(self) -> str:
+        """The same as a sentence."""
+        return (
+            f"Widths are finer than the device's steps: the compact network takes {self.latency_ratio:.3f} of the "
+            f"unpruned latency, and with {self.groups} widths rounded to those steps it would take "
+            f"{self.rounded_latency_ratio:.3f} at {self.rounded_macs_ratio:.3f} of the MACs."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinetuneFacts(StageFacts):
     """The fine-tuned plans, and the best of them: the compact network.
 
     Args:
         control: None where no uniform plan has so few MACs, or one of both could not be evaluated.
+        widths: None where they are the device's own.
     """
 
     best: KeptEntry
     finals: tuple[KeptEntry, ...]
     control: Annotated[ControlFacts | None, OMITTED] = None
+    widths: Annotated[WidthsFacts | None, OMITTED] = None
 
 
 # -- export and benchmark ----------------------------------------------------------------------------------------------

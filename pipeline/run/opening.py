@@ -35,6 +35,7 @@ from secateur.pruning.search import METHODS
 from secateur.pruning.search.landing import at_target
 from secateur.pruning.search.protocol import Budget, Evaluation, FloatArray, Goal, Problem, Strategy
 from secateur.pruning.search.reward import Reward
+from secateur.pruning.search.scope import Spaces
 from secateur.pruning.trace import trace
 from secateur.pruning.tracer import PruningError
 
@@ -181,14 +182,15 @@ def search_space(config: RunFile, graph: ChannelGraph, steps: Multiples | int) -
     """The widths the search may choose from.
 
     Args:
-        steps: the width granularity of the devices; ``device.channel_multiple`` goes before it.
+        steps: the width granularity of the devices; ``search.channel_multiple`` and ``device.channel_multiple`` go
+            before it.
 
     Raises:
         UserError: ``search.frozen`` matches nothing, or nothing is left to prune.
     """
     section = config.search
     frozen = frozen_groups(section.frozen, graph)
-    multiple: int | dict[str, int] | None = config.device.channel_multiple
+    multiple: int | dict[str, int] | None = section.channel_multiple or config.device.channel_multiple
     if multiple is None:
         multiple = steps if isinstance(steps, int) else group_multiples(graph, graph.shapes, steps)
     try:
@@ -197,6 +199,41 @@ def search_space(config: RunFile, graph: ChannelGraph, steps: Multiples | int) -
         )
     except PlanError as error:
         raise UserError(f"{error}\n{graph.report()}") from error
+
+
+def device_space(config: RunFile, graph: ChannelGraph, steps: Multiples | int) -> SearchSpace:
+    """The same in the widths that suit the devices, whatever ``search.channel_multiple`` says."""
+    search = config.search.model_copy(update={"channel_multiple": None})
+    return search_space(config.model_copy(update={"search": search}), graph, steps)
+
+
+def search_spaces(
+    config: RunFile, graph: ChannelGraph, steps: Multiples | int, head_prefixes: Sequence[str] = ()
+) -> Spaces:
+    """The widths the search may choose from, over all groups and over inner ones.
+
+    Args:
+        steps: as for ``search_space``.
+        head_prefixes: beginnings of the names of a detector's heads: what they read is not inner.
+
+    Raises:
+        UserError: as ``search_space``.
+    """
+    whole = search_space(config, graph, steps)
+    inner = {group.name for group in graph.groups} - graph.summed - read_by(graph, head_prefixes)
+    is_part = bool(inner & set(whole.names)) and not inner >= set(whole.names)
+    return Spaces(whole, whole.over(inner) if is_part else None)
+
+
+def read_by(graph: ChannelGraph, prefixes: Sequence[str]) -> set[str]:
+    """The channel groups that tensors with such beginnings of their names read."""
+    heads = tuple(prefixes)
+    return {group.name for group in graph.groups if any(m.reads and m.tensor.startswith(heads) for m in group.members)}
+
+
+def head_prefixes_of(model: nn.Module) -> tuple[str, ...]:
+    """The beginnings of the names of a detector's heads, as its network says them; none for other networks."""
+    return tuple(getattr(model, "head_prefixes", None) or ())
 
 
 def known_steps(profiles: Iterable[DeviceProfile]) -> tuple[Multiples, bool]:

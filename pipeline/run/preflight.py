@@ -22,11 +22,13 @@ from secateur.pipeline.run.opening import (
     check_forward,
     compute_device,
     device_profiles,
+    head_prefixes_of,
     known_steps,
     least_budget,
     make_problem,
     open_workload,
     search_space,
+    search_spaces,
     trace_network,
 )
 from secateur.pipeline.run.proof import prove
@@ -39,6 +41,7 @@ from secateur.pruning.cost import Cost, cost
 from secateur.pruning.plan import PruningPlan, SearchSpace
 from secateur.pruning.search import METHODS
 from secateur.pruning.search.protocol import Budget, Evaluation
+from secateur.pruning.search.scope import Spaces
 
 BYTES_PER_PARAM = 4
 """Of the fp32 files that are exported."""
@@ -53,7 +56,7 @@ class Network:
     Args:
         input: shape of one input.
         graph: its channel groups.
-        space: the widths a search may choose from, by what is known of the devices without reaching them.
+        spaces: the widths a search may choose from, by what is known of the devices without reaching them.
         whole: its cost.
         smallest: the cost of the smallest plan of ``space``.
         bound: no plan costs less, whatever a probe of the devices finds.
@@ -63,12 +66,17 @@ class Network:
 
     input: tuple[int, ...]
     graph: ChannelGraph
-    space: SearchSpace
+    spaces: Spaces
     whole: Cost
     smallest: Cost
     bound: Cost
     steps: str
     probed: bool
+
+    @property
+    def space(self) -> SearchSpace:
+        """Every group that a search could cut."""
+        return self.spaces.whole
 
     @property
     def frozen_share(self) -> float:
@@ -166,15 +174,17 @@ def examine(
 def _network(found: Preflight, model: torch.nn.Module, example: torch.Tensor) -> Network:
     config, graph = found.config, trace_network(model, example)
     steps, probed = known_steps(found.profiles or ())
-    space = search_space(config, graph, steps)
+    spaces = search_spaces(config, graph, steps, head_prefixes_of(model))
     finest = search_space(config, graph, 1)
-    if config.device.channel_multiple is not None:
+    if config.search.channel_multiple is not None:
+        origin = "search.channel_multiple"
+    elif config.device.channel_multiple is not None:
         origin = "device.channel_multiple"
     else:
         origin = "a kept probe of the device" if probed else "the device profile, unprobed"
-    plans = (PruningPlan.full(graph.groups), space.smallest(), finest.smallest())
+    plans = (PruningPlan.full(graph.groups), spaces.whole.smallest(), finest.smallest())
     whole, smallest, bound = (cost(graph, plan) for plan in plans)
-    return Network(tuple(example.shape), graph, space, whole, smallest, bound, origin, probed)
+    return Network(tuple(example.shape), graph, spaces, whole, smallest, bound, origin, probed)
 
 
 def _check_images(found: Preflight, workload: Workload) -> None:

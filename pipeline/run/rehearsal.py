@@ -22,10 +22,11 @@ from secateur.pipeline.evaluation.accuracy import RECALIBRATION_SHARE
 from secateur.pipeline.run.journal import Journal, Record
 from secateur.pipeline.run.opening import make_strategy
 from secateur.pipeline.run.ranking import rank_exactly
+from secateur.pipeline.run.scope import STAGE, choose_scope
 from secateur.pipeline.run.study import Study
 from secateur.pruning.channels import ChannelGraph
 from secateur.pruning.cost import costs
-from secateur.pruning.plan import PruningPlan, SearchSpace
+from secateur.pruning.plan import PruningPlan
 from secateur.pruning.search.protocol import (
     DENSE,
     RANDOM,
@@ -45,6 +46,7 @@ from secateur.pruning.search.protocol import (
     Time,
 )
 from secateur.pruning.search.reward import make_reward
+from secateur.pruning.search.scope import Spaces
 from secateur.pruning.search.support import SearchError
 
 ACCURACY, UNTRAINED = 0.9, 0.1
@@ -317,7 +319,7 @@ class Rehearsal:
 def rehearse(
     config: RunFile,
     graph: ChannelGraph,
-    space: SearchSpace,
+    spaces: Spaces,
     images: tuple[int, int],
     metrics: tuple[str, str],
     seconds: Mapping[str, float],
@@ -327,7 +329,7 @@ def rehearse(
     Args:
         config: the run file.
         graph: the network's channel groups.
-        space: the widths the search may choose from.
+        spaces: the widths the search may choose from, in either scope.
         images: of the training split, and of the search split that candidates are scored on.
         metrics: the workload's own metric, and that of the search.
         seconds: of each step of ``Work``.
@@ -336,10 +338,11 @@ def rehearse(
     budget, target = Budget(**config.search.budget.model_dump()), Goal(**config.search.target.model_dump())
     reference = oracle.evaluate(Candidate(0, oracle.full, "reference"), latency=True)
     if target.latency_ratio is not None:
-        oracle.evaluate(Candidate(0, space.smallest(), "smallest"), latency=True)
+        oracle.evaluate(Candidate(0, spaces.whole.smallest(), "smallest"), latency=True)
     reward = make_reward(config.reward.preset, reference, metrics[1], **config.reward.options)
     pages = cast(Journal, Pages())
     study = Study(pages, oracle, budget=budget, closes=target != Goal())
+    before = Study(pages, oracle, stage=STAGE, budget=budget)
     top, complete = config.finetune.top, True
     finals: tuple[float, ...] = ()
 
@@ -347,7 +350,9 @@ def rehearse(
         return target.met(evaluation, reference), reward(evaluation)
 
     try:
-        strategy = make_strategy(config, graph, space, reference, reward, metrics[1], rehearsed=True)
+        scope = choose_scope(config, before, graph, spaces, reference, reward, metrics[1])
+        study.charge(before.spent)
+        strategy = make_strategy(config, graph, spaces.of(scope.scope), reference, reward, metrics[1], rehearsed=True)
         archive = study.run(strategy)
         again = Study(pages, oracle, stage="ranking")
         ranked, _ = rank_exactly(again, archive, reference, oracle.full, top, lambda against: merit)

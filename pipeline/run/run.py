@@ -35,7 +35,14 @@ from secateur.pipeline.evaluation.worker_pool import Engine, WorkerPool
 from secateur.pipeline.files import write_whole
 from secateur.pipeline.progress import ProgressView
 from secateur.pipeline.run.journal import Journal, Record, read_journal, require_format
-from secateur.pipeline.run.opening import check_forward, make_strategy, open_workload, search_space
+from secateur.pipeline.run.opening import (
+    check_forward,
+    device_space,
+    head_prefixes_of,
+    make_strategy,
+    open_workload,
+    search_spaces,
+)
 from secateur.pipeline.run.origin import FOLDER, ORIGIN, check_tracked_at, origin_of
 from secateur.pipeline.run.preflight import examine
 from secateur.pipeline.run.records import to_evaluation
@@ -52,6 +59,7 @@ from secateur.pruning.channels import ChannelGraph
 from secateur.pruning.plan import SearchSpace
 from secateur.pruning.search.protocol import Budget, Evaluation, Goal, Strategy
 from secateur.pruning.search.reward import Reward, make_reward
+from secateur.pruning.search.scope import Spaces
 
 Lease = Callable[[], AbstractContextManager[None]]
 """Entered for as long as a device is used."""
@@ -254,14 +262,20 @@ class Run:
             self._pool = WorkerPool(self._engine, self.config, baseline, folder)
         return self._pool
 
-    def space(self, graph: ChannelGraph) -> SearchSpace:
-        """The widths the search may choose from, on this device.
+    def spaces(self, model: nn.Module, graph: ChannelGraph) -> Spaces:
+        """The widths the search may choose from on this device, in either scope.
 
         Raises:
             UserError: ``search.frozen`` matches nothing, or nothing is left to prune.
         """
-        steps = common_multiples(Multiples(**facts.multiples) for facts in self.facts_of_devices.values())
-        return search_space(self.config, graph, steps)
+        return search_spaces(self.config, graph, self._steps(), head_prefixes_of(model))
+
+    def device_space(self, graph: ChannelGraph) -> SearchSpace:
+        """The widths that suit the devices, however fine those of the search are."""
+        return device_space(self.config, graph, self._steps())
+
+    def _steps(self) -> Multiples:
+        return common_multiples(Multiples(**facts.multiples) for facts in self.facts_of_devices.values())
 
     def reward(self, reference: Evaluation, metric: str) -> Reward:
         """The run's reward, weighed against the unpruned network; tracked candidates carry it from now on.

@@ -162,6 +162,11 @@ class Study:
                 raise
             return tuple(self._found)
 
+    def charge(self, spent: Mapping[str, float]) -> None:
+        """Count what another study spent in this one's budget."""
+        for name, amount in spent.items():
+            self.spent[name] = self.spent.get(name, 0) + amount
+
     def answer(self, request: Request) -> Answer:
         """Answer one request, from the journal where it is recorded."""
         if work := work_of(request):

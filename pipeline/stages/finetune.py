@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
 from torch import nn
 
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.evaluation.evaluator import Evaluator
 from secateur.pipeline.files import sha256_of, write_whole
-from secateur.pipeline.run.facts import ControlFacts, Facts, FinetuneFacts
+from secateur.pipeline.run.facts import ControlFacts, Facts, FinetuneFacts, WidthsFacts
 from secateur.pipeline.run.opening import make_problem
 from secateur.pipeline.run.records import request_of
 from secateur.pipeline.run.run import Run
@@ -18,7 +19,9 @@ from secateur.pipeline.run.study import Study
 from secateur.pipeline.stages.loading import load_baseline
 from secateur.pipeline.stages.search import merit
 from secateur.pipeline.training.loop import save_weights
-from secateur.pruning.plan import PruningPlan
+from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.cost import cost
+from secateur.pruning.plan import PruningPlan, SearchSpace
 from secateur.pruning.search.methods.uniform import filled
 from secateur.pruning.search.protocol import (
     RANDOM,
@@ -28,6 +31,7 @@ from secateur.pruning.search.protocol import (
     Evaluation,
     FineTune,
     Score,
+    Time,
 )
 from secateur.pruning.search.support import Limit, SearchError, macs_ratios
 
@@ -56,17 +60,24 @@ def finetune(run: Run, facts: Facts) -> FinetuneFacts:
     weights = save_weights(run.directory / "compact.safetensors", _cut(oracle, best.candidate).state_dict())
     plan = run.directory / "compact.plan.json"
     write_whole(plan, best.candidate.plan.to_json() + "\n")
+    scope = facts.search.scope
+    space = run.spaces(model, graph).of("inner" if scope is not None and scope.chosen == "inner" else "all")
+    widths = _cost_of_widths(run, oracle, graph, best.candidate.plan)
+    if widths is not None:
+        run.progress.say(widths.text)
     return FinetuneFacts(
         best=best,
         finals=finals,
-        control=control(run, oracle, reference, best.candidate.plan),
+        control=control(run, oracle, space, reference, best.candidate.plan),
+        widths=widths,
         files={"compact.safetensors": weights, "compact.plan.json": sha256_of(plan)},
     )
 
 
-def control(run: Run, oracle: Evaluator, reference: Evaluation, chosen: PruningPlan) -> ControlFacts | None:
-    """The uniform control at the MACs of the chosen plan, and that plan, both as they are cut; recorded as a stage."""
-    space = run.space(oracle.graph)
+def control(
+    run: Run, oracle: Evaluator, space: SearchSpace, reference: Evaluation, chosen: PruningPlan
+) -> ControlFacts | None:
+    """Uniform at the MACs and in the scope of the chosen plan, and that plan, as they are cut; recorded as a stage."""
     rewards = run.reward(reference, run.workload.search_metric)
     problem = make_problem(run.config, oracle.graph, space, reference, rewards, run.workload.search_metric)
     ratio = oracle.accuracy.baseline.macs(chosen) / reference["macs"]
@@ -82,6 +93,23 @@ def control(run: Run, oracle: Evaluator, reference: Evaluation, chosen: PruningP
         entries = [Entry(candidate, study.evaluate(candidate, latency=False)) for candidate in candidates]
     known = all(entry.evaluation.status == "ok" for entry in entries)
     return ControlFacts(uniform=entries[0], chosen=entries[1]) if known else None
+
+
+def _cost_of_widths(run: Run, oracle: Evaluator, graph: ChannelGraph, plan: PruningPlan) -> WidthsFacts | None:
+    """The plan timed beside the one with the device's widths, outside the search's budget; None where it is that."""
+    if run.config.search.channel_multiple is None:
+        return None
+    space = run.device_space(graph)
+    widths = {name: space.snap(name, plan.widths[name]) for name in space.names}
+    changed = {name: range(width) for name, width in widths.items() if width != plan.widths[name]}
+    if not changed:
+        return None
+    rounded = plan.replace(changed)
+    answer = Study(run.journal, oracle, stage="widths").answer(Time((plan, rounded)))
+    assert isinstance(answer, np.ndarray)
+    own, other = answer.tolist()
+    macs = cost(graph, rounded).macs / cost(graph, PruningPlan.full(graph.groups)).macs
+    return WidthsFacts(latency_ratio=own, rounded_latency_ratio=other, rounded_macs_ratio=macs, groups=len(changed))
 
 
 def best_plans(archive: Sequence[Entry]) -> list[Candidate]:

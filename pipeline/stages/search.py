@@ -12,17 +12,27 @@ from secateur.pipeline.evaluation.accuracy import MEMORISED
 from secateur.pipeline.evaluation.evaluator import Evaluator
 from secateur.pipeline.lifecycle.finish import chosen_plan, only
 from secateur.pipeline.lifecycle.rescore import rank_agreement
-from secateur.pipeline.run.facts import Facts, LatencyFacts, Proof, RankAgreement, SearchFacts, SearchSplitFacts
+from secateur.pipeline.run.facts import (
+    Facts,
+    LatencyFacts,
+    Proof,
+    RankAgreement,
+    ScopeFacts,
+    SearchFacts,
+    SearchSplitFacts,
+)
 from secateur.pipeline.run.proof import prove
 from secateur.pipeline.run.ranking import rank_exactly
 from secateur.pipeline.run.run import Run
+from secateur.pipeline.run.scope import STAGE, choose_scope, write_down
 from secateur.pipeline.run.study import Study
 from secateur.pipeline.stages.loading import load_baseline
 from secateur.pruning.channels import ChannelGraph
 from secateur.pruning.cost import cost
-from secateur.pruning.plan import PruningPlan, SearchSpace
+from secateur.pruning.plan import PruningPlan
 from secateur.pruning.search.protocol import Archive, BudgetSpent, Candidate, Evaluation, Goal
 from secateur.pruning.search.reward import Reward
+from secateur.pruning.search.scope import ScopeChoice, Spaces
 from secateur.pruning.search.support import SearchError
 
 POINT_ESTIMATE = 0.1
@@ -40,11 +50,11 @@ def search(run: Run, facts: Facts) -> SearchFacts:
     """
     del facts
     model, graph = load_baseline(run)
-    space = run.space(graph)
-    certificate = prove(model, graph, space, run.workload.example_input(), run.config.seed)
-    oracle = run.evaluator(model, graph, space)
+    spaces = run.spaces(model, graph)
+    certificate = prove(model, graph, spaces.whole, run.workload.example_input(), run.config.seed)
+    oracle = run.evaluator(model, graph, spaces.whole)
     reference, split = measure_reference(run, oracle, graph), look_at_split(run, oracle)
-    archive, study = _search(run, oracle, graph, space, reference)
+    archive, study, scope = _search(run, oracle, graph, spaces, reference)
     full, again = PruningPlan.full(graph.groups), Study(run.journal, oracle, stage="ranking")
     with run.progress.stage("Score the best again in float32"):
         ranked, exact_reference = rank_exactly(
@@ -54,7 +64,8 @@ def search(run: Run, facts: Facts) -> SearchFacts:
     return SearchFacts(
         reference=exact_reference,
         archive=tuple(ranked),
-        num_candidates=int(study.spent["evaluations"]),
+        num_candidates=int(study.spent["evaluations"]) - (0 if scope is None else len(scope.trials)),
+        scope=None if scope is None else ScopeFacts.of(run.config.search.scope, scope),
         agreement=None if agreement is None else RankAgreement(**agreement),
         spent=study.spent,
         latency=LatencyFacts.of(oracle.latencies.report()),
@@ -68,12 +79,15 @@ def search(run: Run, facts: Facts) -> SearchFacts:
 
 
 def _search(
-    run: Run, oracle: Evaluator, graph: ChannelGraph, space: SearchSpace, reference: Evaluation
-) -> tuple[Archive, Study]:
-    """What the method returns, and the study that drove it; or the one plan that such a run is given."""
+    run: Run, oracle: Evaluator, graph: ChannelGraph, spaces: Spaces, reference: Evaluation
+) -> tuple[Archive, Study, ScopeChoice | None]:
+    """What the method returns, the study that drove it, and the scope it had; or the one plan that a run is given."""
     metric = run.workload.search_metric
     reward = run.reward(reference, metric)
-    reject_impossible(run, oracle, space.smallest(), reference)
+    reject_impossible(run, oracle, spaces.whole.smallest(), reference)
+    plan = chosen_plan(run.directory, graph)
+    before = Study(run.journal, oracle, run.tracker.candidate, stage=STAGE, budget=run.budget())
+    scope = None if plan is not None else _scope(run, before, graph, spaces, reference, reward)
     with run.progress.stage(f"Search ({run.config.search.method})") as report:
 
         def notify(record: Mapping[str, Any]) -> None:
@@ -85,7 +99,6 @@ def _search(
         def show(text: str) -> None:
             report(int(study.spent["evaluations"]), 0, text)
 
-        plan = chosen_plan(run.directory, graph)
         study = Study(
             run.journal,
             oracle,
@@ -94,10 +107,26 @@ def _search(
             watch=lambda work: show(f"{work} ..."),
             closes=plan is None and run.goal != Goal(),
         )
+        study.charge(before.spent)
         try:
-            return study.run(only(plan) if plan else run.strategy(graph, space, reference, reward)), study
+            if plan is not None:
+                return study.run(only(plan)), study, None
+            assert scope is not None
+            return study.run(run.strategy(graph, spaces.of(scope.scope), reference, reward)), study, scope
         except (SearchError, BudgetSpent) as error:
             raise UserError(f"search.{run.config.search.method}: {error}") from error
+
+
+def _scope(
+    run: Run, study: Study, graph: ChannelGraph, spaces: Spaces, reference: Evaluation, reward: Reward
+) -> ScopeChoice:
+    """Which groups the search may cut, said aloud."""
+    metric = run.workload.search_metric
+    choice = choose_scope(run.config, study, graph, spaces, reference, reward, metric)
+    write_down(run.journal, choice)
+    if choice.reason:
+        run.progress.say(f"search.scope {run.config.search.scope} is {choice.scope}: {choice.reason}")
+    return choice
 
 
 def measure_reference(run: Run, oracle: Evaluator, graph: ChannelGraph) -> Evaluation:

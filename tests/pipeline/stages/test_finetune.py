@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from secateur.pipeline.stages.finetune import best_plans
 from secateur.pipeline.stages.loading import load_baseline, load_compact
 from secateur.pruning.plan import PruningPlan
 from secateur.pruning.search.protocol import Candidate, Entry, Evaluation
+from tests.pipeline.helpers import opened, perform, tiny_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
 
@@ -44,3 +46,21 @@ def test_a_uniform_control_at_the_same_macs_stands_beside_the_chosen_plan(finish
     records = [record for record in run.journal.records if record.get("stage") == "control"]
     assert [record["kind"] for record in records] == ["score", "evaluation", "evaluation"]
     assert "uniform" in (run.directory / "report.html").read_text(encoding="utf-8")
+
+
+def test_finer_widths_than_the_devices_are_timed_beside_those(tmp_path: Path) -> None:
+    search = {"method": "uniform", "options": {}, "target": {"macs_ratio": 0.6}, "channel_multiple": 1}
+    with opened(tiny_config(tmp_path, search=search, finetune={"epochs": 0.2, "top": 1})) as run:
+        found = perform(run, "finetune").finetune
+        plan, told = found.best.candidate.plan, found.widths
+        assert told is not None and told.groups > 0
+        assert any(width % 4 for width in plan.widths.values()), "the device's multiple is 4"
+        assert f"{told.latency_ratio:.3f}" in told.text and f"{told.rounded_latency_ratio:.3f}" in told.text
+        timed = [record for record in run.journal.records if record.get("stage") == "widths"]
+        assert [record["kind"] for record in timed] == ["time"]
+
+
+def test_in_the_devices_own_widths_nothing_more_is_timed(finished: Any) -> None:
+    run, facts = finished
+    assert facts.finetune.widths is None
+    assert not [record for record in run.journal.records if record.get("stage") == "widths"]

@@ -35,6 +35,10 @@ def test_every_candidate_is_counted(finished: Any) -> None:
     run, facts = finished
     asked = [r for r in run.journal.records if r.get("stage") == "search" and r["kind"] in ("evaluation", "finetune")]
     assert facts.search.num_candidates == len(asked) > 2
+    scope = facts.search.scope
+    cuts = [r for r in run.journal.records if r.get("stage") == "scope" and r["kind"] == "evaluation"]
+    assert scope is not None and scope.reason and len(cuts) == len(scope.trials) == 2
+    assert facts.search.spent["evaluations"] == len(asked) + len(cuts), "both cuts count in the budget"
 
 
 @pytest.mark.parametrize(
