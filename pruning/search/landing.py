@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from secateur.pruning.plan import IntArray, PruningPlan
+from secateur.pruning.plan import IntArray, PruningPlan, SearchSpace
 from secateur.pruning.search.protocol import (
     DENSE,
     RANDOM,
@@ -34,7 +34,17 @@ from secateur.pruning.search.protocol import (
     Request,
     Strategy,
 )
-from secateur.pruning.search.support import Limit, SearchError, evaluate, limit_of, macs_ratios, meet, remaining, score
+from secateur.pruning.search.support import (
+    Limit,
+    SearchError,
+    bisect,
+    evaluate,
+    limit_of,
+    macs_ratios,
+    meet,
+    remaining,
+    score,
+)
 
 NEAR = 0.99
 """Of the target: what lies between it and the target is at the target."""
@@ -119,6 +129,25 @@ def land_on(
 
     plan = yield from meet(problem, limit, cut)
     return replace(candidate, plan=plan, projected_share=settled.projected_share)
+
+
+def by_one_factor(space: SearchSpace, limit: Limit, widths: Sequence[int] | IntArray) -> list[int]:
+    """Widths times the one factor at which they meet a limit: how they are spread over the groups is kept.
+
+    Cut by saliency instead, a plan that a method has moved would lose the very channels that it gained.
+
+    Args:
+        widths: per group, shape ``(groups,)``, however far from the limit.
+
+    Returns:
+        Allowed width per group; at the limit but for rounding, and for groups that are whole.
+    """
+    pairs = [(name, int(width)) for name, width in zip(space.names, widths, strict=True)]
+
+    def scaled(factor: float) -> list[int]:
+        return [space.snap(name, max(1, round(factor * width))) for name, width in pairs]
+
+    return scaled(bisect(limit, scaled, meets=0.0, fails=max(space.sizes[name] / width for name, width in pairs)))
 
 
 def per_mean(scores: Mapping[str, FloatArray]) -> dict[str, FloatArray]:

@@ -19,7 +19,7 @@ CLUSTERING = ("acp", "icp")
 SHORT = {
     "acp": {"cycles": 2},
     "ccep": {"outer_iterations": 8, "generations": 3, "finetune_epochs": 0},
-    "evofc": {"generations": 8, "start": "pretrained"},
+    "evofc": {"generations": 8},
     "filter_ensemble": {"rounds": 1},
     "meta": {"iterations": 4, "population": 20},
     "optuna": {"num_plans": 40},

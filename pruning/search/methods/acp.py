@@ -50,7 +50,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from secateur.pruning.plan import IntArray, PruningPlan, SearchSpace
-from secateur.pruning.search.landing import settle
+from secateur.pruning.search.landing import by_one_factor, settle
 from secateur.pruning.search.methods.clustering import (
     Clusterer,
     Tree,
@@ -80,7 +80,6 @@ from secateur.pruning.search.support import (
     Limit,
     SearchError,
     best_first,
-    bisect,
     check_ranges,
     evaluate,
     fine_tune,
@@ -493,19 +492,12 @@ class Swarm:
         return np.array(ranks, dtype=np.int64)
 
     def within(self, ranks: IntArray) -> Position:
-        """A position brought onto the target: all widths by one factor, then what rounding left by the norms.
-
-        Cut by norms alone it would lose the very channels that a move has added, and the swarm would stand still.
-        """
+        """A position brought onto the target: all widths by one factor, then what rounding left by the norms."""
         limit, space, widths = self.suggestion.limit, self.problem.space, self.widths(ranks)
         if limit is None or self.options.paper_compat:
             return Position(tuple(widths))
 
-        def scaled(factor: float) -> list[int]:
-            return [space.snap(n, max(1, round(factor * w))) for n, w in zip(space.names, widths, strict=True)]
-
-        most = max(space.sizes[name] / width for name, width in zip(space.names, widths, strict=True))
-        near, worth = scaled(bisect(limit, scaled, meets=0.0, fails=most)), self.suggestion.worth
+        near, worth = by_one_factor(space, limit, widths), self.suggestion.worth
         settled = settle(self.problem, limit, space.decode(near, worth), worth)
         return Position(tuple(space.encode(settled.plan).tolist()), settled.projected_share)
 

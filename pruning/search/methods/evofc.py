@@ -1,7 +1,7 @@
 """EvoFC: NSGA-II evolves per group how much to prune and by which criterion, on shared weights.
 
 "Evolving filter criteria for randomly initialised network pruning in image classification" (Neurocomputing 594, 2024).
-No trained network is needed: one full-width parent network learns while the search goes on::
+One full-width parent network learns while the search goes on::
 
     W <- random weights
     score every channel by four criteria
@@ -16,13 +16,20 @@ sum, 1 the relative norm, 2 the largest share and 3 the geometric median of the 
 
 As in the authors' code: binary tournament by dominance and crowding, two-point crossover, polynomial mutation (eta
 3), no duplicates. Our choices: a group, not a convolution, has genes, so that none is idle; the genes of a group lie
-side by side; p ends at 0.9 (authors: 1, one filter left); scores are averages over 640 images, taken once (authors:
-128, with new random weights each time); the cost is the ratio to the unpruned network, of MACs or, with a latency
-target, of predicted latency; plans over the target, or far below it, give way to plans of the window between (Deb's
-rule: the smaller violation wins), without which most of the search goes into plans nobody asked for; the
-learning-rate schedule counts the initial population too; the front is taken over everything trained (authors: the
-last population) and evaluated again with the last weights, and with latency. Not here: bounds of p that change with
-depth.
+side by side; p ends at 0.9 (authors: 1, one filter left); scores are averages over 640 images, taken once per weights
+(authors: 128, with new random weights each time); the cost is the ratio to the unpruned network, of MACs or, with a
+latency target, of predicted latency; the learning-rate schedule counts the initial population too.
+
+A training run from random weights is hours, so the parent network begins with the unpruned weights here, the criteria
+look at these, and the winner keeps what it has learned. Half of random genomes miss a target: each one that does is
+repaired, all its widths by one factor and the rest by its own criteria, and its genes follow. Plans at the target count
+as equally costly. All trainings together take what the budget allows but for ``FINAL_SHARE`` of it, in which the best
+plan is trained alone.
+
+The authors' settings, as far as they are known, are ``PAPER``: ``{population: 10, offspring: 10, generations: 20,
+epochs: 60, best_epochs: 0, repair: false, window: 0.3, criteria_on: random, start: random, final: scratch}``.
+
+Not here: bounds of p that change with depth.
 
 Least budget: 2 evaluations.
 """
@@ -46,6 +53,7 @@ from pymoo.operators.mutation.pm import PM
 from pymoo.problems.static import StaticProblem
 
 from secateur.pruning.plan import BoolArray, PruningPlan, SearchSpace
+from secateur.pruning.search.landing import by_one_factor, per_mean, settle
 from secateur.pruning.search.protocol import (
     DENSE,
     RANDOM,
@@ -70,6 +78,7 @@ from secateur.pruning.search.support import (
     fine_tune,
     limit_of,
     macs_ratios,
+    remaining,
     score,
 )
 
@@ -81,40 +90,47 @@ class Options:
     Args:
         population: genomes that survive (authors: 10 for ResNet-56 on CIFAR, 40 for ImageNet and Places365).
         offspring: new genomes per generation (authors: as many as ``population``).
-        generations: after the initial population (authors: 20 on CIFAR, 30 otherwise).
+        generations: after the initial population, at most; fewer where the budget holds fewer evaluations (authors: 20
+            on CIFAR, 30 otherwise).
         epochs: of training in all, shared by all genomes (authors with shared weights: 100 on ImageNet, 300 on
-            Places365; ours 60).
+            Places365). None = what the budget allows; 3 without one.
+        best_epochs: of training that the best plan gets alone at the end, as far as the budget goes.
+        repair: genomes that miss the target's window are brought to the target (ours). Without, plans of the window
+            come before smaller misses (Deb's rule).
         window: how far below the target plans are still wanted, as a fraction of the target, in 0..1; 1 = as far as
             they go (authors, who have no target).
         min_ratio: smallest share p of a group that goes, in 0..1.
         max_ratio: largest share p of a group that goes, in 0..1 (authors: 1; ours 0.9).
         criteria: what the four criteria look at: sensitivities (``snip``) or magnitudes (``weight``) of weights.
-        criteria_on: ``random`` weights, scored once (authors), or ``inherited`` ones, scored in every generation.
+        criteria_on: ``inherited`` weights, scored in every generation, or ``random`` ones, scored once (authors).
         images: training images that sensitivities are averaged over (authors: one batch of 128; ours five times that).
-        start: the parent network's first weights: ``random`` (authors), or ``pretrained``, the unpruned network's.
-        final: weights that the plans found begin their own training with: from ``scratch`` (random), or ``inherit``
-            those of the parent network.
+        start: the parent network's first weights: ``pretrained``, the unpruned network's, or ``random`` (authors).
+        final: weights that the plans found begin their own training with: ``inherit`` those of the parent network, or
+            from ``scratch`` (random; authors).
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
-    population: int = 10
-    offspring: int = 10
-    generations: int = 20
-    epochs: float = 60
-    window: float = 0.3
+    population: int = 6
+    offspring: int = 6
+    generations: int = 4
+    epochs: float | None = None
+    best_epochs: float = 3.0
+    repair: bool = True
+    window: float = 0.01
     min_ratio: float = 0.0
     max_ratio: float = 0.9
     criteria: Literal["snip", "weight"] = "snip"
-    criteria_on: Literal["random", "inherited"] = "random"
+    criteria_on: Literal["random", "inherited"] = "inherited"
     images: int = 640
-    start: Literal["random", "pretrained"] = "random"
-    final: Literal["scratch", "inherit"] = "scratch"
+    start: Literal["random", "pretrained"] = "pretrained"
+    final: Literal["scratch", "inherit"] = "inherit"
 
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("population", "offspring", "images"), (1.0, math.inf))
         ratios = {"min_ratio": (0.0, self.max_ratio), "max_ratio": (0.0, 1.0)}
         check_ranges(self, **counts, window=(0, 1), **ratios, generations=(0, math.inf), epochs=(1e-6, math.inf))
+        check_ranges(self, best_epochs=(0, math.inf))
         choices = {
             "criteria": ("snip", "weight"),
             "criteria_on": ("random", "inherited"),
@@ -125,6 +141,26 @@ class Options:
         if wrong:
             raise ValueError("; ".join(f"{n} must be one of {choices[n]}, got {getattr(self, n)!r}" for n in wrong))
 
+
+PAPER = Options(
+    population=10,
+    offspring=10,
+    generations=20,
+    epochs=60,
+    best_epochs=0,
+    repair=False,
+    window=0.3,
+    criteria_on="random",
+    start="random",
+    final="scratch",
+)
+"""The authors' settings; the epochs, of one shared training on CIFAR, and the window are ours."""
+EPOCHS = 3.0
+"""Of training in all, where nothing limits it."""
+FINALISTS = 4
+"""Plans of equal cost that are evaluated again with the last weights."""
+FINAL_SHARE = 0.35
+"""Of the budget, for the training of the best plan alone."""
 
 FOUR = ("l1", "l2", "max", "fpgm")
 """The criteria, by their index in a genome."""
@@ -166,7 +202,8 @@ class Individual:
 
 
 def least(problem: Problem, options: Options) -> Budget:
-    """A candidate to learn from, and the last one."""
+    """One genome trained, and the best plan evaluated with the last weights."""
+    del problem
     return Budget(evaluations=2)
 
 
@@ -176,38 +213,80 @@ def search(problem: Problem, options: Options) -> Strategy:
     Raises:
         SearchError: the target is out of reach, or no plan within it could be trained.
     """
-    limit, ids = (yield from _limit(problem)), count()
-    nsga2, shares = _nsga2(problem, options), _shares(options)
+    ids = count()
+    limit = yield from _limit(problem)
+    trained, base = yield from _evolve(problem, options, limit, ids)
+    best = _front_within(trained, limit)
+    again = [
+        replace(one.candidate, id=next(ids), origin="front", parents=(one.candidate.id,), base=base) for one in best
+    ]
+    evaluations: tuple[Evaluation, ...] = ()
+    with suppress(BudgetSpent):
+        evaluations = yield from evaluate(again, latency=True, last=True)
+    pairs = [(c, e) for c, e in zip(again, evaluations, strict=False) if math.isfinite(_accuracy(problem, e))]
+    pairs = pairs or [(one.candidate, one.evaluation) for one in best]
+    archive = best_first(problem, *zip(*pairs, strict=True))
+    if options.final == "scratch":
+        return tuple(Entry(replace(entry.candidate, base=RANDOM), entry.evaluation) for entry in archive)
+    return (*(yield from _train(problem, archive[0].candidate, options.best_epochs, next(ids))), *archive)
+
+
+def _evolve(
+    problem: Problem, options: Options, limit: Limit, ids: Iterator[int]
+) -> Generator[Request, Answer, tuple[list[Individual], str]]:
+    """Everything that was trained, and the parent network's last weights."""
     base, distill = (RANDOM, False) if options.start == "random" else (DENSE, None)
-    scores = yield from _scores(options, RANDOM if options.criteria_on == "random" else base)
+    nsga2, shares = _nsga2(problem, options), (yield from _shares(options))
     trained: list[Individual] = []
     with suppress(BudgetSpent):  # what has been trained so far has a front too
+        scores = yield from _scores(options, RANDOM if options.criteria_on == "random" else base)
         for generation in range(1 + options.generations):
             if generation and options.criteria_on == "inherited":
                 scores = yield from _scores(options, base)
             population = nsga2.ask()
             if population is None:  # mating finds no genome that is not there yet
                 break
-            for genome in population.get("X"):
-                plan = express(problem.space, genome, scores)
-                candidate = Candidate(next(ids), plan, "offspring" if generation else "init", (), base)
-                epochs, part = next(shares)
+            genomes = population.get("X")
+            for genome in genomes:
+                share = next(shares, None)
+                if share is None:
+                    return trained, base
+                plan, moved = expressed(problem, options, limit, genome, scores)
+                candidate = Candidate(next(ids), plan, "offspring" if generation else "init", (), base, moved)
                 tuned = yield from fine_tune(  # weight inheritance: cut, train for a share, write back
-                    candidate, epochs, part=part, write_back=True, distill=distill, latency=False
+                    candidate, share[0], part=share[1], write_back=True, distill=distill, latency=False
                 )
                 trained.append(_individual(problem, options, limit, candidate, tuned.evaluation))
                 base = tuned.base if trained[-1].trained else base
+            population.set("X", genomes)
             _tell(nsga2, population, trained[-len(population) :])
-    best = _front_within(trained, limit)
-    again = [Candidate(next(ids), one.candidate.plan, "front", (one.candidate.id,), base) for one in best]
-    evaluations: tuple[Evaluation, ...] = ()
-    with suppress(BudgetSpent):
-        evaluations = yield from evaluate(again, latency=True)
-    pairs = [(c, e) for c, e in zip(again, evaluations, strict=False) if math.isfinite(_accuracy(problem, e))]
-    pairs = pairs or [(one.candidate, one.evaluation) for one in best]
-    archive = best_first(problem, *zip(*pairs, strict=True))
-    start = RANDOM if options.final == "scratch" else base
-    return tuple(Entry(replace(entry.candidate, base=start), entry.evaluation) for entry in archive)
+    return trained, base
+
+
+def _train(problem: Problem, best: Candidate, epochs: float, id_: int) -> Generator[Request, Answer, tuple[Entry, ...]]:
+    """The best plan trained alone, if the budget allows it and its accuracy can be taken."""
+    if epochs > 0:
+        with suppress(BudgetSpent):
+            candidate = replace(best, id=id_, origin="best", parents=(best.id,))
+            most = 2 * (yield from remaining()).trainable()  # of the unpruned network; it is shortened to what is left
+            tuned = yield from fine_tune(candidate, min(epochs, most))
+            if math.isfinite(_accuracy(problem, tuned.evaluation)):
+                return (Entry(replace(candidate, base=tuned.base), tuned.evaluation),)
+    return ()
+
+
+def expressed(
+    problem: Problem, options: Options, limit: Limit, genome: FloatArray, scores: Scores
+) -> tuple[PruningPlan, float]:
+    """The plan of a genome, and how much of it the repair moved; the genes p of a repaired genome change in place."""
+    plan, space = express(problem.space, genome, scores), problem.space
+    if not options.repair or _violation(options, limit, limit.of(space.encode(plan))) == 0:
+        return plan, 0.0
+    chosen = {name: scores[criterion_index(q)][name] for name, q in zip(space.names, genome[1::2], strict=True)}
+    near = space.decode(by_one_factor(space, limit, space.encode(plan)), chosen)
+    settled = settle(problem, limit, near, per_mean(chosen))
+    genome[::2] = [1 - settled.plan.widths[name] / space.sizes[name] for name in space.names]
+    return settled.plan, settled.projected_share
 
 
 def express(space: SearchSpace, genome: FloatArray, scores: Scores) -> PruningPlan:
@@ -240,7 +319,7 @@ def non_dominated(points: FloatArray) -> BoolArray:
 def _front_within(trained: Sequence[Individual], limit: Limit) -> list[Individual]:
     """The non-dominated individuals of the window, each plan once (its last training), in the order they came.
 
-    Where the window is empty, those below it.
+    Where the window is empty, those below it; where all were brought to the target, those of least error.
 
     Raises:
         SearchError: none is within the limit.
@@ -257,6 +336,8 @@ def _front_within(trained: Sequence[Individual], limit: Limit) -> list[Individua
             f"{least:.3f}. Raise the target, raise generations, or raise min_ratio so that more channels go."
         )
     unlike = [*{one.candidate.plan.digest: one for one in within}.values()]
+    if all(one.cost == limit.bound for one in unlike):  # repaired; errors are of weights of different age
+        return sorted(unlike, key=lambda one: one.error)[:FINALISTS]
     free = non_dominated(np.array([one.objectives for one in unlike]))
     return [one for one, keep in zip(unlike, free, strict=True) if keep]
 
@@ -265,9 +346,16 @@ def _individual(
     problem: Problem, options: Options, limit: Limit, candidate: Candidate, evaluation: Evaluation
 ) -> Individual:
     cost = limit.of(problem.space.encode(candidate.plan))
-    least = limit.bound * (1 - options.window) if math.isfinite(limit.bound) else 0.0
-    violation = max(0.0, cost - limit.bound, least - cost)
+    violation = _violation(options, limit, cost)
+    if options.repair and violation == 0 and math.isfinite(limit.bound):
+        cost = limit.bound  # as near to the target as is wanted: nobody wins by being nearer
     return Individual(candidate, evaluation, 1 - _accuracy(problem, evaluation), cost, violation)
+
+
+def _violation(options: Options, limit: Limit, cost: float) -> float:
+    """How far a cost lies outside the window below the target."""
+    least = limit.bound * (1 - options.window) if math.isfinite(limit.bound) else 0.0
+    return max(0.0, cost - limit.bound, least - cost)
 
 
 def _accuracy(problem: Problem, evaluation: Evaluation) -> float:
@@ -290,11 +378,13 @@ def _scores(options: Options, base: str) -> Generator[Request, Answer, Scores]:
     return tuple(found)
 
 
-def _shares(options: Options) -> Iterator[tuple[float, tuple[float, float]]]:
+def _shares(options: Options) -> Generator[Request, Answer, Iterator[tuple[float, tuple[float, float]]]]:
     """Epochs of each training in turn, and its part of the one learning-rate schedule."""
-    trainings = options.population + options.offspring * options.generations
-    for i in range(trainings):
-        yield options.epochs / trainings, (i / trainings, (i + 1) / trainings)
+    left, trainings = (yield from remaining()), options.population + options.offspring * options.generations
+    if left.evaluations < math.inf:  # two are for the best plan
+        trainings = int(max(1, min(trainings, left.evaluations - 1)))
+    epochs = options.epochs or min(EPOCHS, left.trainable(1 - FINAL_SHARE if options.best_epochs else 1.0))
+    return ((epochs / trainings, (i / trainings, (i + 1) / trainings)) for i in range(trainings))
 
 
 def _nsga2(problem: Problem, options: Options) -> Any:

@@ -47,7 +47,7 @@ BRIEF: dict[str, dict[str, Any]] = {
     },
     "dafp": {"epochs": 0.2},
     "dais": {"epochs": 0.3},
-    "evofc": {"population": 2, "offspring": 2, "generations": 1, "epochs": 0.4, "images": 32, "start": "pretrained"},
+    "evofc": {"population": 2, "offspring": 2, "generations": 1, "epochs": 0.4, "best_epochs": 0.1, "images": 32},
     "filter_ensemble": {
         "rounds": 2,
         "finetune_epochs": 0.1,

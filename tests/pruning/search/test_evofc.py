@@ -12,12 +12,14 @@ from hypothesis.extra.numpy import arrays
 from secateur.pruning.search import METHODS
 from secateur.pruning.search.methods.evofc import (
     FOUR,
+    PAPER,
     Options,
     _front_within,
     _nsga2,
     _tell,
     criterion_index,
     express,
+    expressed,
     kept_width,
     non_dominated,
     search,
@@ -26,6 +28,7 @@ from secateur.pruning.search.protocol import (
     DENSE,
     RANDOM,
     Answer,
+    Budget,
     BudgetSpent,
     Evaluate,
     FineTune,
@@ -35,15 +38,16 @@ from secateur.pruning.search.protocol import (
     Score,
     Time,
 )
-from secateur.pruning.search.support import SearchError
+from secateur.pruning.search.support import Limit, SearchError, macs_ratios
 from secateur.pruning.search.testing import FakeStudy, drive, study
 from secateur.pruning.surgery import scatter
 from secateur.pruning.trace import trace
 from secateur.pruning.weights import inherit
 from tests.pruning.models import CifarResNet, half, randomise
+from tests.pruning.search.bounded import bounded, work
 
 HALF = Goal(macs_ratio=0.5)
-FAST = Options(population=6, offspring=6, generations=4)
+FAST = replace(PAPER, population=6, offspring=6, generations=4)
 
 
 class Settled(FakeStudy):
@@ -292,7 +296,7 @@ def test_it_learns_which_criterion_tells_and_beats_random_search():
     for seed in range(2):
         sizes = (24, 24, 24, 24)
         ours = settled(sizes)
-        best = max(run(ours, Options(), seed=seed), key=lambda e: e.evaluation["top1"])
+        best = max(run(ours, PAPER, seed=seed), key=lambda e: e.evaluation["top1"])
         for saliency in ("snip_l1", "random"):
             theirs = settled(sizes)
             options = random.Options(num_plans=len(ours.candidates), saliency=saliency, tolerance=0.3)
@@ -331,12 +335,71 @@ def test_a_spent_budget_leaves_the_front_of_what_was_trained(allowed):
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_small_populations_work(size):
     fake = settled()
-    assert run(fake, Options(population=size, offspring=size, generations=12))
+    assert run(fake, replace(FAST, population=size, offspring=size, generations=12))
+    assert run(settled(), Options(population=size, offspring=size, generations=3))
+
+
+# -- at the target, within a budget ------------------------------------------------------------------------------------
+
+
+def test_genomes_that_miss_the_target_are_repaired_and_their_genes_follow():
+    fake = settled((64, 64, 64))
+    problem, limit = fake.problem(HALF), Limit("macs_ratio", macs_ratios(fake.problem()), 0.5)
+    scores = tuple(fake.value for _ in FOUR)
+    for seed in range(20):
+        genome = np.random.default_rng(seed).random(6)
+        before = genome.copy()
+        plan, moved = expressed(problem, Options(), limit, genome, scores)
+        assert 0.99 <= fake.macs(plan) / fake.macs(fake.space.full) / 0.5 <= 1
+        assert express(fake.space, genome, scores) == plan
+        assert (genome[1::2] == before[1::2]).all()
+        assert moved < 0.25
+        again = genome.copy()
+        assert expressed(problem, Options(), limit, again, scores) == (plan, 0)
+        assert (again == genome).all()
+
+
+def test_the_wider_of_two_groups_stays_the_wider():
+    fake = settled((64, 64))
+    problem, limit = fake.problem(HALF), Limit("macs_ratio", macs_ratios(fake.problem()), 0.5)
+    plan, _ = expressed(problem, Options(), limit, np.array([0.8, 0.1, 0.6, 0.1]), (fake.value,) * 4)
+    widths = list(plan.widths.values())
+    assert widths[1] / widths[0] == pytest.approx(2, rel=0.1)  # 0.2 and 0.4 of the channels are kept
+
+
+@pytest.mark.parametrize("evaluations", [2, 3, 9, 40])
+def test_however_few_evaluations_it_ends_at_the_target(evaluations):
+    fake = settled((64, 64, 64))
+    archive, ran = bounded("evofc", Options(), fake, HALF, Budget(evaluations=evaluations))
+    assert 0.99 <= archive[0].evaluation["macs"] / fake.macs(fake.space.full) / 0.5 <= 1
+    assert ran.spent["evaluations"] <= evaluations
+
+
+@pytest.mark.parametrize("evaluations", [20, 200, 2000])
+def test_the_trainings_share_the_work_and_the_best_plan_gets_the_rest(evaluations):
+    fake = settled((64, 64, 64))
+    archive, ran = bounded("evofc", Options(best_epochs=999), fake, HALF, Budget(work=work(fake, evaluations)))
+    assert 0.99 <= archive[0].evaluation["macs"] / fake.macs(fake.space.full) / 0.5 <= 1
+    assert ran.spent["image_macs"] <= 1.05 * work(fake, evaluations)
+    *shared, last = trainings(fake)
+    assert len({request.epochs for request in shared}) == 1
+    if evaluations > 20:
+        assert last.candidate.origin == archive[0].candidate.origin == "best"
+        assert not last.write_back
+        assert last.epochs > 0.35 * evaluations / 30  # of 30 evaluations an epoch
+
+
+def test_all_plans_at_the_target_cost_the_same_so_the_most_accurate_wins():
+    fake = settled((64, 64, 64))
+    archive = run(fake, Options(best_epochs=0, generations=10))
+    found = [fake.top1(request.candidate) for request in trainings(fake)]
+    assert archive[0].evaluation["top1"] == max(found)
+    assert np.mean(found[-12:]) > np.mean(found[:6])  # evolution gets somewhere
 
 
 def test_errors_name_the_way_out():
     with pytest.raises(SearchError, match=r"none of 6 .* a macs_ratio of 0.05 or less; the smallest has 0\."):
-        run(settled(), Options(population=6, generations=0, max_ratio=0.3), Goal(macs_ratio=0.05))
+        run(settled(), replace(FAST, generations=0, max_ratio=0.3), Goal(macs_ratio=0.05))
     with pytest.raises(SearchError, match="none of 30 candidates could be trained; the first: the fake says so"):
         broken = settled()
         broken.fails = lambda c: True
