@@ -75,6 +75,8 @@ from secateur.pruning.search.protocol import (
     Problem,
     Request,
     Strategy,
+    as_fraction,
+    merit_of,
 )
 from secateur.pruning.search.support import (
     Limit,
@@ -399,8 +401,8 @@ class Swarm:
     def _affordable(self, left: Left) -> float:
         """Epochs of training before a particle is judged, 0 where scores as cut tell enough and a budget is short."""
         epochs, metric = left.trainable(), self.problem.metric
-        best = max((e[metric] for e in self.evaluations if e.status == "ok"), default=0.0)
-        if best >= TELLING * self.problem.reference[metric]:
+        best = max((as_fraction(metric, e[metric]) for e in self.evaluations if e.status == "ok"), default=0.0)
+        if best >= TELLING * as_fraction(metric, self.problem.reference[metric]):
             enough = self.size * (1 + self.cycles) * MOST_EPOCHS <= epochs < math.inf
             return MOST_EPOCHS if enough else 0.0
         return min(MOST_EPOCHS, epochs / TRAININGS)
@@ -475,7 +477,7 @@ class Swarm:
             if math.isnan(reward) or math.isnan(accuracy):
                 evaluation = Evaluation("failed", f"its {self.problem.metric} or reward is NaN", evaluation.metrics)
             else:
-                fitness = accuracy if self.options.paper_compat else reward
+                fitness = merit_of(self.problem.metric, accuracy) if self.options.paper_compat else reward
         self.candidates.append(candidate)
         self.evaluations.append(evaluation)
         return fitness

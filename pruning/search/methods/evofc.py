@@ -68,6 +68,7 @@ from secateur.pruning.search.protocol import (
     Problem,
     Request,
     Strategy,
+    as_fraction,
 )
 from secateur.pruning.search.support import (
     Limit,
@@ -359,8 +360,8 @@ def _violation(options: Options, limit: Limit, cost: float) -> float:
 
 
 def _accuracy(problem: Problem, evaluation: Evaluation) -> float:
-    """The workload's accuracy, NaN where it could not be taken."""
-    return evaluation[problem.metric] if evaluation.status == "ok" else math.nan
+    """The search's metric as a fraction, NaN where it could not be taken."""
+    return as_fraction(problem.metric, evaluation[problem.metric]) if evaluation.status == "ok" else math.nan
 
 
 def _limit(problem: Problem) -> Generator[Request, Answer, Limit]:

@@ -31,6 +31,7 @@ from secateur.pruning.search.protocol import (
     Budget,
     BudgetSpent,
     Evaluate,
+    Evaluation,
     FineTune,
     FineTuned,
     Goal,
@@ -410,3 +411,17 @@ def test_errors_name_the_way_out():
         Options(min_ratio=0.5, max_ratio=0.4, generations=-1)
     with pytest.raises(ValueError, match=r"start must be one of \('random', 'pretrained'\), got 'dense'"):
         Options(start="dense")
+
+
+def test_of_a_divergence_less_is_better():
+    fake = settled((64, 64, 64))
+    plain = fake.metrics
+
+    def metrics(plan, top1, *, latency):
+        known = plain(plan, top1, latency=latency)
+        return Evaluation(metrics={**known.metrics, "divergence": 1 - known["top1"]})
+
+    fake.metrics = metrics
+    problem = replace(fake.problem(HALF), metric="divergence", reward=lambda e: -e["divergence"])
+    archive = drive(search(problem, Options(best_epochs=0)), fake)
+    assert archive[0].evaluation["top1"] == max(fake.top1(request.candidate) for request in trainings(fake))
