@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks._output import Figure, parser, present
 from secateur.pipeline.workloads.data import folder
 from secateur.pipeline.workloads.data.content import Reading
+from secateur.pipeline.workloads.data.sources import Wanted
 
 BYTES = 100_000
 STEPS: tuple[tuple[str, Literal["none", "all"]], ...] = (
@@ -46,7 +47,7 @@ def main() -> None:
         paths = [str(file) for file in sorted(root.rglob("*.jpg"))]
         spent = {"sha256sum": cpu_s(partial(run_sha256sum, paths))}
         for name, check in STEPS:
-            spent[name] = cpu_s(partial(folder.load, str(root), 64, None, None, "refuse", Reading(check=check)))
+            spent[name] = cpu_s(partial(folder.load, str(root), Wanted((64, 64)), None, "refuse", Reading(check=check)))
     plain = spent["sha256sum"]
     rows = [{"what": name, "CPU s": seconds, "of sha256sum": seconds / plain} for name, seconds in spent.items()]
     ratio, second = spent["first opening"] / plain, spent["second opening"]

@@ -36,7 +36,7 @@ from secateur.export.layers import layer_table
 from secateur.export.slicing import OnnxTemplate
 from secateur.pipeline.config.schema import LatencySection
 from secateur.pipeline.evaluation.latency import MULTIPLES, Latencies, plan_of
-from secateur.pipeline.workloads.classification.networks import build_network
+from secateur.pipeline.workloads.networks import build_network
 from secateur.pruning import PruningPlan
 from secateur.pruning.cost import costs
 from secateur.pruning.plan import IntArray, SearchSpace
@@ -44,7 +44,7 @@ from secateur.pruning.plan import IntArray, SearchSpace
 MEASUREMENTS = 15
 TRUTH = Tier(processes=2, warmup=8, min_repeats=30, min_seconds=0.8)
 NETWORKS = {
-    "resnet56": ("cifar_resnet56", 10, 32),
+    "resnet56": ("cifar/resnet56", 10, 32),
     "resnet18": ("resnet18", 1000, 224),
     "mobilenet_v2": ("mobilenet_v2", 1000, 224),
 }
@@ -56,7 +56,7 @@ class Network:
     def __init__(self, name: str, device: str, folder: Path) -> None:
         torch.manual_seed(0)
         built, classes, size = NETWORKS[name]
-        self.model: nn.Module = build_network(built, classes, 3, {}).eval()
+        self.model: nn.Module = build_network(built, classes, (3, 32, 32), {}).eval()
         self.example: Tensor = torch.randn(1, 3, size, size)
         self.graph = trace(self.model, self.example)
         self.template = OnnxTemplate.export(self.model, self.example, self.graph)

@@ -52,7 +52,7 @@ RUN = """
 name: methods
 workload:
   name: classification
-  model: {name: cifar_resnet56, weights: cifar10/resnet56_cifar10.safetensors}
+  model: {name: cifar/resnet56, weights: cifar10/resnet56_cifar10.safetensors}
   data:
     source: arrays
     train: cifar10/train

@@ -43,7 +43,7 @@ from benchmarks._output import Figure, parser, present
 from secateur.device_profiles import BenchmarkResult, DeviceProfile, Ratio, Target, load_profile, measure, open_target
 from secateur.device_profiles.intervals import MANY_PROCESSES, MIN_PROCESSES_TO_STOP, is_look, of_processes
 from secateur.export import export_onnx
-from secateur.pipeline.workloads.classification.networks import build_network
+from secateur.pipeline.workloads.networks import build_network
 
 EXTRA = 0.03
 TRIALS, CALL_NOISE, PROCESS_NOISE, CALLS = 2000, 0.005, 0.01, 50
@@ -229,7 +229,7 @@ def main() -> None:
     torch.manual_seed(0)
     profile = load_profile(options.device)
     target = open_target(profile)
-    network = build_network("cifar_resnet20", 10, 3, {}).eval()
+    network = build_network("cifar/resnet20", 10, (3, 32, 32), {}).eval()
     pairs: dict[str, list[Any]] = {"A/A": [], "A/B": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

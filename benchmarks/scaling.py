@@ -101,8 +101,8 @@ class Scene:
 
 
 def measure(folder: Path, engines: Sequence[str], options: Any) -> tuple[list[dict[str, Any]], list[Figure]]:
-    heavy = Scene(folder / "heavy", "cifar_resnet20", options.side, options.images)
-    light = Scene(folder / "light", "cifar_resnet8", 8, 16)
+    heavy = Scene(folder / "heavy", "cifar/resnet20", options.side, options.images)
+    light = Scene(folder / "light", "cifar/resnet8", 8, 16)
     for scene in (heavy, light):
         scene.alone(scene.plans(2, 99))
     rows: list[dict[str, Any]] = []

@@ -74,7 +74,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder, engine = Path(name), Weighed()
-        scene = Scene(folder / "scene", "cifar_resnet20", 32, 360)
+        scene = Scene(folder / "scene", "cifar/resnet20", 32, 360)
         plans = scene.plans(options.candidates, 1)
         with closing(scene.pool(engine, BATCH)) as pool:
             scene.together(pool, plans[:BATCH])

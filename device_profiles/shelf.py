@@ -194,7 +194,7 @@ class Shelf:
             )
         file, attribute = _admitted[self.package, name], name.rpartition(":")[2]
         try:
-            module = _module(file)
+            module = module_of(file)
         except Exception as error:  # others' code, which may raise anything
             raise self._broken(str(file), error) from error
         if attribute == file.stem:
@@ -262,7 +262,7 @@ def _file_of(module: str) -> Path | None:
     return Path(spec.origin) if spec is not None and spec.origin and Path(spec.origin).is_file() else None
 
 
-def _module(file: Path) -> ModuleType:
+def module_of(file: Path) -> ModuleType:
     """A file, imported once under a name of its own."""
     name = f"secateur_plugin_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}_{file.stem}"
     if name not in sys.modules:

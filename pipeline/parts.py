@@ -16,6 +16,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
         *("pyarrow", "pymoo", "rich", "sklearn", "sqlalchemy", "torchvision", "typer"),
     ),
     "detection": ("faster_coco_eval",),
+    "timm": ("timm",),
     "postgres": ("psycopg2",),
     "dask": ("distributed", "prefect_dask"),
     "ray": ("prefect_ray", "ray"),

@@ -12,7 +12,10 @@ from typing import Any
 
 from secateur.device_profiles.plain_yaml import Content, Place, Plain
 
-RENAMED: Mapping[Place, Mapping[str, str]] = {("search", "forward"): {"steady": "deterministic"}}
+RENAMED: Mapping[Place, Mapping[str, str]] = {
+    ("search", "forward"): {"steady": "deterministic"},
+    ("workload", "model", "name"): {f"cifar_resnet{n}": f"cifar/resnet{n}" for n in (8, 20, 32, 44, 56, 110)},
+}
 """Place of a value -> its old word -> its new word."""
 
 
@@ -29,11 +32,20 @@ def with_new_words(content: dict[str, Content]) -> None:
 
 def with_first_words(content: dict[str, Any]) -> None:
     """Put the word by which a setting was first known in the place of each new one."""
-    for place, words in RENAMED.items():
+    for place in RENAMED:
         section, key = _section(content, place), place[-1]
-        first = {new: old for old, new in words.items()}
-        if key in section:
-            section[key] = first.get(section[key], section[key])
+        if isinstance(section.get(key), str):
+            section[key] = first(place, section[key])
+
+
+def newest(place: Place, word: str) -> str:
+    """What a word is called today."""
+    return RENAMED[place].get(word, word)
+
+
+def first(place: Place, word: str) -> str:
+    """The word by which a setting was first known."""
+    return {new: old for old, new in RENAMED[place].items()}.get(word, word)
 
 
 def _section(content: Mapping[str, Any], place: Place) -> dict[str | int, Any]:

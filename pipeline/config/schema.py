@@ -309,18 +309,18 @@ class RunFile(Section):
     @property
     def digest(self) -> str:
         """16 hexadecimal digits that name this configuration; where it is tracked does not matter to a resumed run."""
-        content = {key: value for key, value in _digested(self).items() if key != "tracking"}
+        content = {key: value for key, value in digested(self).items() if key != "tracking"}
         with_first_words(content)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _digested(section: Section) -> dict[str, Any]:
+def digested(section: Section) -> dict[str, Any]:
     """A section as JSON, without what its digest leaves out."""
     content = section.model_dump(mode="json")
     for key, field in type(section).model_fields.items():
         value = getattr(section, key)
         if isinstance(value, Section):
-            content[key] = _digested(value)
+            content[key] = digested(value)
         if key in section.passing or (key in section.later and value == field.get_default(call_default_factory=True)):
             del content[key]
     return content

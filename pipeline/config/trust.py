@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from secateur.device_profiles.profile import RUNTIMES, TARGETS
-from secateur.device_profiles.shelf import dismiss_all, in_file
+from secateur.device_profiles.shelf import dismiss_all, in_file, module_of
 from secateur.device_profiles.wording import command, printable
 from secateur.pipeline.config.choices import WORKLOADS
 from secateur.pipeline.config.consents import Entry, Found, keep, kept, refuse_what_others_write, written
@@ -38,11 +38,16 @@ CODE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 """``module:attribute``, which imports."""
 PLACES = (("name",), ("task",), ("model", "name"), ("model", "factory"))
 """Places of the ``workload`` section that may name code."""
+FILES = (("name",), ("model", "name"))
+"""Those of them that may name a ``FILE.py:NAME``."""
 ZOOS = ("torchvision", "timm")
 """Packages whose own builders of networks need no consent."""
 LOADING = re.compile(r"pretrained|checkpoint|weights")
 """Options with which a builder of theirs reads files or addresses."""
-FIX = "name an nn.Module builder of a module in the run file's folder, or of an installed package"
+FIX = (
+    "name an nn.Module builder in a file beside the run file (FILE.py:FACTORY), of a module in its folder, or of an "
+    "installed package"
+)
 
 
 SHELVES = {"search.method": METHODS, "workload.name": WORKLOADS, "target": TARGETS, "runtime": RUNTIMES}
@@ -53,8 +58,8 @@ class ClosedError(UserError):
     """Code would be imported that nobody has consented to here, or that is not found."""
 
 
-_allowed: set[Entry] = set()
-"""What this process may run."""
+_allowed: dict[Entry, None] = {}
+"""What this process may run, in the order in which that was found."""
 
 
 # ------------------------------------------------------------------------------------------------- what names code
@@ -129,7 +134,7 @@ def code_of_workload(config: RunFile, file: Path) -> Found | None:
         if not isinstance(value, str) or ":" not in value or _is_of_a_zoo(value, options):
             continue
         where = ".".join(("workload", *place))
-        of_file = _of_file(value, where, near) if place == ("name",) else None
+        of_file = _of_file(value, where, near) if place in FILES else None
         entry, module = of_file or _entry_of(value, where, near)
         entries.append(entry)
         if not _is_installed(module):
@@ -231,7 +236,7 @@ def require(code: Iterable[Found], ask: Callable[[Found], bool] | None = None) -
     for one in code:
         refuse_what_others_write(one)
     for one in code:
-        known = _allowed | kept(one.folder)
+        known = {*_allowed, *kept(one.folder)}
         if not set(one.entries) <= known:
             if ask is None or not ask(one):
                 open_.append(one)
@@ -273,16 +278,28 @@ def refusal(code: Sequence[Found]) -> str:
 def allow(entries: Iterable[Entry]) -> None:
     """Let this process run something; a module is found in the folder it was in when it was shown."""
     for entry in entries:
-        _allowed.add(entry)
+        _allowed.pop(entry, None)
+        _allowed[entry] = None
+        name = entry.text.removesuffix(f" of {printable(entry.root)}")
         if entry.place in SHELVES and entry.root.endswith(".py"):
-            SHELVES[entry.place].admit(entry.text.removesuffix(f" of {printable(entry.root)}"), Path(entry.root))
-        elif entry.root and entry.root not in map(os.path.abspath, sys.path):
-            sys.path.append(entry.root)  # last: nothing there hides an installed module
+            SHELVES[entry.place].admit(name, Path(entry.root))
+            continue
+        for folder in _folders(name, entry.root):
+            if folder not in map(os.path.abspath, sys.path):
+                sys.path.append(folder)  # last: nothing there hides an installed module
+
+
+def _folders(name: str, root: str) -> list[str]:
+    """Where code that may run looks for the modules beside it: beside its file, and beside the run file."""
+    parts = in_file(name)
+    if parts is None or not root.endswith(".py"):
+        return [root] if root else []
+    return list(dict.fromkeys([str(Path(root).parent), os.path.normpath(root.removesuffix(parts[0]))]))
 
 
 def allowed() -> list[list[str]]:
     """What this process may run, for one that works for it."""
-    return [written(entry) for entry in sorted(_allowed)]
+    return [written(entry) for entry in _allowed]
 
 
 def accept(entries: Iterable[Sequence[str]]) -> None:
@@ -299,7 +316,7 @@ def withdraw_all() -> None:
 def hand_on(config: RunFile, directory: Path) -> None:
     """A run directory made of a run file that may run here may be resumed without another question."""
     for one in code_in(config, directory / "run.yaml"):
-        if one.folder == directory.resolve() and set(one.entries) <= _allowed:
+        if one.folder == directory.resolve() and set(one.entries) <= _allowed.keys():
             keep(one)
 
 
@@ -307,7 +324,7 @@ def hand_on(config: RunFile, directory: Path) -> None:
 
 
 def factory(name: str, options: object, place: str = "workload.model.name") -> Callable[..., nn.Module]:
-    """The builder that a ``module:factory`` names, imported; it is made sure that it returns a network.
+    """The builder that a ``module:factory`` or ``FILE.py:factory`` names, imported; what it returns will be a network.
 
     Args:
         options: what it will be given.
@@ -317,25 +334,14 @@ def factory(name: str, options: object, place: str = "workload.model.name") -> C
         ClosedError: there is no consent for it, or no such module.
         UserError: there is no such thing in it, or it builds no ``nn.Module``.
     """
-    if not _is_of_a_zoo(name, options):
-        try:
-            entry, _ = _entry_of(name, place, None)
-        except UserError as error:
-            raise ClosedError(str(error)) from error
-        if entry not in _allowed:
-            raise ClosedError(f"{entry} names code, and nobody has consented to it here: see `secateur trust --help`")
-    module, _, attribute = name.partition(":")
-    try:
-        builder = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{name}: {error}; expected an importable module and an nn.Module builder in it") from error
+    builder, installed = _of_a_file(name, place) if in_file(name) else _of_a_module(name, options, place)
     fix = (
         "a factory is a class derived from torch.nn.Module, or a function that returns one; a function of an installed "
         "package says so (def build(num_classes) -> nn.Module)"
     )
     if not callable(builder):
         raise UserError(f"{name} is a {type(builder).__name__}, not a callable; {fix}")
-    if not _may_build(builder, anything=not _is_installed(_find(module, None)[0])):
+    if not _may_build(builder, anything=not installed):
         raise UserError(f"{name} builds no torch.nn.Module; {fix}")
 
     def build(*arguments: Any, **given: Any) -> nn.Module:
@@ -352,6 +358,41 @@ def factory(name: str, options: object, place: str = "workload.model.name") -> C
         return network
 
     return build
+
+
+def _of_a_module(name: str, options: object, place: str) -> tuple[Any, bool]:
+    """(what a ``module:attribute`` names, whether it belongs to the environment)."""
+    if not _is_of_a_zoo(name, options):
+        try:
+            entry, _ = _entry_of(name, place, None)
+        except UserError as error:
+            raise ClosedError(str(error)) from error
+        if entry not in _allowed:
+            raise ClosedError(f"{entry} names code, and nobody has consented to it here: see `secateur trust --help`")
+    module, _, attribute = name.partition(":")
+    try:
+        builder = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{name}: {error}; expected an importable module and an nn.Module builder in it") from error
+    return builder, _is_installed(_find(module, None)[0])
+
+
+def _of_a_file(name: str, place: str) -> tuple[Any, bool]:
+    """The same of a ``FILE.py:attribute``: of the file that was consented to last under this name."""
+    file = next(
+        (e.root for e in reversed(_allowed) if e.place == place and e.text == f"{name} of {printable(e.root)}"), None
+    )
+    if file is None:
+        raise ClosedError(
+            f"{place}: {name} names code, and nobody has consented to it here: see `secateur trust --help`"
+        )
+    attribute = name.rpartition(":")[2]
+    try:
+        return getattr(module_of(Path(file)), attribute), False
+    except AttributeError as error:
+        raise UserError(f"{name}: there is no {attribute} in {file}; name an nn.Module builder in it") from error
+    except Exception as error:  # a user's code, which may raise anything
+        raise UserError(f"{name}: {file} cannot be imported: {type(error).__name__}: {error}") from error
 
 
 def _may_build(builder: Any, anything: bool) -> bool:

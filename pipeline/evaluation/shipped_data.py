@@ -21,6 +21,7 @@ from secateur.pipeline.files import write_whole
 from secateur.pipeline.workloads import Split, Workload
 from secateur.pipeline.workloads.classification import Classification
 from secateur.pipeline.workloads.data.content import Reading
+from secateur.pipeline.workloads.data.decode import Fitting
 from secateur.pipeline.workloads.data.record import DataRecord
 from secateur.pipeline.workloads.data.sources import ArraySource
 
@@ -109,7 +110,8 @@ class _Images:
         self.test = Split(self.search.source, np.arange(0))
         _, high, wide, channels = arrays["search"].shape
         self.shape = (channels, high, wide)
-        self.classes, self.named, self.resize = tuple(map(str, range(self.num_classes))), False, "stretch"
+        self.classes, self.named = tuple(map(str, range(self.num_classes))), False
+        self.fitting = Fitting((high, wide), "stretch")
         self.notes, self.record = (), DataRecord(self.fingerprint, {}, (), False)
         self.pretrained, self._content = False, None
 

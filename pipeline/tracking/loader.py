@@ -92,7 +92,7 @@ class Model:
         return pixels
 
     def prepare(self, image: Array) -> Array:
-        """uint8 pixels, resized and normalised: float32 of shape (channels, side, side).
+        """uint8 pixels, resized and normalised: float32 of shape (channels, height, width).
 
         Raises:
             ValueError: it is not an image of 8-bit pixels.
@@ -106,15 +106,10 @@ class Model:
         grey = self.input.shape[1] == 1
         flat = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
         picture = Image.fromarray(flat).convert("L" if grey else "RGB")
-        x = np.asarray(self._resized(picture), dtype=np.float32) / 255
+        x = np.asarray(decoder.Fitting.of(self.usage)(picture), dtype=np.float32) / 255
         x = (x[..., None] if grey else x) - np.asarray(self.usage["mean"], dtype=np.float32)
         scaled: Array = x / np.asarray(self.usage["std"], dtype=np.float32)
         return scaled.transpose(2, 0, 1)
-
-    def _resized(self, picture: Image.Image) -> Any:
-        """A square: ``stretch`` ignores the image's proportions, ``crop`` keeps them and cuts out the middle."""
-        side = int(self.usage["image_size"])
-        return (decoder.fit if self.usage.get("resize") == "crop" else decoder.stretch)(picture, side)
 
 
 def main() -> None:

@@ -18,6 +18,8 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Number = Annotated[str, Field(pattern=r"^[0-9]{1,18}$")]
 """Of a version."""
 Name = Annotated[str, Field(max_length=1000)]
+Side = Annotated[int, Field(ge=1, le=100_000)]
+"""Of an image, in pixels."""
 EARLIEST, LATEST = -60_000_000_000, 250_000_000_000
 """Seconds since 1970 that every time zone can show; a clock may be set to any of them."""
 
@@ -66,10 +68,12 @@ class Provenance(_Known):
 class Usage(_Known):
     """``usage.json``: how images are prepared, and the names of classes."""
 
-    image_size: Annotated[int, Field(ge=1, le=100_000)]
+    image_size: Side | Annotated[list[Side], Field(min_length=2, max_length=2)]
     mean: list[float]
     std: list[float]
     resize: str | None = None
+    resize_size: Side | None = None
+    interpolation: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] | None = None
     classes: list[str] = []
 
 

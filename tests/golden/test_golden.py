@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from secateur.pipeline.run.opening import widths_costs
-from secateur.pipeline.workloads.classification.networks import build_network
 from secateur.pipeline.workloads.detection.networks import build_detector
+from secateur.pipeline.workloads.networks import build_network
 from secateur.pruning.channels import ChannelGraph
 from secateur.pruning.cost import cost
 from secateur.pruning.plan import PruningPlan, SearchSpace
@@ -28,8 +28,8 @@ from secateur.pruning.trace import trace
 from tests.golden import compare
 
 NETWORKS = {
-    "digits": (lambda: build_network("cifar_resnet8", 10, 1, {}), (1, 1, 8, 8)),
-    "resnet20": (lambda: build_network("cifar_resnet20", 10, 3, {}), (1, 3, 32, 32)),
+    "digits": (lambda: build_network("cifar/resnet8", 10, (1, 8, 8), {}), (1, 1, 8, 8)),
+    "resnet20": (lambda: build_network("cifar/resnet20", 10, (3, 32, 32), {}), (1, 3, 32, 32)),
     "ssd": (lambda: build_detector("small_ssd", 10, {"width": 8}), (1, 3, 64, 64)),
 }
 WHOLE = {"digits": (747_136, 75_002), "resnet20": (40_551_040, 269_722), "ssd": (5_242_368, 137_516)}

@@ -44,7 +44,7 @@ TINY: dict[str, Any] = {
     "threads": 1,
     "workload": {
         "name": "classification",
-        "model": {"name": "cifar_resnet8"},
+        "model": {"name": "cifar/resnet8"},
         "data": {"source": "digits", "image_size": 8, "augment": "shift"},
     },
     "baseline": {"epochs": 2, "lr": 0.1, "batch_size": 64},
@@ -90,7 +90,7 @@ def write_tiny(folder: Path, **changes: Any) -> Path:
 
 def digits(**data: Any) -> classification.Classification:
     """The digits workload with a small ResNet."""
-    options = {"model": {"name": "cifar_resnet8"}, "data": {"source": "digits", **data}}
+    options = {"model": {"name": "cifar/resnet8"}, "data": {"source": "digits", **data}}
     return classification.build(classification.Options.model_validate(options))
 
 

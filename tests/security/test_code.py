@@ -116,16 +116,19 @@ def profile(folder: Path, **connect: Any) -> Path:
 
 
 COMMANDS = [("run",), ("validate",), ("deploy",)]
+FACTORIES = ("theirs:Net", "theirs.py:Net")
+"""The same class, as a module's and as a file's."""
 
 
+@pytest.mark.parametrize("name", FACTORIES)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_factory_is_not_imported_without_consent(
-    command: tuple[str, ...], secateur: Secateur, folder: Path, mark: Path
+    command: tuple[str, ...], name: str, secateur: Secateur, folder: Path, mark: Path
 ) -> None:
     module(folder, mark)
-    code, said = secateur(*command, write(folder))
+    code, said = secateur(*command, write(folder, name))
     assert code == EXIT_USER and not mark.exists()
-    assert "theirs:Net" in said and str(folder / "theirs.py") in said, "exactly what would run"
+    assert name in said and str(folder / "theirs.py") in said, "exactly what would run"
     assert f"secateur trust {folder}" in said, "and how to say yes"
     assert not list((folder.parent / "home").glob("runs/*")), "and no run directory was made"
 
@@ -461,11 +464,12 @@ def starts(connect):
 # --------------------------------------------------------------------------------------- runs, deployments, workers
 
 
-def test_a_run_directory_may_be_resumed_and_a_strangers_may_not(folder: Path, mark: Path) -> None:
+@pytest.mark.parametrize("name", FACTORIES)
+def test_a_run_directory_may_be_resumed_and_a_strangers_may_not(name: str, folder: Path, mark: Path) -> None:
     from secateur.pipeline.run.run import create_run_directory, open_run_directory
 
     module(folder, mark)
-    file = write(folder)
+    file = write(folder, name)
     config = load_run_file(file)
     trust.require(trust.code_in(config, file), lambda _: True)
     directory = create_run_directory(config)
@@ -511,16 +515,47 @@ def test_a_deployment_records_consent_and_its_runs_check_it(folder: Path, mark: 
         trust.require(trust.code_in(load_run_file(file), file))
 
 
-def test_a_worker_may_run_what_its_driver_may(folder: Path, mark: Path) -> None:
+@pytest.mark.parametrize("name", FACTORIES)
+def test_a_worker_may_run_what_its_driver_may(name: str, folder: Path, mark: Path) -> None:
     module(folder, mark)
-    file = write(folder)
+    file = write(folder, name)
     trust.require(trust.code_in(load_run_file(file), file), lambda _: True)
     handed = json.loads(json.dumps(trust.allowed()))
     trust.withdraw_all()
     with pytest.raises(UserError):
-        trust.factory("theirs:Net", {})
+        trust.factory(name, {})
     trust.accept(handed)
-    assert trust.factory("theirs:Net", {})(2).default_boxes.shape == (4, 4)
+    assert trust.factory(name, {})(2).default_boxes.shape == (4, 4)
+
+
+def test_a_file_of_code_finds_what_lies_beside_it_and_beside_the_run_file(folder: Path, mark: Path) -> None:
+    (folder / "nets").mkdir()
+    (folder / "nets" / "beside.py").write_text("from theirs import Net\n")
+    (folder / "nets" / "mine.py").write_text("from beside import Net\n")
+    module(folder, mark)
+    file = write(folder, "nets/mine.py:Net")
+    trust.require(trust.code_in(load_run_file(file), file), lambda _: True)
+    assert trust.factory("nets/mine.py:Net", {})(2).default_boxes.shape == (4, 4)
+    sys.modules.pop("beside")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("class Other: pass\n", "there is no Net in"),
+        ("class Net: pass\n", "builds no torch.nn.Module"),
+        ("def Net(num_classes): return 3\n", "returned a int"),
+        ("def Net(num_classes): raise KeyError('x')\n", "failed: KeyError"),
+        ("import nowhere_at_all\n", "cannot be imported: ModuleNotFoundError"),
+        ("def (\n", "cannot be imported: SyntaxError"),
+    ],
+)
+def test_what_is_wrong_with_a_file_of_code_is_said(content: str, said: str, secateur: Secateur, folder: Path) -> None:
+    (folder / "theirs.py").write_text(content)
+    code, text = secateur("validate", write(folder, "theirs.py:Net"), "--trust")
+    assert code == EXIT_USER and said in text and "Traceback" not in text
+    code, text = secateur("validate", write(folder, "gone.py:Net"), "--trust")
+    assert code == EXIT_USER and "there is no file" in text and "beside the run file" in text
 
 
 # -- registered versions -----------------------------------------------------------------------------------------------
@@ -548,23 +583,31 @@ def challenger(registry: Registry, folder: Path, run_file: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # MLflow's own
+@pytest.mark.parametrize("name", FACTORIES)
 def test_a_version_of_a_detector_with_a_factory_is_judged_with_consent_alone(
-    registry: Registry, secateur: Secateur, folder: Path, mark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    registry: Registry,
+    secateur: Secateur,
+    folder: Path,
+    mark: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A detector's boxes belong to its network, so the test images cannot be read without its code."""
     module(folder, mark)
-    challenger(registry, tmp_path, write(folder))
+    challenger(registry, tmp_path, write(folder, name))
     monkeypatch.chdir(folder)  # where the module is
     promoting = ("promote", "net", "--device", folder / "quick.yaml")
     code, said = secateur(*promoting)
     assert code == EXIT_USER and not mark.exists() and "Bug" not in said
-    assert "theirs:Net" in said and str(folder / "theirs.py") in said, "exactly what would run"
+    assert name in said and str(folder / "theirs.py") in said, "exactly what would run"
     assert f"secateur trust {folder}" in said, "and how to say yes"
     assert secateur("trust", folder)[0] == 0
     code, said = secateur(*promoting)
     assert mark.exists() and "names code" not in said and "Bug" not in said
     mark.unlink()
-    sys.modules.pop("theirs")
+    for loaded in [n for n in sys.modules if n.endswith("theirs")]:
+        del sys.modules[loaded]
     consents.forget(folder)
     assert secateur(*promoting)[0] == EXIT_USER and not mark.exists()
     secateur(*promoting, "--trust")

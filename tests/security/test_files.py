@@ -25,6 +25,7 @@ from secateur.pipeline.errors import UserError
 from secateur.pipeline.workloads.data import arrays
 from secateur.pipeline.workloads.data import folder as folder_source
 from secateur.pipeline.workloads.data.content import Reading
+from secateur.pipeline.workloads.data.sources import Wanted
 from secateur.pipeline.workloads.weights import read_weights
 
 
@@ -188,7 +189,7 @@ def test_arrays_of_objects_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "b_labels.npy", objects)
     for name in ("a.npz", "b_images.npy"):
         with pytest.raises(UserError, match="readable"):
-            arrays.load(str(tmp_path / name), None, None, None, None)
+            arrays.load(str(tmp_path / name), None, Wanted(), None)
     assert not mark.exists()
 
 
@@ -199,7 +200,7 @@ def test_an_archive_larger_than_memory_is_not_unpacked(tmp_path: Path, monkeypat
     little = type("Memory", (), {"available": 10_000_000})()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: little)
     with pytest.raises(UserError, match=r"bytes of memory and 10,000,000 are free; save the arrays as"):
-        arrays.load(str(file), None, None, None, None)
+        arrays.load(str(file), None, Wanted(), None)
 
 
 @pytest.mark.parametrize("shape", [(10**15, 8, 8), (2**40, 2**40), (2**62, 4, 4), (-4, 8, 8)])
@@ -216,14 +217,14 @@ def test_an_array_header_that_lies(shape: tuple[int, ...], kind: str, tmp_path: 
         file.write_bytes(content)
         np.save(tmp_path / "a_labels.npy", np.zeros(1, np.int64))
     with pytest.raises(UserError):
-        arrays.load(str(file), None, None, None, None)
+        arrays.load(str(file), None, Wanted(), None)
 
 
 def test_labels_whose_header_lies(tmp_path: Path) -> None:
     np.save(tmp_path / "a_images.npy", np.zeros((4, 8, 8), np.uint8))
     (tmp_path / "a_labels.npy").write_bytes(npy_header((10**15,), "<i8") + bytes(64))
     with pytest.raises(UserError, match="readable"):
-        arrays.load(str(tmp_path / "a_images.npy"), None, None, None, None)
+        arrays.load(str(tmp_path / "a_images.npy"), None, Wanted(), None)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "text"])
@@ -237,7 +238,7 @@ def test_damaged_archives(damage: str, tmp_path: Path) -> None:
     content[middle] = bytes(255 - byte for byte in content[middle])
     file.write_bytes({"cut": content[:300], "flipped": bytes(content), "empty": b"", "text": b"images"}[damage])
     with pytest.raises(UserError, match="readable"):
-        arrays.load(str(file), None, None, None, None)
+        arrays.load(str(file), None, Wanted(), None)
 
 
 # --- images -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Image classification: any torchvision classifier or CIFAR ResNet on digits, torchvision data, folders or arrays."""
+"""Image classification: a classifier by name or of one's own, on digits, torchvision data, folders or arrays."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from secateur.pipeline.config.faults import known
-from secateur.pipeline.config.schema import Section
+from secateur.pipeline.config import renamed
+from secateur.pipeline.config.schema import Section, digested
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.files import sha256_of
-from secateur.pipeline.workloads import ClassCount, DataSummary, Split
+from secateur.pipeline.workloads import ClassCount, DataSummary, Split, networks
 from secateur.pipeline.workloads.classification.losses import distillation_loss
-from secateur.pipeline.workloads.classification.networks import build_network
 from secateur.pipeline.workloads.data import arrays, decode, digits, folder, record, splits, torchvision_sets
 from secateur.pipeline.workloads.data.content import Damaged, Reading, kept
 from secateur.pipeline.workloads.data.notes import Tally
 from secateur.pipeline.workloads.data.paths import under_data
-from secateur.pipeline.workloads.data.sources import ArraySource, ImageData
+from secateur.pipeline.workloads.data.sources import ArraySource, ImageData, Wanted
+from secateur.pipeline.workloads.networks import timm_zoo, torchvision_zoo
+from secateur.pipeline.workloads.networks.preparation import Preparation
 from secateur.pipeline.workloads.weights import (
+    TIMM,
     TORCHVISION,
     choose_weights,
     find_weights,
@@ -45,12 +47,33 @@ SEARCH_FRACTION = 0.1
 class ModelOptions(Section):
     """The network, and optionally its trained weights."""
 
-    name: str = "cifar_resnet20"
+    later = frozenset({"load"})
+    name: str = "cifar/resnet20"
+    """A network by name (``cifar/resnet56``, ``mlp``, ``torchvision/NAME``, ``timm/NAME``), or a builder of one's own,
+    ``FILE.py:FACTORY`` or ``PACKAGE.MODULE:FACTORY``."""
     weights: str | None = None
-    """A .safetensors (or .pt / .pth state dict) file, or ``torchvision`` = its own best for its classifiers, trained on
-    ImageNet's 1000 classes; None = a baseline is trained by the ``baseline`` recipe."""
+    """A .safetensors (or .pt / .pth state dict) file; ``torchvision`` = its own best for its classifiers, trained on
+    ImageNet's 1000 classes; ``timm`` = its own, where they are on this machine already; None = a baseline is trained by
+    the ``baseline`` recipe."""
+    load: Literal["all", "but_classes"] = "all"
+    """What of the weights: ``but_classes`` = everything but the last layer, which starts at random for the classes of
+    the data; a baseline is trained from there."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the network's builder."""
+
+    @field_validator("name")
+    @classmethod
+    def _newest(cls, name: str) -> str:
+        return renamed.newest(networks.PLACE, name)
+
+    @model_validator(mode="after")
+    def _has_weights(self) -> ModelOptions:
+        if self.load != "all" and self.weights is None:
+            raise ValueError("load says what of the weights is taken: set weights too")
+        return self
+
+
+Side = Annotated[int, Field(ge=4, le=4096)]
 
 
 class DataOptions(Section):
@@ -71,7 +94,9 @@ class DataOptions(Section):
     damaged: Damaged = "refuse"
     """What is done about images that cannot be decoded: ``refuse`` = the run does not begin; ``leave_out`` = they are
     left out, counted and named."""
-    image_size: Annotated[int, Field(ge=4, le=4096)] | None = None
+    image_size: Side | tuple[Side, Side] | None = None
+    """Of the images as the network sees them, in pixels: a square's side, or [height, width]; None = as stored for
+    arrays, and for files what the network was made for (timm, torchvision's weights), else 224."""
     channels: Literal[1, 3] | None = None
     mean: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = None
     """Per channel, of pixels in 0..1; None = measured on the training images."""
@@ -146,13 +171,16 @@ class Classification:
     def __init__(self, options: Options, reading: Reading) -> None:
         self.options = options
         self.search_metric = self.SEEING.get(options.metrics.search, self.search_metric)
-        opened = _open(options.data, reading)
-        self.classes, self.named, self.resize = opened.classes, opened.named, opened.resize
+        self.network = networks.named(options.model.name)
+        prepared = self.network.preparation(options.model.weights)
+        opened = _open(options.data, _wanted(options.data, prepared), reading)
+        self.classes, self.named = opened.classes, opened.named
         self.train, self.search, self.test = _split(opened, options.data)
         self._data_notes = opened.tally.notes()
         self.num_classes = len(opened.classes)
         sample = opened.train.read(self.train.indices[:1])
         self.shape = (sample.shape[3], sample.shape[1], sample.shape[2])
+        self.fitting = opened.fitting or decode.Fitting(self.shape[1:], "stretch")
         parts = {"train": self.train, "search": self.search, "test": self.test}
         members = tuple(
             member
@@ -160,17 +188,16 @@ class Classification:
             for member in record.members_of({name: split.indices}, split.source.places, split.source.contents)
         )
         data = _data_digest(parts, opened.classes, members)
-        self.mean, self.std = self._statistics(data)
-        self.pretrained = options.model.weights is not None
-        name = options.model.name
-        weights = find_weights(options.model.weights, lambda: _torchvision_weights(name, self.num_classes))
+        self.mean, self.std = self._statistics(data, prepared)
+        self.pretrained = options.model.weights is not None and options.model.load == "all"
+        weights = self._find_weights()
         self._content = None if weights is None else read_weights(weights)
         if weights is not None and options.model.weights == TORCHVISION:
-            self._content = _renamed(name, weights)
-        where: Any = {"data": {"path", "train", "test", "download"}, "metrics": True}
-        content: dict[str, Any] = {"options": options.model_dump(mode="json", exclude=where)}
+            self._content = torchvision_zoo.read(self.network.name, weights)
+        content: dict[str, Any] = {"options": _told(options)}
         content |= {"data": data, "weights": None if weights is None else sha256_of(weights)}
         content |= {"decoder": decode.VERSION}
+        content |= {} if prepared is None else {"preparation": prepared.facts()}
         self.fingerprint = record.fingerprint_of(content)
         told = {
             key: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
@@ -187,16 +214,16 @@ class Classification:
     @property
     def usage(self) -> Mapping[str, Any]:
         mean, std = ((values.flatten() / 255).tolist() for values in (self.mean, self.std))
-        prepared = {"image_size": self.shape[1], "mean": mean, "std": std, "resize": self.resize}
+        said = self.fitting.usage
+        prepared = {"image_size": said.pop("image_size"), "mean": mean, "std": std, **said}
         return {**prepared, "classes": list(self.classes)} if self.named else prepared
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
-        if self._content is None or self.options.model.weights == TORCHVISION:
+        if self._content is None or (self.options.model.weights == TORCHVISION and self.pretrained):
             return self._data_notes
         with torch.random.fork_rng(devices=[]):
-            own = self.fresh_model().state_dict()
-        return (*self._data_notes, *choose_weights(self._content, own, self.options.model.weights)[1])
+            return (*self._data_notes, *self._load_weights(self.fresh_model()))
 
     def summary(self) -> DataSummary:
         counts = [
@@ -209,16 +236,88 @@ class Classification:
         return DataSummary(classes, "images", sizes)
 
     def fresh_model(self) -> nn.Module:
+        return self._built(self.num_classes).eval()
+
+    def _built(self, num_classes: int) -> nn.Module:
         model = self.options.model
-        return build_network(model.name, self.num_classes, self.shape[0], model.options).eval()
+        return networks.build_network(model.name, num_classes, self.shape, model.options)
 
     def build_model(self) -> nn.Module:
         model = self.fresh_model()
-        if self._content is not None:
-            weights, held = self.options.model.weights, describe(self._content)
-            chosen, _ = choose_weights(self._content, model.state_dict(), weights)
-            fit_weights(model, chosen.tensors, weights, self.options.model.name, held=held, classes=self.classes)
+        self._load_weights(model)
+        if ":" in self.options.model.name:
+            self._check(model)
         return model.eval()
+
+    def _check(self, model: nn.Module) -> None:
+        """See that a network of the user's own gives a logit for each class; that it runs at all is checked elsewhere.
+
+        Raises:
+            UserError: it gives something else.
+        """
+        try:
+            with torch.no_grad():
+                outputs = model(self.example_input())
+        except Exception:  # noqa: BLE001 - told where it is checked
+            return
+        if not isinstance(outputs, Tensor) or tuple(outputs.shape) != (1, self.num_classes):
+            found = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
+            raise UserError(
+                f"network {self.options.model.name} gives {found} for one image; expected a tensor of shape "
+                f"(1, {self.num_classes}), a logit for each class: pass num_classes on to its last layer"
+            )
+
+    def _find_weights(self) -> Path | None:
+        """The file of ``model.weights``; None = there are to be none.
+
+        Raises:
+            UserError: there is none for this network, or it is for other classes.
+        """
+        wanted, zoo, model = self.options.model.weights, self.network.zoo, self.network.name
+        if wanted == TIMM or (wanted == TORCHVISION and zoo == "timm"):
+            if zoo != wanted:
+                raise UserError(
+                    f"model.weights: {wanted} are for networks of {wanted}; {self.options.model.name} is none"
+                )
+            found = timm_zoo.find_weights(model)
+            self._check_classes(wanted, timm_zoo.classes_of_weights(model))
+            return found
+        if wanted == TORCHVISION:
+            torchvision_zoo.weights_address(model)
+            self._check_classes(wanted, torchvision_zoo.classes_of_weights(model))
+        return find_weights(wanted, lambda: torchvision_zoo.weights_address(model))
+
+    def _check_classes(self, whose: str, trained: int) -> None:
+        if trained != self.num_classes and self.options.model.load == "all":
+            raise UserError(
+                f"{whose}'s weights for {self.network.name} know {trained} classes, the data has {self.num_classes}; "
+                "set model.load: but_classes to train a new last layer on the rest of them, set model.weights to a "
+                "file, or leave it out to train a baseline"
+            )
+
+    def _load_weights(self, model: nn.Module) -> tuple[str, ...]:
+        """Put the weights, or what is wanted of them, into a network; notes on what was read.
+
+        Raises:
+            UserError: they do not fit.
+        """
+        if self._content is None:
+            return ()
+        own, weights, held = model.state_dict(), self.options.model.weights, describe(self._content)
+        if self.options.model.load == "all":
+            chosen, notes = choose_weights(self._content, own, weights)
+            fit_weights(model, chosen.tensors, weights, self.options.model.name, held=held, classes=self.classes)
+            return notes
+        heads = networks.class_tensors(self._built, self.num_classes)
+        chosen, notes = choose_weights(self._content, own, weights, heads)
+        loaded = {name: tensor for name, tensor in chosen.tensors.items() if name not in heads}
+        fit_weights(model, loaded | {name: own[name] for name in heads}, weights, self.options.model.name, held=held)
+        there = [f"{name} {tuple(chosen.tensors[name].shape)}" for name in heads if name in chosen.tensors]
+        left = f"; the file's {' and '.join(there)} were left out" if there else ""
+        return (
+            *notes,
+            f"weights {weights}: {' and '.join(heads)} start at random for {self.num_classes} classes{left}",
+        )
 
     def example_input(self) -> Tensor:
         return self.batch(self.train, torch.tensor([0]), train=False, generator=None, device=torch.device("cpu"))[0]
@@ -268,14 +367,17 @@ class Classification:
         right = int((answers.argmax(1) == targets).sum())
         return (right + num_unseen) / (len(targets) + num_unseen)
 
-    def _statistics(self, data: str) -> tuple[Tensor, Tensor]:
+    def _statistics(self, data: str, prepared: Preparation | None) -> tuple[Tensor, Tensor]:
         """Mean and deviation per channel in pixel units, shape (1, channels, 1, 1).
 
         Args:
             data: names the images and splits; what was measured on them once is remembered.
+            prepared: what the network's zoo says.
         """
         options = self.options.data
         mean, std = options.mean, options.std
+        if prepared is not None and self.shape[0] == len(prepared.mean):
+            mean, std = mean or prepared.mean, std or prepared.std
         if mean is None or std is None:
             key = f"statistics {data} {self.shape} {decode.VERSION}"
             measured = kept(key, self._measured)
@@ -291,23 +393,34 @@ class Classification:
         return {"mean": pixels.mean((0, 1, 2)).tolist(), "std": deviation.tolist()}
 
 
-def _open(data: DataOptions, reading: Reading) -> ImageData:
-    size, channels = data.image_size, data.channels
+def _wanted(data: DataOptions, prepared: Preparation | None) -> Wanted:
+    """How images shall come out."""
+    size = (data.image_size, data.image_size) if isinstance(data.image_size, int) else data.image_size
+    return Wanted(size, data.channels, *([] if prepared is None else [prepared.fitting]))
+
+
+def _told(options: Options) -> dict[str, Any]:
+    """What the fingerprint says of the options: not where files are, and networks by the names they first had."""
+    content = {key: value for key, value in digested(options).items() if key != "metrics"}
+    content["model"]["name"] = renamed.first(networks.PLACE, options.model.name)
+    content["data"] = {k: v for k, v in content["data"].items() if k not in ("path", "train", "test", "download")}
+    return content
+
+
+def _open(data: DataOptions, wanted: Wanted, reading: Reading) -> ImageData:
     match data.source:
         case "digits":
-            return digits.load(size, channels)
+            return digits.load(wanted)
         case "torchvision":
             assert data.dataset and data.path
             root, download = under_data(data.path), data.download
-            return torchvision_sets.load(
-                data.dataset, root, download, size, channels, data.classes, data.damaged, reading
-            )
+            return torchvision_sets.load(data.dataset, root, download, wanted, data.classes, data.damaged, reading)
         case "folder":
             assert data.path
-            return folder.load(data.path, size, channels, data.classes, data.damaged, reading)
+            return folder.load(data.path, wanted, data.classes, data.damaged, reading)
         case "arrays":
             assert data.train
-            return arrays.load(data.train, data.test, size, channels, data.classes)
+            return arrays.load(data.train, data.test, wanted, data.classes)
 
 
 def _split(opened: ImageData, data: DataOptions) -> tuple[Split, Split, Split]:
@@ -367,9 +480,13 @@ def _data_digest(parts: Mapping[str, Split], classes: Sequence[str], members: Se
 def _augment(x: Tensor, flip: bool, generator: torch.Generator | None) -> Tensor:
     """Random shifts by up to an eighth of the side (zeros come in, as in He et al. 2016), and flips."""
     n, _, high, wide = x.shape
-    reach = max(1, high // 8)
-    padded = F.pad(x, (reach, reach, reach, reach))
-    dy, dx = torch.randint(0, 2 * reach + 1, (2, n, 1), generator=generator).to(x.device)
+    down, across = max(1, high // 8), max(1, wide // 8)
+    padded = F.pad(x, (across, across, down, down))
+    if down == across:
+        dy, dx = torch.randint(0, 2 * down + 1, (2, n, 1), generator=generator).to(x.device)
+    else:
+        drawn = [torch.randint(0, 2 * reach + 1, (n, 1), generator=generator) for reach in (down, across)]
+        dy, dx = (numbers.to(x.device) for numbers in drawn)
     rows = (dy + torch.arange(high, device=x.device))[:, :, None]
     columns = dx + torch.arange(wide, device=x.device)
     if flip:
@@ -377,45 +494,3 @@ def _augment(x: Tensor, flip: bool, generator: torch.Generator | None) -> Tensor
         columns = torch.where(mirrored, columns.flip(1), columns)
     which = torch.arange(n, device=x.device)[:, None, None]
     return padded.permute(0, 2, 3, 1)[which, rows, columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def _torchvision_weights(name: str, num_classes: int) -> str:
-    """Address of torchvision's best weights for a classifier.
-
-    Raises:
-        UserError: it has none for this network, or they are for another number of classes.
-    """
-    import torchvision.models as zoo
-
-    names = zoo.list_models(zoo)
-    if name not in names:
-        raise UserError(f"torchvision has no trained weights for network {name}; {known(names, name)}")
-    found: Any = zoo.get_model_weights(name).DEFAULT
-    if (trained := len(found.meta["categories"])) != num_classes:
-        raise UserError(
-            f"torchvision's weights for {name} know {trained} classes, the data has {num_classes}; "
-            "set model.weights to a file, or leave it out to train a baseline"
-        )
-    return str(found.url)
-
-
-def _renamed(name: str, path: Path) -> dict[str, Tensor]:
-    """torchvision's weights with today's names of the network's tensors; some of its files have older ones.
-
-    torchvision reads the file in its own way, which may run code: ``read_weights`` has to find that it has none first.
-
-    Args:
-        path: where the file is.
-
-    Raises:
-        UserError: it holds other weights.
-    """
-    import torchvision.models as zoo
-
-    try:
-        with torch.random.fork_rng(devices=[]):
-            return dict(zoo.get_model(name, weights="DEFAULT").state_dict())
-    except RuntimeError as error:
-        raise UserError(
-            f"{path} holds other weights than torchvision's for {name}; remove it to fetch them again"
-        ) from error

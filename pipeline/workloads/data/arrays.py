@@ -18,7 +18,7 @@ from secateur.pipeline.workloads.data.content import kept
 from secateur.pipeline.workloads.data.decode import Pixels
 from secateur.pipeline.workloads.data.notes import Tally
 from secateur.pipeline.workloads.data.paths import find
-from secateur.pipeline.workloads.data.sources import ArraySource, ImageData, Labels, check_labels, contents_of
+from secateur.pipeline.workloads.data.sources import ArraySource, ImageData, Labels, Wanted, check_labels, contents_of
 
 DAMAGED = (OSError, ValueError, EOFError, MemoryError, ArithmeticError, zipfile.BadZipFile, zlib.error)
 """What NumPy raises for files that are damaged, or whose headers lie; an array of objects is a ValueError."""
@@ -26,35 +26,32 @@ LARGE_BYTES = 64 << 20
 """The digests of larger arrays are remembered between runs."""
 
 
-def load(
-    train: str, test: str | None, size: int | None, channels: int | None, classes: Sequence[str] | None
-) -> ImageData:
+def load(train: str, test: str | None, wanted: Wanted, classes: Sequence[str] | None) -> ImageData:
     """Images and labels from array files.
 
     Args:
         train, test: the files, or their stems.
-        size: side in pixels that images are resized to; None = as stored.
-        channels: 1 or 3; None = as stored.
+        wanted: size and channels of the images; as stored where it does not say.
         classes: names of the classes, by label.
 
     Raises:
-        UserError: a file is missing; is not uint8 NHWC images with one label each, from 0 without gaps; the images are
-            not square, or those of the two files differ in size.
+        UserError: a file is missing; is not uint8 NHWC images with one label each, from 0 without gaps; or those of
+            the two files differ in size.
     """
     tally = Tally()
     opened = {name: _opened(path) for name, path in (("train", train), ("test", test)) if path}
-    _check_shapes({name: images for name, (_, images, _) in opened.items()}, size, channels)
+    _check_shapes({name: images for name, (_, images, _) in opened.items()}, wanted)
     names = check_labels(opened["train"][2], classes, str(opened["train"][0]), tally)
     if "test" in opened:
         _check_test(opened["test"][2], len(names), str(opened["test"][0]))
     sources = {
-        name: ArraySource(images, labels, size, channels, f"{name} image", _contents(file, images))
+        name: ArraySource(images, labels, wanted.size, wanted.channels, f"{name} image", _contents(file, images))
         for name, (file, images, labels) in opened.items()
     }
     return ImageData(sources["train"], names, test=sources.get("test"), named=classes is not None, tally=tally)
 
 
-def _check_shapes(parts: dict[str, Pixels], size: int | None, channels: int | None) -> None:
+def _check_shapes(parts: dict[str, Pixels], wanted: Wanted) -> None:
     """See that all images can go into one network.
 
     Raises:
@@ -62,18 +59,12 @@ def _check_shapes(parts: dict[str, Pixels], size: int | None, channels: int | No
     """
     shapes = {name: images.shape[1:3] for name, images in parts.items()}
     colours = {name: images.shape[3] if images.ndim == 4 else 1 for name, images in parts.items()}
-    if size is None and len(set(shapes.values())) > 1:
+    if wanted.size is None and len(set(shapes.values())) > 1:
         told = ", ".join(f"{name} {high}x{wide}" for name, (high, wide) in shapes.items())
         raise UserError(f"the images differ in size (height x width: {told}); set data.image_size to resize them all")
-    if channels is None and len(set(colours.values())) > 1:
+    if wanted.channels is None and len(set(colours.values())) > 1:
         told = ", ".join(f"{name} {count}" for name, count in colours.items())
         raise UserError(f"the images differ in their number of channels ({told}); set data.channels")
-    high, wide = shapes["train"]
-    if size is None and high != wide:
-        raise UserError(
-            f"the images are {high}x{wide} (height x width), and only square ones can be used so far; set "
-            "data.image_size to stretch them to squares, or cut them before"
-        )
 
 
 def _check_test(labels: Labels, num_classes: int, what: str) -> None:

@@ -26,6 +26,7 @@ from __future__ import annotations
 import functools
 import io
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,15 @@ MAX_PIXELS = 178_956_970
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of broken EXIF blocks and the like, which no viewer speaks of
 
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "box": Image.Resampling.BOX,
+    "bilinear": Image.Resampling.BILINEAR,
+    "hamming": Image.Resampling.HAMMING,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+"""How images are scaled, by the words of torchvision and timm."""
 LONG = 4
 """From these proportions on, only the middle of an image is scaled."""
 
@@ -183,28 +193,78 @@ def turned_box(
     return box
 
 
-def fit(image: Image.Image, side: int) -> Image.Image:
-    """The short side scaled to ``side`` (bilinear), and a square cut out of the middle.
+@dataclass(frozen=True)
+class Fitting:
+    """How images of all sizes are brought to one.
 
-    The pixels are those of torchvision's ``Resize(side)`` and ``CenterCrop(side)``. Of an image that is ``LONG`` times
-    as long as it is wide only the middle is scaled, so that the memory does not grow with the proportions; a pixel can
-    then differ by 1 of 255.
+    Args:
+        size: height and width in pixels.
+        resize: ``crop`` keeps an image's proportions and cuts out the middle, ``stretch`` does not keep them.
+        short: for ``crop``, pixels of the short side before the cut; None = the shorter one of ``size``.
+        interpolation: a key of ``INTERPOLATIONS``.
     """
-    wide, high = image.size
-    short = min(wide, high)
-    scaled = [int(side * length / short) for length in (wide, high)]
-    left, top = (round((length - side) / 2.0) for length in scaled)
-    if max(scaled) <= LONG * side:
-        resized = image.resize((scaled[0], scaled[1]), Image.Resampling.BILINEAR)
-        return resized.crop((left, top, left + side, top + side))
-    across, down = wide / scaled[0], high / scaled[1]
-    box = (left * across, top * down, min(wide, (left + side) * across), min(high, (top + side) * down))
-    return image.resize((side, side), Image.Resampling.BILINEAR, box=box)
+
+    size: tuple[int, int]
+    resize: str = "crop"
+    short: int | None = None
+    interpolation: str = "bilinear"
+
+    @classmethod
+    def of(cls, usage: Mapping[str, Any]) -> Fitting:
+        """What ``usage.json`` says."""
+        side, short = usage["image_size"], usage.get("resize_size")
+        size = (int(side[0]), int(side[1])) if isinstance(side, list | tuple) else (int(side), int(side))
+        resize = "crop" if usage.get("resize") == "crop" else "stretch"
+        return cls(size, resize, None if short is None else int(short), usage.get("interpolation") or "bilinear")
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        """The same as ``usage.json`` says it; what is usual is left out."""
+        high, wide = self.size
+        said: dict[str, Any] = {"image_size": high if high == wide else [high, wide], "resize": self.resize}
+        if self.short not in (None, min(self.size)):
+            said["resize_size"] = self.short
+        return said if self.interpolation == "bilinear" else {**said, "interpolation": self.interpolation}
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        if self.resize == "crop":
+            return fit(image, self.size, self.short, self.interpolation)
+        return stretch(image, self.size, self.interpolation)
 
 
-def stretch(image: Image.Image, side: int) -> Image.Image:
-    """A square of ``side`` pixels (bilinear); proportions are not kept."""
-    return image.resize((side, side), Image.Resampling.BILINEAR)
+def fit(
+    image: Image.Image, size: int | tuple[int, int], short: int | None = None, interpolation: str = "bilinear"
+) -> Image.Image:
+    """An image scaled until it just covers a frame, and what lies in the middle of it cut out.
+
+    For squares the pixels are those of torchvision's ``Resize(short)`` and ``CenterCrop(size)``. Of an image that is
+    ``LONG`` times as long as it is wide only the middle is scaled, so that the memory does not grow with the
+    proportions; a pixel can then differ by 1 of 255.
+
+    Args:
+        size: height and width that are cut out, or the side of a square.
+        short: what the frame's short side is; None = that of ``size``.
+    """
+    high, wide = (size, size) if isinstance(size, int) else size
+    covered = [round(side * (short or min(high, wide)) / min(high, wide)) for side in (wide, high)]
+    ratios = [frame / own for frame, own in zip(covered, image.size, strict=True)]
+    exact = ratios.index(max(ratios))
+    scaled = [
+        max(int(covered[exact] * own / image.size[exact]), side) for own, side in zip(image.size, covered, strict=True)
+    ]
+    left, top = (round((length - side) / 2.0) for length, side in zip(scaled, (wide, high), strict=True))
+    method = INTERPOLATIONS[interpolation]
+    if max(scaled) <= LONG * max(covered):
+        return image.resize((scaled[0], scaled[1]), method).crop((left, top, left + wide, top + high))
+    across, down = image.size[0] / scaled[0], image.size[1] / scaled[1]
+    right, bottom = min(image.size[0], (left + wide) * across), min(image.size[1], (top + high) * down)
+    return image.resize((wide, high), method, box=(left * across, top * down, right, bottom))
+
+
+def stretch(image: Image.Image, size: int | tuple[int, int], interpolation: str = "bilinear") -> Image.Image:
+    """An image of ``size`` (height and width, or a square's side); proportions are not kept."""
+    high, wide = (size, size) if isinstance(size, int) else size
+    return image.resize((wide, high), INTERPOLATIONS[interpolation])
 
 
 def luma(pixels: Pixels) -> Pixels:

@@ -10,19 +10,18 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from secateur.pipeline.workloads.data.sources import ArraySource, ImageData
+from secateur.pipeline.workloads.data.sources import ArraySource, ImageData, Wanted
 
 
-def load(size: int | None, channels: int | None) -> ImageData:
+def load(wanted: Wanted) -> ImageData:
     """All digits, without splits of their own.
 
     Args:
-        size: side in pixels; None = 8.
-        channels: 1 or 3; None = 1.
+        wanted: as stored they are 8x8 and grey.
     """
     pixels, labels = read()
     images = np.round(pixels * (255 / 16)).astype(np.uint8)
-    source = ArraySource(images, labels, size or 8, channels, "digit")
+    source = ArraySource(images, labels, wanted.size, wanted.channels, "digit")
     return ImageData(source, tuple(str(digit) for digit in range(10)))
 
 

@@ -19,10 +19,7 @@ from secateur.pipeline.workloads.data.decode import SUFFIXES
 from secateur.pipeline.workloads.data.listing import folders_in, images_below, is_hidden, is_image, parts_of, same_name
 from secateur.pipeline.workloads.data.notes import Tally, some
 from secateur.pipeline.workloads.data.paths import find_folder
-from secateur.pipeline.workloads.data.sources import FileSource, ImageData, check_labels
-
-SIDE = 224
-"""Of images whose size the run file does not say."""
+from secateur.pipeline.workloads.data.sources import FileSource, ImageData, Wanted, check_labels
 
 
 @dataclass(frozen=True)
@@ -35,8 +32,7 @@ class _Part:
 
 def load(
     path: str,
-    size: int | None,
-    channels: int | None,
+    wanted: Wanted,
     classes: Sequence[str] | None,
     damaged: Damaged,
     reading: Reading,
@@ -44,8 +40,7 @@ def load(
     """The images of a folder of class folders.
 
     Args:
-        size: side in pixels; None = 224.
-        channels: 1 or 3; None = 3.
+        wanted: size and channels of the images.
         classes: names of the class folders in the order of their indices; None = those there, sorted.
         damaged: what is done about images that cannot be decoded.
 
@@ -67,9 +62,11 @@ def load(
         parts["test"] = parts.pop("val")
         tally.say(f"the folder {folders['val'].name} serves as test split, as there is no folder test")
     found = {role: _labelled(part, names, folders[_origin(role, folders)]) for role, part in parts.items()}
-    sources = _sources(found, root, size or SIDE, channels, damaged, reading, tally)
+    sources = _sources(found, root, wanted, damaged, reading, tally)
     check_labels(sources["train"].labels, names, str(folders["train"]), tally)
-    return ImageData(sources["train"], names, sources.get("val"), sources.get("test"), resize="crop", tally=tally)
+    return ImageData(
+        sources["train"], names, sources.get("val"), sources.get("test"), fitting=wanted.fitting, tally=tally
+    )
 
 
 def _origin(role: str, folders: Mapping[str, Path]) -> str:
@@ -136,8 +133,7 @@ def _labelled(part: Mapping[str, list[Path]], classes: Sequence[str], folder: Pa
 def _sources(
     parts: Mapping[str, _Part],
     root: Path,
-    size: int,
-    channels: int | None,
+    wanted: Wanted,
     damaged: Damaged,
     reading: Reading,
     tally: Tally,
@@ -150,7 +146,7 @@ def _sources(
     seen = look(files, reading.about(damaged))
     usable = without_damaged(places, seen, damaged, tally)
     chosen: dict[str, list[int]] = {role: [i for i in usable if roles[i] == role] for role in parts}
-    return {role: _source(files, labels, seen, places, own, size, channels) for role, own in chosen.items()}
+    return {role: _source(files, labels, seen, places, own, wanted) for role, own in chosen.items()}
 
 
 def _source(
@@ -159,14 +155,13 @@ def _source(
     seen: Sequence[Seen],
     places: Sequence[str],
     chosen: Sequence[int],
-    size: int,
-    channels: int | None,
+    wanted: Wanted,
 ) -> FileSource:
     return FileSource(
         [files[i] for i in chosen],
         np.array([labels[i] for i in chosen], dtype=np.int64),
-        size,
-        channels,
+        wanted.fitting,
+        wanted.channels,
         [seen[i].digest for i in chosen],
         [places[i] for i in chosen],
         [seen[i].size for i in chosen],

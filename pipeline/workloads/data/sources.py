@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,11 +18,37 @@ from secateur.device_profiles.cores import usable_cores
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.workloads.data import decode
 from secateur.pipeline.workloads.data.content import read_file
-from secateur.pipeline.workloads.data.decode import Pixels
+from secateur.pipeline.workloads.data.decode import Fitting, Pixels
 from secateur.pipeline.workloads.data.notes import Tally
 
 Labels = npt.NDArray[np.int64]
 Sizes = Mapping[tuple[int, int], int]
+SIDE = 224
+"""Of images in files, where neither the run file nor the network says one."""
+USUAL = Fitting((SIDE, SIDE))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How images shall come out.
+
+    Args:
+        size: height and width in pixels, of the run file; None = as stored for arrays, as ``usual`` for files.
+        channels: 1 or 3; None = as stored for arrays, 3 for files.
+        usual: how images in files are brought to one size for the network.
+    """
+
+    size: tuple[int, int] | None = None
+    channels: int | None = None
+    usual: Fitting = USUAL
+
+    @property
+    def fitting(self) -> Fitting:
+        """Of images in files: what is cut away stays the same share of an image, whatever its size."""
+        if self.size is None:
+            return self.usual
+        share = 1.0 if self.usual.short is None else self.usual.short / min(self.usual.size)
+        return replace(self.usual, size=self.size, short=None if share == 1 else round(min(self.size) * share))
 
 
 class ImageSource(Protocol):
@@ -59,7 +85,7 @@ class ImageData:
         search, test: splits that the data has itself.
         classes: their names, by index; the indices as text where the data has no names.
         named: whether it has.
-        resize: how images become square: ``crop`` (short side scaled, centre cropped) or ``stretch``.
+        fitting: how images are brought to one size; None = they are stretched to it, or have it.
         tally: what was found on the way.
     """
 
@@ -68,7 +94,7 @@ class ImageData:
     search: ImageSource | None = None
     test: ImageSource | None = None
     named: bool = True
-    resize: str = "stretch"
+    fitting: Fitting | None = None
     tally: Tally = field(default_factory=Tally)
 
 
@@ -86,7 +112,7 @@ class ArraySource:
         self,
         images: Pixels,
         labels: Labels,
-        size: int | None,
+        size: tuple[int, int] | None,
         channels: int | None,
         name: str = "image",
         contents: Sequence[bytes] | None = None,
@@ -107,15 +133,16 @@ class ArraySource:
             images = np.repeat(images, 3, axis=3)
         if self.channels == 1 and images.shape[3] == 3:
             images = decode.luma(images)
-        if self.size is not None and images.shape[1:3] != (self.size, self.size):
+        if self.size is not None and images.shape[1:3] != self.size:
             images = np.stack([_stretched(image, self.size) for image in images])
         return images
 
 
 class FileSource:
-    """Images that are files, decoded when read: short side scaled to ``size``, centre cropped.
+    """Images that are files, decoded when read.
 
     Args:
+        fitting: how they are brought to one size.
         contents: digests of the files.
         places: what they are called to the user.
         sizes: as a person sees them, one for each file.
@@ -125,13 +152,13 @@ class FileSource:
         self,
         files: Sequence[Path],
         labels: Labels,
-        size: int,
+        fitting: Fitting,
         channels: int | None,
         contents: Sequence[bytes],
         places: Sequence[str],
         sizes: Sequence[tuple[int, int]] = (),
     ) -> None:
-        self.files, self.labels, self.size, self.grey = files, labels, size, channels == 1
+        self.files, self.labels, self.fitting, self.grey = files, labels, fitting, channels == 1
         self.contents, self.places = contents, places
         self.sizes: Sizes = Counter(size for size in sizes if size != (0, 0))
 
@@ -143,7 +170,7 @@ class FileSource:
             return np.stack(list(pool.map(self._read_one, [self.files[int(i)] for i in indices])))
 
     def _read_one(self, path: Path) -> Pixels:
-        return decode.Picture(decode.fit(read_file(path, self.grey).image, self.size)).pixels
+        return decode.Picture(self.fitting(read_file(path, self.grey).image)).pixels
 
 
 class DatasetSource:
@@ -157,13 +184,13 @@ class DatasetSource:
         self,
         dataset: Any,
         labels: Labels,
-        size: int,
+        fitting: Fitting,
         channels: int | None,
         contents: Sequence[bytes],
         places: Sequence[str],
         sizes: Sequence[tuple[int, int]],
     ) -> None:
-        self.dataset, self.labels, self.size = dataset, labels, size
+        self.dataset, self.labels, self.fitting = dataset, labels, fitting
         self.mode = "L" if channels == 1 else "RGB"
         self.contents, self.places = contents, places
         self.sizes: Sizes = Counter(sizes)
@@ -172,7 +199,7 @@ class DatasetSource:
         return len(self.labels)
 
     def read(self, indices: npt.NDArray[np.int64]) -> Pixels:
-        images = [decode.fit(self.dataset[int(i)][0].convert(self.mode), self.size) for i in indices]
+        images = [self.fitting(self.dataset[int(i)][0].convert(self.mode)) for i in indices]
         return np.stack([decode.Picture(image).pixels for image in images])
 
 
@@ -224,6 +251,6 @@ def _gaps(present: npt.NDArray[np.int64]) -> str:
     return ", ".join(str(label) for label in wanted[:3]) + (" ..." if present[-1] >= len(present) + 3 else "")
 
 
-def _stretched(image: Pixels, size: int) -> Pixels:
+def _stretched(image: Pixels, size: tuple[int, int]) -> Pixels:
     picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
     return decode.Picture(decode.stretch(picture, size)).pixels

@@ -18,7 +18,6 @@ import numpy as np
 
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.workloads.data.content import Damaged, Reading, look, without_damaged
-from secateur.pipeline.workloads.data.folder import SIDE
 from secateur.pipeline.workloads.data.notes import Tally
 from secateur.pipeline.workloads.data.sources import (
     ArraySource,
@@ -27,6 +26,7 @@ from secateur.pipeline.workloads.data.sources import (
     ImageData,
     ImageSource,
     Labels,
+    Wanted,
     check_labels,
 )
 
@@ -41,8 +41,7 @@ def load(
     name: str,
     root: Path,
     download: bool,
-    size: int | None,
-    channels: int | None,
+    wanted: Wanted,
     classes: Sequence[str] | None,
     damaged: Damaged,
     reading: Reading,
@@ -51,8 +50,7 @@ def load(
 
     Args:
         name: of its class in ``torchvision.datasets``.
-        size: side in pixels; None = as stored for arrays, 224 for files.
-        channels: 1 or 3; None = as stored.
+        wanted: size and channels of the images.
         classes: names of the classes, by label; None = the data set's own.
 
     Raises:
@@ -70,7 +68,7 @@ def load(
                 f"torchvision's {name} ({part}) has a label {own.max()}, and {len(found)} classes to train on"
             )
     sources = {
-        part: _source(f"{name} {part}", dataset, labels[part], size, channels, damaged, reading, tally)
+        part: _source(f"{name} {part}", dataset, labels[part], wanted, damaged, reading, tally)
         for part, dataset in opened.items()
     }
     crop = not isinstance(sources["train"], ArraySource)
@@ -80,7 +78,7 @@ def load(
         sources.get("val"),
         sources.get("test"),
         named=names is not None,
-        resize="crop" if crop else "stretch",
+        fitting=wanted.fitting if crop else None,
         tally=tally,
     )
 
@@ -183,8 +181,7 @@ def _source(
     name: str,
     dataset: Any,
     labels: Labels,
-    size: int | None,
-    channels: int | None,
+    wanted: Wanted,
     damaged: Damaged,
     reading: Reading,
     tally: Tally,
@@ -193,29 +190,26 @@ def _source(
     pixels = pixels.numpy() if hasattr(pixels, "numpy") else pixels
     if isinstance(pixels, np.ndarray) and pixels.ndim == 4 and pixels.shape[1] == 3:
         pixels = pixels.transpose(0, 2, 3, 1)  # SVHN and STL10 keep channels first
-    usual = isinstance(pixels, np.ndarray) and pixels.ndim in (3, 4) and pixels.dtype == np.uint8
-    if usual and pixels.shape[1] == pixels.shape[2]:
-        return ArraySource(pixels, labels, size, channels, name)
+    if isinstance(pixels, np.ndarray) and pixels.ndim in (3, 4) and pixels.dtype == np.uint8:
+        return ArraySource(pixels, labels, wanted.size, wanted.channels, name)
     files = _files(dataset)
     if files is None:
-        return _decoded(name, dataset, labels, size, channels, reading)
+        return _decoded(name, dataset, labels, wanted, reading)
     places = [os.path.relpath(file, dataset.root) for file in files]
     seen = look(files, reading.about(damaged))
     chosen = without_damaged(places, seen, damaged, tally)
     return FileSource(
         [files[i] for i in chosen],
         labels[chosen],
-        size or SIDE,
-        channels,
+        wanted.fitting,
+        wanted.channels,
         [seen[i].digest for i in chosen],
         [places[i] for i in chosen],
         [seen[i].size for i in chosen],
     )
 
 
-def _decoded(
-    name: str, dataset: Any, labels: Labels, size: int | None, channels: int | None, reading: Reading
-) -> DatasetSource:
+def _decoded(name: str, dataset: Any, labels: Labels, wanted: Wanted, reading: Reading) -> DatasetSource:
     """Images that only the data set itself can give: all of them are decoded once, for their content."""
     contents, sizes = [], []
     with reading.progress.stage(f"Look at the images of {name}") as report:
@@ -227,4 +221,4 @@ def _decoded(
             sizes.append(image.size)
             report(index + 1, len(dataset))
     places = [f"{name} image {index}" for index in range(len(dataset))]
-    return DatasetSource(dataset, labels, size or SIDE, channels, contents, places, sizes)
+    return DatasetSource(dataset, labels, wanted.fitting, wanted.channels, contents, places, sizes)

@@ -44,7 +44,7 @@ class ModelOptions(Section):
     """The detector, and optionally its trained weights."""
 
     name: str = "small_ssd"
-    """A network of this package, or ``module:factory`` of one's own."""
+    """A network of this package, or ``FILE.py:factory`` or ``module:factory`` of one's own."""
     weights: str | None = None
     """A .safetensors (or .pt / .pth state dict) file, or ``torchvision`` = its own, trained on COCO, for networks that
     have some; None = a baseline is trained by the ``baseline`` recipe."""

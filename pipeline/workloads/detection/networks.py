@@ -374,7 +374,7 @@ def torchvision_weights(name: str) -> str:
 
 
 def build_detector(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
-    """A detector by name or ``module:factory``, with random weights.
+    """A detector by name, ``FILE.py:factory`` or ``module:factory``, with random weights.
 
     A factory takes the number of classes (without background) and ``options``, and returns a module that maps images
     (N, 3, H, W) to raw heads, with an attribute ``default_boxes`` (boxes, 4; centre and size as fractions). It may have
@@ -384,7 +384,7 @@ def build_detector(name: str, num_classes: int, options: dict[str, Any]) -> nn.M
     Raises:
         UserError: no such network, it does not take these options, or it lacks ``default_boxes``.
     """
-    builder = DETECTORS.get(name) or _factory(name, options)
+    builder = DETECTORS.get(name.removeprefix("torchvision/")) or _factory(name, options)
     try:
         model = builder(num_classes, **options)
     except TypeError as error:
@@ -400,5 +400,8 @@ def build_detector(name: str, num_classes: int, options: dict[str, Any]) -> nn.M
 
 def _factory(name: str, options: dict[str, Any]) -> Builder:
     if ":" not in name:
-        raise UserError(f"unknown network {name!r}; {known(sorted(DETECTORS), name)}, or module:factory")
+        raise UserError(
+            f"unknown network {name!r}; {known(sorted(DETECTORS), name)}. A network of your own is "
+            "FILE.py:FACTORY beside the run file, or PACKAGE.MODULE:FACTORY; FACTORY(num_classes, **options) returns it"
+        )
     return trust.factory(name, options)

@@ -18,8 +18,8 @@ from secateur.pipeline.workloads.weights.files import SAVE, describe, read_file
 from secateur.pipeline.workloads.weights.names import Copy, alternatives, copies, faults_of, flattened, notes
 from secateur.pipeline.workloads.weights.tensors import is_one_array, plain, taken, value_fault
 
-TORCHVISION = "torchvision"
-"""``model.weights`` that are torchvision's own for a network, instead of a file."""
+TORCHVISION, TIMM = "torchvision", "timm"
+"""``model.weights`` that are those of whoever made a network, instead of a file."""
 
 
 def find_weights(weights: str | None, address: Callable[[], str]) -> Path | None:

@@ -9,7 +9,7 @@ from secateur.pipeline.config.reading import parse_run_file
 from secateur.pipeline.errors import UserError
 from tests.pipeline.helpers import TINY
 
-BASE = "name: t\nworkload: {name: classification, model: {name: cifar_resnet8}, data: {source: digits}}\n"
+BASE = "name: t\nworkload: {name: classification, model: {name: cifar/resnet8}, data: {source: digits}}\n"
 
 SECTIONS = [
     "search: ccep",

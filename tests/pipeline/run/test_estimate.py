@@ -148,7 +148,7 @@ def test_given_weights_need_no_baseline(tmp_path: Path) -> None:
     model = examine(tiny_config(tmp_path)).workload
     assert model is not None
     torch.save(model.build_model().state_dict(), tmp_path / "weights.pt")
-    weights = {"model": {"name": "cifar_resnet8", "weights": str(tmp_path / "weights.pt")}}
+    weights = {"model": {"name": "cifar/resnet8", "weights": str(tmp_path / "weights.pt")}}
     parts = {part.stage: part for part in estimated(tmp_path, workload=weights).parts}
     assert parts["Baseline"].seconds == 0
 

@@ -19,9 +19,9 @@ from secateur.pipeline.config.faults import FaultsError
 from secateur.pipeline.progress import Silent
 from secateur.pipeline.run.preflight import examine
 from secateur.pipeline.run.run import Run, create_run_directory
-from secateur.pipeline.workloads.classification.networks import build_network
 from secateur.pipeline.workloads.data import content
 from secateur.pipeline.workloads.data.content import Reading
+from secateur.pipeline.workloads.networks import build_network
 from tests.pipeline.helpers import merged, quick_device, tiny_config, write_tiny
 
 Captured = pytest.CaptureFixture[str]
@@ -75,10 +75,10 @@ def from_pictures(folder: Path, damaged: tuple[str, ...] = ()) -> Changes:
 
 
 def bad_weights(folder: Path) -> Changes:
-    state = build_network("cifar_resnet8", 10, 1, {}).state_dict()
+    state = build_network("cifar/resnet8", 10, (1, 8, 8), {}).state_dict()
     state["conv1.weight"].fill_(float("nan"))
     save_file(state, folder / "nan.safetensors")
-    return {"workload": {"model": {"name": "cifar_resnet8", "weights": str(folder / "nan.safetensors")}}}
+    return {"workload": {"model": {"name": "cifar/resnet8", "weights": str(folder / "nan.safetensors")}}}
 
 
 def device(folder: Path, **changes: Any) -> Changes:

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
     ("changes", "said"),
     [
         ({"device": {"profile": "lokal"}}, r"(?s)lokal.*local"),
-        ({"workload": {"model": {"name": "cifar_resnet8", "weights": "no.safetensors"}}}, "weights file not found"),
+        ({"workload": {"model": {"name": "cifar/resnet8", "weights": "no.safetensors"}}}, "weights file not found"),
         ({"workload": {"data": {"source": "arrays", "train": "nowhere"}}}, "array file not found"),
         ({"compute": "cuda"}, "no CUDA device"),
     ],

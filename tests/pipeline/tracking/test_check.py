@@ -32,7 +32,7 @@ from tests.pipeline.registered import make_template
 from tests.servers import database_url, free_port, mlflow_server, postgres, running
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
-WORKLOAD = "{name: classification, model: {name: cifar_resnet8}, data: {source: digits, image_size: 8}}"
+WORKLOAD = "{name: classification, model: {name: cifar/resnet8}, data: {source: digits, image_size: 8}}"
 
 
 def config_of(**tracking: Any) -> RunFile:

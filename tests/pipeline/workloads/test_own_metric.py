@@ -128,7 +128,7 @@ def test_images_sent_to_a_worker_are_judged_by_their_own_workloads_metric(
     folders = [*secateur.pipeline.workloads.__path__, str(tmp_path)]
     monkeypatch.setattr(secateur.pipeline.workloads, "__path__", folders)
     monkeypatch.setattr(secateur.pipeline.workloads.__spec__, "submodule_search_locations", folders)
-    section = {"name": "balanced", "model": {"name": "cifar_resnet8"}, "data": {"source": "digits", "image_size": 8}}
+    section = {"name": "balanced", "model": {"name": "cifar/resnet8"}, "data": {"source": "digits", "image_size": 8}}
     own: Workload = shipped_data.open_section(section)
     sent = shipped_data.unpack(section, shipped_data.pack(own, 32, 48, tmp_path / "images.npz"))
     assert (sent.metric, len(sent.search)) == (METRIC, 48)

@@ -184,7 +184,7 @@ def test_weights_that_do_not_fit_name_the_first_mismatches(tmp_path: Path) -> No
     state = digits().build_model().state_dict()
     wrong = {name: t for name, t in state.items() if name != "linear.bias"} | {"linear.weight": torch.zeros(7, 64)}
     save_file(wrong | {"extra": torch.zeros(1)}, tmp_path / "w.safetensors")
-    workload = build(model={"name": "cifar_resnet8", "weights": str(tmp_path / "w.safetensors")})
+    workload = build(model={"name": "cifar/resnet8", "weights": str(tmp_path / "w.safetensors")})
     with pytest.raises(UserError) as caught:
         workload.build_model()
     for part in ("linear.bias: not in the file", "extra: not in the network", "(7, 64) in the file, (10, 64) in the"):
@@ -196,11 +196,11 @@ def test_weights_load_from_safetensors_and_pt_but_never_from_pickled_code(tmp_pa
     save_file(state, tmp_path / "w.safetensors")
     torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "w.pt")
     for name in ("w.safetensors", "w.pt"):
-        model = build(model={"name": "cifar_resnet8", "weights": str(tmp_path / name)}).build_model()
+        model = build(model={"name": "cifar/resnet8", "weights": str(tmp_path / name)}).build_model()
         assert all(torch.equal(t, state[k]) for k, t in model.state_dict().items())
     (tmp_path / "evil.pt").write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(UserError, match="cannot read weights"):
-        build(model={"name": "cifar_resnet8", "weights": str(tmp_path / "evil.pt")})
+        build(model={"name": "cifar/resnet8", "weights": str(tmp_path / "evil.pt")})
     assert not Bomb.gone_off
 
 
@@ -209,7 +209,7 @@ def test_an_averaged_copy_is_read_with_a_note(tmp_path: Path) -> None:
     other = {name: tensor + 1 for name, tensor in state.items()}
     averaged = {"n_averaged": torch.tensor(3)} | {f"module.{name}": tensor for name, tensor in state.items()}
     torch.save({"model": other, "model_ema": averaged, "epoch": 3}, tmp_path / "w.pt")
-    workload = build(model={"name": "cifar_resnet8", "weights": str(tmp_path / "w.pt")})
+    workload = build(model={"name": "cifar/resnet8", "weights": str(tmp_path / "w.pt")})
     before = torch.get_rng_state()
     file, note = tmp_path / "w.pt", [note for note in workload.notes if "weights" in note]
     assert torch.equal(torch.get_rng_state(), before)
@@ -233,8 +233,8 @@ def _explode() -> None:
 
 
 def test_unknown_networks_list_near_names() -> None:
-    with pytest.raises(UserError, match="did you mean 'cifar_resnet"):
-        build(model={"name": "cifar_resnet21"}).build_model()
+    with pytest.raises(UserError, match="did you mean 'cifar/resnet"):
+        build(model={"name": "cifar/resnet21"}).build_model()
     with pytest.raises(UserError, match="channels: 3"):
         build(model={"name": "resnet18"}).build_model()
 

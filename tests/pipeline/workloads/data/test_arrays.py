@@ -9,6 +9,7 @@ import pytest
 
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.workloads.classification import Classification, Options, build
+from secateur.pipeline.workloads.data.sources import Wanted
 
 IMAGES = np.random.default_rng(0).integers(0, 255, (60, 16, 16, 3), dtype=np.uint8)
 LABELS = np.arange(60) % 3
@@ -21,7 +22,7 @@ def opened(folder: Path, train: tuple[np.ndarray, np.ndarray], test: object = No
         if pair is not None:
             files[name] = str(folder / f"{name}.npz")
             np.savez(files[name], images=pair[0], labels=pair[1])  # type: ignore[index]
-    options = {"model": {"name": "cifar_resnet8"}, "data": {"source": "arrays", **files, **data}}
+    options = {"model": {"name": "cifar/resnet8"}, "data": {"source": "arrays", **files, **data}}
     return build(Options.model_validate(options))
 
 
@@ -36,7 +37,6 @@ def opened(folder: Path, train: tuple[np.ndarray, np.ndarray], test: object = No
             "differ in size .*train 16x16, test 24x24",
         ),
         ((IMAGES, LABELS), (IMAGES[..., 0], LABELS), "differ in their number of channels"),
-        ((IMAGES[:, :12], LABELS), None, "only square ones .* data.image_size"),
         ((IMAGES[:, :0], LABELS), None, "have no pixels"),
         ((IMAGES, LABELS + 1), None, "no image has 0.*subtract 1.*data.classes"),
         ((IMAGES, np.where(LABELS == 1, 5, LABELS)), None, "no image has 1, 3, 4"),
@@ -106,5 +106,5 @@ def test_digests_of_large_arrays_are_remembered(tmp_path: Path, monkeypatch: pyt
     np.save(tmp_path / "x_images.npy", IMAGES)
     np.save(tmp_path / "x_labels.npy", LABELS)
     for _ in range(2):
-        assert len(arrays.load(str(tmp_path / "x"), None, None, None, None).train.contents) == 60
+        assert len(arrays.load(str(tmp_path / "x"), None, Wanted(), None).train.contents) == 60
     assert len(calls) == 1

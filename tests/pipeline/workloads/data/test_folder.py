@@ -29,7 +29,7 @@ def tree(root: Path, num: int = 6, parts: tuple[str, ...] = ("train",), suffix: 
 
 def opened(root: Path, reading: Reading = ALL, **data: object) -> Classification:
     section = {"source": "folder", "path": str(root), "image_size": 16, **data}
-    options = {"model": {"name": "cifar_resnet8"}, "data": section}
+    options = {"model": {"name": "cifar/resnet8"}, "data": section}
     return build(Options.model_validate(options), reading)
 
 

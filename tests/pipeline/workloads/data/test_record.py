@@ -27,7 +27,7 @@ PLACES = st.text(alphabet=st.characters(), min_size=1, max_size=12)
 def begun(root: Path, **data: object) -> Path:
     """A run directory of a run that has recorded something."""
     section = {"source": "folder", "path": str(root), "image_size": 16, **data}
-    workload = {"name": "classification", "model": {"name": "cifar_resnet8"}, "data": section}
+    workload = {"name": "classification", "model": {"name": "cifar/resnet8"}, "data": section}
     directory = create_run_directory(parse_run_file(yaml.safe_dump({"name": "t", "workload": workload})))
     with Run(directory, Silent()) as run:
         run.journal.append({"kind": "evaluate", "stage": "reference"})
@@ -81,18 +81,18 @@ def test_a_renamed_image_is_the_same_image(tmp_path: Path) -> None:
 def test_what_differs_besides_the_images_is_named(tmp_path: Path) -> None:
     import torch
 
-    from secateur.pipeline.workloads.classification.networks import build_network
+    from secateur.pipeline.workloads.networks import build_network
 
     root, weights = tree(tmp_path / "data"), tmp_path / "w.pt"
-    torch.save(build_network("cifar_resnet8", 2, 3, {}).state_dict(), weights)
+    torch.save(build_network("cifar/resnet8", 2, (3, 32, 32), {}).state_dict(), weights)
     workload = {
         "name": "classification",
-        "model": {"name": "cifar_resnet8", "weights": str(weights)},
+        "model": {"name": "cifar/resnet8", "weights": str(weights)},
         "data": {"source": "folder", "path": str(root), "image_size": 16},
     }
     directory = create_run_directory(parse_run_file(yaml.safe_dump({"name": "t", "workload": workload})))
     again(directory)
-    torch.save(build_network("cifar_resnet8", 2, 3, {}).state_dict(), weights)
+    torch.save(build_network("cifar/resnet8", 2, (3, 32, 32), {}).state_dict(), weights)
     with pytest.raises(UserError, match="began with: weights differs"):
         again(directory)
 

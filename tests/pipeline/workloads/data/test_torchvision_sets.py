@@ -18,7 +18,7 @@ from tests.pipeline.workloads.data.pictures import noise
 
 def opened(name: str, root: Path, **data: object) -> Classification:
     section = {"source": "torchvision", "dataset": name, "path": str(root), "download": False, "image_size": 16, **data}
-    return build(Options.model_validate({"model": {"name": "cifar_resnet8"}, "data": section}), Reading())
+    return build(Options.model_validate({"model": {"name": "cifar/resnet8"}, "data": section}), Reading())
 
 
 def picture(file: Path, seed: int) -> None:
@@ -72,7 +72,7 @@ def fgvc(root: Path) -> None:
 def test_sets_whose_images_are_files(name: str, make: Any, searched: bool, tmp_path: Path) -> None:
     make(tmp_path)
     workload = opened(name, tmp_path)
-    assert workload.num_classes == 2 and workload.record.files and workload.resize == "crop"
+    assert workload.num_classes == 2 and workload.record.files and workload.usage["resize"] == "crop"
     assert len(workload.search) == 12 if searched else len(workload.train) + len(workload.search) == 16
     theirs = getattr(zoo, name)(str(tmp_path), split="train")
     for index in range(0, len(theirs), 5):
