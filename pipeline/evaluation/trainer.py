@@ -125,7 +125,10 @@ class Trainer:
         return self.weights.restore(base, Checkpoint(sha256, path, plan))
 
     def _recipe(self, request: FineTune | AuxiliaryTraining) -> FinetuneSection:
-        return self.recipe.model_copy(update={"epochs": request.epochs})
+        update: dict[str, float] = {"epochs": request.epochs}
+        if isinstance(request, FineTune) and request.lr is not None:
+            update["lr"] = request.lr
+        return self.recipe.model_copy(update=update)
 
     def _distillation(self, request: FineTune) -> Distillation | None:
         if request.distill is False:

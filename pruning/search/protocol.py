@@ -128,6 +128,7 @@ class FineTune:
             still has every channel (weight inheritance); else the new base has the candidate's channels only.
         distill: teach with the unpruned network; None = as the run file says.
         latency: also time the trained network on the device.
+        lr: the largest learning rate; None = the recipe's.
     """
 
     candidate: Candidate
@@ -136,6 +137,7 @@ class FineTune:
     write_back: bool = False
     distill: bool | None = None
     latency: bool = True
+    lr: float | None = None
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
 
 from secateur.device_profiles.latency_model import LatencyModel
-from secateur.pruning.plan import IntArray, PruningPlan
+from secateur.pruning.plan import IntArray, PruningPlan, SearchSpace
 from secateur.pruning.search.protocol import (
     DENSE,
     Answer,
@@ -154,6 +155,18 @@ def check_reachable(problem: Problem) -> None:
         )
 
 
+def included(space: SearchSpace, patterns: Sequence[str]) -> list[str]:
+    """Names of the groups that match one of the patterns (``*``, ``?``), in network order.
+
+    Raises:
+        SearchError: none does.
+    """
+    names = [name for name in space.names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if not names:
+        raise SearchError(f"include {list(patterns)} matches none of the groups {list(space.names)}")
+    return names
+
+
 Ratios = Callable[[IntArray], FloatArray]
 """Width vectors of shape ``(plans, groups)`` -> cost of each, shape ``(plans,)``, as a ratio to the unpruned one's."""
 
@@ -175,6 +188,21 @@ class Limit:
     def of(self, widths: Sequence[int] | IntArray) -> float:
         """Cost ratio of one width vector, shape ``(groups,)``."""
         return float(self.ratios(np.asarray(widths, dtype=np.int64)[None])[0])
+
+
+def check_groups(problem: Problem, limit: Limit, names: Collection[str]) -> None:
+    """Check that a limit can be met by cutting these groups alone.
+
+    Raises:
+        SearchError: it cannot; says what is left at their smallest allowed widths.
+    """
+    space = problem.space
+    least = limit.of([space.allowed[n][0] if n in names else space.sizes[n] for n in space.names])
+    if least > limit.bound:
+        raise SearchError(
+            f"target {limit.name} {limit.bound:g} is out of reach of the {len(names)} included groups: at their "
+            f"smallest allowed widths {least:.3f} is left. Widen include, or raise the target."
+        )
 
 
 def bisect(limit: Limit, widths: Callable[[float], list[int]], meets: float, fails: float) -> float:

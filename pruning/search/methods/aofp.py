@@ -19,6 +19,10 @@ widths, a group goes from one allowed width to another, and halves are never sma
 takes no more filters than the target needs. With a latency target, theta of a group is scaled by the latency that half
 of its channels would save, relative to the mean over groups (at least a tenth).
 
+A budget is spread over up to 8 decisions a group, by equal factors of the cost: what a block has to save and theta does
+not allow goes all the same, least damage per cost saved first. Half of the budget is for training, once a decision, as
+parts of one course of the learning rate. What is left to do at the end is done by the damage that was seen last.
+
 Least budget: 1 evaluation.
 """
 
@@ -27,16 +31,17 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from itertools import count
 from typing import ClassVar
 
 import numpy as np
 
-from secateur.pruning.plan import IntArray, PruningPlan, SearchSpace
+from secateur.pruning.plan import IntArray, SearchSpace
+from secateur.pruning.search.landing import NEAR, land_on
 from secateur.pruning.search.protocol import (
     DENSE,
     Answer,
+    BudgetSpent,
     Candidate,
     Evaluation,
     FineTuned,
@@ -50,11 +55,15 @@ from secateur.pruning.search.support import (
     Limit,
     SearchError,
     best_first,
+    check_groups,
     check_ranges,
     distort,
     evaluate,
     fine_tune,
+    included,
     limit_of,
+    remaining,
+    score,
 )
 
 Removed = Mapping[str, tuple[int, ...]]
@@ -74,6 +83,7 @@ class Options:
             their layers too; the number is ours).
         finetune_epochs: epochs after each block in which filters went; 0 = weights stay as they are (authors: training
             goes on all the time, 1.3 epochs of CIFAR-10 per decision).
+        lr: learning rate of that training (authors: 0.001); null = the recipe's.
         include: name patterns (``*``, ``?``) of the groups to prune. The authors prune inner widths of residual blocks
             only: ``["*.conv1"]`` in a ResNet of basic blocks.
         paper_compat: theta is the same for all groups and never grows (the search stops with what is there when all
@@ -88,12 +98,15 @@ class Options:
     growth: float = 2.0
     stagger: int = 4
     finetune_epochs: float = 1.0
+    lr: float | None = 1e-3
     include: tuple[str, ...] = ("*",)
     paper_compat: bool = False
 
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("batches", "batch_size", "stagger"), (1.0, math.inf))
-        check_ranges(self, **counts, threshold=(1e-9, 1e6), growth=(1.01, 1e6), finetune_epochs=(0, math.inf))
+        check_ranges(
+            self, **counts, threshold=(1e-9, 1e6), lr=(1e-9, 1e3), growth=(1.01, 1e6), finetune_epochs=(0, math.inf)
+        )
         if self.stagger > self.batches:
             raise ValueError(f"stagger ({self.stagger}) must not exceed batches ({self.batches}): a block is a batch")
 
@@ -107,53 +120,286 @@ def search(problem: Problem, options: Options) -> Strategy:
         SearchError: the target is out of reach, ``include`` matches no group, no filter could be masked, or no masked
             network could be evaluated.
     """
-    space, ids = problem.space, count()
-    groups = _groups(problem, options)
-    limit = None if problem.goal == Goal() else (yield from limit_of(problem))
-    if limit is not None:
-        _check_included(problem, limit, groups)
-        if limit.name == "latency_ratio" and not options.paper_compat:
-            _scale_by_gain(problem, limit, groups)
-    theta, plan, base = options.threshold, space.full, DENSE
-    parents: tuple[int, ...] = ()
-    masked: list[Candidate] = []
-    evaluations: list[Evaluation] = []
-    for block in count():
-        active = [group for group in groups if group.step]
-        if not active or theta > MOST_DAMAGE:
-            break
-        drawn = _draw(problem, options, [group for group in active if group.start <= block])
-        damage = yield from distort(plan, drawn, base, options.batch_size)
-        for group in active:
-            group.charge(drawn, damage)
-        plan, before = _decide(problem, options, theta, plan, limit, active), plan
-        if plan != before:
-            candidate = Candidate(next(ids), plan, "mask", parents, base)
-            tuned = yield from _tune(candidate, options)
-            masked.append(replace(candidate, base=tuned.base))
-            evaluations.append(tuned.evaluation)
-            if problem.goal.met(tuned.evaluation, problem.reference):
-                break
-            if tuned.evaluation.status == "ok":
-                base, parents = tuned.base, (candidate.id,)
-        elif all(group.stuck for group in active):
-            if limit is None or options.paper_compat:
-                break
-            theta *= options.growth
-            for group in active:
-                group.stuck = False
-    if not masked:
+    course = _Course(problem, options)
+    try:
+        yield from course.run()
+    except BudgetSpent:
+        course.spent = True
+    if not course.met:
+        yield from course.end()
+    if not course.masked:
+        if course.spent:
+            raise BudgetSpent
         raise SearchError(
             f"aofp masked no filter: every removal changes the next layer's output by threshold {options.threshold:g} "
             "or more. Raise threshold, or set search.target.macs_ratio so that it grows until the target is met."
         )
-    return best_first(problem, masked, evaluations)
+    return best_first(problem, course.masked, course.evaluations)
+
+
+WAVES = 8
+"""Decisions per group that a budget is spread over, if it lasts for so many."""
+TRAINING = 0.5
+"""Share of the budget that training on may take."""
+CLOSE = 1.03
+"""Of the target: a mask that comes so near goes the rest of the way; a last small one would have nothing to choose."""
+LEAST_EPOCHS = 0.02
+"""A training shorter than that is left out."""
+
+
+class _Course:
+    """A search on its way.
+
+    Attributes:
+        limit: the target; None = there is none.
+        theta: the threshold as it has grown.
+        plan: what is masked so far.
+        base, base_plan, parents: the weights, what they have, and the candidate that they come from.
+        schedule: blocks that the budget is spread over; None = it has no end, or it is the authors' loop.
+        masked, evaluations: what was evaluated.
+    """
+
+    def __init__(self, problem: Problem, options: Options) -> None:
+        self.problem, self.options = problem, options
+        self.groups = _groups(problem, options)
+        self.limit: Limit | None = None
+        self.theta, self.base = options.threshold, DENSE
+        self.plan = self.base_plan = problem.space.full
+        self.parents: tuple[int, ...] = ()
+        self.schedule: int | None = None
+        self.batches = max(1, options.batches // options.stagger)
+        self.ids, self.spent = count(), False
+        self.masked: list[Candidate] = []
+        self.evaluations: list[Evaluation] = []
+
+    @property
+    def met(self) -> bool:
+        """Whether a masked network meets the target."""
+        return any(self.problem.goal.met(evaluation, self.problem.reference) for evaluation in self.evaluations)
+
+    @property
+    def bound(self) -> float | None:
+        """The cost ratio that meets the target; None = there is none."""
+        return None if self.limit is None else self.limit.bound
+
+    def run(self) -> Generator[Request, Answer, None]:
+        """Block after block, until the target is met or nothing can be masked."""
+        yield from self.prepare()
+        tuned = self.plan
+        for block in count():
+            active = [group for group in self.groups if group.step]
+            if not active or self.theta > MOST_DAMAGE or block == self.schedule:
+                break
+            yield from self.look(block, active)
+            before = self.plan
+            met = self.decide(block, active)
+            if self.plan != tuned and (met or self.evaluates(block)):
+                yield from self.train(block, met=met)
+                tuned = self.plan
+                if self.met or (met and not self.tightens()):
+                    break
+            elif self.plan == before and all(group.stuck for group in active) and not self.grows(active):
+                break
+
+    def prepare(self) -> Generator[Request, Answer, None]:
+        """The target as something to project onto, and each group's scale of theta."""
+        if self.problem.goal == Goal():
+            return
+        self.limit = limit = yield from limit_of(self.problem)
+        check_groups(self.problem, limit, [group.name for group in self.groups])
+        if limit.name == "latency_ratio" and not self.options.paper_compat:
+            _scale_by_gain(self.problem, limit, self.groups)
+
+    def tightens(self) -> bool:
+        """The limit falls by what a network missed the latency target by when measured; False where it did not."""
+        target, measured = self.problem.goal.latency_ratio, self.evaluations[-1]["latency_ratio"]
+        if self.limit is None or target is None or not measured > target:
+            return False
+        space = self.problem.space
+        now, least = (self.limit.of(space.encode(plan)) for plan in (self.plan, space.smallest()))
+        self.limit = replace(self.limit, bound=max(least, min(now, self.limit.bound) - (measured - target)))
+        return now > least
+
+    def look(self, block: int, active: Sequence[Group]) -> Generator[Request, Answer, None]:
+        """Step 1, for one block of batches; the first one tells how many blocks the budget lasts for."""
+        before = yield from remaining()
+        first = block == 0 and min(before.work, before.seconds) < math.inf
+        first &= self.limit is not None and not self.options.paper_compat
+        looked = [group for group in active if group.start <= block]
+        drawn = _draw(self.problem, looked, 1 if first else self.batches)
+        damage = yield from distort(self.plan, drawn, self.base, self.options.batch_size)
+        for group in looked:
+            group.charge(drawn, damage)
+        if first:
+            self.spread((yield from remaining()).rounds(before))
+
+    def spread(self, batches: float) -> None:
+        """Plan the search for a budget that lasts for so many more batches."""
+        if math.isinf(batches):
+            return
+        stagger, wanted = self.options.stagger, self.batches
+        batches *= 1 - TRAINING if self.options.finetune_epochs > 0 else 1
+        waves = int(np.clip(batches / wanted / stagger - 1, 1, WAVES))
+        self.schedule = (waves + 1) * stagger
+        self.batches = int(np.clip(batches / self.schedule, 1, wanted))
+
+    def evaluates(self, block: int) -> bool:
+        """Whether a block's masks are trained and evaluated: all; where a budget is spread, once a decision."""
+        return self.schedule is None or (block + 1) % self.options.stagger == 0 or block + 1 == self.schedule
+
+    def decide(self, block: int, active: Sequence[Group]) -> bool:
+        """Steps 2 and 3 for the groups whose batches are complete; whether the limit is met."""
+        ready = [group for group in active if group.blocks >= self.options.stagger]
+        offers = [(group, group.ranking()) for group in ready]
+        refused: list[tuple[Group, Ranking]] = []
+        for group, ranking in offers:
+            if self.within(self.bound):
+                break
+            if ranking.damage < self.theta * group.scale:
+                self.mask(group, ranking.order, self.bound)
+            else:
+                refused.append((group, ranking))
+        if self.schedule is not None and self.limit is not None:
+            refused = self.force(self.share(self.limit, self.schedule - block), refused)
+        for group, _ in refused:
+            group.refuse()
+        return self.bound is not None and self.within(self.bound * (1 if self.options.paper_compat else CLOSE))
+
+    def force(self, bound: float, offers: Sequence[tuple[Group, Ranking]]) -> list[tuple[Group, Ranking]]:
+        """What a block has to save is masked although it does more damage than theta; the rest is returned.
+
+        First what does least damage per cost saved.
+        """
+
+        def price(offer: tuple[Group, Ranking]) -> float:
+            group, ranking = offer
+            assert self.limit is not None
+            gone = self.plan.replace({group.name: np.setdiff1d(group.left, ranking.order)})
+            costs = [self.limit.of(self.problem.space.encode(plan)) for plan in (self.plan, gone)]
+            return ranking.damage / group.scale / max(costs[0] - costs[1], 1e-12)
+
+        rest = []
+        for group, ranking in sorted(offers, key=price):
+            if self.within(bound) or not math.isfinite(ranking.damage):
+                rest.append((group, ranking))
+            else:
+                self.mask(group, ranking.order, bound)
+        return rest
+
+    def within(self, bound: float | None) -> bool:
+        """Whether the masked network's cost is within a bound; never, where there is none."""
+        return (
+            self.limit is not None
+            and bound is not None
+            and self.limit.of(self.problem.space.encode(self.plan)) <= bound
+        )
+
+    def at_target(self, limit: Limit) -> bool:
+        """Whether the masked network lies at the target already."""
+        return NEAR * limit.bound <= limit.of(self.problem.space.encode(self.plan)) <= limit.bound
+
+    def mask(self, group: Group, ranked: IntArray, bound: float | None) -> None:
+        """Take filters away, least damage first: as many as there are, but no more than a bound asks for."""
+        widths = [
+            w for w in self.problem.space.allowed[group.name] if len(group.left) - len(ranked) <= w < len(group.left)
+        ]
+        ways = [ranked[: len(group.left) - width] for width in widths]  # the most filters first
+        plans = [self.plan.replace({group.name: np.setdiff1d(group.left, gone)}) for gone in ways]
+        chosen = 0
+        if self.limit is not None and bound is not None and not self.options.paper_compat:
+            costs = [self.limit.of(self.problem.space.encode(plan)) for plan in plans]
+            chosen = max((i for i, cost in enumerate(costs) if cost <= bound), default=0)
+        group.mask(ways[chosen])
+        assert plans[chosen].is_within(self.plan)
+        self.plan = plans[chosen]
+
+    def share(self, limit: Limit, blocks: int) -> float:
+        """Cost ratio that a block is to reach, of so many to come: equal factors down to the target."""
+        now = limit.of(self.problem.space.encode(self.plan))
+        return max(limit.bound, now * (limit.bound / now) ** (1 / blocks)) if now > limit.bound else limit.bound
+
+    def grows(self, active: Sequence[Group]) -> bool:
+        """Theta grows for groups that are all stuck; False where it does not."""
+        if self.limit is None or self.options.paper_compat:
+            return False
+        self.theta *= self.options.growth
+        for group in active:
+            group.stuck = False
+        return True
+
+    def train(self, block: int, *, met: bool) -> Generator[Request, Answer, None]:
+        """Step 4: the masked network trained on; or evaluated as it is, where weights stay."""
+        candidate = Candidate(next(self.ids), self.plan, "mask", self.parents, self.base)
+        limit = None if self.options.paper_compat else self.limit
+        if met and limit is not None and not self.at_target(limit):
+            candidate = yield from self.landed(limit, candidate)
+        epochs, part = yield from self.epochs(block, last=met)
+        if epochs > 0:
+            tuned = yield from fine_tune(candidate, epochs, part=part, lr=self.options.lr)
+        else:
+            (evaluation,) = yield from evaluate([candidate], latency=True)
+            tuned = FineTuned(candidate.base, evaluation)
+        self.masked.append(replace(candidate, base=tuned.base))
+        self.evaluations.append(tuned.evaluation)
+        if tuned.evaluation.status == "ok":
+            self.base, self.base_plan, self.parents = tuned.base, candidate.plan, (candidate.id,)
+
+    def epochs(self, block: int, *, last: bool) -> Generator[Request, Answer, tuple[float, tuple[float, float]]]:
+        """Epochs of a training, and which part of the learning rate's course they are."""
+        wanted, stagger = self.options.finetune_epochs, self.options.stagger
+        if self.options.paper_compat:
+            return wanted, (0.0, 1.0)
+        left, part = (yield from remaining()), (0.0, 1.0)
+        epochs = left.trainable()
+        if self.schedule is not None:
+            waves, now = self.schedule // stagger, block // stagger
+            epochs, part = left.trainable(TRAINING) / (waves - now), (now / waves, (now + 1) / waves)
+        if self.schedule is not None and last:  # with all that is left
+            ratio = self.problem.macs(self.plan) / self.problem.reference["macs"]
+            epochs, part = left.trainable() / ratio, (part[0], 1.0)
+        return (min(wanted, epochs) if epochs >= LEAST_EPOCHS else 0.0), part
+
+    def landed(self, limit: Limit, candidate: Candidate) -> Generator[Request, Answer, Candidate]:
+        """The masked network at the target: by the damage that filters were last seen to do."""
+        plan = None if self.base == DENSE else self.base_plan
+        scores = yield from score("l1", self.base, plan)
+        ranking = {name: np.where(np.isfinite(values), 1.0, -np.inf) for name, values in scores.items()}
+        for group in self.groups:
+            seen = np.where(np.isfinite(group.seen), group.seen, np.nan)
+            typical = np.nanmean(seen) if np.isfinite(seen).any() else 1.0
+            damage = np.where(np.isnan(seen), typical, seen) / group.scale
+            ranking[group.name] = np.where(np.isfinite(scores[group.name]), damage, -np.inf)
+        names = [group.name for group in self.groups]
+        return (yield from land_on(self.problem, limit, candidate, ranking, names=names))
+
+    def end(self) -> Generator[Request, Answer, None]:
+        """What is masked so far, brought to the target, by the evaluation that is kept back for it."""
+        if self.limit is None or self.options.paper_compat or self.theta > MOST_DAMAGE:
+            return
+        candidate = Candidate(next(self.ids), self.plan, "mask", self.parents, self.base)
+        candidate = yield from self.landed(self.limit, candidate)
+        (evaluation,) = yield from evaluate([candidate], latency=True, last=True)
+        self.masked.append(candidate)
+        self.evaluations.append(evaluation)
 
 
 MOST_DAMAGE = 1e9
 """A theta above this means that damages are not numbers."""
 LEAST_SCALE = 0.1
 """Of theta, for a group whose channels save no latency."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Filters that may go together.
+
+    Args:
+        order: shape ``(granu,)``, least damage first.
+        damage: the granu-th smallest average; inf where it is not known.
+    """
+
+    order: IntArray
+    damage: float
 
 
 @dataclass
@@ -181,6 +427,7 @@ class Group:
     """Blocks since the last decision."""
 
     def __post_init__(self) -> None:
+        self.seen = np.full(self.space.sizes[self.name], np.nan)
         self.restart(self.left)
 
     def restart(self, S: IntArray) -> None:
@@ -208,17 +455,20 @@ class Group:
             self.times[H] += 1
         self.blocks += bool(asked)
 
-    def decide(self, theta: float) -> IntArray:
-        """Steps 2 and 3: the filters to mask, least damage first, or none and a new search space."""
+    def ranking(self) -> Ranking:
+        """Step 2: the filters that may go together, least damage first, and the damage that decides about them."""
         mean = np.full(len(self.total), np.inf)
         mean[self.times > 0] = self.total[self.times > 0] / self.times[self.times > 0]
         mean = np.where(np.isnan(mean), np.inf, mean)
+        self.seen = np.where(np.isfinite(mean), mean, self.seen)
         ranked, granu = self.S[np.argsort(mean[self.S], kind="stable")], self.granu
-        if mean[ranked[granu - 1]] < theta * self.scale:
-            return ranked[:granu]
-        self.stuck = self.stuck or granu <= self.step
-        self.restart(ranked[:granu] if granu > self.step else self.left)
-        return ranked[:0]
+        return Ranking(ranked[:granu], float(mean[ranked[granu - 1]]))
+
+    def refuse(self) -> None:
+        """Step 3, where they do too much damage: look at the better half of them alone; at all, if that is one step."""
+        order = self.ranking().order
+        self.stuck = self.stuck or len(order) <= self.step
+        self.restart(order if len(order) > self.step else self.left)
 
     def mask(self, gone: IntArray) -> None:
         """Take filters away for good and begin again with the rest."""
@@ -228,79 +478,27 @@ class Group:
 
 
 def _groups(problem: Problem, options: Options) -> list[Group]:
-    space = problem.space
-    names = [n for n in space.names if any(fnmatchcase(n, pattern) for pattern in options.include)]
-    if not names:
-        raise SearchError(f"include {list(options.include)} matches none of the groups {list(space.names)}")
+    space, names = problem.space, included(problem.space, options.include)
     whole = {name: np.arange(space.sizes[name]) for name in names}
     return [Group(name, space, i % options.stagger, whole[name], whole[name]) for i, name in enumerate(names)]
 
 
-def _draw(problem: Problem, options: Options, groups: Sequence[Group]) -> list[Removed]:
+def _draw(problem: Problem, groups: Sequence[Group], batches: int) -> list[Removed]:
     """Step 1, for one block: per batch and group, a random half H of S."""
 
     def half(group: Group) -> tuple[int, ...]:
         return tuple(sorted(problem.rng.choice(group.S, group.granu, replace=False).tolist()))
 
-    return [{group.name: half(group) for group in groups} for _ in range(options.batches // options.stagger)]
-
-
-def _decide(
-    problem: Problem, options: Options, theta: float, plan: PruningPlan, limit: Limit | None, groups: Sequence[Group]
-) -> PruningPlan:
-    """Decisions of the groups whose batches are complete; none masks any more once the limit is met."""
-    met, before = False, plan
-    for group in groups:
-        if group.blocks < options.stagger or met:
-            continue
-        ranked = group.decide(theta)
-        if len(ranked) == 0:
-            continue
-        widths = [w for w in problem.space.allowed[group.name] if len(group.left) - len(ranked) <= w < len(group.left)]
-        ways = [ranked[: len(group.left) - width] for width in widths]  # the most filters first
-        plans = [plan.replace({group.name: np.setdiff1d(group.left, gone)}) for gone in ways]
-        chosen = 0
-        if limit is not None:
-            within = [limit.of(problem.space.encode(p)) <= limit.bound for p in plans]
-            met = within[0]
-            chosen = max((i for i, ok in enumerate(within) if ok and not options.paper_compat), default=0)
-        group.mask(ways[chosen])
-        plan = plans[chosen]
-    assert plan.is_within(before)
-    return plan
-
-
-def _tune(candidate: Candidate, options: Options) -> Generator[Request, Answer, FineTuned]:
-    """Step 4: the masked network trained on; or evaluated as it is, where weights stay."""
-    if options.finetune_epochs > 0:
-        return (yield from fine_tune(candidate, options.finetune_epochs))
-    (evaluation,) = yield from evaluate([candidate], latency=True)
-    return FineTuned(candidate.base, evaluation)
-
-
-def _narrowed(problem: Problem, names: Sequence[str], share: float) -> IntArray:
-    """Full widths but for some groups, which keep the allowed width next to a share of theirs; shape ``(groups,)``."""
-    space = problem.space
-    kept = {name: space.snap(name, share * space.sizes[name]) for name in names}
-    return np.array([kept.get(name, space.sizes[name]) for name in space.names], dtype=np.int64)
-
-
-def _check_included(problem: Problem, limit: Limit, groups: Sequence[Group]) -> None:
-    """Check that the target can be reached by the included groups alone.
-
-    Raises:
-        SearchError: it cannot.
-    """
-    smallest = limit.of(_narrowed(problem, [group.name for group in groups], 0))
-    if smallest > limit.bound:
-        raise SearchError(
-            f"target {limit.name} {limit.bound:g} is out of reach of the {len(groups)} included groups: at their "
-            f"smallest allowed widths {smallest:.3f} is left. Widen include, or raise the target."
-        )
+    return [{group.name: half(group) for group in groups} for _ in range(batches)]
 
 
 def _scale_by_gain(problem: Problem, limit: Limit, groups: Sequence[Group]) -> None:
     """theta_l = theta * gain_l / mean gain; gain_l is the latency saved by half of the group's channels."""
-    gains = np.array([1 - limit.of(_narrowed(problem, [group.name], 0.5)) for group in groups])
+    space = problem.space
+
+    def halved(name: str) -> list[int]:
+        return [space.snap(n, 0.5 * space.sizes[n]) if n == name else space.sizes[n] for n in space.names]
+
+    gains = np.array([1 - limit.of(halved(group.name)) for group in groups])
     for group, gain in zip(groups, gains, strict=True):
         group.scale = max(LEAST_SCALE, gain / gains.mean()) if gains.mean() > 0 else 1.0

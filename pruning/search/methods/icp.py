@@ -13,7 +13,8 @@ those of the run file.
 
 Our choices: a round's radius is found by bisection so that equal factors of the cost lead to the target in ``rounds``
 rounds; no group loses more than ``max_cut`` of its channels in one; of each cluster the medoid stays, then the largest
-L1 norms; after a failed training the next round cuts half as much.
+L1 norms; after a failed training the next round cuts half as much. The last cut is brought to the target channel by
+channel, by L1 norms relative to their group's mean.
 
 Least budget: 1 evaluation.
 """
@@ -29,6 +30,7 @@ from typing import ClassVar
 import numpy as np
 
 from secateur.pruning.plan import PruningPlan
+from secateur.pruning.search.landing import land_on, per_mean
 from secateur.pruning.search.methods.clustering import (
     Clusterer,
     calibrate,
@@ -38,7 +40,9 @@ from secateur.pruning.search.methods.clustering import (
     representatives,
 )
 from secateur.pruning.search.protocol import (
+    DENSE,
     Answer,
+    BudgetSpent,
     Candidate,
     Entry,
     FineTuned,
@@ -47,10 +51,26 @@ from secateur.pruning.search.protocol import (
     Request,
     Strategy,
 )
-from secateur.pruning.search.support import Limit, SearchError, check_ranges, evaluate, fine_tune, limit_of, meet, score
+from secateur.pruning.search.support import (
+    Limit,
+    SearchError,
+    check_ranges,
+    evaluate,
+    fine_tune,
+    limit_of,
+    meet,
+    remaining,
+    score,
+)
 
 FAILURES = 4
 """Failed trainings in a row after which the search ends."""
+TRAINING = 0.95
+"""Share of the budget that distillation may take; the rest is for looking and for scoring."""
+CLOSE = 1.03
+"""Of the target: a round that comes so near goes the rest of the way; a last small one would have nothing to choose."""
+LEAST_EPOCHS = 0.2
+"""Epochs that a round should have; where the budget does not last for them there are fewer rounds."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +88,8 @@ class Options:
             falls with the share of a group's channels that is left, to 2, so that what ``max_cut`` leaves of a cluster
             is still one (ours).
         images: training images the feature maps are averaged over (authors: 200).
-        finetune_epochs: of distillation after each cut; 0 = none (authors: about 200; ours 30).
+        finetune_epochs: of distillation after each cut, at most; 0 = none (authors: about 200; ours 1). A budget is
+            spread over the rounds, with fifths of epochs for each; where it is smaller there are fewer rounds.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -79,7 +100,7 @@ class Options:
     clusterer: Clusterer = "dbscan"
     min_samples: int = 5
     images: int = 200
-    finetune_epochs: float = 30
+    finetune_epochs: float = 1
 
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("rounds", "min_samples", "images"), (1.0, math.inf))
@@ -89,7 +110,8 @@ class Options:
 def search(problem: Problem, options: Options) -> Strategy:
     """Cluster, cut, distil until the target is met; the archive holds the network of every round, in order.
 
-    With ``epsilon`` it also ends when no channels are alike any more, or after ``rounds`` rounds.
+    With ``epsilon`` it also ends when no channels are alike any more, or after ``rounds`` rounds; where the target is
+    not met then, or the budget is spent, the last network is brought there by L1 norms.
 
     Raises:
         SearchError: the target is out of reach, neither ``epsilon`` nor a target is given, or no round's network could
@@ -97,34 +119,113 @@ def search(problem: Problem, options: Options) -> Strategy:
     """
     if options.epsilon is None and problem.goal == Goal():
         raise SearchError("icp needs epsilon (for example 0.03) or a search.target; neither is set")
-    limit = None if problem.goal == Goal() else (yield from limit_of(problem))
-    now = Candidate(-1, problem.space.full, "unpruned")
-    archive: list[Entry] = []
-    failures, missed, reason = 0, 0.0, "no channels are alike; raise epsilon"
-    for id_ in count():
-        if failures == FAILURES or (options.epsilon is not None and len(archive) == options.rounds):
-            break
-        plan = yield from cut(problem, options, now, limit, missed, failures)
-        if plan == now.plan:
-            break
-        candidate = Candidate(id_, plan, "cluster", (now.id,) if archive else (), now.base)
-        tuned = yield from _tune(candidate, options)
-        if tuned.evaluation.status != "ok" or math.isnan(problem.reward(tuned.evaluation)):
-            failures, reason = failures + 1, tuned.evaluation.reason or "its reward is NaN"
-            continue
-        now, failures = replace(candidate, base=tuned.base), 0
-        archive.append(Entry(now, tuned.evaluation))
-        if problem.goal.met(tuned.evaluation, problem.reference):
-            break
-        if problem.goal.latency_ratio is not None:
-            missed = tuned.evaluation["latency_ratio"] - problem.goal.latency_ratio
-    if not archive:
-        raise SearchError(f"icp found no network that could be evaluated: {reason}")
-    return tuple(archive)
+    course, spent = _Course(problem, options), False
+    try:
+        yield from course.run()
+    except BudgetSpent:
+        spent = True
+    if course.failures < FAILURES and not course.met:
+        yield from course.end()
+    if not course.archive:
+        if spent:
+            raise BudgetSpent
+        raise SearchError(f"icp found no network that could be evaluated: {course.reason}")
+    return tuple(course.archive)
+
+
+class _Course:
+    """A search on its way.
+
+    Attributes:
+        limit: the target; None = there is none.
+        now: the current network.
+        missed: measured latency ratio less the target's.
+        failures: trainings that failed since ``now`` was found, and the last one's ``reason``.
+    """
+
+    def __init__(self, problem: Problem, options: Options) -> None:
+        self.problem, self.options = problem, options
+        self.limit: Limit | None = None
+        self.now = Candidate(-1, problem.space.full, "unpruned")
+        self.archive: list[Entry] = []
+        self.ids = count()
+        self.failures, self.missed, self.reason = 0, 0.0, "no channels are alike; raise epsilon"
+
+    @property
+    def met(self) -> bool:
+        """Whether the current network meets the target."""
+        last = self.archive[-1:]
+        return any(self.problem.goal.met(entry.evaluation, self.problem.reference) for entry in last)
+
+    def run(self) -> Generator[Request, Answer, None]:
+        """Rounds until the target is met, or as many as ``rounds`` says with ``epsilon``."""
+        if self.problem.goal != Goal():
+            self.limit = yield from limit_of(self.problem)
+        most = math.inf if self.options.epsilon is None else self.options.rounds
+        while self.failures < FAILURES and len(self.archive) < most:
+            rounds, epochs = yield from self.effort()
+            plan = yield from cut(self.problem, self.options, self.now, self.limit, self.missed, self.failures, rounds)
+            if plan == self.now.plan:
+                break
+            yield from self.take(plan, epochs)
+            if self.met:
+                break
+
+    def effort(self) -> Generator[Request, Answer, tuple[int, float]]:
+        """Rounds to come, with this one, and its epochs; a small budget is for fewer rounds."""
+        left, wanted = (yield from remaining()), self.options.finetune_epochs
+        rounds = max(1, int(min(self.options.rounds - len(self.archive), left.evaluations)))
+        lasting = left.trainable(TRAINING) * self.problem.reference["macs"] / self.problem.macs(self.now.plan)
+        if wanted == 0 or lasting < LEAST_EPOCHS / 2:
+            return rounds, 0.0
+        rounds = max(1, int(min(rounds, lasting / LEAST_EPOCHS)))
+        return rounds, min(wanted, lasting / rounds)
+
+    def take(self, plan: PruningPlan, epochs: float) -> Generator[Request, Answer, None]:
+        """The cut network at the target if it is the last one, distilled; the current one from now on if that works."""
+        now = self.now
+        candidate = Candidate(next(self.ids), plan, "cluster", (now.id,) if self.archive else (), now.base)
+        if self.limit is not None and self.missed <= 0 and self.near(self.limit, plan):
+            candidate = yield from self.landed(self.limit, candidate)
+        tuned = yield from _tune(candidate, epochs)
+        if tuned.evaluation.status != "ok" or math.isnan(self.problem.reward(tuned.evaluation)):
+            self.failures, self.reason = self.failures + 1, tuned.evaluation.reason or "its reward is NaN"
+            return
+        self.now, self.failures = replace(candidate, base=tuned.base), 0
+        self.archive.append(Entry(self.now, tuned.evaluation))
+        if self.problem.goal.latency_ratio is not None:
+            self.missed = tuned.evaluation["latency_ratio"] - self.problem.goal.latency_ratio
+
+    def near(self, limit: Limit, plan: PruningPlan) -> bool:
+        """Whether a round has come so near to the target that it is the last one."""
+        return limit.of(self.problem.space.encode(plan)) <= CLOSE * limit.bound
+
+    def landed(self, limit: Limit, candidate: Candidate) -> Generator[Request, Answer, Candidate]:
+        """The network at the target, by the L1 norms of what the weights have."""
+        plan = None if self.now.base == DENSE else self.now.plan
+        norms = per_mean((yield from score("l1", self.now.base, plan)))
+        return (yield from land_on(self.problem, limit, candidate, norms, per_cost=False))
+
+    def end(self) -> Generator[Request, Answer, None]:
+        """The current network brought to the target, by the evaluation that is kept back for it."""
+        if self.limit is None:
+            return
+        now = self.now
+        candidate = Candidate(next(self.ids), now.plan, "cluster", (now.id,) if self.archive else (), now.base)
+        candidate = yield from self.landed(self.limit, candidate)
+        (evaluation,) = yield from evaluate([candidate], latency=True, last=True)
+        if evaluation.status == "ok":
+            self.archive.append(Entry(candidate, evaluation))
 
 
 def cut(
-    problem: Problem, options: Options, now: Candidate, limit: Limit | None, missed: float, failures: int
+    problem: Problem,
+    options: Options,
+    now: Candidate,
+    limit: Limit | None,
+    missed: float,
+    failures: int,
+    rounds: int,
 ) -> Generator[Request, Answer, PruningPlan]:
     """The plan of one round: clusters of the current network's channels, one channel of each before all others.
 
@@ -132,6 +233,7 @@ def cut(
         now: the current network.
         missed: measured latency ratio less the target's.
         failures: trainings that failed since ``now`` was found.
+        rounds: in which the target is to be reached, with this one.
     """
     space, names, n = problem.space, problem.space.names, now.plan.widths
     distance = yield from score("feature_distance", now.base, now.plan, images=options.images)
@@ -162,18 +264,20 @@ def cut(
     if limit is None:
         assert options.epsilon is not None
         return at(options.epsilon)
-    bound = _bound(problem, options, limit, limit.of(space.encode(now.plan)), missed, failures)
+    bound = _bound(problem, options, limit, limit.of(space.encode(now.plan)), missed, failures, rounds)
     if bound == limit.bound:
         return (yield from meet(problem, limit, within))
     return within(replace(limit, bound=bound))
 
 
-def _bound(problem: Problem, options: Options, limit: Limit, cost: float, missed: float, failures: int) -> float:
+def _bound(
+    problem: Problem, options: Options, limit: Limit, cost: float, missed: float, failures: int, rounds: int
+) -> float:
     """Cost ratio a round is to reach: equal factors down to the target; below it by what was missed when measured."""
     if cost <= limit.bound:
         return max(limit.of(problem.space.encode(problem.space.smallest())), cost - max(missed, 0.0))
-    share = 2.0**-failures * (1.0 if options.epsilon is not None else 1 / options.rounds)
-    return max(limit.bound, float(cost * limit.bound**share))
+    share = 2.0**-failures * (1.0 if options.epsilon is not None else 1 / rounds)
+    return max(limit.bound, float(cost * (limit.bound / cost) ** share))
 
 
 def _floor(problem: Problem, name: str, width: int, max_cut: float) -> int:
@@ -183,9 +287,9 @@ def _floor(problem: Problem, name: str, width: int, max_cut: float) -> int:
     return min(least, space.below(name, width))
 
 
-def _tune(candidate: Candidate, options: Options) -> Generator[Request, Answer, FineTuned]:
+def _tune(candidate: Candidate, epochs: float) -> Generator[Request, Answer, FineTuned]:
     """The network distilled from the unpruned one; or as it is, where no training is wanted."""
-    if options.finetune_epochs > 0:
-        return (yield from fine_tune(candidate, options.finetune_epochs, distill=True))
+    if epochs > 0:
+        return (yield from fine_tune(candidate, epochs, distill=True))
     (evaluation,) = yield from evaluate([candidate], latency=True)
     return FineTuned(candidate.base, evaluation)

@@ -365,7 +365,9 @@ def test_what_is_left_is_told_from_the_records(tmp_path: Path) -> None:
             Study(journal, oracle, budget=budget, closes=True).run(asks(heard[i]))
             assert len(journal.records) == 3  # it is no part of the journal
     first, second = heard[0]
-    assert first == Left(10, math.inf, 2.0, 3200, 1.0, dict.fromkeys(("evaluations", "seconds", "epochs", "work"), 0.0))
+    nothing = dict.fromkeys(("evaluations", "seconds", "epochs", "work"), 0.0)
+    assert first == Left(10, math.inf, 2.0, 3200, 1.0, nothing, {"work": 300.0, "seconds": 0.0})
+    assert first.trainable() == 2.0 and first.trainable(0.1) == pytest.approx(320 / 300)
     assert (second.evaluations, second.epochs, second.work) == (8, 1.5, 3200 - 320)
     assert second.share == 0.75  # of the epochs
     assert second.rounds(first) == 3
