@@ -464,7 +464,7 @@ class _Course:
         if not self.pace.known and min(left.work, left.seconds) < math.inf:
             part = min(part, 2 * m - 1)
         initial = int(np.clip(part, 1, max(1, m - 1)))
-        return initial, int(np.clip(round((part - initial) / m), 0, most))
+        return initial, round(float(np.clip((part - initial) / m, 0, most)))
 
 
 @dataclass
