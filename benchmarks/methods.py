@@ -1,27 +1,37 @@
-"""Every search method and every control on one network, at the same MACs, search budget and fine-tuning.
+"""Every search method and every control on one network: same MACs, same search work, same fine-tuning, several seeds.
 
-    SECATEUR_DATA=... python benchmarks/methods.py [--profile cpu|gpu] [--only ccep,acp] [--minutes 40]
-                                                   [--folder PATH] [--json PATH] [--write docs/methods.md]
+    SECATEUR_DATA=... python benchmarks/methods.py [--only ccep,acp] [--seeds 0,1,2] [--minutes 90] [--fresh]
+                                                   [--folder PATH] [--results PATH] [--write docs/methods.md]
+    SECATEUR_DATA=... python benchmarks/methods.py --calibrate
 
-ResNet-56 with pretrained weights on CIFAR-10 (SECATEUR_DATA/cifar10: the arrays and weights that the CIFAR run files
-read). Each method searches with the same number of search images within the same budget of seconds and of training
-epochs; of the plans it returns that meet the MACs target, the most accurate one on the search split is fine-tuned for
-the same number of epochs with the unpruned network as teacher. The test split is read afterwards: as the search leaves
-the network, and fine-tuned. `scratch` trains the plan of `uniform` from random
-weights for the same epochs. Latency is the local device's, as a ratio to the unpruned network, one thread.
+ResNet-20 with pretrained weights on all of CIFAR-10 (SECATEUR_DATA/cifar10: the arrays and weights that the CIFAR run
+files read), half of its MACs, any width (``search.channel_multiple: 1``), scope ``auto``, the methods' default options.
+A search may spend ``WORK`` image-MACs: an image forwarded counts the MACs of the network that it passes, an image
+trained on three times as many. That is what 120 CPU-seconds of one thread were worth when it was calibrated; counted
+in work and not in time, a search is the same on every processor and beside any other load. What a method computes
+by itself is not in it and stands in the table. The best plan of the archive is fine-tuned for two epochs by one
+recipe, with the unpruned network as teacher; the test split is read afterwards, three times: as the search left the
+network, with batch-norm statistics taken anew, and fine-tuned. The fine-tuned network's answers are kept image by
+image, so that a method and `uniform` of the same seed can be compared on the same images.
 
-Each method has its own folder with a journal: a call that is interrupted, or ends because `--minutes` are over, is
-continued by the same call again, and methods that are done are not repeated.
+Every method and seed is one run with a journal in a folder of its own: a call that is interrupted, or ends because
+``--minutes`` are over, is continued by the same call, and several calls at once share the work. Rows that are done
+are in ``--results`` and are not repeated, unless ``uniform`` of their seed comes from another kind of processor.
 """
 
 from __future__ import annotations
 
+import base64
+import fcntl
 import json
-import shutil
+import os
+import platform
+import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,30 +39,25 @@ import numpy as np
 import torch
 from torch import nn
 
-from secateur.pruning.trace import trace
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks._output import Figure, parser, present
-from secateur.device_profiles import load_profile, open_target
 from secateur.pipeline.config.reading import parse_run_file
-from secateur.pipeline.config.schema import RunFile
-from secateur.pipeline.devices.fleet import Device, Fleet
-from secateur.pipeline.evaluation.baseline import Baseline
-from secateur.pipeline.evaluation.evaluator import Evaluator, make_evaluator
-from secateur.pipeline.run.journal import Journal
-from secateur.pipeline.run.opening import open_workload, widths_costs
-from secateur.pipeline.run.study import Study
-from secateur.pruning import SearchSpace
-from secateur.pruning.search import METHODS
-from secateur.pruning.search.protocol import RANDOM, Budget, Candidate, Entry, FineTune, Goal, Problem
-from secateur.pruning.search.reward import make_reward
+from secateur.pipeline.progress import Silent
+from secateur.pipeline.run.facts import Facts
+from secateur.pipeline.run.run import Run, create_run_directory
+from secateur.pipeline.stages.baseline import baseline
+from secateur.pipeline.stages.finetune import finetune
+from secateur.pipeline.stages.loading import load_baseline, load_compact
+from secateur.pipeline.stages.search import search
+from secateur.pipeline.training.statistics import recalibrate
+from secateur.pruning.surgery import prune
 
 RUN = """
 name: methods
 workload:
   name: classification
-  model: {name: cifar/resnet56, weights: cifar10/resnet56_cifar10.safetensors}
+  model: {name: cifar_resnet20, weights: cifar10/resnet20_cifar10.safetensors}
   data:
     source: arrays
     train: cifar10/train
@@ -61,228 +66,398 @@ workload:
     std: [0.229, 0.224, 0.225]
     augment: flip_shift
     search_fraction: 0.1
-device: {profile: local, channel_multiple: 4}
-search: {min_keep_ratio: 0.1}
+device: {profile: local, probe: false}
+search: {images: 500, channel_multiple: 1, scope: auto, min_keep_ratio: 0.1}
+finetune: {top: 1, epochs: 2, lr: 0.02, precision: auto}
 """
+TARGET = 0.5
+WORK = 4e12
+"""Image-MACs of a search (``--calibrate``)."""
+CALIBRATED_S = 120
+METHODS_COMPARED = (
+    "global random optuna cpmc dafp knapsack ccep acp icp meta rewarded_meta filter_ensemble evofc aofp dais"
+).split()
+CONTROL = "uniform"
+CONTROLS = (CONTROL, "global", "random", "optuna")
+SEEDS, FRESH_SEEDS = (0, 1, 2), (3, 4, 5)
+RECALIBRATED = 2048
+"""Training images behind the column "recalibrated"."""
+PROJECTED = 0.25
+"""Above this share of the removed MACs, it is the projection onto the target that chose, and not the method."""
+BELOW_PP = 0.3
+"""A mean so far below ``uniform`` counts as below, whatever its interval."""
+DRAWS = 2000
+
+Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Scale:
-    """One size of the comparison.
+# -- one run -----------------------------------------------------------------------------------------------------------
+
+
+def run_file(method: str, seed: int) -> Any:
+    """The run file of one row."""
+    target = f"search.target.macs_ratio={TARGET}", f"search.budget.work={WORK:g}"
+    return parse_run_file(RUN, "methods", [f"seed={seed}", f"search.method={method}", *target])
+
+
+def measure(method: str, seed: int, folder: Path) -> Row:
+    """One method under one seed, searched, tuned and tested; or what is left of it."""
+    pointer = folder / f"{method}-{seed}"
+    os.environ["SECATEUR_HOME"] = str(folder / "home")
+    if not pointer.exists():
+        pointer.write_text(str(create_run_directory(run_file(method, seed))), encoding="utf-8")
+    with Run(Path(pointer.read_text(encoding="utf-8")), Silent()) as run:
+        torch.set_num_threads(1)
+        started = time.process_time()
+        facts = Facts(baseline=baseline(run, Facts()))
+        facts = facts.plus(search=search(run, facts))
+        searched = time.process_time() - started
+        facts = facts.plus(finetune=finetune(run, facts))
+        return {"method": method, "seed": seed, **_origin(), **_results(run, facts), "search_cpu_s": round(searched, 1)}
+
+
+def _results(run: Run, facts: Facts) -> Row:
+    """What a row says, from the facts of a run's stages and from the test split."""
+    model, graph = load_baseline(run)
+    best, reference = facts.finetune.best, facts.search.reference
+    (parent,) = best.candidate.parents
+    chosen = next(e.candidate for e in facts.search.archive if e.candidate.id == parent)
+    left = left_by_search(run, chosen.plan, chosen.base)
+    cut = correct(run, left)
+    recalibrate(left, training_batches(run))
+    tuned = correct(run, load_compact(run, model, graph, chosen.plan))
+    metric = run.workload.search_metric
+    spent = facts.search.spent
+    return {
+        "macs_ratio": best.evaluation["macs"] / reference["macs"],
+        "params_ratio": best.evaluation["params"] / reference["params"],
+        "projected_share": chosen.projected_share,
+        "scope": facts.search.scope.chosen,
+        "metric": metric,
+        "on_search_split": best.evaluation[metric],
+        "as_cut": 100 * cut.mean(),
+        "recalibrated": 100 * correct(run, left).mean(),
+        "tuned": 100 * tuned.mean(),
+        "latency_ratio": best.evaluation["latency_ratio"],
+        "work": spent["image_macs"],
+        "evaluations": int(spent["evaluations"]),
+        "images": len(tuned),
+        "unpruned": 100 * correct(run, model).mean(),
+        "answers": packed(tuned),
+    }
+
+
+def left_by_search(run: Run, plan: Any, base: str) -> nn.Module:
+    """The chosen network with the weights that the search left it."""
+    model, graph = load_baseline(run)
+    return run.evaluator(model, graph).network(plan, base) if base else prune(model, graph, plan)
+
+
+def training_batches(run: Run) -> Iterator[torch.Tensor]:
+    """Images for batch-norm statistics, without augmentation."""
+    split = run.workload.train.first(RECALIBRATED)
+    for part in torch.split(torch.arange(len(split)), 512):
+        yield run.workload.batch(split, part, train=False, generator=None, device=run.compute)[0]
+
+
+def correct(run: Run, network: nn.Module) -> np.ndarray:
+    """Which images of the test split a network answers rightly, shape ``(images,)``."""
+    split, right = run.workload.test, []
+    network = network.eval().to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        for part in torch.split(torch.arange(len(split)), 500):
+            images, targets = run.workload.batch(split, part, train=False, generator=None, device=run.compute)
+            right.append((network(images).argmax(1) == targets).numpy())
+    return np.concatenate(right)
+
+
+def _origin() -> Row:
+    """Where and with what code a row was made."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {"processor": processor(), "commit": commit.stdout.strip()}
+
+
+def processor() -> str:
+    """The kind of processor: its name, and whether it multiplies bfloat16 natively."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    named = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
+    names = {key.strip(): value.strip() for key, value in named.items()}
+    native = {"avx512_bf16", "amx_bf16", "bf16"} & set((names.get("flags") or names.get("Features", "")).split())
+    return f"{names.get('model name', platform.machine())} ({'bf16' if native else 'fp32 only'})"
+
+
+def packed(answers: np.ndarray) -> str:
+    """One bit an image, as text."""
+    return base64.b85encode(zlib.compress(np.packbits(answers).tobytes(), 9)).decode()
+
+
+def unpacked(text: str, images: int) -> np.ndarray:
+    """The inverse of ``packed``, shape ``(images,)``."""
+    return np.unpackbits(np.frombuffer(zlib.decompress(base64.b85decode(text)), np.uint8))[:images].astype(bool)
+
+
+# -- statistics --------------------------------------------------------------------------------------------------------
+
+
+def paired(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> tuple[float, float, float]:
+    """Mean difference of accuracy in percentage points, and its 95 % interval, paired over images, clustered by seed.
+
+    Every draw takes seeds with replacement, and then images with replacement, the same ones for all seeds: images are
+    shared by the seeds, so their part of the uncertainty does not shrink with more seeds.
 
     Args:
-        targets: shares of the MACs that are kept.
-        images: search images per candidate.
-        seconds: of search, per method.
-        epochs: of training during the search, per method.
-        tune_epochs: of the final fine-tuning.
-        lr: of all training.
-        options: method -> its options at this size.
+        ours, theirs: per seed, which images are answered rightly, shape ``(images,)``.
     """
-
-    targets: tuple[float, ...]
-    images: int
-    seconds: float
-    epochs: float
-    tune_epochs: float
-    lr: float
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-
-
-CPU: dict[str, Mapping[str, Any]] = {
-    "acp": {"population": 4, "cycles": 2, "fitness_epochs": 0.01},
-    "aofp": {"batches": 8, "threshold": 0.05, "finetune_epochs": 0},
-    "ccep": {
-        "outer_iterations": 4,
-        "population": 3,
-        "generations": 1,
-        "initial_keep": 0.6,
-        "ratio_bound": 0.4,
-        "accuracy_step": 0.02,
-        "finetune_epochs": 0.03,
-    },
-    "dafp": {"epochs": 0},  # sparse training needs epochs; 0.15 of one destroyed the network (19.5 % fine-tuned)
-    "dais": {"epochs": 0.15},
-    "evofc": {
-        "population": 4,
-        "offspring": 4,
-        "generations": 3,
-        "epochs": 0.15,
-        "criteria_on": "inherited",
-        "start": "pretrained",
-        "final": "inherit",
-    },
-    "filter_ensemble": {"bundle": 8, "min_masks": 1, "max_masks": 1, "images": 200},
-    "icp": {"rounds": 2, "finetune_epochs": 0.07},
-    "meta": {"weights": "shared", "epochs": 0.15, "population": 8, "parents": 3, "iterations": 3, "top": 4},
-    "optuna": {"num_plans": 20},
-    "random": {"num_plans": 20},
-    "rewarded_meta": {"weights": "shared", "epochs": 0.15, "population": 8, "parents": 3, "iterations": 3, "top": 4},
-}
-SCALES = {
-    "cpu": Scale((0.5,), 500, 60.0, 0.15, 0.2, 0.02, CPU),
-    "gpu": Scale((0.5, 0.37), 5000, 1800.0, 60.0, 60.0, 0.05),
-}
-TRIED = (
-    "uniform global random optuna cpmc dafp ccep acp icp meta rewarded_meta filter_ensemble evofc aofp dais"
-).split()
-CONTROLS = ("uniform", "global", "random", "optuna", "scratch")
+    differences = np.stack([a.astype(np.int8) - b.astype(np.int8) for a, b in zip(ours, theirs, strict=True)])
+    rng, (seeds, images) = np.random.default_rng(0), differences.shape
+    means = np.empty(DRAWS)
+    for draw in range(DRAWS):
+        of_seeds = differences[rng.integers(seeds, size=seeds)].mean(axis=0)
+        means[draw] = of_seeds[rng.integers(images, size=images)].mean()
+    low, high = np.quantile(means, [0.025, 0.975])
+    return 100 * float(differences.mean()), 100 * float(low), 100 * float(high)
 
 
-class Bench:
-    """The network, its data and its device, opened once."""
-
-    def __init__(self, scale: Scale, threads: int, channel_multiple: int = 4) -> None:
-        torch.set_num_threads(threads)
-        self.scale, self.config = scale, _config(scale)
-        self.workload = open_workload(self.config)
-        self.model = self.workload.build_model()
-        self.graph = trace(self.model, self.workload.example_input())
-        self.space = SearchSpace.of(self.graph.groups, channel_multiple=channel_multiple, min_keep_ratio=0.1)
-        self.profile = load_profile("local")
-        self.target = open_target(self.profile)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-    def evaluator(self, folder: Path) -> Evaluator:
-        baseline = Baseline(self.model, self.graph, self.workload, compute=self.device)
-        fleet = Fleet([Device(self.profile, self.target)])
-        return make_evaluator(baseline, fleet, folder, self.config.search, self.config.finetune)
-
-    def run(self, method: str, share: float, folder: Path) -> dict[str, Any]:
-        """One method at one target, or what is left of it: a row of the table."""
-        folder.mkdir(parents=True, exist_ok=True)
-        template, shared = folder / "template.onnx", folder.parent / "template.onnx"
-        if shared.exists() and not template.exists():
-            shutil.copyfile(shared, template)  # the same for every method, and half a minute to export
-        oracle = self.evaluator(folder)
-        searched = "uniform" if method == "scratch" else method
-        with Journal(folder / "journal.jsonl", method, self.config.digest) as journal:
-            first = Study(journal, oracle, stage="reference")
-            reference = first.evaluate(Candidate(0, self.space.full, "reference"), latency=True)
-            oracle.calibrate(reference)
-            if not shared.exists():
-                shutil.copyfile(template, shared)
-            budget = Budget(seconds=self.scale.seconds, epochs=self.scale.epochs)
-            problem = Problem(
-                self.space,
-                reference,
-                make_reward("device", reference, target_macs_ratio=share),
-                lambda widths: widths_costs(self.graph, self.space, widths),
-                Goal(macs_ratio=share),
-                np.random.default_rng(0),
-                budget,
-            )
-            module = METHODS.load(searched)
-            options = module.Options(**self.scale.options.get(searched, {}))
-            study = Study(journal, oracle, stage="search", budget=budget)
-            archive = study.run(module.search(problem, options))
-            best = chosen(archive, share * reference["macs"])
-            candidate = Candidate(0, best.candidate.plan, "final", (), best.candidate.base)
-            if method == "scratch":
-                candidate = Candidate(0, candidate.plan, "final", (), RANDOM)
-            raw = self.test(oracle.network(candidate.plan, candidate.base))
-            final = Study(journal, oracle, stage="final")
-            tuned = final.finetune(FineTune(candidate, self.scale.tune_epochs))
-            return {
+def summarised(rows: Sequence[Row], seeds: Sequence[int]) -> list[Row]:
+    """One line a method: means over its seeds, and the paired difference to ``uniform``; the best first."""
+    by = {(row["method"], row["seed"]): row for row in rows}
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        pairs = [(by[method, s], by[CONTROL, s]) for s in seeds if (method, s) in by and (CONTROL, s) in by]
+        if not pairs:
+            continue
+        mine = [row for row, _ in pairs]
+        images = mine[0]["images"]
+        answers = [[unpacked(row["answers"], images) for row in side] for side in zip(*pairs, strict=True)]
+        gain, low, high = paired(*answers)
+        tuned = [row["tuned"] for row in mine]
+        lines.append(
+            {
                 "method": method,
-                "MACs kept": tuned.evaluation["macs"] / reference["macs"],
-                "as cut %": 100 * raw,
-                "fine-tuned %": 100 * self.test(oracle.network(candidate.plan, tuned.base)),
-                "latency ratio": tuned.evaluation["latency_ratio"],
-                "search s": study.spent["seconds"],
-                "evaluated": int(study.spent["evaluations"]),
-                "images seen k": study.spent.get("images_forwarded", 0) / 1000,
-                "images trained k": study.spent.get("images_trained", 0) / 1000,
-                "timed": int(study.spent.get("measurements", 0)),
+                "seeds": len(mine),
+                "tuned": float(np.mean(tuned)),
+                "std": float(np.std(tuned, ddof=1)) if len(tuned) > 1 else float("nan"),
+                "gain": gain,
+                "low": low,
+                "high": high,
+                **{
+                    key: float(np.mean([row[key] for row in mine]))
+                    for key in ("as_cut", "recalibrated", "macs_ratio", "latency_ratio", "projected_share")
+                },
+                **{key: float(np.mean([row[key] for row in mine])) for key in ("work", "search_cpu_s", "evaluations")},
+                "scope": "/".join(sorted({row["scope"] for row in mine})),
+                "metric": "/".join(sorted({row["metric"] for row in mine})),
+                "on_search_split": float(np.mean([row["on_search_split"] for row in mine])),
+                "processors": sorted({row["processor"] for row in mine}),
+                "commits": sorted({row["commit"] for row in mine}),
             }
-
-    def test(self, network: nn.Module) -> float:
-        """Top-1 on the test split, a fraction."""
-        split, right = self.workload.test, 0
-        with torch.inference_mode():
-            for part in torch.split(torch.arange(len(split)), 500):
-                images, targets = self.workload.batch(split, part, train=False, generator=None, device=self.device)
-                right += int((network(images).argmax(1) == targets).sum())
-        return right / len(split)
+        )
+    return sorted(lines, key=lambda line: -line["tuned"])
 
 
-def chosen(archive: tuple[Entry, ...], macs: float) -> Entry:
-    """The most accurate plan of an archive that meets the target (the smallest one, if none does)."""
-    within = [entry for entry in archive if entry.evaluation["macs"] <= macs]
-    if not within:
-        return min(archive, key=lambda entry: entry.evaluation["macs"])
-    return max(within, key=lambda entry: entry.evaluation["top1"])
+def at_target(line: Row) -> bool:
+    """Whether the MACs kept lie between 0.99 and 1.00 of the target."""
+    return bool(0.99 * TARGET <= line["macs_ratio"] <= TARGET)
 
 
-def _config(scale: Scale) -> RunFile:
-    tuning = f"finetune.lr={scale.lr}", f"finetune.epochs={scale.tune_epochs}", "finetune.precision=auto"
-    return parse_run_file(RUN, "methods", [f"search.images={scale.images}", *tuning])
+def below(line: Row) -> bool:
+    """Whether a method loses to ``uniform``: its interval lies below zero, or its mean is well below."""
+    return bool(line["method"] != CONTROL and (line["high"] < 0 or line["gain"] < -BELOW_PP))
 
 
-def table(rows: list[dict[str, Any]], command: str, unpruned: float, scale: Scale) -> str:
-    """The rows as a Markdown page."""
-    head = (
+def best_on_search_split(lines: Sequence[Row], *, higher_is_better: bool) -> str:
+    """The method that a user would choose, who sees no test image."""
+    choice = [line for line in lines if line["method"] not in CONTROLS]
+    sign = 1 if higher_is_better else -1
+    return str(max(choice, key=lambda line: sign * line["on_search_split"])["method"]) if choice else ""
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+def page(lines: Sequence[Row], fresh: Sequence[Row], figures: Sequence[Figure], unpruned: float) -> str:
+    """The results as a Markdown page."""
+    processors = sorted({name for line in lines for name in line["processors"]})
+    commits = sorted({name for line in lines for name in line["commits"]})
+    text = (
         "# Search methods side by side\n\n"
-        f"Written by `{command}`. ResNet-56 on CIFAR-10, unpruned {unpruned:.2f} % on the test split; every method "
-        f"searched within {scale.seconds:g} s and {scale.epochs:g} epochs of training with {scale.images:,} search "
-        f"images, then {scale.tune_epochs:g} epochs of distilled fine-tuning. One seed. Controls are in italics.\n\n"
+        "Written by `SECATEUR_DATA=... python benchmarks/methods.py`, which says how it is done; all numbers of every "
+        f"run are in `docs/methods.json`. ResNet-20 on CIFAR-10, unpruned {unpruned:.2f} % on the test split, cut "
+        f"to {TARGET:g} of its MACs; every search may spend {WORK:.3g} image-MACs ({CALIBRATED_S} CPU-seconds of one "
+        "thread when calibrated), then two epochs of distilled fine-tuning. Mean and standard deviation over seeds; "
+        "the difference to `uniform` is paired over images and clustered by seed, with its 95 % interval. Controls are "
+        "in italics. † = more than a quarter of the removed MACs were chosen by the projection onto the target and not "
+        f"by the method.\n\nProcessors: {'; '.join(processors)}. Commits: {', '.join(commits)}.\n\n"
     )
-    names = list(rows[0])
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    for row in sorted(rows, key=lambda row: (row["target"], row["MACs kept"] > row["target"], -row["fine-tuned %"])):
-        cells = [
-            f"{v:.3f}" if "ratio" in k or "kept" in k else f"{v:.2f}" if isinstance(v, float) else str(v)
-            for k, v in row.items()
-        ]
-        cells[1] = f"*{cells[1]}*" if cells[1] in CONTROLS else cells[1]
-        lines.append("| " + " | ".join(cells) + " |")
-    return head + "\n".join(lines) + "\n"
+    for figure in figures:
+        text += f"- `{figure.name}`: {figure.value:.4g} (bound {figure.bound:g}: {'kept' if figure.ok else 'MISSED'})\n"
+    text += "\n" + _table(lines)
+    if fresh:
+        text += "\n## The method chosen on the search split, with fresh seeds\n\n" + _table(fresh)
+    return text
+
+
+def _table(lines: Sequence[Row]) -> str:
+    head = (
+        *("method", "seeds", "MACs kept", "as cut %", "recalibrated %", "tuned %", "difference to uniform, pp"),
+        *("latency ratio", "scope", "metric", "projected", "work, T", "search CPU s", "evaluated"),
+    )
+    text = "| " + " | ".join(head) + " |\n|" + "---|" * len(head) + "\n"
+    for line in lines:
+        name = f"*{line['method']}*" if line["method"] in CONTROLS else line["method"]
+        spread = "" if np.isnan(line["std"]) else f" ± {line['std']:.2f}"
+        gain = "" if line["method"] == CONTROL else f"{line['gain']:+.2f} ({line['low']:+.2f} to {line['high']:+.2f})"
+        mark = " †" if line["projected_share"] > PROJECTED else ""
+        cells = (
+            *(name, str(line["seeds"]), f"{line['macs_ratio']:.4f}", f"{line['as_cut']:.2f}"),
+            *(f"{line['recalibrated']:.2f}", f"{line['tuned']:.2f}{spread}", gain, f"{line['latency_ratio']:.3f}"),
+            *(line["scope"], line["metric"], f"{line['projected_share']:.2f}{mark}", f"{line['work'] / 1e12:.2f}"),
+            *(f"{line['search_cpu_s']:.0f}", f"{line['evaluations']:.0f}"),
+        )
+        text += "| " + " | ".join(cells) + " |\n"
+    return text
+
+
+# -- the results so far ------------------------------------------------------------------------------------------------
+
+
+class Results:
+    """The rows that are done, in one JSON file that several calls share."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def rows(self) -> list[Row]:
+        """Every row so far."""
+        return list(json.loads(self.path.read_text(encoding="utf-8"))["rows"]) if self.path.exists() else []
+
+    def has(self, method: str, seed: int, kind: str | None = None) -> bool:
+        """Whether a row is done; on a kind of processor, if one is named."""
+        return any(
+            row["method"] == method and row["seed"] == seed and kind in (None, row["processor"]) for row in self.rows()
+        )
+
+    def add(self, row: Row) -> None:
+        """Write a row, in place of an older one of the same method and seed."""
+        with locked(self.path.with_suffix(".lock")):
+            kept = [r for r in self.rows() if (r["method"], r["seed"]) != (row["method"], row["seed"])]
+            self.write([*kept, row])
+
+    def write(self, rows: Sequence[Row], **more: Any) -> None:
+        """Write all rows, one a line, so that a difference can be read."""
+        ordered = sorted(rows, key=lambda row: (row["method"], row["seed"]))
+        text = ",\n".join(json.dumps(row) for row in ordered)
+        other = "".join(f"{json.dumps(key)}: {json.dumps(value)},\n" for key, value in more.items())
+        partial = self.path.with_suffix(".part")
+        partial.write_text(f'{{\n{other}"rows": [\n{text}\n]\n}}\n', encoding="utf-8")
+        partial.replace(self.path)
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock file; without waiting, says whether it could be had."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def calibrate() -> None:
+    """How many image-MACs of forward passes 120 CPU-seconds of one thread are worth here."""
+    torch.set_num_threads(1)
+    config = run_file(CONTROL, 0)
+    from secateur.pipeline.run.opening import open_workload
+    from secateur.pruning.cost import cost
+    from secateur.pruning.plan import PruningPlan
+    from secateur.pruning.trace import trace
+
+    workload = open_workload(config)
+    model = workload.build_model().eval().to(memory_format=torch.channels_last)
+    graph = trace(model, workload.example_input())
+    macs = cost(graph, PruningPlan.full(graph.groups)).macs
+    images = workload.batch(
+        workload.search, torch.arange(100), train=False, generator=None, device=torch.device("cpu")
+    )[0]
+    started, seen = time.process_time(), 0
+    with torch.inference_mode():
+        while time.process_time() - started < 10:
+            model(images)
+            seen += len(images)
+    rate = macs * seen / (time.process_time() - started)
+    print(f"{processor()}: {rate / 1e9:.1f} G image-MACs a CPU-second, {CALIBRATED_S * rate:.3g} in {CALIBRATED_S} s")
 
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--profile", choices=sorted(SCALES), default="cpu", help="how large (default cpu)")
     arguments.add_argument("--only", help="methods, separated by commas (default: all, controls included)")
-    arguments.add_argument("--minutes", type=float, default=90, help="begin no method after so long (default 90)")
-    arguments.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
-    arguments.add_argument("--folder", type=Path, default=Path("methods-work"), help="journals and results")
+    arguments.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="separated by commas (default 0,1,2)")
+    arguments.add_argument("--fresh", action="store_true", help="repeat the chosen method with three fresh seeds")
+    arguments.add_argument("--minutes", type=float, default=90, help="begin no row after so long (default 90)")
+    arguments.add_argument("--folder", type=Path, default=Path("methods-work"), help="journals and weights")
+    arguments.add_argument("--results", type=Path, default=Path("docs/methods.json"), help="rows that are done")
     arguments.add_argument("--write", type=Path, metavar="PATH", help="write the table as a Markdown page")
+    arguments.add_argument("--calibrate", action="store_true", help="say what the search's work is worth here, and end")
     options = arguments.parse_args()
-    scale, started = SCALES[options.profile], time.monotonic()
-    bench = Bench(scale, options.threads)
-    names = options.only.split(",") if options.only else [*TRIED, "scratch"]
-    rows: list[dict[str, Any]] = []
-    for share in scale.targets:
-        for name in names:
-            folder = options.folder / f"{options.profile}-{share:g}" / name
-            result = folder / "result.json"
-            if not result.exists():
-                if time.monotonic() - started > 60 * options.minutes:
-                    print(f"{name} at {share:g}: not begun, the time is over; call again to continue")
-                    continue
-                try:
-                    row = {"target": share, **bench.run(name, share, folder)}
-                except Exception as error:  # noqa: BLE001  one method that fails must not hide the others
-                    print(f"{name} at {share:g}: {type(error).__name__}: {error}")
-                    continue
-                result.write_text(json.dumps(row) + "\n", encoding="utf-8")
-                print(f"{name} at {share:g}: {row['fine-tuned %']:.2f} % after {time.monotonic() - started:.0f} s")
-            rows.append(json.loads(result.read_text(encoding="utf-8")))
-    bench.target.close()
-    if not rows:
+    if options.calibrate:
+        calibrate()
+        return
+    results, started = Results(options.results), time.monotonic()
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    names = options.only.split(",") if options.only else METHODS_COMPARED
+    if options.fresh:
+        chosen = best_on_search_split(summarised(results.rows(), SEEDS), higher_is_better=_higher(results))
+        names, seeds = [chosen], list(FRESH_SEEDS)
+    for seed in seeds:
+        for method in (CONTROL, *names):
+            if time.monotonic() - started > 60 * options.minutes:
+                print("the time is over; call again to continue")
+                break
+            _do(method, seed, options.folder, results)
+    show(results, options.json, options.write)
+
+
+def _do(method: str, seed: int, folder: Path, results: Results) -> None:
+    """One row, unless it is done here or being done by another call."""
+    kind = processor() if method == CONTROL else None
+    with locked(folder / f"{method}-{seed}.lock", wait=False) as mine:
+        if not mine or results.has(method, seed, kind):
+            return
+        try:
+            row = measure(method, seed, folder)
+        except Exception as error:  # noqa: BLE001  one method that fails must not hide the others
+            print(f"{method}, seed {seed}: {type(error).__name__}: {error}", flush=True)
+            return
+        results.add(row)
+        print(f"{method}, seed {seed}: MACs {row['macs_ratio']:.4f}, {row['tuned']:.2f} %", flush=True)
+
+
+def _higher(results: Results) -> bool:
+    """Whether the metric that chose is better when it is higher."""
+    return results.rows()[0]["metric"] not in ("loss", "divergence")
+
+
+def show(results: Results, path: Path | None, write: Path | None) -> None:
+    """Figures and table of what is done so far."""
+    rows = results.rows()
+    lines = summarised(rows, SEEDS)
+    if not lines:
         sys.exit("no method is done")
-    uniform = {row["target"]: row["fine-tuned %"] for row in rows if row["method"] == "uniform"}
+    fresh = [line for line in summarised(rows, FRESH_SEEDS) if line["method"] != CONTROL]
+    methods = [line for line in lines if line["method"] != CONTROL]
+    met, lost = sum(map(at_target, lines)), sum(map(below, methods))
     figures = [
-        Figure(f"{row['method']}_over_uniform_pp_{row['target']:g}", gain, 0.0, gain >= 0)
-        for row in rows
-        if row["method"] not in CONTROLS and row["target"] in uniform
-        for gain in [row["fine-tuned %"] - uniform[row["target"]]]
+        Figure("methods_at_target", met, len(lines), met == len(lines)),
+        Figure("methods_below_uniform", lost, 0, lost == 0),
+        *(Figure("best_minus_uniform_pp", line["gain"], 0.5, line["gain"] >= 0.5) for line in fresh[:1]),
     ]
-    present(f"ResNet-56 on CIFAR-10, profile {options.profile}", rows, figures, options.json)
-    if options.write:
-        settings = f"--profile {options.profile} --threads {options.threads} --write {options.write}"
-        command = f"SECATEUR_DATA=... python benchmarks/methods.py {settings}"
-        options.write.write_text(table(rows, command, 100 * bench.test(bench.model), scale), encoding="utf-8")
+    columns = ("method", "seeds", "macs_ratio", "as_cut", "recalibrated", "tuned", "std", "gain", "low", "high")
+    present("ResNet-20 on CIFAR-10, half of the MACs", [{k: line[k] for k in columns} for line in lines], figures, path)
+    if write:
+        write.write_text(page(lines, fresh, figures, rows[0]["unpruned"]), encoding="utf-8")
 
 
 if __name__ == "__main__":
