@@ -35,6 +35,7 @@ for command_ in (
 app.command(name="rescore")(results.rescore_)
 app.command(name="list")(inspect.list_)
 app.command()(inspect.explain)
+app.command()(inspect.schema)
 
 
 def main() -> NoReturn:

@@ -1,13 +1,17 @@
-"""``secateur list`` and ``explain``: what a run file can name, told without importing it."""
+"""``secateur list``, ``explain`` and ``schema``: what a run file can say and name."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from secateur.pipeline import errors
-from secateur.pipeline.terminal import out, table
+from secateur.pipeline.terminal import one_line, out, table
+
+if TYPE_CHECKING:
+    from secateur.pipeline.config.keys import Key
 
 
 def list_(
@@ -21,9 +25,28 @@ def list_(
 
 
 def explain(
-    method: Annotated[str, typer.Argument(help="A search method; `secateur list methods` names them.")],
+    word: Annotated[
+        str,
+        typer.Argument(metavar="KEY|METHOD", help="A key of the run file, with dots, or a search method."),
+    ],
 ) -> None:
-    """Explain a search method: its source, its steps, where we chose, and every option with its default."""
+    """Explain a key of the run file (meaning, type, default, bounds), or a search method with all its options.
+
+    Example: secateur explain search.latency.max_error
+
+    Example: secateur explain ccep
+    """
+    from secateur.device_profiles.shelf import in_file
+    from secateur.pruning.search import METHODS
+
+    if METHODS.has(word) or in_file(word):
+        _explain_method(word)
+    else:
+        _explain_key(word, METHODS.names())
+
+
+def _explain_method(name: str) -> None:
+    """Print a method's source, its steps, where we chose, and every option with its default."""
     import inspect
     from dataclasses import fields
 
@@ -31,14 +54,74 @@ def explain(
     from secateur.pruning.search import METHODS
 
     try:
-        module = METHODS.load(method)
+        module = METHODS.load(name)
     except ValueError as error:
         raise errors.UserError(str(error)) from error
     defaults = {field.name: getattr(module.Options(), field.name) for field in fields(module.Options)}
     options = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
-    section = {"search": {"method": method, "options": options}}
+    section = {"search": {"method": name, "options": options}}
     for text in (inspect.getdoc(module), plain_yaml.dump(section), inspect.getdoc(module.Options)):
         out.print(f"{text}\n")
+
+
+def _explain_key(word: str, methods: list[str]) -> None:
+    """Print what a key means and takes; of a section, what its keys mean too.
+
+    Raises:
+        UserError: there is no such key, or several end in this word.
+    """
+    from secateur.pipeline.config.keys import all_keys, keys_at, nearest
+
+    keys = all_keys()
+    meant = keys_at(word, keys)
+    places = list(dict.fromkeys(key.place for key in meant))
+    if len(places) > 1:
+        raise errors.UserError(f"{word!r} is the end of several keys; write one of them: {', '.join(places)}")
+    if not meant:
+        close = nearest(word, keys, methods)
+        hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+        raise errors.UserError(
+            f"no key of the run file and no search method is called {word!r}{hint} (docs/run-file.md lists all keys, "
+            "`secateur list methods` the methods)"
+        )
+    for key in meant:
+        _show_key(key, "")
+    for key in keys:
+        if key.place.rpartition(".")[0] == places[0]:
+            _show_key(key, "  ")
+
+
+def _show_key(key: Key, indent: str) -> None:
+    default = "required" if key.required else f"default {key.default}" if key.default else ""
+    of = f" (of {key.of})" if key.of else ""
+    out.print(f"{indent}{key.place}{of}: {'; '.join(filter(None, (key.takes, default)))}")
+    out.print(f"{indent}  {key.meaning}")
+
+
+def schema(
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write it there instead of printing it.")
+    ] = None,
+) -> None:
+    """Print the JSON schema of the run file: every key with its meaning, for editors and programs.
+
+    An editor with a YAML language server checks and completes a run file whose first line is
+    # yaml-language-server: $schema=FILE
+
+    Example: secateur schema --output run-file.schema.json
+    """
+    import json
+
+    from secateur.pipeline.config.json_schema import whole
+
+    document = whole()
+    if output is None:
+        out.data(document)
+    else:
+        from secateur.pipeline.files import write_whole
+
+        write_whole(output, json.dumps(document, indent=2) + "\n")
+        out.print(f"Written: {one_line(output)}")
 
 
 def listing(what: str) -> dict[str, str]:

@@ -42,10 +42,12 @@ def reward_model(preset: str) -> type[Section]:
     """The options of a reward as a section."""
     from secateur.pruning.search import reward
 
-    kind, _ = reward.PRESETS[preset]
+    kind, settings = reward.PRESETS[preset]
     parameters = inspect.signature(kind, eval_str=True).parameters
-    options: Any = {name: (p.annotation, p.default) for name, p in parameters.items() if name != "reference"}
-    return create_model("RewardOptions", __base__=Section, **options)
+    options: Any = {
+        name: (p.annotation, settings.get(name, p.default)) for name, p in parameters.items() if name != "reference"
+    }
+    return create_model("RewardOptions", __base__=Section, __doc__=inspect.getdoc(kind), **options)
 
 
 # -- what their places take --------------------------------------------------------------------------------------------

@@ -37,20 +37,30 @@ class Distillation(Section):
     """Learning from the unpruned baseline: loss = (1 - weight) * task loss + weight * T^2 * KL(teacher || student)."""
 
     weight: Annotated[float, Field(ge=0, le=1)] = 0.7
+    """Share of the loss that is the teacher's; the rest is the task's own."""
     temperature: Annotated[float, Field(gt=0, le=1000)] = 4.0
+    """T, by which both networks' logits are divided."""
 
 
 class Recipe(Section):
     """How a network is trained: SGD with Nesterov momentum, linear warm-up, cosine decay to zero."""
 
     epochs: Annotated[float, Field(gt=0, le=100_000)] = 10
+    """Passes over the training images; fractions count."""
     lr: Annotated[float, Field(gt=0, le=1000)] = 0.05
+    """Highest learning rate, after the warm-up."""
     batch_size: Annotated[int, Field(gt=0, le=1_000_000)] = 128
+    """Images of one training step."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Nesterov momentum of SGD."""
     weight_decay: Annotated[float, Field(ge=0, le=1000)] = 5e-4
+    """L2 penalty on the weights."""
     warmup_epochs: Annotated[float, Field(ge=0, le=100_000)] = 0.5
+    """Epochs in which the learning rate rises from zero."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability that targets spread over all classes."""
     clip_norm: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    """Largest norm of the gradient of all weights together; None = gradients are not clipped."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Keep an exponential moving average of the weights with this decay per step, and end with it; 0 = off. The first
     steps count more: the decay begins near 0.1 and rises to this."""
@@ -64,6 +74,7 @@ class DeviceSection(Section):
     later = frozenset({"others", "combine"})
     passing = frozenset({"wait_s"})
     profile: str = "local"
+    """Name of a device profile, or the path of a YAML file."""
     others: tuple[str, ...] = ()
     """More devices: each candidate is measured on all of them at once, and the gate asks the same of each."""
     combine: Literal["worst", "mean"] = "worst"
@@ -81,7 +92,9 @@ class TargetSection(Section):
     """When the search may stop; ratios to the unpruned network."""
 
     macs_ratio: Fraction | None = None
+    """MACs to be reached; None = no such target."""
     latency_ratio: Fraction | None = None
+    """Latency on the device to be reached; None = no such target."""
 
 
 class BudgetSection(Section):
@@ -119,11 +132,14 @@ class SearchSection(Section):
 
     later = frozenset({"forward", "channel_multiple", "scope"})
     method: str = "ccep"
+    """A search method (``secateur list methods``), or a file of one's own, ``FILE.py:NAME``."""
     options: dict[str, Any] = Field(default_factory=dict)
+    """The method's own options (``secateur explain METHOD``)."""
     target: TargetSection = TargetSection()
     budget: BudgetSection = BudgetSection()
     latency: LatencySection = LatencySection()
     min_keep_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Smallest fraction of its channels that every group keeps."""
     frozen: tuple[str, ...] = ()
     """Channel groups that are left alone; ``*`` and ``?`` match as in file names."""
     channel_multiple: Annotated[int, Field(ge=1, le=65_536)] | None = None
@@ -181,7 +197,9 @@ class RewardSection(Section):
     """Which reward ranks candidates; ``options`` are the preset's parameters."""
 
     preset: str = "device"
+    """Name of a reward."""
     options: dict[str, Any] = Field(default_factory=dict)
+    """Its parameters."""
 
 
 class FinetuneSection(Recipe):
@@ -190,6 +208,7 @@ class FinetuneSection(Recipe):
     top: Annotated[int, Field(ge=1, le=10_000)] = 2
     """How many plans of the archive are fine-tuned; the best by reward becomes the compact model."""
     distill: Distillation | None = Distillation()
+    """Learning from the unpruned network beside the labels; None = from the labels alone."""
     from_scratch: bool = False
     """Train the chosen plans from random weights instead of the search's: the control for every method."""
 
@@ -198,11 +217,13 @@ class ExportSection(Section):
     """The ONNX export and its proof."""
 
     opset: Annotated[int, Field(ge=18, le=25)] = 20
+    """Version of ONNX's operators."""
     tolerance: Annotated[float, Field(gt=0, le=1)] = 1e-4
     """Largest relative difference between the ONNX file and the PyTorch model."""
     dynamic_batch: bool = False
     """Whether the files take any number of images at once, instead of one."""
     parity_images: Annotated[int, Field(gt=0, le=10**9)] = 64
+    """Images of the search split on which the ONNX file and the PyTorch model are compared."""
 
 
 class GateSection(Section):
@@ -219,6 +240,7 @@ class GateSection(Section):
     min_speedup: Annotated[float, Field(gt=0, le=1e6)] | None = 1.0
     """The lower end of the speed-up's 95 % interval must lie above this."""
     max_macs_ratio: Fraction | None = None
+    """Largest ratio of the compact model's MACs to the unpruned network's."""
     budgets: bool = True
     """Whether the device profile's budgets (p50_ms, p95_ms, size_bytes, peak_rss_bytes) must be met."""
     promote: bool = True
@@ -226,7 +248,9 @@ class GateSection(Section):
     min_accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
     """Smallest accuracy on the test split."""
     max_p95_ms: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    """Longest 95th percentile of the compact model's latency, in milliseconds."""
     max_peak_rss_bytes: Annotated[int, Field(gt=0, le=2**50)] | None = None
+    """Largest peak of the measuring process's memory (RSS), in bytes."""
     max_drop_champion: Annotated[float, Field(ge=0, le=1)] | None = 0.01
     """Largest loss of accuracy against the reigning champion, on the same test images."""
     max_latency_increase: Annotated[float, Field(ge=0, le=1e6)] | None = 0.05
@@ -246,8 +270,9 @@ class TrackingSection(Section):
 
     uri: str | None = None
     """None = SQLite and a folder under SECATEUR_HOME."""
-    experiment: Annotated[str, Field(pattern=r"^[^\p{Cc}]*$", max_length=200)] = "secateur"
-    registered_model: Annotated[str, Field(pattern=r"^[^/:.%\"'\\`\p{Cc}]+$", max_length=200)] | None = None
+    experiment: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$", max_length=200)] = "secateur"
+    """MLflow's experiment that holds the run and its candidates."""
+    registered_model: Annotated[str, Field(pattern=r"^[^/:.%\"'\\`\x00-\x1f\x7f-\x9f]+$", max_length=200)] | None = None
     """None = the run's name."""
     take_over: bool = False
     """Whether an experiment, a registered model or an alias that Secateur did not make may become its own."""
@@ -278,7 +303,9 @@ class RunFile(Section):
 
     passing = frozenset({"workers"})
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=100)]
+    """Names run directories, and the registered model where ``tracking.registered_model`` is not set."""
     workload: dict[str, Any]
+    """The task, by its ``name``: model and data."""
     device: DeviceSection = DeviceSection()
     search: SearchSection = SearchSection()
     reward: RewardSection = RewardSection()
@@ -289,6 +316,7 @@ class RunFile(Section):
     tracking: TrackingSection = TrackingSection()
     workers: WorkersSection = WorkersSection()
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of search, training and fine-tuning; never of the splits."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads for training and evaluation; None = all cores."""
     compute: Literal["auto", "cpu", "cuda"] = "auto"

@@ -80,14 +80,18 @@ class DataOptions(Section):
     """Where the images come from and how they are prepared."""
 
     source: Literal["digits", "torchvision", "folder", "arrays"] = "digits"
+    """digits = those of scikit-learn, without a download; torchvision = a data set of its own; folder = class folders;
+    arrays = files of NumPy."""
     dataset: str | None = None
     """torchvision: class name in torchvision.datasets (CIFAR10)."""
     path: str | None = None
     """torchvision: where its files are or go; folder: the folder that holds train/ and test/."""
     download: bool = True
+    """torchvision: whether missing files are fetched."""
     train: str | None = None
     """arrays: .npz, or the common stem of STEM_images.npy and STEM_labels.npy."""
     test: str | None = None
+    """arrays: the same for the test images; None = they are split off the training images."""
     classes: tuple[str, ...] | None = None
     """Names of all classes in the order of their indices: of the folders, or of the labels from 0; None = the folders'
     names, sorted, or those that the data set has."""
@@ -98,9 +102,11 @@ class DataOptions(Section):
     """Of the images as the network sees them, in pixels: a square's side, or [height, width]; None = as stored for
     arrays, and for files what the network was made for (timm, torchvision's weights), else 224."""
     channels: Literal[1, 3] | None = None
+    """Of the images; None = as stored for arrays, RGB for files."""
     mean: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = None
     """Per channel, of pixels in 0..1; None = measured on the training images."""
     std: tuple[Annotated[float, Field(gt=0, le=100)], ...] | None = None
+    """Per channel, of pixels in 0..1; None = measured on the training images."""
     augment: Literal["none", "shift", "flip_shift"] = "none"
     """shift: random shifts of up to an eighth of the side; flip_shift: left-right flips too."""
     search_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None

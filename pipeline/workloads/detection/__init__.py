@@ -69,6 +69,7 @@ class InputOptions(Section):
     mean: tuple[Share, Share, Share] | None = None
     """Per channel, of pixels in 0..1; None = what the network says."""
     std: tuple[Deviation, Deviation, Deviation] | None = None
+    """Per channel, of pixels in 0..1; None = what the network says."""
     augment: Literal["none", "ssd"] = "ssd"
     """ssd: Liu et al.'s photometric distortion, zoom out and crops that keep objects, on training images."""
     zoom_out: Annotated[float, Field(ge=1, le=100)] = 4.0
@@ -83,7 +84,9 @@ class MetricOptions(Section):
     curve: Literal["voc07", "area"] = "voc07"
     """voc07 = 11 points (PASCAL VOC 2007); area = under the whole curve (VOC 2010 and later)."""
     least_score: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Boxes with a smaller score are no detections."""
     nms_iou: Annotated[float, Field(gt=0, le=1)] = 0.45
+    """Suppression takes away boxes of the same class that overlap a better one by more (intersection over union)."""
     per_class: Annotated[int, Field(ge=1)] = 400
     """Boxes of a class that suppression looks at."""
     most: Annotated[int, Field(ge=1)] = 200

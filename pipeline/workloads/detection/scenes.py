@@ -20,6 +20,7 @@ class SceneOptions(Section):
     """Where the images and boxes come from."""
 
     source: Literal["digits", "voc", "coco"] = "digits"
+    """digits = scenes made of digits, without a download; voc = PASCAL VOC or a folder like it; coco = COCO's JSON."""
     path: str | None = None
     """voc: the folder that holds VOCdevkit/, or ImageSets/, JPEGImages/ and Annotations/, or pairs of XML and image
     (together, in images/ and annotations/, or in either form under train/, val/ and test/); coco: the image folder."""

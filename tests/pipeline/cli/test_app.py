@@ -152,3 +152,24 @@ def test_every_method_is_explained_with_options_that_can_be_pasted_into_a_run_fi
 def test_an_unknown_method_is_explained_by_the_known_ones(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
     assert call(monkeypatch, "explain", "ccepp") == errors.EXIT_USER
     assert "did you mean 'ccep'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["search.latency.max_error", "max_error"])
+def test_a_key_is_explained_by_its_meaning_bounds_and_default(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured, word: str
+) -> None:
+    assert call(monkeypatch, "explain", word) == 0
+    shown = capsys.readouterr().out
+    assert all(part in shown for part in ("search.latency.max_error", "median error", "> 0", "<= 1,000", "0.08"))
+
+
+def test_an_option_is_explained_for_every_method_that_has_it(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    assert call(monkeypatch, "explain", "search.options.population") == 0
+    shown = capsys.readouterr().out
+    assert "(of ccep): integer; default 5" in shown
+    assert "(of meta): integer; default 20" in shown
+
+
+def test_a_mistyped_key_is_answered_by_the_nearest(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    assert call(monkeypatch, "explain", "serch.latency.max_eror") == errors.EXIT_USER
+    assert "did you mean 'search.latency.max_error'" in capsys.readouterr().err
