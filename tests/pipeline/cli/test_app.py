@@ -15,6 +15,7 @@ from secateur.export import ExportError
 from secateur.pipeline import errors
 from secateur.pipeline.cli import app as cli
 from secateur.pipeline.cli import inspect
+from secateur.pipeline.foreign import exit_code
 from secateur.pipeline.run.facts import Check
 from secateur.pruning.search import METHODS
 from tests.pipeline.helpers import made_up_facts, quick_device, write_tiny
@@ -112,7 +113,7 @@ def test_a_refused_run_leaves_no_directory(monkeypatch: pytest.MonkeyPatch, tmp_
     ],
 )
 def test_every_kind_of_error_has_its_code(error: Exception, code: int) -> None:
-    assert cli.exit_code(error) == code
+    assert exit_code(error) == code
 
 
 def test_an_interrupt_has_its_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
