@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import sys
 import traceback
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
+from secateur import __version__
 from secateur.pipeline import children, errors
-from secateur.pipeline.cli import deploy, devices, inspect, interrupts, registry, results, run, trust, validate
+from secateur.pipeline.cli import deploy, devices, doctor, inspect, interrupts, registry, results, run, trust, validate
 from secateur.pipeline.cli.devices import benchmark
 from secateur.pipeline.cli.help import import_formatter, narrowed
 from secateur.pipeline.cli.texts import make_logs_harmless
 from secateur.pipeline.surroundings import home, prepare
-from secateur.pipeline.terminal import err, use_any_encoding
+from secateur.pipeline.terminal import err, out, use_any_encoding
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version, and end."""
+    if wanted:
+        out.print(f"secateur {__version__}")
+        raise typer.Exit
+
 
 app = typer.Typer(
     name="secateur",
@@ -26,6 +35,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def _program(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=show_version, help="Print it.")] = False,
+) -> None: ...
+
+
 app.add_typer(devices.app, name="devices")
 for command_ in (
     *(benchmark.benchmark, registry.pull, registry.promote, registry.rollback, registry.history),
@@ -36,6 +53,7 @@ app.command(name="rescore")(results.rescore_)
 app.command(name="list")(inspect.list_)
 app.command()(inspect.explain)
 app.command()(inspect.schema)
+app.command()(doctor.doctor)
 
 
 def main() -> NoReturn:

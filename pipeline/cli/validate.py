@@ -39,6 +39,8 @@ def validate(
 ) -> None:
     """Check all that a run needs, without training; report everything that is wrong, and what the run will be.
 
+    `secateur doctor` checks this machine.
+
     Example: secateur validate flowers.yaml --set search.target.macs_ratio=0.5
     """
     from secateur.pipeline.config.faults import Fault, FaultsError
