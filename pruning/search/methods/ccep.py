@@ -300,10 +300,11 @@ class _Course:
 
     def evolve(self, snapshot: Candidate, bound: float | None, rounds: int) -> Generator[Request, Answer, None]:
         """The EA of every group, one after the other; what they have found stays when the budget ends meanwhile."""
-        options, scores = self.options, None
+        ratio_bound, scores = self.bound_of_groups(bound), None
+        options = _eager(self.options, ratio_bound)
         if options.informed and not options.paper_compat:
             scores = yield from self.saliency()
-        parts = _divided(self.problem, options, snapshot, self.active, self.latency, self.bound_of_groups(bound))
+        parts = _divided(self.problem, options, snapshot, self.active, self.latency, ratio_bound)
         for number, part in enumerate(parts):
             before = yield from remaining()
             effort = self.effort(before, rounds, len(parts) - number, len(parts))
@@ -403,15 +404,16 @@ class _Course:
         return max(1, int(min(most, lasting, self.rounds_needed(most))))
 
     def rounds_needed(self, most: int) -> int:
-        """Rounds of r that lead from here to the target."""
+        """Rounds from here to the target, each with r of the cost left: coarse widths do not hasten them."""
         if self.limit is None:
             return most
-        widths = self.problem.space.encode(self.plan)
-        for rounds in range(most):
-            if self.limit.of(widths) <= self.limit.bound:
-                return rounds
-            widths = self.narrowest(widths, self.options.ratio_bound)
-        return most
+        way, ratio_bound = (
+            self.limit.bound / self.limit.of(self.problem.space.encode(self.plan)),
+            self.options.ratio_bound,
+        )
+        if way >= 1 or ratio_bound == 0:
+            return 1
+        return most if ratio_bound == 1 else min(most, math.ceil(math.log(way) / math.log(ratio_bound) - 1e-9))
 
     def narrowest(self, widths: IntArray, ratio_bound: float) -> IntArray:
         """Widths that one round can come to."""
@@ -465,6 +467,14 @@ class _Course:
             part = min(part, 2 * m - 1)
         initial = int(np.clip(part, 1, max(1, m - 1)))
         return initial, round(float(np.clip((part - initial) / m, 0, most)))
+
+
+def _eager(options: Options, ratio_bound: float) -> Options:
+    """The options for a round whose r was lowered: individuals half-way to it, and mutations that reach it."""
+    if ratio_bound >= options.ratio_bound:
+        return options
+    keep, rate = min(options.initial_keep, (1 + ratio_bound) / 2), max(options.mutation_rate, 1 - ratio_bound)
+    return replace(options, initial_keep=keep, mutation_rate=rate)
 
 
 @dataclass

@@ -14,15 +14,17 @@ from secateur.pruning.search.methods.ccep import (
     Individual,
     Options,
     Subproblem,
+    _chosen,
     _fit,
     crossover,
     initial,
     mutate,
     search,
 )
-from secateur.pruning.search.protocol import Candidate, Evaluate, FineTune, Goal, Time
-from secateur.pruning.search.support import SearchError
+from secateur.pruning.search.protocol import Budget, Candidate, Evaluate, FineTune, Goal, Time
+from secateur.pruning.search.support import Limit, SearchError, macs_ratios
 from secateur.pruning.search.testing import FakeStudy, drive, study
+from tests.pruning.search.bounded import bounded
 
 PLAIN = Options(start="dense", informed="", survival="accuracy", finetune_epochs=30)
 """The authors' loop, with our order of mutation, and the way to the target that is ours."""
@@ -416,3 +418,93 @@ def test_errors_name_the_way_out():
         Options(finetune_epochs=-1)
     with pytest.raises(ValueError, match="freeze_drop"):
         Options(freeze_drop=float("nan"))
+
+
+HALF = Goal(macs_ratio=0.5)
+
+
+def test_a_round_goes_no_further_than_its_share_of_the_way_where_widths_are_coarse():
+    """Every group halved in one round, as the bound of coarse widths allows, would keep a quarter of the MACs."""
+    fake = study((16, 16, 16), 8)
+    options = replace(FAST_LONG, finetune_epochs=1)
+    archive = drive(search(fake.problem(HALF), options), fake)
+    kept = [1.0, *(entry.evaluation["macs"] / fake.macs(fake.space.full) for entry in archive)]
+    assert kept[-1] <= 0.5
+    assert len(kept) > 2 and all(after > 0.5 * before for before, after in pairwise(kept))
+
+
+def test_the_splice_loses_least_fitness_for_the_cost_it_saves():
+    """Channels of the first group are worth a tenth of the others': as many of them go as can, then of the others."""
+    fake = study((64, 64))
+    bits = {gone: np.arange(64) >= gone for gone in (5, 10, 20)}
+    known = {
+        name: [Individual(bits[gone], 0.9 - worth * gone, gone) for gone in bits]
+        for name, worth in (("layer0.conv1", 0.001), ("layer1.conv1", 0.01))
+    }
+    limit = Limit("macs_ratio", macs_ratios(fake.problem()), 0.73)
+    chosen = _chosen(fake.problem(), limit, fake.space.full, known, 0.9)
+    assert {name: individual.removed for name, individual in chosen.items()} == {"layer0.conv1": 20}
+    chosen = _chosen(fake.problem(), replace(limit, bound=0.7), fake.space.full, known, 0.9)
+    assert {name: individual.removed for name, individual in chosen.items()} == {"layer0.conv1": 20, "layer1.conv1": 5}
+
+
+@pytest.mark.parametrize("start", ["uniform", "global"])
+def test_the_warm_start_takes_what_the_rounds_of_the_budget_cannot_reach(start):
+    begun = {}
+    for evaluations in (40, 60, 600):
+        fake = study((32, 32, 32))
+        archive, _ = bounded("ccep", Options(start=start), fake, HALF, Budget(evaluations=evaluations))
+        first = next(c for c in fake.candidates if c.origin == "snapshot")
+        begun[evaluations] = fake.macs(first.plan) / fake.macs(fake.space.full)
+        assert archive[0].candidate.origin == start
+    assert 0.5 < begun[40] <= begun[60] < begun[600]
+    fake = study((32, 32, 32))
+    drive(search(fake.problem(HALF), replace(FAST_LONG)), fake)
+    assert fake.candidates[0].plan.is_full
+
+
+def test_one_initial_individual_drops_what_the_saliency_ranks_lowest():
+    fake = study((20,))
+    drive(search(fake.problem(), replace(FAST, informed="l1", outer_iterations=1, generations=1)), fake)
+    first = next(c for c in fake.candidates if c.origin == "init")
+    lowest = np.argsort(fake.value["layer0.conv1"])[:3]
+    assert set(range(20)) - set(first.plan.kept["layer0.conv1"]) == set(lowest.tolist())
+
+
+def test_the_reward_ranks_individuals_where_it_is_wanted():
+    """With a reward of MACs alone the narrowest individual is the best, whatever it loses."""
+    fake = study((20, 20))
+    problem = replace(fake.problem(), reward=lambda e: -e["macs"])
+    options = replace(FAST, outer_iterations=1, generations=20)
+    widths = {
+        survival: drive(search(problem, replace(options, survival=survival)), fake)[0].candidate.plan.widths
+        for survival in ("reward", "accuracy")
+    }
+    assert set(widths["reward"].values()) == {17}
+    assert min(widths["accuracy"].values()) > 17
+
+
+def test_a_prediction_that_a_splice_proves_wrong_is_rescaled():
+    """The network is really slower than its parts say: later rounds cut more for the same prediction."""
+    slow = study((32, 48, 64))
+    honest = slow.metrics
+
+    def metrics(plan, top1, *, latency):
+        known = honest(plan, top1, latency=latency)
+        saved = 1 - known["latency_ratio"]
+        return replace(known, metrics={**known.metrics, "latency_ratio": 1 - 0.7 * saved}) if latency else known
+
+    slow.metrics = metrics
+    options = replace(FAST_LONG, finetune_epochs=0)
+    archive = drive(search(slow.problem(Goal(latency_ratio=0.75)), options), slow)
+    assert archive[-1].evaluation["latency_ratio"] <= 0.75
+
+
+def test_rounds_train_for_an_epoch_at_least_or_not_at_all():
+    trained = {}
+    for epochs in (0.9, 40):
+        fake = study((32, 32, 32))
+        bounded("ccep", Options(start="dense", finetune_epochs=2), fake, HALF, Budget(evaluations=900, epochs=epochs))
+        trained[epochs] = [r.epochs for r in fake.requests if isinstance(r, FineTune)]
+    assert trained[0.9] == []
+    assert trained[40] and min(trained[40]) >= 1
