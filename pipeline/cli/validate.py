@@ -179,7 +179,8 @@ def _show_data(data: DataSummary, preflight: Preflight) -> None:
         rows.add_row(c.name, *(f"{num:,}" for num in (c.train, c.search, c.test)))
     if len(data.classes) > MOST_ROWS:
         rows.add_row(f"and {len(data.classes) - MOST_ROWS:,} more classes (--json has all)")
-    out.print(rows)
+    if data.classes:
+        out.print(rows)
     out.print("Images: " + ", ".join(f"{num:,} {part}" for part, num in images.items()))
     sizes = _by_count(data.sizes)
     shown = ", ".join(f"{width}x{height} ({num:,})" for (width, height), num in sizes[:5])

@@ -38,7 +38,7 @@ CODE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 """``module:attribute``, which imports."""
 PLACES = (("name",), ("task",), ("model", "name"), ("model", "factory"))
 """Places of the ``workload`` section that may name code."""
-FILES = (("name",), ("model", "name"))
+FILES = (("name",), ("task",), ("model", "name"))
 """Those of them that may name a ``FILE.py:NAME``."""
 ZOOS = ("torchvision", "timm")
 """Packages whose own builders of networks need no consent."""
@@ -379,6 +379,19 @@ def _of_a_module(name: str, options: object, place: str) -> tuple[Any, bool]:
 
 def _of_a_file(name: str, place: str) -> tuple[Any, bool]:
     """The same of a ``FILE.py:attribute``: of the file that was consented to last under this name."""
+    return in_consented_file(name, place)[0], False
+
+
+def in_consented_file(name: str, place: str) -> tuple[Any, Path]:
+    """(what a ``FILE.py:attribute`` names, its file): of the file that was consented to last under this name.
+
+    Args:
+        place: where it is named.
+
+    Raises:
+        ClosedError: there is no consent for it.
+        UserError: the file cannot be imported, or there is no such thing in it.
+    """
     file = next(
         (e.root for e in reversed(_allowed) if e.place == place and e.text == f"{name} of {printable(e.root)}"), None
     )
@@ -388,9 +401,9 @@ def _of_a_file(name: str, place: str) -> tuple[Any, bool]:
         )
     attribute = name.rpartition(":")[2]
     try:
-        return getattr(module_of(Path(file)), attribute), False
+        return getattr(module_of(Path(file)), attribute), Path(file)
     except AttributeError as error:
-        raise UserError(f"{name}: there is no {attribute} in {file}; name an nn.Module builder in it") from error
+        raise UserError(f"{name}: there is no {attribute} in {file}; after the colon comes what it defines") from error
     except Exception as error:  # a user's code, which may raise anything
         raise UserError(f"{name}: {file} cannot be imported: {type(error).__name__}: {error}") from error
 

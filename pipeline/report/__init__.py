@@ -17,7 +17,7 @@ from secateur.device_profiles import BenchmarkResult, DeviceProfile
 from secateur.pipeline.config.schema import RunFile
 from secateur.pipeline.files import write_whole
 from secateur.pipeline.report.charts import cloud, histogram, lines
-from secateur.pipeline.run.facts import EARLIER_NAMES, Facts, Speedup
+from secateur.pipeline.run.facts import EARLIER_NAMES, Facts, ModelFacts, Speedup
 from secateur.pipeline.run.records import of_candidates
 from secateur.pruning.search.landing import MARKED
 
@@ -46,6 +46,7 @@ def final_table(facts: Facts) -> list[Row]:
     for name in (metric, *(name for name in ("map",) if name in base.metrics)):
         change = f"{100 * (compact[name] - base[name]):+.2f} pp"
         rows.append((f"{METRICS.get(name, name)} (test split)", f"{base[name]:.2%}", f"{compact[name]:.2%}", change))
+    rows += [_other(name, told, base, compact) for name, told in (facts.gate.others or {}).items()]
     units = (("MACs", "macs", 1e6, "M"), ("params", "params", 1e3, "k"), ("file size", "size_bytes", 1e3, "kB"))
     for title, key, scale, unit in units:
         before, after = base.size[key], compact.size[key]
@@ -61,6 +62,14 @@ def final_table(facts: Facts) -> list[Row]:
         rows.append(("what disturbed the timing", "", "", ", ".join(timed.flags)))
     others = [row for row in _devices(facts) if row[0] != timed.device]
     return rows + [(f"p50 on {name}", before, now, change) for name, before, now, change in others]
+
+
+def _other(name: str, told: tuple[str, str], base: ModelFacts, compact: ModelFacts) -> Row:
+    """A metric of any unit; its change is a share of what it was."""
+    unit, better = told
+    before, after = (f"{model[name]:.4g} {unit}".strip() for model in (base, compact))
+    change = f"{compact[name] / base[name] - 1:+.1%}" if base[name] else ""
+    return f"{name} (test split, {better} is better)", before, after, change
 
 
 def _milliseconds(title: str, before: float, after: float) -> Row:

@@ -495,6 +495,7 @@ class GateFacts(StageFacts):
     Args:
         metric: the metric the gate looks at.
         search_metric: the metric the search went by.
+        others: further metrics that a task shows: name -> (unit, whether "higher" or "lower" is better).
     """
 
     models: Both[KeptModel]
@@ -502,6 +503,7 @@ class GateFacts(StageFacts):
     passed: bool
     metric: str
     search_metric: str
+    others: Annotated[Mapping[str, tuple[str, str]] | None, OMITTED] = None
 
     @property
     def failed(self) -> tuple[Check, ...]:

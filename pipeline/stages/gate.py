@@ -34,6 +34,7 @@ def gate(run: Run, facts: Facts) -> GateFacts:
         passed=all(check.ok for check in checks),
         metric=run.workload.metric,
         search_metric=run.workload.search_metric,
+        others=getattr(run.workload, "others", None),
         files={},
     )
 

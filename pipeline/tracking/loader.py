@@ -95,13 +95,18 @@ class Model:
         """uint8 pixels, resized and normalised: float32 of shape (channels, height, width).
 
         Raises:
-            ValueError: it is not an image of 8-bit pixels.
+            ValueError: it is not an image of 8-bit pixels, or ``usage.json`` does not say how images are prepared.
         """
         pixels = np.asarray(image)
         if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
             raise ValueError(
                 f"expected uint8 pixels of shape (height, width, channels), got {pixels.dtype} of {pixels.shape}; "
                 "prepared images are float, of shape (n, channels, height, width)"
+            )
+        if not {"image_size", "mean", "std"} <= self.usage.keys():
+            raise ValueError(
+                "usage.json does not say how images are prepared: the model's task does that itself; give "
+                "prepared ones, float of shape (n, channels, height, width)"
             )
         grey = self.input.shape[1] == 1
         flat = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels

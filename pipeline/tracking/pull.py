@@ -238,14 +238,16 @@ def card(version: Version, manifest: Manifest, folder: Path) -> str:
             f"- {check.name}: {_number(check.value)} (must be {check.relation} {_number(check.bound)})"
             for check in gates.checks
         ]
-    lines += ["", "## Use", "", "```", "from loader import Model", "", "Model().predict(images)  # uint8, any size"]
     prepared = {} if usage is None else usage.model_dump(exclude={"classes"}, exclude_none=True)
-    lines += [
-        "```",
-        "",
-        f"Images are prepared by `loader.py` and `decode.py` as `usage.json` says: {json.dumps(prepared)}",
-        "",
-    ]
+    what, how = "uint8, any size", f"as `usage.json` says: {json.dumps(prepared)}"
+    how = f"Images are prepared by `loader.py` and `decode.py` {how}"
+    if not {"image_size", "mean", "std"} <= prepared.keys():
+        what, how = (
+            "float, (n, channels, height, width)",
+            "Inputs are prepared by the model's task, not by `loader.py`.",
+        )
+    call = f"Model().predict(images)  # {what}"
+    lines += ["", "## Use", "", "```", "from loader import Model", "", call, "```", "", how, ""]
     if usage is not None and (names := usage.classes):
         more = f", and {len(names) - 50} more in `usage.json`" if len(names) > 50 else ""
         listed = ", ".join(f"{index} {name}" for index, name in enumerate(names[:50]))

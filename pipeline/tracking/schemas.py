@@ -66,11 +66,11 @@ class Provenance(_Known):
 
 
 class Usage(_Known):
-    """``usage.json``: how images are prepared, and the names of classes."""
+    """``usage.json``: how images are prepared, where that is known, and the names of classes."""
 
-    image_size: Side | Annotated[list[Side], Field(min_length=2, max_length=2)]
-    mean: list[float]
-    std: list[float]
+    image_size: Side | Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
     resize: str | None = None
     resize_size: Side | None = None
     interpolation: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] | None = None

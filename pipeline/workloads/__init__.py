@@ -129,7 +129,8 @@ class Workload(Protocol):
     """The metric the gate looks at (``top1``, ``map50``); a fraction, higher = better."""
     search_metric: str
     """The metric the search goes by: the same, or one that is quicker to have and ranks networks much alike. A workload
-    may have ``search_augmented``, which says that it is taken on augmented search images."""
+    may have ``search_augmented``, which says that it is taken on augmented search images; and ``others``, the further
+    metrics that are shown: name -> (unit, whether "higher" or "lower" is better)."""
     fingerprint: str
     """Names the content of data and model options; part of every content hash."""
     notes: tuple[str, ...]

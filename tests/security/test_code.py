@@ -688,3 +688,15 @@ def test_others_may_not_write_a_file_of_code(secateur: Secateur, folder: Path, m
     (folder / "theirs.py").chmod(0o666)
     code, said = secateur("validate", write(folder, "small_ssd", search={"method": "theirs.py:theirs"}), "--trust")
     assert code == EXIT_USER and "others than you can write" in said and not mark.exists()
+
+
+def test_a_task_of_one_s_own_is_not_loaded_without_consent(secateur: Secateur, folder: Path, mark: Path) -> None:
+    (folder / "theirs.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+    content = yaml.safe_load(write(folder, "small_ssd").read_text())
+    file = folder / "task.yaml"
+    file.write_text(yaml.safe_dump(content | {"workload": {"name": "custom", "task": "theirs.py:Task"}}))
+    code, said = secateur("run", file)
+    assert code == EXIT_USER and not mark.exists()
+    assert "workload.task: theirs.py:Task of" in said and f"secateur trust {folder}" in said
+    code, said = secateur("validate", file, "--trust")
+    assert code == EXIT_USER and mark.exists() and "there is no Task in" in said

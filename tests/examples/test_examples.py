@@ -1,0 +1,43 @@
+"""The examples run: each folder as a user copies it, shortened, to the compact model's gate."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from secateur.pipeline.config import trust
+from secateur.pipeline.config.reading import load_run_file
+from secateur.pipeline.progress import Silent
+from secateur.pipeline.run.run import Run, create_run_directory
+from tests.pipeline.helpers import perform, quick_device
+
+ROOT = Path(__file__).parents[2] / "examples"
+EXAMPLES = sorted(file.parent.name for file in ROOT.glob("*/run.yaml"))
+SMALLER: dict[str, dict[str, Any]] = {
+    "segmentation": {"size": 16, "scenes": 60, "width": 8},
+    "regression": {"size": 16, "digits": 60, "width": 8},
+}
+"""Options of the tasks with which they take seconds."""
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_runs_to_its_gate(name: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(ROOT / name, tmp_path / name)
+    assert (folder / "README.md").is_file()
+    overrides = [f"device.profile={quick_device(tmp_path)}", "device.probe=false", "threads=1"]
+    overrides += ["baseline.epochs=1", "finetune.epochs=1", "search.images=4", "gate.min_speedup=null"]
+    overrides += [f"workload.options={yaml.safe_dump(SMALLER[name], default_flow_style=True).strip()}"]
+    file = folder / "run.yaml"
+    config = trust.consented(lambda: load_run_file(file, overrides), file, lambda found: True)
+    with Run(create_run_directory(config), Silent()) as run:
+        facts = perform(run, "report")
+        metric = run.workload.metric
+        assert facts.gate.metric == metric and 0 <= facts.gate.models.compact[metric] <= 1
+        assert facts.gate.models.compact.macs <= 0.5 * facts.gate.models.baseline.macs
+        page = (run.directory / facts.report.html).read_text()
+        for other, (unit, better) in (facts.gate.others or {}).items():
+            assert f"{other} (test split, {better} is better)" in page and unit in page
