@@ -24,10 +24,10 @@ def trust(
 
     A run file only chooses a run. Some entries name code, though, which runs with all your rights: a factory
     (workload.model.name: module:factory), a file of code (FILE.py:NAME as search.method, workload.name,
-    workload.task, workload.model.name, or a device's target or runtime), a device's interpreter (connect.python), an SSH
-    configuration of its own (connect.config, which can start commands). Those need your consent, once per folder and set
-    of such entries: your module may change, a new or changed entry asks again. Folders that others can write get none.
-    Shipped profiles, networks by name and builders of torchvision and timm need none.
+    workload.task, workload.model.name, or a device's target or runtime), a device's interpreter (connect.python), an
+    SSH configuration of its own (connect.config, which can start commands). Those need your consent, once per folder
+    and set of such entries: your module may change, a new or changed entry asks again. Folders that others can write
+    get none. Shipped profiles, networks by name and builders of torchvision and timm need none.
 
     Example: secateur trust my-runs
 
