@@ -61,7 +61,10 @@ def test_a_wheel_installs_one_name_and_every_file_once(links: bool, tmp_path: Pa
         wheel.extractall(site)
         inside = [name for name in wheel.namelist() if ".dist-info/" not in name]
     shipped = [
-        p.relative_to(ROOT) for f in FOLDERS for p in (ROOT / f).rglob("*.*") if p.suffix in (".py", ".yaml", ".j2")
+        p.relative_to(ROOT)
+        for f in FOLDERS
+        for p in (ROOT / f).rglob("*.*")
+        if p.suffix in (".py", ".yaml", ".j2", ".json")
     ]
     assert sorted(inside) == sorted(
         ["secateur/__init__.py", "secateur/__main__.py", *(f"secateur/{path.as_posix()}" for path in shipped)]
