@@ -61,5 +61,5 @@ def seeded(seed: int) -> Iterator[None]:
 
 def _is_installed(file: str) -> bool:
     """Whether a file is of Python, of a package or of Secateur: no line that a user wrote."""
-    places = (*sysconfig.get_paths().values(), Path(__file__).parents[2])
+    places: tuple[str | Path, ...] = (*sysconfig.get_paths().values(), Path(__file__).parents[2])
     return not Path(file).is_file() or any(Path(file).resolve().is_relative_to(Path(p).resolve()) for p in places)
