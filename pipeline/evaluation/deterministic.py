@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from secateur.pipeline.evaluation.inference import (
     State,
     first_line,
 )
+from secateur.pruning.masked_batch import MaskedBatchError
 from secateur.pruning.plan import PruningPlan
 from secateur.pruning.surgery import compare_outputs
 
@@ -104,6 +105,14 @@ class DeterministicInference(Inference):
                 raise failed(error) from error
 
         return again
+
+    def under_masks(self, plans: Sequence[PruningPlan], state: State | None, images: Tensor) -> Iterator[Any]:
+        """Every plan goes through by itself, so that no other decides its last bits.
+
+        Raises:
+            MaskedBatchError: always.
+        """
+        raise MaskedBatchError("every plan goes through by itself")
 
     def _from_branch(
         self, plan: PruningPlan, base: str, state: State | None, training: Sequence[Tensor]

@@ -43,6 +43,7 @@ from secateur.pipeline.training import precision
 from secateur.pipeline.training.precision import DTYPES, Precision
 from secateur.pipeline.training.statistics import moving_norms, recalibrate
 from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.masked_batch import MaskedBatchError, outputs_under_masks
 from secateur.pruning.plan import Member, PruningPlan
 from secateur.pruning.search.protocol import DENSE
 from secateur.pruning.surgery import compare_outputs, relative_error
@@ -66,6 +67,8 @@ CHUNKS = (16, 8, 32)
 CHECK_IMAGES = 64
 RANKED_PLANS = 12
 REMEMBERED_PLANS = 32
+MASKED_IMAGES = 256
+"""Images that go through as one batch under several masks."""
 FORWARDS = {
     "_plain": "PyTorch, fp32",
     "_folded": "PyTorch with batch norm folded, fp32",
@@ -227,6 +230,33 @@ class Inference:
                 result[tensor] = result[tensor].index_copy(0, at, found.to(result[tensor]))
         return result
 
+    def under_masks(self, plans: Sequence[PruningPlan], state: State | None, images: Tensor) -> Iterator[Any]:
+        """What each plan's network gives for the same images, in order; several go through at once, as masks.
+
+        The first one is compared with the pruned network.
+
+        Args:
+            state: as for ``outputs``; one for all plans.
+            images: a batch, shape ``(n, channels, height, width)``.
+
+        Raises:
+            MaskedBatchError: they cannot go through at once, or one by one they are faster.
+        """
+        if self._fast == self._onnx or not (self.trials or self.compute.type == "cuda"):
+            raise MaskedBatchError("ONNX Runtime is faster, or nothing is known of what is fastest")
+        network, dtype = self._without_norms(PruningPlan.full(self.graph.groups), state), DTYPES[self.precision]
+        network.to(self.compute, dtype, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        at_once = max(1, MASKED_IMAGES // len(images))
+        for start in range(0, len(plans), at_once):
+            found = outputs_under_masks(network, self.graph, plans[start : start + at_once], images.to(dtype))
+            found = [pytree.tree_map_only(Tensor, _as_float32, output) for output in found]
+            if start == 0:
+                expected = self._result(partial(self._folded, dtype=dtype), plans[0], images, state)
+                certificate = compare_outputs(found[0], expected, precision.tolerance(self.precision))
+                if certificate.reason:
+                    raise MaskedBatchError(certificate.reason)
+            yield from found
+
     @property
     def precision(self) -> Precision:
         """The type in which candidates go through, unless an answer has to be exact."""
@@ -266,12 +296,16 @@ class Inference:
         return self._eager(inherit(self.model, self.graph, plan, state), torch.float32)
 
     def _folded(self, plan: PruningPlan, state: State | None, dtype: torch.dtype = torch.float32) -> ForwardFn:
+        return self._eager(self._without_norms(plan, state), dtype)
+
+    def _without_norms(self, plan: PruningPlan, state: State | None) -> nn.Module:
+        """The plan's network with its batch norms folded into the convolutions before them."""
         network = inherit(self.model, self.graph, plan, state).eval()
         for conv, norm in self._pairs:
             modules: Any = network.get_submodule(conv), network.get_submodule(norm)
             network.set_submodule(conv, fuse_conv_bn_eval(*modules))
             network.set_submodule(norm, nn.Identity())
-        return self._eager(network, dtype)
+        return network
 
     def _bf16(self, plan: PruningPlan, state: State | None) -> ForwardFn:
         return self._folded(plan, state, DTYPES["bf16"])
@@ -390,9 +424,9 @@ class Inference:
         ranks = np.argsort(np.argsort(scores, axis=1), axis=1)
         return bool(np.corrcoef(ranks).min() >= RANK_AGREEMENT)
 
-    def _result(self, backend: Backend, plan: PruningPlan, images: Tensor) -> Any:
+    def _result(self, backend: Backend, plan: PruningPlan, images: Tensor, state: State | None = None) -> Any:
         with torch.inference_mode():
-            return backend(plan, None)(0, images)
+            return backend(plan, state)(0, images)
 
     def _timed(self, action: Callable[[], Any]) -> tuple[float, Any]:
         """Seconds and result; CPU time of a single thread, so that other load on the machine decides nothing."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.evaluation.accuracy import AccuracyEvaluator
+from secateur.pipeline.evaluation.inference import MASKED_IMAGES
 from secateur.pruning.distortion import distortions
 from secateur.pruning.feature_maps import feature_distance
+from secateur.pruning.masked_batch import MaskedBatchError
 from secateur.pruning.saliency import CRITERIA, channel_saliency
 from secateur.pruning.search.identity import draws_of
 from secateur.pruning.search.protocol import Distort, MaskedLoss, Score
@@ -64,18 +67,28 @@ class SaliencyScorer:
 
     def masked_loss(self, request: MaskedLoss) -> np.ndarray:
         """Mean loss of each masked network, shape ``(plans,)``."""
-        workload, inference = self.baseline.workload, self.accuracy.inference
-        batches, losses = list(self.accuracy.batches(request.images)), []
-        targets = torch.cat([labels for _, labels in batches])
-        for plan in request.plans:
-            state = self.weights.state(request.base, plan)
-            outputs = inference.outputs(plan, request.base, state, images=[images for images, _ in batches])
+        workload, batches = self.baseline.workload, list(self.accuracy.batches(request.images))
+        targets, losses = torch.cat([labels for _, labels in batches]), []
+        for plan, outputs in zip(request.plans, self._outputs(request, [images for images, _ in batches]), strict=True):
             pairs = zip(outputs, (labels for _, labels in batches), strict=True)
             answers = torch.cat([workload.answers(found, labels, brief=True) for found, labels in pairs])
             losses.append(workload.metrics(answers, targets)["loss"])
             self.images_forwarded += len(targets)
             self.image_macs += len(targets) * self.baseline.macs(plan)
         return np.array(losses)
+
+    def _outputs(self, request: MaskedLoss, batches: Sequence[Tensor]) -> Iterator[Iterable[Any]]:
+        """Per plan, its outputs for each batch; several masks share a forward pass where a batch is small enough."""
+        inference, weights = self.accuracy.inference, self.weights
+        if len(batches) == 1 and 2 * len(batches[0]) <= MASKED_IMAGES and not weights.is_supernet(request.base):
+            state = weights.state(request.base, self.baseline.full)
+            masked = inference.under_masks(request.plans, state, batches[0])
+            with suppress(MaskedBatchError):
+                yield [next(masked)]  # after the first one, nothing fails
+                yield from ([output] for output in masked)
+                return
+        for plan in request.plans:
+            yield inference.outputs(plan, request.base, weights.state(request.base, plan), images=batches)
 
     def distort(self, request: Distort) -> Mapping[str, np.ndarray]:
         """Change of the next layers' outputs, per group of shape ``(batches,)``.

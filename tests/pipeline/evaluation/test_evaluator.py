@@ -21,6 +21,7 @@ from secateur.pipeline.run.records import to_dict, to_evaluation
 from secateur.pipeline.training.statistics import recalibrate, training_images
 from secateur.pruning.channels import ChannelGraph
 from secateur.pruning.cost import count
+from secateur.pruning.masked_batch import outputs_under_masks
 from secateur.pruning.plan import PruningPlan
 from secateur.pruning.saliency import uniform_plan
 from secateur.pruning.search.protocol import DENSE, RANDOM, Candidate, Distort, FineTune, MaskedLoss, Score
@@ -267,6 +268,29 @@ def test_masked_losses_are_those_of_the_masked_networks_on_the_first_images(netw
     with torch.inference_mode():
         outputs = evaluator.network(chosen.plan)(first[0])
     assert part[0] == pytest.approx(WORKLOAD.metrics(outputs, first[1])["loss"], rel=1e-4)
+
+
+def test_masks_that_share_a_batch_give_the_same_losses(
+    network: Any, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluator, rng = make(), np.random.default_rng(0)
+    masks = [{g.name: rng.random(g.size) < 0.8 for g in network[1].groups} for _ in range(7)]
+    for mask in masks:
+        for kept in mask.values():
+            kept[0] = True
+    request = MaskedLoss(tuple(map(PruningPlan.from_masks, masks)), images=40)
+    inference, shared = evaluator.accuracy.inference, []
+    alone = evaluator.masked_loss(request)
+    before = dict(evaluator.spent)
+    inference._try_backends()
+    monkeypatch.setattr(inference, "_fast", inference._folded)
+    monkeypatch.setattr(
+        "secateur.pipeline.evaluation.inference.outputs_under_masks",
+        lambda *arguments: shared.append(1) or outputs_under_masks(*arguments),
+    )
+    assert evaluator.masked_loss(request) == pytest.approx(alone, rel=1e-4)
+    assert len(shared) == 2  # six masks of 40 images, and one
+    assert evaluator.spent["image_macs"] == 2 * before["image_macs"]
 
 
 def test_images_the_unpruned_network_gets_wrong_are_seen_first(network: Any, make: Any) -> None:

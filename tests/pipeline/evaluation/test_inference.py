@@ -20,6 +20,7 @@ from secateur.export.slicing import OnnxTemplate
 from secateur.pipeline.evaluation.inference import Inference
 from secateur.pipeline.training.precision import DTYPES, Precision, native_bf16
 from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.masked_batch import MaskedBatchError
 from secateur.pruning.plan import PruningPlan
 from secateur.pruning.trace import trace
 from secateur.pruning.weights import inherit
@@ -444,6 +445,38 @@ def test_lowered_instructions_are_not_native_bf16() -> None:
         torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16")
     ):
         assert not native_bf16(CPU)
+
+
+def pytorch_only(kind: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> Inference:
+    """With ONNX Runtime out of the race."""
+    engine = inference(kind, bf16=False)
+    list(engine.outputs(PruningPlan.full(engine.graph.groups)))
+    monkeypatch.setattr(engine, "_fast", engine._folded)
+    return engine
+
+
+@pytest.mark.parametrize("kind", [Residual, Depthwise, Dense])
+def test_several_masks_in_one_batch_give_what_each_network_gives(
+    kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, state = pytorch_only(kind, monkeypatch), other_weights(kind)
+    plans = [random_plan(engine.graph, seed) for seed in range(9)]  # six of 40 images at once
+    for plan, found in zip(plans, engine.under_masks(plans, state, BATCHES[0]), strict=True):
+        assert_same([found], plain(kind, plan, state)[:1], rounding_of(traced(kind)[0], DTYPES["fp32"]))
+
+
+def test_masks_that_compute_something_else_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, plans = pytorch_only(Residual, monkeypatch), [random_plan(traced(Residual)[1], 0)]
+    monkeypatch.setattr(
+        secateur.pipeline.evaluation.inference,
+        "outputs_under_masks",
+        lambda network, *_: [network(BATCHES[0]).detach()],
+    )
+    with pytest.raises(MaskedBatchError, match="differ"):
+        next(engine.under_masks(plans, None, BATCHES[0]))
+    monkeypatch.setattr(engine, "_fast", engine._onnx)
+    with pytest.raises(MaskedBatchError, match="ONNX Runtime is faster"):
+        next(engine.under_masks(plans, None, BATCHES[0]))
 
 
 def test_nothing_is_tried_before_patience_ends() -> None:
