@@ -385,6 +385,8 @@ class Swarm:
         if self.options.epochs is None or (len(rules) > 1 and self.options.start == "pretrained"):
             found = list[tuple[float, str]]()
             for rule, (origin, position) in product(rules, starts):
+                if found and (yield from remaining()).share < 1 - SWARM_SHARE:
+                    break
                 self.rule = rule
                 found.append(((yield from self._judge(position, origin, (), 0.0))[1], rule))
             self.rule = max(found, key=lambda pair: pair[0])[1]
@@ -394,7 +396,8 @@ class Swarm:
         if judged == 0 or self.epochs > 0:
             before, judged = (yield from remaining()), 1
             yield from self._join(*starts[0])
-        self._follow(judged * (yield from remaining()).rounds(before))
+        left = yield from remaining()
+        self._follow(left, judged * left.rounds(before))
         for start in starts[len(self.particles) : self.size]:
             yield from self._join(*start)
 
@@ -407,10 +410,11 @@ class Swarm:
             return MOST_EPOCHS if enough else 0.0
         return min(MOST_EPOCHS, epochs / TRAININGS)
 
-    def _follow(self, particles: float) -> None:
+    def _follow(self, left: Left, particles: float) -> None:
         """Fewer particles and fewer cycles, where the budget holds no more than so many like those before."""
         if self.epochs == 0:
-            particles *= SWARM_SHARE
+            swarm = max(0.0, left.share - (1 - SWARM_SHARE)) / max(left.share, 1e-9)  # of what is left
+            particles = particles * swarm if swarm > 0 else 0.0
         if particles < self.size * (1 + self.cycles):
             self.size = max(1, min(self.size, round(math.sqrt(particles))))
             self.cycles = min(self.cycles, int(particles) // self.size)
