@@ -139,6 +139,10 @@ def search(problem: Problem, options: Options) -> Strategy:
 
 WAVES = 8
 """Decisions per group that a budget is spread over, if it lasts for so many."""
+FEWEST = 3
+"""Batches a block, below which there are fewer decisions."""
+SLACK = 1.5
+"""What a group may be forced to give in one decision, over its even share: so that none pays for the others."""
 TRAINING = 0.5
 """Share of the budget that training on may take."""
 CLOSE = 1.03
@@ -239,7 +243,7 @@ class _Course:
             return
         stagger, wanted = self.options.stagger, self.batches
         batches *= 1 - TRAINING if self.options.finetune_epochs > 0 else 1
-        waves = int(np.clip(batches / wanted / stagger - 1, 1, WAVES))
+        waves = int(np.clip(batches / min(wanted, FEWEST) / stagger - 1, 1, WAVES))
         self.schedule = (waves + 1) * stagger
         self.batches = int(np.clip(batches / self.schedule, 1, wanted))
 
@@ -260,15 +264,21 @@ class _Course:
             else:
                 refused.append((group, ranking))
         if self.schedule is not None and self.limit is not None:
-            refused = self.force(self.share(self.limit, self.schedule - block), refused)
+            blocks = self.schedule - block
+            now, wave = (self.share(self.limit, n) for n in (math.inf, max(1.0, blocks / self.options.stagger)))
+            refused = self.force(self.share(self.limit, blocks), SLACK * (1 - wave / now), refused)
         for group, _ in refused:
             group.refuse()
         return self.bound is not None and self.within(self.bound * (1 if self.options.paper_compat else CLOSE))
 
-    def force(self, bound: float, offers: Sequence[tuple[Group, Ranking]]) -> list[tuple[Group, Ranking]]:
+    def force(self, bound: float, share: float, offers: Sequence[tuple[Group, Ranking]]) -> list[tuple[Group, Ranking]]:
         """What a block has to save is masked although it does more damage than theta; the rest is returned.
 
         First what does least damage per cost saved.
+
+        Args:
+            bound: cost ratio that the block is to reach.
+            share: fraction of its filters that a group gives at most.
         """
 
         def price(offer: tuple[Group, Ranking]) -> float:
@@ -283,7 +293,8 @@ class _Course:
             if self.within(bound) or not math.isfinite(ranking.damage):
                 rest.append((group, ranking))
             else:
-                self.mask(group, ranking.order, bound)
+                most = max(group.step, math.ceil(share * len(group.left)))
+                self.mask(group, ranking.order[:most], bound)
         return rest
 
     def within(self, bound: float | None) -> bool:
@@ -313,7 +324,7 @@ class _Course:
         assert plans[chosen].is_within(self.plan)
         self.plan = plans[chosen]
 
-    def share(self, limit: Limit, blocks: int) -> float:
+    def share(self, limit: Limit, blocks: float) -> float:
         """Cost ratio that a block is to reach, of so many to come: equal factors down to the target."""
         now = limit.of(self.problem.space.encode(self.plan))
         return max(limit.bound, now * (limit.bound / now) ** (1 / blocks)) if now > limit.bound else limit.bound

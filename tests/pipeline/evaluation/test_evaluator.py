@@ -234,6 +234,18 @@ def test_fine_tuning_learns_and_a_diverging_one_is_a_failed_evaluation(network: 
     assert checkpoint == {}
 
 
+def test_a_request_may_name_its_own_learning_rate(network: Any, make: Any) -> None:
+    evaluator, chosen = make(), candidate(network, ratio=0.75)
+    start = evaluator.network(chosen.plan).state_dict()
+
+    def moved(lr: float | None) -> float:
+        answer, _ = evaluator.finetune(FineTune(chosen, 0.2, lr=lr, latency=False))
+        trained = evaluator.network(chosen.plan, answer.base).state_dict()
+        return float((trained["linear.weight"] - start["linear.weight"]).norm())
+
+    assert moved(1e-6) < 0.01 * moved(None)
+
+
 def test_a_candidate_that_cannot_reach_the_floor_is_given_up_and_no_other_is(network: Any, make: Any) -> None:
     evaluator, twin = make(memory_mb=1), make(memory_mb=1)
     chosen = candidate(network, ratio=0.3)

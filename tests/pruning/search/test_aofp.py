@@ -13,6 +13,7 @@ from secateur.pruning.search.methods.aofp import Group, Options, search
 from secateur.pruning.search.protocol import Budget, BudgetSpent, Distort, Evaluate, FineTune, Goal, Score
 from secateur.pruning.search.support import SearchError
 from secateur.pruning.search.testing import FakeStudy, drive, study
+from tests.pruning.search.bounded import bounded, work
 
 STILL = Options(finetune_epochs=0)
 HALF = Goal(macs_ratio=0.5)
@@ -265,3 +266,18 @@ def test_options_refuse_what_makes_no_sense() -> None:
         Options(batches=0, threshold=0)
     with pytest.raises(ValueError, match=r"stagger \(5\) must not exceed batches \(4\)"):
         Options(batches=4, stagger=5)
+
+
+def test_a_budget_is_spread_over_decisions_and_no_group_pays_for_the_others() -> None:
+    """All channels are alike, and far above theta: without the schedule nothing would go before theta had grown."""
+    fake = study((64, 64, 64))
+    fake.value = {name: np.full(64, 0.05) for name in fake.value}
+    archive, _ = bounded("aofp", Options(), fake, HALF, Budget(work=work(fake, 20_000)))
+    plans = [candidate.plan for candidate in fake.candidates]
+    assert len(plans) >= 6 and fake.macs(archive[0].candidate.plan) <= 0.5 * fake.macs(fake.space.full)
+    for before, after in pairwise([fake.space.full, *plans]):
+        assert all(after.widths[name] >= 0.75 * before.widths[name] for name in after.widths)
+    trainings = [request for request in fake.requests if isinstance(request, FineTune)]
+    assert {request.lr for request in trainings} == {1e-3}
+    assert [request.part[0] for request in trainings] == sorted(request.part[0] for request in trainings)
+    assert trainings[-1].part[1] == 1.0
