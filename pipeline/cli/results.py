@@ -29,7 +29,7 @@ def rescore_(
 
     options = reward_options(reward, set_ or [])
     ranking = rescore(run_dir, reward, options)
-    numbers = ("accuracy", "MACs ratio", "latency ratio", "reward")
+    numbers = (ranking.metric, "MACs ratio", "latency ratio", "reward")
     rows = table("", "candidate", "weights", *numbers, "", title=f"{run_dir.name} by reward {reward}", right=numbers)
     for row in ranking_rows(ranking, top):
         rows.add_row(*row)

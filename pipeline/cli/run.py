@@ -123,7 +123,7 @@ def _execute(directory: Path, debug: bool) -> None:
 
 def _show(facts: Facts, directory: Path, tracking_uri: str) -> None:
     """The final table, and what to do next."""
-    from secateur.pipeline.report import final_table, registered
+    from secateur.pipeline.report import final_table, registered, went_by
 
     numbers = ("baseline", "compact", "change")
     rows = table("", *numbers, title=f"{directory.name} on device {facts.benchmark.device}", right=numbers)
@@ -135,6 +135,7 @@ def _show(facts: Facts, directory: Path, tracking_uri: str) -> None:
         out.print(f"Gate: {check.name} is {value}, must be {check.relation} {check.bound:.4g}")
     if facts.gate.passed:
         out.print(f"Gate: passed ({len(facts.gate.checks)} checks)")
+    out.print(f"Search: {went_by(facts)}")
     for line in registered(facts):
         out.print(line)
     out.print(f"Report: {one_line(directory / facts.report.html)}")

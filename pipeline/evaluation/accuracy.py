@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +25,7 @@ from secateur.pipeline.evaluation.inference import Inference
 from secateur.pipeline.evaluation.weights import Weights
 from secateur.pipeline.progress import ProgressView, Silent
 from secateur.pipeline.training.statistics import IMAGES_AT_ONCE, moving_norms, training_images
-from secateur.pipeline.workloads import Split
+from secateur.pipeline.workloads import DIVERGENCE_SCORE, Split
 from secateur.pruning.cost import cost
 from secateur.pruning.plan import PruningPlan
 from secateur.pruning.search.protocol import DENSE
@@ -36,10 +35,6 @@ CACHED_BYTES = 2 << 30
 """Search images are kept on the compute device as float32 up to this size."""
 SUPERNET_IMAGES = 1000
 """Training images for re-estimating batch-norm statistics of a supernet's candidate, where the run file names none."""
-DIVERGENCE_SCORE = "divergence_score"
-"""The metric exp(-KL) of a candidate's outputs from the unpruned network's."""
-MEMORISED = 0.03
-"""How much more accurate (fraction) a network is on images that it knows by heart than on augmented ones, at least."""
 RECALIBRATION_SHARE = 4
 """Search images for each training image that a candidate's statistics are taken on, at least: a training image costs
 1.3 to 1.4 times what a search image does, and scoring shall not cost more than 1.5 times what it does without."""
@@ -151,6 +146,7 @@ class AccuracyEvaluator:
         self.images_forwarded = 0
         self.image_macs = 0
         self._recalibrates = bool(moving_norms(baseline.model))
+        self._dense: list[Tensor] = []
         self._training: dict[int, Sequence[Tensor]] = {}
         self._batches: list[tuple[Tensor, Tensor]] | None = None
         self._order = agreed.order
@@ -225,12 +221,13 @@ class AccuracyEvaluator:
                 search goes by wants them.
         """
         workload, count = self.baseline.workload, min(num_images or len(self.split), len(self.split))
-        train = getattr(workload, "search_augmented", False) if augmented is None else augmented
-        generator = torch.Generator().manual_seed(self.baseline.seed)
+        alter = workload.search_augmented if augmented is None else augmented
+        generator, compute = torch.Generator().manual_seed(self.baseline.seed), self.baseline.compute
         for indices in torch.split(torch.arange(count), self._batch_size):
-            yield workload.batch(
-                self.split, indices, train=train, generator=generator if train else None, device=self.baseline.compute
-            )
+            if alter:
+                yield workload.augmented(self.split, indices, generator=generator, device=compute)
+            else:
+                yield workload.batch(self.split, indices, train=False, generator=None, device=compute)
 
     # -- the parts ---------------------------------------------------------------------------------------------------
 
@@ -243,9 +240,12 @@ class AccuracyEvaluator:
         """
         workload = self.baseline.workload
         answers, targets, seen, tried = [], [], 0, self.inference.trials
+        divergences, dense = [], self._dense_outputs() if workload.search_metric == DIVERGENCE_SCORE else None
         for (_, labels), outputs in zip(self._images(), self._forward(request), strict=True):
             answers.append(workload.answers(outputs, labels, brief=request.brief))
             targets.append(labels)
+            if dense is not None:
+                divergences.append(workload.divergence(outputs, next(dense)))
             seen += len(labels)
             self.images_forwarded += len(labels)
             self.image_macs += len(labels) * self.baseline.macs(request.plan)
@@ -264,22 +264,28 @@ class AccuracyEvaluator:
                         f"{len(self.split)} images"
                     )
         found = dict(workload.metrics(torch.cat(answers), torch.cat(targets)))
-        if workload.search_metric == DIVERGENCE_SCORE:
-            divergence = workload.divergence(torch.cat(answers), self._dense_answers)
+        if divergences:
+            divergence = torch.cat(divergences).mean().item()
             found |= {DIVERGENCE_SCORE: math.exp(-divergence), "divergence": divergence}
         return found
 
-    @cached_property
-    def _dense_answers(self) -> Tensor:
-        """Of the unpruned network with its own statistics, for the search images in their order."""
-        outputs, targets = self.outputs(self.baseline.model)
-        return self.baseline.workload.answers(outputs, targets)
+    def _dense_outputs(self) -> Iterator[Tensor]:
+        """Of the unpruned network with its own statistics, for each batch of search images; kept if small enough."""
+        for number, (images, _) in enumerate(self._images()):
+            if number < len(self._dense):
+                yield self._dense[number]
+                continue
+            with torch.inference_mode():
+                outputs = self.baseline.model(images).float()
+            if sum(kept.nbytes for kept in (*self._dense, outputs)) <= CACHED_BYTES:
+                self._dense.append(outputs)
+            yield outputs
 
     def memorised(self) -> tuple[float, float]:
         """Accuracy of the unpruned network on the search images as they are, and on augmented ones.
 
-        Where the first lies ``MEMORISED`` above the second, the weights know the images by heart: they were trained on
-        them, and accuracy on them says little.
+        Where the first is much higher, the weights know the images by heart: they were trained on them, and accuracy on
+        them says little.
         """
         workload, found = self.baseline.workload, []
         for augmented in (False, True):

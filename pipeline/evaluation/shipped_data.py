@@ -102,8 +102,7 @@ class _Images:
 
     def __init__(self, section: dict[str, Any], arrays: dict[str, Any]) -> None:
         self.options = workload_options(section)
-        if seeing := Classification.SEEING.get(self.options.metrics.search):
-            self.search_metric = seeing
+        self.search_metric_is_open = False
         self.num_classes, self.fingerprint = int(arrays["num_classes"]), str(arrays["fingerprint"])
         self.mean, self.std = torch.from_numpy(arrays["mean"]), torch.from_numpy(arrays["std"])
         self.train, self.search = (self._split(arrays[name], arrays[f"{name}_labels"]) for name in ("train", "search"))

@@ -110,7 +110,7 @@ class CachedEvaluator:
         baseline = find_blob(spec["baseline"], store)
         template = None if spec["template"] is None else find_blob(spec["template"], store)
         order = None if spec["order"] is None else np.load(find_blob(spec["order"], store), allow_pickle=False).tolist()
-        workload = open_data(spec, store)
+        workload = open_data(spec, store).going_by(spec["metric"])
         model = workload.fresh_model()
         model.load_state_dict(load_weights(baseline))
         graph = trace(model.eval(), workload.example_input())

@@ -185,6 +185,7 @@ class WorkerPool:
         threads = config.threads or max(1, (usable_cores() // self.engine.count if self.engine.local else 0))
         return {
             "workload": config.workload,
+            "metric": baseline.workload.search_metric,
             "code": trust.allowed(),
             "search": config.search.model_dump(mode="json"),
             "seed": config.seed,

@@ -19,11 +19,12 @@ from secateur.device_profiles.wording import command
 from secateur.pipeline.errors import JournalError, UserError
 from secateur.pipeline.files import write_whole
 from secateur.pipeline.run.journal import Journal, Record, read_journal
+from secateur.pipeline.run.metric import settled
 from secateur.pipeline.run.records import describe, to_candidate, to_dict, to_evaluation
 from secateur.pipeline.run.run import open_run_directory
 from secateur.pipeline.workloads.data.record import read as read_record
 from secateur.pruning.search.front import pareto_front
-from secateur.pruning.search.protocol import Candidate, Evaluation, on_images
+from secateur.pruning.search.protocol import Candidate, Evaluation
 from secateur.pruning.search.reward import make_reward
 
 STAGES = ("search", "final")
@@ -59,7 +60,7 @@ class Past:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Candidates under one reward, best first; ``front`` marks those on the Pareto front. ``metric``: the accuracy."""
+    """Candidates under one reward, best first; ``front`` marks those on the Pareto front; ``metric`` = what it sees."""
 
     rows: tuple[tuple[float, Past], ...]
     front: frozenset[int]
@@ -115,7 +116,8 @@ def rescore(directory: Path, preset: str, options: Mapping[str, Any]) -> Ranking
         resume = command("secateur", "resume", directory)
         raise UserError(f"{directory} holds no evaluated candidate yet; continue it with: {resume}")
     reference = to_evaluation(measured[0]["evaluation"])
-    metric = shared_metric(records[0].get("metrics") or FIRST_METRICS, reference, past)
+    split, named = settled(records), records[0].get("metrics") or FIRST_METRICS
+    metric = shared_metric(named if split is None else (split.metric, *named), reference, past)
     try:
         reward = make_reward(preset, reference, metric, **options)
     except (ValueError, TypeError) as error:
@@ -172,10 +174,10 @@ def write_ranking(directory: Path, preset: str, options: Mapping[str, Any], rank
 
 
 def shared_metric(metrics: Sequence[str], reference: Evaluation, past: Sequence[Past]) -> str:
-    """The accuracy that all candidates can be compared by: a search may go by a stand-in of the workload's metric.
+    """The metric that all candidates can be compared by: a search may go by a stand-in of the workload's metric.
 
     Args:
-        metrics: those of the run, the one that counts first.
+        metrics: those of the run: the one that the search went by, where it is known, then the workload's own.
 
     Raises:
         UserError: they have none of them in common.
@@ -191,14 +193,12 @@ def shared_metric(metrics: Sequence[str], reference: Evaluation, past: Sequence[
     )
 
 
-def rank_agreement(records: Sequence[Record], metric: str) -> dict[str, Any] | None:
-    """How alike a workload's metric and its stand-in rank a search's candidates.
+def rank_agreement(records: Sequence[Record], metric: str, stand_in: str) -> dict[str, Any] | None:
+    """How alike a workload's metric and what the search went by rank its candidates.
 
-    None where the workload has no stand-in, fewer than three candidates have both, or all are equal.
+    None where both are the same, fewer than three candidates have both, or all are equal.
     """
     metrics = [p.evaluation.metrics for p in history(records) if p.stage == "search" and p.evaluation.status == "ok"]
-    known = dict.fromkeys(name for recorded in metrics for name in on_images(recorded))
-    stand_in = next((name for name in known if name not in (metric, "loss")), metric)
     pairs = [(each[stand_in], each[metric]) for each in metrics if stand_in in each and metric in each]
     if stand_in == metric or not pairs or any(len(set(values)) < 3 for values in zip(*pairs, strict=True)):
         return None

@@ -96,9 +96,15 @@ def final_table_markdown(facts: Facts) -> str:
     """The final table, the gate and the registered version, as Markdown."""
     lines = ["| | baseline | compact | change |", "|---|---|---|---|"]
     lines += [f"| {' | '.join(row)} |" for row in final_table(facts)]
-    lines += ["", f"Gate: **{'passed' if facts.gate.passed else 'not passed'}**"]
+    lines += ["", f"Gate: **{'passed' if facts.gate.passed else 'not passed'}**; {went_by(facts)}"]
     lines += registered(facts)
     return "\n".join(lines)
+
+
+def went_by(facts: Facts) -> str:
+    """What the search went by, as part of a sentence."""
+    split, said = facts.search.split, f"the search went by {facts.gate.search_metric}"
+    return f"{said}; the weights know its images by heart" if split is not None and split.memorised else said
 
 
 def registered(facts: Facts) -> list[str]:
@@ -137,7 +143,7 @@ def write_report(
         unreachable: whether the tracking server is unreachable just now.
     """
     result = BenchmarkResult.from_json((directory / "benchmark.json").read_text(encoding="utf-8"))
-    points = _points(config, facts, records)
+    points, metric = _points(config, facts, records), facts.gate.search_metric
     page = Environment(
         loader=PackageLoader("secateur.pipeline.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -158,7 +164,7 @@ def write_report(
         latency_chart=histogram(
             {name: result.wall_ms(name) for name in ("baseline", "compact")}, "latency of one call, ms"
         ),
-        search_chart=cloud(points, "MACs, share of the baseline", f"{config.name}: accuracy on the search split"),
+        search_chart=cloud(points, "MACs, share of the baseline", f"{config.name}: {metric} on the search split"),
         num_points=len(points),
         front=[_front_row(row, facts) for row in front[:MAX_FRONT]],
         widths=_widths(facts),

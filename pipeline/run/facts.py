@@ -148,18 +148,18 @@ class LatencyFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSplitFacts:
-    """How well the unpruned network knows the search images.
+    """What the search went by, and how well the unpruned network knows the search images.
 
     Args:
         metric: what the search went by.
-        accuracy: of the unpruned network on them, by the workload's own metric.
+        accuracy: of the unpruned network on them, by the workload's own metric; None where it was trained without them.
         augmented: the same on augmented ones.
         memorised: whether the first is so much higher that the weights were trained on them.
     """
 
     metric: str
-    accuracy: float
-    augmented: float
+    accuracy: float | None
+    augmented: float | None
     memorised: bool
 
 
@@ -201,7 +201,7 @@ class SearchFacts(StageFacts):
         devices: every device, where there are several.
         certificate: of a cut through every group that was searched.
         graph: the channel groups, for people.
-        split: what the search images can tell; None in runs of earlier versions.
+        split: what the search went by, and why; None in runs of earlier versions.
     """
 
     reference: KeptEvaluation

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from datetime import datetime
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,13 +28,16 @@ from secateur.pipeline.config.schema import RunFile
 from secateur.pipeline.devices.device import Leased, RunDevice, meet
 from secateur.pipeline.devices.fleet import Device, Fleet, FleetProgress
 from secateur.pipeline.errors import JournalError, SurroundingsError, UserError
+from secateur.pipeline.evaluation.accuracy import AccuracyEvaluator
 from secateur.pipeline.evaluation.baseline import Baseline
 from secateur.pipeline.evaluation.evaluator import Evaluator, make_evaluator
 from secateur.pipeline.evaluation.onnx_files import CANDIDATES
 from secateur.pipeline.evaluation.worker_pool import Engine, WorkerPool
 from secateur.pipeline.files import write_whole
 from secateur.pipeline.progress import ProgressView
+from secateur.pipeline.run.facts import SearchSplitFacts
 from secateur.pipeline.run.journal import Journal, Record, read_journal, require_format
+from secateur.pipeline.run.metric import settle, settled
 from secateur.pipeline.run.opening import (
     check_forward,
     device_space,
@@ -51,6 +54,7 @@ from secateur.pipeline.surroundings import HOME, home, made
 from secateur.pipeline.tracking import Tracker
 from secateur.pipeline.tracking.check import require_tracking
 from secateur.pipeline.training.loop import keep_freed_memory
+from secateur.pipeline.workloads import Workload
 from secateur.pipeline.workloads.data.content import Reading
 from secateur.pipeline.workloads.data.record import DataRecord, differences
 from secateur.pipeline.workloads.data.record import read as read_record
@@ -130,16 +134,17 @@ class Run:
         torch.set_num_threads(self.config.threads or usable_cores())
         keep_freed_memory()
         found = examine(self.config, Reading(progress), begun=has_begun(self.directory / "journal.jsonl"))
-        self.profiles, self.compute, self.workload = found.require(str(self.directory / "run.yaml"))
+        self.profiles, self.compute, workload = found.require(str(self.directory / "run.yaml"))
         self.profile = self.profiles[0]
-        check_data(self.directory, self.workload.record)
+        check_data(self.directory, workload.record)
         for note in found.notes:
             progress.say(f"Note: {note}")
-        fingerprint = self.workload.fingerprint
-        metrics = (self.workload.metric, self.workload.search_metric)
+        metrics = (workload.metric, workload.search_metric)
         options = asdict(method_options(self.config.search))
         file = self.directory / "journal.jsonl"
-        self.journal = Journal(file, self.run_id, self.config.digest, fingerprint, metrics, options)
+        self.journal = Journal(file, self.run_id, self.config.digest, workload.fingerprint, metrics, options)
+        self._going_by = cache(workload.going_by)
+        self._as_asked = workload
         self._leases: Mapping[str, Lease] = {}
         self._engine: Engine | None = None
         self._pool: WorkerPool | None = None
@@ -153,6 +158,25 @@ class Run:
         self.tracker = Tracker(
             self.config.tracking, home(), self.run_id, self.run_id, params, labels, lock, self._reward_of
         )
+
+    @property
+    def workload(self) -> Workload:
+        """What is pruned; it goes by the metric that the journal names, once that is settled (``settle_metric``)."""
+        split = settled(self.journal.records)
+        return self._as_asked if split is None else self._going_by(split.metric)
+
+    def settle_metric(self, model: nn.Module, graph: ChannelGraph) -> SearchSplitFacts:
+        """Settle what the search goes by, before candidates of the trained baseline are evaluated."""
+
+        def look() -> tuple[float, float]:
+            baseline = Baseline(model, graph, self._as_asked, self.config.seed, self.compute)
+            return AccuracyEvaluator(
+                baseline, self.directory / CANDIDATES, self.config.search, lambda: None
+            ).memorised()
+
+        split = settle(self.journal, self._as_asked, look)
+        self.tracker.label("secateur.search_metric", split.metric)
+        return split
 
     def __enter__(self) -> Run:
         return self

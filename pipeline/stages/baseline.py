@@ -18,6 +18,7 @@ from secateur.pipeline.run.run import Run
 from secateur.pipeline.surroundings import home
 from secateur.pipeline.training.baselines import BaselineCache
 from secateur.pipeline.training.loop import VERSION, TrainingError, fit, save_weights
+from secateur.pipeline.training.precision import trains_in_bf16
 
 
 def baseline(run: Run, facts: Facts) -> BaselineFacts:
@@ -40,7 +41,8 @@ def baseline(run: Run, facts: Facts) -> BaselineFacts:
 
 def _content_key(run: Run) -> str:
     """Names the weights by everything that they follow from."""
-    recipe = run.config.baseline.model_dump(mode="json")
+    used = "bf16" if trains_in_bf16(run.config.baseline.precision, run.compute) else "fp32"
+    recipe = {**run.config.baseline.model_dump(mode="json"), "precision": used}
     follows_from = json.dumps([run.workload.fingerprint, recipe, run.config.seed, VERSION])
     return hashlib.sha256(follows_from.encode()).hexdigest()[:16]
 

@@ -76,6 +76,7 @@ def _tags(facts: Facts) -> dict[str, Any]:
     figures = facts.gate.models.compact.flat()
     return {
         "plan_digest": facts.finetune.best.candidate.plan.digest,
+        "search_metric": facts.gate.search_metric,
         "gate": "passed" if facts.gate.passed else "failed",
         "speedup": f"{facts.benchmark.speedup.value:.4f}",
         "timing_flags": " ".join(facts.benchmark.flags) or "none",

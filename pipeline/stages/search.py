@@ -7,8 +7,9 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 from secateur.pipeline.errors import UserError
-from secateur.pipeline.evaluation.accuracy import MEMORISED
 from secateur.pipeline.evaluation.evaluator import Evaluator
 from secateur.pipeline.lifecycle.finish import chosen_plan, only
 from secateur.pipeline.lifecycle.rescore import rank_agreement
@@ -52,15 +53,16 @@ def search(run: Run, facts: Facts) -> SearchFacts:
     model, graph = load_baseline(run)
     spaces = run.spaces(model, graph)
     certificate = prove(model, graph, spaces.whole, run.workload.example_input(), run.config.seed)
+    split = settle_metric(run, model, graph)
     oracle = run.evaluator(model, graph, spaces.whole)
-    reference, split = measure_reference(run, oracle, graph), look_at_split(run, oracle)
+    reference = measure_reference(run, oracle, graph)
     archive, study, scope = _search(run, oracle, graph, spaces, reference)
     full, again = PruningPlan.full(graph.groups), Study(run.journal, oracle, stage="ranking")
     with run.progress.stage("Score the best again in float32"):
         ranked, exact_reference = rank_exactly(
             again, archive, reference, full, run.config.finetune.top, partial(merit_against, run)
         )
-    agreement = rank_agreement(run.journal.records, run.workload.metric)
+    agreement = rank_agreement(run.journal.records, run.workload.metric, split.metric)
     return SearchFacts(
         reference=exact_reference,
         archive=tuple(ranked),
@@ -145,19 +147,19 @@ def measure_reference(run: Run, oracle: Evaluator, graph: ChannelGraph) -> Evalu
     return reference
 
 
-def look_at_split(run: Run, oracle: Evaluator) -> SearchSplitFacts:
-    """Whether the weights know the search images by heart; says so, and what to do."""
-    metric, goes_by = run.workload.metric, run.workload.search_metric
-    accuracy, augmented = oracle.accuracy.memorised()
-    memorised = accuracy - augmented > MEMORISED
-    if memorised:
-        still_sees = goes_by != metric
+def settle_metric(run: Run, model: nn.Module, graph: ChannelGraph) -> SearchSplitFacts:
+    """What the search goes by; says so, and whether the weights know the search images by heart."""
+    split = run.settle_metric(model, graph)
+    told = f"The search goes by {split.metric}"
+    if split.memorised:
         run.progress.say(
-            f"Warning: the weights know the search images by heart: {metric} {accuracy:.1%}, and {augmented:.1%} once "
-            "they are augmented. Pretrained weights have probably seen them; accuracies of the search are too high. "
-            + (f"The search goes by {goes_by}" if still_sees else "Set workload.metrics.search: divergence")
+            f"Warning: the weights know the search images by heart: {run.workload.metric} {split.accuracy:.1%}, and "
+            f"{split.augmented:.1%} once they are augmented. Pretrained weights have probably seen them; accuracies of "
+            f"the search are too high. {told}"
         )
-    return SearchSplitFacts(metric=goes_by, accuracy=accuracy, augmented=augmented, memorised=memorised)
+    else:
+        run.progress.say(told)
+    return split
 
 
 def reject_impossible(run: Run, oracle: Evaluator, smallest: PruningPlan, reference: Evaluation) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param
+from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from secateur.pipeline.config.schema import TrackingSection
@@ -155,6 +155,10 @@ class Tracker:
             token = page.token
             if not token:
                 return ids
+
+    def label(self, name: str, value: str) -> None:
+        """Tag the parent run: when it is made, or at its end where it is there already."""
+        self.labels[name] = value
 
     # -- candidates --------------------------------------------------------------------------------------------------
 
@@ -304,7 +308,8 @@ class Tracker:
             client = self._connect()
             finite = {name: value for name, value in metrics.items() if np.isfinite(value)}
             now_ms = int(time.time() * 1000)
-            client.log_batch(self._parent, metrics=[Metric(n, v, now_ms, 0) for n, v in finite.items()])
+            tags = [RunTag(name, label) for name, label in self.labels.items()]
+            client.log_batch(self._parent, [Metric(n, v, now_ms, 0) for n, v in finite.items()], tags=tags)
             for file in files:
                 client.log_artifact(self._parent, str(file))
             client.set_terminated(self._parent, status)

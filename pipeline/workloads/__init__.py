@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,10 @@ from secateur.pipeline.workloads.data.sources import ImageSource
 
 if TYPE_CHECKING:
     import onnx
+
+
+DIVERGENCE_SCORE = "divergence_score"
+"""The metric exp(-KL) of a candidate's outputs from the unpruned network's."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +133,9 @@ class Workload(Protocol):
     """The metric the gate looks at (``top1``, ``map50``); a fraction, higher = better."""
     search_metric: str
     """The metric the search goes by: the same, or one that is quicker to have and ranks networks much alike. A workload
-    may have ``search_augmented``, which says that it is taken on augmented search images; and ``others``, the further
-    metrics that are shown: name -> (unit, whether "higher" or "lower" is better)."""
+    may have ``others``, the further metrics that are shown: name -> (unit, whether "higher" or "lower" is better)."""
+    search_metric_is_open: bool
+    """Whether the run may choose another one, because the weights know the search images by heart."""
     fingerprint: str
     """Names the content of data and model options; part of every content hash."""
     notes: tuple[str, ...]
@@ -150,6 +155,13 @@ class Workload(Protocol):
         ``image_size``, and ``mean`` and ``std`` per channel of pixels in 0..1; ``resize``: ``crop`` (short side scaled,
         centre cropped) or ``stretch``; ``classes`` where they have names.
         """
+
+    @property
+    def search_augmented(self) -> bool:
+        """Whether ``search_metric`` is taken on augmented search images."""
+
+    def going_by(self, metric: str) -> Self:
+        """The same workload with another metric of the search."""
 
     def summary(self) -> DataSummary:
         """Classes with their counts, and the sizes of the images."""
@@ -172,6 +184,11 @@ class Workload(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Normalised images (channels-last, augmented if ``train``) and targets; ``indices`` count within the split."""
 
+    def augmented(
+        self, split: Split, indices: Tensor, *, generator: torch.Generator, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """A batch of images as the search sees them where they may be known by heart: altered without being harder."""
+
     def loss(self, outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor: ...
 
     def distillation(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -186,12 +203,11 @@ class Workload(Protocol):
     def test_metrics(self, answers: Tensor, targets: Tensor) -> Mapping[str, float]:
         """The same for the end of a run, where more may be worth its time."""
 
-    def divergence(self, answers: Tensor, dense: Tensor) -> float:
-        """How far answers are from the unpruned network's for the same images (nats, >= 0).
+    def divergence(self, outputs: Tensor, dense: Tensor) -> Tensor:
+        """How far outputs are from the unpruned network's for the same images, shape (n,), nats, >= 0.
 
-        Only asked for where ``search_metric`` is ``divergence_score``.
+        Only asked for where ``search_metric`` is ``DIVERGENCE_SCORE``.
         """
-        ...
 
     def ease(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """How easy each image is, shape (n,): those that are likely to go wrong first come first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -9,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from secateur.pipeline.config import renamed
 from secateur.pipeline.config.schema import Section, digested
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.files import sha256_of
-from secateur.pipeline.workloads import ClassCount, DataSummary, Split, networks
+from secateur.pipeline.workloads import DIVERGENCE_SCORE, ClassCount, DataSummary, Split, networks
 from secateur.pipeline.workloads.classification.losses import distillation_loss
 from secateur.pipeline.workloads.data import arrays, decode, digits, folder, record, splits, torchvision_sets
 from secateur.pipeline.workloads.data.content import Damaged, Reading, kept
@@ -139,11 +140,12 @@ class DataOptions(Section):
 class MetricOptions(Section):
     """How classifiers are compared in a search."""
 
-    search: Literal["top1", "divergence", "loss"] = "top1"
+    search: Literal["auto", "top1", "divergence", "loss"] = "auto"
     """What the search goes by: top1; ``divergence_score`` = exp(-KL), where KL is the mean divergence (nats) of a
     candidate's class probabilities from the unpruned network's; or ``loss_score`` = exp(-cross-entropy). The last two
     look at augmented search images, the same for all candidates, so that they still see where weights know the search
-    images by heart."""
+    images by heart. auto = top1, and the divergence where pretrained weights do: where they are more accurate on them
+    than on augmented ones by more than 3 percentage points."""
 
 
 class Options(Section):
@@ -172,11 +174,12 @@ class Classification:
 
     metric = search_metric = "top1"
     postprocessing = None
-    SEEING: ClassVar[Mapping[str, str]] = {"divergence": "divergence_score", "loss": "loss_score"}
+    SEEING: ClassVar[Mapping[str, str]] = {"divergence": DIVERGENCE_SCORE, "loss": "loss_score"}
 
     def __init__(self, options: Options, reading: Reading) -> None:
         self.options = options
         self.search_metric = self.SEEING.get(options.metrics.search, self.search_metric)
+        self.search_metric_is_open = options.metrics.search == "auto"
         self.network = networks.named(options.model.name)
         prepared = self.network.preparation(options.model.weights)
         opened = _open(options.data, _wanted(options.data, prepared), reading)
@@ -214,8 +217,12 @@ class Classification:
 
     @property
     def search_augmented(self) -> bool:
-        """Whether the search looks at augmented images."""
         return self.search_metric in self.SEEING.values()
+
+    def going_by(self, metric: str) -> Self:
+        other = copy.copy(self)
+        other.search_metric = metric
+        return other
 
     @property
     def usage(self) -> Mapping[str, Any]:
@@ -340,6 +347,12 @@ class Classification:
             x = _augment(x, self.options.data.augment == "flip_shift", generator)
         return x.contiguous(memory_format=torch.channels_last), targets
 
+    def augmented(
+        self, split: Split, indices: Tensor, *, generator: torch.Generator, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """As in training."""
+        return self.batch(split, indices, train=True, generator=generator, device=device)
+
     def loss(self, outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         return F.cross_entropy(outputs, targets, label_smoothing=label_smoothing)
 
@@ -356,10 +369,10 @@ class Classification:
         found = {"top1": (answers.argmax(1) == targets).float().mean().item(), "loss": loss}
         return {**found, "loss_score": math.exp(-loss)} if self.search_metric == "loss_score" else found
 
-    def divergence(self, answers: Tensor, dense: Tensor) -> float:
-        """Mean Kullback-Leibler divergence KL(dense || candidate) of class probabilities in nats, >= 0."""
-        found, wanted = (logits.double().log_softmax(1) for logits in (answers, dense))
-        return max(0.0, F.kl_div(found, wanted, reduction="batchmean", log_target=True).item())
+    def divergence(self, outputs: Tensor, dense: Tensor) -> Tensor:
+        """Kullback-Leibler divergence KL(dense || candidate) of class probabilities."""
+        found, wanted = (logits.double().log_softmax(1) for logits in (outputs, dense))
+        return F.kl_div(found, wanted, reduction="none", log_target=True).sum(1).clamp(min=0)
 
     test_metrics = metrics
 

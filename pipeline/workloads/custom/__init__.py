@@ -8,11 +8,12 @@ gives one tensor of shape (n, ...); several outputs are concatenated by the netw
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +97,8 @@ class Custom:
         text: names the text of the code.
     """
 
+    search_metric_is_open = search_augmented = False
+
     def __init__(self, options: Options, code: OwnCode, text: str, reading: Reading = Reading()) -> None:  # noqa: B008
         self.options, self.code = options, code
         self.pretrained = bool(getattr(code.task, "pretrained", False))
@@ -140,6 +143,11 @@ class Custom:
         given = getattr(self.code.task, "usage", None) or {}
         return dict(self.code.ask("usage") if callable(given) else given)
 
+    def going_by(self, metric: str) -> Self:
+        other = copy.copy(self)
+        other.search_metric = metric
+        return other
+
     @property
     def others(self) -> Mapping[str, tuple[str, str]]:
         """The metrics that are shown besides the gate's: name -> (unit, which of "higher" and "lower" is better)."""
@@ -174,6 +182,12 @@ class Custom:
             seed = int(torch.randint(0, 1 << 31, (), generator=generator))
         inputs, targets = self.code.collated(source.items(split.indices[indices.numpy()].tolist(), seed))
         return inputs.to(device).contiguous(memory_format=torch.channels_last), targets.to(device)
+
+    def augmented(
+        self, split: Split, indices: Tensor, *, generator: torch.Generator, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """As in training."""
+        return self.batch(split, indices, train=True, generator=generator, device=device)
 
     # -- loss and metrics ----------------------------------------------------------------------------------------------
 
@@ -218,7 +232,7 @@ class Custom:
 
     test_metrics = metrics
 
-    def divergence(self, answers: Tensor, dense: Tensor) -> float:
+    def divergence(self, outputs: Tensor, dense: Tensor) -> Tensor:
         """Never asked for: the search goes by the task's own metric."""
         raise NotImplementedError
 

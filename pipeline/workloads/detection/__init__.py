@@ -6,8 +6,9 @@ after it, here. Targets are one tensor per batch, with as many rows for every im
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torchvision.transforms import v2
 from secateur.pipeline.config.schema import Section
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.files import sha256_of
-from secateur.pipeline.workloads import ClassCount, DataSummary, Split
+from secateur.pipeline.workloads import DIVERGENCE_SCORE, ClassCount, DataSummary, Split
 from secateur.pipeline.workloads.data import decode
 from secateur.pipeline.workloads.data.content import Reading
 from secateur.pipeline.workloads.data.digit_scenes import DigitScenes
@@ -91,9 +92,13 @@ class MetricOptions(Section):
     """Boxes of a class that suppression looks at."""
     most: Annotated[int, Field(ge=1)] = 200
     """Detections of an image."""
-    search: Literal["map50", "loss"] = "map50"
-    """What the search goes by: map50, or ``loss_score`` = 1 / (1 + multibox loss), which spares the suppression of many
-    boxes. The report says how well candidates' ranks by it agree with their ranks by map50."""
+    search: Literal["auto", "map50", "loss", "divergence"] = "auto"
+    """What the search goes by: map50; ``loss_score`` = 1 / (1 + multibox loss); or ``divergence_score`` = exp(-KL),
+    where KL is the mean divergence (nats) of a candidate's raw heads from the unpruned network's, on search images that
+    are mirrored and recoloured, where ``augment`` is ssd. The last two spare the suppression of many boxes, and the
+    report says how well candidates' ranks by them agree with their ranks by map50. auto = map50, and the divergence
+    where pretrained weights know the search images by heart: where their map50 is higher on them than on altered ones
+    by more than 3 percentage points."""
 
 
 class Options(Section):
@@ -122,10 +127,12 @@ class Detection:
     """Detector, scenes, multibox loss and mean average precision."""
 
     metric = "map50"
+    SEARCH: ClassVar[Mapping[str, str]] = {"loss": "loss_score", "divergence": DIVERGENCE_SCORE}
 
     def __init__(self, options: Options, reading: Reading) -> None:
         self.options = options
-        self.search_metric = "map50" if options.metrics.search == "map50" else "loss_score"
+        self.search_metric = self.SEARCH.get(options.metrics.search, self.metric)
+        self.search_metric_is_open = options.metrics.search == "auto"
         opened = scenes.load(options.data, reading)
         source = cast(ImageSource, opened.source)  # its images differ in size: only ``batch`` reads them
         self.train, self.search, self.test = (Split(source, i) for i in (opened.train, opened.search, opened.test))
@@ -160,6 +167,15 @@ class Detection:
         self.fingerprint = fingerprint_of(content)
         files = not isinstance(opened.source, DigitScenes)
         self.record = DataRecord(self.fingerprint, parts_of(content), opened.members, files)
+
+    @property
+    def search_augmented(self) -> bool:
+        return self.search_metric == DIVERGENCE_SCORE
+
+    def going_by(self, metric: str) -> Self:
+        other = copy.copy(self)
+        other.search_metric = metric
+        return other
 
     @property
     def usage(self) -> Mapping[str, Any]:
@@ -219,9 +235,25 @@ class Detection:
     def batch(
         self, split: Split, indices: Tensor, *, train: bool, generator: torch.Generator | None, device: torch.device
     ) -> tuple[Tensor, Tensor]:
+        return self._batch(split, indices, self._augmentation() if train else None, generator, device)
+
+    def augmented(
+        self, split: Split, indices: Tensor, *, generator: torch.Generator, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Mirrored and recoloured: zooming and crops, which make objects smaller or cut them, are harder to see."""
+        return self._batch(split, indices, self._mirroring(), generator, device)
+
+    def _batch(
+        self,
+        split: Split,
+        indices: Tensor,
+        augment: v2.Compose | None,
+        generator: torch.Generator | None,
+        device: torch.device,
+    ) -> tuple[Tensor, Tensor]:
         where = split.indices[indices.numpy()]
         source = cast(SceneSource, split.source)
-        augment = self._augmentation() if train and self.options.input.augment == "ssd" else None
+        augment = augment if self.options.input.augment == "ssd" else None
         pixels = torch.empty((len(where), 3, self.image_size, self.image_size), dtype=torch.uint8)
         targets = torch.full((len(where), self.most_boxes, 5), -1.0)
         with torch.random.fork_rng(devices=[]):  # the transforms draw from torch's global generator
@@ -254,6 +286,9 @@ class Detection:
             ]
         )
 
+    def _mirroring(self) -> v2.Compose:
+        return v2.Compose([v2.RandomHorizontalFlip(self.options.input.flip)])
+
     # -- loss and metric ---------------------------------------------------------------------------------------------
 
     def loss(self, outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -262,6 +297,10 @@ class Detection:
     def distillation(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """What ``fit`` adds for a teacher instead of the KL divergence of whole outputs; a scalar."""
         return ssd.distillation_loss(student, teacher, temperature, self.scores)
+
+    def divergence(self, outputs: Tensor, dense: Tensor) -> Tensor:
+        """Of the raw heads (``ssd.divergence``)."""
+        return ssd.divergence(outputs, dense, self.scores)
 
     def answers(self, outputs: Tensor, targets: Tensor, *, brief: bool = False) -> Tensor:
         """Shape (N, 1 + most, 6): a row with the parts of the image's loss, then its detections (not if ``brief``)."""

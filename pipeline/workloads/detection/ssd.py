@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -180,14 +180,50 @@ def distillation_loss(
         teacher: the same shape; no gradient flows into it.
         temperature: T; softens the class probabilities of both.
     """
-    student, teacher = student.float(), teacher.detach().float()
+    apart = _apart(student.float(), teacher.detach().float(), temperature, scores, least)
+    classes = temperature**2 * (apart.seen * apart.classes).sum() / apart.seen.sum().clamp(min=1)
+    return classes + (apart.weight * apart.offsets).sum() / apart.weight.sum().clamp(min=1)
+
+
+def divergence(outputs: Tensor, dense: Tensor, scores: Scores = "softmax", least: float = 0.1) -> Tensor:
+    """How far a detector's raw heads are from another's for the same images: shape (N,), >= 0.
+
+    The KL divergence of the classes (nats) plus the smooth L1 distance of the offsets, of each image by itself, over
+    the default boxes that ``distillation_loss`` looks at: all the others show background in both networks, and a mean
+    over them hardly differs from network to network.
+
+    Args:
+        outputs: (N, boxes, 4 + classes + 1), of a candidate.
+        dense: the same shape, of the unpruned network.
+    """
+    apart = _apart(outputs.float(), dense.float(), 1.0, scores, least)
+    classes = (apart.seen * apart.classes).sum(1) / apart.seen.sum(1).clamp(min=1)
+    offsets = (apart.weight * apart.offsets).sum(1) / apart.weight.sum(1).clamp(min=1)
+    return (classes + offsets).clamp(min=0)
+
+
+class _Apart(NamedTuple):
+    """How far two detectors' raw heads are from each other; each of shape (N, boxes).
+
+    Args:
+        seen: 1 where one of both sees an object, else 0.
+        classes: KL(teacher || student).
+        weight: how sure the teacher is, where it sees an object, else 0.
+        offsets: smooth L1.
+    """
+
+    seen: Tensor
+    classes: Tensor
+    weight: Tensor
+    offsets: Tensor
+
+
+def _apart(student: Tensor, teacher: Tensor, temperature: float, scores: Scores, least: float) -> _Apart:
     own, taught = (foreground(x[..., 4:], scores) for x in (student.detach(), teacher))
     seen = ((taught > least) | (own > least)).to(student.dtype)
-    each = _divergence(student[..., 4:] / temperature, teacher[..., 4:] / temperature, scores)
-    classes = temperature**2 * (seen * each).sum() / seen.sum().clamp(min=1)
-    weight = taught * (taught > least)
-    distance = F.smooth_l1_loss(student[..., :4], teacher[..., :4], reduction="none").sum(-1)
-    return classes + (weight * distance).sum() / weight.sum().clamp(min=1)
+    classes = _divergence(student[..., 4:] / temperature, teacher[..., 4:] / temperature, scores)
+    offsets = F.smooth_l1_loss(student[..., :4], teacher[..., :4], reduction="none").sum(-1)
+    return _Apart(seen, classes, taught * (taught > least), offsets)
 
 
 def _divergence(student: Tensor, teacher: Tensor, scores: Scores) -> Tensor:

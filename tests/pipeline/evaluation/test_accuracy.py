@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.pipeline.config.schema import SearchSection
-from secateur.pipeline.evaluation.accuracy import MEMORISED, AccuracyEvaluator, AccuracyRequest
+from secateur.pipeline.evaluation.accuracy import AccuracyEvaluator, AccuracyRequest
 from secateur.pipeline.evaluation.baseline import Baseline
+from secateur.pipeline.run.metric import MEMORISED
 from secateur.pipeline.training.statistics import recalibrate, training_images
 from secateur.pipeline.workloads import classification
 from secateur.pipeline.workloads.classification import Classification
