@@ -72,6 +72,25 @@ def test_divergence_is_that_of_class_probabilities_and_zero_for_the_unpruned_net
     )
 
 
+def test_a_network_without_batch_norm_is_scored_as_it_was_cut(tmp_path: Path) -> None:
+    """It has no statistics to take anew: no training image is looked at, and no number changes."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(12, 10)).eval()
+    graph = trace(model, digits().example_input())
+    plan = uniform_plan(graph, 0.5, model=model, saliency="random", seed=0)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    recalibrate(model, training_images(digits(), digits().train, 64, CPU))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    found = []
+    for images in (0, 64):
+        accuracy = evaluator((model, graph), tmp_path, recalibrate_images=images)
+        asked = accuracy.recalibration_images("", plan, final=True)
+        found.append(accuracy.evaluate(AccuracyRequest(plan, recalibration_images=asked)))
+    assert found[0].metrics == found[1].metrics
+    assert found[0].images_forwarded == found[1].images_forwarded == 100
+
+
 def test_no_candidate_is_given_up_where_the_metric_has_no_bound(
     network: tuple[nn.Module, ChannelGraph], tmp_path: Path
 ) -> None:

@@ -57,8 +57,9 @@ class Scene:
     graph: ChannelGraph
     baseline: Path
 
-    def network(self) -> Baseline:
-        return Baseline(self.model, self.graph, digits(image_size=8, augment="shift"), seed=3)
+    def network(self, metric: str = "top1") -> Baseline:
+        workload = digits(image_size=8, augment="shift").going_by(metric)
+        return Baseline(self.model, self.graph, workload, seed=3)
 
     def candidates(self, number: int, base: str = "", first: int = 0) -> tuple[Candidate, ...]:
         """Random plans, the same for the same ids."""
@@ -105,7 +106,9 @@ def make(scene: Scene, tmp_path: Path) -> Iterator[Make]:
     target = open_target(profile)
     pools: list[WorkerPool] = []
 
-    def build(engine: Engine | None = None, name: str = "run", batch: int = 3, **search: Any) -> Evaluator:
+    def build(
+        engine: Engine | None = None, name: str = "run", batch: int = 3, metric: str = "top1", **search: Any
+    ) -> Evaluator:
         changed = {
             "search": scene.config.search.model_copy(update=search),
             "workers": WorkersSection(batch=batch),
@@ -118,7 +121,7 @@ def make(scene: Scene, tmp_path: Path) -> Iterator[Make]:
         pools.extend([pool] if pool else [])
         fleet = Fleet([Device(profile, target)])
         return make_evaluator(
-            scene.network(), fleet, folder, config.search, config.finetune, deterministic=True, workers=pool
+            scene.network(metric), fleet, folder, config.search, config.finetune, deterministic=True, workers=pool
         )
 
     yield build
@@ -236,6 +239,28 @@ def test_supernets_and_recalibrated_networks_are_scored_alike(scene: Scene, make
         oracle = make(engine, f"run{i}", recalibrate_images=64)
         found.append(journalled(tmp_path / str(i), oracle, learns()))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_workers_go_by_the_metric_that_the_run_has_chosen(
+    scene: Scene, make: Make, elsewhere: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run file leaves it open; the images are opened there, or sent along."""
+    engine, candidates = InThreads(), scene.candidates(3)
+    here = make(None, "run0", metric="divergence_score")
+    expected = [here.evaluate(candidate, False) for candidate in candidates]
+    if elsewhere:
+        monkeypatch.setattr(workers.shipped_data, "open_section", _no_data)
+    there = make(engine, "run1", metric="divergence_score")
+    there.ahead(candidates, False)
+    found = [there.evaluate(candidate, False) for candidate in candidates]
+    assert sum(engine.batches) >= 3
+    assert [timeless(each.metrics) for each in found] == [timeless(each.metrics) for each in expected]
+    assert all(0 < each["divergence_score"] < 1 for each in found)
+
+
+def _no_data(*_: Any, **__: Any) -> Any:
+    raise UserError("not here")
 
 
 def test_a_batch_is_tried_again_where_a_worker_died(

@@ -185,6 +185,15 @@ def test_the_ea_returns_the_filters_that_are_worth_most():
     assert set(range(20)) - set(entry.candidate.plan.kept["layer0.conv1"]) == {3, 11}
 
 
+def test_by_the_loss_it_finds_what_it_finds_by_the_accuracy():
+    """The fake's loss is 1 less its accuracy: whoever maximises it finds the worst filters."""
+    options = replace(FAST, outer_iterations=3)
+    by_accuracy, by_loss = (
+        drive(search(study().problem(), replace(options, fitness=fitness)), study()) for fitness in ("", "loss")
+    )
+    assert [entry.candidate.plan for entry in by_loss] == [entry.candidate.plan for entry in by_accuracy]
+
+
 def test_fewer_filters_win_among_equals():
     fake = study((20,))
     fake.value["layer0.conv1"] = np.zeros(20)

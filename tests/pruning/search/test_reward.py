@@ -34,6 +34,17 @@ def test_a_named_metric_takes_the_place_of_the_accuracy() -> None:
         make_reward("device", both, "nothing_such")(worse)
 
 
+@pytest.mark.parametrize("metric", ["loss", "divergence"])
+@given(less=st.floats(0, 5), more=st.floats(1e-3, 5))
+def test_of_a_metric_where_less_is_better_less_is_never_worth_less(metric: str, less: float, more: float) -> None:
+    reference = replace(REFERENCE, metrics={**REFERENCE.metrics, metric: 0.0})
+    for preset in PRESETS:
+        reward = make_reward(preset, reference, metric)
+        better, worse = (reward(evaluation(**{metric: value})) for value in (less, less + more))
+        assert better >= worse
+        assert reward(evaluation(**{metric: 0.5})) > reward(evaluation(**{metric: 2.0}))
+
+
 def test_rewarded_meta_pruning_as_released():
     reference = Evaluation(metrics={"top1": 0.706, "macs": 4100.0})
     reward = make_reward("rewarded_v2", reference)

@@ -251,6 +251,32 @@ def test_distillation_does_not_look_at_boxes_where_both_see_background() -> None
     assert ssd.distillation_loss(other, sure, 4.0, least=0.0).item() > 0
 
 
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_divergence_is_of_each_image_by_itself_and_grows_with_what_is_lost(scores: Any) -> None:
+    torch.manual_seed(0)
+    dense = perfect(random_targets(3), GRID, 3) / 4
+    noise = torch.randn(dense.shape)
+    assert torch.allclose(ssd.divergence(dense, dense, scores), torch.zeros(3), atol=1e-5)
+    near, far = (ssd.divergence(dense + size * noise, dense, scores) for size in (0.1, 1.0))
+    assert (near >= 0).all() and (far > near).all()
+    alone = [ssd.divergence((dense + noise)[i : i + 1], dense[i : i + 1], scores) for i in range(3)]
+    assert torch.allclose(far, torch.cat(alone), atol=1e-6)
+
+
+def test_divergence_by_hand() -> None:
+    """One default box sees something, sure by a half; the candidate says 0.8 to 0.2, and is 2 off."""
+    dense = torch.zeros(1, len(GRID), 6)
+    dense[..., 4] = 30
+    dense[0, 7, 4] = 0
+    candidate = dense.clone()
+    candidate[0, 7, 4:] = torch.tensor([0.8, 0.2]).log()
+    candidate[0, 7, 0] += 2
+    expected = 0.5 * math.log(0.5 / 0.8) + 0.5 * math.log(0.5 / 0.2) + 0.5 * (2 - 0.5)
+    assert ssd.divergence(candidate, dense).item() == pytest.approx(expected, rel=1e-5)
+    candidate[0, 8, :4] = 9.0  # both see background there
+    assert ssd.divergence(candidate, dense).item() == pytest.approx(expected, rel=1e-5)
+
+
 # -- detections --------------------------------------------------------------------------------------------------------
 
 
