@@ -10,7 +10,19 @@ import typer
 
 from secateur import __version__
 from secateur.pipeline import children, errors
-from secateur.pipeline.cli import deploy, devices, doctor, inspect, interrupts, registry, results, run, trust, validate
+from secateur.pipeline.cli import (
+    check,
+    deploy,
+    devices,
+    doctor,
+    inspect,
+    interrupts,
+    registry,
+    results,
+    run,
+    trust,
+    validate,
+)
 from secateur.pipeline.cli.devices import benchmark
 from secateur.pipeline.cli.help import import_formatter, narrowed
 from secateur.pipeline.cli.texts import make_logs_harmless
@@ -46,7 +58,7 @@ def _program(
 app.add_typer(devices.app, name="devices")
 for command_ in (
     *(benchmark.benchmark, registry.pull, registry.promote, registry.rollback, registry.history),
-    *(validate.validate, deploy.deploy, trust.trust, run.run, run.resume, run.finish),
+    *(check.check, validate.validate, deploy.deploy, trust.trust, run.run, run.resume, run.finish),
 ):
     app.command()(command_)
 app.command(name="rescore")(results.rescore_)

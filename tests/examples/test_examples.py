@@ -11,6 +11,7 @@ import yaml
 
 from secateur.pipeline.config import trust
 from secateur.pipeline.config.reading import load_run_file
+from secateur.pipeline.errors import UserError
 from secateur.pipeline.progress import Silent
 from secateur.pipeline.run.run import Run, create_run_directory
 from tests.pipeline.helpers import perform, quick_device
@@ -41,3 +42,6 @@ def test_an_example_runs_to_its_gate(name: str, tmp_path: Path) -> None:
         page = (run.directory / facts.report.html).read_text()
         for other, (unit, better) in (facts.gate.others or {}).items():
             assert f"{other} (test split, {better} is better)" in page and unit in page
+    (folder / "task.py").write_text((folder / "task.py").read_text() + "\n# another task\n")
+    with pytest.raises(UserError, match="the task's code differs"):
+        Run(run.directory, Silent())
