@@ -74,9 +74,11 @@ class Report:
             return TypeAdapter(schema).validate_python(data)
         except ValidationError as error:
             details = error.errors()
-        told = {fault.place for fault in self.faults}
-        faults = [_fault(schema, detail, place) for detail in details]
-        self.faults += [fault for fault in faults if fault.place not in told]
+        for detail in details:  # of a union's branches the first one is told
+            fault = _fault(schema, detail, place)
+            above = [fault.place[:end] for end in range(len(place) + 1, len(fault.place))]
+            if not any(map(self.tells_of, above)):
+                self.add(fault)
         unknown = {detail["loc"][0] for detail in details if len(detail["loc"]) == 1 and detail["type"] in UNKNOWN_KEY}
         if unknown and isinstance(data, dict):  # they may hide faults of the keys that are known
             self.check(schema, {key: value for key, value in data.items() if key not in unknown}, place)
@@ -101,7 +103,9 @@ def _fault(schema: Any, detail: Mapping[str, Any], prefix: Place) -> Fault:
 
 def _is_union_tag(part: object) -> bool:
     """Pydantic puts the class or type of a union's branch into the place of a fault; users do not write those."""
-    return isinstance(part, str) and (part[:1].isupper() or part in ("float", "int", "str") or "[" in part)
+    return isinstance(part, str) and (
+        part[:1].isupper() or part in ("float", "int", "str") or "[" in part or "constrained-" in part
+    )
 
 
 def _field_names(schema: Any, path: Sequence[str | int]) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import io
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,11 @@ def _on_images(kind: str) -> type:
 class _Images:
     """What a kind of classification is made of where its images came along; loss and metrics are the kind's own."""
 
+    choose_metrics: Callable[[], None]
+
     def __init__(self, section: dict[str, Any], arrays: dict[str, Any]) -> None:
         self.options = workload_options(section)
+        self.choose_metrics()
         self.search_metric_is_open = False
         self.num_classes, self.fingerprint = int(arrays["num_classes"]), str(arrays["fingerprint"])
         self.mean, self.std = torch.from_numpy(arrays["mean"]), torch.from_numpy(arrays["std"])

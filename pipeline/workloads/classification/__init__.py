@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from torch import Tensor, nn
 
 from secateur.pipeline.config import renamed
@@ -23,11 +23,11 @@ from secateur.pipeline.config.schema import Section, digested
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.files import sha256_of
 from secateur.pipeline.workloads import DIVERGENCE_SCORE, ClassCount, DataSummary, Split, networks
+from secateur.pipeline.workloads.classification.accuracies import ACCURACIES, best_balanced, top5
 from secateur.pipeline.workloads.classification.losses import distillation_loss
-from secateur.pipeline.workloads.data import arrays, decode, digits, folder, record, splits, torchvision_sets
+from secateur.pipeline.workloads.data import decode, formats, paths, record, splits
 from secateur.pipeline.workloads.data.content import Damaged, Reading, kept
 from secateur.pipeline.workloads.data.notes import Tally
-from secateur.pipeline.workloads.data.paths import under_data
 from secateur.pipeline.workloads.data.sources import ArraySource, ImageData, Wanted
 from secateur.pipeline.workloads.networks import timm_zoo, torchvision_zoo
 from secateur.pipeline.workloads.networks.preparation import Preparation
@@ -75,18 +75,27 @@ class ModelOptions(Section):
 
 
 Side = Annotated[int, Field(ge=4, le=4096)]
+OF_EVERY_SOURCE = frozenset(
+    ("source", "image_size", "channels", "mean", "std", "augment", "search_fraction", "test_fraction")
+)
+"""Keys of ``data`` that every source has."""
 
 
 class DataOptions(Section):
     """Where the images come from and how they are prepared."""
 
-    source: Literal["digits", "torchvision", "folder", "arrays"] = "digits"
-    """digits = those of scikit-learn, without a download; torchvision = a data set of its own; folder = class folders;
-    arrays = files of NumPy."""
+    later = frozenset({"columns", "options"})
+    source: str = "digits"
+    """``folder``, ``arrays``, ``csv``, ``parquet``, ``torchvision`` or ``digits``: a format of ``workloads/data``; or
+    ``auto`` = what the path looks like, which is the default where there is one."""
     dataset: str | None = None
     """torchvision: class name in torchvision.datasets (CIFAR10)."""
     path: str | None = None
-    """torchvision: where its files are or go; folder: the folder that holds train/ and test/."""
+    """The folder or file of the images; torchvision: where its files are or go."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """torchvision: further arguments of the data set's class (``small`` of Places365, ``split`` of EMNIST)."""
+    columns: dict[Literal["path", "label", "split"], str] | None = None
+    """csv: what the columns are called, where not ``path``, ``label`` and ``split``."""
     download: bool = True
     """torchvision: whether missing files are fetched."""
     train: str | None = None
@@ -116,22 +125,20 @@ class DataOptions(Section):
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Where the data has no test split: about which share of all images becomes one."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_path(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("source") is None:
+            return {**given, "source": formats.source_of(given, listed="arrays")}
+        return given
+
     @model_validator(mode="after")
     def _complete(self) -> DataOptions:
-        needs = {"torchvision": ("dataset", "path"), "folder": ("path",), "arrays": ("train",)}.get(self.source, ())
-        missing = [name for name in needs if getattr(self, name) is None]
-        if missing:
-            raise ValueError(f"source {self.source!r} also needs {' and '.join(missing)}")
-        files = ("classes", "damaged")
-        optional = {
-            "torchvision": ("download", *files),
-            "folder": files,
-            "arrays": ("test", "classes"),
-        }.get(self.source, ())
-        foreign = {"dataset", "path", "download", "train", "test", *files} - {*needs, *optional}
-        unused = sorted(name for name in foreign if getattr(self, name) != DataOptions.model_fields[name].default)
-        if unused:
-            raise ValueError(f"source {self.source!r} does not use {' and '.join(unused)}")
+        fields = type(self).model_fields.items()
+        given = [n for n, field in fields if getattr(self, n) != field.get_default(call_default_factory=True)]
+        fault = formats.faults_of(formats.IMAGES, self.source, given, OF_EVERY_SOURCE)
+        if fault:
+            raise ValueError(fault)
         if self.classes is not None and (len(self.classes) < 2 or len(set(self.classes)) < len(self.classes)):
             raise ValueError("classes needs at least two names, and each only once")
         return self
@@ -152,6 +159,10 @@ class Options(Section):
     """The ``workload`` section for image classification."""
 
     name: Literal["classification"] = "classification"
+    later = frozenset({"metric"})
+    metric: Literal["top1", "top5", "balanced_accuracy"] | None = None
+    """What the gate judges accuracy by, and the search, where ``metrics.search`` says nothing else; None = top1.
+    ``balanced_accuracy`` is the mean share of right answers over the classes, for data whose classes differ in size."""
     metrics: MetricOptions = MetricOptions()
     model: ModelOptions = ModelOptions()
     data: DataOptions = DataOptions()
@@ -177,15 +188,16 @@ class Classification:
     SEEING: ClassVar[Mapping[str, str]] = {"divergence": DIVERGENCE_SCORE, "loss": "loss_score"}
 
     def __init__(self, options: Options, reading: Reading) -> None:
-        self.options = options
-        self.search_metric = self.SEEING.get(options.metrics.search, self.search_metric)
+        data, seen = _resolved(options.data)
+        self.options = options = options.model_copy(update={"data": data})
+        self.choose_metrics()
         self.search_metric_is_open = options.metrics.search == "auto"
         self.network = networks.named(options.model.name)
         prepared = self.network.preparation(options.model.weights)
-        opened = _open(options.data, _wanted(options.data, prepared), reading)
+        opened: ImageData = formats.IMAGES.load(data.source).load_images(data, _wanted(data, prepared), reading)
         self.classes, self.named = opened.classes, opened.named
         self.train, self.search, self.test = _split(opened, options.data)
-        self._data_notes = opened.tally.notes()
+        self._data_notes = (*([_said(seen, opened, data)] if seen else []), *opened.tally.notes())
         self.num_classes = len(opened.classes)
         sample = opened.train.read(self.train.indices[:1])
         self.shape = (sample.shape[3], sample.shape[1], sample.shape[2])
@@ -196,15 +208,15 @@ class Classification:
             for name, split in parts.items()
             for member in record.members_of({name: split.indices}, split.source.places, split.source.contents)
         )
-        data = _data_digest(parts, opened.classes, members)
-        self.mean, self.std = self._statistics(data, prepared)
+        content_digest = _data_digest(parts, opened.classes, members)
+        self.mean, self.std = self._statistics(content_digest, prepared)
         self.pretrained = options.model.weights is not None and options.model.load == "all"
         weights = self._find_weights()
         self._content = None if weights is None else read_weights(weights)
         if weights is not None and options.model.weights == TORCHVISION:
             self._content = torchvision_zoo.read(self.network.name, weights)
         content: dict[str, Any] = {"options": _told(options)}
-        content |= {"data": data, "weights": None if weights is None else sha256_of(weights)}
+        content |= {"data": content_digest, "weights": None if weights is None else sha256_of(weights)}
         content |= {"decoder": decode.VERSION}
         content |= {} if prepared is None else {"preparation": prepared.facts()}
         self.fingerprint = record.fingerprint_of(content)
@@ -364,9 +376,17 @@ class Classification:
         del targets, brief
         return outputs
 
+    def choose_metrics(self) -> None:
+        """Take the metrics that the run file names in place of the usual ones."""
+        if self.options.metric is not None:
+            self.metric = self.search_metric = self.options.metric
+        self.search_metric = self.SEEING.get(self.options.metrics.search, self.search_metric)
+
     def metrics(self, answers: Tensor, targets: Tensor) -> Mapping[str, float]:
         loss = F.cross_entropy(answers.float(), targets).item()
         found = {"top1": (answers.argmax(1) == targets).float().mean().item(), "loss": loss}
+        if self.metric in ACCURACIES:
+            found[self.metric] = ACCURACIES[self.metric](answers, targets)
         return {**found, "loss_score": math.exp(-loss)} if self.search_metric == "loss_score" else found
 
     def divergence(self, outputs: Tensor, dense: Tensor) -> Tensor:
@@ -374,7 +394,10 @@ class Classification:
         found, wanted = (logits.double().log_softmax(1) for logits in (outputs, dense))
         return F.kl_div(found, wanted, reduction="none", log_target=True).sum(1).clamp(min=0)
 
-    test_metrics = metrics
+    def test_metrics(self, answers: Tensor, targets: Tensor) -> Mapping[str, float]:
+        """Besides, ``balanced_accuracy``, and ``top5`` where there are more than five classes."""
+        names = [name for name in ACCURACIES if name != "top5" or self.num_classes > 5]
+        return {**self.metrics(answers, targets), **{name: ACCURACIES[name](answers, targets) for name in names}}
 
     def ease(self, outputs: Tensor, targets: Tensor) -> Tensor:
         own = outputs.gather(1, targets[:, None])[:, 0]
@@ -383,6 +406,10 @@ class Classification:
     def bound(self, answers: Tensor, targets: Tensor, num_unseen: int) -> float:
         if self.search_metric in self.SEEING.values():
             return 1.0  # no image sets a bound to the mean of others
+        if self.search_metric == "balanced_accuracy":
+            return best_balanced(answers, targets, num_unseen)
+        if self.search_metric == "top5":
+            return (round(top5(answers, targets) * len(targets)) + num_unseen) / (len(targets) + num_unseen)
         right = int((answers.argmax(1) == targets).sum())
         return (right + num_unseen) / (len(targets) + num_unseen)
 
@@ -420,26 +447,38 @@ def _wanted(data: DataOptions, prepared: Preparation | None) -> Wanted:
 
 def _told(options: Options) -> dict[str, Any]:
     """What the fingerprint says of the options: not where files are, and networks by the names they first had."""
-    content = {key: value for key, value in digested(options).items() if key != "metrics"}
+    content = {key: value for key, value in digested(options).items() if key not in ("metric", "metrics")}
     content["model"]["name"] = renamed.first(networks.PLACE, options.model.name)
     content["data"] = {k: v for k, v in content["data"].items() if k not in ("path", "train", "test", "download")}
     return content
 
 
-def _open(data: DataOptions, wanted: Wanted, reading: Reading) -> ImageData:
-    match data.source:
-        case "digits":
-            return digits.load(wanted)
-        case "torchvision":
-            assert data.dataset and data.path
-            root, download = under_data(data.path), data.download
-            return torchvision_sets.load(data.dataset, root, download, wanted, data.classes, data.damaged, reading)
-        case "folder":
-            assert data.path
-            return folder.load(data.path, wanted, data.classes, data.damaged, reading)
-        case "arrays":
-            assert data.train
-            return arrays.load(data.train, data.test, wanted, data.classes)
+def _resolved(data: DataOptions) -> tuple[DataOptions, str]:
+    """(the section with the source that its path looks like, what was seen; nothing where the run file says it).
+
+    Raises:
+        UserError: it looks like none, or like several.
+    """
+    if data.source != formats.AUTO:
+        return data, ""
+    assert data.path is not None
+    path = paths.find(data.path, "data")
+    source, seen = formats.detect(formats.IMAGES, path)
+    module = formats.IMAGES.load(source)
+    where = module.found_in(path) | {"path": None} if hasattr(module, "found_in") else {}
+    section = {**data.model_dump(exclude_unset=True), "source": source, **where}
+    try:
+        return DataOptions.model_validate(section), seen
+    except ValidationError as error:
+        raise UserError(f"{path} looks like {seen}: {formats.told(error)}") from error
+
+
+def _said(seen: str, opened: ImageData, data: DataOptions) -> str:
+    """What was found, in one line."""
+    sources = [opened.train, *(source for source in (opened.search, opened.test) if source is not None)]
+    total = sum(map(len, sources))
+    test = f"{len(opened.test):,} images of its own" if opened.test is not None else f"carved: {data.test_fraction:.0%}"
+    return f"{seen}: {len(opened.classes):,} classes, {total:,} images, test split {test}".replace("%", " %")
 
 
 def _split(opened: ImageData, data: DataOptions) -> tuple[Split, Split, Split]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from secateur.pipeline.archives import check_archive
 from secateur.pipeline.errors import UserError
-from secateur.pipeline.workloads.data.content import kept
+from secateur.pipeline.workloads.data.content import Reading, kept
 from secateur.pipeline.workloads.data.decode import Pixels
 from secateur.pipeline.workloads.data.notes import Tally
 from secateur.pipeline.workloads.data.paths import find
@@ -24,6 +24,36 @@ DAMAGED = (OSError, ValueError, EOFError, MemoryError, ArithmeticError, zipfile.
 """What NumPy raises for files that are damaged, or whose headers lie; an array of objects is a ValueError."""
 LARGE_BYTES = 64 << 20
 """The digests of larger arrays are remembered between runs."""
+
+
+KEYS, NEEDS = ("train", "test", "classes"), ("train",)
+
+
+def looks_like(path: Path) -> str | None:
+    """What is seen where a path is a file of arrays, or a folder with ``train.npz`` or ``train_images.npy``."""
+    if path.is_file():
+        return f"arrays, {path.name}" if path.suffix == ".npz" or path.name.endswith("_images.npy") else None
+    found = [name for name in ("train.npz", "train_images.npy") if (path / name).is_file()]
+    return f"arrays, {found[0]}" if found else None
+
+
+def found_in(path: Path) -> dict[str, str]:
+    """The keys ``train`` and ``test`` that a path means that looks like arrays."""
+    if path.is_file():
+        return {"train": str(path)}
+    files = {part: [path / f"{part}{suffix}" for suffix in (".npz", "_images.npy")] for part in ("train", "test")}
+    found = {part: next(filter(Path.is_file, places), None) for part, places in files.items()}
+    return {part: str(file) for part, file in found.items() if file is not None}
+
+
+def load_images(options: Any, wanted: Wanted, reading: Reading) -> ImageData:
+    """The same as ``load``, of a ``data`` section with ``train``, ``test`` and ``classes``.
+
+    Raises:
+        UserError: as ``load``.
+    """
+    del reading
+    return load(options.train, options.test, wanted, options.classes)
 
 
 def load(train: str, test: str | None, wanted: Wanted, classes: Sequence[str] | None) -> ImageData:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, cast
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.workloads.data import splits
 from secateur.pipeline.workloads.data.content import Damaged, Reading
+from secateur.pipeline.workloads.data.listing import parts_of
 from secateur.pipeline.workloads.data.notes import Tally, some
 from secateur.pipeline.workloads.data.paths import find, find_folder, read_text
 from secateur.pipeline.workloads.data.scenes import (
@@ -36,6 +38,61 @@ class _Pool:
     classes: tuple[str, ...]
 
 
+KEYS, NEEDS = ("path", "train", "test", "test_path", "classes", "damaged"), ("path",)
+IN_FOLDER = "_annotations.coco.json"
+"""What exports of labelling tools call the file that lies among the images of a split."""
+OFFICIAL = re.compile(r"instances_(train|val|test)(\d*)\.json")
+
+
+def looks_like(path: Path) -> str | None:
+    """What is seen where a path has COCO annotations, in a file for each split."""
+    if not path.is_dir():
+        return None
+    files = _files_in(path)
+    names = ", ".join(files)
+    return f"COCO annotations ({names or 'one file'})" if files else None
+
+
+def load_scenes(options: Any, reading: Reading) -> SceneData:
+    """The images of ``train`` and ``test``, or of the files that the folder ``path`` has for its splits.
+
+    Args:
+        options: the ``data`` section.
+
+    Raises:
+        UserError: as ``load``.
+    """
+    o = options
+    shares = (o.search_fraction, o.test_fraction)
+    if o.train is not None:
+        return load(o.train, o.test, o.path, o.test_path, o.classes, *shares, o.damaged, reading)
+    root = find_folder(o.path, "folder of images and annotations")
+    files = {part: (str(file), str(folder)) for part, (file, folder) in _files_in(root).items()}
+    if "train" not in files:
+        raise UserError(
+            f"{root} has no annotations of the training images; expected train/{IN_FOLDER}, annotations/"
+            "instances_train2017.json beside train2017/, or the file in data.train"
+        )
+    if "test" not in files and "val" in files:
+        files["test"] = files.pop("val")
+    (train, folder), (test, test_folder) = files["train"], files.get("test", (None, None))
+    return load(train, test, folder, test_folder, o.classes, *shares, o.damaged, reading, val=files.get("val"))
+
+
+def _files_in(root: Path) -> dict[str, tuple[Path, Path]]:
+    """Split -> annotation file and folder of images, in the two usual layouts; a lone file is that of ``train``."""
+    parts, _ = parts_of(root)
+    found = {part: (folder / IN_FOLDER, folder) for part, folder in parts.items() if (folder / IN_FOLDER).is_file()}
+    if not found and (root / IN_FOLDER).is_file():
+        return {"train": (root / IN_FOLDER, root)}
+    for file in sorted(root.glob("annotations/instances_*.json")):
+        if match := OFFICIAL.fullmatch(file.name):
+            name = match[1] + match[2]
+            folders = [folder for folder in (root / name, root / "images" / name, root / "images") if folder.is_dir()]
+            found.setdefault(match[1], (file, folders[0] if folders else root / name))
+    return found
+
+
 def load(
     train_file: str,
     test_file: str | None,
@@ -46,6 +103,7 @@ def load(
     test_fraction: float,
     damaged: Damaged,
     reading: Reading,
+    val: tuple[str, str] | None = None,
 ) -> SceneData:
     """The annotated images of one file, or of one for training and one for the test.
 
@@ -54,6 +112,8 @@ def load(
         classes: names in the order of their indices; None = the categories of the training file, by id.
         search_fraction: share of the training images; None = 0.1.
         test_fraction: share of all images, where there is no file for the test.
+        val: the file and folder of a validation split, which is the search split; not used where ``search_fraction`` is
+            given.
 
     Raises:
         UserError: see ``secateur.pipeline.workloads.data.scenes``.
@@ -68,17 +128,27 @@ def load(
             raise UserError(f"{test_file}: {len(twice)} image(s) are in {train_file} too: {names}; remove them")
         parts["test"] = list(range(len(scenes), len(scenes) + len(held.scenes)))
         scenes += held.scenes
+    if val is not None:
+        held = _read(*val, "val")
+        if search_fraction is None:
+            parts["search"] = list(range(len(scenes), len(scenes) + len(held.scenes)))
+            scenes += held.scenes
+        else:
+            places = [scene.key for scene in held.scenes]
+            tally.add("image(s) of the validation split were not used, as search_fraction is set", *places)
     scenes, seen, index = usable(scenes, damaged, reading, tally)
     given = {name: [index[i] for i in part if i in index] for name, part in parts.items()}
-    shares = splits.shares_of(None if test_file else test_fraction, search_fraction or SEARCH_FRACTION)
-    return divide(assemble(scenes, seen, classes or train.classes, tally), given, shares, tally)
+    search = None if "search" in given else search_fraction or SEARCH_FRACTION
+    shares = splits.shares_of(None if test_file else test_fraction, search)
+    assembled = assemble(scenes, seen, classes or train.classes, tally, chosen=classes is not None)
+    return divide(assembled, given, shares, tally)
 
 
 def open_all(train_file: str, folder: str, classes: tuple[str, ...] | None, reading: Reading) -> FileScenes:
     """All annotated images of a file, in order and without splits."""
     pool, tally = _read(train_file, folder, "train"), Tally()
     scenes, seen, _ = usable(pool.scenes, "refuse", reading, tally)
-    return assemble(scenes, seen, classes or pool.classes, tally)
+    return assemble(scenes, seen, classes or pool.classes, tally, chosen=classes is not None)
 
 
 def _read(path: str, folder: str, part: str) -> _Pool:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from secateur.pipeline.errors import UserError
-from secateur.pipeline.workloads.data import digits
+from secateur.pipeline.workloads.data import digit_pixels
 from secateur.pipeline.workloads.data.decode import Pixels
 from secateur.pipeline.workloads.data.scenes import SEARCH_FRACTION, Boxes, Flags, Indices, SceneData
 from secateur.pipeline.workloads.data.sources import Sizes
@@ -122,7 +122,7 @@ class DigitScenes:
 @functools.cache
 def _bundled_digits() -> tuple[list[Pixels], Indices]:
     """The ink of all 1,797 digits, and which digit each is."""
-    images, labels = digits.read()
+    images, labels = digit_pixels.read()
     return [_ink(image) for image in images], labels
 
 

@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
-from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from secateur.pipeline.workloads.data import digit_scenes
+from secateur.pipeline.workloads.data.content import Reading
+from secateur.pipeline.workloads.data.digit_pixels import read
+from secateur.pipeline.workloads.data.scenes import SceneData
 from secateur.pipeline.workloads.data.sources import ArraySource, ImageData, Wanted
 
+KEYS: tuple[str, ...] = ("image_size", "scenes", "objects", "seed")
+NEEDS: tuple[str, ...] = ()
 
-def load(wanted: Wanted) -> ImageData:
+
+def looks_like(path: Path) -> str | None:
+    """Nothing: the digits lie in no path."""
+    del path
+    return None
+
+
+def load_images(options: Any, wanted: Wanted, reading: Reading) -> ImageData:
     """All digits, without splits of their own.
 
     Args:
         wanted: as stored they are 8x8 and grey.
     """
+    del options, reading
     pixels, labels = read()
     images = np.round(pixels * (255 / 16)).astype(np.uint8)
     source = ArraySource(images, labels, wanted.size, wanted.channels, "digit")
     return ImageData(source, tuple(str(digit) for digit in range(10)))
 
 
-def read() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """Images of shape (1797, 8, 8) with values from 0 to 16, and their labels, as ``sklearn.datasets.load_digits``.
-
-    Read from scikit-learn's file without importing it, which would take longer than everything else that is done here.
-    """
-    package = find_spec("sklearn")
-    assert package is not None and package.submodule_search_locations
-    file = Path(package.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")
-    with gzip.open(file, "rt", encoding="ascii", newline="") as opened:
-        rows = np.array([[float(value) for value in row] for row in csv.reader(opened)])
-    return rows[:, :-1].reshape(-1, 8, 8), rows[:, -1].astype(np.int64)
+def load_scenes(options: Any, reading: Reading) -> SceneData:
+    """Scenes made of digits (``digit_scenes.py``)."""
+    del reading
+    o = options
+    return digit_scenes.load(o.scenes, o.image_size, o.objects, o.seed, o.search_fraction, o.test_fraction)

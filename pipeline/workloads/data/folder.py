@@ -1,33 +1,48 @@
 """Class folders: ``PATH/train/CLASS/image.jpg``, and the same under ``val`` and ``test`` where they are there.
 
-Classes are the folders of ``train`` by name, as torchvision's ``ImageFolder`` has them. ``test`` is the test split and
+Without folders of splits, ``PATH/CLASS/image.jpg``, the test split is carved out of all images. Classes are the folders
+of ``train`` by name, as torchvision's ``ImageFolder`` has them. ``test`` is the test split and
 ``val`` the search split; a ``val`` without a ``test`` is the test split.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from secateur.pipeline.config.faults import known
 from secateur.pipeline.errors import UserError
-from secateur.pipeline.workloads.data.content import Damaged, Reading, Seen, look, without_damaged
+from secateur.pipeline.workloads.data.content import Damaged, Reading
 from secateur.pipeline.workloads.data.decode import SUFFIXES
 from secateur.pipeline.workloads.data.listing import folders_in, images_below, is_hidden, is_image, parts_of, same_name
 from secateur.pipeline.workloads.data.notes import Tally, some
 from secateur.pipeline.workloads.data.paths import find_folder
-from secateur.pipeline.workloads.data.sources import FileSource, ImageData, Wanted, check_labels
+from secateur.pipeline.workloads.data.sources import ImageData, Wanted, labelled_files
+
+KEYS, NEEDS = ("path", "classes", "damaged"), ("path",)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """The image files of a split, with the class of each."""
+def looks_like(path: Path) -> str | None:
+    """What is seen where a path is a folder of class folders, with or without folders of splits above them."""
+    if not path.is_dir():
+        return None
+    folders, others = parts_of(path)
+    classes = folders_in(folders["train"]) if "train" in folders else [] if folders else others
+    return "class folders" if sum(map(_holds_images, classes)) > 1 else None
 
-    files: list[Path]
-    labels: list[int]
+
+def _holds_images(folder: Path) -> bool:
+    return any(is_image(file.name) and not is_hidden(file.name) for file in folder.rglob("*"))
+
+
+def load_images(options: Any, wanted: Wanted, reading: Reading) -> ImageData:
+    """The same as ``load``, of a ``data`` section with ``path``, ``classes`` and ``damaged``.
+
+    Raises:
+        UserError: as ``load``.
+    """
+    return load(options.path, wanted, options.classes, options.damaged, reading)
 
 
 def load(
@@ -50,9 +65,14 @@ def load(
     """
     root, tally = find_folder(path, "folder of images"), Tally()
     folders, others = parts_of(root)
+    if not folders and len([folder for folder in others if _holds_images(folder)]) > 1:
+        folders, others = {"train": root}, []
     if "train" not in folders:
         there = ", ".join(folder.name for folder in [*folders.values(), *others][:5]) or "no folders"
-        raise UserError(f"{root} has no folder 'train' (it has {there}); expected {root}/train/CLASS/image.jpg")
+        raise UserError(
+            f"{root} has no folder 'train' (it has {there}); expected {root}/train/CLASS/image.jpg, or at least two "
+            "folders CLASS with images and nothing else"
+        )
     for folder in others:
         unused = images_below(folder, root, Tally())
         tally.add("image(s) in folders of no split were not used", *(str(file.relative_to(root)) for file in unused))
@@ -62,11 +82,7 @@ def load(
         parts["test"] = parts.pop("val")
         tally.say(f"the folder {folders['val'].name} serves as test split, as there is no folder test")
     found = {role: _labelled(part, names, folders[_origin(role, folders)]) for role, part in parts.items()}
-    sources = _sources(found, root, wanted, damaged, reading, tally)
-    check_labels(sources["train"].labels, names, str(folders["train"]), tally)
-    return ImageData(
-        sources["train"], names, sources.get("val"), sources.get("test"), fitting=wanted.fitting, tally=tally
-    )
+    return labelled_files(found, root, names, str(folders["train"]), wanted, damaged, reading, tally)
 
 
 def _origin(role: str, folders: Mapping[str, Path]) -> str:
@@ -116,7 +132,7 @@ def _classes(train: Mapping[str, list[Path]], wanted: Sequence[str] | None, fold
     return tuple(train)
 
 
-def _labelled(part: Mapping[str, list[Path]], classes: Sequence[str], folder: Path) -> _Part:
+def _labelled(part: Mapping[str, list[Path]], classes: Sequence[str], folder: Path) -> tuple[list[Path], list[int]]:
     places = {same_name(name): index for index, name in enumerate(classes)}
     unknown = [name for name in part if name not in places]
     if unknown:
@@ -127,42 +143,4 @@ def _labelled(part: Mapping[str, list[Path]], classes: Sequence[str], folder: Pa
     files = [(file, places[name]) for name, images in part.items() for file in images]
     if not files:
         raise UserError(f"no images ({', '.join(sorted(SUFFIXES))}) in the class folders of {folder}")
-    return _Part([file for file, _ in files], [label for _, label in files])
-
-
-def _sources(
-    parts: Mapping[str, _Part],
-    root: Path,
-    wanted: Wanted,
-    damaged: Damaged,
-    reading: Reading,
-    tally: Tally,
-) -> dict[str, FileSource]:
-    """The images of each split that can be used; all files are looked at together."""
-    files = [file for part in parts.values() for file in part.files]
-    labels = [label for part in parts.values() for label in part.labels]
-    roles = [role for role, part in parts.items() for _ in part.files]
-    places = [str(file.relative_to(root)) for file in files]
-    seen = look(files, reading.about(damaged))
-    usable = without_damaged(places, seen, damaged, tally)
-    chosen: dict[str, list[int]] = {role: [i for i in usable if roles[i] == role] for role in parts}
-    return {role: _source(files, labels, seen, places, own, wanted) for role, own in chosen.items()}
-
-
-def _source(
-    files: Sequence[Path],
-    labels: Sequence[int],
-    seen: Sequence[Seen],
-    places: Sequence[str],
-    chosen: Sequence[int],
-    wanted: Wanted,
-) -> FileSource:
-    return FileSource(
-        [files[i] for i in chosen],
-        np.array([labels[i] for i in chosen], dtype=np.int64),
-        wanted.fitting,
-        wanted.channels,
-        [seen[i].digest for i in chosen],
-        [places[i] for i in chosen],
-        [seen[i].size for i in chosen],
-    )
+    return [file for file, _ in files], [label for _, label in files]

@@ -144,6 +144,7 @@ class Scene:
         key: its name within the data, the same on every machine.
         digest: names the content of its annotation.
         said: width and height that the annotation gives, if any.
+        relative: whether boxes are fractions of the image as it is seen.
     """
 
     key: str
@@ -151,6 +152,7 @@ class Scene:
     truths: tuple[Truth, ...]
     digest: str
     said: tuple[int, int] | None = None
+    relative: bool = False
 
 
 class FileScenes:
@@ -212,21 +214,42 @@ def usable(
 
 
 def assemble(
-    scenes: Sequence[Scene], seen: Sequence[Seen], classes: tuple[str, ...] | None, tally: Tally
+    scenes: Sequence[Scene],
+    seen: Sequence[Seen],
+    classes: tuple[str, ...] | None,
+    tally: Tally,
+    chosen: bool = False,
 ) -> FileScenes:
-    """Check boxes. ``classes`` None = the names that occur, sorted.
+    """Check boxes.
+
+    Args:
+        classes: None = the names that occur, sorted.
+        chosen: whether they are what the user wants of the data, so that boxes of others are ignored, and counted.
 
     Raises:
-        UserError: there are no classes, or a box has an unknown one.
+        UserError: there are no classes; a box has an unknown one; or a chosen one occurs nowhere, and others do.
     """
     if classes is None:
         classes = tuple(sorted({truth.name for scene in scenes for truth in scene.truths}))
         if not classes:
             raise UserError(f"no boxes in {len(scenes)} annotation(s), so no classes; name data.classes or add boxes")
     places = {name: index for index, name in enumerate(classes)}
-    kept = [_boxes_of(scene, one, places, tally) for scene, one in zip(scenes, seen, strict=True)]
+    if chosen:
+        _check_chosen(classes, {truth.name for scene in scenes for truth in scene.truths})
+    kept = [_boxes_of(scene, one, places, tally, chosen) for scene, one in zip(scenes, seen, strict=True)]
     boxes, difficult = [boxes for boxes, _ in kept], [flags for _, flags in kept]
     return FileScenes(scenes, seen, boxes, difficult, classes, tally.notes())
+
+
+def _check_chosen(classes: Sequence[str], there: set[str]) -> None:
+    """See that what is chosen is annotated, unless everything that is annotated was chosen."""
+    others = sorted(there - set(classes))
+    missing = [name for name in classes if name not in there]
+    if others and missing:
+        raise UserError(
+            f"data.classes names {some(missing)}, and no box is of that class; {known(others, missing[0])}. Correct "
+            "the annotation or data.classes, or leave data.classes out to use all classes that occur"
+        )
 
 
 def divide(
@@ -266,11 +289,14 @@ def whole_number(text: str) -> int:
 # -- boxes -------------------------------------------------------------------------------------------------------------
 
 
-def _boxes_of(scene: Scene, seen: Seen, places: Mapping[str, int], tally: Tally) -> tuple[Boxes, Flags]:
+def _boxes_of(scene: Scene, seen: Seen, places: Mapping[str, int], tally: Tally, chosen: bool) -> tuple[Boxes, Flags]:
     """The boxes that can be used, within the image as it is seen, and whether they are difficult."""
     turned, across, down = _frame(scene, seen, tally)
     rows, flags = [], []
     for truth in scene.truths:
+        if truth.name not in places and chosen:
+            tally.add("box(es) of classes that data.classes does not name were ignored", truth.name)
+            continue
         if truth.name not in places:
             raise UserError(
                 f"{truth.where}: unknown class {truth.name!r}; {known(list(places), truth.name)}. "
@@ -290,6 +316,8 @@ def _boxes_of(scene: Scene, seen: Seen, places: Mapping[str, int], tally: Tally)
 def _frame(scene: Scene, seen: Seen, tally: Tally) -> tuple[bool, float, float]:
     """(whether boxes are turned with the pixels, factor across, factor down); see the table of this module."""
     size, stored, said = seen.size, seen.stored, scene.said
+    if scene.relative:
+        return False, float(size[0]), float(size[1])
     if said is None or 0 in said:
         if seen.orientation != 1:
             tally.add("image(s) are turned by their tag and annotated without a size: boxes are as seen", scene.key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from PIL import Image
 from secateur.device_profiles.cores import usable_cores
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.workloads.data import decode
-from secateur.pipeline.workloads.data.content import read_file
+from secateur.pipeline.workloads.data.content import Damaged, Reading, look, read_file, without_damaged
 from secateur.pipeline.workloads.data.decode import Fitting, Pixels
 from secateur.pipeline.workloads.data.notes import Tally
 
@@ -171,6 +172,53 @@ class FileSource:
 
     def _read_one(self, path: Path) -> Pixels:
         return decode.Picture(self.fitting(read_file(path, self.grey).image)).pixels
+
+
+def labelled_files(
+    parts: Mapping[str, tuple[Sequence[Path], Sequence[int]]],
+    root: Path,
+    names: tuple[str, ...],
+    what: str,
+    wanted: Wanted,
+    damaged: Damaged,
+    reading: Reading,
+    tally: Tally,
+    called: Mapping[Path, str] | None = None,
+) -> ImageData:
+    """The images in files that can be used; all of them are looked at together.
+
+    Args:
+        parts: ``train``, and perhaps ``val`` and ``test`` -> files, and the class of each.
+        root: what the places of files are told from.
+        names: of the classes, by index.
+        what: where the labels come from, for errors.
+        called: what files are called to the user, where they have other names than their own.
+
+    Raises:
+        UserError: images are damaged, and are not to be left out; or there are none of a class's index.
+    """
+    files = [file for own, _ in parts.values() for file in own]
+    labels = np.array([label for _, own in parts.values() for label in own], dtype=np.int64)
+    roles = [role for role, (own, _) in parts.items() for _ in own]
+    places = [called[file] if called else os.path.relpath(file, root) for file in files]
+    seen = look(files, reading.about(damaged))
+    kept = without_damaged(places, seen, damaged, tally)
+    sources = {}
+    for role in parts:
+        chosen = [i for i in kept if roles[i] == role]
+        sources[role] = FileSource(
+            [files[i] for i in chosen],
+            labels[chosen],
+            wanted.fitting,
+            wanted.channels,
+            [seen[i].digest for i in chosen],
+            [places[i] for i in chosen],
+            [seen[i].size for i in chosen],
+        )
+    check_labels(sources["train"].labels, names, what, tally)
+    return ImageData(
+        sources["train"], names, sources.get("val"), sources.get("test"), fitting=wanted.fitting, tally=tally
+    )
 
 
 class DatasetSource:

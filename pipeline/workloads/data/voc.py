@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import Any, NoReturn, cast
 from xml.etree import ElementTree
 from xml.parsers import expat
 
@@ -31,8 +31,34 @@ from secateur.pipeline.workloads.data.scenes import (
 )
 
 UNLISTED = "annotation(s) are in no list and were not used"
+KEYS, NEEDS = ("path", "years", "classes", "official_splits", "damaged"), ("path",)
 LINE = " line"
 """Attribute that holds the line of an XML element; no attribute in a file can have this name."""
+
+
+def looks_like(path: Path) -> str | None:
+    """What is seen where a path is a VOC devkit, or a folder of XML files and images."""
+    if not path.is_dir():
+        return None
+    if any(path.glob("VOCdevkit/VOC2*/Annotations")) or any(path.glob("VOC2*/Annotations")):
+        return "a PASCAL VOC devkit"
+    parts, _ = parts_of(path)
+    for folder in (path, *parts.values()):
+        annotations, _ = _homes(folder)
+        if annotations is not None and any(annotations.glob("*.xml")):
+            return "VOC annotations (XML)"
+    return None
+
+
+def load_scenes(options: Any, reading: Reading) -> SceneData:
+    """The same as ``load``, of a ``data`` section.
+
+    Raises:
+        UserError: as ``load``.
+    """
+    o = options
+    shares = (o.search_fraction, o.test_fraction)
+    return load(o.path, o.years, o.classes, o.official_splits, *shares, o.damaged, reading)
 
 
 def load(
@@ -62,7 +88,7 @@ def load(
     scenes, seen, index = usable(scenes, damaged, reading, tally)
     lists = {name: [index[i] for i in part if i in index] for name, part in lists.items()}
     given, shares = _splits(len(scenes), lists, search_fraction, test_fraction, tally)
-    return divide(assemble(scenes, seen, classes, tally), given, shares, tally)
+    return divide(assemble(scenes, seen, classes, tally, chosen=classes is not None), given, shares, tally)
 
 
 def open_all(
@@ -71,7 +97,7 @@ def open_all(
     """All annotated images, in order and without splits."""
     scenes, _, tally = _read(path, years, official)
     scenes, seen, _ = usable(scenes, "refuse", reading, tally)
-    return assemble(scenes, seen, classes, tally)
+    return assemble(scenes, seen, classes, tally, chosen=classes is not None)
 
 
 def _splits(

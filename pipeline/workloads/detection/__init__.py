@@ -59,14 +59,15 @@ class ModelOptions(Section):
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Side = Annotated[int, Field(ge=16, le=4096)]
 Deviation = Annotated[float, Field(gt=0, le=100)]
 
 
 class InputOptions(Section):
     """How images are prepared."""
 
-    image_size: Annotated[int, Field(ge=16, le=4096)] | None = None
-    """Side of the square that images are resized to; None = what the network says."""
+    image_size: Side | tuple[Side, Side] | None = None
+    """Side of the square that images are resized to, or [height, width]; None = what the network says."""
     mean: tuple[Share, Share, Share] | None = None
     """Per channel, of pixels in 0..1; None = what the network says."""
     std: tuple[Deviation, Deviation, Deviation] | None = None
@@ -148,7 +149,7 @@ class Detection:
         size = options.input.image_size or getattr(network, "image_size", None)
         if size is None:
             raise UserError(f"network {options.model.name} names no image_size; set workload.input.image_size")
-        self.image_size = int(size)
+        self.frame = (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
         self.mean = _per_channel(options.input.mean, getattr(network, "mean", None))
         self.std = _per_channel(options.input.std, getattr(network, "std", None))
         self.scores: ssd.Scores = getattr(network, "scores", "softmax")
@@ -180,7 +181,8 @@ class Detection:
     @property
     def usage(self) -> Mapping[str, Any]:
         mean, std = (values.flatten().tolist() for values in (self.mean, self.std))
-        prepared = {"image_size": self.image_size, "mean": mean, "std": std, "resize": "stretch"}
+        said = decode.Fitting(self.frame, "stretch").usage
+        prepared = {"image_size": said["image_size"], "mean": mean, "std": std, "resize": said["resize"]}
         return {**prepared, "classes": list(self.classes)}
 
     def summary(self) -> DataSummary:
@@ -215,13 +217,14 @@ class Detection:
 
     def _check(self, network: nn.Module) -> None:
         expected = (1, len(self.default_boxes), 4 + len(self.classes) + 1)
-        image = torch.zeros(1, 3, self.image_size, self.image_size)
+        image = torch.zeros(1, 3, *self.frame)
         try:
             with torch.inference_mode():
                 outputs = network.eval()(image)
         except RuntimeError as error:
             raise UserError(
-                f"network {self.options.model.name} fails on images of {self.image_size}x{self.image_size}: {error}"
+                f"network {self.options.model.name} fails on images of {self.frame[0]}x{self.frame[1]} (height x "
+                f"width): {error}"
             ) from error
         if not isinstance(outputs, Tensor) or tuple(outputs.shape) != expected:
             found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
@@ -254,7 +257,7 @@ class Detection:
         where = split.indices[indices.numpy()]
         source = cast(SceneSource, split.source)
         augment = augment if self.options.input.augment == "ssd" else None
-        pixels = torch.empty((len(where), 3, self.image_size, self.image_size), dtype=torch.uint8)
+        pixels = torch.empty((len(where), 3, *self.frame), dtype=torch.uint8)
         targets = torch.full((len(where), self.most_boxes, 5), -1.0)
         with torch.random.fork_rng(devices=[]):  # the transforms draw from torch's global generator
             if augment is not None:
@@ -270,9 +273,8 @@ class Detection:
         return x.contiguous(memory_format=torch.channels_last), targets.to(device)
 
     def _resized(self, image: Tensor) -> Tensor:
-        """Shape (3, side, side), uint8."""
-        size = [self.image_size, self.image_size]
-        return v2.functional.resize(image.as_subclass(Tensor), size, antialias=True)  # type: ignore[no-any-return]
+        """Shape (3, height, width), uint8."""
+        return v2.functional.resize(image.as_subclass(Tensor), list(self.frame), antialias=True)  # type: ignore[no-any-return]
 
     def _augmentation(self) -> v2.Compose:
         """Liu et al. 2016, section 2.2, but for colours; what zooming out adds has the mean's colour."""

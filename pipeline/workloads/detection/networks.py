@@ -20,16 +20,21 @@ from secateur.pipeline.errors import UserError
 from secateur.pipeline.workloads.detection.ssd import Scores
 
 
-def grid_boxes(sides: Sequence[int], shapes: Sequence[Sequence[tuple[float, float]]]) -> Tensor:
-    """Default boxes of square maps: for each map its cells row by row, for each cell its shapes (w, h).
+def grid_boxes(sides: Sequence[int | tuple[int, int]], shapes: Sequence[Sequence[tuple[float, float]]]) -> Tensor:
+    """Default boxes of maps: for each map its cells row by row, for each cell its shapes (w, h).
+
+    Args:
+        sides: of square maps, or rows and columns.
+        shapes: of the boxes of each map, as fractions of the image.
 
     Returns:
         Shape (boxes, 4), centre and size.
     """
     parts = []
     for side, pairs in zip(sides, shapes, strict=True):
-        centre = (torch.arange(side) + 0.5) / side
-        y, x = torch.meshgrid(centre, centre, indexing="ij")
+        rows, columns = (side, side) if isinstance(side, int) else side
+        down, across = ((torch.arange(count) + 0.5) / count for count in (rows, columns))
+        y, x = torch.meshgrid(down, across, indexing="ij")
         cells = torch.stack([x, y], -1).reshape(-1, 1, 2).expand(-1, len(pairs), -1)
         parts.append(torch.cat([cells, torch.tensor(pairs).expand_as(cells)], -1).reshape(-1, 4))
     return torch.cat(parts)
@@ -104,7 +109,7 @@ class SmallSSD(nn.Module):
     """A detector for small images: strides 8, 16 and 32, residual and depthwise blocks, L2Norm on the first map.
 
     Args:
-        image_size: side of the square images; a multiple of 32.
+        image_size: side of the square images, or their height and width; multiples of 32.
         width: channels of the first stage.
         scales: side of the default boxes of each map and one more, as fractions of the image.
     """
@@ -116,12 +121,13 @@ class SmallSSD(nn.Module):
     def __init__(
         self,
         num_classes: int,
-        image_size: int = 64,
+        image_size: int | Sequence[int] = 64,
         width: int = 16,
         scales: Sequence[float] = (0.2, 0.35, 0.6, 0.95),
     ) -> None:
         super().__init__()
-        if image_size % 32:
+        high, wide = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if high % 32 or wide % 32:
             raise UserError(f"small_ssd needs images whose side is a multiple of 32, not {image_size}")
         a, b, c, d = width, 2 * width, 4 * width, 6 * width
         self.stem = nn.Sequential(_conv(3, a, 2), _conv(a, b, 2), _Residual(b))
@@ -134,7 +140,7 @@ class SmallSSD(nn.Module):
             [(s, s), (math.sqrt(s * t), math.sqrt(s * t)), *((s * math.sqrt(r), s / math.sqrt(r)) for r in (2, 0.5))]
             for s, t in pairwise(scales)
         ]
-        self.default_boxes = grid_boxes([image_size // 8, image_size // 16, image_size // 32], shapes)
+        self.default_boxes = grid_boxes([(high // step, wide // step) for step in (8, 16, 32)], shapes)
         self.heads = _Heads((c, d, d), [len(pairs) for pairs in shapes], num_classes + 1, 3)
 
     def forward(self, images: Tensor) -> Tensor:

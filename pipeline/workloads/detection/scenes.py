@@ -5,25 +5,28 @@ Relative paths are looked for in the working directory and then under the folder
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, cast
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from secateur.pipeline.config.schema import Section
 from secateur.pipeline.errors import UserError
-from secateur.pipeline.workloads.data import coco, digit_scenes, voc
+from secateur.pipeline.workloads.data import coco, formats, voc
 from secateur.pipeline.workloads.data.content import Damaged, Reading
+from secateur.pipeline.workloads.data.paths import find
 from secateur.pipeline.workloads.data.scenes import FileScenes, SceneData
 
 
 class SceneOptions(Section):
     """Where the images and boxes come from."""
 
-    source: Literal["digits", "voc", "coco"] = "digits"
-    """digits = scenes made of digits, without a download; voc = PASCAL VOC or a folder like it; coco = COCO's JSON."""
+    source: str = "digits"
+    """``yolo``, ``coco``, ``voc`` or ``digits``: a format of ``workloads/data``; or ``auto`` = what the path looks
+    like, which is the default where there is one."""
     path: str | None = None
-    """voc: the folder that holds VOCdevkit/, or ImageSets/, JPEGImages/ and Annotations/, or pairs of XML and image
-    (together, in images/ and annotations/, or in either form under train/, val/ and test/); coco: the image folder."""
+    """yolo: the folder with data.yaml, or that file; coco: the folder of the images, or with a file of annotations for
+    each split; voc: the folder that holds VOCdevkit/, or ImageSets/, JPEGImages/ and Annotations/, or pairs of XML and
+    image (together, in images/ and annotations/, or in either form under train/, val/ and test/)."""
     years: tuple[str, ...] | None = None
     """voc: which folders VOCdevkit/VOC{year} are used together; None = all that are there."""
     train: str | None = None
@@ -33,9 +36,10 @@ class SceneOptions(Section):
     test_path: str | None = None
     """coco: the folder of the test images; None = ``path``."""
     classes: tuple[str, ...] | None = None
-    """voc, coco: names in the order of the class indices; None = those annotated (VOC: sorted; COCO: by id)."""
+    """Names in the order of the class indices; boxes of others are ignored and counted. None = those annotated (VOC:
+    sorted; COCO: by id; YOLO: as in data.yaml)."""
     damaged: Damaged = "refuse"
-    """voc, coco: what is done about images that cannot be decoded: ``refuse`` = the run does not begin; ``leave_out`` =
+    """What is done about images that cannot be decoded: ``refuse`` = the run does not begin; ``leave_out`` =
     they are left out with their boxes, counted and named."""
     official_splits: bool = True
     """voc: follow the lists in ImageSets/Main (or the folders train/, val/, test/) where there are any."""
@@ -53,21 +57,19 @@ class SceneOptions(Section):
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Where the data has no test split: share of all images that becomes one."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_path(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("source") is None:
+            return {**given, "source": formats.source_of(given, listed="coco")}
+        return given
+
     @model_validator(mode="after")
     def _complete(self) -> SceneOptions:
-        needs = {"voc": ("path",), "coco": ("path", "train")}.get(self.source, ())
-        missing = [name for name in needs if getattr(self, name) is None]
-        if missing:
-            raise ValueError(f"source {self.source!r} also needs {' and '.join(missing)}")
-        own = {
-            "digits": {"image_size", "scenes", "objects", "seed"},
-            "voc": {"path", "years", "classes", "official_splits", "damaged"},
-            "coco": {"path", "train", "test", "test_path", "classes", "damaged"},
-        }
-        foreign = set().union(*own.values()) - own[self.source]
-        unused = sorted(name for name in foreign if getattr(self, name) != SceneOptions.model_fields[name].default)
-        if unused:
-            raise ValueError(f"source {self.source!r} does not use {' and '.join(unused)}")
+        given = [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]
+        fault = formats.faults_of(formats.SCENES, self.source, given, ("source", "search_fraction", "test_fraction"))
+        if fault:
+            raise ValueError(fault)
         if self.test_path is not None and self.test is None:
             raise ValueError("test_path is the folder of the images of test: name that file too")
         if self.classes is not None and (not self.classes or len(set(self.classes)) < len(self.classes)):
@@ -84,7 +86,10 @@ def load(options: SceneOptions, reading: Reading = Reading()) -> SceneData:  # n
     Raises:
         UserError: something is missing or wrong (see ``data/scenes.py``), or a split would be empty.
     """
-    data = _load(options, reading)
+    options, seen = resolved(options)
+    data: SceneData = formats.SCENES.load(options.source).load_scenes(options, reading)
+    if seen:
+        data.source.notes = (_said(seen, data), *data.source.notes)  # type: ignore[misc]
     for split, indices in (("training", data.train), ("search", data.search), ("test", data.test)):
         if not len(indices):
             raise UserError(
@@ -94,34 +99,26 @@ def load(options: SceneOptions, reading: Reading = Reading()) -> SceneData:  # n
     return data
 
 
-def _load(options: SceneOptions, reading: Reading) -> SceneData:
-    o = options
-    match o.source:
-        case "digits":
-            return digit_scenes.load(o.scenes, o.image_size, o.objects, o.seed, o.search_fraction, o.test_fraction)
-        case "voc":
-            return voc.load(
-                cast(str, o.path),
-                o.years,
-                o.classes,
-                o.official_splits,
-                o.search_fraction,
-                o.test_fraction,
-                o.damaged,
-                reading,
-            )
-        case "coco":
-            return coco.load(
-                cast(str, o.train),
-                o.test,
-                cast(str, o.path),
-                o.test_path,
-                o.classes,
-                o.search_fraction,
-                o.test_fraction,
-                o.damaged,
-                reading,
-            )
+def _said(seen: str, data: SceneData) -> str:
+    """What was found, in one line."""
+    counts = ", ".join(f"{name} {len(getattr(data, name)):,}" for name in ("train", "search", "test"))
+    return f"{seen}: {len(data.source.classes):,} classes, images: {counts}"
+
+
+def resolved(options: SceneOptions) -> tuple[SceneOptions, str]:
+    """(the section with the source that its path looks like, what was seen; nothing where the run file says it).
+
+    Raises:
+        UserError: it looks like none, or like several.
+    """
+    if options.source != formats.AUTO:
+        return options, ""
+    path = find(cast(str, options.path), "data")
+    source, seen = formats.detect(formats.SCENES, path)
+    try:
+        return SceneOptions.model_validate({**options.model_dump(exclude_unset=True), "source": source}), seen
+    except ValidationError as error:
+        raise UserError(f"{path} looks like {seen}: {formats.told(error)}") from error
 
 
 def open_scenes(options: SceneOptions, reading: Reading = Reading()) -> FileScenes:  # noqa: B008 - frozen

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from secateur.pipeline.workloads.data import digits
+from secateur.pipeline.workloads.data import digit_pixels
 from secateur.pruning.search import METHODS
 from tests.pipeline.helpers import write_tiny
 
@@ -42,7 +42,7 @@ def test_validate_imports_nothing_heavy(override: str | None, tmp_path: Path) ->
 def test_the_digits_are_those_of_scikit_learn() -> None:
     from sklearn.datasets import load_digits
 
-    images, labels = digits.read()
+    images, labels = digit_pixels.read()
     bundled = load_digits()
     np.testing.assert_array_equal(images, bundled.images)
     np.testing.assert_array_equal(labels, bundled.target)

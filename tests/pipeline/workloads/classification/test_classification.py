@@ -261,3 +261,28 @@ def test_metrics_know_the_right_answers() -> None:
 def test_options_refuse_what_they_do_not_know() -> None:
     with pytest.raises(ValidationError):
         classification.Options.model_validate({"data": {"sorce": "digits"}})
+
+
+def test_every_accuracy_is_that_of_scikit_learn() -> None:
+    from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
+
+    generator = torch.Generator().manual_seed(0)
+    outputs = torch.randn(400, 10, generator=generator)
+    targets = (torch.rand(400, generator=generator) ** 3 * 10).long()  # some classes are rare
+    found = digits().test_metrics(outputs, targets)
+    assert found["top1"] == pytest.approx((outputs.argmax(1) == targets).float().mean().item())
+    assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(targets, outputs.argmax(1)))
+    assert found["top5"] == pytest.approx(top_k_accuracy_score(targets, outputs.numpy(), k=5, labels=range(10)))
+
+
+@pytest.mark.parametrize("metric", ["top1", "top5", "balanced_accuracy"])
+def test_the_metric_of_the_run_file_is_the_gates_and_its_bound_holds(metric: str) -> None:
+    workload = build(metric=metric, model={"name": "cifar/resnet8"})
+    assert (workload.metric, workload.search_metric) == (metric, metric)
+    assert workload.fingerprint == digits().fingerprint, "the data is the same"
+    generator = torch.Generator().manual_seed(1)
+    outputs, targets = torch.randn(60, 10, generator=generator), torch.randint(0, 10, (60,), generator=generator)
+    whole = workload.metrics(outputs, targets)[metric]
+    for seen in (5, 30, 59, 60):
+        assert workload.bound(outputs[:seen], targets[:seen], 60 - seen) >= whole - 1e-6
+    assert workload.bound(outputs, targets, 0) == pytest.approx(whole)

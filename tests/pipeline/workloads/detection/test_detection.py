@@ -424,3 +424,19 @@ def test_a_published_detector_reaches_its_published_precision() -> None:
     assert sum(map(len, outputs)) == 100
     found = measured(workload, torch.cat(outputs), torch.cat(targets))
     assert found["map50"] == pytest.approx(0.690, abs=0.005)
+
+
+def test_images_of_a_detector_need_not_be_square() -> None:
+    options = {"model": {"name": "small_ssd", "options": {"image_size": [32, 96]}}}
+    workload = detection.build(detection.Options.model_validate({**options, "data": {"scenes": 20, "image_size": 64}}))
+    assert workload.example_input().shape == (1, 3, 32, 96) and workload.usage["image_size"] == [32, 96]
+    boxes = workload.default_boxes
+    first = boxes[: 4 * 12 * 4].reshape(4, 12, 4, 4)  # rows, columns, shapes
+    assert first[0, :, 0, 0].tolist() == pytest.approx([(i + 0.5) / 12 for i in range(12)])
+    assert first[:, 0, 0, 1].tolist() == pytest.approx([(i + 0.5) / 4 for i in range(4)])
+    model = workload.build_model()
+    assert model(workload.example_input()).shape == (1, len(boxes), 4 + 11)
+    with pytest.raises(UserError, match=r"32x64 \(height x width\)|expected one tensor"):
+        detection.build(
+            detection.Options.model_validate({**options, "data": {"scenes": 20}, "input": {"image_size": [32, 64]}})
+        )

@@ -303,11 +303,16 @@ def test_a_size_that_is_not_the_images_is_noted(tmp_path: Path) -> None:
     assert notes_of(tmp_path / "unset", xml(CAT, size=(0, 0)))[1] == ()
 
 
-def test_unknown_classes_are_refused_with_the_known_ones(tmp_path: Path) -> None:
+def test_boxes_of_classes_that_are_not_named_are_counted_by_class(tmp_path: Path) -> None:
+    _, notes, _ = notes_of(tmp_path, xml(CAT, ("dgo", 1, 1, 5, 5)), classes=["dog", "cat"])
+    assert "1 box(es) of classes that data.classes does not name were ignored: dgo" in notes
     with pytest.raises(UserError) as caught:
-        notes_of(tmp_path, xml(CAT, ("dgo", 1, 1, 5, 5)), classes=["dog", "cat"])
-    for part in ("odd.xml, line 3", "unknown class 'dgo'", "known: dog, cat", "did you mean 'dog'?", "data.classes"):
+        load(path=str(tmp_path), classes=["dgo", "catt"])
+    for part in ("names catt", "known: cat, dog", "did you mean 'cat'?", "data.classes"):
         assert part in str(caught.value)
+
+
+def test_named_classes_without_a_box_keep_their_index(tmp_path: Path) -> None:
     data = load(path=str(flat(tmp_path / "flat")), classes=["dog", "cat", "emu"])
     assert data.source.classes == ("dog", "cat", "emu")
     assert data.source.boxes(0)[:, 4].tolist() == [1, 0]
@@ -559,7 +564,7 @@ def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
 def test_options_refuse_what_they_cannot_use() -> None:
     for options, said in (
         ({"source": "voc"}, "needs path"),
-        ({"source": "coco", "path": "x"}, "needs train"),
+        ({"source": "coco", "train": "x"}, "needs path"),
         ({"source": "digits", "path": "x"}, "does not use path"),
         ({"source": "voc", "path": "x", "scenes": 50}, "does not use scenes"),
         ({"source": "coco", "path": "x", "train": "y", "test_path": "z"}, "name that file too"),

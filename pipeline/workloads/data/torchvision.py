@@ -19,6 +19,7 @@ import numpy as np
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.workloads.data.content import Damaged, Reading, look, without_damaged
 from secateur.pipeline.workloads.data.notes import Tally
+from secateur.pipeline.workloads.data.paths import under_data
 from secateur.pipeline.workloads.data.sources import (
     ArraySource,
     DatasetSource,
@@ -35,6 +36,50 @@ LABELS = ("targets", "labels", "_labels", "y")
 FILES = ("samples", "imgs", "_samples", "_image_files", "_images", "images")
 """What they call their image files, alone or as (file, class)."""
 CLASSES = ("classes", "categories")
+BY_FLAG: Mapping[str, Mapping[str, Any]] = {"train": {"train": True}, "test": {"train": False}}
+CARVED: Mapping[str, Mapping[str, Any]] = {"train": {}}
+
+
+def _named(train: str, test: str, val: str | None = None, key: str = "split") -> Mapping[str, Mapping[str, Any]]:
+    parts = {"train": train, "val": val, "test": test}
+    return {part: {key: word} for part, word in parts.items() if word is not None}
+
+
+PARTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    **dict.fromkeys(("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "KMNIST", "EMNIST", "QMNIST", "USPS"), BY_FLAG),
+    **dict.fromkeys(("SVHN", "STL10", "StanfordCars", "Food101"), _named("train", "test")),
+    **dict.fromkeys(("GTSRB", "FER2013", "LFWPeople"), _named("train", "test")),
+    **dict.fromkeys(("DTD", "FGVCAircraft", "Flowers102", "PCAM", "RenderedSST2"), _named("train", "test", "val")),
+    **dict.fromkeys(("ImageNet", "Imagenette", "CLEVRClassification"), _named("train", "val")),
+    **dict.fromkeys(("EuroSAT", "Caltech101", "Caltech256", "SUN397", "SEMEION"), CARVED),
+    "Country211": _named("train", "test", "valid"),
+    "OxfordIIITPet": _named("trainval", "test"),
+    "Places365": _named("train-standard", "val"),
+    "INaturalist": _named("2021_train", "2021_valid", key="version"),
+}
+"""Data set -> its parts, and the arguments that name them; what has no ``test`` is carved. Others are asked for their
+splits by the usual words."""
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {"EMNIST": {"split": "balanced"}, "Caltech101": {"target_type": "category"}}
+"""Further arguments that a data set needs."""
+KEYS, NEEDS = ("dataset", "path", "download", "classes", "damaged", "options"), ("dataset", "path")
+
+
+def looks_like(path: Path) -> str | None:
+    """Nothing: what lies in a folder does not tell which data set it is; ``data.dataset`` does."""
+    del path
+    return None
+
+
+def load_images(options: Any, wanted: Wanted, reading: Reading) -> ImageData:
+    """The same as ``load``, of a ``data`` section.
+
+    Raises:
+        UserError: as ``load``.
+    """
+    root = under_data(options.path)
+    return load(
+        options.dataset, root, options.download, wanted, options.classes, options.damaged, reading, options.options
+    )
 
 
 def load(
@@ -45,6 +90,7 @@ def load(
     classes: Sequence[str] | None,
     damaged: Damaged,
     reading: Reading,
+    options: Mapping[str, Any] | None = None,
 ) -> ImageData:
     """The splits of a data set.
 
@@ -52,13 +98,14 @@ def load(
         name: of its class in ``torchvision.datasets``.
         wanted: size and channels of the images.
         classes: names of the classes, by label; None = the data set's own.
+        options: further arguments of its class (``small`` of Places365, ``split`` of EMNIST).
 
     Raises:
         UserError: there is no such data set; it is not there and could not be downloaded; or it is none for
             classification.
     """
     factory, tally = _factory(name), Tally()
-    opened = _splits(name, factory, root, download)
+    opened = _splits(name, factory, root, download, options or {})
     names = classes or _class_names(opened["train"])
     labels = {part: _labels(name, dataset) for part, dataset in opened.items()}
     found = check_labels(labels["train"], names, f"torchvision's {name}", tally)
@@ -94,22 +141,28 @@ def _factory(name: str) -> Any:
     return found
 
 
-def _splits(name: str, factory: Any, root: Path, download: bool) -> dict[str, Any]:
+def _splits(name: str, factory: Any, root: Path, download: bool, options: Mapping[str, Any]) -> dict[str, Any]:
     """The data set's parts: ``train``, and ``val`` and ``test`` where it has them."""
-    parameters = inspect.signature(factory).parameters
-    options: dict[str, Any] = {"download": download} if "download" in parameters else {}
-    if "train" in parameters:
-        choices: Mapping[str, Mapping[str, Any]] = {p: {"train": p == "train"} for p in ("train", "test")}
-    elif "split" in parameters:
-        choices = {part: {"split": part} for part in ("train", "val", "test")}
-    else:
-        choices = {"train": {}}
+    takes = _arguments(factory)
+    foreign = sorted(set(options) - takes)
+    if foreign:
+        own = sorted(takes - {"root", "transform", "target_transform", "transforms", "loader", "download"})
+        raise UserError(
+            f"torchvision's {name} does not take data.options {', '.join(foreign)}; it takes {', '.join(own) or 'none'}"
+        )
+    choices, guessed = PARTS.get(name), name not in PARTS
+    if choices is None:
+        if "train" in takes:
+            choices = BY_FLAG
+        else:
+            choices = {part: {"split": part} for part in ("train", "val", "test")} if "split" in takes else CARVED
     found: dict[str, Any] = {}
     for part, choice in choices.items():
+        given = {**DEFAULTS.get(name, {}), **choice, **options}
         try:
-            found[part] = factory(str(root), **options, **choice)
+            found[part] = _made(factory, str(root), given, download and "download" in takes)
         except Exception as error:  # data sets raise what their files and downloads raise
-            if part != "train" and _has_no_split(error, part):
+            if part != "train" and guessed and _has_no_split(error, part):
                 continue
             raise UserError(
                 f"torchvision's {name} ({part}) is not usable under {root}: {error}. Put the files there, set "
@@ -118,6 +171,30 @@ def _splits(name: str, factory: Any, root: Path, download: bool) -> dict[str, An
     if "val" in found and "test" not in found:
         found["test"] = found.pop("val")
     return found
+
+
+def _made(factory: Any, root: str, given: Mapping[str, Any], download: bool) -> Any:
+    """A data set from the files that are there, and else from those that it downloads."""
+    offline = {"download": False} if "download" in _arguments(factory) else {}
+    try:
+        return factory(root, **offline, **given)
+    except Exception:
+        if not download:
+            raise
+    return factory(root, download=True, **given)
+
+
+def _arguments(factory: Any) -> set[str]:
+    """The names that a class takes, those that it hands on to the class above it included."""
+    found: set[str] = set()
+    for kind in inspect.getmro(factory):
+        if "__init__" not in vars(kind):
+            continue
+        parameters = inspect.signature(vars(kind)["__init__"]).parameters.values()
+        found |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return found - {"self"}
 
 
 def _has_no_split(error: Exception, part: str) -> bool:
@@ -132,6 +209,9 @@ def _class_names(dataset: Any) -> tuple[str, ...] | None:
         found = getattr(dataset, attribute, None)
         if isinstance(found, list | tuple) and found:
             return tuple(", ".join(n) if isinstance(n, list | tuple) else str(n) for n in found)
+    indices = getattr(dataset, "class_to_idx", None)
+    if isinstance(indices, dict) and sorted(indices.values()) == list(range(len(indices))):
+        return tuple(str(name) for name in sorted(indices, key=indices.__getitem__))
     return None
 
 
@@ -147,6 +227,8 @@ def _labels(name: str, dataset: Any) -> Labels:
         found = [label for _, label in pairs] if pairs is not None else None
     try:
         labels = np.asarray(found)
+        if name == "QMNIST" and labels.ndim == 2:
+            labels = labels[:, 0]  # the others say who wrote the digit
         if found is None or labels.ndim != 1 or len(labels) != len(dataset) or labels.dtype.kind not in "iu":
             raise ValueError
     except (ValueError, TypeError) as error:
