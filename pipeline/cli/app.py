@@ -20,6 +20,7 @@ from secateur.pipeline.cli import (
     registry,
     results,
     run,
+    runs,
     trust,
     validate,
 )
@@ -56,6 +57,7 @@ def _program(
 
 
 app.add_typer(devices.app, name="devices")
+app.add_typer(runs.app, name="runs")
 for command_ in (
     *(benchmark.benchmark, registry.pull, registry.promote, registry.rollback, registry.history),
     *(check.check, validate.validate, deploy.deploy, trust.trust, run.run, run.resume, run.finish),

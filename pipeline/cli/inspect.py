@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from secateur.pipeline import errors
+from secateur.pipeline.cli.options import Json
 from secateur.pipeline.terminal import one_line, out, table
 
 if TYPE_CHECKING:
@@ -16,8 +17,15 @@ if TYPE_CHECKING:
 
 def list_(
     what: Annotated[str, typer.Argument(metavar="methods|workloads|devices", help="What to list.")],
+    json_: Json = False,
 ) -> None:
-    """List the search methods, workloads or device profiles a run file can name."""
+    """List the search methods, workloads or device profiles a run file can name.
+
+    `secateur runs list` lists the runs.
+    """
+    if json_:
+        out.data([{"name": name, "description": text} for name, text in listing(what).items()])
+        return
     rows = table(what.removesuffix("s"), "description", box=None, header_style="bold")
     for name, text in listing(what).items():
         rows.add_row(name, text)

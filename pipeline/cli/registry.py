@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from secateur.pipeline import errors
-from secateur.pipeline.cli.options import Trust
+from secateur.pipeline.cli.options import Json, Trust
 from secateur.pipeline.cli.trust import asker, consent_to_profile
 from secateur.pipeline.terminal import err, one_line, out, table
 
@@ -37,6 +38,7 @@ def pull(
     device: Device = None,
     uri: Uri = None,
     offline: Annotated[bool, typer.Option("--offline", help="Use what was pulled last; ask no server.")] = False,
+    json_: Json = False,
 ) -> None:
     """Fetch a version from the registry: verified, with a loader and a model card.
 
@@ -50,6 +52,11 @@ def pull(
     got = pull_(_registry(uri), name, folder, which=which, device=device or named, offline=offline)
     if got.notice:
         err.print(f"Note: {got.notice}")
+    if json_:
+        version = {"name": got.version.name, "version": got.version.version}
+        files = {name: file["sha256"] for name, file in got.manifest.files.items()}
+        out.data({**version, "folder": str(folder), "notice": got.notice, "sha256": files})
+        return
     digest = got.manifest.files["model.onnx"]["sha256"]
     out.print(f"{got.version.name} version {got.version.version} in {one_line(folder)}")
     out.print(f"sha256 of model.onnx: {digest} (all {len(got.manifest.files)} files verified)")
@@ -60,6 +67,7 @@ def promote(
     device: Annotated[str, typer.Option("--device", "-d", metavar="D", help="The device profile to time both on.")],
     version: Annotated[str | None, typer.Option("--version", help="Default: the device's challenger.")] = None,
     uri: Uri = None,
+    json_: Json = False,
     trust: Trust = False,
 ) -> None:
     """Time the challenger and the champion in one measurement, compare, and promote if every gate holds.
@@ -90,7 +98,10 @@ def promote(
         )
     finally:
         target.close()
-    show(decision)
+    if json_:
+        out.data(decision.to_dict())
+    else:
+        show(decision)
     if not decision.promoted:
         raise typer.Exit(errors.EXIT_GATE)
 
@@ -106,9 +117,13 @@ def rollback(name: Name, device: Device = None, uri: Uri = None) -> None:
     out.print(f"Champion of {name} on {where}: version {version.version}")
 
 
-def history(name: Name, uri: Uri = None) -> None:
+def history(name: Name, uri: Uri = None, json_: Json = False) -> None:
     """Show who was champion on which device, and since when."""
     registry = _registry(uri)
+    if json_:
+        champions = {device: version.version for model, device, version in registry.champions() if model == name}
+        out.data({"name": name, "events": [asdict(event) for event in registry.history(name)], "champions": champions})
+        return
     rows = table("when", "device", "what", "version", "before", "decision", title=name)
     for event in registry.history(name):
         when = f"{datetime.fromtimestamp(event.at):%Y-%m-%d %H:%M:%S}"

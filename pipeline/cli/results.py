@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from secateur.pipeline.cli.options import Json
 from secateur.pipeline.terminal import one_line, out, table
 
 
@@ -19,6 +21,7 @@ def rescore_(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the reward, e.g. alpha=1.")
     ] = None,
     top: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many candidates to show and keep.")] = 10,
+    json_: Json = False,
 ) -> None:
     """Rank a run's candidates by another reward, from its journal: nothing is evaluated again.
 
@@ -29,6 +32,11 @@ def rescore_(
 
     options = reward_options(reward, set_ or [])
     ranking = rescore(run_dir, reward, options)
+    if json_:
+        file = write_ranking(run_dir, reward, options, ranking, top)
+        told = json.loads(file.read_text(encoding="utf-8"))
+        out.data({**told, "file": str(file), "plan": str(file.with_suffix(".plan.json"))})
+        return
     numbers = (ranking.metric, "MACs ratio", "latency ratio", "reward")
     rows = table("", "candidate", "weights", *numbers, "", title=f"{run_dir.name} by reward {reward}", right=numbers)
     for row in ranking_rows(ranking, top):

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from secateur.pipeline import children, errors
-from secateur.pipeline.cli import interrupts
-from secateur.pipeline.cli.options import Debug, Trust
+from secateur.pipeline.cli import interrupts, outcome
+from secateur.pipeline.cli.options import Debug, Json, Quiet, Trust
 from secateur.pipeline.cli.trust import consented
 from secateur.pipeline.surroundings import home
-from secateur.pipeline.terminal import command, err, one_line, out, table
+from secateur.pipeline.terminal import command, err, one_line, out
 
 if TYPE_CHECKING:
-    from secateur.pipeline.run.facts import Facts
+    from secateur.pipeline.progress import ProgressView
 
 SET_HELP = (
     "Override a value of the run file, e.g. --set search.method=random "
@@ -28,24 +28,38 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE
 def run(
     file: Annotated[Path, typer.Argument(help="The run file (YAML); examples are in pipeline/runs/.")],
     set_: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what it would do and take: stages, evaluations, minutes.")
+    ] = False,
+    json_: Json = False,
+    quiet: Quiet = False,
     trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Run a run file from the baseline to the registered, device-timed compact model.
 
+    `secateur init` writes a run file for your data, `secateur validate` checks one.
+
     Example: secateur run pipeline/runs/digits.yaml --set search.target.macs_ratio=0.5
+
+    Example: secateur run pipeline/runs/digits.yaml --dry-run
     """
     from secateur.pipeline.config.reading import load_run_file
 
+    if dry_run:
+        plan(file, set_ or [], json_, quiet, trust)
+        return
     config = consented(lambda: load_run_file(file, set_ or []), file, trust)
     from secateur.pipeline.run.run import create_run_directory
 
     directory = create_run_directory(config)
-    _execute_new(directory, debug)
+    _execute_new(directory, debug, json_, quiet)
 
 
 def resume(
     run_dir: Annotated[Path, typer.Argument(help="The run directory printed by `secateur run`.")],
+    json_: Json = False,
+    quiet: Quiet = False,
     trust: Trust = False,
     debug: Debug = False,
 ) -> None:
@@ -60,13 +74,15 @@ def resume(
     from secateur.pipeline.run.run import open_run_directory
 
     consented(lambda: open_run_directory(directory)[1], directory / "run.yaml", trust)
-    _execute(directory, debug)
+    _execute(directory, debug, json_, quiet)
 
 
 def finish(
     run_dir: Annotated[Path, typer.Argument(help="A run directory; it is left as it is.")],
     candidate: Annotated[int | None, typer.Option(min=0, help="Number of a candidate of its search.")] = None,
     plan: Annotated[Path | None, typer.Option(help="A plan, as `secateur rescore` writes it.")] = None,
+    json_: Json = False,
+    quiet: Quiet = False,
     trust: Trust = False,
     debug: Debug = False,
 ) -> None:
@@ -82,68 +98,81 @@ def finish(
     from secateur.pipeline.run.run import open_run_directory
 
     consented(lambda: open_run_directory(directory)[1], directory / "run.yaml", trust)
-    _execute_new(begin(directory, candidate, given), debug)
+    _execute_new(begin(directory, candidate, given), debug, json_, quiet)
 
 
-def _execute_new(directory: Path, debug: bool) -> None:
+def _execute_new(directory: Path, debug: bool, as_json: bool, quiet: bool) -> None:
     """Execute a run in a directory just made, which is removed where the run is refused before it begins."""
     interrupts.current.go_on = command("secateur", "resume", directory)  # before the user can know of it
-    err.print(f"Run directory: {one_line(directory)}")
+    if not quiet:
+        err.print(f"Run directory: {one_line(directory)}")
     try:
-        _execute(directory, debug)
+        _execute(directory, debug, as_json, quiet)
     except errors.UserError:
         if not (directory / "journal.jsonl").exists():
             shutil.rmtree(directory)
         raise
 
 
-def _execute(directory: Path, debug: bool) -> None:
+def _execute(directory: Path, debug: bool, as_json: bool, quiet: bool) -> None:
     from secateur.pipeline.flow import UndeliveredError, execute, runtime_env
-    from secateur.pipeline.progress import RichProgress
     from secateur.pipeline.run.run import Run
     from secateur.pipeline.tracking import redacted
 
     runtime_env(directory, debug)
     interrupts.current.go_on = command("secateur", "resume", directory)
     try:
-        with children.kept(home(), f"run {directory.name}"), Run(directory, RichProgress(err)) as opened:
+        with children.kept(home(), f"run {directory.name}"), Run(directory, progress(quiet)) as opened:
+            config = opened.config
             facts = execute(opened, debug)
             uri = redacted(opened.tracker.uri)
     except UndeliveredError as left:
-        _show(left.facts, directory, "")
+        if as_json:
+            out.data(outcome.document(left.facts, config, directory, ""))
+        else:
+            outcome.show(left.facts, config, directory, "")
         raise errors.SurroundingsError(
             f"{left}\nThe model is not registered yet; run: {command('secateur', 'resume', directory)}"
         ) from left
-    _show(facts, directory, uri)
+    if as_json:
+        out.data(outcome.document(facts, config, directory, uri))
+    else:
+        outcome.show(facts, config, directory, uri)
     decisions = facts.promote.devices.values() if facts.promote else ()
     refused = any(decision.outcome == "refused" for decision in decisions)
     if refused or not facts.gate.passed:
         raise typer.Exit(errors.EXIT_GATE)
 
 
-def _show(facts: Facts, directory: Path, tracking_uri: str) -> None:
-    """The final table, and what to do next."""
-    from secateur.pipeline.report import final_table, registered, went_by
+def progress(quiet: bool) -> ProgressView:
+    """Where a command shows how far it is: on stderr, or nowhere."""
+    from secateur.pipeline.progress import RichProgress, Silent
 
-    numbers = ("baseline", "compact", "change")
-    rows = table("", *numbers, title=f"{directory.name} on device {facts.benchmark.device}", right=numbers)
-    for row in final_table(facts):
-        rows.add_row(*row)
-    out.print(rows)
-    for check in facts.gate.failed:
-        value = "unknown" if check.value is None else f"{check.value:.4g}"
-        out.print(f"Gate: {check.name} is {value}, must be {check.relation} {check.bound:.4g}")
-    if facts.gate.passed:
-        out.print(f"Gate: passed ({len(facts.gate.checks)} checks)")
-    out.print(f"Search: {went_by(facts)}")
-    for line in registered(facts):
-        out.print(line)
-    out.print(f"Report: {one_line(directory / facts.report.html)}")
-    if tracking_uri:
-        out.print("Next:")
-        if tracking_uri.startswith("http"):
-            out.print(f"  see every candidate: {tracking_uri}")
-        else:
-            out.print(f"  {command('mlflow', 'ui', '--backend-store-uri', tracking_uri)}")
-        out.print(f"  {command('secateur', 'run', directory / 'run.yaml', '--set', 'seed=1')}")
-        out.print(f"  {command('secateur', 'list', 'methods')}")
+    return Silent() if quiet else RichProgress(err)
+
+
+def plan(file: Path, overrides: list[str], as_json: bool, quiet: bool, trust: bool) -> None:
+    """Tell what a run would do and take, and begin nothing.
+
+    Raises:
+        FaultsError: what the run file asks for is not possible; lists everything.
+    """
+    from secateur.pipeline.cli.validate import document, show_plan
+    from secateur.pipeline.config.faults import FaultsError
+    from secateur.pipeline.config.reading import load_run_file
+
+    config = consented(lambda: load_run_file(file, overrides), file, trust)
+    from secateur.pipeline.run.estimate import estimate
+    from secateur.pipeline.run.preflight import examine
+    from secateur.pipeline.workloads.data.content import Reading
+
+    preflight = examine(config, Reading(progress(quiet), "sample"), tracking=True)
+    taken = estimate(preflight)
+    if as_json:
+        out.data(document(file, preflight, taken))
+        if preflight.faults:
+            raise typer.Exit(errors.EXIT_USER)
+    elif taken is None:
+        raise FaultsError(str(file), preflight.faults)
+    else:
+        show_plan(preflight, taken)

@@ -211,10 +211,30 @@ def _show_estimate(taken: Estimate) -> None:
     least = "" if counted.complete else "at least "
     parts = ", ".join(f"{part.stage.lower()} {_duration(part.seconds)}" for part in taken.parts)
     out.print(f"On this machine, about {least}{_duration(taken.seconds)} ({parts})")
+    _show_search(taken)
+
+
+def _show_search(taken: Estimate) -> None:
+    counted = taken.counted
+    least = "" if counted.complete else "at least "
     out.print(
         f"The search: {least}{counted.evaluations:,} evaluations and {counted.epochs:g} epochs of training; "
         f"{round(taken.work['measurements']):,} measurements on the device; memory {taken.memory_bytes / 2**30:.1f} GiB"
     )
+
+
+def show_plan(preflight: Preflight, taken: Estimate) -> None:
+    """The stages of a run in their order, and what each takes."""
+    config = preflight.config
+    devices = ", ".join(profile.name for profile in preflight.profiles or ())
+    out.print(f"{config.name}: {config.search.method} for device {devices}, on this machine")
+    rows = table("stage", "time", box=None, header_style="bold", right=("time",))
+    for part in taken.parts:
+        rows.add_row(part.stage, _duration(part.seconds))
+    rows.add_row("all", ("" if taken.counted.complete else "at least ") + _duration(taken.seconds))
+    out.print(rows)
+    _show_search(taken)
+    out.print("Nothing was begun.")
 
 
 def _duration(seconds: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import sys
 from pathlib import Path
 
@@ -133,10 +134,37 @@ def test_a_run_that_fails_its_gate_says_why_and_ends_with_3(
     check = Check(name="drop in top1", value=0.05, relation="<=", bound=0.02, ok=passed)
     facts = made_up_facts(gate={"checks": (check,), "passed": passed}, promote={"promoted": passed})
     monkeypatch.setattr(secateur.pipeline.flow, "execute", lambda run, debug: facts)
-    assert call(monkeypatch, "run", str(write_tiny(tmp_path))) == code
+    assert call(monkeypatch, "run", str(write_tiny(tmp_path)), "--set", "search.target.macs_ratio=0.8") == code
     text = capsys.readouterr().out
     assert "1.50x" in text
+    after = ["secateur pull tiny@1", "secateur benchmark", "secateur rescore"]
+    helps = ["finetune.epochs=", "search.target.macs_ratio=0.9", "secateur list methods"]
+    assert [step in text for step in (*after, *helps)] == 3 * [passed] + 3 * [not passed]
     assert ("drop in top1 is 0.05, must be <= 0.02" in text) is not passed
+
+
+def test_a_run_that_is_quiet_and_asked_for_json_prints_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured, tmp_path: Path
+) -> None:
+    import secateur.pipeline.flow
+
+    monkeypatch.setattr(secateur.pipeline.flow, "execute", lambda run, debug: made_up_facts())
+    assert call(monkeypatch, "run", str(write_tiny(tmp_path)), "--json", "--quiet") == errors.EXIT_OK
+    shown = capsys.readouterr()
+    told = json.loads(shown.out)
+    assert (told["passed"], told["registered"]) == (True, {"name": "tiny", "version": "1"})
+    assert any("secateur pull tiny@1" in step for step in told["next"])
+    assert shown.err == ""
+
+
+def test_a_dry_run_tells_stages_and_time_and_begins_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured, tmp_path: Path
+) -> None:
+    assert call(monkeypatch, "run", str(write_tiny(tmp_path)), "--dry-run", "--json") == errors.EXIT_OK
+    estimate = json.loads(capsys.readouterr().out)["estimate"]
+    assert [part["stage"] for part in estimate["parts"]][:3] == ["Start", "Baseline", "Search"]
+    assert estimate["evaluations"] > 0
+    assert not (tmp_path / "home" / "runs").exists() or not list((tmp_path / "home" / "runs").iterdir())
 
 
 @pytest.mark.parametrize("method", METHODS.names())
