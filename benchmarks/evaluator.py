@@ -128,7 +128,7 @@ class Comparison:
         snapshot = Candidate(next(self.ids), full, "snapshot")
         seconds, whole = self.ours(snapshot)
         problem = Problem(space, whole, lambda e: e["top1"], lambda w: {}, Goal(), np.random.default_rng(0))
-        options = ccep.Options(generations=generations)
+        options = ccep.Options(generations=generations, survival="accuracy")
         search = ccep.evolve(problem, options, self.ids, ccep.Subproblem.of(space, snapshot, name, 0.9), whole["top1"])
         asked: list[tuple[Candidate, Evaluation]] = []
         try:

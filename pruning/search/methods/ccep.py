@@ -579,6 +579,19 @@ class Subproblem:
         return len(self.alive)
 
 
+def evolve(
+    problem: Problem, options: Options, ids: count[int], part: Subproblem, whole: float
+) -> Generator[Request, Answer, list[Individual]]:
+    """The EA of one group as the authors run it, G generations of m; its pruned individuals, best first.
+
+    Args:
+        whole: fitness of the snapshot.
+    """
+    evolution = _Evolution(problem, options, ids, part, whole)
+    yield from evolution.run(options.population - 1, options.generations)
+    return evolution.ranked
+
+
 class _Evolution:
     """The EA of one group.
 

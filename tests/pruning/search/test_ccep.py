@@ -3,7 +3,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import replace
-from itertools import pairwise
+from itertools import count, pairwise
 
 import numpy as np
 import pytest
@@ -17,13 +17,14 @@ from secateur.pruning.search.methods.ccep import (
     _chosen,
     _fit,
     crossover,
+    evolve,
     initial,
     mutate,
     search,
 )
 from secateur.pruning.search.protocol import Budget, Candidate, Evaluate, FineTune, Goal, Time
 from secateur.pruning.search.support import Limit, SearchError, macs_ratios
-from secateur.pruning.search.testing import FakeStudy, drive, study
+from secateur.pruning.search.testing import BASELINE, FakeStudy, drive, study
 from tests.pruning.search.bounded import bounded
 
 PLAIN = Options(start="dense", informed="", survival="accuracy", finetune_epochs=30)
@@ -517,3 +518,17 @@ def test_rounds_train_for_an_epoch_at_least_or_not_at_all():
         trained[epochs] = [r.epochs for r in fake.requests if isinstance(r, FineTune)]
     assert trained[0.9] == []
     assert trained[40] and min(trained[40]) >= 1
+
+
+def test_the_ea_of_one_group_can_be_run_alone():
+    fake = study((20,))
+    options = replace(PLAIN, fitness="top1", generations=3, paper_compat=True)  # nobody is given up
+    found = []
+
+    def alone():
+        found.extend((yield from evolve(fake.problem(), options, count(1), part_of(20, 0.9), BASELINE)))
+        return ()
+
+    drive(alone(), fake)
+    assert found == sorted(found, key=lambda i: i.rank)
+    assert all(individual.removed for individual in found) and len(found) == len(fake.candidates)
