@@ -25,10 +25,13 @@ from secateur.pipeline.cli import (
     validate,
 )
 from secateur.pipeline.cli.devices import benchmark
-from secateur.pipeline.cli.help import import_formatter, narrowed
+from secateur.pipeline.cli.help import completed_words, import_formatter, narrowed
 from secateur.pipeline.cli.texts import make_logs_harmless
 from secateur.pipeline.surroundings import home, prepare
 from secateur.pipeline.terminal import err, out, use_any_encoding
+
+PROGRAM = "secateur"
+"""As what it is completed and explained, also as ``python -m secateur``."""
 
 
 def show_version(wanted: bool) -> None:
@@ -39,13 +42,12 @@ def show_version(wanted: bool) -> None:
 
 
 app = typer.Typer(
-    name="secateur",
+    name=PROGRAM,
     help="Prune a PyTorch vision model until it fits a device: searched, tuned, exported, timed there, registered.",
     epilog="Exit codes: 0 done and the gate passed; 1 a bug; 2 a mistake in the input; 3 done, the gate did not pass; "
     "4 disk, device or tracking server failed (resume continues); 130 interrupted, 143 ended by SIGTERM (both: resume "
     "continues).",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -85,7 +87,8 @@ def main() -> NoReturn:
     try:
         prepare()
         children.sweep(home())
-        sys.exit(narrowed(app, sys.argv[1:])(standalone_mode=False) or errors.EXIT_OK)
+        program = narrowed(app, [*sys.argv[1:], *completed_words()])
+        sys.exit(program(prog_name=PROGRAM, standalone_mode=False) or errors.EXIT_OK)
     except typer.TyperException as error:  # a mistake in the command itself
         if interrupts.current.stopping:
             raise

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from secateur.pipeline import errors
+from secateur.pipeline.cli import completers
 from secateur.pipeline.cli.devices import check, profiles
 from secateur.pipeline.cli.options import Json, Trust
 from secateur.pipeline.cli.trust import consent_to_profile
@@ -30,7 +31,14 @@ LONGEST_S = 5.0
 
 def doctor(
     devices: Annotated[
-        list[str] | None, typer.Option("--device", "-d", metavar="NAME", help="A device to check too; default: local.")
+        list[str] | None,
+        typer.Option(
+            "--device",
+            "-d",
+            metavar="NAME",
+            help="A device to check too; default: local.",
+            autocompletion=completers.devices,
+        ),
     ] = None,
     json_: Json = False,
     trust: Trust = False,
@@ -38,7 +46,7 @@ def doctor(
     """Check this machine: versions, cores, number types, disk, stores and devices; say how to put right what is not.
 
     Ends with 0 if all is well or there are only warnings, with 4 if something is missing.
-    `secateur validate` checks a run file, `secateur devices check` one device.
+    `secateur validate` checks a run file, `secateur check` a task's code, `secateur devices check` one device.
 
     Example: secateur doctor --device kitchen
     """

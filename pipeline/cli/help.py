@@ -5,6 +5,7 @@ That is what it imports for other uses (rich's Markdown and tracebacks), and the
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from copy import copy
@@ -35,6 +36,13 @@ def import_formatter() -> None:
     finally:
         for name in missing:
             del sys.modules[name]
+
+
+def completed_words() -> list[str]:
+    """The words of the command line that a shell wants completed; none where it wants nothing."""
+    if not any(name.startswith("_") and name.endswith("_COMPLETE") for name in os.environ):
+        return []
+    return (os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or "").split()
 
 
 def narrowed(app: Typer, words: Sequence[str]) -> Typer:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from secateur.pipeline import errors
+from secateur.pipeline.cli import completers
 from secateur.pipeline.cli.options import Json
 from secateur.pipeline.terminal import one_line, out, table
 
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def list_(
-    what: Annotated[str, typer.Argument(metavar="methods|workloads|devices", help="What to list.")],
+    what: Annotated[
+        str, typer.Argument(metavar="methods|workloads|devices", help="What to list.", autocompletion=completers.kinds)
+    ],
     json_: Json = False,
 ) -> None:
     """List the search methods, workloads or device profiles a run file can name.
@@ -35,7 +38,11 @@ def list_(
 def explain(
     word: Annotated[
         str,
-        typer.Argument(metavar="KEY|METHOD", help="A key of the run file, with dots, or a search method."),
+        typer.Argument(
+            metavar="KEY|METHOD",
+            help="A key of the run file, with dots, or a search method.",
+            autocompletion=completers.explained,
+        ),
     ],
 ) -> None:
     """Explain a key of the run file (meaning, type, default, bounds), or a search method with all its options.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from secateur.pipeline import errors
+from secateur.pipeline.cli import completers
 from secateur.pipeline.cli.options import Json, Trust
 from secateur.pipeline.cli.trust import asker, consent_to_profile
 from secateur.pipeline.terminal import err, one_line, out, table
@@ -64,7 +65,12 @@ def pull(
 
 def promote(
     name: Name,
-    device: Annotated[str, typer.Option("--device", "-d", metavar="D", help="The device profile to time both on.")],
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device", "-d", metavar="D", help="The device profile to time both on.", autocompletion=completers.devices
+        ),
+    ],
     version: Annotated[str | None, typer.Option("--version", help="Default: the device's challenger.")] = None,
     uri: Uri = None,
     json_: Json = False,

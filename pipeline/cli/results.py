@@ -8,14 +8,22 @@ from typing import Annotated
 
 import typer
 
+from secateur.pipeline.cli import completers
 from secateur.pipeline.cli.options import Json
 from secateur.pipeline.terminal import one_line, out, table
 
 
 def rescore_(
-    run_dir: Annotated[Path, typer.Argument(help="The run directory printed by `secateur run`.")],
+    run_dir: Annotated[
+        Path,
+        typer.Argument(help="The run directory printed by `secateur run`.", autocompletion=completers.run_directories),
+    ],
     reward: Annotated[
-        str, typer.Option(help="The reward to rank by: device, rewarded_v2, mnasnet, tunas_abs, amc ...")
+        str,
+        typer.Option(
+            help="The reward to rank by: device, rewarded_v2, mnasnet, tunas_abs, amc ...",
+            autocompletion=completers.rewards,
+        ),
     ],
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the reward, e.g. alpha=1.")

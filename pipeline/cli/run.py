@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from secateur.pipeline import children, errors
-from secateur.pipeline.cli import interrupts, outcome
+from secateur.pipeline.cli import completers, interrupts, outcome
 from secateur.pipeline.cli.options import Debug, Json, Quiet, Trust
 from secateur.pipeline.cli.trust import consented
 from secateur.pipeline.surroundings import home
@@ -22,7 +22,9 @@ SET_HELP = (
     "Override a value of the run file, e.g. --set search.method=random "
     "(another method starts with its own default options)."
 )
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET_HELP)]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET_HELP, autocompletion=completers.overrides)
+]
 
 
 def run(
@@ -57,7 +59,10 @@ def run(
 
 
 def resume(
-    run_dir: Annotated[Path, typer.Argument(help="The run directory printed by `secateur run`.")],
+    run_dir: Annotated[
+        Path,
+        typer.Argument(help="The run directory printed by `secateur run`.", autocompletion=completers.run_directories),
+    ],
     json_: Json = False,
     quiet: Quiet = False,
     trust: Trust = False,
@@ -78,7 +83,9 @@ def resume(
 
 
 def finish(
-    run_dir: Annotated[Path, typer.Argument(help="A run directory; it is left as it is.")],
+    run_dir: Annotated[
+        Path, typer.Argument(help="A run directory; it is left as it is.", autocompletion=completers.run_directories)
+    ],
     candidate: Annotated[int | None, typer.Option(min=0, help="Number of a candidate of its search.")] = None,
     plan: Annotated[Path | None, typer.Option(help="A plan, as `secateur rescore` writes it.")] = None,
     json_: Json = False,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from secateur.pipeline.cli import completers
 from secateur.pipeline.cli.options import Json
 from secateur.pipeline.terminal import command, one_line, out
 
@@ -43,7 +44,14 @@ def list_(json_: Json = False) -> None:
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or the beginning of a run's name.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN",
+            help="A run directory, or the beginning of a run's name.",
+            autocompletion=completers.run_names,
+        ),
+    ],
     json_: Json = False,
 ) -> None:
     """Show one run: its figures, its gate, its files, and how to go on.

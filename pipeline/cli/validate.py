@@ -39,7 +39,7 @@ def validate(
 ) -> None:
     """Check all that a run needs, without training; report everything that is wrong, and what the run will be.
 
-    `secateur doctor` checks this machine.
+    `secateur doctor` checks this machine, `secateur check` the code of a task of your own.
 
     Example: secateur validate flowers.yaml --set search.target.macs_ratio=0.5
     """

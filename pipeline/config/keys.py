@@ -40,7 +40,11 @@ class Key:
 
 def all_keys() -> list[Key]:
     """Every key of the run file, in the order of the schema; once for each thing that has it."""
-    schema = whole()
+    return keys_of(whole())
+
+
+def keys_of(schema: Json) -> list[Key]:
+    """The same of a schema that is there already."""
     return list(_keys(schema, schema["$defs"], "", ""))
 
 

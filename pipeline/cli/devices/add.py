@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from secateur.pipeline import errors
+from secateur.pipeline.cli import completers
 from secateur.pipeline.cli.devices import check, listing, profiles
 from secateur.pipeline.cli.options import Trust
 from secateur.pipeline.cli.trust import consent_to_profile
@@ -40,7 +41,10 @@ class AddCommand(TyperCommand):
 def add(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="How the device shall be called.")],
-    base: Annotated[str, typer.Option("--from", metavar="BASE", help="The profile it is based on.")],
+    base: Annotated[
+        str,
+        typer.Option("--from", metavar="BASE", help="The profile it is based on.", autocompletion=completers.devices),
+    ],
     threads: Annotated[
         int | None, typer.Option(min=1, max=1024, help="Threads of ONNX Runtime, instead of the base's.")
     ] = None,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from secateur.pipeline import errors
+from secateur.pipeline.cli import completers
 from secateur.pipeline.cli.devices import profiles
 from secateur.pipeline.cli.devices.parity import check_parity
 from secateur.pipeline.cli.devices.profiles import LONGEST_S
@@ -30,7 +31,9 @@ FLAGS = {
 
 def benchmark(
     model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The model to time.")],
-    device: Annotated[str, typer.Option("--device", metavar="NAME", help="A device profile.")] = "local",
+    device: Annotated[
+        str, typer.Option("--device", metavar="NAME", help="A device profile.", autocompletion=completers.devices)
+    ] = "local",
     against: Annotated[
         Path | None, typer.Option(metavar="BASELINE.onnx", help="Time this one in turn with it, and give the ratio.")
     ] = None,

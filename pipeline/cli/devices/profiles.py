@@ -10,11 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from secateur.pipeline import errors
+from secateur.pipeline.cli import completers
 
 if TYPE_CHECKING:
     from secateur.device_profiles import DeviceProfile, Target
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="A device profile; `secateur devices list` names them.")]
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME", help="A device profile; `secateur devices list` names them.", autocompletion=completers.devices
+    ),
+]
 LONGEST_S = 86_400
 """A measurement takes a day at most."""
 
