@@ -64,8 +64,9 @@ class Recipe(Section):
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Keep an exponential moving average of the weights with this decay per step, and end with it; 0 = off. The first
     steps count more: the decay begins near 0.1 and rises to this."""
-    precision: Literal["fp32", "bf16", "auto"] = "fp32"
-    """bf16 = mixed precision; auto = bf16 where the hardware multiplies it natively, else fp32."""
+    precision: Literal["fp32", "bf16", "auto"] = "auto"
+    """bf16 = mixed precision; auto = bf16 where the hardware multiplies it natively, else fp32. Trained weights, and so
+    figures, are then a little different on processors of either kind; fp32 for the same recipe on all of them."""
 
 
 class DeviceSection(Section):

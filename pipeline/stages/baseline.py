@@ -18,7 +18,7 @@ from secateur.pipeline.run.run import Run
 from secateur.pipeline.surroundings import home
 from secateur.pipeline.training.baselines import BaselineCache
 from secateur.pipeline.training.loop import VERSION, TrainingError, fit, save_weights
-from secateur.pipeline.training.precision import trains_in_bf16
+from secateur.pipeline.training.precision import Precision, trains_in_bf16
 
 
 def baseline(run: Run, facts: Facts) -> BaselineFacts:
@@ -35,14 +35,18 @@ def baseline(run: Run, facts: Facts) -> BaselineFacts:
         key = _content_key(run)
         content, trained = BaselineCache(home() / "baselines", run.progress.say).get(key, partial(_train, run))
         write_whole(file, content)
-        digest, origin = sha256_of(file), f"{'trained' if trained else 'reused'} ({key})"
+        digest, origin = sha256_of(file), f"{'trained' if trained else 'reused'} ({key}, {_precision(run)})"
     return BaselineFacts(origin=origin, files={file.name: digest})
 
 
+def _precision(run: Run) -> Precision:
+    """What the recipe's precision is on this machine."""
+    return "bf16" if trains_in_bf16(run.config.baseline.precision, run.compute) else "fp32"
+
+
 def _content_key(run: Run) -> str:
-    """Names the weights by everything that they follow from."""
-    used = "bf16" if trains_in_bf16(run.config.baseline.precision, run.compute) else "fp32"
-    recipe = {**run.config.baseline.model_dump(mode="json"), "precision": used}
+    """Names the weights by everything that they follow from; where precision is ``auto``, by what it is here."""
+    recipe = {**run.config.baseline.model_dump(mode="json"), "precision": _precision(run)}
     follows_from = json.dumps([run.workload.fingerprint, recipe, run.config.seed, VERSION])
     return hashlib.sha256(follows_from.encode()).hexdigest()[:16]
 

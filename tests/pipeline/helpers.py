@@ -47,14 +47,14 @@ TINY: dict[str, Any] = {
         "model": {"name": "cifar/resnet8"},
         "data": {"source": "digits", "image_size": 8, "augment": "shift"},
     },
-    "baseline": {"epochs": 2, "lr": 0.1, "batch_size": 64},
+    "baseline": {"epochs": 2, "lr": 0.1, "batch_size": 64, "precision": "fp32"},
     "search": {
         "method": "ccep",
         "images": 64,
         "options": {"outer_iterations": 2, "population": 2, "generations": 1, "finetune_epochs": 1},
     },
     "reward": {"preset": "rewarded_v2"},  # by MACs: a killed run must reach the same plan whatever the clock says
-    "finetune": {"top": 2, "epochs": 1, "batch_size": 64},
+    "finetune": {"top": 2, "epochs": 1, "batch_size": 64, "precision": "fp32"},
     "gate": {"max_drop": 1.0, "min_speedup": None},
 }
 

@@ -125,14 +125,20 @@ def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("network")
     workload: Any
     if request.param == "classifier":
-        workload, images, recipe = digits(image_size=8), 64, FinetuneSection(epochs=1, batch_size=64, lr=0.02)
+        workload, images, recipe = (
+            digits(image_size=8),
+            64,
+            FinetuneSection(epochs=1, batch_size=64, lr=0.02, precision="fp32"),
+        )
         model = workload.build_model()
         recalibrate(model, training_images(workload, workload.train, 512, CPU))
     else:
         workload, images = scenes(), 12
-        recipe = FinetuneSection(epochs=1, batch_size=16, lr=0.01, clip_norm=5.0)
+        recipe = FinetuneSection(epochs=1, batch_size=16, lr=0.01, clip_norm=5.0, precision="fp32")
         model = workload.build_model()
-        by_heart = Recipe(epochs=25, batch_size=images, lr=0.02, clip_norm=5.0)  # the scenes that it is judged by
+        by_heart = Recipe(
+            epochs=25, batch_size=images, lr=0.02, clip_norm=5.0, precision="fp32"
+        )  # the scenes that it is judged by
         few = workload.search.first(images)
         fit(model, workload, few, by_heart, seed=0, checkpoint=folder / "fit.ckpt", compute=CPU)
     example = workload.example_input()

@@ -19,7 +19,7 @@ from secateur.pipeline.workloads.classification.losses import distillation_loss
 from tests.pipeline.helpers import digits
 
 CPU = torch.device("cpu")
-RECIPE = Recipe(epochs=3, lr=0.05, batch_size=128)
+RECIPE = Recipe(epochs=3, lr=0.05, batch_size=128, precision="fp32")
 
 
 class KilledError(Exception):
