@@ -71,7 +71,7 @@ def test_an_impossible_option_value_is_a_fault_of_that_option() -> None:
     [
         ("name: a\nworkload: {name: clasification}\n", "classification"),
         ("name: a\nworkload: {name: classification}\nsearch: {method: cceb}\n", "ccep"),
-        ("name: a\nworkload: {name: classification, data: {source: disk}}\n", "'folder'"),
+        ("name: a\nworkload: {name: classification, data: {source: disk}}\n", "folder"),
     ],
 )
 def test_unknown_names_list_the_known_ones(text: str, known: str) -> None:
