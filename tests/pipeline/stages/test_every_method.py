@@ -35,7 +35,7 @@ from secateur.pruning.trace import trace
 from tests.pipeline.helpers import digits, quick_device
 
 BRIEF: dict[str, dict[str, Any]] = {
-    "acp": {"population": 2, "cycles": 1, "fitness_epochs": 0.1, "best_epochs": 0.1, "images": 20},
+    "acp": {"population": 2, "cycles": 1, "best_epochs": 0.1, "inherit": "l1", "images": 20},
     "aofp": {"batches": 2, "batch_size": 16, "stagger": 1, "threshold": 0.5, "finetune_epochs": 0.1},
     "ccep": {
         "outer_iterations": 3,
