@@ -13,12 +13,14 @@ from secateur.pipeline.config import trust
 from secateur.pipeline.config.reading import load_run_file
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.progress import Silent
+from secateur.pipeline.run.preflight import examine
 from secateur.pipeline.run.run import Run, create_run_directory
 from tests.pipeline.helpers import perform, quick_device
 
 ROOT = Path(__file__).parents[2] / "examples"
 EXAMPLES = sorted(file.parent.name for file in ROOT.glob("*/run.yaml"))
 SMALLER: dict[str, dict[str, Any]] = {
+    "detection": {"size": 32, "scenes": 60, "width": 8},
     "segmentation": {"size": 16, "scenes": 60, "width": 8},
     "regression": {"size": 16, "digits": 60, "width": 8},
 }
@@ -34,6 +36,7 @@ def test_an_example_runs_to_its_gate(name: str, tmp_path: Path) -> None:
     overrides += [f"workload.options={yaml.safe_dump(SMALLER[name], default_flow_style=True).strip()}"]
     file = folder / "run.yaml"
     config = trust.consented(lambda: load_run_file(file, overrides), file, lambda found: True)
+    assert not examine(load_run_file(file, overrides[:2])).faults  # as it stands
     with Run(create_run_directory(config), Silent()) as run:
         facts = perform(run, "report")
         metric = run.workload.metric
