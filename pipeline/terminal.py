@@ -81,6 +81,13 @@ class Terminal(Console):
         except EOFError:
             return False
 
+    def asked(self, question: str) -> str:
+        """What a person answers; empty where it is nothing."""
+        try:
+            return self.input(Text(f"{literal(question)} ")).strip()
+        except EOFError:
+            return ""
+
     def on_broken_pipe(self) -> NoReturn:
         """Whoever read the output has seen enough: no error, and nothing more is written.
 

@@ -15,6 +15,7 @@ from secateur.pipeline.cli import (
     deploy,
     devices,
     doctor,
+    init,
     inspect,
     interrupts,
     registry,
@@ -70,6 +71,7 @@ app.command(name="list")(inspect.list_)
 app.command()(inspect.explain)
 app.command()(inspect.schema)
 app.command()(doctor.doctor)
+app.command()(init.init)
 
 
 def main() -> NoReturn:
