@@ -1,4 +1,4 @@
-"""``secateur init``: a run file that fits the data, off a terminal without a question, and never running a user's code."""
+"""``secateur init``: a run file that fits the data; off a terminal nothing is asked, and never is a user's code run."""
 
 from __future__ import annotations
 
