@@ -37,7 +37,7 @@ def show(facts: Facts, config: RunFile, directory: Path, tracking_uri: str) -> N
         out.print(f"Gate: {check.name} is {value}, must be {check.relation} {check.bound:.4g}")
     if facts.gate.passed:
         out.print(f"Gate: passed ({len(facts.gate.checks)} checks)")
-    out.print(f"Search: {went_by(facts)}")
+    out.print(went_by(facts))
     for line in registered(facts):
         out.print(line)
     out.print(f"Report: {one_line(directory / facts.report.html)}")

@@ -96,14 +96,14 @@ def final_table_markdown(facts: Facts) -> str:
     """The final table, the gate and the registered version, as Markdown."""
     lines = ["| | baseline | compact | change |", "|---|---|---|---|"]
     lines += [f"| {' | '.join(row)} |" for row in final_table(facts)]
-    lines += ["", f"Gate: **{'passed' if facts.gate.passed else 'not passed'}**; {went_by(facts)}"]
+    lines += ["", f"Gate: **{'passed' if facts.gate.passed else 'not passed'}**", "", went_by(facts)]
     lines += registered(facts)
     return "\n".join(lines)
 
 
 def went_by(facts: Facts) -> str:
-    """What the search went by, as part of a sentence."""
-    split, said = facts.search.split, f"the search went by {facts.gate.search_metric}"
+    """What the search went by, as a sentence."""
+    split, said = facts.search.split, f"The search went by {facts.gate.search_metric}"
     return f"{said}; the weights know its images by heart" if split is not None and split.memorised else said
 
 
