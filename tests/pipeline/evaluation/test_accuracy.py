@@ -15,7 +15,7 @@ from secateur.pipeline.evaluation.accuracy import AccuracyEvaluator, AccuracyReq
 from secateur.pipeline.evaluation.baseline import Baseline
 from secateur.pipeline.run.metric import MEMORISED
 from secateur.pipeline.training.statistics import recalibrate, training_images
-from secateur.pipeline.workloads import classification
+from secateur.pipeline.workloads import classification, detection
 from secateur.pipeline.workloads.classification import Classification
 from secateur.pruning.channels import ChannelGraph
 from secateur.pruning.plan import PruningPlan
@@ -123,3 +123,25 @@ def test_search_images_that_are_known_by_heart_are_found_out(
     model = cast(nn.Module, ByHeart(*known))
     accuracy, augmented = evaluator((model, network[1]), tmp_path).memorised()
     assert (accuracy - augmented > MEMORISED) == by_heart
+
+
+def test_detectors_are_compared_by_their_raw_heads_on_images_that_are_mirrored_with_their_boxes(tmp_path: Path) -> None:
+    data = {"source": "digits", "image_size": 64, "scenes": 30}
+    sections = {"data": data, "input": {"flip": 1.0}, "metrics": {"search": "divergence"}}
+    workload = detection.build(detection.Options.model_validate(sections))
+    torch.manual_seed(0)
+    model = workload.build_model()
+    graph = trace(model, workload.example_input())
+    accuracy = AccuracyEvaluator(
+        Baseline(model, graph, workload), tmp_path, SearchSection(images=6, recalibrate_images=0), lambda: None
+    )
+    full = PruningPlan.full(graph.groups)
+    pruned = uniform_plan(graph, 0.5, model=model, saliency="random", seed=0)
+    dense, cut = (accuracy.evaluate(AccuracyRequest(plan, brief=True)).metrics for plan in (full, pruned))
+    assert dense["divergence_score"] == pytest.approx(1, abs=1e-5)
+    assert 0 < cut["divergence_score"] < 0.999
+    assert "map50" not in cut
+    ((_, plain),), ((_, mirrored),) = (tuple(accuracy.batches(augmented=altered)) for altered in (False, True))
+    used = plain[..., 4] >= 0
+    turned = torch.cat([1 - plain[..., 2:3], plain[..., 1:2], 1 - plain[..., :1], plain[..., 3:]], -1)
+    assert used.any() and torch.allclose(mirrored[used], turned[used], atol=1e-5)
