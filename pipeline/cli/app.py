@@ -106,7 +106,10 @@ def main() -> NoReturn:
         meant = expected(error)
         if meant is None:
             err.labelled("Bug", "bold red", f"{type(error).__name__}: {errors.masked(str(error))}")
-            err.print("Please report it with the traceback that --debug shows; `secateur resume` can continue the run.")
+            err.print(
+                "Please report it with the traceback that --debug shows and what `secateur doctor --json` prints; "
+                "`secateur resume` can continue the run."
+            )
         else:
             err.labelled("Error", "bold red", errors.masked(str(meant)))
         sys.exit(exit_code(error))

@@ -219,6 +219,26 @@ def test_a_server_that_does_not_answer_ends_with_4_and_says_what_to_do(
     assert "127.0.0.1" in said
 
 
+def test_the_registry_tells_programs_what_it_tells_people(
+    filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("SECATEUR_HOME", str(tmp_path / "home"))
+
+    def told(*words: str) -> Any:
+        monkeypatch.setattr(sys, "argv", ["secateur", *words, "--uri", f"sqlite:///{filled}/mlflow.db", "--json"])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert caught.value.code == errors.EXIT_OK
+        return json.loads(capsys.readouterr().out)
+
+    pulled = told("pull", "net", "-o", str(tmp_path / "model"))
+    digest = hashlib.sha256((tmp_path / "model" / "model.onnx").read_bytes()).hexdigest()
+    assert (pulled["version"], pulled["sha256"]["model.onnx"]) == ("1", digest)
+    history = told("history", "net")
+    assert list(history["champions"].values()) == ["1"]
+    assert [(event["kind"], event["version"]) for event in history["events"]] == [("promote", "1")]
+
+
 NONSENSE = [
     PAGE,
     b"[]",
