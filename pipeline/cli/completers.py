@@ -5,7 +5,6 @@ Called at every press of the key, so each imports only what it needs; none says 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -63,11 +62,11 @@ def explained(incomplete: str) -> list[str]:
 
 
 def _places(*, sections: bool) -> list[str]:
-    """The keys of Secateur's own parts, from the committed schema: making it imports every workload."""
+    """The keys of Secateur's own parts."""
+    from secateur.pipeline.config.json_schema import packaged
     from secateur.pipeline.config.keys import keys_of
 
-    file = Path(__file__).parents[1] / "config" / "run-file.schema.json"
-    keys = keys_of(json.loads(file.read_text(encoding="utf-8")))
+    keys = keys_of(packaged())
     return list(dict.fromkeys(key.place for key in keys if sections or not key.section))
 
 

@@ -85,9 +85,12 @@ def _explain_key(word: str, methods: list[str]) -> None:
     Raises:
         UserError: there is no such key, or several end in this word.
     """
-    from secateur.pipeline.config.keys import all_keys, keys_at, nearest
+    from secateur.pipeline.config.json_schema import packaged
+    from secateur.pipeline.config.keys import all_keys, keys_at, keys_of, nearest
 
-    keys = all_keys()
+    keys = keys_of(packaged())
+    if not keys_at(word, keys):  # a key of something installed besides, or none
+        keys = all_keys()
     meant = keys_at(word, keys)
     places = list(dict.fromkeys(key.place for key in meant))
     if len(places) > 1:

@@ -6,8 +6,10 @@ What a key chooses by name decides what its options take: of workload, method an
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -67,6 +69,16 @@ CHOICES = (
     Choice("search", "method", "options", _methods),
     Choice("reward", "preset", "options", _rewards, from_files=False),
 )
+
+
+PACKAGED = Path(__file__).parent / "run-file.schema.json"
+"""The schema of Secateur's own parts, made before: making it imports every workload."""
+
+
+def packaged() -> Json:
+    """The schema in this file."""
+    schema: Json = json.loads(PACKAGED.read_text(encoding="utf-8"))
+    return schema
 
 
 def whole() -> Json:

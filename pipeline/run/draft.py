@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from secateur.pipeline.config import json_schema
 from secateur.pipeline.config.choices import WORKLOADS
+from secateur.pipeline.config.json_schema import PACKAGED
 from secateur.pipeline.config.reading import parse_run_file
 from secateur.pipeline.config.schema import RunFile
 from secateur.pipeline.errors import UserError
@@ -151,10 +151,9 @@ def text_of(seen: Seen, name: str, model: str | None, device: str, recipe: Recip
     Raises:
         UserError: something in it is refused.
     """
-    schema = Path(json_schema.__file__).parent / "run-file.schema.json"
     training = f"batch_size: {recipe.batch_size}, clip_norm: 5.0"
     lines = [
-        f"# yaml-language-server: $schema={schema.as_posix()}",
+        f"# yaml-language-server: $schema={PACKAGED.as_posix()}",
         f"# {seen.said}; {seen.train:,} training images.",
         "# What a key means: secateur explain KEY. All that is wrong, and how long it takes: secateur validate FILE.",
         f"name: {name}",

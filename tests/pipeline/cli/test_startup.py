@@ -37,6 +37,7 @@ LATE_IN = {
     },
     "list workloads": {"asyncssh", "secateur.pipeline.workloads", "secateur.pruning.search.methods"},
     "list devices": {"asyncssh", "asyncio", "secateur.pipeline.workloads", "secateur.pruning.search.methods"},
+    "explain max_error": {"asyncssh", "secateur.pipeline.workloads", "secateur.pruning.search.methods"},
     "devices --help": {"asyncssh", "asyncio", "yaml", "secateur.device_profiles.profile"},
     "devices list": {"asyncssh", "asyncio", "secateur.pipeline.workloads", "secateur.pruning.search.methods"},
 }
