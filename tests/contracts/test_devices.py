@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from secateur.device_profiles.profile import RUNTIMES, TARGETS
-from secateur.device_profiles.shelf import _module
+from secateur.device_profiles.shelf import module_of
 from secateur.device_profiles.target import TargetKind
 from secateur.device_profiles.targets.local import LocalTarget
 from secateur.device_profiles.testing import check_kind_of_target, check_runtime, check_target
@@ -26,7 +26,7 @@ def of_others(folder: Path, text: str, name: str = "mine") -> ModuleType:
     """A module of somebody else's."""
     file = folder / f"{name}.py"
     file.write_text(text)
-    return _module(file)
+    return module_of(file)
 
 
 @pytest.mark.parametrize("name", TARGETS.names())
