@@ -166,6 +166,7 @@ def search(problem: Problem, options: Options) -> Strategy:
     Raises:
         SearchError: there is no target, it is out of reach with ``min_keep``, losses are not numbers, or no network
             could be evaluated.
+        BudgetSpent: the budget ended before the first importances were known.
     """
     limit = yield from limit_of(problem)
     problem = at_least(problem, limit, options.min_keep, least=2)

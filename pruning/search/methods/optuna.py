@@ -171,10 +171,19 @@ def rehearse(problem: Problem, options: Options) -> Strategy:
     limit = None if problem.goal == Goal() else (yield from limit_of(problem))
     saliency = yield from score(options.saliency)
     candidates: list[Candidate] = []
-    for i in range(options.num_plans):
-        profile = (1.0 - 0.9 * problem.rng.random(len(problem.space.names))).tolist()
-        candidates.append(Candidate(i, planned(problem, profile, limit, saliency), options.sampler))
-    evaluations = yield from evaluate(candidates, latency=True, last=True)
+    evaluations: list[Evaluation] = []
+    while len(candidates) < options.num_plans:
+        fresh = []
+        for i in range(len(candidates), min(len(candidates) + options.batch, options.num_plans)):
+            profile = (1.0 - 0.9 * problem.rng.random(len(problem.space.names))).tolist()
+            fresh.append(Candidate(i, planned(problem, profile, limit, saliency), options.sampler))
+        try:
+            evaluations += yield from evaluate(fresh, latency=True)
+            candidates += fresh
+        except BudgetSpent:
+            candidates.append(fresh[0])
+            evaluations += yield from evaluate(fresh[:1], latency=True, last=True)
+            break
     return best_first(problem, candidates, evaluations)
 
 
