@@ -36,7 +36,11 @@ PROGRAM = "secateur"
 
 
 def show_version(wanted: bool) -> None:
-    """Print the version, and end."""
+    """Print the version, and end.
+
+    Raises:
+        Exit: the version was wanted.
+    """
     if wanted:
         out.print(f"secateur {__version__}")
         raise typer.Exit

@@ -163,6 +163,7 @@ def plan(file: Path, overrides: list[str], as_json: bool, quiet: bool, trust: bo
 
     Raises:
         FaultsError: what the run file asks for is not possible; lists everything.
+        Exit: the same, told as JSON.
     """
     from secateur.pipeline.cli.validate import document, show_plan
     from secateur.pipeline.config.faults import FaultsError

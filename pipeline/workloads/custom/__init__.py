@@ -206,7 +206,11 @@ class Custom:
         return F.mse_loss(student.float(), teacher.float())
 
     def answers(self, outputs: Tensor, targets: Tensor, *, brief: bool = False) -> Tensor:
-        """Shape (n, 1 + numbers): the batch's mean loss, then each item's answers in a row."""
+        """Shape (n, 1 + numbers): the batch's mean loss, then each item's answers in a row.
+
+        Raises:
+            UserError: the task's code fails, or its answers have another shape than before.
+        """
         del brief
         loss, own = self.code.loss(outputs, targets).detach(), self.code.answers(outputs, targets)
         if own.shape[1:] != self.look.answers:
@@ -218,7 +222,11 @@ class Custom:
         return torch.cat([loss.to(exact).expand(len(own), 1), own.reshape(len(own), -1).to(exact)], 1)
 
     def metrics(self, answers: Tensor, targets: Tensor) -> Mapping[str, float]:
-        """The task's metrics, and the mean ``loss``; a metric of the gate that is NaN counts as 0, the worst."""
+        """The task's metrics, and the mean ``loss``; a metric of the gate that is NaN counts as 0, the worst.
+
+        Raises:
+            UserError: the task's code fails, or it returns other names than before.
+        """
         own = answers[:, 1:].reshape(len(answers), *self.look.answers).to(self.look.dtype)
         found = {name: measure.value for name, measure in self.code.measures(own, targets).items()}
         if list(found) != list(self.look.metrics):

@@ -32,6 +32,7 @@ def blaming(what: str, fix: str = "") -> Iterator[None]:
 
     Raises:
         UserError: anything was raised.
+        OutOfMemoryError: memory of the compute device is not enough; passes as it is.
     """
     try:
         yield

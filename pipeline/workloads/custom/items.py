@@ -62,7 +62,11 @@ class Items:
         raise NotImplementedError
 
     def items(self, indices: Sequence[int], seed: int | None = None) -> list[tuple[Any, Any]]:
-        """Items as the data set gives them; augmented, each seeded by itself, where there is a seed."""
+        """Items as the data set gives them; augmented, each seeded by itself, where there is a seed.
+
+        Raises:
+            UserError: the task's code fails, or an item is no pair of input and target.
+        """
         found = []
         for index in indices:
             item = self._code.attempt(f"data({self.split!r})[{index}]", self.dataset.__getitem__, index)

@@ -136,6 +136,9 @@ class OwnCode:
 
         Args:
             weights: with the task's trained weights, where it has some.
+
+        Raises:
+            UserError: the task's code fails, or returns no network.
         """
         model = self.ask("model", weights)
         if not isinstance(model, nn.Module):
@@ -143,7 +146,11 @@ class OwnCode:
         return model.eval()
 
     def outputs(self, model: nn.Module, inputs: Tensor) -> Tensor:
-        """What a network of the task gives for inputs: one tensor with a row for each."""
+        """What a network of the task gives for inputs: one tensor with a row for each.
+
+        Raises:
+            UserError: it fails, or gives something else.
+        """
         outputs, where = self.attempt("model(...).forward", model, inputs), self.of("model")
         if not isinstance(outputs, Tensor):
             raise UserError(
@@ -183,14 +190,22 @@ class OwnCode:
         return inputs.float(), targets
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """A scalar."""
+        """A scalar.
+
+        Raises:
+            UserError: the task's code fails, or returns no single number.
+        """
         loss = self.ask("loss", outputs, targets)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
             raise UserError(f"{self.of('loss')} returned {kind(loss)}; return one number, as a float tensor")
         return loss.reshape(())
 
     def answers(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Shape (n, ...)."""
+        """Shape (n, ...).
+
+        Raises:
+            UserError: the task's code fails, or returns no row for each item.
+        """
         answers = self.ask("answers", outputs, targets)
         if not isinstance(answers, Tensor) or not answers.ndim or len(answers) != len(targets):
             raise UserError(
