@@ -152,11 +152,12 @@ def examine(
     workload = found.workload = found.attempt(("workload",), lambda: open_workload(config, reading))
     if workload is None:
         return found
-    found.notes += workload.notes
     if not begun:
         _check_images(found, workload)
     example = workload.example_input()
     model = found.attempt(("workload", "model"), workload.build_model)
+    if model is not None:
+        found.notes += workload.notes  # also of the weights, which can be read
     if model is None or found.attempt(("workload",), lambda: check_forward(model, example)) is None:
         return found
     if begun:

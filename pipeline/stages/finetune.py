@@ -81,7 +81,7 @@ def control(
     rewards = run.reward(reference, run.workload.search_metric)
     problem = make_problem(run.config, oracle.graph, space, reference, rewards, run.workload.search_metric)
     ratio = oracle.accuracy.baseline.macs(chosen) / reference["macs"]
-    study = Study(run.journal, oracle, stage="control")
+    study = Study(run.journal, oracle, run.tracker.candidate, stage="control")
     with run.progress.stage("Score the uniform control"):
         saliency = study.answer(Score("l1"))
         assert isinstance(saliency, Mapping)

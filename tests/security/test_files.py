@@ -255,7 +255,7 @@ def folder_of(tmp_path: Path, content: bytes, name: str) -> Path:
 
 
 def read_all(folder: Path) -> None:
-    source = folder_source.load(str(folder), 8, 3, None, "refuse", Reading()).train
+    source = folder_source.load(str(folder), Wanted((8, 8), 3), None, "refuse", Reading()).train
     source.read(np.arange(len(source)))
 
 

@@ -19,7 +19,7 @@ def test_a_result_of_a_run_begun_by_an_earlier_version_is_found_by_the_names_of_
     kept = tmp_path / "stages"
     kept.mkdir()
     assert key_of(run, STAGE["gate"], {})["stage"] == "gate"
-    earlier = {"run": "r", "config": "d", "stage": "judge", "version": 2, "facts": "{}"}
+    earlier = {"run": "r", "config": "d", "stage": "judge", "version": STAGE["gate"].version, "facts": "{}"}
     (kept / str(INPUTS.compute_key(None, {"key": earlier}, {}))).touch()  # type: ignore[arg-type]
     assert key_of(run, STAGE["gate"], {}) == earlier
     assert key_of(run, STAGE["report"], {"gate": {}})["facts"] == '{"gate": {}}'

@@ -23,15 +23,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"method": "uniform", "target": {"macs_ratio": 0.06}},
         "smallest reachable is",
     ),
-    "a window that rejects everything": (
-        {"method": "random", "target": {"macs_ratio": 0.5}, "options": {"tolerance": 0.0, "max_draws": 20}},
-        "none of 20 uniform draws",
-    ),
     "no target": ({"method": "cpmc"}, "search.target"),
-    "budget spent at once": (
-        {"method": "dais", "target": {"macs_ratio": 0.6}, "budget": {"epochs": 0.5}},
-        "exceed what is left of the budget",
-    ),
 }
 
 

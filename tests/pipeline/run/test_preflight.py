@@ -89,7 +89,6 @@ def device(folder: Path, **changes: Any) -> Changes:
 
 FAULTS: dict[str, tuple[Callable[[Path], Changes], str, str]] = {
     "test arrays of another size": (lambda f: from_arrays(f, (8, 8), (12, 12)), "workload", "set data.image_size"),
-    "images that are not square": (lambda f: from_arrays(f, (8, 12)), "workload", "only square ones"),
     "a damaged file": (lambda f: from_pictures(f, ("a/3.png",)), "workload", "3.png"),
     "an empty file": (lambda f: from_pictures(f, ("a/3.png", "b/4.png")), "workload", "2 of 40 images"),
     "MACs below the smallest": (

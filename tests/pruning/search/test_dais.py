@@ -100,7 +100,7 @@ def test_slightly_below_the_target_no_more_comes_back_than_it_takes() -> None:
     (entry,) = drive(search(fake.problem(Goal(macs_ratio=ratio / 0.96)), Options()), fake)
     assert all(entry.candidate.plan.widths[name] >= width - 1 for name, width in on(12, 16, 24).items())
     assert 0.99 <= macs_ratio(fake, entry.candidate.plan) * 0.96 / ratio <= 1
-    assert 0 < entry.candidate.projected_share < 0.1
+    assert 0 < entry.candidate.projected_share < 0.25
 
 
 def test_where_all_indicators_are_soft_their_order_chooses() -> None:
