@@ -24,7 +24,12 @@ from secateur.pipeline.evaluation.deterministic import BackendName, Deterministi
 from secateur.pipeline.evaluation.inference import Inference
 from secateur.pipeline.evaluation.weights import Weights
 from secateur.pipeline.progress import ProgressView, Silent
-from secateur.pipeline.training.statistics import IMAGES_AT_ONCE, moving_norms, training_images
+from secateur.pipeline.training.statistics import (
+    IMAGES_AT_ONCE,
+    RECALIBRATION_SHARE,
+    moving_norms,
+    training_images,
+)
 from secateur.pipeline.workloads import DIVERGENCE_SCORE, Split
 from secateur.pruning.cost import cost
 from secateur.pruning.plan import PruningPlan
@@ -35,10 +40,6 @@ CACHED_BYTES = 2 << 30
 """Search images are kept on the compute device as float32 up to this size."""
 SUPERNET_IMAGES = 1000
 """Training images for re-estimating batch-norm statistics of a supernet's candidate, where the run file names none."""
-RECALIBRATION_SHARE = 4
-"""Search images for each training image that a candidate's statistics are taken on, at least: a training image costs
-1.3 to 1.4 times what a search image does, and scoring shall not cost more than 1.5 times what it does without."""
-
 Status = Literal["ok", "infeasible", "failed"]
 NOTHING: Mapping[str, float] = {}
 Key = tuple[str, str, bool, bool, int]

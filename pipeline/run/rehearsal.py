@@ -18,12 +18,12 @@ from typing import Any, cast
 import numpy as np
 
 from secateur.pipeline.config.schema import RunFile
-from secateur.pipeline.evaluation.accuracy import RECALIBRATION_SHARE
 from secateur.pipeline.run.journal import Journal, Record
 from secateur.pipeline.run.opening import make_strategy
 from secateur.pipeline.run.ranking import rank_exactly
 from secateur.pipeline.run.scope import STAGE, choose_scope
 from secateur.pipeline.run.study import Study
+from secateur.pipeline.training.statistics import RECALIBRATION_SHARE
 from secateur.pruning.channels import ChannelGraph
 from secateur.pruning.cost import costs
 from secateur.pruning.plan import PruningPlan

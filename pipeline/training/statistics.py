@@ -19,6 +19,9 @@ from secateur.pipeline.workloads import Split, Workload
 
 IMAGES_AT_ONCE = 128
 """Images of a batch, at most: each batch is normalised by its own statistics."""
+RECALIBRATION_SHARE = 4
+"""Search images for each training image that a candidate's statistics are taken on, at least: a training image costs
+1.3 to 1.4 times what a search image does, and scoring shall not cost more than 1.5 times what it does without."""
 
 
 def moving_norms(network: nn.Module) -> dict[str, _BatchNorm]:
