@@ -21,8 +21,7 @@ def usable_cores(root: Path = Path("/")) -> int:
     Args:
         root: where ``proc`` and ``sys`` are; the affinity is always this process's.
     """
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([allowed, *(int(quota) for quota in _quotas(root))]))
+    return max(1, min([allowed_cores(), *(int(quota) for quota in _quotas(root))]))
 
 
 def _quotas(root: Path) -> Iterator[float]:
@@ -81,3 +80,13 @@ def _text(file: Path) -> str:
         return file.read_text(encoding="ascii", errors="replace")
     except OSError:
         return ""
+
+
+def cores_of_machine() -> int:
+    """The machine's cores, whoever may use them."""
+    return os.cpu_count() or 1
+
+
+def allowed_cores() -> int:
+    """The cores that this process's affinity allows."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores_of_machine()

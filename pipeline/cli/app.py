@@ -42,7 +42,7 @@ def show_version(wanted: bool) -> None:
         Exit: the version was wanted.
     """
     if wanted:
-        out.print(f"secateur {__version__}")
+        out.print(f"{PROGRAM} {__version__}")
         raise typer.Exit
 
 

@@ -100,10 +100,9 @@ def _packages() -> Iterator[Check]:
 def _cores() -> Iterator[Check]:
     """How many cores this process may use, by its affinity and its control groups."""
     from secateur.device_profiles.check import Check
-    from secateur.device_profiles.cores import usable_cores
+    from secateur.device_profiles.cores import allowed_cores, cores_of_machine, usable_cores
 
-    there, usable = os.cpu_count() or 1, usable_cores()
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else there
+    there, allowed, usable = cores_of_machine(), allowed_cores(), usable_cores()
     text = f"{usable} can be used; the machine has {there}, the affinity allows {allowed}"
     few = usable < 2 <= there
     fix = "give this process more (taskset, a container's CPU limit): training and measuring would share one"

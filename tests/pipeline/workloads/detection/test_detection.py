@@ -351,7 +351,7 @@ def evaluator(workload: detection.Detection, tmp_path: Path) -> Iterator[Evaluat
     target = open_target(profile)
     recipe, settings = (
         FinetuneSection(epochs=1, batch_size=32, lr=0.01, distill=None, precision="fp32"),
-        SearchSection(images=6),
+        SearchSection(images=6, recalibrate_images=0),
     )
     baseline, fleet = Baseline(model, graph, workload, seed=1), Fleet([Device(profile, target)])
     yield make_evaluator(baseline, fleet, tmp_path / "c", settings, recipe)
