@@ -57,7 +57,7 @@ RUN = """
 name: methods
 workload:
   name: classification
-  model: {name: cifar_resnet20, weights: cifar10/resnet20_cifar10.safetensors}
+  model: {name: cifar/resnet20, weights: cifar10/resnet20_cifar10.safetensors}
   data:
     source: arrays
     train: cifar10/train
@@ -447,7 +447,7 @@ def show(results: Results, path: Path | None, write: Path | None) -> None:
     if not lines:
         sys.exit("no method is done")
     fresh = [line for line in summarised(rows, FRESH_SEEDS) if line["method"] != CONTROL]
-    methods = [line for line in lines if line["method"] != CONTROL]
+    methods = [line for line in lines if line["method"] not in CONTROLS]
     met, lost = sum(map(at_target, lines)), sum(map(below, methods))
     figures = [
         Figure("methods_at_target", met, len(lines), met == len(lines)),
