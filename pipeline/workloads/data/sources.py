@@ -18,7 +18,7 @@ from PIL import Image
 from secateur.device_profiles.cores import usable_cores
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.workloads.data import decode
-from secateur.pipeline.workloads.data.content import Damaged, Reading, look, read_file, without_damaged
+from secateur.pipeline.workloads.data.content import Damaged, Reading, Seen, look, read_file, without_damaged
 from secateur.pipeline.workloads.data.decode import Fitting, Pixels
 from secateur.pipeline.workloads.data.notes import Tally
 
@@ -143,25 +143,26 @@ class FileSource:
     """Images that are files, decoded when read.
 
     Args:
-        fitting: how they are brought to one size.
-        contents: digests of the files.
-        places: what they are called to the user.
-        sizes: as a person sees them, one for each file.
+        files, labels: of all files that were looked at, shape ``(files,)``.
+        seen: what each of them is.
+        places: what each is called to the user.
+        chosen: those that are images of this source.
+        wanted: how they shall come out.
     """
 
     def __init__(
         self,
         files: Sequence[Path],
         labels: Labels,
-        fitting: Fitting,
-        channels: int | None,
-        contents: Sequence[bytes],
+        seen: Sequence[Seen],
         places: Sequence[str],
-        sizes: Sequence[tuple[int, int]] = (),
+        chosen: Sequence[int],
+        wanted: Wanted,
     ) -> None:
-        self.files, self.labels, self.fitting, self.grey = files, labels, fitting, channels == 1
-        self.contents, self.places = contents, places
-        self.sizes: Sizes = Counter(size for size in sizes if size != (0, 0))
+        self.files, self.labels = [files[i] for i in chosen], labels[chosen]
+        self.contents, self.places = [seen[i].digest for i in chosen], [places[i] for i in chosen]
+        self.fitting, self.grey = wanted.fitting, wanted.channels == 1
+        self.sizes: Sizes = Counter(seen[i].size for i in chosen if seen[i].size != (0, 0))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -206,15 +207,7 @@ def labelled_files(
     sources = {}
     for role in parts:
         chosen = [i for i in kept if roles[i] == role]
-        sources[role] = FileSource(
-            [files[i] for i in chosen],
-            labels[chosen],
-            wanted.fitting,
-            wanted.channels,
-            [seen[i].digest for i in chosen],
-            [places[i] for i in chosen],
-            [seen[i].size for i in chosen],
-        )
+        sources[role] = FileSource(files, labels, seen, places, chosen, wanted)
     check_labels(sources["train"].labels, names, what, tally)
     return ImageData(
         sources["train"], names, sources.get("val"), sources.get("test"), fitting=wanted.fitting, tally=tally

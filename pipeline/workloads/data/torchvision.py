@@ -280,15 +280,7 @@ def _source(
     places = [os.path.relpath(file, dataset.root) for file in files]
     seen = look(files, reading.about(damaged))
     chosen = without_damaged(places, seen, damaged, tally)
-    return FileSource(
-        [files[i] for i in chosen],
-        labels[chosen],
-        wanted.fitting,
-        wanted.channels,
-        [seen[i].digest for i in chosen],
-        [places[i] for i in chosen],
-        [seen[i].size for i in chosen],
-    )
+    return FileSource(files, labels, seen, places, chosen, wanted)
 
 
 def _decoded(name: str, dataset: Any, labels: Labels, wanted: Wanted, reading: Reading) -> DatasetSource:
