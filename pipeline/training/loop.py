@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import hashlib
 import io
+import itertools
 import math
 import pickle
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from secateur.pipeline.config.schema import Distillation, Recipe
 from secateur.pipeline.files import write_whole
 from secateur.pipeline.progress import Report, silent
+from secateur.pipeline.training.batches import batches_of, epoch_seed
 from secateur.pipeline.training.precision import trains_in_bf16
 from secateur.pipeline.training.statistics import IMAGES_AT_ONCE, recalibrate, training_images
 from secateur.pipeline.workloads import Split, Workload
@@ -85,7 +87,8 @@ def fit(
     move(model, compute)
     if teacher is not None:
         move(teacher, compute).eval()
-    steps_per_epoch = math.ceil(len(split) / recipe.batch_size)
+    batches = batches_of(workload, split, recipe, seed=seed, compute=compute)
+    steps_per_epoch = len(batches)
     steps = max(1, round(recipe.epochs * steps_per_epoch))
     start, whole = part[0] * steps / (part[1] - part[0]), steps / (part[1] - part[0])
     warmup = max(1.0, min(recipe.warmup_epochs * steps_per_epoch, whole / 2))
@@ -100,47 +103,44 @@ def fit(
     step = _load_checkpoint(checkpoint, model, optimizer, average, compute)
     bf16 = trains_in_bf16(recipe.precision, compute)
     note = ""
-    while step < steps:
-        epoch = step // steps_per_epoch
-        generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-        order = torch.randperm(len(split), generator=generator)
-        torch.manual_seed(seed * 100_003 + epoch)  # dropout inside the model
-        model.train()
-        total_loss = 0.0
-        first = step % steps_per_epoch
-        for batch in range(first, min(steps_per_epoch, steps - epoch * steps_per_epoch)):
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.lr * _schedule(start + step, whole, warmup)
-            indices = order[batch * recipe.batch_size : (batch + 1) * recipe.batch_size]
-            images, targets = workload.batch(split, indices, train=True, generator=generator, device=compute)
-            with torch.autocast(compute.type, torch.bfloat16, enabled=bf16):
-                outputs = model(images)
-                loss = workload.loss(outputs, targets, recipe.label_smoothing)
-                if teacher is not None and distill is not None:
-                    with torch.no_grad():
-                        taught = teacher(images)
-                    learned = workload.distillation(outputs, taught, distill.temperature)
-                    loss = (1 - distill.weight) * loss + distill.weight * learned
-            if penalty is not None:
-                loss = loss + penalty(step / steps)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            if recipe.clip_norm is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
-            optimizer.step()
-            if average is not None:
-                average.update(model, step)
-            total_loss += loss.item()
-            if not math.isfinite(total_loss):
-                raise TrainingError(
-                    f"the training loss is {loss.item()} at step {step} of {steps}; "
-                    f"lower lr (now {recipe.lr}) or set clip_norm: 1.0 in the recipe"
-                )
-            step += 1
-            note = f"loss {total_loss / (batch - first + 1):.3f}"
-            report(step, steps, note)
-        if step < steps:
-            _save_checkpoint(checkpoint, model, optimizer, average, step)
+    with contextlib.closing(batches):
+        while step < steps:
+            epoch = step // steps_per_epoch
+            torch.manual_seed(epoch_seed(seed, epoch))  # dropout inside the model
+            model.train()
+            total_loss = 0.0
+            first = step % steps_per_epoch
+            for images, targets in itertools.islice(batches.epoch(epoch, first), steps - step):
+                for group in optimizer.param_groups:
+                    group["lr"] = recipe.lr * _schedule(start + step, whole, warmup)
+                with torch.autocast(compute.type, torch.bfloat16, enabled=bf16):
+                    outputs = model(images)
+                    loss = workload.loss(outputs, targets, recipe.label_smoothing)
+                    if teacher is not None and distill is not None:
+                        with torch.no_grad():
+                            taught = teacher(images)
+                        learned = workload.distillation(outputs, taught, distill.temperature)
+                        loss = (1 - distill.weight) * loss + distill.weight * learned
+                if penalty is not None:
+                    loss = loss + penalty(step / steps)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                if recipe.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+                optimizer.step()
+                if average is not None:
+                    average.update(model, step)
+                total_loss += loss.item()
+                if not math.isfinite(total_loss):
+                    raise TrainingError(
+                        f"the training loss is {loss.item()} at step {step} of {steps}; "
+                        f"lower lr (now {recipe.lr}) or set clip_norm: 1.0 in the recipe"
+                    )
+                step += 1
+                note = f"loss {total_loss / ((step - 1) % steps_per_epoch - first + 1):.3f}"
+                report(step, steps, note)
+            if step < steps:
+                _save_checkpoint(checkpoint, model, optimizer, average, step)
     if average is not None:
         model.load_state_dict(average.state)
     model.eval()
