@@ -42,7 +42,7 @@ from benchmarks._output import Figure, parser, present
 from benchmarks.methods import Bench, Scale
 from secateur.pruning import PruningPlan
 from secateur.pruning.cost import cost
-from secateur.pruning.search.methods import ccep
+from secateur.pruning.search.group_evolution import Settings, Subproblem, evolve
 from secateur.pruning.search.protocol import Candidate, Evaluate, Evaluation, Goal, Problem
 
 CCEP_SPEEDUP, PLAN_SPEEDUP = 10.0, 6.0
@@ -128,8 +128,8 @@ class Comparison:
         snapshot = Candidate(next(self.ids), full, "snapshot")
         seconds, whole = self.ours(snapshot)
         problem = Problem(space, whole, lambda e: e["top1"], lambda w: {}, Goal(), np.random.default_rng(0))
-        options = ccep.Options(generations=generations, survival="accuracy")
-        search = ccep.evolve(problem, options, self.ids, ccep.Subproblem.of(space, snapshot, name, 0.9), whole["top1"])
+        settings = Settings(generations=generations, survival="accuracy", fitness="top1")
+        search = evolve(problem, settings, self.ids, Subproblem.of(space, snapshot, name, 0.9), whole["top1"])
         asked: list[tuple[Candidate, Evaluation]] = []
         try:
             request = next(search)

@@ -11,19 +11,8 @@ evolutionary algorithm (EA) shortens a little while all other groups stay as the
         record net
     return the recorded nets: a curve of accuracy against cost
 
-The EA of a group with n filters:
-
-    1. population: m individuals, the whole group and m - 1 that keep each filter with probability q, repaired to r n
-    2. fitness: accuracy of the network with only this group cut, weights inherited, no fine-tuning
-    3. G times: m offspring, each a mutated copy of a random member
-    4. the best m of parents and offspring survive: accuracy first, then fewer filters
-    5. optionally, one-point crossover before mutation
-    6. result: the best individual that is pruned at all, so that every round makes progress
-
-Our choices, where the source leaves room: ties left after step 4 fall to the bit string (determinism); crossover makes
-offspring, which are scored, and never touches the population; a mask met before in its group is not evaluated again;
-an individual is given up once it can no longer survive; a group whose pruned individuals all lose too much can be
-frozen (``freeze_drop``).
+The EA of a group, step by step, is in ``group_evolution``. Our choice: a group whose pruned individuals all lose too
+much can be frozen (``freeze_drop``).
 
 Our choices for a target and a budget, off with ``paper_compat``. Every round has its share of the way to the target:
 equal factors of the cost. It splices, of all individuals that its EAs have met, those that lose least fitness per cost
@@ -32,7 +21,7 @@ generations are as many as the budget lasts for; what the rounds cannot reach fr
 takes ahead of them (``start``). The last splice, or what is unfinished when the budget ends, is brought to the target
 channel by channel. One individual of every population drops the filters that ``informed`` ranks lowest. Survivors are
 chosen by the run's reward, predicted latency included (methods.md 1.8), and what a splice measures rescales the
-prediction. Where the device restricts widths, see ``Subproblem``.
+prediction.
 
 Least budget: 3 evaluations and 1 a group.
 """
@@ -40,24 +29,23 @@ Least budget: 3 evaluations and 1 a group.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import ClassVar, Literal
 
 import numpy as np
 
-from secateur.pruning.plan import BoolArray, IntArray, PruningPlan, SearchSpace
+from secateur.pruning.plan import IntArray, PruningPlan, SearchSpace
+from secateur.pruning.search.group_evolution import Evolution, Individual, Settings, divided, fitness_of, reach
 from secateur.pruning.search.landing import land_on, per_mean, settle
 from secateur.pruning.search.protocol import (
     DENSE,
-    LOWER_IS_BETTER,
     Answer,
     Budget,
     BudgetSpent,
     Candidate,
     Entry,
-    Evaluation,
     FineTuned,
     FloatArray,
     Goal,
@@ -65,7 +53,6 @@ from secateur.pruning.search.protocol import (
     Problem,
     Request,
     Strategy,
-    merit_of,
 )
 from secateur.pruning.search.support import (
     Limit,
@@ -86,7 +73,7 @@ from secateur.pruning.search.support import (
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Settings):
     """Options of CCEP. "CIFAR-10" and "ImageNet" are the settings the authors give for those data sets.
 
     Numbers of rounds, generations and epochs are upper bounds: the budget is spread so that the target is reached.
@@ -132,28 +119,19 @@ class Options:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     outer_iterations: int = 10
-    population: int = 5
-    generations: int = 10
-    mutation_rate: float = 0.1
-    initial_keep: float = 0.95
     ratio_bound: float = 0.9
-    crossover_rate: float = 0.0
     finetune_epochs: float = 1
     start: Literal["dense", "uniform", "global"] = "uniform"
     informed: str = "l1"
-    survival: Literal["accuracy", "reward"] = "reward"
     freeze_drop: float | None = None
     latency_aware: bool = False
-    accuracy_step: float = 0.0
     adaptive_bound: bool = False
-    fitness: str = ""
     include: tuple[str, ...] = ("*",)
-    paper_compat: bool = False
 
     def __post_init__(self) -> None:
-        counts = dict.fromkeys(("outer_iterations", "population", "generations"), (1.0, math.inf))
-        chances = ("mutation_rate", "initial_keep", "ratio_bound", "crossover_rate", "freeze_drop", "accuracy_step")
-        check_ranges(self, **counts, **dict.fromkeys(chances, (0.0, 1.0)), finetune_epochs=(0, math.inf))
+        super().__post_init__()
+        check_ranges(self, outer_iterations=(1, math.inf), finetune_epochs=(0, math.inf))
+        check_ranges(self, ratio_bound=(0, 1), freeze_drop=(0, 1))
 
 
 def least(problem: Problem, options: Options) -> Budget:
@@ -288,7 +266,7 @@ class _Course:
         rounds = self.rounds(left, most)
         snapshot = Candidate(next(self.ids), self.plan, "snapshot", self.parents, self.base)
         (evaluation,) = yield from evaluate([snapshot])
-        self.whole, self.known = _fitness(evaluation, self.options), {}
+        self.whole, self.known = fitness_of(evaluation, self.options), {}
         bound = None if self.limit is None else self.share(self.limit, rounds)
         yield from self.evolve(snapshot, bound, rounds)
         if not self.known:
@@ -304,11 +282,11 @@ class _Course:
         options = _eager(self.options, ratio_bound)
         if options.informed and not options.paper_compat:
             scores = yield from self.saliency()
-        parts = _divided(self.problem, options, snapshot, self.active, self.latency, ratio_bound)
+        parts = divided(self.problem, snapshot, self.ratio_bounds(ratio_bound), self.latency)
         for number, part in enumerate(parts):
             before = yield from remaining()
             effort = self.effort(before, rounds, len(parts) - number, len(parts))
-            ea = _Evolution(
+            ea = Evolution(
                 self.problem, options, self.ids, part, self.whole, None if scores is None else scores[part.name]
             )
             try:
@@ -420,7 +398,7 @@ class _Course:
         space, result = self.problem.space, widths.copy()
         for name in self.active:
             column = space.names.index(name)
-            result[column] = _reach(space, name, int(widths[column]), ratio_bound)[1][0]
+            result[column] = reach(space, name, int(widths[column]), ratio_bound)[1][0]
         return result
 
     def share(self, limit: Limit, rounds: int) -> float:
@@ -439,6 +417,15 @@ class _Course:
         while ratio_bound > 0 and self.limit.of(self.narrowest(widths, ratio_bound)) > wanted:
             ratio_bound = max(0.0, ratio_bound - 0.02)
         return ratio_bound
+
+    def ratio_bounds(self, ratio_bound: float) -> dict[str, float]:
+        """Group -> r of its own; the common one unless ``adaptive_bound`` is set."""
+        if not self.options.adaptive_bound:
+            return dict.fromkeys(self.active, ratio_bound)
+        shares = _shares(self.problem, self.plan, self.active, self.latency)
+        mean = sum(shares.values()) / len(shares)
+        factors = {name: min(2.0, share / mean) if mean > 0 else 1.0 for name, share in shares.items()}
+        return {name: max(0.0, 1 - factor * (1 - ratio_bound)) for name, factor in factors.items()}
 
     def epochs(self, left: Left, rounds: int) -> float:
         """Epochs of a round's training: all that are wanted, or as many as the budget lasts for; none below one."""
@@ -497,274 +484,6 @@ class _Pace:
         """How many more the budget lasts for."""
         lasting = [float(getattr(left, name)) / cost for name, cost in self.costs.items() if cost > 0]
         return min([left.evaluations, *lasting])
-
-
-Draft = tuple[BoolArray, tuple[int, ...]]
-"""Bits of an individual to be, shape ``(n,)``, and its parents' ids."""
-
-
-@dataclass(frozen=True, eq=False)
-class Individual:
-    """One bit string of a group.
-
-    Args:
-        bits: shape ``(n,)``, over the filters the snapshot still has, True = keep.
-        fitness: accuracy on the search split; -inf where it could not be evaluated or cannot survive.
-        id: of the candidate that was evaluated for it.
-        step: accuracies are compared in steps of this size; 0 = exactly.
-        saved: predicted latency saved, as a ratio to the unpruned network's; 0 where latency does not count.
-        reward: what ranks it before all that; None where accuracy comes first.
-    """
-
-    bits: BoolArray
-    fitness: float
-    id: int
-    step: float = 0.0
-    saved: float = 0.0
-    reward: float | None = None
-
-    @property
-    def removed(self) -> int:
-        """Filters that go."""
-        return int((~self.bits).sum())
-
-    @property
-    def level(self) -> float:
-        """Accuracy, rounded down to a whole step."""
-        if self.step == 0 or math.isinf(self.fitness):
-            return self.fitness
-        return math.floor(self.fitness / self.step + 1e-9) * self.step
-
-    @property
-    def rank(self) -> tuple[float, float, float, int, bytes]:
-        """Smaller = better: reward, accuracy, latency saved descending; kept filters ascending (step 4); the bits."""
-        reward = 0.0 if self.reward is None else self.reward
-        return -reward, -self.level, -self.saved, int(self.bits.sum()), self.bits.tobytes()
-
-
-@dataclass(frozen=True, eq=False)
-class Subproblem:
-    """One group of the snapshot network, as its EA sees it.
-
-    The source keeps at least r n filters in the initial population and removes a filter only while the group has r n
-    or more, so one round can leave ``ceil(r n) - 1``. Where the device allows only some widths, that bound is lowered,
-    if need be, so that the next allowed width can be reached; and an individual of another width moves to the allowed
-    width next below or above, at random (our choice). With every width allowed neither ever happens.
-
-    Args:
-        snapshot: the network all groups start from.
-        name: the group.
-        alive: shape ``(n,)``, channel indices the snapshot still has.
-        bound: a filter is removed only while at least this many are kept.
-        widths: allowed widths from ``bound - 1`` to n, increasing.
-        saved: width -> predicted latency saved (ratio to the unpruned network's); empty where latency does not count.
-        costs: width -> costs of the network with it, as an evaluation names them.
-    """
-
-    snapshot: Candidate
-    name: str
-    alive: IntArray
-    bound: int
-    widths: tuple[int, ...]
-    saved: Mapping[int, float] = field(default_factory=dict)
-    costs: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, space: SearchSpace, snapshot: Candidate, name: str, ratio_bound: float) -> Subproblem:
-        alive = np.array(snapshot.plan.kept[name])
-        return cls(snapshot, name, alive, *_reach(space, name, len(alive), ratio_bound))
-
-    @property
-    def n(self) -> int:
-        return len(self.alive)
-
-
-def evolve(
-    problem: Problem, options: Options, ids: count[int], part: Subproblem, whole: float
-) -> Generator[Request, Answer, list[Individual]]:
-    """The EA of one group as the authors run it, G generations of m; its pruned individuals, best first.
-
-    Args:
-        whole: fitness of the snapshot.
-    """
-    evolution = _Evolution(problem, options, ids, part, whole)
-    yield from evolution.run(options.population - 1, options.generations)
-    return evolution.ranked
-
-
-class _Evolution:
-    """The EA of one group.
-
-    Args:
-        part: the group, as the round's snapshot has it.
-        whole: fitness of the snapshot.
-        saliency: of all filters of the group, shape ``(size,)``; None = nothing is informed.
-    """
-
-    def __init__(
-        self,
-        problem: Problem,
-        options: Options,
-        ids: count[int],
-        part: Subproblem,
-        whole: float,
-        saliency: FloatArray | None = None,
-    ) -> None:
-        self.problem, self.options, self.ids, self.part, self.saliency = problem, options, ids, part, saliency
-        self.whole = self.individual(np.ones(part.n, dtype=bool), whole, part.snapshot.id)
-        self.met = {self.whole.bits.tobytes(): self.whole}
-
-    @property
-    def ranked(self) -> list[Individual]:
-        """Its pruned individuals that were evaluated, best first; step 6 takes the first.
-
-        Survivors are the best ever scored, so that is the best pruned member of the population, if it has one.
-        """
-        pruned = [i for i in self.met.values() if not i.bits.all() and i.fitness > -math.inf]
-        return sorted(pruned, key=lambda i: i.rank)
-
-    def run(self, size: int, generations: int) -> Generator[Request, Answer, None]:
-        """Steps 1 to 4.
-
-        Args:
-            size: individuals of the population beside the whole group.
-            generations: how many there are.
-        """
-        rng, m, part = self.problem.rng, self.options.population, self.part
-        first: list[Draft] = [(bits, (self.whole.id,)) for bits in self.informed(size)]
-        while len(first) < size:
-            first.append((initial(part, self.options, rng), (self.whole.id,)))
-        population = [self.whole, *(yield from self.scored(first, "init"))]  # steps 1 and 2
-        for _ in range(generations):  # step 3
-            drafts = []
-            for _ in range(m):
-                bits, parents = _parent(population, part, self.options, rng)
-                drafts.append((mutate(bits, part, self.options, rng), parents))
-            offspring = yield from self.scored(drafts, "mutation", self.floor(population))
-            population = sorted(population + offspring, key=lambda i: i.rank)[:m]  # step 4
-
-    def scored(
-        self, drafts: list[Draft], origin: str, floor: float | None = None
-    ) -> Generator[Request, Answer, list[Individual]]:
-        """The drafts as individuals; masks not met before are asked for in one request."""
-        part, fresh = self.part, dict[bytes, tuple[BoolArray, Candidate]]()
-        for bits, parents in drafts:
-            key = bits.tobytes()
-            if key not in self.met and key not in fresh:
-                plan = part.snapshot.plan.replace({part.name: part.alive[bits]})
-                fresh[key] = bits, Candidate(next(self.ids), plan, origin, parents, part.snapshot.base)
-        if fresh:
-            evaluations = yield from evaluate([candidate for _, candidate in fresh.values()], floor=floor)
-            for (key, (bits, candidate)), evaluation in zip(fresh.items(), evaluations, strict=True):
-                self.met[key] = self.individual(bits, _fitness(evaluation, self.options), candidate.id)
-        return [self.met[bits.tobytes()] for bits, _ in drafts]
-
-    def individual(self, bits: BoolArray, fitness: float, id_: int) -> Individual:
-        """A bit string with what ranks it."""
-        saved, kept = self.part.saved.get(int(bits.sum()), 0.0), int(bits.sum())
-        reward = self.reward(kept, fitness) if self.rewarded else None
-        return Individual(bits, fitness, id_, self.options.accuracy_step, saved, reward)
-
-    @property
-    def rewarded(self) -> bool:
-        """Whether the run's reward ranks individuals."""
-        options = self.options
-        return options.survival == "reward" and not options.paper_compat and options.fitness == self.problem.metric
-
-    def reward(self, kept: int, fitness: float) -> float:
-        """The run's reward of a width of the group with a fitness; the latency is the predicted one."""
-        metric = self.problem.metric
-        metrics = {metric: merit_of(metric, fitness), **self.part.costs[kept]}
-        reward = self.problem.reward(Evaluation(metrics=metrics)) if fitness > -math.inf else -math.inf
-        return -math.inf if math.isnan(reward) else reward
-
-    def floor(self, population: list[Individual]) -> float | None:
-        """The accuracy below which an individual neither survives nor becomes the result; None = there is none yet.
-
-        Worse than all m members it is not among the best m; and a pruned member that is better outranks it in step 6.
-        """
-        options, worst = self.options, max(population, key=lambda i: i.rank)
-        fraction = options.fitness == self.problem.metric and options.fitness not in LOWER_IS_BETTER
-        if options.paper_compat or not fraction or math.isinf(worst.level):
-            return None
-        if all(individual.bits.all() for individual in population):
-            return None
-        return self.least_fitness(worst) if self.rewarded else worst.level
-
-    def least_fitness(self, worst: Individual) -> float | None:
-        """The fitness with which the cheapest individual has as much reward as the worst, to 2^-20; None = any."""
-        cheapest, wanted = self.part.widths[0], worst.reward
-        low, high = 0.0, max(worst.fitness, self.whole.fitness)
-        if wanted is None or self.reward(cheapest, low) >= wanted or self.reward(cheapest, high) < wanted:
-            return None
-        for _ in range(20):
-            middle = (low + high) / 2
-            low, high = (low, middle) if self.reward(cheapest, middle) >= wanted else (middle, high)
-        return low
-
-    def informed(self, size: int) -> list[BoolArray]:
-        """Individuals that keep the most salient filters: the narrowest, and one half-way to it if there is room."""
-        if self.saliency is None:
-            return []
-        order = np.argsort(-self.saliency[self.part.alive], kind="stable")
-        found = []
-        for width in dict.fromkeys((self.part.widths[0], self.part.widths[len(self.part.widths) // 2])):
-            bits = np.zeros(self.part.n, dtype=bool)
-            bits[order[:width]] = True
-            found.append(bits)
-        return [bits for bits in found if not bits.all()][: max(1, size // 2)]
-
-
-def _divided(
-    problem: Problem,
-    options: Options,
-    snapshot: Candidate,
-    active: Sequence[str],
-    latency: Ratios | None,
-    ratio_bound: float,
-) -> list[Subproblem]:
-    """The groups' subproblems of one round, in network order."""
-    space, plan = problem.space, snapshot.plan
-    bounds = dict.fromkeys(active, ratio_bound)
-    if options.adaptive_bound:
-        shares = _shares(problem, plan, active, latency)
-        mean = sum(shares.values()) / len(shares)
-        factors = {name: min(2.0, share / mean) if mean > 0 else 1.0 for name, share in shares.items()}
-        bounds = {name: max(0.0, 1 - factor * (1 - ratio_bound)) for name, factor in factors.items()}
-    parts = [Subproblem.of(space, snapshot, name, bounds[name]) for name in active]
-    parts = [replace(part, costs=_costs(problem, part, latency)) for part in parts]
-    if latency is None:
-        return parts
-    timed = [replace(part, saved=_saved(part)) for part in parts]
-    return [part for part in timed if max(part.saved.values()) > 0] or timed
-
-
-def _costs(problem: Problem, part: Subproblem, latency: Ratios | None) -> dict[int, dict[str, float]]:
-    """Width -> costs of the network with it, as an evaluation names them, all other groups as they are."""
-    widths = _alone(problem.space, part.snapshot.plan, part.name, part.widths)
-    costs = {name: values for name, values in problem.costs(widths).items() if name in ("macs", "params")}
-    if latency is not None:
-        costs["latency_ratio"] = latency(widths)
-    return {w: {name: float(values[row]) for name, values in costs.items()} for row, w in enumerate(part.widths)}
-
-
-def _saved(part: Subproblem) -> dict[int, float]:
-    """Width -> latency that goes with it."""
-    whole = part.costs[part.widths[-1]]["latency_ratio"]
-    return {width: max(0.0, whole - costs["latency_ratio"]) for width, costs in part.costs.items()}
-
-
-def _alone(space: SearchSpace, plan: PruningPlan, name: str, widths: Sequence[int]) -> IntArray:
-    """Width vectors of the plan with other widths of one group, shape ``(widths, groups)``."""
-    rows = np.repeat(space.encode(plan)[None], len(widths), axis=0)
-    rows[:, space.names.index(name)] = widths
-    return rows
-
-
-def _reach(space: SearchSpace, name: str, width: int, ratio_bound: float) -> tuple[int, tuple[int, ...]]:
-    """The bound of a group in one round, and the allowed widths from ``bound - 1`` to its own, increasing."""
-    bound = min(math.ceil(ratio_bound * width - 1e-9), space.below(name, width) + 1)
-    return bound, tuple(w for w in space.allowed[name] if bound - 1 <= w <= width)
 
 
 def _shares(problem: Problem, plan: PruningPlan, active: Sequence[str], latency: Ratios | None) -> dict[str, float]:
@@ -837,79 +556,12 @@ def _with(space: SearchSpace, widths: IntArray, name: str, individual: Individua
     return row[None]
 
 
-def initial(part: Subproblem, options: Options, rng: np.random.Generator) -> BoolArray:
-    """Step 1: shape ``(n,)``; every filter stays with probability q; missing ones are added until r n are kept."""
-    bits = rng.random(part.n) < options.initial_keep
-    return _fit(_grown(bits, part.bound, rng), part, [], rng)
-
-
-def mutate(bits: BoolArray, part: Subproblem, options: Options, rng: np.random.Generator) -> BoolArray:
-    """Step 3, bit-wise mutation with ratio bound: shape ``(n,)`` -> ``(n,)``; the parent's bits if none is left."""
-    child, removed = bits.copy(), []
-    kept = int(child.sum())
-    considered = np.flatnonzero(rng.random(part.n) < options.mutation_rate)
-    for i in considered if options.paper_compat else rng.permutation(considered):
-        if not child[i]:
-            child[i] = True
-            kept += 1
-        elif kept >= part.bound:
-            child[i] = False
-            kept -= 1
-            removed.append(int(i))
-    return _fit(child, part, removed, rng) if kept else bits
-
-
-def crossover(first: BoolArray, second: BoolArray, part: Subproblem, rng: np.random.Generator) -> BoolArray:
-    """Step 5, one-point crossover: shapes ``(n,)`` -> ``(n,)``, repaired to r n like an initial individual."""
-    cut = int(rng.integers(1, part.n))
-    return _fit(_grown(np.concatenate([first[:cut], second[cut:]]), part.bound, rng), part, [], rng)
-
-
-def _parent(population: list[Individual], part: Subproblem, options: Options, rng: np.random.Generator) -> Draft:
-    """What an offspring starts from, with the parents' ids: a random member, or the child of two (step 5)."""
-    first = population[rng.integers(len(population))]
-    if options.crossover_rate and rng.random() < options.crossover_rate:
-        second = population[rng.integers(len(population))]
-        return crossover(first.bits, second.bits, part, rng), (first.id, second.id)
-    return first.bits, (first.id,)
-
-
-def _grown(bits: BoolArray, width: int, rng: np.random.Generator) -> BoolArray:
-    """The bits with random missing filters added until at least ``width`` are kept."""
-    grown, missing = bits.copy(), np.flatnonzero(~bits)
-    grown[rng.choice(missing, max(0, width - int(bits.sum())), replace=False)] = True
-    return grown
-
-
-def _fit(bits: BoolArray, part: Subproblem, removed: Iterable[int], rng: np.random.Generator) -> BoolArray:
-    """The bits at an allowed width: unchanged where theirs is, else the next below or above, at random.
-
-    Up re-adds the filters ``removed`` last, then random missing ones; down removes random kept ones.
-    """
-    kept = int(bits.sum())
-    if kept in part.widths:
-        return bits
-    width = int(rng.choice([*[w for w in part.widths if w < kept][-1:], *[w for w in part.widths if w > kept][:1]]))
-    fitted = bits.copy()
-    if width < kept:
-        fitted[rng.choice(np.flatnonzero(bits), kept - width, replace=False)] = False
-        return fitted
-    fitted[[*reversed(list(removed))][: width - kept]] = True
-    return _grown(fitted, width, rng)
-
-
 def _tune(splice: Candidate, epochs: float) -> Generator[Request, Answer, FineTuned]:
     """The spliced network fine-tuned; or as it is, with its latency, where no fine-tuning is wanted."""
     if epochs > 0:
         return (yield from fine_tune(splice, epochs))
     (evaluation,) = yield from evaluate([splice], latency=True)
     return FineTuned(splice.base, evaluation)
-
-
-def _fitness(evaluation: Evaluation, options: Options) -> float:
-    """Step 2: accuracy (or what else ranks, turned so that higher = better), -inf where it is not known: ranks last."""
-    value = merit_of(options.fitness, evaluation[options.fitness])
-    return value if evaluation.status == "ok" and not math.isnan(value) else -math.inf
 
 
 def _settled(problem: Problem, options: Options) -> Options:

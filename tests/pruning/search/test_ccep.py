@@ -10,18 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur.pruning.search.methods.ccep import (
-    Individual,
-    Options,
-    Subproblem,
-    _chosen,
-    _fit,
-    crossover,
-    evolve,
-    initial,
-    mutate,
-    search,
-)
+from secateur.pruning.search.group_evolution import Individual, Subproblem, _fit, crossover, evolve, initial, mutate
+from secateur.pruning.search.methods.ccep import Options, _chosen, search
 from secateur.pruning.search.protocol import Budget, Candidate, Evaluate, FineTune, Goal, Time
 from secateur.pruning.search.support import Limit, SearchError, macs_ratios
 from secateur.pruning.search.testing import BASELINE, FakeStudy, drive, study
