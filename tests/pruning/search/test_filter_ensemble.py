@@ -16,17 +16,9 @@ from torch import nn
 
 from secateur.pruning.cost import cost, costs
 from secateur.pruning.plan import PruningPlan, SearchSpace
+from secateur.pruning.search.mask_regression import Fit, Units, draw, ridge
 from secateur.pruning.search.methods import random as random_search
-from secateur.pruning.search.methods.filter_ensemble import (
-    Fit,
-    Options,
-    Units,
-    _positive,
-    draw,
-    estimate,
-    ridge,
-    search,
-)
+from secateur.pruning.search.methods.filter_ensemble import Options, _positive, estimate, search
 from secateur.pruning.search.protocol import (
     DENSE,
     Budget,
