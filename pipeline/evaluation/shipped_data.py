@@ -58,7 +58,11 @@ def pack(workload: Workload, num_train: int, num_search: int, path: Path) -> Pat
         )
     kind = f"{type(found).__module__[len(WORKLOADS) :]}:{type(found).__name__}"
     arrays: dict[str, Any] = {"kind": kind, "mean": found.mean.numpy(), "std": found.std.numpy()}
-    arrays["num_classes"], arrays["fingerprint"] = found.num_classes, found.fingerprint
+    arrays["num_classes"], arrays["fingerprint"], arrays["augment"] = (
+        found.num_classes,
+        found.fingerprint,
+        found.augment,
+    )
     parts = {"train": found.train.first(max(1, num_train)), "search": found.search.first(num_search)}
     for name, split in parts.items():
         arrays[name] = split.source.read(split.indices)
@@ -108,6 +112,7 @@ class _Images:
         self.choose_metrics()
         self.search_metric_is_open = False
         self.num_classes, self.fingerprint = int(arrays["num_classes"]), str(arrays["fingerprint"])
+        self.augment = str(arrays["augment"])
         self.mean, self.std = torch.from_numpy(arrays["mean"]), torch.from_numpy(arrays["std"])
         self.train, self.search = (self._split(arrays[name], arrays[f"{name}_labels"]) for name in ("train", "search"))
         self.test = Split(self.search.source, np.arange(0))

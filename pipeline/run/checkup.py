@@ -26,9 +26,9 @@ from secateur.pipeline.errors import UserError
 from secateur.pipeline.run.opening import trace_network
 from secateur.pipeline.training.loop import TrainingError, fit
 from secateur.pipeline.workloads import custom
-from secateur.pipeline.workloads.custom.calls import seeded
 from secateur.pipeline.workloads.custom.items import Items, carve
 from secateur.pipeline.workloads.custom.task import OwnCode, Task, make_task
+from secateur.pipeline.workloads.data.seeds import seeded
 from secateur.pruning.channels import ChannelGraph
 from secateur.pruning.cost import cost
 from secateur.pruning.plan import PruningPlan, SearchSpace
@@ -192,7 +192,7 @@ class Checkup:
         if not self.code.has("augment"):
             return "none"
         every = list(range(len(self.train)))
-        first, again = (self.code.collated(self.train.items(every, seed=1)) for _ in range(2))
+        first, again = (self.code.collated(self.train.items(every, [1 + index for index in every])) for _ in range(2))
         plain = self.batch()
         if first[0].shape != plain[0].shape or first[1].shape != plain[1].shape:
             raise UserError(

@@ -184,6 +184,11 @@ def _classifier(seen: Seen, model: str | None) -> list[str]:
         size = f"    image_size: {seen.side}  # as your images are"
     else:
         size = f"    image_size: {min(seen.side, LARGEST_SIDE)}  # yours have {seen.side}; 224 sees more and is slower"
+    augment = "    augment: shift  # flip_shift where a mirrored image is as good (no digits, no text)"
+    if not small:
+        augment = (
+            "    augment: random_resized_crop  # parts of images, also mirrored; flip: 0 where left and right matter"
+        )
     return [
         "  model:",
         f"    name: {plain(model)}  # cifar/NAME, torchvision/NAME, timm/NAME, or FILE.py:FACTORY of your own",
@@ -192,7 +197,7 @@ def _classifier(seen: Seen, model: str | None) -> list[str]:
         "  data:",
         *data,
         size,
-        "    augment: shift  # flip_shift where a mirrored image is as good (no digits, no text)",
+        augment,
     ]
 
 

@@ -1,6 +1,7 @@
 """Batches of a training: which images every step sees, in which order, and how they are altered.
 
-All of it follows from the seed and the epoch's number, so a training that was killed goes on with the same batches.
+The order follows from the training's seed and the epoch's number, what is drawn for an image from these and the image:
+so a training that was killed goes on with the same batches, in the middle of an epoch too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from secateur.pipeline.config.schema import Recipe
 from secateur.pipeline.workloads import Split, Workload
+from secateur.pipeline.workloads.data.seeds import draw
 
 Batch = tuple[Tensor, Tensor]
 """Images and targets, both on the compute device."""
@@ -78,9 +80,11 @@ class _InThisProcess:
     def epoch(self, number: int, first_step: int = 0) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(epoch_seed(self.seed, number))
         order = torch.randperm(len(self.split), generator=generator)
+        seeds = draw(len(self.split), generator)
         for chosen in torch.split(order, self.batch_size)[first_step:]:
             part = chosen.tensor_split(self.world_size)[self.rank]
-            yield self.workload.batch(self.split, part, train=True, generator=generator, device=self.compute)
+            images, targets = self.workload.read(self.split, part, seeds[part])
+            yield self.workload.prepare(images, targets, seeds[part], self.compute)
 
     def close(self) -> None:
         pass

@@ -29,7 +29,7 @@ from secateur.pipeline.training.precision import trains_in_bf16
 from secateur.pipeline.training.statistics import IMAGES_AT_ONCE, recalibrate, training_images
 from secateur.pipeline.workloads import Split, Workload
 
-VERSION = 2
+VERSION = 3
 """Part of every content hash of trained weights; raise it when a change here changes the result."""
 
 

@@ -182,7 +182,28 @@ class Workload(Protocol):
     def batch(
         self, split: Split, indices: Tensor, *, train: bool, generator: torch.Generator | None, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """Normalised images (channels-last, augmented if ``train``) and targets; ``indices`` count within the split."""
+        """Normalised images (channels-last, augmented if ``train``) and targets; ``indices`` count within the split.
+
+        That is ``prepare`` after ``read``, with seeds that the generator draws.
+        """
+
+    def read(self, split: Split, indices: Tensor, seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Images and targets in the CPU's memory, not prepared; the same in every process.
+
+        Args:
+            seeds: shape (n,), what the augmentation of each image follows from (``data.seeds``); None = they are not
+                augmented.
+        """
+
+    def prepare(
+        self, images: Tensor, targets: Tensor, seeds: Tensor | None, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """What was read, for the network: on the device, normalised, channels-last, the rest of the augmentation done.
+
+        Args:
+            images, targets: in the CPU's memory, or on the device already.
+            seeds: as for ``read``.
+        """
 
     def augmented(
         self, split: Split, indices: Tensor, *, generator: torch.Generator, device: torch.device

@@ -24,10 +24,12 @@ from secateur.pipeline.errors import UserError
 from secateur.pipeline.files import sha256_of
 from secateur.pipeline.workloads import DIVERGENCE_SCORE, ClassCount, DataSummary, Split, networks
 from secateur.pipeline.workloads.classification.accuracies import ACCURACIES, best_balanced, top5
+from secateur.pipeline.workloads.classification.augmentation import SHIFTS, Augment, ByImage, Shifts, are_photographs
 from secateur.pipeline.workloads.classification.losses import distillation_loss
 from secateur.pipeline.workloads.data import decode, formats, paths, record, splits
 from secateur.pipeline.workloads.data.content import Damaged, Reading, kept
 from secateur.pipeline.workloads.data.notes import Tally
+from secateur.pipeline.workloads.data.seeds import draw
 from secateur.pipeline.workloads.data.sources import ArraySource, ImageData, Wanted
 from secateur.pipeline.workloads.networks import timm_zoo, torchvision_zoo
 from secateur.pipeline.workloads.networks.preparation import Preparation
@@ -75,8 +77,12 @@ class ModelOptions(Section):
 
 
 Side = Annotated[int, Field(ge=4, le=4096)]
+Share = Annotated[float, Field(gt=0, le=1)]
 OF_EVERY_SOURCE = frozenset(
-    ("source", "image_size", "channels", "mean", "std", "augment", "search_fraction", "test_fraction")
+    (
+        *("source", "image_size", "channels", "mean", "std", "search_fraction", "test_fraction"),
+        *("augment", "crop_scale", "flip", "trivial_augment", "random_erasing"),
+    )
 )
 """Keys of ``data`` that every source has."""
 
@@ -84,7 +90,7 @@ OF_EVERY_SOURCE = frozenset(
 class DataOptions(Section):
     """Where the images come from and how they are prepared."""
 
-    later = frozenset({"columns", "options"})
+    later = frozenset({"columns", "options", "crop_scale", "flip", "trivial_augment", "random_erasing"})
     source: str = "digits"
     """``folder``, ``arrays``, ``csv``, ``parquet``, ``torchvision`` or ``digits``: a format of ``workloads/data``; or
     ``auto`` = what the path looks like, which is the default where there is one."""
@@ -117,8 +123,19 @@ class DataOptions(Section):
     """Per channel, of pixels in 0..1; None = measured on the training images."""
     std: tuple[Annotated[float, Field(gt=0, le=100)], ...] | None = None
     """Per channel, of pixels in 0..1; None = measured on the training images."""
-    augment: Literal["none", "shift", "flip_shift"] = "none"
-    """shift: random shifts of up to an eighth of the side; flip_shift: left-right flips too."""
+    augment: Literal["auto"] | Augment = "auto"
+    """How training images are moved and cut. shift: random shifts of up to an eighth of the side; flip_shift: mirrored
+    too; random_resized_crop: a random part of the image, scaled to ``image_size`` and mirrored, as photographs are
+    usually trained on; none: images are as they are judged. auto = random_resized_crop where images are files that
+    differ in size and are not tiny, else none."""
+    crop_scale: tuple[Share, Share] = (0.08, 1.0)
+    """random_resized_crop: smallest and largest share of an image's area that is cut out."""
+    flip: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """How likely flip_shift and random_resized_crop mirror an image; 0 where left and right matter, as in text."""
+    trivial_augment: bool = False
+    """Whether every training image undergoes one of TrivialAugment's changes of colour or geometry besides."""
+    random_erasing: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """How likely a rectangle of a training image is painted over with the mean colour."""
     search_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """About which share of the training images is held out for the search; None = the data's own validation split
     where it has one besides the test split, else 0.1."""
@@ -141,6 +158,8 @@ class DataOptions(Section):
             raise ValueError(fault)
         if self.classes is not None and (len(self.classes) < 2 or len(set(self.classes)) < len(self.classes)):
             raise ValueError("classes needs at least two names, and each only once")
+        if self.crop_scale[0] > self.crop_scale[1]:
+            raise ValueError("crop_scale is [smallest, largest] share of the area; exchange the two")
         return self
 
 
@@ -202,6 +221,7 @@ class Classification:
         sample = opened.train.read(self.train.indices[:1])
         self.shape = (sample.shape[3], sample.shape[1], sample.shape[2])
         self.fitting = opened.fitting or decode.Fitting(self.shape[1:], "stretch")
+        self.augment = self._resolved_augment()
         parts = {"train": self.train, "search": self.search, "test": self.test}
         members = tuple(
             member
@@ -215,7 +235,7 @@ class Classification:
         self._content = None if weights is None else read_weights(weights)
         if weights is not None and options.model.weights == TORCHVISION:
             self._content = torchvision_zoo.read(self.network.name, weights)
-        content: dict[str, Any] = {"options": _told(options)}
+        content: dict[str, Any] = {"options": _told(options, self.augment)}
         content |= {"data": content_digest, "weights": None if weights is None else sha256_of(weights)}
         content |= {"decoder": decode.VERSION}
         content |= {} if prepared is None else {"preparation": prepared.facts()}
@@ -350,20 +370,51 @@ class Classification:
     def batch(
         self, split: Split, indices: Tensor, *, train: bool, generator: torch.Generator | None, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        where = split.indices[indices.numpy()]
-        pixels = torch.from_numpy(np.ascontiguousarray(split.source.read(where))).to(device)
-        targets = torch.from_numpy(split.source.labels[where]).to(device)
-        x = pixels.permute(0, 3, 1, 2)  # NHWC memory seen as NCHW = channels-last
-        x = (x.float() - self.mean.to(device)) / self.std.to(device)
-        if train and self.options.data.augment != "none":
-            x = _augment(x, self.options.data.augment == "flip_shift", generator)
-        return x.contiguous(memory_format=torch.channels_last), targets
+        seeds = draw(len(indices), generator) if train else None
+        return self.prepare(*self.read(split, indices, seeds), seeds, device)
 
     def augmented(
         self, split: Split, indices: Tensor, *, generator: torch.Generator, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """As in training."""
-        return self.batch(split, indices, train=True, generator=generator, device=device)
+        """Shifted and mirrored where training images are moved or cut: what a crop leaves of an image is harder."""
+        x, targets = self.prepare(*self.read(split, indices), None, device)
+        if self.augment != "none":
+            x = Shifts.drawn(len(x), self.shape[1:], self._flip, generator)(x)
+        return x.contiguous(memory_format=torch.channels_last), targets
+
+    def read(self, split: Split, indices: Tensor, seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        where = split.indices[indices.numpy()]
+        targets = torch.from_numpy(split.source.labels[where])
+        if seeds is not None and self._by_image.does_anything:
+            return torch.from_numpy(self._by_image.read(split, where.tolist(), seeds.tolist())), targets
+        return torch.from_numpy(np.ascontiguousarray(split.source.read(where))), targets
+
+    def prepare(
+        self, images: Tensor, targets: Tensor, seeds: Tensor | None, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        x = images.to(device, non_blocking=True).permute(0, 3, 1, 2)  # NHWC memory seen as NCHW = channels-last
+        x = (x.float() - self.mean.to(device)) / self.std.to(device)
+        if seeds is not None and self.augment in SHIFTS:
+            x = Shifts.of(seeds, self.shape[1:], self._flip)(x)
+        return x.contiguous(memory_format=torch.channels_last), targets.to(device, non_blocking=True)
+
+    def _resolved_augment(self) -> Augment:
+        """``augment``, its ``auto`` resolved."""
+        wanted = self.options.data.augment
+        if wanted != "auto":
+            return wanted
+        return "random_resized_crop" if are_photographs(self.train) else "none"
+
+    @property
+    def _flip(self) -> float:
+        return 0.0 if self.augment in ("none", "shift") else self.options.data.flip
+
+    @cached_property
+    def _by_image(self) -> ByImage:
+        data = self.options.data
+        scale = data.crop_scale if self.augment == "random_resized_crop" else None
+        colour = self.mean.flatten().tolist()
+        return ByImage(self.fitting, scale, self._flip, data.trivial_augment, data.random_erasing, colour)
 
     def loss(self, outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         return F.cross_entropy(outputs, targets, label_smoothing=label_smoothing)
@@ -445,11 +496,12 @@ def _wanted(data: DataOptions, prepared: Preparation | None) -> Wanted:
     return Wanted(size, data.channels, *([] if prepared is None else [prepared.fitting]))
 
 
-def _told(options: Options) -> dict[str, Any]:
+def _told(options: Options, augment: Augment) -> dict[str, Any]:
     """What the fingerprint says of the options: not where files are, and networks by the names they first had."""
     content = {key: value for key, value in digested(options).items() if key not in ("metric", "metrics")}
     content["model"]["name"] = renamed.first(networks.PLACE, options.model.name)
     content["data"] = {k: v for k, v in content["data"].items() if k not in ("path", "train", "test", "download")}
+    content["data"]["augment"] = augment
     return content
 
 
@@ -533,22 +585,3 @@ def _data_digest(parts: Mapping[str, Split], classes: Sequence[str], members: Se
     for split in parts.values():
         digest.update(split.source.labels[split.indices].tobytes())
     return digest.hexdigest()[:16]
-
-
-def _augment(x: Tensor, flip: bool, generator: torch.Generator | None) -> Tensor:
-    """Random shifts by up to an eighth of the side (zeros come in, as in He et al. 2016), and flips."""
-    n, _, high, wide = x.shape
-    down, across = max(1, high // 8), max(1, wide // 8)
-    padded = F.pad(x, (across, across, down, down))
-    if down == across:
-        dy, dx = torch.randint(0, 2 * down + 1, (2, n, 1), generator=generator).to(x.device)
-    else:
-        drawn = [torch.randint(0, 2 * reach + 1, (n, 1), generator=generator) for reach in (down, across)]
-        dy, dx = (numbers.to(x.device) for numbers in drawn)
-    rows = (dy + torch.arange(high, device=x.device))[:, :, None]
-    columns = dx + torch.arange(wide, device=x.device)
-    if flip:
-        mirrored = torch.rand((n, 1), generator=generator).to(x.device) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    which = torch.arange(n, device=x.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[which, rows, columns[:, None, :]].permute(0, 3, 1, 2)

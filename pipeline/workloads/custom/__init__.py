@@ -26,12 +26,13 @@ from secateur.pipeline.config.trust import in_consented_file
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.workloads import DataSummary, Postprocessing, Split
 from secateur.pipeline.workloads.classification.losses import distillation_loss
-from secateur.pipeline.workloads.custom.calls import kind, seeded
+from secateur.pipeline.workloads.custom.calls import kind
 from secateur.pipeline.workloads.custom.items import Items, carve
 from secateur.pipeline.workloads.custom.metrics import Measure
 from secateur.pipeline.workloads.custom.task import OwnCode, code_digest, make_task
 from secateur.pipeline.workloads.data.content import Reading
 from secateur.pipeline.workloads.data.record import DataRecord, digest_of, fingerprint_of, members_of, parts_of
+from secateur.pipeline.workloads.data.seeds import draw, seeded
 
 SEARCH_FRACTION = 0.1
 """Share of the training items that is held out for the search, where the run file says none."""
@@ -177,11 +178,19 @@ class Custom:
     def batch(
         self, split: Split, indices: Tensor, *, train: bool, generator: torch.Generator | None, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        source, seed = cast(Items, split.source), None
-        if train and self.code.has("augment"):
-            seed = int(torch.randint(0, 1 << 31, (), generator=generator))
-        inputs, targets = self.code.collated(source.items(split.indices[indices.numpy()].tolist(), seed))
-        return inputs.to(device).contiguous(memory_format=torch.channels_last), targets.to(device)
+        seeds = draw(len(indices), generator) if train else None
+        return self.prepare(*self.read(split, indices, seeds), seeds, device)
+
+    def read(self, split: Split, indices: Tensor, seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        drawn = None if seeds is None or not self.code.has("augment") else seeds.tolist()
+        return self.code.collated(cast(Items, split.source).items(split.indices[indices.numpy()].tolist(), drawn))
+
+    def prepare(
+        self, images: Tensor, targets: Tensor, seeds: Tensor | None, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        del seeds
+        images, targets = (tensor.to(device, non_blocking=True) for tensor in (images, targets))
+        return images.contiguous(memory_format=torch.channels_last), targets
 
     def augmented(
         self, split: Split, indices: Tensor, *, generator: torch.Generator, device: torch.device

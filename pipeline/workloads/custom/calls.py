@@ -1,8 +1,7 @@
-"""Calls into code of a user's: what fails is told with its line, and randomness begins anew."""
+"""Calls into code of a user's: what fails is told with its line."""
 
 from __future__ import annotations
 
-import random
 import sysconfig
 import traceback
 from collections.abc import Iterator
@@ -10,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,21 +41,6 @@ def blaming(what: str, fix: str = "") -> Iterator[None]:
         own = [f for f in frames if f.filename != __file__ and not _is_installed(f.filename)]
         at = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
         raise UserError(f"{what} failed: {type(error).__name__}: {error}{at}{f'; {fix}' if fix else ''}") from error
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """All usual sources of randomness begin anew from a seed, and go on after it as if nothing had been."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        random.seed(seed)
-        np.random.seed(seed % (1 << 32))
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 def _is_installed(file: str) -> bool:

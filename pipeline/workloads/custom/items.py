@@ -12,11 +12,12 @@ import torch
 
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.workloads import Split
-from secateur.pipeline.workloads.custom.calls import kind, seeded
+from secateur.pipeline.workloads.custom.calls import kind
 from secateur.pipeline.workloads.custom.task import OwnCode
 from secateur.pipeline.workloads.data import splits
 from secateur.pipeline.workloads.data.decode import Pixels
 from secateur.pipeline.workloads.data.notes import Tally, some
+from secateur.pipeline.workloads.data.seeds import seeded
 from secateur.pipeline.workloads.data.sources import ImageSource
 
 
@@ -61,21 +62,21 @@ class Items:
         """Nobody reads items without their targets."""
         raise NotImplementedError
 
-    def items(self, indices: Sequence[int], seed: int | None = None) -> list[tuple[Any, Any]]:
-        """Items as the data set gives them; augmented, each seeded by itself, where there is a seed.
+    def items(self, indices: Sequence[int], seeds: Sequence[int] | None = None) -> list[tuple[Any, Any]]:
+        """Items as the data set gives them; augmented, each by its own seed, where there are seeds.
 
         Raises:
             UserError: the task's code fails, or an item is no pair of input and target.
         """
         found = []
-        for index in indices:
+        for position, index in enumerate(indices):
             item = self._code.attempt(f"data({self.split!r})[{index}]", self.dataset.__getitem__, index)
             if not isinstance(item, tuple | list) or len(item) != 2:
                 raise UserError(
                     f"{self._code.of('data')}({self.split!r})[{index}] is {kind(item)}; return (input, target)"
                 )
-            if seed is not None:
-                with seeded(seed ^ index):
+            if seeds is not None:
+                with seeded(seeds[position]):
                     item = self._code.ask("augment", *item)
             found.append(tuple(item))
         return found

@@ -146,8 +146,24 @@ def read_file(path: Path, grey: bool = False) -> decode.Picture:
     Raises:
         UserError: it cannot be; names it.
     """
-    try:
+    with _naming(path):
         return decode.decode(path, grey)
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """Width and height of an image file as a person sees it; nothing is decoded.
+
+    Raises:
+        UserError: it is none; names it.
+    """
+    with _naming(path):
+        return decode.read_header(path).size
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (decode.DecodeError, OSError) as error:
         raise UserError(
             f"cannot read image {path}: {_why(error)}; remove or replace the file, or start a new run with "

@@ -18,7 +18,7 @@ from PIL import Image
 from secateur.device_profiles.cores import usable_cores
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.workloads.data import decode
-from secateur.pipeline.workloads.data.content import Damaged, Reading, Seen, look, read_file, without_damaged
+from secateur.pipeline.workloads.data.content import Damaged, Reading, Seen, look, read_file, read_size, without_damaged
 from secateur.pipeline.workloads.data.decode import Fitting, Pixels
 from secateur.pipeline.workloads.data.notes import Tally
 
@@ -76,6 +76,12 @@ class ImageSource(Protocol):
     def read(self, indices: npt.NDArray[np.int64]) -> Pixels:
         """Images of shape (n, height, width, channels), uint8."""
 
+    def picture(self, index: int) -> Image.Image:
+        """An image at its own size, in mode RGB or L."""
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Width and height of an image as a person sees it."""
+
 
 @dataclass(frozen=True)
 class ImageData:
@@ -120,7 +126,7 @@ class ArraySource:
     ) -> None:
         if images.ndim == 3:
             images = images[..., None]
-        self.images, self.labels, self.size, self.channels = images, labels, size, channels
+        self.images, self.labels, self.size_wanted, self.channels = images, labels, size, channels
         self.contents = contents_of(images) if contents is None else contents
         self.places = [f"{name} {index}" for index in range(len(images))]
         self.sizes: Sizes = {(images.shape[2], images.shape[1]): len(images)}
@@ -129,13 +135,23 @@ class ArraySource:
         return len(self.images)
 
     def read(self, indices: npt.NDArray[np.int64]) -> Pixels:
-        images: Pixels = np.asarray(self.images[indices])
+        images = self._coloured(np.asarray(self.images[indices]))
+        if self.size_wanted is not None and images.shape[1:3] != self.size_wanted:
+            images = np.stack([_stretched(image, self.size_wanted) for image in images])
+        return images
+
+    def picture(self, index: int) -> Image.Image:
+        return as_image(self._coloured(np.asarray(self.images[index : index + 1]))[0])
+
+    def size(self, index: int) -> tuple[int, int]:
+        del index
+        return self.images.shape[2], self.images.shape[1]
+
+    def _coloured(self, images: Pixels) -> Pixels:
         if self.channels == 3 and images.shape[3] == 1:
             images = np.repeat(images, 3, axis=3)
         if self.channels == 1 and images.shape[3] == 3:
             images = decode.luma(images)
-        if self.size is not None and images.shape[1:3] != self.size:
-            images = np.stack([_stretched(image, self.size) for image in images])
         return images
 
 
@@ -162,17 +178,24 @@ class FileSource:
         self.files, self.labels = [files[i] for i in chosen], labels[chosen]
         self.contents, self.places = [seen[i].digest for i in chosen], [places[i] for i in chosen]
         self.fitting, self.grey = wanted.fitting, wanted.channels == 1
-        self.sizes: Sizes = Counter(seen[i].size for i in chosen if seen[i].size != (0, 0))
+        self._sizes = [seen[i].size for i in chosen]
+        self.sizes: Sizes = Counter(size for size in self._sizes if size != (0, 0))
 
     def __len__(self) -> int:
         return len(self.files)
 
     def read(self, indices: npt.NDArray[np.int64]) -> Pixels:
         with ThreadPoolExecutor(usable_cores()) as pool:
-            return np.stack(list(pool.map(self._read_one, [self.files[int(i)] for i in indices])))
+            return np.stack(list(pool.map(self._read_one, indices.tolist())))
 
-    def _read_one(self, path: Path) -> Pixels:
-        return decode.Picture(self.fitting(read_file(path, self.grey).image)).pixels
+    def picture(self, index: int) -> Image.Image:
+        return read_file(self.files[index], self.grey).image
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self._sizes[index] if self._sizes[index] != (0, 0) else read_size(self.files[index])
+
+    def _read_one(self, index: int) -> Pixels:
+        return decode.Picture(self.fitting(self.picture(index))).pixels
 
 
 def labelled_files(
@@ -234,14 +257,20 @@ class DatasetSource:
         self.dataset, self.labels, self.fitting = dataset, labels, fitting
         self.mode = "L" if channels == 1 else "RGB"
         self.contents, self.places = contents, places
+        self._sizes = sizes
         self.sizes: Sizes = Counter(sizes)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def read(self, indices: npt.NDArray[np.int64]) -> Pixels:
-        images = [self.fitting(self.dataset[int(i)][0].convert(self.mode)) for i in indices]
-        return np.stack([decode.Picture(image).pixels for image in images])
+        return np.stack([decode.Picture(self.fitting(self.picture(int(i)))).pixels for i in indices])
+
+    def picture(self, index: int) -> Image.Image:
+        return self.dataset[index][0].convert(self.mode)  # type: ignore[no-any-return]
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self._sizes[index]
 
 
 def contents_of(images: npt.NDArray[Any]) -> list[bytes]:
@@ -293,5 +322,9 @@ def _gaps(present: npt.NDArray[np.int64]) -> str:
 
 
 def _stretched(image: Pixels, size: tuple[int, int]) -> Pixels:
-    picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-    return decode.Picture(decode.stretch(picture, size)).pixels
+    return decode.Picture(decode.stretch(as_image(image), size)).pixels
+
+
+def as_image(pixels: Pixels) -> Image.Image:
+    """An array of shape (height, width, 3 or 1) as an image in mode RGB or L."""
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)

@@ -6,6 +6,7 @@ after it, here. Targets are one tensor per batch, with as many rows for every im
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
@@ -27,6 +28,7 @@ from secateur.pipeline.workloads.data.content import Reading
 from secateur.pipeline.workloads.data.digit_scenes import DigitScenes
 from secateur.pipeline.workloads.data.record import DataRecord, fingerprint_of, parts_of
 from secateur.pipeline.workloads.data.scenes import SceneSource
+from secateur.pipeline.workloads.data.seeds import draw, seeded
 from secateur.pipeline.workloads.data.sources import ImageSource
 from secateur.pipeline.workloads.detection import boxes, networks, scenes, ssd
 from secateur.pipeline.workloads.detection.suppression import Detections
@@ -238,39 +240,53 @@ class Detection:
     def batch(
         self, split: Split, indices: Tensor, *, train: bool, generator: torch.Generator | None, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        return self._batch(split, indices, self._augmentation() if train else None, generator, device)
+        seeds = draw(len(indices), generator) if train else None
+        return self.prepare(*self.read(split, indices, seeds), seeds, device)
 
     def augmented(
         self, split: Split, indices: Tensor, *, generator: torch.Generator, device: torch.device
     ) -> tuple[Tensor, Tensor]:
         """Mirrored and recoloured: zooming and crops, which make objects smaller or cut them, are harder to see."""
-        return self._batch(split, indices, self._mirroring(), generator, device)
+        mirroring = self._mirroring() if self.options.input.augment == "ssd" else None
+        if mirroring is None:
+            return self.prepare(*self.read(split, indices), None, device)
+        with seeded(int(draw(1, generator))):  # one seed for all
+            return self.prepare(*self._read(split, indices, mirroring, None), None, device)
 
-    def _batch(
-        self,
-        split: Split,
-        indices: Tensor,
-        augment: v2.Compose | None,
-        generator: torch.Generator | None,
-        device: torch.device,
+    def read(self, split: Split, indices: Tensor, seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        augment = self._augmentation() if seeds is not None and self.options.input.augment == "ssd" else None
+        return self._read(split, indices, augment, seeds)
+
+    def prepare(
+        self, images: Tensor, targets: Tensor, seeds: Tensor | None, device: torch.device
     ) -> tuple[Tensor, Tensor]:
+        del seeds
+        images, targets = (tensor.to(device, non_blocking=True) for tensor in (images, targets))
+        x = (images.float() / 255 - self.mean.to(device)) / self.std.to(device)
+        return x.contiguous(memory_format=torch.channels_last), targets
+
+    def _read(
+        self, split: Split, indices: Tensor, augment: v2.Compose | None, seeds: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Images of shape (n, 3, height, width), uint8, and target rows.
+
+        Args:
+            augment: None = images stay as they are.
+            seeds: of each image; None = whatever is drawn goes on from where PyTorch's generator is.
+        """
         where = split.indices[indices.numpy()]
         source = cast(SceneSource, split.source)
-        augment = augment if self.options.input.augment == "ssd" else None
         pixels = torch.empty((len(where), 3, *self.frame), dtype=torch.uint8)
         targets = torch.full((len(where), self.most_boxes, 5), -1.0)
-        with torch.random.fork_rng(devices=[]):  # the transforms draw from torch's global generator
-            if augment is not None:
-                torch.manual_seed(int(torch.randint(0, 1 << 62, (), generator=generator)))
-            for row, (index, picture) in enumerate(zip(where.tolist(), source.read(where), strict=True)):
-                scene = _scene(picture, source.boxes(index), source.difficult(index))
+        for row, (index, picture) in enumerate(zip(where.tolist(), source.read(where), strict=True)):
+            scene = _scene(picture, source.boxes(index), source.difficult(index))
+            with contextlib.nullcontext() if seeds is None else seeded(int(seeds[row])):
                 scene = augment(scene) if augment is not None else scene
                 image = self._resized(scene["image"])
                 pixels[row] = image if augment is None else DISTORTION(image)  # colours last: fewer pixels by then
-                objects = _targets(scene)
-                targets[row, : len(objects)] = objects
-        x = (pixels.to(device).float() / 255 - self.mean.to(device)) / self.std.to(device)
-        return x.contiguous(memory_format=torch.channels_last), targets.to(device)
+            objects = _targets(scene)
+            targets[row, : len(objects)] = objects
+        return pixels, targets
 
     def _resized(self, image: Tensor) -> Tensor:
         """Shape (3, height, width), uint8."""
