@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from secateur.export import quantize
 from secateur.export.artifact import ExportedModel, describe, opset_of
 from secateur.export.errors import ExportError
+from secateur.export.qdq import Calibration
 
 OPSET = 20
 """Operator set of files, unless told otherwise; templates always have it."""
@@ -46,6 +47,7 @@ def export_onnx(
     optimize: bool = True,
     plan_digest: str = "",
     precision: str = "fp32",
+    calibration: Calibration | None = None,
     input_names: Sequence[str] = ("input",),
     output_names: Sequence[str] = ("logits",),
 ) -> ExportedModel:
@@ -56,6 +58,7 @@ def export_onnx(
         opset: operator set; below 18 the exporter converts, and an export that it could not convert is refused.
         optimize: fold constants and fuse (initializers lose their state-dict names).
         precision: a name of ``secateur.export.quantize.PRECISIONS``.
+        calibration: images that a precision of integers takes its ranges from.
 
     Raises:
         ExportError: the exporter fails, the file it wrote is not what was asked for, or there is no such precision.
@@ -71,7 +74,7 @@ def export_onnx(
         output_names=output_names,
     )
     path = Path(path)
-    write_atomically(path, make(proto).SerializeToString())
+    write_atomically(path, make(proto, calibration).SerializeToString())
     return describe(path, precision, plan_digest)
 
 

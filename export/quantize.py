@@ -9,6 +9,8 @@ from typing import Any
 import onnx
 
 from secateur.export.errors import ExportError
+from secateur.export.folding import clean
+from secateur.export.qdq import Calibration, quantise
 
 
 @dataclass(frozen=True)
@@ -16,20 +18,51 @@ class Precision:
     """How to make a network of a precision, and what it may differ by.
 
     Args:
-        make: the exported network in fp32 -> the one of this precision.
-        tolerance: the relative error that fp32 may have -> the one that this precision may have.
+        make: the exported network in fp32, and images to calibrate it with -> the one of this precision.
+        tolerance: the relative error that fp32 may have -> the one that this precision may have; inf = the error says
+            nothing, and the metric of the very file is what is compared.
+        calibrated: whether it needs images, and is cut from a quantised template.
         facts: what is known of it, for reports.
     """
 
-    make: Callable[[onnx.ModelProto], onnx.ModelProto]
+    make: Callable[[onnx.ModelProto, Calibration | None], onnx.ModelProto]
     tolerance: Callable[[float], float]
+    calibrated: bool = False
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
+def _int8(network: onnx.ModelProto, calibration: Calibration | None) -> onnx.ModelProto:
+    if calibration is None:
+        raise ExportError("int8 needs images that the ranges of activations are taken from")
+    return quantise(clean(network)[0], calibration)
+
+
+def _fp16(network: onnx.ModelProto, _: Calibration | None) -> onnx.ModelProto:
+    from onnxruntime.transformers.float16 import convert_float_to_float16  # half a second
+
+    try:
+        made: onnx.ModelProto = convert_float_to_float16(network, keep_io_types=True)
+    except Exception as error:  # it raises whatever ONNX and NumPy do
+        raise ExportError(f"ONNX Runtime cannot write the network in fp16: {error}") from error
+    return made
+
+
 PRECISIONS: Mapping[str, Precision] = {
-    "fp32": Precision(lambda network: network, lambda tolerance: tolerance, {"weight_bits": 32, "activation_bits": 32}),
+    "fp32": Precision(
+        lambda network, _: network, lambda tolerance: tolerance, facts={"weight_bits": 32, "activation_bits": 32}
+    ),
+    "fp16": Precision(
+        _fp16,
+        lambda tolerance: max(tolerance, 2e-2),
+        facts={
+            "weight_bits": 16,
+            "activation_bits": 16,
+            "note": "half the file; ONNX Runtime gains no speed by it on a CPU",
+        },
+    ),
+    "int8": Precision(_int8, lambda _: float("inf"), calibrated=True, facts={"weight_bits": 8, "activation_bits": 8}),
 }
-"""By the name that a device profile's ``precision`` has."""
+"""By the name that a run file's ``precision`` has."""
 
 
 def precision(name: str) -> Precision:

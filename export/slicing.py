@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -20,6 +21,7 @@ import torch
 from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 
+from secateur.export import pieces
 from secateur.export.artifact import ExportedModel, describe
 from secateur.export.errors import ExportError, TemplateError
 from secateur.export.onnx_export import Example, export_onnx, export_proto, optimise, write_atomically
@@ -66,20 +68,9 @@ class OnnxTemplate:
         )
         self._tensors = {tensor.name: tensor.SerializeToString() for tensor in proto.graph.initializer}
         self._kinds = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
-        self._nodes = onnx.GraphProto()
-        self._nodes.CopyFrom(proto.graph)
-        del self._nodes.initializer[:]
-        del self._nodes.value_info[:]
-        rest = onnx.ModelProto()
-        rest.CopyFrom(proto)
-        rest.ClearField("graph")
-        self._rest: bytes = rest.SerializeToString()
-        scaled = _made_of(self._nodes.node, self._arrays, graph.scaled_groups)
-        self._scaled = [
-            (i, scaled[node.input[1]], next(k for k, a in enumerate(node.attribute) if a.name == "group"))
-            for i, node in enumerate(self._nodes.node)
-            if node.op_type in ("Conv", "ConvTranspose") and node.input[1] in scaled
-        ]
+        self._rest, self._nodes = without_initializers(proto)
+        shapes = {name: array.shape for name, array in self._arrays.items()}
+        self._scaled = scaled_convolutions(self._nodes, shapes, graph.scaled_groups)
 
     @classmethod
     def export(
@@ -116,6 +107,10 @@ class OnnxTemplate:
             raise TemplateError(f"cannot read template {path}: {error}") from error
         return cls(proto, graph)
 
+    def proto(self) -> onnx.ModelProto:
+        """The dense model, whose constants follow widths."""
+        return onnx.load_model_from_string(self.slice(PruningPlan.full(self.graph.groups)))
+
     def slice(self, plan: PruningPlan, state: State | None = None) -> bytes:
         """The ONNX file of a plan.
 
@@ -136,39 +131,27 @@ class OnnxTemplate:
         """
         write_atomically(Path(path), *self._pieces(plan, state))
 
-    def _pieces(self, plan: PruningPlan, state: State | None) -> list[bytes | memoryview]:
-        cuts = self.graph.slices(plan)
-        widths: dict[str, int] = {}
-        parts: list[bytes | memoryview] = []
+    def arrays(self, plan: PruningPlan, state: State | None = None) -> dict[str, Array]:
+        """The initializers of a plan, by name; those that are as in the dense network are the template's own.
+
+        Raises:
+            TemplateError: a tensor of ``state`` fits neither the dense nor the pruned model.
+        """
+        cuts, arrays = self.graph.slices(plan), dict(self._arrays)
         for name, dense in self._arrays.items():
             value = None if state is None else state.get(name)
-            if value is None and name not in cuts:
-                parts += _field(_GRAPH_INITIALIZER, [self._tensors[name]])
+            if value is not None or name in cuts:
+                arrays[name] = _cut(name, dense, cuts.get(name, {}), value)
+        return arrays
+
+    def _pieces(self, plan: PruningPlan, state: State | None) -> pieces.Pieces:
+        arrays, parts = self.arrays(plan, state), []
+        for name, array in arrays.items():
+            if array is self._arrays[name]:
+                parts += pieces.unchanged(self._tensors[name])
             else:
-                array = _cut(name, dense, cuts.get(name, {}), value)
-                widths[name] = array.shape[0] if array.ndim else 0
-                parts += _field(_GRAPH_INITIALIZER, _tensor(name, array, self._kinds[name]))
-        nodes = self._with_groups(widths) if self._scaled else self._nodes
-        return [self._rest, *_field(_MODEL_GRAPH, [nodes.SerializeToString(), *parts])]
-
-    def _with_groups(self, widths: Mapping[str, int]) -> onnx.GraphProto:
-        """A copy of the nodes in which depthwise convolutions have as many groups as filters are left.
-
-        Args:
-            widths: filters left per weight; those it does not name keep theirs.
-        """
-        graph = onnx.GraphProto()
-        graph.CopyFrom(self._nodes)
-        for i, weight, k in self._scaled:
-            attribute = graph.node[i].attribute[k]
-            dense = self._arrays[weight].shape[0]
-            groups, rest = divmod(attribute.i * widths.get(weight, dense), dense)
-            if rest:
-                raise TemplateError(
-                    f"{weight}: {attribute.i} convolution groups cannot follow {widths[weight]} filters"
-                )
-            attribute.i = groups
-        return graph
+                parts += pieces.initializer(name, array, self._kinds[name])
+        return pieces.model(self._rest, with_groups(self._nodes, self._scaled, arrays), parts)
 
     def check(
         self, plan: PruningPlan, pruned: torch.nn.Module, example_input: Example, tolerance: float = 1e-5
@@ -180,6 +163,78 @@ class OnnxTemplate:
         """
         data = self.slice(plan, pruned.state_dict())
         return _compare(data, pruned, example_input, tolerance)
+
+
+@dataclass(frozen=True)
+class ScaledConvolution:
+    """A convolution whose number of groups follows its filters.
+
+    Args:
+        node: its position among the nodes.
+        attribute: that of ``group`` among its attributes.
+        weight: the initializer that its filters are of.
+        filters, groups: of the dense network.
+    """
+
+    node: int
+    attribute: int
+    weight: str
+    filters: int
+    groups: int
+
+
+def scaled_convolutions(
+    nodes: onnx.GraphProto, shapes: Mapping[str, tuple[int, ...]], weights: Collection[str]
+) -> list[ScaledConvolution]:
+    """The convolutions whose number of groups follows their filters.
+
+    Args:
+        shapes: of all initializers, dense.
+        weights: initializers that their filters are made of.
+    """
+    scaled = _made_of(nodes.node, shapes, weights)
+    found = []
+    for i, node in enumerate(nodes.node):
+        if node.op_type in ("Conv", "ConvTranspose") and node.input[1] in scaled:
+            weight = scaled[node.input[1]]
+            k = next(k for k, a in enumerate(node.attribute) if a.name == "group")
+            found.append(ScaledConvolution(i, k, weight, shapes[weight][0], node.attribute[k].i))
+    return found
+
+
+def with_groups(
+    nodes: onnx.GraphProto, scaled: Sequence[ScaledConvolution], arrays: Mapping[str, Array]
+) -> onnx.GraphProto:
+    """The nodes, or a copy in which depthwise convolutions have as many groups as filters are left.
+
+    Args:
+        arrays: the initializers of the plan.
+
+    Raises:
+        TemplateError: no whole number of groups has that many filters.
+    """
+    if not scaled:
+        return nodes
+    graph = onnx.GraphProto()
+    graph.CopyFrom(nodes)
+    for each in scaled:
+        filters = arrays[each.weight].shape[0]
+        groups, rest = divmod(each.groups * filters, each.filters)
+        if rest:
+            raise TemplateError(f"{each.weight}: {each.groups} convolution groups cannot follow {filters} filters")
+        graph.node[each.node].attribute[each.attribute].i = groups
+    return graph
+
+
+def without_initializers(proto: onnx.ModelProto) -> tuple[bytes, onnx.GraphProto]:
+    """The serialised model without its graph, and the graph without initializers."""
+    nodes, rest = onnx.GraphProto(), onnx.ModelProto()
+    nodes.CopyFrom(proto.graph)
+    del nodes.initializer[:]
+    del nodes.value_info[:]
+    rest.CopyFrom(proto)
+    rest.ClearField("graph")
+    return rest.SerializeToString(), nodes
 
 
 def candidate_onnx(
@@ -235,37 +290,6 @@ def _made_of(nodes: Iterable[onnx.NodeProto], initializers: Iterable[str], weigh
         if all(name in origin for name in inputs):
             origin.update(dict.fromkeys(node.output, next((origin[name] for name in inputs if origin[name]), "")))
     return {name: weight for name, weight in origin.items() if weight}
-
-
-_MODEL_GRAPH, _GRAPH_INITIALIZER = 7, 5  # field numbers in onnx.proto, fixed for ever by protobuf's rules
-_TENSOR_RAW_DATA = 9
-
-
-def _field(number: int, payload: Sequence[bytes | memoryview]) -> list[bytes | memoryview]:
-    """A length-delimited field of a protobuf message, in pieces, so that no weight is copied before it is written."""
-    return [_varint(number << 3 | 2) + _varint(sum(len(part) for part in payload)), *payload]
-
-
-def _varint(value: int) -> bytes:
-    data = bytearray()
-    while value > 127:
-        data.append(value & 127 | 128)
-        value >>= 7
-    data.append(value)
-    return bytes(data)
-
-
-def _tensor(name: str, array: Array, kind: int) -> list[bytes | memoryview]:
-    """A serialised ``TensorProto`` in pieces.
-
-    Args:
-        kind: its ``data_type``.
-    """
-    head = onnx.TensorProto(name=name, data_type=kind, dims=array.shape)
-    if array.dtype.kind not in "biuf" and array.dtype.itemsize == 1:  # several numbers in one byte, some of them
-        raise TemplateError(f"{name}: initializers of type {onnx.TensorProto.DataType.Name(kind)} cannot be cut")
-    little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-    return [head.SerializeToString(), *_field(_TENSOR_RAW_DATA, [little.reshape(-1).view(np.uint8).data])]
 
 
 def _cut(

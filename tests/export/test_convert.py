@@ -18,7 +18,9 @@ from secateur.device_profiles.runtime import Runtime
 from secateur.export import ExportError, export_onnx
 from secateur.export.convert import converted, in_format
 from secateur.export.formats import FORMATS
+from secateur.export.qdq import Calibration
 from secateur.export.quantize import PRECISIONS
+from secateur.export.verify import verify_parity
 from tests.device_profiles import matrix
 from tests.device_profiles.tiny import quick_profile, write_conv
 
@@ -108,5 +110,21 @@ def test_fp32_is_the_export_itself(tmp_path: Path):
     model, example = torch.nn.Linear(3, 2), torch.zeros(1, 3)
     exported = export_onnx(model, example, tmp_path / "a.onnx", precision="fp32")
     assert exported.precision == "fp32" and PRECISIONS["fp32"].tolerance(1e-4) == 1e-4
-    with pytest.raises(ExportError, match="cannot be exported in 'int3' so far; known: fp32"):
+    with pytest.raises(ExportError, match="cannot be exported in 'int3' so far; known: fp32, fp16, int8"):
         export_onnx(model, example, tmp_path / "b.onnx", precision="int3")
+
+
+def test_another_precision_is_one_more_argument(tmp_path: Path):
+    model, x = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2)), torch.randn(16, 8)
+    calibration = Calibration(x.numpy())
+    files = {
+        name: export_onnx(model, x[:1], tmp_path / f"{name}.onnx", precision=name, calibration=calibration)
+        for name in PRECISIONS
+    }
+    assert files["int8"].precision == "int8" and files["int8"].inputs == files["fp32"].inputs
+    assert files["fp16"].size_bytes < 0.8 * files["fp32"].size_bytes and files["fp16"].outputs == files["fp32"].outputs
+    for name, exported in files.items():
+        parity = verify_parity(exported, model, [row[None].numpy() for row in x])
+        assert parity.max_relative_error < {"fp32": 1e-5, "fp16": 2e-2, "int8": 0.1}[name]
+    with pytest.raises(ExportError, match="int8 needs images"):
+        export_onnx(model, x[:1], tmp_path / "b.onnx", precision="int8")

@@ -1,0 +1,164 @@
+"""The dense network quantised once -> the int8 file of any plan in milliseconds.
+
+The clean float template is quantised with ranges of the dense network's activations. A plan's file has the same nodes
+and ranges; its weights are cut from the current state, batch norm is folded into them, and they are quantised anew, so
+that statistics and fine-tuned weights count. (Cutting 8-bit weights instead would keep the dense network's batch norm.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+from google.protobuf.message import DecodeError
+from onnx import numpy_helper
+
+from secateur.export import pieces
+from secateur.export.errors import TemplateError
+from secateur.export.folding import clean, folded
+from secateur.export.onnx_export import write_atomically
+from secateur.export.qdq import DEQUANTISED, QUANTISED, Calibration, Requantiser, quantise
+from secateur.export.slicing import (
+    OnnxTemplate,
+    ScaledConvolution,
+    Sliceable,
+    State,
+    scaled_convolutions,
+    with_groups,
+    without_initializers,
+)
+from secateur.pruning.plan import PruningPlan
+
+Array = npt.NDArray[Any]
+
+
+class QuantisedTemplate:
+    """The dense network in int8, ready to be cut. Build it with ``QuantisedTemplate.make``.
+
+    Args:
+        template: the float network's.
+        made: what ``quantise`` made of its clean graph.
+        calibration: what with.
+
+    Raises:
+        TemplateError: the quantised file cannot be cut, or its numbers do not follow the rules they are made anew by.
+    """
+
+    def __init__(self, template: OnnxTemplate, made: onnx.ModelProto, calibration: Calibration) -> None:
+        self.template, self.calibration = template, calibration
+        graph, full = template.graph, PruningPlan.full(template.graph.groups)
+        _, self._folds = clean(template.proto())
+        dense = folded(template.arrays(full), self._folds)
+        self._again = Requantiser(made, calibration.scheme, dense)
+        self._check(made, self._again(dense))
+        self._tensors = {tensor.name: tensor.SerializeToString() for tensor in made.graph.initializer}
+        self._kinds = {tensor.name: tensor.data_type for tensor in made.graph.initializer}
+        self._rest, self._nodes = without_initializers(made)
+        self._scaled = self._scaled_convolutions(graph, dense)
+
+    @classmethod
+    def make(cls, template: OnnxTemplate, calibration: Calibration, folder: Path | None = None) -> Self:
+        """Quantise a template, or read what was made of the same network, images and scheme before.
+
+        Args:
+            folder: where files are kept, named by what they follow from.
+
+        Raises:
+            TemplateError: the quantised file cannot be cut.
+            ExportError: the network cannot be quantised at all.
+        """
+        network, _ = clean(template.proto())
+        file = folder and folder / f"template.int8-{key_of(network, calibration)}.onnx"
+        if file and file.exists():
+            with contextlib.suppress(TemplateError):
+                return cls(template, _read(file), calibration)
+        made = quantise(network, calibration)
+        if file:
+            write_atomically(file, made.SerializeToString())
+        return cls(template, made, calibration)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The weights of quantised layers, in the order of the network."""
+        order = {name: i for i, node in enumerate(self._nodes.node) for name in node.input}
+        named = [name for name, weight in self._again.weights.items() if weight.axis is not None]
+        return tuple(sorted(named, key=lambda name: order.get(name + DEQUANTISED, 0)))
+
+    def slice(self, plan: PruningPlan, state: State | None = None) -> bytes:
+        """The int8 file of a plan.
+
+        Args:
+            state: see ``OnnxTemplate.slice``.
+
+        Raises:
+            TemplateError: a tensor of ``state`` fits neither the dense nor the pruned model, or is not finite.
+        """
+        return b"".join(self._pieces(plan, state))
+
+    def write(self, plan: PruningPlan, path: str | Path, state: State | None = None) -> None:
+        """``slice`` to a file, which appears whole or not at all.
+
+        Raises:
+            TemplateError: as ``slice``.
+        """
+        write_atomically(Path(path), *self._pieces(plan, state))
+
+    def _pieces(self, plan: PruningPlan, state: State | None) -> pieces.Pieces:
+        floats = folded(self.template.arrays(plan, state), self._folds)
+        for name in self._again.weights:
+            if not np.isfinite(floats[name]).all():
+                raise TemplateError(f"{name} has NaN or infinite numbers, which 8 bits cannot hold")
+        parts: pieces.Pieces = []
+        for name, array in self._again(floats).items():
+            if array is self._again.numbers[name]:
+                parts += pieces.unchanged(self._tensors[name])
+            else:
+                parts += pieces.initializer(name, array, self._kinds[name])
+        return pieces.model(self._rest, with_groups(self._nodes, self._scaled, floats), parts)
+
+    def _scaled_convolutions(self, graph: Sliceable, dense: Mapping[str, Array]) -> list[ScaledConvolution]:
+        """As in a float file, with filters found behind the 8-bit numbers that they are stored in."""
+        stored = {f"{name}{QUANTISED}": name for name in graph.scaled_groups}
+        shapes = {n: dense[stored.get(n, n)].shape if stored.get(n, n) in dense else () for n in self._again.numbers}
+        found = scaled_convolutions(self._nodes, shapes, {*stored, *graph.scaled_groups})
+        return [replace(each, weight=stored.get(each.weight, each.weight)) for each in found]
+
+    def _check(self, made: onnx.ModelProto, again: Mapping[str, Array]) -> None:
+        """See that the quantiser's numbers are ours, but for scales that were raised for a bias."""
+        for tensor in made.graph.initializer:
+            theirs, ours = numpy_helper.to_array(tensor), again[tensor.name]
+            if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
+                raise TemplateError(f"the quantiser stores {tensor.name} in another way than is known")
+            if tensor.name.endswith("_scale") and np.any(ours < theirs * (1 - 1e-5)):
+                raise TemplateError(f"the quantiser's {tensor.name} follows another rule than is known")
+
+
+def key_of(network: onnx.ModelProto, calibration: Calibration) -> str:
+    """16 hexadecimal digits for what a quantised network follows from, the quantiser's version included."""
+    digest = hashlib.sha256(network.SerializeToString(deterministic=True))
+    digest.update(np.ascontiguousarray(calibration.images).view(np.uint8).data)
+    said = [onnxruntime.__version__, calibration.scheme, str(calibration.images.shape), *sorted(calibration.floats)]
+    digest.update("\n".join(said).encode())
+    return digest.hexdigest()[:16]
+
+
+def _read(file: Path) -> onnx.ModelProto:
+    """A template file.
+
+    Raises:
+        TemplateError: it is damaged.
+    """
+    try:
+        made = onnx.load(file)
+        onnx.checker.check_model(made)
+    except (OSError, DecodeError, onnx.checker.ValidationError) as error:
+        raise TemplateError(f"cannot read template {file}: {error}") from error
+    return made
