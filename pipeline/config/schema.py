@@ -45,6 +45,8 @@ class Distillation(Section):
 class Recipe(Section):
     """How a network is trained: SGD with Nesterov momentum, linear warm-up, cosine decay to zero."""
 
+    later = frozenset({"mixup", "cutmix"})
+    passing = frozenset({"num_workers", "cache_mb"})
     epochs: Annotated[float, Field(gt=0, le=100_000)] = 10
     """Passes over the training images; fractions count."""
     lr: Annotated[float, Field(gt=0, le=1000)] = 0.05
@@ -59,6 +61,12 @@ class Recipe(Section):
     """Epochs in which the learning rate rises from zero."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability that targets spread over all classes."""
+    mixup: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Blend the images of a batch in pairs, and their classes in the same share, which a Beta distribution with this
+    alpha draws (0.2 is usual); 0 = off. Classification only."""
+    cutmix: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Put a rectangle of one image into another, and mix their classes by its area, which a Beta distribution with this
+    alpha draws (1 is usual); 0 = off. With mixup, one of the two is drawn for each batch. Classification only."""
     clip_norm: Annotated[float, Field(gt=0, le=1e9)] | None = None
     """Largest norm of the gradient of all weights together; None = gradients are not clipped."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -67,6 +75,12 @@ class Recipe(Section):
     precision: Literal["fp32", "bf16", "auto"] = "auto"
     """bf16 = mixed precision; auto = bf16 where the hardware multiplies it natively, else fp32. Trained weights, and so
     figures, are then a little different on processors of either kind; fp32 for the same recipe on all of them."""
+    num_workers: Annotated[int, Field(ge=0, le=1024)] | None = None
+    """Processes that read training images; how many there are changes no result. None = where reading takes long, one
+    for every four cores, or, where a GPU trains, one for every core but one."""
+    cache_mb: Annotated[int, Field(ge=0, le=10**8)] | None = None
+    """Memory for training images that were read or decoded once, in MB; changes no result. None = a quarter of what is
+    free; 0 = none."""
 
 
 class DeviceSection(Section):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -34,6 +35,7 @@ from secateur.pipeline.run.opening import (
 from secateur.pipeline.run.proof import prove
 from secateur.pipeline.surroundings import home
 from secateur.pipeline.tracking.check import check_tracking
+from secateur.pipeline.training.batches import check_mixing
 from secateur.pipeline.workloads import DataSummary, Workload
 from secateur.pipeline.workloads.data.content import Reading
 from secateur.pruning.channels import ChannelGraph
@@ -154,6 +156,8 @@ def examine(
         return found
     if not begun:
         _check_images(found, workload)
+        for name, recipe in (("baseline", config.baseline), ("finetune", config.finetune)):
+            found.attempt((name,), partial(check_mixing, workload, recipe))
     example = workload.example_input()
     model = found.attempt(("workload", "model"), workload.build_model)
     if model is not None:

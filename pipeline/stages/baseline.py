@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from secateur.pipeline.config.schema import digested
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.files import sha256_of, write_whole
 from secateur.pipeline.run.facts import BaselineFacts, Facts
@@ -46,7 +47,7 @@ def _precision(run: Run) -> Precision:
 
 def _content_key(run: Run) -> str:
     """Names the weights by everything that they follow from; where precision is ``auto``, by what it is here."""
-    recipe = {**run.config.baseline.model_dump(mode="json"), "precision": _precision(run)}
+    recipe = {**digested(run.config.baseline), "precision": _precision(run)}
     follows_from = json.dumps([run.workload.fingerprint, recipe, run.config.seed, VERSION])
     return hashlib.sha256(follows_from.encode()).hexdigest()[:16]
 

@@ -147,6 +147,12 @@ class Workload(Protocol):
     test: Split
     postprocessing: Postprocessing | None
     """None where outputs are what a user wants."""
+    num_classes: int | None
+    """Classes, where every image is of one, so that images can be mixed; None = that is not so."""
+
+    @property
+    def reads_anew(self) -> bool:
+        """Whether what ``read`` gives follows from the seeds, so that an image is another one in every epoch."""
 
     @property
     def usage(self) -> Mapping[str, Any]:

@@ -29,6 +29,7 @@ from secateur.pipeline.workloads.classification.losses import distillation_loss
 from secateur.pipeline.workloads.data import decode, formats, paths, record, splits
 from secateur.pipeline.workloads.data.content import Damaged, Reading, kept
 from secateur.pipeline.workloads.data.notes import Tally
+from secateur.pipeline.workloads.data.scaling import Scaling
 from secateur.pipeline.workloads.data.seeds import draw
 from secateur.pipeline.workloads.data.sources import ArraySource, ImageData, Wanted
 from secateur.pipeline.workloads.networks import timm_zoo, torchvision_zoo
@@ -382,10 +383,14 @@ class Classification:
             x = Shifts.drawn(len(x), self.shape[1:], self._flip, generator)(x)
         return x.contiguous(memory_format=torch.channels_last), targets
 
+    @property
+    def reads_anew(self) -> bool:
+        return self._by_image.does_anything
+
     def read(self, split: Split, indices: Tensor, seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
         where = split.indices[indices.numpy()]
         targets = torch.from_numpy(split.source.labels[where])
-        if seeds is not None and self._by_image.does_anything:
+        if seeds is not None and self.reads_anew:
             return torch.from_numpy(self._by_image.read(split, where.tolist(), seeds.tolist())), targets
         return torch.from_numpy(np.ascontiguousarray(split.source.read(where))), targets
 
@@ -393,7 +398,7 @@ class Classification:
         self, images: Tensor, targets: Tensor, seeds: Tensor | None, device: torch.device
     ) -> tuple[Tensor, Tensor]:
         x = images.to(device, non_blocking=True).permute(0, 3, 1, 2)  # NHWC memory seen as NCHW = channels-last
-        x = (x.float() - self.mean.to(device)) / self.std.to(device)
+        x = self._scaled(x.float())
         if seeds is not None and self.augment in SHIFTS:
             x = Shifts.of(seeds, self.shape[1:], self._flip)(x)
         return x.contiguous(memory_format=torch.channels_last), targets.to(device, non_blocking=True)
@@ -408,6 +413,10 @@ class Classification:
     @property
     def _flip(self) -> float:
         return 0.0 if self.augment in ("none", "shift") else self.options.data.flip
+
+    @cached_property
+    def _scaled(self) -> Scaling:
+        return Scaling(self.mean, self.std)
 
     @cached_property
     def _by_image(self) -> ByImage:

@@ -99,6 +99,7 @@ class Custom:
     """
 
     search_metric_is_open = search_augmented = False
+    num_classes: int | None = None
 
     def __init__(self, options: Options, code: OwnCode, text: str, reading: Reading = Reading()) -> None:  # noqa: B008
         self.options, self.code = options, code
@@ -181,8 +182,12 @@ class Custom:
         seeds = draw(len(indices), generator) if train else None
         return self.prepare(*self.read(split, indices, seeds), seeds, device)
 
+    @property
+    def reads_anew(self) -> bool:
+        return self.code.has("augment")
+
     def read(self, split: Split, indices: Tensor, seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        drawn = None if seeds is None or not self.code.has("augment") else seeds.tolist()
+        drawn = seeds.tolist() if seeds is not None and self.reads_anew else None
         return self.code.collated(cast(Items, split.source).items(split.indices[indices.numpy()].tolist(), drawn))
 
     def prepare(

@@ -43,12 +43,12 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from secateur.device_profiles.cores import usable_cores
 from secateur.pipeline.config.faults import known
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.workloads.data import record, splits
 from secateur.pipeline.workloads.data.content import Damaged, Reading, Seen, look, read_file, without_damaged
 from secateur.pipeline.workloads.data.decode import Pixels, turned_box
+from secateur.pipeline.workloads.data.decoded import Decoded, threads
 from secateur.pipeline.workloads.data.notes import Tally, some
 from secateur.pipeline.workloads.data.sources import Sizes
 
@@ -179,7 +179,9 @@ class FileScenes:
         self.contents = [
             hashlib.sha256(one.digest + scene.digest.encode()).digest() for one, scene in zip(seen, scenes, strict=True)
         ]
-        self.sizes: Sizes = Counter(one.size for one in seen)
+        self._sizes = [one.size for one in seen]
+        self.sizes: Sizes = Counter(self._sizes)
+        self._decoded: Decoded | None = None
         self.classes, self.notes = classes, notes
         self._boxes, self._difficult = boxes, difficult
 
@@ -187,8 +189,21 @@ class FileScenes:
         return len(self.files)
 
     def read(self, indices: Indices) -> list[Pixels]:
-        with ThreadPoolExecutor(usable_cores()) as pool:
-            return list(pool.map(lambda file: read_file(file).pixels, [self.files[int(i)] for i in indices]))
+        with ThreadPoolExecutor(threads()) as pool:
+            return list(pool.map(self._read_one, indices.tolist()))
+
+    def _read_one(self, index: int) -> Pixels:
+        if self._decoded is None:
+            return read_file(self.files[index]).pixels
+        return self._decoded.get(index, lambda: read_file(self.files[index]).pixels)
+
+    def keep(self, indices: Indices, room: int) -> None:
+        """Keep these images in so many bytes of memory, which forked processes share, once they are decoded."""
+        if self._decoded is None:
+            self._decoded = Decoded({i: self._sizes[i] for i in indices.tolist()}, 3, room)
+
+    def forget(self) -> None:
+        self._decoded = None
 
     def boxes(self, index: int) -> Boxes:
         return self._boxes[index]

@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from secateur.device_profiles.cores import usable_cores
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.workloads.data import decode
 from secateur.pipeline.workloads.data.content import Damaged, Reading, Seen, look, read_file, read_size, without_damaged
 from secateur.pipeline.workloads.data.decode import Fitting, Pixels
+from secateur.pipeline.workloads.data.decoded import Decoded, threads
 from secateur.pipeline.workloads.data.notes import Tally
 
 Labels = npt.NDArray[np.int64]
@@ -82,6 +82,9 @@ class ImageSource(Protocol):
     def size(self, index: int) -> tuple[int, int]:
         """Width and height of an image as a person sees it."""
 
+    # A source may have ``in_memory``: reading costs next to nothing; and ``keep(indices, room)`` and ``forget()``: keep
+    # these images in so many bytes of memory, that forked processes share, once they are decoded.
+
 
 @dataclass(frozen=True)
 class ImageData:
@@ -140,6 +143,11 @@ class ArraySource:
             images = np.stack([_stretched(image, self.size_wanted) for image in images])
         return images
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether reading is no more than copying."""
+        return self.size_wanted in (None, self.images.shape[1:3]) and not isinstance(self.images, np.memmap)
+
     def picture(self, index: int) -> Image.Image:
         return as_image(self._coloured(np.asarray(self.images[index : index + 1]))[0])
 
@@ -180,16 +188,26 @@ class FileSource:
         self.fitting, self.grey = wanted.fitting, wanted.channels == 1
         self._sizes = [seen[i].size for i in chosen]
         self.sizes: Sizes = Counter(size for size in self._sizes if size != (0, 0))
+        self._decoded: Decoded | None = None
 
     def __len__(self) -> int:
         return len(self.files)
 
     def read(self, indices: npt.NDArray[np.int64]) -> Pixels:
-        with ThreadPoolExecutor(usable_cores()) as pool:
+        with ThreadPoolExecutor(threads()) as pool:
             return np.stack(list(pool.map(self._read_one, indices.tolist())))
 
     def picture(self, index: int) -> Image.Image:
-        return read_file(self.files[index], self.grey).image
+        if self._decoded is None:
+            return read_file(self.files[index], self.grey).image
+        return as_image(self._decoded.get(index, lambda: read_file(self.files[index], self.grey).pixels))
+
+    def keep(self, indices: npt.NDArray[np.int64], room: int) -> None:
+        if self._decoded is None:
+            self._decoded = Decoded({i: self.size(i) for i in indices.tolist()}, 1 if self.grey else 3, room)
+
+    def forget(self) -> None:
+        self._decoded = None
 
     def size(self, index: int) -> tuple[int, int]:
         return self._sizes[index] if self._sizes[index] != (0, 0) else read_size(self.files[index])

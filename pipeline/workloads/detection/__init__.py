@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import numpy as np
@@ -27,6 +28,7 @@ from secateur.pipeline.workloads.data import decode
 from secateur.pipeline.workloads.data.content import Reading
 from secateur.pipeline.workloads.data.digit_scenes import DigitScenes
 from secateur.pipeline.workloads.data.record import DataRecord, fingerprint_of, parts_of
+from secateur.pipeline.workloads.data.scaling import Scaling
 from secateur.pipeline.workloads.data.scenes import SceneSource
 from secateur.pipeline.workloads.data.seeds import draw, seeded
 from secateur.pipeline.workloads.data.sources import ImageSource
@@ -130,6 +132,7 @@ class Detection:
     """Detector, scenes, multibox loss and mean average precision."""
 
     metric = "map50"
+    num_classes: int | None = None
     SEARCH: ClassVar[Mapping[str, str]] = {"loss": "loss_score", "divergence": DIVERGENCE_SCORE}
 
     def __init__(self, options: Options, reading: Reading) -> None:
@@ -247,14 +250,18 @@ class Detection:
         self, split: Split, indices: Tensor, *, generator: torch.Generator, device: torch.device
     ) -> tuple[Tensor, Tensor]:
         """Mirrored and recoloured: zooming and crops, which make objects smaller or cut them, are harder to see."""
-        mirroring = self._mirroring() if self.options.input.augment == "ssd" else None
+        mirroring = self._mirroring() if self.reads_anew else None
         if mirroring is None:
             return self.prepare(*self.read(split, indices), None, device)
         with seeded(int(draw(1, generator))):  # one seed for all
             return self.prepare(*self._read(split, indices, mirroring, None), None, device)
 
+    @property
+    def reads_anew(self) -> bool:
+        return self.options.input.augment == "ssd"
+
     def read(self, split: Split, indices: Tensor, seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        augment = self._augmentation() if seeds is not None and self.options.input.augment == "ssd" else None
+        augment = self._augmentation() if seeds is not None and self.reads_anew else None
         return self._read(split, indices, augment, seeds)
 
     def prepare(
@@ -262,8 +269,11 @@ class Detection:
     ) -> tuple[Tensor, Tensor]:
         del seeds
         images, targets = (tensor.to(device, non_blocking=True) for tensor in (images, targets))
-        x = (images.float() / 255 - self.mean.to(device)) / self.std.to(device)
-        return x.contiguous(memory_format=torch.channels_last), targets
+        return self._scaled(images.float() / 255).contiguous(memory_format=torch.channels_last), targets
+
+    @cached_property
+    def _scaled(self) -> Scaling:
+        return Scaling(self.mean, self.std)
 
     def _read(
         self, split: Split, indices: Tensor, augment: v2.Compose | None, seeds: Tensor | None

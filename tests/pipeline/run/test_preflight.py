@@ -166,6 +166,14 @@ def test_a_run_begins_with_the_same_check(case: str, tmp_path: Path) -> None:
     assert not (directory / "journal.jsonl").exists()
 
 
+def test_a_detector_whose_images_are_to_be_mixed_is_refused(tmp_path: Path) -> None:
+    data = {"source": "digits", "image_size": 64, "scenes": 40}
+    section = {"name": "detection", "model": {"name": "small_ssd", "options": {"width": 8}}, "data": data}
+    config = tiny_config(tmp_path, finetune={"mixup": 0.2}, search={"images": 3}, export={"parity_images": 3})
+    faults = examine(config.model_copy(update={"workload": section})).faults
+    assert [(fault.place, "mixup and cutmix" in fault.message) for fault in faults] == [(("finetune",), True)]
+
+
 def test_a_sound_run_has_no_fault(tmp_path: Path) -> None:
     found = examine(tiny_config(tmp_path))
     assert found.faults == []
