@@ -26,7 +26,7 @@ from secateur.export.artifact import ExportedModel, describe
 from secateur.export.errors import ExportError, TemplateError
 from secateur.export.onnx_export import Example, export_onnx, export_proto, optimise, write_atomically
 from secateur.export.shapes import follow_widths
-from secateur.export.verify import Parity, verify_parity
+from secateur.export.verify import TOLERANCE, Parity, verify_parity
 from secateur.pruning.plan import ChannelGroup, PruningPlan
 
 Array = npt.NDArray[Any]
@@ -154,7 +154,7 @@ class OnnxTemplate:
         return pieces.model(self._rest, with_groups(self._nodes, self._scaled, arrays), parts)
 
     def check(
-        self, plan: PruningPlan, pruned: torch.nn.Module, example_input: Example, tolerance: float = 1e-5
+        self, plan: PruningPlan, pruned: torch.nn.Module, example_input: Example, tolerance: float = TOLERANCE
     ) -> Parity:
         """Cut to ``plan`` and compare with the torch model that was pruned by it.
 
@@ -245,7 +245,7 @@ def candidate_onnx(
     path: str | Path,
     *,
     optimised: bool = False,
-    tolerance: float = 1e-5,
+    tolerance: float = TOLERANCE,
 ) -> ExportedModel:
     """The ONNX file of a pruned model: cut from the template and compared with the model, or exported afresh.
 
