@@ -222,7 +222,11 @@ class Workload(Protocol):
         """What fine-tuning adds to the loss for a teacher: how far its softened outputs are from the student's."""
 
     def answers(self, outputs: Tensor, targets: Tensor, *, brief: bool = False) -> Tensor:
-        """What metrics need of a batch's outputs, shape (n, ...); ``brief`` = only what ``search_metric`` needs."""
+        """What metrics need of a batch's outputs, shape (n, ...).
+
+        Args:
+            brief: only what ``loss`` and ``search_metric`` need; only ``loss``, where the latter is ``metric``.
+        """
 
     def metrics(self, answers: Tensor, targets: Tensor) -> Mapping[str, float]:
         """Metrics of all answers of a split at once (``top1``, ``loss``)."""
