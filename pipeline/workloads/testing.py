@@ -200,10 +200,11 @@ def check_loss(opened: Opened) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         other = teacher + teacher.abs().mean().clamp(min=0.1) * torch.randn_like(teacher)
-    for name, made in (
-        ("loss", lambda outputs: work.loss(outputs, opened.targets)),
-        ("distillation", lambda outputs: work.distillation(outputs, teacher, 2.0)),
-    ):
+    losses: dict[str, Callable[[Tensor], Tensor]] = {
+        "loss": lambda outputs: work.loss(outputs, opened.targets),
+        "distillation": lambda outputs: work.distillation(outputs, teacher, 2.0),
+    }
+    for name, made in losses.items():
         outputs = other.clone().requires_grad_()
         value = made(outputs)
         assert value.ndim == 0 and bool(torch.isfinite(value)), f"{name}() gives no finite scalar"
