@@ -14,11 +14,14 @@ Any request may have "timeout_s", "run_id", "work" (folder for files this call l
 the worker's Python), "parent_pid" (the client, where it runs on this machine), "runtime" (its name; onnxruntime) and
 "runtime_file" (where that lies; ``runtimes/NAME.py`` beside this file).
 
+A model may have "precision" (fp32): what its layers of floating point are to compute in.
+
 A runtime is a file of functions. ``facts()`` imports it and gives its ``version`` and ``providers``;
 ``load(path, threads, provider)`` gives a session, of which ``inputs(session)`` tells names, shapes and number types,
 ``outputs(session)`` the names, and ``run(session, feeds)`` the arrays. Where it has them, ``provider(session)`` tells
-which provider is really used, ``profile(path, threads, provider, feeds, folder)`` times single nodes, and
-``explain(error, name, version)`` puts its exceptions into words.
+which provider is really used, ``precision(session)`` what is really computed in (``fp32``, or several: ``fp32+int8``),
+``profile(path, threads, provider, feeds, folder)`` times single nodes, and ``explain(error, name, version)`` puts its
+exceptions into words. Where ``PRECISIONS`` names others than fp32, ``load`` takes one of them as ``precision``.
 
 This process supervises; what is measured runs in a fresh worker process (``--worker``), a session of its own, which
 the kernel kills when this process dies. **stdin is the dead-man switch**: its end means that the client is gone, and
@@ -90,6 +93,7 @@ CRASHES = (signal.SIGILL, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.S
 DTYPES = ("float32", "float16", "float64", "uint8", "int8", "int32", "int64", "bool")
 RUNTIME = "onnxruntime"
 CPU = "CPUExecutionProvider"  # the word for the processor, whatever the runtime
+FP32, INT8 = "fp32", "int8"
 Request = Dict[str, Any]
 
 
@@ -275,6 +279,8 @@ def _wrong_models(request: Request) -> List[str]:
         return ["models[].name/path/sha256"]
     if len({m["name"] for m in models}) < len(models):
         return ["models[].name (each once)"]
+    if not all(isinstance(m.get("precision", ""), str) for m in models):
+        return ["models[].precision"]
     return ["models (infer takes one)"] if request["op"] == "infer" and len(models) > 1 else []
 
 
@@ -1116,7 +1122,7 @@ class Runner:
         rss = _reset_peak()
         t0 = time.perf_counter_ns()
         try:
-            self.session = runtime.module.load(self.path, request["threads"], request["provider"])
+            self.session = runtime.load(model, request["threads"], request["provider"])
             t1 = time.perf_counter_ns()
             inputs = runtime.module.inputs(self.session)
             self.feed = {name: _random_input(name, shape, kind, request["seed"]) for name, shape, kind in inputs}
@@ -1130,7 +1136,7 @@ class Runner:
         if self.provider != request["provider"]:
             detail = "%s runs on %s, not on %s" % (self.name, self.provider, request["provider"])
             raise AgentError("model-load", detail)
-        self.facts["load_ms"] = (t1 - t0) / 1e6
+        self.facts.update(runtime.precision(self.session, model), load_ms=(t1 - t0) / 1e6)
         if warm:
             self.first_call()
         peak = _status_bytes("VmHWM")
@@ -1347,6 +1353,39 @@ class Runtime:
     def provider(self, session: Any) -> str:
         """What a session really uses; a runtime that does not tell uses the CPU."""
         return str(self.module.provider(session)) if hasattr(self.module, "provider") else CPU
+
+    def load(self, model: Dict[str, str], threads: int, provider: str) -> Any:
+        """A session that computes in what the model asks for.
+
+        Raises:
+            AgentError: ``model-load``: this runtime cannot be told to.
+        """
+        asked, known = model.get("precision", FP32), list(getattr(self.module, "PRECISIONS", [FP32]))
+        if asked not in known:
+            detail = "%s: the runtime %s computes in %s, not in %s" % (
+                model["name"],
+                self.name,
+                ", ".join(known),
+                asked,
+            )
+            raise AgentError("model-load", detail)
+        return self.module.load(model["path"], threads, provider, **({} if asked == FP32 else {"precision": asked}))
+
+    def precision(self, session: Any, model: Dict[str, str]) -> Dict[str, str]:
+        """What was asked for and, where the runtime tells, what is really computed in.
+
+        Raises:
+            AgentError: ``model-load``: that is another precision.
+        """
+        asked = model.get("precision", FP32)
+        if not hasattr(self.module, "precision"):
+            return {"precision_asked": asked}
+        used = str(self.module.precision(session))
+        parts = set(filter(None, used.split("+")))
+        if parts - {asked, FP32, INT8} or parts == {FP32} != {asked}:  # quantised files compute in int8 by themselves
+            detail = "%s: %s computes in %s, where %s was asked for" % (model["name"], self.name, used, asked)
+            raise AgentError("model-load", detail)
+        return {"precision_asked": asked, "precision_used": used} if used else {"precision_asked": asked}
 
     def error(self, code: str, name: str, error: Exception) -> AgentError:
         """What an exception over a model means, with the fix; ``code`` where it is none of the known causes."""

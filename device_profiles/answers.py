@@ -96,6 +96,8 @@ class SamplesAnswer(_Answer):
     warmup_calls: Annotated[int, Field(ge=0, le=MAX_CALLS)] | None = None
     steady: bool | None = None
     energy_mj: Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)] | None = None
+    precision_asked: Text | None = None
+    precision_used: Text | None = None
     nodes: Annotated[tuple[NodeAnswer, ...], Field(max_length=MAX_NODES), BeforeValidator(_tuple)] = ()
 
     @model_validator(mode="after")

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from secateur.device_profiles.agent import EXIT_CODES
 from secateur.device_profiles.errors import DeviceError
-from secateur.device_profiles.profile import DeviceProfile
-from secateur.device_profiles.runtime import Runtime, runtime_of
+from secateur.device_profiles.profile import RUNTIMES, DeviceProfile
+from secateur.device_profiles.runtime import Runtime, runtime_named, runtime_of
 from secateur.device_profiles.target import adding, is_template, needs
 from secateur.device_profiles.wording import command
 
@@ -77,7 +77,8 @@ def judge(
         Check("agent", "ok", f"answers (protocol {answer.get('protocol', '?')})"),
     ]
     checks += _python(device, runtime_of(profile))
-    checks += _runtime(profile, _section(answer, "runtime"), newest or {}, str(limits.get("libc", "")))
+    checks += _runtime(profile, _section(answer, "runtime"), newest or {}, now)
+    checks += _holds(now)
     checks += _architecture(profile, device)
     checks += _cores(profile, limits)
     checks += _room(limits)
@@ -130,30 +131,31 @@ def _failure(profile: DeviceProfile, error: DeviceError) -> Iterator[Check]:
 
 
 def _python(device: Mapping[str, Any], runtime: Runtime) -> Iterator[Check]:
-    wheels = runtime.wheels.get("python", OLDEST_PYTHON)
+    wheels = runtime.oldest_python or OLDEST_PYTHON
     version = str(device.get("python", ""))
     if not version:
         return
     if _version(version) < OLDEST_PYTHON:
         yield Check("python", "missing", version, "the agent needs Python 3.8 or newer; set connect.python")
     elif _version(version) < wheels:
-        needed = ".".join(map(str, wheels))
-        fix = f"the {runtime.name} of today needs Python {needed}; this one gets an older one"
+        fix = f"the {runtime.name} of today needs Python {_dotted(wheels)}; this one gets an older one"
         yield Check("python", "warning", version, fix)
     else:
         yield Check("python", "ok", version)
 
 
 def _runtime(
-    profile: DeviceProfile, runtime: Mapping[str, Any], newest: Mapping[str, str], libc: str
+    profile: DeviceProfile, runtime: Mapping[str, Any], newest: Mapping[str, str], device: Mapping[str, Any]
 ) -> Iterator[Check]:
     kind = runtime_of(profile)
     code = str(runtime.get("error") or ("missing-runtime" if not runtime.get(kind.name) else ""))
     if code:
-        fix, glibc = _runtime_fix(code, profile), kind.wheels.get("glibc", ())
-        if libc.startswith("glibc") and _version(libc) < glibc:
-            fix += f"; its wheels need glibc {'.'.join(map(str, glibc))}, this device has {libc}"
+        fix = "; ".join(filter(None, [_runtime_fix(code, profile), _unfit(kind, device)]))
         yield Check(kind.name, "missing", str(runtime.get("detail") or code), fix)
+        return
+    if _version(str(runtime[kind.name])) < kind.oldest:
+        fix = f"install {kind.name} {_dotted(kind.oldest)} or newer there; files are written for that"
+        yield Check(kind.name, "missing", str(runtime[kind.name]), fix)
         return
     for package in (kind.name, "numpy"):
         version, known = str(runtime.get(package, "")), newest.get(package, "")
@@ -171,6 +173,37 @@ def _runtime(
         yield Check("provider", "missing", f"no {profile.provider}; there are {', '.join(providers)}", fix)
     elif providers:
         yield Check("provider", "ok", profile.provider)
+
+
+def _holds(device: Mapping[str, Any]) -> Iterator[Check]:
+    """Which runtimes this device can hold, of those that say what their wheels need."""
+    if not all(device.get(key) for key in ("machine", "python", "libc")):
+        return
+    stated = [runtime_named(name) for name, module in RUNTIMES.loaded().items() if hasattr(module, "WHEELS")]
+    reasons = {runtime.name: _unfit(runtime, device, python=True) for runtime in stated}
+    text = f"can hold {', '.join(name for name, reason in reasons.items() if not reason) or 'none by their wheels'}"
+    yield Check("runtimes", "ok", "; ".join([text, *(f"not {name}: {r}" for name, r in reasons.items() if r)]))
+
+
+def _unfit(runtime: Runtime, device: Mapping[str, Any], python: bool = False) -> str:
+    """Why today's wheels of a runtime do not fit a device; empty where they do, or nothing is known.
+
+    Args:
+        python: whether its Python is looked at, too.
+    """
+    machine, libc = str(device.get("machine", "")), str(device.get("libc", ""))
+    glibc = runtime.oldest_glibc(MACHINES.get(machine, machine))
+    if glibc is None:
+        return f"there is no wheel for {machine}"
+    if libc.startswith("glibc") and _version(libc) < glibc:
+        return f"its wheels need glibc {_dotted(glibc)}, this device has {libc}"
+    if python and _version(str(device.get("python", ""))) < runtime.oldest_python:
+        return f"its wheels need Python {_dotted(runtime.oldest_python)}"
+    return ""
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 def _runtime_fix(code: str, profile: DeviceProfile) -> str:

@@ -81,6 +81,9 @@ class ModelSamples:
         steady: whether the warm-up ended because calls had become steady.
         energy_mj: millijoules of one call, alone; None where the device counts no energy.
         nodes: per operator, where a profile was asked for.
+        precision_asked: what layers of floating point were to compute in; None in results of earlier versions.
+        precision_used: what layers really computed in, ``fp32`` or several as ``fp32+int8``; None where the runtime
+            does not tell.
     """
 
     wall_ms: tuple[float, ...]
@@ -93,6 +96,8 @@ class ModelSamples:
     steady: bool | None = None
     energy_mj: float | None = None
     nodes: tuple[Node, ...] = ()
+    precision_asked: str | None = None
+    precision_used: str | None = None
 
 
 @dataclass(frozen=True)
@@ -223,6 +228,10 @@ class BenchmarkResult:
         known = [value for value in energies if value is not None]
         return float(np.median(known)) if known else None
 
+    def precision(self, name: str) -> str | None:
+        """What a model's layers really computed in; None where the runtime does not tell."""
+        return self.processes[-1].models[name].precision_used
+
     @property
     def environment(self) -> Mapping[str, Any]:
         """The device as the last process saw it."""
@@ -345,6 +354,7 @@ def measure(
     seconds: float | None = None,
     until: Callable[[BenchmarkResult], bool] | None = None,
     inputs: Path | None = None,
+    precisions: Mapping[str, str] | None = None,
 ) -> BenchmarkResult:
     """Time ONNX files on a device, interleaved, in as many fresh processes as the tier asks for.
 
@@ -364,6 +374,7 @@ def measure(
             it was made for; ends at the tier's ``max_processes`` anyway.
         inputs: ``.npz`` with an array for every input of the models, where their latency depends on the values; None =
             random ones.
+        precisions: name -> what a model's layers of floating point are to compute in, where that is not fp32.
 
     Raises:
         DeviceError: no models, a missing file, a device whose times mean nothing, or whatever the target reports.
@@ -382,7 +393,9 @@ def measure(
     request: dict[str, Any] = {
         "protocol": PROTOCOL,
         "op": "benchmark",
-        "models": [{"name": name, "path": places[name], "sha256": digests[name]} for name in models],
+        "models": [
+            {"name": name, "path": places[name], "sha256": digests[name], **_asked(name, precisions)} for name in models
+        ],
         **runtime_field(profile),
         "provider": profile.provider,
         "threads": profile.threads,
@@ -427,6 +440,12 @@ def measure(
         if progress:
             progress(len(result.processes), max(rules.processes, len(result.processes)))
     return result
+
+
+def _asked(name: str, precisions: Mapping[str, str] | None) -> dict[str, str]:
+    """What a request says of a model's precision: nothing where it is fp32."""
+    asked = (precisions or {}).get(name, "fp32")
+    return {} if asked == "fp32" else {"precision": asked}
 
 
 def _enough(

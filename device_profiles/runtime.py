@@ -3,7 +3,7 @@ its file.
 
 The file goes to the device beside the agent (see ``agent.py`` for the functions it has) and imports nothing of ours.
 Here it is asked for its ``FORMAT`` (a module of ``secateur.export.formats``) and, where the defaults of ``Runtime`` do
-not fit, for ``PACKAGES``, ``WHEELS`` and ``INSTALL_HINT``.
+not fit, for ``PACKAGES``, ``WHEELS``, ``OLDEST``, ``PRECISIONS`` and ``INSTALL_HINT``.
 """
 
 from __future__ import annotations
@@ -38,9 +38,32 @@ class Runtime:
         return str(self.module.FORMAT)
 
     @property
-    def wheels(self) -> Mapping[str, tuple[int, ...]]:
-        """``python`` and ``glibc`` that its published wheels need, as far as it says. ``WHEELS``; none by default."""
-        return getattr(self.module, "WHEELS", {})
+    def oldest_python(self) -> tuple[int, ...]:
+        """That today's wheels are for; empty where it does not say. ``WHEELS["python"]``."""
+        return tuple(getattr(self.module, "WHEELS", {}).get("python", ()))
+
+    @property
+    def oldest(self) -> tuple[int, ...]:
+        """The oldest version that its file works with. ``OLDEST``; empty by default: any."""
+        return tuple(getattr(self.module, "OLDEST", ()))
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """What it can be told to compute in. ``PRECISIONS``; fp32 by default."""
+        return tuple(getattr(self.module, "PRECISIONS", ("fp32",)))
+
+    def oldest_glibc(self, machine: str) -> tuple[int, ...] | None:
+        """That today's wheels need; empty where it does not say, None where there is no wheel for such a machine.
+
+        ``WHEELS["glibc"]``: machine, as ``platform.machine()`` gives it, to version; or one version for all.
+
+        Args:
+            machine: empty = unknown.
+        """
+        stated = getattr(self.module, "WHEELS", {}).get("glibc", ())
+        if not isinstance(stated, Mapping):
+            return tuple(stated)
+        return stated.get(machine) if machine else ()
 
     @property
     def install_hint(self) -> str:

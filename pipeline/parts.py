@@ -17,6 +17,8 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     ),
     "detection": ("faster_coco_eval",),
     "timm": ("timm",),
+    "openvino": ("openvino",),
+    "ncnn": ("ncnn", "pnnx"),
     "postgres": ("psycopg2",),
     "dask": ("distributed", "prefect_dask"),
     "ray": ("prefect_ray", "ray"),

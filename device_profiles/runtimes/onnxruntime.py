@@ -20,7 +20,8 @@ PACKAGES = {
     "OpenVINOExecutionProvider": "onnxruntime-openvino",
     "QNNExecutionProvider": "onnxruntime-qnn",
 }
-WHEELS = {"python": (3, 11), "glibc": (2, 28)}
+WHEELS = {"python": (3, 11), "glibc": {"x86_64": (2, 28), "aarch64": (2, 28)}}
+OLDEST = (1, 17)  # the first that reads operator set 20
 INSTALL_HINT = "on armv7 and riscv64, where there is no wheel, Debian's python3-onnxruntime (trixie or newer)"
 DTYPES = {
     "tensor(float)": "float32",

@@ -15,7 +15,7 @@ from secateur.device_profiles.targets.local import LocalTarget
 from secateur.device_profiles.testing import check_kind_of_target, check_runtime, check_target
 from secateur.export.formats import FORMATS
 from secateur.export.testing import check_format
-from tests.device_profiles.tiny import quick_profile, write_conv
+from tests.device_profiles.tiny import quick_profile, skip_without, write_conv
 from tests.seams.things import FORMAT, RUNTIME, TARGET
 
 CONNECT: dict[str, dict[str, Any]] = {"local": {}, "ssh": {"host": "lab", "port": 22}}
@@ -80,6 +80,7 @@ def test_a_target_that_breaks_a_promise_is_told(kind: type[LocalTarget], told: s
 
 @pytest.mark.parametrize("name", RUNTIMES.names())
 def test_a_runtime_gives_what_the_agent_needs(name: str, tmp_path: Path) -> None:
+    skip_without(name)
     module = RUNTIMES.load(name)
     file = tmp_path / "m"
     FORMATS.load(module.FORMAT).write(write_conv(tmp_path / "m.onnx"), file)
@@ -112,6 +113,7 @@ def test_a_runtime_from_elsewhere_is_checked_alike(good: str, bad: str, tmp_path
 
 @pytest.mark.parametrize("name", FORMATS.names())
 def test_a_format_is_written_alike_each_time(name: str, tmp_path: Path) -> None:
+    skip_without(name)
     (tmp_path / "out").mkdir()
     check_format(FORMATS.load(name), write_conv(tmp_path / "m.onnx"), tmp_path / "out")
 

@@ -122,6 +122,27 @@ def test_whatever_is_wrong_is_named_with_its_fix(changes: dict[str, Any], name: 
     assert all(c.status == "ok" for c in checks if c.name != name)
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, "can hold ncnn, onnxruntime, openvino"),
+        ({"limits__libc": "glibc 2.31"}, "not openvino: its wheels need glibc 2.35, this device has glibc 2.31"),
+        ({"device__machine": "armv7l"}, "can hold ncnn; not onnxruntime: there is no wheel for armv7l; not openvino"),
+        ({"device__python": "3.9.2"}, "can hold ncnn; not onnxruntime: its wheels need Python 3.11; not openvino"),
+        ({"device__machine": "riscv64"}, "can hold none by their wheels; not ncnn: there is no wheel for riscv64"),
+    ],
+)
+def test_what_a_board_can_hold_is_said(changes: dict[str, Any], says: str):
+    check = found(judge(board(), answer(**changes), NEWEST), "runtimes")
+    assert check.status == "ok" and says in check.found
+
+
+def test_a_runtime_that_is_older_than_its_file_works_with_is_missing():
+    told = answer(runtime={"openvino": "2022.3.1", "numpy": "2.4.1", "providers": ["CPUExecutionProvider"]})
+    check = found(judge(board(runtime="openvino"), told), "openvino")
+    assert check.status == "missing" and "install openvino 2023.1 or newer" in check.fix
+
+
 def test_what_the_device_does_not_tell_is_left_out():
     bare = {"protocol": 2, "device": {"host": "kitchen"}, "runtime": GOOD["runtime"]}
     checks = judge(board(), bare)

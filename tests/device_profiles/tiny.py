@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from secateur.device_profiles import BenchmarkResult, DeviceProfile, Tier
 from secateur.device_profiles.measure import ModelSamples, Process
 
 QUICK = Tier(processes=1, warmup=1, min_repeats=5, min_seconds=0.0)
+
+
+EXTRAS = {"openvino": ("openvino",), "ncnn": ("ncnn", "pnnx")}
+"""Runtimes and formats that an extra brings, with its packages."""
+
+
+def skip_without(name: str) -> None:
+    """Skip a test of a runtime or format whose extra is not installed here."""
+    missing = [package for package in EXTRAS.get(name, ()) if find_spec(package) is None]
+    if missing:
+        pytest.skip(f"{' and '.join(missing)} not installed: pip install 'secateur[{name}]'")
 
 
 def quick_profile(**changes: object) -> DeviceProfile:

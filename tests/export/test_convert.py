@@ -22,7 +22,7 @@ from secateur.export.qdq import Calibration
 from secateur.export.quantize import PRECISIONS
 from secateur.export.verify import verify_parity
 from tests.device_profiles import matrix
-from tests.device_profiles.tiny import quick_profile, write_conv
+from tests.device_profiles.tiny import quick_profile, skip_without, write_conv
 
 
 def format_of(write: Any, suffix: str = ".npy") -> ModuleType:
@@ -52,6 +52,7 @@ def write_product(path: Path, width: int) -> Path:
 
 @pytest.mark.parametrize("name", FORMATS.names())
 def test_a_format_writes_a_file_from_an_onnx_file(tmp_path: Path, name: str):
+    skip_without(name)
     kind = FORMATS.load(name)
     converted(kind, name, write_conv(tmp_path / "a.onnx"), tmp_path / f"b{kind.SUFFIX}")
     assert (tmp_path / f"b{kind.SUFFIX}").stat().st_size > 0
