@@ -115,6 +115,7 @@ def quantise(network: onnx.ModelProto, calibration: Calibration) -> onnx.ModelPr
     mark = marked.metadata_props.add()
     mark.key, mark.value = "onnx.quant.pre_process", "onnxruntime.quant"  # it is clean; else the quantiser warns
     kept = [node.name for node in network.graph.node if not calibration.floats.isdisjoint(node.input)]
+    kept += _of_weights_alone(network.graph)
     with tempfile.TemporaryDirectory(prefix="secateur-") as folder, _quiet():
         file = Path(folder) / "quantised.onnx"
         try:
@@ -134,6 +135,20 @@ def quantise(network: onnx.ModelProto, calibration: Calibration) -> onnx.ModelPr
             raise ExportError(f"ONNX Runtime cannot quantise the network: {_first_line(error)}") from error
     del made.metadata_props[:]
     return made
+
+
+def _of_weights_alone(graph: onnx.GraphProto) -> list[str]:
+    """Names of the nodes that see no image: arithmetic of weights and shapes.
+
+    They stay in float. (The quantiser would wait for ever for the scale of a slice of a bias.)
+    """
+    known = {tensor.name for tensor in graph.initializer}
+    names = []
+    for node in graph.node:
+        if all(name in known for name in node.input if name):
+            known.update(node.output)
+            names.append(node.name)
+    return names
 
 
 class _Reader:
