@@ -1,10 +1,18 @@
-"""What a probe found, kept beside the user's device profiles: ``NAME.probe.json``."""
+"""What probes found, kept beside the user's device profiles.
+
+``NAME.probe.json`` is of a device, ``NAME.KEY.network.json`` of a network on it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import os
+import threading
 from pathlib import Path
 
+from secateur.device_profiles.errors import DeviceError
+from secateur.device_profiles.network_probe import NetworkProbe
 from secateur.device_profiles.profile import DeviceProfile
 from secateur.device_profiles.staircase import Staircase
 
@@ -16,12 +24,7 @@ def path_of(folder: Path, profile: DeviceProfile) -> Path:
 
 def save(folder: Path, profile: DeviceProfile, staircase: Staircase) -> Path:
     """Keep a probe; it replaces an older one at once or not at all."""
-    path = path_of(folder, profile)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(staircase.to_json() + "\n", encoding="utf-8")
-    part.replace(path)
-    return path
+    return _keep(path_of(folder, profile), staircase.to_json())
 
 
 def load(folder: Path, profile: DeviceProfile, fingerprint: str | None = None) -> Staircase | None:
@@ -38,3 +41,38 @@ def load(folder: Path, profile: DeviceProfile, fingerprint: str | None = None) -
     except OSError:
         return None
     return staircase if fingerprint in (None, staircase.fingerprint) else None
+
+
+def path_of_network(folder: Path, profile: DeviceProfile, key: str) -> Path:
+    """Where the probe of a network on a device is kept.
+
+    Args:
+        key: ``network_probe.key_of``.
+    """
+    return folder / f"{profile.name}.{key}.network.json"
+
+
+def networks_of(folder: Path, name: str) -> list[Path]:
+    """The kept probes of networks on the device of a name."""
+    return sorted(folder.glob(f"{glob.escape(name)}.{'[0-9a-f]' * 16}.network.json"))
+
+
+def save_network(folder: Path, profile: DeviceProfile, probe: NetworkProbe) -> Path:
+    """Keep the probe of a network; it replaces an older one at once or not at all."""
+    return _keep(path_of_network(folder, profile, probe.key), probe.to_json())
+
+
+def load_network(folder: Path, profile: DeviceProfile, key: str) -> NetworkProbe | None:
+    """The probe kept for a network on a device; None if there is none, or it is damaged: it is found anew then."""
+    with contextlib.suppress(OSError, ValueError, DeviceError):
+        probe = NetworkProbe.from_json(path_of_network(folder, profile, key).read_text(encoding="utf-8"))
+        return probe if probe.key == key else None
+    return None
+
+
+def _keep(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.part")
+    part.write_text(text + "\n", encoding="utf-8")
+    part.replace(path)
+    return path

@@ -8,9 +8,12 @@ constants of Reshape, Expand and Slice that must follow are rewritten so that th
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -110,6 +113,18 @@ class OnnxTemplate:
     def proto(self) -> onnx.ModelProto:
         """The dense model, whose constants follow widths."""
         return onnx.load_model_from_string(self.slice(PruningPlan.full(self.graph.groups)))
+
+    @cached_property
+    def structure(self) -> str:
+        """64 hexadecimal digits that name operators and shapes, whatever the weights and whoever exported them."""
+        graph = self._nodes
+        ports = [[v.name, *(d.dim_value for d in v.type.tensor_type.shape.dim)] for v in (*graph.input, *graph.output)]
+        nodes = [
+            [n.op_type, *n.input, *n.output, *(a.SerializeToString(deterministic=True).hex() for a in n.attribute)]
+            for n in graph.node
+        ]
+        tensors = [[name, str(array.dtype), *array.shape] for name, array in self._arrays.items()]
+        return hashlib.sha256(json.dumps([ports, nodes, tensors]).encode()).hexdigest()
 
     def slice(self, plan: PruningPlan, state: State | None = None) -> bytes:
         """The ONNX file of a plan.

@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, pairwise
 from typing import Any, Protocol
@@ -345,6 +345,21 @@ class SearchSpace:
         if not allowed:
             raise PlanError(f"none of {sorted(names)} can be pruned here; the search space has {list(self.names)}")
         return SearchSpace({name: self.sizes[name] for name in allowed}, allowed, self.full)
+
+    def in_multiples(self, multiple: int) -> SearchSpace:
+        """Of these widths those that are multiples of a number too, and the full ones.
+
+        Groups too small for two steps use the number halved until they have two, as in ``of``; a group that then has
+        none of these widths but the full one keeps its own.
+        """
+        allowed = {}
+        for name, widths in self.allowed.items():
+            step = multiple
+            while step > 1 and 2 * step > self.sizes[name]:
+                step //= 2
+            coarse = tuple(width for width in widths if width % step == 0 or width == self.sizes[name])
+            allowed[name] = coarse if len(coarse) > 1 else widths
+        return replace(self, allowed=allowed)
 
     def encode(self, plan: PruningPlan) -> IntArray:
         """Width vector of a plan, shape ``(groups,)``, in the order of ``names``."""

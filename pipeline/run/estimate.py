@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from secateur.device_profiles.cores import usable_cores
 from secateur.device_profiles.profile import DeviceProfile
 from secateur.pipeline.config.schema import RunFile
+from secateur.pipeline.run.opening import spared_the_probe
 from secateur.pipeline.run.preflight import Network, Preflight
 from secateur.pipeline.run.rehearsal import Counted, Work, rehearse, share
 from secateur.pipeline.training.precision import trains_in_bf16
@@ -68,6 +69,8 @@ REGISTER = Seconds(4.0, 4.0)
 """Report, registry, and what they import."""
 PROBE = Seconds(30.0, 30.0)
 """The probe of a device that was never probed."""
+NETWORK_PROBE = Seconds(45.0, 45.0)
+"""The probe of a device with a network that was never timed on it."""
 PROCESS = Seconds(1.2, 1.2)
 """A measuring process: its start, loading the models, and calls until they are steady."""
 LOOK = Seconds(0.03, 0.03)
@@ -165,6 +168,7 @@ def estimate(found: Preflight) -> Estimate | None:
         "templates": TEMPLATE,
         "registrations": REGISTER,
         "probes": PROBE,
+        "network_probes": NETWORK_PROBE,
     }
     num_scored = min(config.search.images, len(workload.search))
     counted = rehearse(
@@ -197,6 +201,7 @@ def count(found: Preflight, workload: Workload, network: Network, counted: Count
     config, profiles = found.config, found.profiles or ()
     num_train, num_scored = len(workload.train), min(config.search.images, len(workload.search))
     probing = config.device.probe and config.device.channel_multiple is None and not network.probed
+    timed = not spared_the_probe(config)
     tuning: Work = defaultdict(float)
     for ratio in counted.finals:
         images = config.finetune.epochs * num_train
@@ -212,7 +217,7 @@ def count(found: Preflight, workload: Workload, network: Network, counted: Count
     return {
         "Start": {"starts": 1},
         "Baseline": {"images_trained": epochs * num_train},
-        "Search": {**counted.work, "templates": 1, "probes": 1 if probing else 0},
+        "Search": {**counted.work, "templates": 1, "probes": int(probing), "network_probes": int(timed)},
         "Fine-tune": tuning,
         "Export": {"templates": 1, "exports": 1, "images_forwarded": checks * parity * (1 + smaller)},
         "Benchmark": {"timings": files * max((profile.final.processes for profile in profiles), default=0)},

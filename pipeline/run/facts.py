@@ -13,6 +13,7 @@ from typing import Annotated, Any, Generic, Self, TypeVar, get_type_hints
 
 from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, TypeAdapter
 
+from secateur.device_profiles.network_probe import NetworkProbe
 from secateur.export.artifact import ExportedModel
 from secateur.pipeline.devices.device import RunDevice
 from secateur.pipeline.run.records import describe, to_candidate, to_dict, to_evaluation
@@ -202,6 +203,7 @@ class SearchFacts(StageFacts):
         certificate: of a cut through every group that was searched.
         graph: the channel groups, for people.
         split: what the search went by, and why; None in runs of earlier versions.
+        probes: which widths of this network pay, by device; None where none was probed with it.
     """
 
     reference: KeptEvaluation
@@ -216,6 +218,7 @@ class SearchFacts(StageFacts):
     certificate: Proof
     graph: str
     split: Annotated[SearchSplitFacts | None, OMITTED] = None
+    probes: Annotated[Mapping[str, NetworkProbe] | None, OMITTED] = None
 
 
 @dataclass(frozen=True, kw_only=True)

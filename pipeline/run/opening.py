@@ -7,7 +7,8 @@ quick.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -32,12 +33,15 @@ from secateur.pruning.channels import ChannelGraph
 from secateur.pruning.cost import costs
 from secateur.pruning.plan import IntArray, PlanError, SearchSpace
 from secateur.pruning.search import METHODS
+from secateur.pruning.search.beginning import from_uniform
 from secateur.pruning.search.landing import at_target
 from secateur.pruning.search.protocol import Budget, Evaluation, FloatArray, Goal, Problem, Strategy
-from secateur.pruning.search.reward import Reward
+from secateur.pruning.search.reward import Reward, make_reward
 from secateur.pruning.search.scope import Spaces
 from secateur.pruning.trace import trace
 from secateur.pruning.tracer import PruningError
+
+Steps = Multiples | Mapping[str, int] | int
 
 
 def compute_device(name: str) -> torch.device:
@@ -178,21 +182,21 @@ def frozen_groups(patterns: Sequence[str], graph: ChannelGraph) -> list[str]:
     return [n for n in names if any(fnmatchcase(n, p) for p in patterns)]
 
 
-def search_space(config: RunFile, graph: ChannelGraph, steps: Multiples | int) -> SearchSpace:
+def search_space(config: RunFile, graph: ChannelGraph, steps: Steps) -> SearchSpace:
     """The widths the search may choose from.
 
     Args:
-        steps: the width granularity of the devices; ``search.channel_multiple`` and ``device.channel_multiple`` go
-            before it.
+        steps: the width granularity of the devices, per kind of layer, per channel group or one for all;
+            ``search.channel_multiple`` and ``device.channel_multiple`` go before it.
 
     Raises:
         UserError: ``search.frozen`` matches nothing, or nothing is left to prune.
     """
     section = config.search
     frozen = frozen_groups(section.frozen, graph)
-    multiple: int | dict[str, int] | None = section.channel_multiple or config.device.channel_multiple
+    multiple: int | Mapping[str, int] | None = section.channel_multiple or config.device.channel_multiple
     if multiple is None:
-        multiple = steps if isinstance(steps, int) else group_multiples(graph, graph.shapes, steps)
+        multiple = group_multiples(graph, graph.shapes, steps) if isinstance(steps, Multiples) else steps
     try:
         return SearchSpace.of(
             graph.groups, channel_multiple=multiple, min_keep_ratio=section.min_keep_ratio, frozen=frozen
@@ -201,15 +205,13 @@ def search_space(config: RunFile, graph: ChannelGraph, steps: Multiples | int) -
         raise UserError(f"{error}\n{graph.report()}") from error
 
 
-def device_space(config: RunFile, graph: ChannelGraph, steps: Multiples | int) -> SearchSpace:
+def device_space(config: RunFile, graph: ChannelGraph, steps: Steps) -> SearchSpace:
     """The same in the widths that suit the devices, whatever ``search.channel_multiple`` says."""
     search = config.search.model_copy(update={"channel_multiple": None})
     return search_space(config.model_copy(update={"search": search}), graph, steps)
 
 
-def search_spaces(
-    config: RunFile, graph: ChannelGraph, steps: Multiples | int, head_prefixes: Sequence[str] = ()
-) -> Spaces:
+def search_spaces(config: RunFile, graph: ChannelGraph, steps: Steps, head_prefixes: Sequence[str] = ()) -> Spaces:
     """The widths the search may choose from, over all groups and over inner ones.
 
     Args:
@@ -250,6 +252,30 @@ def known_steps(profiles: Iterable[DeviceProfile]) -> tuple[Multiples, bool]:
     return common_multiples(found), probed
 
 
+def spared_the_probe(config: RunFile) -> str:
+    """Why a run's devices are not probed with its network; empty where they are.
+
+    That takes a minute or two. It is for searches that look at latency, and for widths that nobody has set.
+    """
+    if config.search.channel_multiple is not None or config.device.channel_multiple is not None:
+        return "the run file sets the channel multiple"
+    if not config.device.probe:
+        return "device.probe is off"
+    return "" if looks_at_latency(config) else "neither the target nor the reward looks at latency"
+
+
+def looks_at_latency(config: RunFile) -> bool:
+    """Whether a search's target or reward depends on a latency."""
+    if config.search.target.latency_ratio is not None:
+        return True
+    whole = Evaluation(metrics={"top1": 1.0, "macs": 2.0, "params": 2.0, "latency_ratio": 1.0})
+    reward = make_reward(config.reward.preset, whole, "top1", **config.reward.options)
+    half = {"top1": 1.0, "macs": 1.0, "params": 1.0}
+    return reward(Evaluation(metrics={**half, "latency_ratio": 0.5})) != reward(
+        Evaluation(metrics={**half, "latency_ratio": 0.8})
+    )
+
+
 def make_problem(
     config: RunFile, graph: ChannelGraph, space: SearchSpace, reference: Evaluation, reward: Reward, metric: str
 ) -> Problem:
@@ -281,6 +307,7 @@ def make_strategy(
     reference: Evaluation,
     reward: Reward,
     metric: str,
+    multiples: tuple[int, ...] = (),
     *,
     rehearsed: bool = False,
 ) -> Strategy:
@@ -289,13 +316,15 @@ def make_strategy(
     Args:
         reference: the unpruned network's evaluation.
         metric: the accuracy that the search goes by.
+        multiples: of the uniform plans that are measured at first (``Problem.multiples``).
         rehearsed: the answers are made up, to count the requests; a method whose engine takes long to import has a
             function ``rehearse`` for that, which asks for as much without it.
     """
-    problem = make_problem(config, graph, space, reference, reward, metric)
+    problem = replace(make_problem(config, graph, space, reference, reward, metric), multiples=multiples)
     method = METHODS.load(config.search.method)
     search = getattr(method, "rehearse", method.search) if rehearsed else method.search
-    return at_target(problem, search(problem, method_options(config.search)))
+    options = method_options(config.search)
+    return from_uniform(problem, lambda problem: at_target(problem, search(problem, options)))
 
 
 def widths_costs(graph: ChannelGraph, space: SearchSpace, widths: IntArray) -> dict[str, FloatArray]:

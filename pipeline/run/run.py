@@ -31,20 +31,25 @@ from secateur.pipeline.errors import JournalError, SurroundingsError, UserError
 from secateur.pipeline.evaluation.accuracy import AccuracyEvaluator
 from secateur.pipeline.evaluation.baseline import Baseline
 from secateur.pipeline.evaluation.evaluator import Evaluator, make_evaluator
-from secateur.pipeline.evaluation.onnx_files import CANDIDATES
+from secateur.pipeline.evaluation.onnx_files import CANDIDATES, OnnxFiles
 from secateur.pipeline.evaluation.worker_pool import Engine, WorkerPool
 from secateur.pipeline.files import write_whole
 from secateur.pipeline.progress import ProgressView
+from secateur.pipeline.run import network_probe
 from secateur.pipeline.run.facts import SearchSplitFacts
 from secateur.pipeline.run.journal import Journal, Record, read_journal, require_format
 from secateur.pipeline.run.metric import settle, settled
 from secateur.pipeline.run.opening import (
+    Steps,
     check_forward,
     device_space,
+    frozen_groups,
     head_prefixes_of,
+    looks_at_latency,
     make_strategy,
     open_workload,
     search_spaces,
+    spared_the_probe,
 )
 from secateur.pipeline.run.origin import FOLDER, ORIGIN, check_tracked_at, origin_of
 from secateur.pipeline.run.preflight import examine
@@ -298,7 +303,28 @@ class Run:
         """The widths that suit the devices, however fine those of the search are."""
         return device_space(self.config, graph, self._steps())
 
-    def _steps(self) -> Multiples:
+    def probe_network(self, model: nn.Module, graph: ChannelGraph, spared: str = "") -> network_probe.Settled:
+        """Settle which widths of this network pay on the devices, before its candidates are evaluated.
+
+        Args:
+            model: the trained baseline.
+            spared: why no device is to be probed for it; empty = as the run file says.
+
+        Raises:
+            DeviceError: a device is unreachable, or fails in a way that says nothing of the probe.
+            UserError: ``search.frozen`` matches nothing.
+        """
+        baseline = Baseline(model, graph, self._as_asked, self.config.seed, self.compute)
+        files = OnnxFiles(baseline, self.directory / CANDIDATES, self.progress)
+        cuts = network_probe.Cuts(graph, frozen_groups(self.config.search.frozen, graph))
+        spared = spared or spared_the_probe(self.config)
+        folder = home() / "devices"
+        return network_probe.settle(self.journal, self.fleet, files.template, cuts, folder, self.progress, spared)
+
+    def _steps(self) -> Steps:
+        settled = network_probe.settled(self.journal.records)
+        if settled is not None and settled.of_groups:
+            return settled.of_groups
         return common_multiples(Multiples(**facts.multiples) for facts in self.facts_of_devices.values())
 
     def reward(self, reference: Evaluation, metric: str) -> Reward:
@@ -328,7 +354,9 @@ class Run:
 
     def strategy(self, graph: ChannelGraph, space: SearchSpace, reference: Evaluation, reward: Reward) -> Strategy:
         """The search method, ready to be asked for its first request."""
-        return make_strategy(self.config, graph, space, reference, reward, self.workload.search_metric)
+        settled = network_probe.settled(self.journal.records)
+        multiples = settled.best if settled is not None and looks_at_latency(self.config) else ()
+        return make_strategy(self.config, graph, space, reference, reward, self.workload.search_metric, multiples)
 
 
 def check_data(directory: Path, found: DataRecord) -> None:

@@ -37,6 +37,22 @@ def group_multiples(graph: ChannelGraph, shapes: Mapping[str, tuple[int, ...]], 
     }
 
 
+STREAM = "residual stream"
+
+
+def kinds_of_groups(graph: ChannelGraph, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Channel group -> its kind: the residual stream, or the kinds of layers that make or read its channels.
+
+    Args:
+        shapes: of the network's tensors, by name.
+    """
+    found = {}
+    for group in graph.groups:
+        layers = {_kind(member.tensor, graph, shapes) for member in group.members}
+        found[group.name] = STREAM if group.name in graph.summed else " and ".join(k for k in KINDS if k in layers)
+    return found
+
+
 def _kind(tensor: str, graph: ChannelGraph, shapes: Mapping[str, tuple[int, ...]]) -> LayerKind | None:
     """The kind of layer a weight belongs to; None for what is no convolution or linear layer (a bias, a norm)."""
     shape = shapes[tensor]

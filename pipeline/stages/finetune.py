@@ -22,7 +22,7 @@ from secateur.pipeline.training.loop import save_weights
 from secateur.pruning.channels import ChannelGraph
 from secateur.pruning.cost import cost
 from secateur.pruning.plan import PruningPlan, SearchSpace
-from secateur.pruning.search.methods.uniform import filled
+from secateur.pruning.search.landing import filled
 from secateur.pruning.search.protocol import (
     RANDOM,
     AuxiliaryTraining,

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from secateur.device_profiles.network_probe import NetworkProbe
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.evaluation.evaluator import Evaluator
 from secateur.pipeline.lifecycle.finish import chosen_plan, only
@@ -51,6 +52,7 @@ def search(run: Run, facts: Facts) -> SearchFacts:
     """
     del facts
     model, graph = load_baseline(run)
+    probes = settle_widths(run, model, graph)
     spaces = run.spaces(model, graph)
     certificate = prove(model, graph, spaces.whole, run.workload.example_input(), run.config.seed)
     split = settle_metric(run, model, graph)
@@ -76,6 +78,7 @@ def search(run: Run, facts: Facts) -> SearchFacts:
         certificate=Proof(**asdict(certificate)),
         graph=graph.report(),
         split=split,
+        probes=probes or None,
         files={},
     )
 
@@ -145,6 +148,16 @@ def measure_reference(run: Run, oracle: Evaluator, graph: ChannelGraph) -> Evalu
     if reference.status != "ok":
         raise UserError(f"the unpruned network cannot be evaluated: {reference.reason}")
     return reference
+
+
+def settle_widths(run: Run, model: nn.Module, graph: ChannelGraph) -> Mapping[str, NetworkProbe]:
+    """Which widths of this network pay on the devices, said aloud; by device, those that were probed with it."""
+    settled = run.probe_network(model, graph, "the plan is given" if chosen_plan(run.directory, graph) else "")
+    for name, probe in settled.probes.items():
+        run.progress.say(f"On {name} this network's widths pay in multiples of {probe.text}")
+    for name, reason in settled.reasons.items():
+        run.progress.say(f"{name} was not probed with this network: {reason}")
+    return settled.probes
 
 
 def settle_metric(run: Run, model: nn.Module, graph: ChannelGraph) -> SearchSplitFacts:

@@ -104,6 +104,26 @@ def settle(
     return Settled(walk.plan, walk.projected_share)
 
 
+def filled(problem: Problem, limit: Limit, saliency: Mapping[str, FloatArray]) -> PruningPlan:
+    """The plan of the largest keep ratio within a limit, filled up; no group is more than one step wider.
+
+    Args:
+        limit: the smallest plan of the space meets it.
+        saliency: group -> shape ``(size,)``, higher = keep.
+    """
+    space = problem.space
+    widths = alike(problem, bisect(limit, lambda ratio: alike(problem, ratio), meets=0.0, fails=1.0))
+    steps = {n: tuple(dict.fromkeys((w, space.above(n, w)))) for n, w in zip(space.names, widths, strict=True)}
+    narrow = replace(problem, space=replace(space, allowed=steps))
+    return settle(narrow, limit, space.decode(widths, saliency), per_mean(saliency), per_cost=False).plan
+
+
+def alike(problem: Problem, ratio: float) -> list[int]:
+    """Allowed width per group, shape ``(groups,)``, nearest to one keep ratio."""
+    space = problem.space
+    return [space.snap(name, ratio * space.sizes[name]) for name in space.names]
+
+
 def land_on(
     problem: Problem,
     limit: Limit,

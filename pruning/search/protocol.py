@@ -375,6 +375,9 @@ class Problem:
         rng: the only source of randomness.
         budget: what may be spent.
         metric: the accuracy metric of the workload (a fraction, higher = better).
+        multiples: what all widths are multiples of in the uniform plans that are measured before the method begins
+            (``secateur.pruning.search.beginning``); empty = none are.
+        start: the best of those, evaluated already: a good plan to begin with. None = none was measured.
     """
 
     space: SearchSpace
@@ -385,6 +388,8 @@ class Problem:
     rng: np.random.Generator
     budget: Budget = Budget()
     metric: str = "top1"
+    multiples: tuple[int, ...] = ()
+    start: PruningPlan | None = None
 
     def macs(self, plan: PruningPlan) -> float:
         """MACs of a plan at batch 1."""

@@ -92,6 +92,8 @@ def remove(name: Annotated[str, typer.Argument(help="A device of your own.")]) -
 
     Example: secateur devices remove kitchen
     """
+    from secateur.device_profiles import calibration
+
     path = profiles.folder() / f"{name}.yaml"
     if not NAME.fullmatch(name) or not path.is_file():
         own = ", ".join(sorted(p.stem for p in profiles.folder().glob("*.yaml"))) or "none"
@@ -103,7 +105,8 @@ def remove(name: Annotated[str, typer.Argument(help="A device of your own.")]) -
             f"{', '.join(heirs)} extends {name}; remove that first, or let it extend another profile"
         )
     path.unlink()
-    for kept in (profiles.probe_file(name), profiles.probe_file(name).with_suffix(".html")):
+    of_networks = calibration.networks_of(profiles.folder(), name)
+    for kept in (profiles.probe_file(name), profiles.probe_file(name).with_suffix(".html"), *of_networks):
         kept.unlink(missing_ok=True)
     out.print(f"Removed: {one_line(path)}")
 

@@ -6,9 +6,9 @@ the reward. The default sampler, TPE, draws where good plans are dense and bad o
 
 Our choices: with a target, what is sampled is a *profile*, keep ratios relative to each other, and the plan is the
 largest multiple of it within the target, filled up with the channels worth most, so that every evaluation is spent at
-the target and all plans compare. Latency
-predictions are corrected by the mean difference of the plans measured so far. The first plan keeps the same share of
-every group. A plan met again is not evaluated again; its reward is told once more.
+the target and all plans compare. Latency predictions are corrected by the mean difference of the plans measured so far.
+The first plan is the best uniform one that was measured, or keeps the same share of every group. A plan met again is
+not evaluated again; its reward is told once more.
 
 Least budget: 1 evaluation.
 """
@@ -124,7 +124,7 @@ def search(problem: Problem, options: Options) -> Strategy:
     saliency = yield from score(options.saliency)
     blocks = blocks_of(problem.space, options.blocks)
     ratios = _distributions(problem.space, blocks)
-    study = _study(options, int(problem.rng.integers(2**31)), ratios)
+    study = _study(options, int(problem.rng.integers(2**31)), ratios, _profile_of(problem, blocks, ratios))
     candidates: list[Candidate] = []
     evaluations: list[Evaluation] = []
     rewards: dict[str, float] = {}
@@ -240,8 +240,22 @@ def _distributions(space: SearchSpace, blocks: Sequence[str]) -> dict[str, Any]:
     return {block: optuna.distributions.FloatDistribution(low, 1.0) for block, low in least.items()}
 
 
-def _study(options: Options, seed: int, ratios: Mapping[str, Any]) -> Any:
-    """A study in memory, whose first trial is the uniform profile."""
+def _profile_of(problem: Problem, blocks: Sequence[str], ratios: Mapping[str, Any]) -> dict[str, float]:
+    """Keep ratios to begin with, per block: of ``Problem.start``, the largest made 1; else the uniform profile."""
+    space, start = problem.space, problem.start
+    if start is None:
+        return dict.fromkeys(ratios, 1.0)
+    kept = {name: len(start.kept[name]) / space.sizes[name] for name in space.names}
+    most = max(kept.values())
+    return {block: min(1.0, max(ratios[block].low, kept[block] / most)) for block in blocks}
+
+
+def _study(options: Options, seed: int, ratios: Mapping[str, Any], first: Mapping[str, float]) -> Any:
+    """A study in memory.
+
+    Args:
+        first: the profile of its first trial.
+    """
     import optuna
 
     sampler, defaults = _sampler(options.sampler), SAMPLERS[options.sampler][1]
@@ -251,7 +265,7 @@ def _study(options: Options, seed: int, ratios: Mapping[str, Any]) -> Any:
             study_name="secateur",
             direction="maximize",
         )
-        study.enqueue_trial(dict.fromkeys(ratios, 1.0))
+        study.enqueue_trial(dict(first))
     return study
 
 

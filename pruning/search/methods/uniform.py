@@ -9,14 +9,12 @@ Least budget: 1 evaluation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
-from secateur.pruning.plan import PruningPlan
-from secateur.pruning.search.landing import per_mean, settle
-from secateur.pruning.search.protocol import Candidate, FloatArray, Goal, Problem, Strategy
-from secateur.pruning.search.support import Limit, SearchError, best_first, bisect, evaluate, limit_of, meet, score
+from secateur.pruning.search.landing import alike, filled
+from secateur.pruning.search.protocol import Candidate, Goal, Problem, Strategy
+from secateur.pruning.search.support import SearchError, best_first, evaluate, limit_of, meet, score
 
 
 @dataclass(frozen=True)
@@ -51,29 +49,9 @@ def search(problem: Problem, options: Options) -> Strategy:
     limit = None if options.keep_ratios is not None else (yield from limit_of(problem))
     saliency = yield from score(options.criterion)
     if limit is None:
-        plans = [problem.space.decode(_widths(problem, ratio), saliency) for ratio in options.keep_ratios or ()]
+        plans = [problem.space.decode(alike(problem, ratio), saliency) for ratio in options.keep_ratios or ()]
     else:
         plans = [(yield from meet(problem, limit, lambda within: filled(problem, within, saliency)))]
     candidates = [Candidate(i, plan, "uniform") for i, plan in enumerate(plans)]
     evaluations = yield from evaluate(candidates, latency=True, last=True)
     return best_first(problem, candidates, evaluations)
-
-
-def filled(problem: Problem, limit: Limit, saliency: Mapping[str, FloatArray]) -> PruningPlan:
-    """The plan of the largest keep ratio within a limit, filled up; no group is more than one step wider.
-
-    Args:
-        limit: the smallest plan of the space meets it.
-        saliency: group -> shape ``(size,)``, higher = keep.
-    """
-    space = problem.space
-    widths = _widths(problem, bisect(limit, lambda ratio: _widths(problem, ratio), meets=0.0, fails=1.0))
-    steps = {n: tuple(dict.fromkeys((w, space.above(n, w)))) for n, w in zip(space.names, widths, strict=True)}
-    narrow = replace(problem, space=replace(space, allowed=steps))
-    return settle(narrow, limit, space.decode(widths, saliency), per_mean(saliency), per_cost=False).plan
-
-
-def _widths(problem: Problem, ratio: float) -> list[int]:
-    """Allowed width per group, shape ``(groups,)``, nearest to one keep ratio."""
-    space = problem.space
-    return [space.snap(name, ratio * space.sizes[name]) for name in space.names]

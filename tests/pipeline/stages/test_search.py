@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from secateur.device_profiles.network_probe import Cut, Loss, NetworkProbe
+from secateur.pipeline.devices.fleet import Device
 from secateur.pipeline.errors import UserError
+from secateur.pipeline.run import network_probe
+from secateur.pipeline.run import run as run_module
+from secateur.pipeline.run.facts import SearchFacts, from_json, to_json
+from secateur.pipeline.run.network_probe import Cuts, network_of
+from secateur.pipeline.stages.loading import load_baseline
 from tests.pipeline.helpers import opened, perform, quick_device, tiny_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
@@ -65,3 +72,28 @@ def test_random_and_uniform_controls_run_through_the_same_stages(tmp_path: Path)
             macs = [entry.evaluation["macs"] for entry in facts.search.archive]
             assert macs
             assert np.max(macs) <= 0.7 * facts.search.reference["macs"]
+
+
+def test_the_widths_come_from_the_probe_with_the_runs_own_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def probe(device: Device, template: Any, cuts: Cuts, fingerprint: str, progress: Any) -> NetworkProbe:
+        asked.append(device.name)
+        cut, loss = {8: (Cut(0.5, (0.6, 0.6, 0.6)),)}, {8: Loss(0.0, 0.0)}
+        multiples, network = dict.fromkeys(cuts.kinds.values(), 8), network_of(template, cuts)
+        return NetworkProbe(device.name, fingerprint, network, 8, multiples, cuts.kinds, cut, loss, (), 1.0, 2.0)
+
+    monkeypatch.setattr(network_probe, "probe_network", probe)
+    monkeypatch.setattr(run_module, "spared_the_probe", lambda config: "")
+    search = {"method": "random", "options": {"num_plans": 3, "tolerance": 0.5}, "target": {"macs_ratio": 0.7}}
+    config = tiny_config(tmp_path, search=search, baseline={"epochs": 0.2})
+    with opened(config) as run:
+        facts = perform(run, "search")
+        again = from_json("search", to_json(facts.search))
+        sizes = facts.search.archive[0].candidate.plan.sizes
+        assert run.spaces(*load_baseline(run)).whole.allowed == {n: tuple(range(8, s + 1, 8)) for n, s in sizes.items()}
+    assert asked == ["quick"]
+    assert facts.search.probes is not None and facts.search.probes["quick"].multiple == 8
+    assert isinstance(again, SearchFacts) and again.probes == facts.search.probes
