@@ -380,7 +380,8 @@ class Classification:
         """Shifted and mirrored where training images are moved or cut: what a crop leaves of an image is harder."""
         x, targets = self.prepare(*self.read(split, indices), None, device)
         if self.augment != "none":
-            x = Shifts.drawn(len(x), self.shape[1:], self._flip, generator)(x)
+            shifts = Shifts.drawn(len(x), self.shape[1:], self._flip, generator)
+            x = shifts(x.permute(0, 2, 3, 1), x.new_zeros(self.shape[0])).permute(0, 3, 1, 2)
         return x.contiguous(memory_format=torch.channels_last), targets
 
     @property
@@ -397,10 +398,10 @@ class Classification:
     def prepare(
         self, images: Tensor, targets: Tensor, seeds: Tensor | None, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        x = images.to(device, non_blocking=True).permute(0, 3, 1, 2)  # NHWC memory seen as NCHW = channels-last
-        x = self._scaled(x.float())
+        pixels = images.to(device, non_blocking=True)
         if seeds is not None and self.augment in SHIFTS:
-            x = Shifts.of(seeds, self.shape[1:], self._flip)(x)
+            pixels = Shifts.of(seeds, self.shape[1:], self._flip)(pixels, self._scaled.colour(device))
+        x = self._scaled(pixels.permute(0, 3, 1, 2))  # NHWC memory seen as NCHW = channels-last
         return x.contiguous(memory_format=torch.channels_last), targets.to(device, non_blocking=True)
 
     def _resolved_augment(self) -> Augment:

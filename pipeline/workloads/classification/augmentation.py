@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -140,16 +139,25 @@ class Shifts:
         mirrored = torch.rand((num, 1), generator=generator)[:, 0] < flip if flip else None
         return cls(down[:, 0], across[:, 0], mirrored)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Images of shape (n, channels, height, width), moved; zeros come in, as in He et al. 2016."""
-        n, _, high, wide = x.shape
-        padded = F.pad(x, (reach(wide), reach(wide), reach(high), reach(high)))
-        rows = self.down.to(x.device)[:, None] + torch.arange(high, device=x.device)
-        columns = self.across.to(x.device)[:, None] + torch.arange(wide, device=x.device)
-        if self.mirrored is not None:
-            columns = torch.where(self.mirrored.to(x.device)[:, None], columns.flip(1), columns)
-        which = torch.arange(n, device=x.device)[:, None, None]
-        return padded.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    def __call__(self, pixels: Tensor, fill: Tensor) -> Tensor:
+        """Images of shape (n, height, width, channels), moved.
+
+        Args:
+            fill: shape (channels,), the colour that comes in.
+        """
+        n, high, wide, channels = pixels.shape
+        device, down, across = pixels.device, reach(high), reach(wide)
+        image, top, left = torch.arange(n, device=device), self.down.to(device), self.across.to(device)
+        if self.mirrored is not None:  # what is mirrored after a shift was shifted the other way after mirroring
+            mirrored = self.mirrored.to(device)
+            pixels, image = torch.cat([pixels, pixels.flip(2)]), image + n * mirrored
+            left = torch.where(mirrored, 2 * across - left, left)
+        tall, broad = high + 2 * down, wide + 2 * across
+        padded = fill.repeat(tall * broad).expand(len(pixels), -1).clone().view(-1, tall, broad, channels)
+        padded[:, down : down + high, across : across + wide] = pixels
+        starts = (image * tall + top)[:, None] * broad + left[:, None] + broad * torch.arange(high, device=device)
+        rows = padded.view(-1).as_strided((padded.numel() // channels - wide + 1, wide * channels), (channels, 1))
+        return torch.index_select(rows, 0, starts.flatten()).view(n, high, wide, channels)
 
 
 def reach(side: int) -> int:

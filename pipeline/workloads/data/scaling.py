@@ -17,9 +17,13 @@ class Scaling:
         self._parts = {mean.device: (mean, std)}
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Pixels of shape (n, channels, height, width), float32."""
+        """Pixels of shape (n, channels, height, width), as float32."""
         mean, std = self._on(pixels.device)
-        return (pixels - mean) / std
+        return (pixels.float() - mean).div_(std)
+
+    def colour(self, device: torch.device) -> Tensor:
+        """The mean, rounded to an 8-bit colour, shape (channels,)."""
+        return self._on(device)[0].flatten().round().to(torch.uint8)
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._parts:

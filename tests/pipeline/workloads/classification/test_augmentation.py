@@ -146,6 +146,26 @@ def test_the_parts_of_a_seed_shift_by_any_distance_alike() -> None:
     assert 50 < counts[1][0] < 150  # mirrored, and shifted as far as can be
 
 
+def test_search_images_are_shifted_as_they_ever_were(tmp_path: Path) -> None:
+    """The same pixels as runs that have begun were scored on: zeros come in, and two generators draw alike."""
+    for options in ({"augment": "flip_shift"}, {"augment": "shift"}, {"augment": "flip_shift", "image_size": [16, 40]}):
+        workload = digits(**{"image_size": 16, **options})
+        generators = [torch.Generator().manual_seed(5) for _ in range(2)]
+        found, _ = workload.augmented(workload.search, torch.arange(8), generator=generators[0], device=CPU)
+        plain, _ = workload.batch(workload.search, torch.arange(8), train=False, generator=None, device=CPU)
+        high, wide = plain.shape[2:]
+        down, across = high // 8, wide // 8
+        if down == across:
+            dy, dx = torch.randint(0, 2 * down + 1, (2, 8, 1), generator=generators[1])
+        else:
+            dy, dx = (torch.randint(0, 2 * r + 1, (8, 1), generator=generators[1]) for r in (down, across))
+        flips = torch.rand((8, 1), generator=generators[1]) < 0.5
+        for image, moved, y, x, flip in zip(plain, found, dy, dx, flips, strict=True):
+            padded = torch.nn.functional.pad(image, (across, across, down, down))
+            expected = padded[:, int(y) : int(y) + high, int(x) : int(x) + wide]
+            assert torch.equal(moved, expected.flip(2) if flip and options["augment"] == "flip_shift" else expected)
+
+
 def test_a_crop_needs_its_smaller_share_first() -> None:
     with pytest.raises(ValidationError, match="exchange the two"):
         digits(crop_scale=[1.0, 0.5])
