@@ -34,7 +34,8 @@ from secateur.pipeline.run.run import Run
 from secateur.pipeline.stages.loading import first_batch, load_baseline, load_compact
 from secateur.pipeline.surroundings import home
 from secateur.pipeline.terminal import Terminal
-from secateur.pipeline.training.loop import fit, load_weights, save_weights
+from secateur.pipeline.training.checkpoints import load_weights, save_weights
+from secateur.pipeline.training.loop import fit
 from secateur.pipeline.workloads.detection import judged
 from secateur.pipeline.workloads.detection.boxes import average_precision
 from secateur.pruning.channels import ChannelGraph

@@ -44,7 +44,7 @@ from secateur.pipeline.evaluation.shipped_data import open_section
 from secateur.pipeline.evaluation.worker_pool import WorkerPool
 from secateur.pipeline.flow import runtime_env
 from secateur.pipeline.flow.worker_engines import open_engine
-from secateur.pipeline.training.loop import save_weights
+from secateur.pipeline.training.checkpoints import save_weights
 from secateur.pipeline.training.statistics import recalibrate, training_images
 from secateur.pruning import PruningPlan
 from secateur.pruning.saliency import uniform_plan

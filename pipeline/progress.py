@@ -72,13 +72,15 @@ class RichProgress:
         if len(self._bars.task_ids) == 1:
             self._bars.start()
         last_note, last_line = "", time.monotonic()
+        began = last_line
 
         def report(done: int, total: int, note: str = "") -> None:
             nonlocal last_note, last_line
             last_note = one_line(note) or last_note
             if not self.console.is_terminal and time.monotonic() - last_line > LINE_EVERY_S:
                 last_line = time.monotonic()
-                self.console.print(f"  {done} of {total or '?'}, {last_note}")
+                left = f", {_left(last_line - began, done, total)} left" if 0 < done < total else ""
+                self.console.print(f"  {done} of {total or '?'}{left}, {last_note}")
             self._bars.update(task, completed=done, total=total or None, note=last_note)
 
         try:
@@ -95,3 +97,9 @@ class RichProgress:
                 self._bars.stop()
                 for task_id in self._bars.task_ids:
                     self._bars.remove_task(task_id)
+
+
+def _left(spent_s: float, done: int, total: int) -> str:
+    """How long the rest takes at this pace, in words."""
+    left_s = spent_s * (total - done) / done
+    return f"{left_s / 3600:.1f} h" if left_s > 5400 else f"{left_s / 60:.0f} min" if left_s > 90 else f"{left_s:.0f} s"

@@ -14,6 +14,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
+from secateur.pipeline.config import recipes
 from secateur.pipeline.config.renamed import with_first_words
 from secateur.pipeline.errors import is_secret
 
@@ -43,22 +44,45 @@ class Distillation(Section):
 
 
 class Recipe(Section):
-    """How a network is trained: SGD with Nesterov momentum, linear warm-up, cosine decay to zero."""
+    """How a network is trained: optimizer, learning rate over time, and what stands against overfitting."""
 
-    later = frozenset({"mixup", "cutmix"})
-    passing = frozenset({"num_workers", "cache_mb"})
+    passing = frozenset({"recipe", "num_workers", "cache_mb"})
+    later = frozenset({"optimizer", "weight_decay_on", "schedule", "milestones", "milestone_factor"}) | {
+        *("warmup_steps", "accumulate", "keep", "mixup", "cutmix")
+    }
+    recipe: recipes.Name | None = None
+    """A recipe by name, for the keys that are not given: quick = a first result; standard = SGD with label smoothing
+    and a moving average; long = the same, 200 epochs, the best is kept; steps = the schedule of the ResNet paper; adamw
+    = the standard one with AdamW, for transformers and hybrids. null = the defaults below."""
     epochs: Annotated[float, Field(gt=0, le=100_000)] = 10
     """Passes over the training images; fractions count."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """sgd = with Nesterov momentum; adamw = Adam with decoupled weight decay, which begins with lr 0.001, weight_decay
+    0.05 and weight_decay_on: weights where these are not given."""
     lr: Annotated[float, Field(gt=0, le=1000)] = 0.05
     """Highest learning rate, after the warm-up."""
     batch_size: Annotated[int, Field(gt=0, le=1_000_000)] = 128
     """Images of one training step."""
+    accumulate: Annotated[int, Field(ge=1, le=1_000_000)] = 1
+    """Parts of a batch that pass the network one after the other, their gradients added up: less memory for the same
+    step. Batch norm normalises each part by itself."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Nesterov momentum of SGD."""
+    """Nesterov momentum of SGD; AdamW's first beta."""
     weight_decay: Annotated[float, Field(ge=0, le=1000)] = 5e-4
     """L2 penalty on the weights."""
+    weight_decay_on: Literal["all", "weights"] = "all"
+    """all = every parameter decays; weights = biases and the scales of norms (parameters of one dimension) do not."""
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    """The learning rate after the warm-up: cosine = down to zero; step = times milestone_factor at each milestone;
+    constant = as it is."""
+    milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.5, 0.75)
+    """Of the schedule step: shares of the training."""
+    milestone_factor: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Of the schedule step: factor on the learning rate at each milestone."""
     warmup_epochs: Annotated[float, Field(ge=0, le=100_000)] = 0.5
-    """Epochs in which the learning rate rises from zero."""
+    """Epochs in which the learning rate rises from zero; at most half of the training, at least one step."""
+    warmup_steps: Annotated[int, Field(ge=0, le=10**9)] | None = None
+    """The same in steps; null = warmup_epochs."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability that targets spread over all classes."""
     mixup: Annotated[float, Field(ge=0, le=100)] = 0.0
@@ -72,15 +96,24 @@ class Recipe(Section):
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Keep an exponential moving average of the weights with this decay per step, and end with it; 0 = off. The first
     steps count more: the decay begins near 0.1 and rises to this."""
+    keep: Literal["last", "best"] = "last"
+    """last = training ends with its last weights; best = with those of the epoch whose metric on the search split was
+    highest, each epoch judged."""
     precision: Literal["fp32", "bf16", "auto"] = "auto"
-    """bf16 = mixed precision; auto = bf16 where the hardware multiplies it natively, else fp32. Trained weights, and so
-    figures, are then a little different on processors of either kind; fp32 for the same recipe on all of them."""
+    """bf16 = mixed precision; auto = fp32, or bf16 where the hardware multiplies it natively and a few steps of this
+    network take less time in it. Trained weights, and so figures, are then a little different on other processors; fp32
+    for the same recipe on all of them."""
     num_workers: Annotated[int, Field(ge=0, le=1024)] | None = None
     """Processes that read training images; how many there are changes no result. None = where reading takes long, one
     for every four cores, or, where a GPU trains, one for every core but one."""
     cache_mb: Annotated[int, Field(ge=0, le=10**8)] | None = None
     """Memory for training images that were read or decoded once, in MB; changes no result. None = a quarter of what is
     free; 0 = none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, given: Any) -> Any:
+        return recipes.completed(given) if isinstance(given, dict) else given
 
 
 class DeviceSection(Section):

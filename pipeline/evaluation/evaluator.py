@@ -28,7 +28,7 @@ from secateur.pipeline.evaluation.timing import Timer
 from secateur.pipeline.evaluation.trainer import Trained, Trainer
 from secateur.pipeline.evaluation.worker_pool import WorkerPool
 from secateur.pipeline.progress import ProgressView, Silent
-from secateur.pipeline.training.loop import TrainingError
+from secateur.pipeline.training.curve import TrainingError
 from secateur.pruning.channels import ChannelGraph
 from secateur.pruning.cost import cost
 from secateur.pruning.plan import PruningPlan, SearchSpace

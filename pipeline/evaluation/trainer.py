@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from secateur.pipeline.config.schema import Distillation, FinetuneSection
 from secateur.pipeline.errors import UserError
@@ -11,7 +12,10 @@ from secateur.pipeline.evaluation.baseline import Baseline
 from secateur.pipeline.evaluation.weights import Checkpoint, Weights
 from secateur.pipeline.progress import ProgressView
 from secateur.pipeline.training import auxiliary
-from secateur.pipeline.training.loop import fit
+from secateur.pipeline.training.checkpoints import read_fitted, write_fitted
+from secateur.pipeline.training.curve import Fitted
+from secateur.pipeline.training.loop import fit, precision_of
+from secateur.pipeline.training.precision import Precision, certain, remembered
 from secateur.pruning.search.identity import draws_of
 from secateur.pruning.search.protocol import AuxiliaryTraining, FineTune, FloatArray
 
@@ -58,7 +62,7 @@ class Trainer:
         student, train = self.weights.network(candidate.plan, candidate.base), self.baseline.workload.train
         distill = self._distillation(request)
         with self.progress.stage(f"  fine-tune {candidate.origin} {candidate.id}") as report:
-            fit(
+            fitted = fit(
                 student,
                 self.baseline.workload,
                 train,
@@ -69,8 +73,10 @@ class Trainer:
                 teacher=self.baseline.model if distill else None,
                 distill=distill,
                 part=request.part,
+                held_out=self.baseline.workload.search,
                 report=report,
             )
+        write_fitted(self.weights.path(base).with_suffix(""), fitted)
         self.images_trained += round(request.epochs * len(train))
         self.image_macs += round(request.epochs * self.epoch_work(request))
         state = student.state_dict()
@@ -106,6 +112,10 @@ class Trainer:
         self.image_macs += OVER_FORWARD * images * self.baseline.macs(self.baseline.full)
         return Trained(base, self.weights.save_learned(base, request.kind, outcome.state), outcome.scores)
 
+    def fitted(self, base: str) -> Fitted | None:
+        """How a fine-tuning went, by the name of its weights; None where nothing is kept of it."""
+        return read_fitted(self.weights.path(base).with_suffix(""))
+
     def epoch_work(self, request: FineTune | AuxiliaryTraining) -> float:
         """Image-MACs of an epoch: three times those of the trained network's forward pass, and the teacher's."""
         images, whole = len(self.baseline.workload.train), self.baseline.macs(self.baseline.full)
@@ -125,10 +135,22 @@ class Trainer:
         return self.weights.restore(base, Checkpoint(sha256, path, plan))
 
     def _recipe(self, request: FineTune | AuxiliaryTraining) -> FinetuneSection:
-        update: dict[str, float] = {"epochs": request.epochs}
+        update: dict[str, float | str] = {"epochs": request.epochs, "precision": self._precision}
         if isinstance(request, FineTune) and request.lr is not None:
             update["lr"] = request.lr
         return self.recipe.model_copy(update=update)
+
+    @cached_property
+    def _precision(self) -> Precision:
+        """Of all trainings of a run: what the recipe says, else what is faster for the unpruned network here."""
+        baseline = self.baseline
+
+        def choose() -> Precision:
+            workload, compute = baseline.workload, baseline.compute
+            return precision_of(self.recipe, baseline.model, workload, workload.train, compute)
+
+        file = self.weights.path("training").with_suffix(".precision")
+        return certain(self.recipe.precision, baseline.compute) or remembered(file, choose)
 
     def _distillation(self, request: FineTune) -> Distillation | None:
         if request.distill is False:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from secateur.pipeline.evaluation.baseline import Baseline
 from secateur.pipeline.files import sha256_of
 from secateur.pipeline.training import auxiliary
-from secateur.pipeline.training.loop import load_weights, save_weights
+from secateur.pipeline.training.checkpoints import load_weights, save_weights
 from secateur.pruning.plan import PruningPlan
 from secateur.pruning.search.protocol import DENSE, RANDOM
 from secateur.pruning.surgery import scatter

@@ -35,7 +35,8 @@ from secateur.pipeline.evaluation.weights import Checkpoint
 from secateur.pipeline.evaluation.worker_pool import IMAGES, groups_digest, request_from_json
 from secateur.pipeline.files import sha256_of, write_whole
 from secateur.pipeline.surroundings import home
-from secateur.pipeline.training.loop import keep_freed_memory, load_weights
+from secateur.pipeline.training.checkpoints import load_weights
+from secateur.pipeline.training.loop import keep_freed_memory
 from secateur.pipeline.workloads import Workload
 from secateur.pipeline.workloads.data.content import Reading
 from secateur.pruning.trace import trace

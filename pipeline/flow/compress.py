@@ -95,6 +95,7 @@ def _perform(
     from prefect.cache_policies import INPUTS
 
     def work(key: Mapping[str, Any]) -> dict[str, Any]:
+        run.progress.say(f"Stage {STAGES.index(stage) + 1} of {len(STAGES)}: {stage.title}")
         return stage.perform(run, facts)
 
     def can_help(task: Any, task_run: Any, state: Any) -> bool:

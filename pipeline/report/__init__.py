@@ -16,9 +16,10 @@ from torch import Tensor
 from secateur.device_profiles import BenchmarkResult, DeviceProfile
 from secateur.pipeline.config.schema import RunFile
 from secateur.pipeline.files import write_whole
-from secateur.pipeline.report.charts import cloud, histogram, lines
+from secateur.pipeline.report.charts import cloud, courses, histogram, lines
 from secateur.pipeline.run.facts import EARLIER_NAMES, Facts, ModelFacts, Speedup
 from secateur.pipeline.run.records import of_candidates
+from secateur.pipeline.training.curve import Fitted
 from secateur.pruning.search.landing import MARKED
 
 Row = tuple[str, str, str, str]
@@ -173,6 +174,7 @@ def write_report(
         control=_control(facts),
         pictures=[(_data_uri(before), _data_uri(after)) for before, after in pictures],
         latencies=_latencies(facts),
+        trainings=[(name, fitted, _course(facts, fitted)) for name, fitted in facts.trainings.items()],
         device=(device := facts.search.device),
         stairs=lines(device.curves, "channels", "time, narrowest = 1", 16) if device.curves else "",
     )
@@ -184,6 +186,14 @@ def write_report(
     data = {"format": 1, "name": config.name, "config": told, "facts": known, "environment": dict(result.environment)}
     write_whole(json_file, json.dumps(data, indent=1) + "\n")
     return html_file, json_file
+
+
+def _course(facts: Facts, fitted: Fitted) -> str:
+    """A training's loss, and the gate's metric on the search split, by epoch."""
+    metric, series = facts.gate.metric, fitted.series()
+    held_out = series.get(f"search_split.{metric}", [])
+    shown = {"loss": series["loss"], f"{metric} (search split)": held_out}
+    return courses({name: points for name, points in shown.items() if points}, "epoch", "loss and metric")
 
 
 def _data_uri(picture: Tensor) -> str:

@@ -51,6 +51,22 @@ def lines(curves: Mapping[str, Mapping[int, float]], x_title: str, y_title: str,
     return frame.svg("".join(marks), x_title, y_title, list(scaled))
 
 
+def courses(curves: Mapping[str, Sequence[tuple[float, float]]], x_title: str, y_title: str) -> Markup:
+    """Lines through (x, y) points, in the order of x."""
+    every = [point for points in curves.values() for point in points]
+    frame = _Frame([x for x, _ in every], [0.0, *(y for _, y in every)])
+    marks = []
+    for colour, (name, points) in zip(COLOURS, curves.items(), strict=False):
+        path = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in points)
+        marks.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
+        marks += [
+            f'<circle cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="2.5" fill="{colour}">'
+            f"<title>{escape(name)}: {y:.4g} after epoch {x:g}</title></circle>"
+            for x, y in points
+        ]
+    return frame.svg("".join(marks), x_title, y_title, list(curves))
+
+
 def histogram(samples: Mapping[str, npt.NDArray[np.float64]], x_title: str) -> Markup:
     """Overlaid histograms of samples, up to the 99th percentile of all."""
     top = max(float(np.percentile(values, 99)) for values in samples.values())

@@ -24,7 +24,8 @@ from secateur.export.verify import verify_parity
 from secateur.pipeline.config.schema import Recipe
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.run.opening import trace_network
-from secateur.pipeline.training.loop import TrainingError, fit
+from secateur.pipeline.training.curve import TrainingError
+from secateur.pipeline.training.loop import fit
 from secateur.pipeline.workloads import custom
 from secateur.pipeline.workloads.custom.items import Items, carve
 from secateur.pipeline.workloads.custom.task import OwnCode, Task, make_task
@@ -367,7 +368,7 @@ class Checkup:
         with seeded(0):
             model = self.code.model(True)
             args: dict[str, Any] = {"seed": 0, "checkpoint": checkpoint, "compute": torch.device("cpu")}
-            fit(model, self.workload, self.workload.train, recipe, **args, report=report)
+            fit(model, self.workload, self.workload.train, recipe, **args, checkpoint_every_s=0, report=report)
         return model.state_dict()
 
 

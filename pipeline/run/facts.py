@@ -18,6 +18,7 @@ from secateur.export.artifact import ExportedModel
 from secateur.pipeline.devices.device import RunDevice
 from secateur.pipeline.run.records import describe, to_candidate, to_dict, to_evaluation
 from secateur.pipeline.tracking import Decision
+from secateur.pipeline.training.curve import Fitted
 from secateur.pruning.search.protocol import Entry, Evaluation
 from secateur.pruning.search.scope import ScopeChoice
 
@@ -82,9 +83,11 @@ class BaselineFacts(StageFacts):
 
     Args:
         origin: where its weights come from, for people.
+        training: how it was trained; None where its weights came trained.
     """
 
     origin: str
+    training: Annotated[Fitted | None, OMITTED] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,12 +270,14 @@ class FinetuneFacts(StageFacts):
     Args:
         control: None where no uniform plan has so few MACs, or one of both could not be evaluated.
         widths: None where they are the device's own.
+        training: how the compact network was fine-tuned; None in runs of earlier versions.
     """
 
     best: KeptEntry
     finals: tuple[KeptEntry, ...]
     control: Annotated[ControlFacts | None, OMITTED] = None
     widths: Annotated[WidthsFacts | None, OMITTED] = None
+    training: Annotated[Fitted | None, OMITTED] = None
 
 
 # -- export and benchmark ----------------------------------------------------------------------------------------------
@@ -578,6 +583,12 @@ class Facts:
     def only(self, names: tuple[str, ...]) -> Self:
         """Those of some stages, as far as these are done."""
         return type(self)(**{name: facts for name, facts in vars(self).items() if name in names})
+
+    @property
+    def trainings(self) -> dict[str, Fitted]:
+        """How the networks were trained, as far as that is known."""
+        both = {"baseline": self.baseline.training, "compact": self.finetune.training}
+        return {name: fitted for name, fitted in both.items() if fitted is not None}
 
     def to_json(self) -> dict[str, Any]:
         """Made of JSON's types."""

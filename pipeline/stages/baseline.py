@@ -11,15 +11,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from secateur.pipeline.config.schema import digested
+from secateur.pipeline.config.schema import Recipe, digested
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.files import sha256_of, write_whole
 from secateur.pipeline.run.facts import BaselineFacts, Facts
 from secateur.pipeline.run.run import Run
 from secateur.pipeline.surroundings import home
 from secateur.pipeline.training.baselines import BaselineCache
-from secateur.pipeline.training.loop import VERSION, TrainingError, fit, save_weights
-from secateur.pipeline.training.precision import Precision, trains_in_bf16
+from secateur.pipeline.training.checkpoints import read_fitted, save_weights, write_fitted
+from secateur.pipeline.training.curve import TrainingError
+from secateur.pipeline.training.loop import VERSION, fit, move, precision_of
+from secateur.pipeline.training.precision import Precision, certain, remembered
 
 
 def baseline(run: Run, facts: Facts) -> BaselineFacts:
@@ -33,40 +35,53 @@ def baseline(run: Run, facts: Facts) -> BaselineFacts:
     if run.workload.pretrained:
         digest, origin = save_weights(file, run.workload.build_model().state_dict()), "pretrained weights"
     else:
-        key = _content_key(run)
-        content, trained = BaselineCache(home() / "baselines", run.progress.say).get(key, partial(_train, run))
+        recipe = _settled(run)
+        key, cache = _content_key(run, recipe), BaselineCache(home() / "baselines", run.progress.say)
+        content, trained = cache.get(key, partial(_train, run, recipe))
         write_whole(file, content)
-        digest, origin = sha256_of(file), f"{'trained' if trained else 'reused'} ({key}, {_precision(run)})"
+        digest, origin = sha256_of(file), f"{'trained' if trained else 'reused'} ({key}, {recipe.precision})"
+        return BaselineFacts(origin=origin, training=read_fitted(cache.folder / key), files={file.name: digest})
     return BaselineFacts(origin=origin, files={file.name: digest})
 
 
-def _precision(run: Run) -> Precision:
-    """What the recipe's precision is on this machine."""
-    return "bf16" if trains_in_bf16(run.config.baseline.precision, run.compute) else "fp32"
+def _settled(run: Run) -> Recipe:
+    """The recipe with the precision that it has on this machine: once chosen, always the same."""
+    recipe = run.config.baseline
+    if (known := certain(recipe.precision, run.compute)) is not None:
+        return recipe.model_copy(update={"precision": known})
+
+    def choose() -> Precision:
+        with torch.random.fork_rng():
+            model = move(run.workload.fresh_model(), run.compute)
+        return precision_of(recipe, model, run.workload, run.workload.train, run.compute)
+
+    chosen = remembered(home() / "baselines" / f"{_content_key(run, recipe)}.precision", choose)
+    return recipe.model_copy(update={"precision": chosen})
 
 
-def _content_key(run: Run) -> str:
-    """Names the weights by everything that they follow from; where precision is ``auto``, by what it is here."""
-    recipe = {**digested(run.config.baseline), "precision": _precision(run)}
-    follows_from = json.dumps([run.workload.fingerprint, recipe, run.config.seed, VERSION])
+def _content_key(run: Run, recipe: Recipe) -> str:
+    """Names the weights by everything that they follow from."""
+    follows_from = json.dumps([run.workload.fingerprint, digested(recipe), run.config.seed, VERSION])
     return hashlib.sha256(follows_from.encode()).hexdigest()[:16]
 
 
-def _train(run: Run, checkpoint: Path) -> Mapping[str, Tensor]:
+def _train(run: Run, recipe: Recipe, checkpoint: Path) -> Mapping[str, Tensor]:
     torch.manual_seed(run.config.seed)
     model = run.workload.build_model()
     with run.progress.stage("Train the baseline") as report:
         try:
-            fit(
+            fitted = fit(
                 model,
                 run.workload,
                 run.workload.train,
-                run.config.baseline,
+                recipe,
                 seed=run.config.seed,
                 checkpoint=checkpoint,
                 compute=run.compute,
+                held_out=run.workload.search,
                 report=report,
             )
         except TrainingError as error:
             raise UserError(f"baseline: {error}") from error
+    write_fitted(checkpoint.with_suffix(""), fitted)
     return model.state_dict()

@@ -18,7 +18,7 @@ from secateur.pipeline.run.run import Run
 from secateur.pipeline.run.study import Study
 from secateur.pipeline.stages.loading import load_baseline
 from secateur.pipeline.stages.search import merit
-from secateur.pipeline.training.loop import save_weights
+from secateur.pipeline.training.checkpoints import save_weights
 from secateur.pruning.channels import ChannelGraph
 from secateur.pruning.cost import cost
 from secateur.pruning.plan import PruningPlan, SearchSpace
@@ -70,6 +70,7 @@ def finetune(run: Run, facts: Facts) -> FinetuneFacts:
         finals=finals,
         control=control(run, oracle, space, reference, best.candidate.plan),
         widths=widths,
+        training=oracle.trainer.fitted(best.candidate.base),
         files={"compact.safetensors": weights, "compact.plan.json": sha256_of(plan)},
     )
 

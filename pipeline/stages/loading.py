@@ -7,7 +7,7 @@ from torch import nn
 
 from secateur.pipeline.run.opening import trace_network
 from secateur.pipeline.run.run import Run
-from secateur.pipeline.training.loop import load_weights
+from secateur.pipeline.training.checkpoints import load_weights
 from secateur.pipeline.workloads import Split
 from secateur.pruning.channels import ChannelGraph
 from secateur.pruning.plan import PruningPlan

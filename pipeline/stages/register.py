@@ -33,7 +33,7 @@ def register(run: Run, facts: Facts) -> RegisterFacts:
     """
     check_whole(run.journal, facts.search.num_candidates)
     with run.progress.stage("Track and register"):
-        _deliver_candidates(run)
+        _deliver(run, facts)
         example, after = run.workload.example_input().numpy(), run.workload.postprocessing
         file = run.directory / ("compact.onnx" if after is None else f"compact.{after.name}.onnx")
         entry = run.tracker.register(
@@ -54,12 +54,14 @@ def register(run: Run, facts: Facts) -> RegisterFacts:
     return RegisterFacts(name=entry.name, version=entry.version, uri=entry.uri, files={})
 
 
-def _deliver_candidates(run: Run) -> None:
-    """Wait until MLflow has every candidate; name those it does not take.
+def _deliver(run: Run, facts: Facts) -> None:
+    """Wait until MLflow has every candidate and the epochs of trainings; name those it does not take.
 
     Raises:
         TrackingError: some are not delivered.
     """
+    for name, fitted in facts.trainings.items():
+        run.tracker.curve(f"training.{name}", fitted.series())
     waiting = run.tracker.flush(timeout_s=600 if not run.tracker.failure else 10)
     if waiting:
         raise TrackingError(

@@ -170,6 +170,19 @@ class Tracker:
                 self._pending.append(record)
                 self._changed.notify_all()
 
+    def curve(self, name: str, points: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+        """Queue the epochs of a training.
+
+        Args:
+            name: of what was trained; the series are ``NAME.loss`` and so on.
+            points: (epoch, value) of each series.
+        """
+        now_ms = int(time.time() * 1000)
+        with self._changed:
+            for what, values in points.items():
+                self._series += [Metric(f"{name}.{what}", value, now_ms, epoch) for epoch, value in values]
+            self._changed.notify_all()
+
     def flush(self, timeout_s: float) -> int:
         """Wait until everything queued is delivered; returns how many are not after ``timeout_s``."""
         deadline = time.monotonic() + timeout_s

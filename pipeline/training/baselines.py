@@ -15,7 +15,7 @@ from torch import Tensor
 
 from secateur.pipeline.files import write_whole
 from secateur.pipeline.locks import held
-from secateur.pipeline.training.loop import save_weights
+from secateur.pipeline.training.checkpoints import save_weights
 
 WAIT_S = 48 * 3600.0
 """How long a run waits for another one that trains the same baseline."""

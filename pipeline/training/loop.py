@@ -1,31 +1,36 @@
 """Training, fine-tuning and distillation: one loop, exact to resume.
 
-Every random choice of an epoch (order of images, augmentation) is drawn from the seed and the epoch's number, and a
-checkpoint is written after each epoch, so a killed training continues to the same weights on the same machine.
+Every random choice follows from the seed and the number of the epoch or step, and a checkpoint is written now and then,
+so a killed training continues to the same weights on the same machine.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
-import hashlib
-import io
 import itertools
 import math
-import pickle
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
+import numpy as np
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from secateur.pipeline.config.schema import Distillation, Recipe
-from secateur.pipeline.files import write_whole
 from secateur.pipeline.progress import Report, silent
-from secateur.pipeline.training.batches import batches_of, epoch_seed
-from secateur.pipeline.training.precision import trains_in_bf16
+from secateur.pipeline.training.average import average_of
+from secateur.pipeline.training.batches import batches_of
+from secateur.pipeline.training.checkpoints import EVERY_S, Best, Checkpoint, State
+from secateur.pipeline.training.curve import EpochFacts, Fitted, Losses
+from secateur.pipeline.training.judging import Judge
+from secateur.pipeline.training.precision import Precision, certain, faster
+from secateur.pipeline.training.recipe import Schedule, optimizer_of
 from secateur.pipeline.training.statistics import IMAGES_AT_ONCE, recalibrate, training_images
 from secateur.pipeline.workloads import Split, Workload
 
@@ -37,19 +42,12 @@ RECALIBRATION_IMAGES = 2048
 """Training images that batch-norm statistics are taken anew on at the end of a training."""
 
 
+TIMED_IMAGES = 64
+"""Images of a step by which the precision is chosen, at most."""
+
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Names of glibc's ``mallopt``."""
-
-
-UNUSABLE = (
-    *(RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError),
-    *(EOFError, OSError, pickle.UnpicklingError),
-)
-"""What torch raises for a checkpoint that was cut short, is damaged or is another network's."""
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on: the loss is not a finite number."""
 
 
 def fit(
@@ -65,113 +63,263 @@ def fit(
     distill: Distillation | None = None,
     penalty: Callable[[float], Tensor] | None = None,
     part: tuple[float, float] = (0.0, 1.0),
+    held_out: Split | None = None,
     recalibration_images: int = RECALIBRATION_IMAGES,
+    checkpoint_every_s: float = EVERY_S,
     report: Report = silent,
-) -> nn.Module:
-    """Train ``model`` in place by ``recipe`` and return it in eval mode, with the batch-norm statistics of its weights.
+) -> Fitted:
+    """Train ``model`` in place by ``recipe``, and leave it in eval mode, with the batch-norm statistics of its weights.
 
     Args:
         model: the network; its weights are the starting point.
         split: the training images.
-        checkpoint: file for the state after each epoch; removed at the end.
+        checkpoint: file for the state of a training under way; removed at the end.
         teacher: the unpruned baseline, for distillation (Hinton et al. 2015, arXiv 1503.02531).
         penalty: called in every step with the share of training that is done (0..1); its scalar is added to the loss.
         part: which part of the learning-rate schedule this training is, as fractions of its whole.
+        held_out: images for the metrics of the curve, and by which the best epoch is chosen; None = nothing is judged,
+            and the last weights are kept.
         recalibration_images: training images that batch-norm statistics are taken anew on at the end (all, if there
             are fewer); 0 = they stay as training leaves them.
-        report: told (step, steps, note) as it goes.
+        checkpoint_every_s: how often the checkpoint is written.
+        report: told (step, steps, note) after every step.
 
     Raises:
         TrainingError: the loss became NaN or infinite; says at which step and what to change.
     """
-    move(model, compute)
-    if teacher is not None:
-        move(teacher, compute).eval()
-    batches = batches_of(workload, split, recipe, seed=seed, compute=compute)
-    steps_per_epoch = len(batches)
-    steps = max(1, round(recipe.epochs * steps_per_epoch))
-    start, whole = part[0] * steps / (part[1] - part[0]), steps / (part[1] - part[0])
-    warmup = max(1.0, min(recipe.warmup_epochs * steps_per_epoch, whole / 2))
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        nesterov=recipe.momentum > 0,
-    )
-    average = Average(model, recipe.ema) if recipe.ema else None
-    step = _load_checkpoint(checkpoint, model, optimizer, average, compute)
-    bf16 = trains_in_bf16(recipe.precision, compute)
-    note = ""
-    with contextlib.closing(batches):
-        while step < steps:
-            epoch = step // steps_per_epoch
-            torch.manual_seed(epoch_seed(seed, epoch))  # dropout inside the model
+    lesson = Lesson(move(model, compute), workload, recipe, compute, teacher, distill, penalty)
+    keep = recipe.keep if held_out is not None else "last"
+    judge = None if held_out is None else Judge(workload, held_out, keep == "best", recipe.batch_size, compute)
+    with contextlib.closing(batches_of(workload, split, recipe, seed=seed, compute=compute)) as batches:
+        schedule = Schedule(recipe, len(batches), part)
+        file = Checkpoint(checkpoint, checkpoint_every_s)
+        precision = precision_of(recipe, model, workload, split, compute)
+        training = Training(lesson, schedule, judge, file, precision, seed, report)
+        state = training.state
+        while state.step < schedule.steps:
+            number, first = divmod(state.step, len(batches))
             model.train()
-            total_loss = 0.0
-            first = step % steps_per_epoch
-            for images, targets in itertools.islice(batches.epoch(epoch, first), steps - step):
-                for group in optimizer.param_groups:
-                    group["lr"] = recipe.lr * _schedule(start + step, whole, warmup)
-                with torch.autocast(compute.type, torch.bfloat16, enabled=bf16):
-                    outputs = model(images)
-                    loss = workload.loss(outputs, targets, recipe.label_smoothing)
-                    if teacher is not None and distill is not None:
-                        with torch.no_grad():
-                            taught = teacher(images)
-                        learned = workload.distillation(outputs, taught, distill.temperature)
-                        loss = (1 - distill.weight) * loss + distill.weight * learned
-                if penalty is not None:
-                    loss = loss + penalty(step / steps)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
-                if recipe.clip_norm is not None:
-                    nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
-                optimizer.step()
-                if average is not None:
-                    average.update(model, step)
-                total_loss += loss.item()
-                if not math.isfinite(total_loss):
-                    raise TrainingError(
-                        f"the training loss is {loss.item()} at step {step} of {steps}; "
-                        f"lower lr (now {recipe.lr}) or set clip_norm: 1.0 in the recipe"
-                    )
-                step += 1
-                note = f"loss {total_loss / ((step - 1) % steps_per_epoch - first + 1):.3f}"
-                report(step, steps, note)
-            if step < steps:
-                _save_checkpoint(checkpoint, model, optimizer, average, step)
-    if average is not None:
-        model.load_state_dict(average.state)
-    model.eval()
+            for images, targets in itertools.islice(batches.epoch(number, first), schedule.steps - state.step):
+                training.step(images, targets)
+            training.end_epoch(len(split))
+    training.finish(keep)
     if recalibration_images:
         at_once = min(recipe.batch_size, IMAGES_AT_ONCE)
         recalibrate(model, training_images(workload, split, recalibration_images, compute, at_once))
     checkpoint.unlink(missing_ok=True)
-    return model
+    return training.fitted(keep)
 
 
-class Average:
-    """Exponential moving average of a network's weights and batch-norm statistics (Polyak and Juditsky 1992).
+@dataclass
+class Lesson:
+    """What a network learns from a batch: gradients of the loss, of what a teacher adds, and of a penalty.
 
     Args:
-        model: whose state it begins with.
-        decay: share of the old average that a late step keeps; early steps keep (1 + step) / (10 + step).
+        teacher: brought to ``compute`` and into eval mode; None = no distillation.
+        penalty: of the share of training that is done.
+        bf16: whether it computes in mixed precision.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    model: nn.Module
+    workload: Workload
+    recipe: Recipe
+    compute: torch.device
+    teacher: nn.Module | None = None
+    distill: Distillation | None = None
+    penalty: Callable[[float], Tensor] | None = None
+    bf16: bool = False
 
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Take in the network after ``step`` (from 0)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point():
-                self.state[name].lerp_(tensor, 1 - decay)
-            else:
-                self.state[name].copy_(tensor)
+    def __post_init__(self) -> None:
+        if self.teacher is not None:
+            move(self.teacher, self.compute).eval()
+
+    def __call__(self, images: Tensor, targets: Tensor, done: float) -> Tensor:
+        """Set all gradients; returns the loss, a scalar without a gradient.
+
+        Args:
+            done: share of the training that is done, in 0..1.
+        """
+        self.model.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.compute)
+        parts = min(self.recipe.accumulate, len(images))
+        for images_, targets_ in zip(images.tensor_split(parts), targets.tensor_split(parts), strict=True):
+            loss = self._loss(images_, targets_) * (len(images_) / len(images))
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        if self.penalty is not None:
+            added = self.penalty(done)
+            added.backward()  # type: ignore[no-untyped-call]
+            total += added.detach()
+        if self.recipe.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+        return total
+
+    def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(self.compute.type, torch.bfloat16, enabled=self.bf16):
+            outputs = self.model(images)
+            loss = self.workload.loss(outputs, targets, self.recipe.label_smoothing)
+            if self.teacher is None or self.distill is None:
+                return loss
+            with torch.no_grad():
+                taught = self.teacher(images)
+            learned = self.workload.distillation(outputs, taught, self.distill.temperature)
+            return (1 - self.distill.weight) * loss + self.distill.weight * learned
+
+
+class Training:
+    """A training under way, step by step.
+
+    Args:
+        lesson: what is learned from a batch.
+        judge: takes the curve's metrics; None = nothing is judged.
+        file: of its state: where it goes on from, if there is one.
+        precision: of a training that begins; one that goes on has that of its checkpoint.
+        seed: of what is random inside the network.
+        report: told (step, steps, note) after every step.
+    """
+
+    def __init__(
+        self,
+        lesson: Lesson,
+        schedule: Schedule,
+        judge: Judge | None,
+        file: Checkpoint,
+        precision: Precision,
+        seed: int,
+        report: Report,
+    ) -> None:
+        self.lesson, self.schedule, self.judge, self.file = lesson, schedule, judge, file
+        self.seed, self.report = seed, report
+        recipe, model = lesson.recipe, lesson.model
+        losses = Losses(f"lower lr (now {recipe.lr}) or set clip_norm: 1.0 in the recipe")
+        average = average_of(model, recipe.ema) if recipe.ema else None
+        self.state = State(model, optimizer_of(model, recipe), average, losses)
+        file.read(self.state, lesson.compute)
+        if self.state.precision is None:
+            self.state.precision = precision
+        lesson.bf16 = self.state.precision == "bf16"
+
+    @property
+    def network(self) -> nn.Module:
+        """The network that training would end with now."""
+        average = self.state.average
+        return self.lesson.model if average is None else average.module
+
+    def step(self, images: Tensor, targets: Tensor) -> None:
+        """Learn from a batch.
+
+        Raises:
+            TrainingError: the loss became NaN or infinite, now or in one of the steps before.
+        """
+        state, steps = self.state, self.schedule.steps
+        torch.manual_seed(step_seed(self.seed, state.step))  # dropout inside the model
+        self.schedule.set(state.optimizer, state.step)
+        loss = self.lesson(images, targets, state.step / steps)
+        state.optimizer.step()
+        if state.average is not None:
+            state.average.update_parameters(self.lesson.model)
+        state.losses.add(loss, len(images))
+        state.step += 1
+        if state.step % self.schedule.steps_per_epoch == 0 or state.step == steps:
+            return
+        if state.losses.due or self.file.due:
+            state.losses.read(state.step, steps)
+        if self.file.due:
+            self.file.write(state)
+        self.report(state.step, steps, self._note())
+
+    def end_epoch(self, images: int) -> None:
+        """Enter an epoch, or what there is of it, into the curve.
+
+        Args:
+            images: of an epoch.
+
+        Raises:
+            TrainingError: the loss became NaN or infinite.
+        """
+        state, steps = self.state, self.schedule.steps
+        state.losses.read(state.step, steps)
+        epoch = state.step / self.schedule.steps_per_epoch
+        before = state.curve[-1].epoch if state.curve else 0.0
+        metrics: Mapping[str, float] = {}
+        if self.judge is not None and (state.step == steps or self.judge.is_due(before * images, epoch * images)):
+            metrics = self.judge.metrics(self.network, self.lesson.bf16)
+            if self.judge.chooses:
+                self._keep_best(epoch, metrics.get(self.judge.metric, -math.inf))
+        state.curve.append(EpochFacts(epoch, state.losses.mean, self.schedule.lr(state.step - 1), metrics))
+        note = self._note()
+        state.losses.begin_epoch()
+        if self.file.due and state.step < steps:
+            self.file.write(state)
+        self.report(state.step, steps, note)
+
+    def finish(self, keep: Literal["last", "best"]) -> None:
+        """Give the network the weights that are kept, and bring it into eval mode."""
+        state, model = self.state, self.lesson.model
+        if keep == "best" and state.best is not None:
+            model.load_state_dict(state.best.state)
+        elif state.average is not None:
+            model.load_state_dict(state.average.module.state_dict())
+        model.eval()
+
+    def fitted(self, keep: Literal["last", "best"]) -> Fitted:
+        """How it went."""
+        state = self.state
+        assert state.precision is not None
+        best = state.best if keep == "best" else None
+        kept = state.step / self.schedule.steps_per_epoch if best is None else best.epoch
+        return Fitted(state.precision, keep, kept, tuple(state.curve))
+
+    def _keep_best(self, epoch: float, value: float) -> None:
+        """Keep the weights of an epoch if they are better than all before."""
+        best = self.state.best
+        if best is None or value > best.value:
+            weights = {name: tensor.detach().clone() for name, tensor in self.network.state_dict().items()}
+            self.state.best = Best(epoch, value, weights)
+
+    def _note(self) -> str:
+        """For people: where it is, how fast, and how well."""
+        state, schedule = self.state, self.schedule
+        epoch, epochs = state.step / schedule.steps_per_epoch, schedule.steps / schedule.steps_per_epoch
+        parts = [f"epoch {math.ceil(epoch)} of {math.ceil(epochs)}"]
+        if state.losses.images_per_s:
+            parts += [f"{state.losses.images_per_s:,.0f} images/s", f"loss {state.losses.mean:.3f}"]
+        judged = [found.metrics for found in state.curve if found.metrics]
+        if self.judge is not None and judged and (value := judged[-1].get(self.judge.metric)) is not None:
+            parts.append(f"{self.judge.metric} {value:.3f}")
+        return ", ".join(parts)
+
+
+def precision_of(
+    recipe: Recipe, model: nn.Module, workload: Workload, split: Split, compute: torch.device
+) -> Precision:
+    """The precision of a recipe; where it is ``auto`` and bf16 is native, the faster one for this network.
+
+    Args:
+        model: on ``compute``; a copy of it is timed.
+    """
+    if (known := certain(recipe.precision, compute)) is not None:
+        return known
+    with torch.random.fork_rng():
+        copied = move(copy.deepcopy(model), compute).train()
+        lesson = Lesson(copied, workload, recipe, compute)
+        some = torch.arange(min(recipe.batch_size, TIMED_IMAGES, len(split)))
+        images, targets = workload.batch(split, some, train=False, generator=None, device=compute)
+        return faster(partial(_seconds, lesson, images, targets))
+
+
+def _seconds(lesson: Lesson, images: Tensor, targets: Tensor, precision: Precision) -> float:
+    """Of a step without its optimizer: on a processor those of this thread's process, however busy the machine is."""
+    clock = time.process_time if lesson.compute.type == "cpu" else time.perf_counter
+    lesson.bf16 = precision == "bf16"
+    started = clock()
+    lesson(images, targets, 0.0).item()
+    return clock() - started
+
+
+def step_seed(seed: int, step: int) -> int:
+    """What all randomness of a step inside the network begins with."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
 
 
 def keep_freed_memory() -> None:
@@ -189,61 +337,3 @@ def keep_freed_memory() -> None:
 def move(model: nn.Module, compute: torch.device) -> nn.Module:
     """The same module, on ``compute`` and in channels-last memory."""
     return model.to(compute).to(memory_format=torch.channels_last)
-
-
-def _schedule(step: float, steps: float, warmup: float) -> float:
-    """Factor on the learning rate: linear warm-up, then cosine to zero."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, steps - warmup)))
-
-
-def _save_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None, step: int
-) -> None:
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-    save_checkpoint(path, state | ({} if average is None else {"average": average.state}))
-
-
-def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Write what a training goes on from, whole.
-
-    Raises:
-        SurroundingsError: the disk is full or fails; names the file and how much it needs.
-    """
-    content = io.BytesIO()  # not into the file: what PyTorch says of a full disk names neither
-    torch.save(dict(state), content)
-    write_whole(path, content.getbuffer())
-
-
-def _load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None, compute: torch.device
-) -> int:
-    """The step to continue at; 0 where there is no usable checkpoint."""
-    if not path.exists():
-        return 0
-    try:
-        state: dict[str, Any] = torch.load(path, map_location=compute, weights_only=True)
-        averaged: dict[str, Tensor] = {} if average is None else state["average"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        if average is not None:
-            average.state = averaged
-        return int(state["step"])
-    except UNUSABLE:
-        return 0  # cut short or of another network: begin again
-
-
-def save_weights(path: Path, state: dict[str, Tensor]) -> str:
-    """Write a state dict as safetensors, whole; returns its sha256."""
-    content = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()})
-    write_whole(path, content)
-    return hashlib.sha256(content).hexdigest()
-
-
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors state dict onto the CPU, into memory of its own.
-
-    Tensors in a file are not aligned, and kernels may then add in another order: the same weights gave other outputs.
-    """
-    return {name: tensor.clone() for name, tensor in load_file(path).items()}

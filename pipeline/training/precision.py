@@ -6,10 +6,13 @@ by putting another function in the place of ``native_bf16``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import torch
 
+from secateur.pipeline.files import write_whole
 from secateur.pruning.surgery import TOLERANCE
 
 Precision = Literal["fp32", "bf16"]
@@ -34,6 +37,46 @@ def native_bf16(compute: torch.device) -> bool:
 def trains_in_bf16(precision: Literal["fp32", "bf16", "auto"], compute: torch.device) -> bool:
     """Whether a recipe's training runs in mixed precision; ``auto`` = where it is native there."""
     return precision == "bf16" or (precision == "auto" and native_bf16(compute))
+
+
+def certain(precision: Literal["fp32", "bf16", "auto"], compute: torch.device) -> Precision | None:
+    """A recipe's precision; None where it is ``auto`` and has to be found by trying."""
+    if precision != "auto":
+        return precision
+    return None if native_bf16(compute) else "fp32"
+
+
+ROUNDS = 3
+"""Times each type is timed; the fastest counts."""
+
+
+def faster(seconds: Callable[[Precision], float]) -> Precision:
+    """The type in which steps take less time, each tried in turn: depthwise convolutions often gain nothing by bf16.
+
+    Args:
+        seconds: of a step in one type; the first one of each is not counted.
+    """
+    kinds: tuple[Precision, ...] = ("bf16", "fp32")
+    times: dict[Precision, list[float]] = {kind: [] for kind in kinds}
+    for _ in range(1 + ROUNDS):
+        for kind in kinds:
+            times[kind].append(seconds(kind))
+    return min(kinds, key=lambda kind: min(times[kind][1:]))
+
+
+def remembered(file: Path, choose: Callable[[], Precision]) -> Precision:
+    """What was chosen before, as a file says; else what is chosen now, for whoever asks next.
+
+    Raises:
+        SurroundingsError: the file cannot be written.
+    """
+    known = file.read_text(encoding="ascii", errors="replace").strip() if file.is_file() else ""
+    for precision in DTYPES:
+        if known == precision:
+            return precision
+    chosen = choose()
+    write_whole(file, chosen + "\n")
+    return chosen
 
 
 def tolerance(precision: Precision) -> float:

@@ -22,7 +22,7 @@ from secateur.pipeline.errors import SurroundingsError
 from secateur.pipeline.files import sha256_of, sweep_parts, write_whole
 from secateur.pipeline.foreign import exit_code
 from secateur.pipeline.training.baselines import BaselineCache
-from secateur.pipeline.training.loop import load_weights, save_checkpoint, save_weights
+from secateur.pipeline.training.checkpoints import load_weights, save_checkpoint, save_weights
 from tests.pipeline.devices.test_faults_device import largest_file
 
 ROOT = Path(__file__).parents[2]

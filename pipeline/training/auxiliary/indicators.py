@@ -34,8 +34,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from secateur.pipeline.training.auxiliary import Outcome, Task
-from secateur.pipeline.training.loop import UNUSABLE, TrainingError, move, save_checkpoint
+from secateur.pipeline.training.checkpoints import UNUSABLE, save_checkpoint
+from secateur.pipeline.training.curve import TrainingError
+from secateur.pipeline.training.loop import move
 from secateur.pipeline.training.precision import trains_in_bf16
+from secateur.pipeline.training.recipe import Schedule, optimizer_of
 from secateur.pipeline.workloads import Split
 from secateur.pruning.channels import ChannelGraph
 
@@ -240,22 +243,16 @@ def train(task: Task) -> Outcome:
 def _train(task: Task, settings: Settings, model: nn.Module, indicators: Indicators) -> int:
     """The bilevel loop; returns how many images were passed forward and backward."""
     recipe, workload, alpha, compute = task.recipe, task.workload, indicators.alpha, task.compute
-    weights = torch.optim.SGD(
-        model.parameters(),
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        nesterov=recipe.momentum > 0,
-    )
+    weights = optimizer_of(model, recipe)
     cost = CostTerm(indicators, settings)
     cost.start()
     halves = _halves(task, settings.weight_share)
     batches = [_num_batches(half, recipe.batch_size) for half in halves]
     per_epoch = sum(batches)
-    steps = max(1, round(recipe.epochs * per_epoch))
+    schedule = Schedule(recipe, per_epoch)
+    steps = schedule.steps
     least = min(LARGEST_LR, REACH / max(1.0, recipe.epochs * batches[1]))
     switches = torch.optim.Adam([alpha], lr=settings.lr or max(LR, least))
-    warmup = recipe.warmup_epochs * per_epoch
     everything = {"model": model, "weights": weights, "switches": switches}
     step, images = _resume(task.checkpoint, everything, alpha, compute)
     bf16 = trains_in_bf16(recipe.precision, compute)
@@ -279,8 +276,7 @@ def _train(task: Task, settings: Settings, model: nn.Module, indicators: Indicat
                     f"lower lr (now {recipe.lr}) or set clip_norm: 1.0 in the recipe"
                 )
             if is_weights:
-                for group in weights.param_groups:
-                    group["lr"] = recipe.lr * _schedule(step, steps, warmup)
+                schedule.set(weights, step)
                 weights.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
                 if recipe.clip_norm is not None:
@@ -321,14 +317,6 @@ def _interleaved(
         batches += [((i + 0.5) / len(parts), is_weights, split, part) for i, part in enumerate(parts)]
     for _, is_weights, split, part in sorted(batches, key=lambda batch: (batch[0], not batch[1])):
         yield is_weights, split, part
-
-
-def _schedule(step: int, steps: int, warmup: float) -> float:
-    """Factor on the weights' learning rate: linear warm-up, then cosine to zero."""
-    warmup = max(1.0, min(warmup, steps / 2))
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, steps - warmup)))
 
 
 def _save(path: Path, everything: Mapping[str, Any], alpha: Tensor, step: int, images: int) -> None:

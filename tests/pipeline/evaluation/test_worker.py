@@ -35,7 +35,7 @@ from secateur.pipeline.flow.worker_engines import Dask, Processes, Ray, open_eng
 from secateur.pipeline.run.journal import Journal
 from secateur.pipeline.run.run import Run
 from secateur.pipeline.run.study import Study
-from secateur.pipeline.training.loop import save_weights
+from secateur.pipeline.training.checkpoints import save_weights
 from secateur.pipeline.training.statistics import recalibrate, training_images
 from secateur.pruning.channels import ChannelGraph
 from secateur.pruning.saliency import uniform_plan

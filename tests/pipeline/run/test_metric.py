@@ -17,7 +17,7 @@ from secateur.pipeline.progress import Silent
 from secateur.pipeline.run.journal import Journal
 from secateur.pipeline.run.metric import STAGE, settle
 from secateur.pipeline.run.run import Run
-from secateur.pipeline.training.loop import save_weights
+from secateur.pipeline.training.checkpoints import save_weights
 from secateur.pipeline.workloads import DIVERGENCE_SCORE, Workload
 from tests.pipeline.helpers import digits, opened, perform, tiny_config
 

@@ -28,7 +28,8 @@ from secateur.pipeline.training.auxiliary.indicators import (
     interpolated,
     train,
 )
-from secateur.pipeline.training.loop import TrainingError, fit
+from secateur.pipeline.training.curve import TrainingError
+from secateur.pipeline.training.loop import fit
 from secateur.pipeline.workloads import Split
 from secateur.pipeline.workloads.classification import Classification
 from secateur.pruning.channels import ChannelGraph
@@ -227,7 +228,8 @@ def trained(small: Classification, tmp_path_factory: pytest.TempPathFactory) -> 
     """The network, trained; then channel 3 of the first layer is made dead."""
     recipe = Recipe(epochs=10, lr=0.1, batch_size=32, precision="fp32")
     checkpoint = tmp_path_factory.mktemp("trained") / "c"
-    model = fit(network(), small, small.train, recipe, seed=0, checkpoint=checkpoint, compute=CPU)
+    model = network()
+    fit(model, small, small.train, recipe, seed=0, checkpoint=checkpoint, compute=CPU)
     with torch.no_grad():
         model.bn1.weight[3], model.bn1.bias[3] = 0, -1
     return model

@@ -16,7 +16,7 @@ from secateur.pipeline.config.schema import FinetuneSection
 from secateur.pipeline.progress import silent
 from secateur.pipeline.training import auxiliary as learning
 from secateur.pipeline.training.auxiliary import Outcome, Task, pruning_net, shared
-from secateur.pipeline.training.loop import load_weights, save_weights
+from secateur.pipeline.training.checkpoints import load_weights, save_weights
 from secateur.pipeline.training.statistics import recalibrate, training_images
 from secateur.pipeline.workloads.classification import Classification
 from secateur.pruning.channels import ChannelGraph
