@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,12 +54,13 @@ def init(
         data = Path(answer) if answer else None
     profiles.usable(device)
     reading = Reading(RichProgress(err), "sample")
+    named = _model(model)
     task, said = _task(data)
+    draft.check_name(task, named)
     seen = draft.look(data, task, said, reading)
-    out.print(f"Seen: {seen.said}; {seen.train:,} training images, {seen.side} pixels")
-    for note in seen.notes:
-        out.print(f"Note: {note}")
-    named, name = _model(model), draft.name_for(data)
+    out.print(f"Seen: {seen.said}; {seen.train:,} of them for training; shorter sides of {seen.side} pixels")
+    _note(seen.notes)
+    name = draft.name_for(data)
     recipe = draft.recipe_for(seen.train)
     file = _free(name)
     text = draft.text_of(seen, name, named, device, recipe)
@@ -67,17 +69,26 @@ def init(
     if not needs_trust:
         recipe, preflight, taken = draft.in_time(text, recipe, name, Path.cwd(), reading)
         text = draft.text_of(seen, name, named, device, recipe)
+        of_network = () if preflight.workload is None else preflight.workload.notes
+        _note(note for note in of_network if note not in (seen.said, *seen.notes))
     file.write_text(text, encoding="utf-8")
     out.print(f"Written: {one_line(file)}")
     _tell(preflight, taken)
     words = ["secateur", "run", file, *(["--trust"] if needs_trust else [])]
-    out.print("Next:")
+    wrong = preflight is not None and bool(preflight.faults)
+    out.print("Next, when that is put right:" if wrong else "Next:")
     out.print(f"  {command('secateur', 'validate', *words[2:])}")
-    out.print(f"  {command(*words)}")
+    if not wrong:
+        out.print(f"  {command(*words)}")
     if err.is_attended and preflight is not None and not preflight.faults and err.confirmed("Shall it run now?"):
         from secateur.pipeline.cli.run import run
 
         run(file)
+
+
+def _note(notes: Iterable[str]) -> None:
+    for note in notes:
+        out.print(f"Note: {note}")
 
 
 def _task(data: Path | None) -> tuple[Task, str]:

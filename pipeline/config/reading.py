@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import yaml
 from secateur.device_profiles import plain_yaml
 from secateur.device_profiles.plain_yaml import Content
 from secateur.device_profiles.settle import settle
+from secateur.device_profiles.wording import command
 from secateur.pipeline.config.choices import (
     check_method,
     check_reward,
@@ -25,6 +27,9 @@ from secateur.pipeline.config.renamed import with_new_words
 from secateur.pipeline.config.schema import RunFile
 from secateur.pipeline.errors import UserError
 
+FILES = (("data", "path"), ("data", "train"), ("data", "test"), ("model", "weights"))
+"""Keys of the workload that may name files beside the run file."""
+
 
 def load_run_file(path: Path, overrides: Sequence[str] = ()) -> RunFile:
     """Read and check a run file.
@@ -38,12 +43,28 @@ def load_run_file(path: Path, overrides: Sequence[str] = ()) -> RunFile:
     """
     try:
         text = path.read_text(encoding="utf-8")
+    except IsADirectoryError as error:
+        write = command("secateur", "init", path)
+        raise UserError(f"cannot read run file {path}: it is a folder; of data, {write} writes one") from error
     except OSError as error:
         examples = ", ".join(sorted(str(p) for p in Path(__file__).parents[1].joinpath("runs").glob("*.yaml")))
         raise UserError(f"cannot read run file {path}: {error.strerror}; examples: {examples}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"run file {path} is not UTF-8 text") from error
-    return parse_run_file(text, str(path), overrides).lying_in(path.absolute().parent)
+    folder = path.absolute().parent
+    return _beside(parse_run_file(text, str(path), overrides), folder).lying_in(folder)
+
+
+def _beside(config: RunFile, folder: Path) -> RunFile:
+    """The same run file; what lies beside it, and not where data and weights are looked for first, is named in full."""
+    workload = dict(config.workload)
+    bases = [Path(), *([Path(data).expanduser()] if (data := os.environ.get("SECATEUR_DATA")) else [])]
+    for section, key in FILES:
+        given = (workload.get(section) or {}).get(key)
+        if not given or any((base / given).expanduser().exists() for base in bases) or not (folder / given).exists():
+            continue
+        workload[section] = {**workload[section], key: str(folder.resolve() / given)}
+    return config.model_copy(update={"workload": workload})
 
 
 def parse_run_file(text: str, name: str = "run file", overrides: Sequence[str] = ()) -> RunFile:

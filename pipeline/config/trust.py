@@ -339,6 +339,9 @@ def factory(name: str, options: object, place: str = "workload.model.name") -> C
         "a factory is a class derived from torch.nn.Module, or a function that returns one; a function of an installed "
         "package says so (def build(num_classes) -> nn.Module)"
     )
+    torch_nn = sys.modules.get("torch.nn")  # whoever made a network has imported it
+    if torch_nn is not None and isinstance(builder, torch_nn.Module):
+        raise UserError(f"{name} is a network that is made already; write a function that makes one: {fix}")
     if not callable(builder):
         raise UserError(f"{name} is a {type(builder).__name__}, not a callable; {fix}")
     if not _may_build(builder, anything=not installed):

@@ -6,7 +6,6 @@ Nothing of a user's own is run: the data is read, and a file with a network is p
 from __future__ import annotations
 
 import ast
-import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from secateur.pipeline.config.schema import RunFile
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.run.estimate import Estimate, estimate
 from secateur.pipeline.run.preflight import Preflight, examine
+from secateur.pipeline.workloads import networks
 from secateur.pipeline.workloads.data import formats
 from secateur.pipeline.workloads.data.content import Reading
 
@@ -76,15 +76,23 @@ def tasks_of(path: Path) -> dict[Task, str]:
     if not path.exists():
         raise UserError(f"there is no {path}; name the folder or file of your data")
     seen: dict[Task, str] = {}
+    ambiguous: list[str] = []
     for task, shelf in SHELVES.items():
-        with contextlib.suppress(UserError):
+        try:
             seen[task] = formats.detect(shelf, path)[1]  # type: ignore[index]
+        except formats.AmbiguousError as error:
+            ambiguous.append(str(error))
+        except UserError:
+            continue
     if not seen:
         images, scenes = (", ".join(shelf.names()) for shelf in SHELVES.values())
+        found = "; ".join(ambiguous) or (
+            f"{path} looks like no images with classes ({images}) and no images with boxes ({scenes}): "
+            f"{formats.lying_in(path)}"
+        )
         raise UserError(
-            f"{path} looks like no images with classes ({images}) and like no images with boxes ({scenes}), or like "
-            "several of them; docs/data.md and docs/detection.md show how they lie. `secateur init` without a path "
-            "writes a run file for digits, in which data.source and data.path can be set"
+            f"{found}. docs/data.md shows how data lies. `secateur init` without a path writes a run file for digits, "
+            "in which data.source and data.path can be set"
         )
     return seen
 
@@ -102,7 +110,20 @@ def look(path: Path | None, task: Task, said: str, reading: Reading) -> Seen:
     kind = WORKLOADS.load(task)
     workload = kind.build(kind.Options.model_validate({"name": task, "data": data}), reading)
     sides = sorted(side for size, num in workload.summary().sizes.items() for side in [min(size)] * num)
-    return Seen(task, said, data, len(workload.train), sides[len(sides) // 2], workload.notes)
+    notes = workload.notes
+    if notes and notes[0].startswith(said):  # what was found, with its counts
+        said, notes = notes[0], notes[1:]
+    return Seen(task, said, data, len(workload.train), sides[len(sides) // 2], notes)
+
+
+def check_name(task: Task, model: str | None) -> None:
+    """See that a classifier of a name is there; one of a user's own is not looked at.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    if task == "classification" and model is not None:
+        networks.named(model)
 
 
 def factory_in(file: Path) -> tuple[str, list[str]]:
@@ -114,7 +135,8 @@ def factory_in(file: Path) -> tuple[str, list[str]]:
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, SyntaxError) as error:
-        raise UserError(f"cannot read {file}: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"cannot read {file}: {reason}") from error
     found = [node.name for node in tree.body if _takes_classes(node)]  # type: ignore[attr-defined]
     if not found:
         raise UserError(

@@ -216,7 +216,7 @@ class Classification:
         prepared = self.network.preparation(options.model.weights)
         opened: ImageData = formats.IMAGES.load(data.source).load_images(data, _wanted(data, prepared), reading)
         self.classes, self.named = opened.classes, opened.named
-        self.train, self.search, self.test = _split(opened, options.data)
+        self.train, self.search, self.test = _split(opened, options.data, told=bool(seen))
         self._data_notes = (*([_said(seen, opened, data)] if seen else []), *opened.tally.notes())
         self.num_classes = len(opened.classes)
         sample = opened.train.read(self.train.indices[:1])
@@ -267,9 +267,9 @@ class Classification:
     @cached_property
     def notes(self) -> tuple[str, ...]:
         if self._content is None or (self.options.model.weights == TORCHVISION and self.pretrained):
-            return self._data_notes
+            return (*self._data_notes, *self._probabilities())
         with torch.random.fork_rng(devices=[]):
-            return (*self._data_notes, *self._load_weights(self.fresh_model()))
+            return (*self._data_notes, *self._load_weights(self.fresh_model()), *self._probabilities())
 
     def summary(self) -> DataSummary:
         counts = [
@@ -307,11 +307,34 @@ class Classification:
         except Exception:  # noqa: BLE001 - told where it is checked
             return
         if not isinstance(outputs, Tensor) or tuple(outputs.shape) != (1, self.num_classes):
-            found = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
+            found, fix = (
+                f"a {type(outputs).__name__}",
+                "return the classes' logits alone; several outputs are for a task",
+            )
+            fix = f"{fix} of your own (docs/custom-task.md)"
+            if isinstance(outputs, Tensor):
+                found, fix = f"shape {tuple(outputs.shape)}", "pass num_classes on to its last layer"
             raise UserError(
                 f"network {self.options.model.name} gives {found} for one image; expected a tensor of shape "
-                f"(1, {self.num_classes}), a logit for each class: pass num_classes on to its last layer"
+                f"(1, {self.num_classes}), a logit for each class: {fix}"
             )
+
+    def _probabilities(self) -> tuple[str, ...]:
+        """A note where a network of the user's own gives probabilities in place of logits."""
+        if ":" not in self.options.model.name:
+            return ()
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            try:
+                outputs = self.fresh_model()(self.example_input()).double()
+                ones = outputs.sum(1) - 1
+            except Exception:  # noqa: BLE001 - whatever is wrong with it is told where the network is used
+                return ()
+        if self.num_classes < 2 or outputs.min() < 0 or ones.abs().max() > 1e-4:
+            return ()
+        return (
+            f"network {self.options.model.name} gives probabilities, as after a softmax, and its loss is computed from "
+            "logits: it learns badly; leave the softmax out, which changes no answer",
+        )
 
     def _find_weights(self) -> Path | None:
         """The file of ``model.weights``; None = there are to be none.
@@ -543,8 +566,11 @@ def _said(seen: str, opened: ImageData, data: DataOptions) -> str:
     return f"{seen}: {len(opened.classes):,} classes, {total:,} images, test split {test}".replace("%", " %")
 
 
-def _split(opened: ImageData, data: DataOptions) -> tuple[Split, Split, Split]:
+def _split(opened: ImageData, data: DataOptions, *, told: bool) -> tuple[Split, Split, Split]:
     """(train, search, test): the data's own, and what is missing drawn from the training images by their content.
+
+    Args:
+        told: whether it is said already where the test split is from.
 
     Raises:
         UserError: a split would be empty.
@@ -557,7 +583,7 @@ def _split(opened: ImageData, data: DataOptions) -> tuple[Split, Split, Split]:
         None if opened.test is not None else data.test_fraction,
         None if own_search is not None else data.search_fraction or SEARCH_FRACTION,
     )
-    if opened.test is None:
+    if opened.test is None and not told:
         tally.say(f"the data has no test split: about {data.test_fraction:.0%} of it, drawn by content, becomes one")
     classes = [(label,) for label in train.labels.tolist()]
     drawn = splits.draw(train.contents, classes, shares, opened.classes, tally)

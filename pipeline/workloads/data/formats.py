@@ -15,11 +15,17 @@ from pydantic import ValidationError
 from secateur.device_profiles.shelf import Shelf
 from secateur.pipeline.config.faults import known
 from secateur.pipeline.errors import UserError
+from secateur.pipeline.workloads.data.listing import folders_in, is_hidden, is_image
+from secateur.pipeline.workloads.data.notes import some
 
 PACKAGE = "secateur.pipeline.workloads.data"
 IMAGES = Shelf(PACKAGE, "source of images", ("looks_like", "load_images"))
 SCENES = Shelf(PACKAGE, "source of images with boxes", ("looks_like", "load_scenes"))
 AUTO = "auto"
+
+
+class AmbiguousError(UserError):
+    """A path can be read in several ways."""
 
 
 def source_of(given: Mapping[str, Any], listed: str) -> str:
@@ -70,9 +76,22 @@ def detect(shelf: Shelf, path: Path) -> tuple[str, str]:
         return next(iter(seen.items()))
     if seen:
         told = " or ".join(f"{name} ({said})" for name, said in seen.items())
-        raise UserError(f"{path} can be read as {told}; set data.source to the one that is meant")
-    inside = sorted(entry.name for entry in path.iterdir())[:5] if path.is_dir() else [path.name]
+        raise AmbiguousError(f"{path} can be read as {told}; set data.source to the one that is meant")
     raise UserError(
-        f"{path} looks like no {shelf.kind} ({', '.join(shelf.names())}); found {', '.join(inside) or 'nothing'}. "
-        "Correct data.path, or set data.source, whose messages say what is missing"
+        f"{path} looks like no {shelf.kind} ({', '.join(shelf.names())}): {lying_in(path)}. Correct data.path, or set "
+        "data.source, whose messages say what is missing"
     )
+
+
+def lying_in(path: Path) -> str:
+    """What lies at a path that looks like no format, and what that lacks where it is nearly class folders."""
+    if not path.is_dir():
+        return f"it is the file {path.name}"
+    loose = [entry.name for entry in path.iterdir() if is_image(entry.name) and not is_hidden(entry.name)]
+    folders = [folder for folder in folders_in(path) if any(is_image(file.name) for file in folder.rglob("*"))]
+    if len(folders) == 1:
+        return f"images lie in one folder of it, {folders[0].name}, and classes need at least two folders"
+    if loose:
+        return f"{len(loose):,} image(s) lie in it and in no class folder; expected {path}/CLASS/image.jpg"
+    inside = sorted(entry.name for entry in path.iterdir())
+    return f"it holds {some(inside) if inside else 'nothing'}"

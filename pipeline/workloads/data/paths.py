@@ -36,7 +36,9 @@ def find(path: str, what: str) -> Path:
             if not (candidate.is_file() or candidate.is_dir()):
                 raise UserError(f"{candidate} is a pipe, a socket or a device; expected the {what}")
             return candidate
-    hint = "" if len(tried) > 1 or tried[0].is_absolute() else "; set SECATEUR_DATA to the folder that holds your data"
+    hint = ""
+    if len(tried) == 1 and not tried[0].is_absolute():
+        hint = "; paths count from the current folder or the run file's; set SECATEUR_DATA to the folder of your data"
     raise UserError(f"{what} not found: tried {' and '.join(str(p.absolute()) for p in tried)}{hint}")
 
 

@@ -91,6 +91,8 @@ def named(name: str) -> Named:
     name = renamed.newest(PLACE, name)
     if ":" in name:
         return Named("own", name)
+    if name.endswith(".py"):
+        raise UserError(f"{name} is a file; after a colon comes what builds the network in it: {name}:build")
     zoo, slash, rest = name.partition("/")
     if slash and zoo == "timm":
         return Named("timm", rest)

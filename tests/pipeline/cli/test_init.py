@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,7 @@ def test_a_run_file_fits_the_data_and_says_what_it_takes(
 ) -> None:
     assert call(monkeypatch, "init", "flowers") == errors.EXIT_OK
     shown = capsys.readouterr().out
-    assert "class folders" in shown
+    assert shown.count("class folders") == shown.count("carved") == shown.count("test split") == 1
     assert " min" in shown
     config = read("flowers.yaml")
     assert (config.name, config.workload["name"]) == ("flowers", "classification")
@@ -100,6 +101,50 @@ def test_a_file_without_a_network_is_refused(
     Path("mynet.py").write_text(text)
     assert call(monkeypatch, "init", "flowers", "--model", "mynet.py") == errors.EXIT_USER
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "said"), [("nothing.py", "No such file"), ("resnet81", "did you mean"), ("mynet.py:tiny", None)]
+)
+def test_a_name_that_nothing_has_is_refused_before_a_run_file_is_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured, own_network: Path, model: str, said: str | None
+) -> None:
+    code = call(monkeypatch, "init", "flowers", "--model", model)
+    assert (code == errors.EXIT_USER) is (said is not None) is not Path("flowers.yaml").exists()
+    assert said is None or said in capsys.readouterr().err
+
+
+def test_what_is_to_be_put_right_comes_before_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured, flowers: Path
+) -> None:
+    Path("two.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, num_classes):\n"
+        "        super().__init__()\n"
+        "        self.a = nn.Conv2d(3, num_classes, 1)\n"
+        "    def forward(self, x):\n"
+        "        return self.a(x).mean((2, 3)), x\n"
+        "def soft(num_classes):\n"
+        "    return nn.Sequential(Net(num_classes).a, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Softmax(1))\n"
+    )
+    assert call(monkeypatch, "init", "flowers", "--model", "two.py", "--trust") == errors.EXIT_OK
+    shown = capsys.readouterr().out
+    assert "gives a tuple" in shown and "secateur validate" in shown and "secateur run" not in shown
+    call(monkeypatch, "init", "flowers", "--model", "two.py:soft", "--trust")
+    assert "leave the softmax out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("kept", "said"), [(["daisy"], "one folder of it, daisy"), ([], "in no class folder")])
+def test_data_that_is_nearly_class_folders_is_told_what_it_lacks(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured, flowers: Path, kept: list[str], said: str
+) -> None:
+    for folder in ("daisy", "rose"):
+        if folder not in kept:
+            (flowers / folder / "0.png").rename(flowers / f"{folder}.png")
+            shutil.rmtree(flowers / folder)
+    assert call(monkeypatch, "init", "flowers") == errors.EXIT_USER
+    assert said in " ".join(capsys.readouterr().err.split())
 
 
 @given(st.integers(1, 10**7))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -122,3 +123,27 @@ def test_the_digest_names_the_configuration() -> None:
     text = yaml.safe_dump(TINY)
     assert parse_run_file(text).digest == parse_run_file(text).digest
     assert parse_run_file(text).digest != parse_run_file(text, "x", ["seed=8"]).digest
+
+
+def test_data_and_weights_beside_the_run_file_are_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project, elsewhere, data = (tmp_path.resolve() / name for name in ("project", "elsewhere", "data"))
+    for folder in (project / "photos", elsewhere, data / "boxes", project / "boxes"):
+        folder.mkdir(parents=True)
+    (project / "net.safetensors").touch()
+    text = "name: x\nworkload:\n  name: classification\n  model: {weights: net.safetensors}\n  data: {path: PATH}\n"
+    monkeypatch.setenv("SECATEUR_DATA", str(data))
+
+    def read(path: str) -> Any:
+        (project / "run.yaml").write_text(text.replace("PATH", path))
+        return load_run_file(Path("../project/run.yaml")).workload
+
+    monkeypatch.chdir(elsewhere)
+    found = read("photos")
+    assert found["data"]["path"] == str(project / "photos")
+    assert found["model"]["weights"] == str(project / "net.safetensors")
+    for path in ("boxes", str(data), "nowhere"):  # in SECATEUR_DATA, absolute, nowhere
+        assert read(path)["data"]["path"] == path
+    monkeypatch.chdir(project)
+    assert read("photos")["data"]["path"] == "photos"

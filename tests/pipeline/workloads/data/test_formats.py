@@ -126,7 +126,7 @@ def test_two_things_at_one_path_are_told_apart_by_the_run_file(tmp_path: Path) -
 
 def test_nothing_that_can_be_read_is_said_with_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(UserError, match=r"looks like no source of images \(arrays, csv, .*found notes.txt"):
+    with pytest.raises(UserError, match=r"looks like no source of images \(arrays, csv, .*it holds notes.txt"):
         opened(tmp_path)
     with pytest.raises(UserError, match="looks like no source of images with boxes"):
         seen(tmp_path)
