@@ -23,6 +23,7 @@ from secateur.pruning.channels import ChannelGraph
 from secateur.pruning.modes import Watcher
 from secateur.pruning.plan import IntArray, PruningPlan
 from secateur.pruning.rules import ATTENTIONS, TensorMap, operator_of, propagation, tensors_in
+from secateur.pruning.snapshot import Snapshot
 from secateur.pruning.tracer import Entered, Told, modules_entered, tensors_of, undisturbed
 
 Numbers = dict[tuple[str, str], list[tuple[float, ...]]]
@@ -31,7 +32,12 @@ Numbers = dict[tuple[str, str], list[tuple[float, ...]]]
 
 def run_pruned(pruned: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Numbers]:
     """The output of a pruned model in eval mode, and the numbers its code computed with. It is left as it was."""
-    with undisturbed(pruned), modules_entered(pruned) as entered, Arithmetic(entered) as seen, Scales(seen):
+    with (
+        undisturbed(pruned, watched=True),
+        modules_entered(pruned) as entered,
+        Arithmetic(entered) as seen,
+        Scales(seen),
+    ):
         return pruned(*args, **kwargs), seen.numbers
 
 
@@ -42,6 +48,7 @@ def run_masked(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     numbers: Numbers | None = None,
+    before: Snapshot | None = None,
 ) -> Any:
     """The output of the dense model whose removed channels are masked, in eval mode. The model is left as it was.
 
@@ -53,8 +60,9 @@ def run_masked(
         plan: what is kept.
         args, kwargs: the input.
         numbers: what the pruned network computes with, where its code computes numbers from widths.
+        before: what the model holds, if that is known.
     """
-    with undisturbed(model), modules_entered(model) as entered:
+    with undisturbed(model, before=before, watched=True), modules_entered(model) as entered:
         reference = _Reference(entered, model, graph, plan, numbers or {})
         with reference, Told(reference.labels), Scales(reference):
             return model(*args, **kwargs)

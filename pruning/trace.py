@@ -11,7 +11,9 @@ from torch import nn
 
 from secateur.pruning.channels import ChannelGraph, freeze_layers
 from secateur.pruning.rules import Rule
-from secateur.pruning.tracer import NeedsValuesError, Tracer
+from secateur.pruning.shapes_only import NeedsValuesError
+from secateur.pruning.snapshot import Snapshot
+from secateur.pruning.tracer import ALONE, Tracer
 from secateur.pruning.trial import settle
 
 
@@ -38,12 +40,13 @@ def trace(
         PruningError: the forward fails on the example (says in which module and with which shapes), or a name
             in ``freeze`` matches no layer.
     """
-    with _collecting_new_objects_only():
+    with _collecting_new_objects_only(), ALONE:
+        before = Snapshot(model)
         try:
-            tracer = Tracer(model, rules, values=False)
+            tracer = Tracer(model, rules, values=False, before=before)
             tracer.run(example_inputs, kwargs)
         except NeedsValuesError:
-            tracer = Tracer(model, rules)
+            tracer = Tracer(model, rules, before=before)
             tracer.run(example_inputs, kwargs)
         freeze_layers(tracer, freeze)
         return settle(tracer, example_inputs, kwargs)
@@ -51,13 +54,11 @@ def trace(
 
 @contextmanager
 def _collecting_new_objects_only() -> Iterator[None]:
-    """Python's collector of cycles leaves alone what was there before: a trace makes so many objects that it would
-    look through all of the process, which takes as long as several traces of a small network."""
-    own = gc.get_freeze_count() == 0  # what somebody else has frozen would be thawed with ours
-    if own:
-        gc.freeze()
+    """Python's collector of cycles leaves alone what is old: a trace makes so many objects that it would look through
+    all of the process, which takes as long as several traces of a small network."""
+    thresholds = gc.get_threshold()
+    gc.set_threshold(*thresholds[:2], 1 << 30)
     try:
         yield
     finally:
-        if own:
-            gc.unfreeze()
+        gc.set_threshold(*thresholds)

@@ -5,20 +5,17 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields, is_dataclass
-from functools import cache
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._prims_common import suggest_memory_format
 from torch.nn.modules import module as nn_module
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
 from secateur.pruning.lines import running_line
 from secateur.pruning.modes import Watcher
@@ -35,6 +32,7 @@ from secateur.pruning.rules import (
     tensors_in,
     written_by,
 )
+from secateur.pruning.shapes_only import NeedsValuesError, ShapesOnly
 from secateur.pruning.snapshot import Remade, Snapshot
 
 OPAQUE = (nn.RNNBase, nn.RNNCellBase)
@@ -119,24 +117,31 @@ ALONE = threading.RLock()
 
 
 @contextmanager
-def undisturbed(model: nn.Module, *, training: bool = False) -> Iterator[Snapshot]:
+def undisturbed(
+    model: nn.Module, *, training: bool = False, before: Snapshot | None = None, watched: bool = False
+) -> Iterator[Snapshot]:
     """Eval (or training) mode without gradients; what the model holds and torch's random state are put back afterwards.
 
     ``nn.MultiheadAttention`` runs as a composition of operators meanwhile, not as one fused operator. One thread at a
     time is in here: the others wait.
 
+    Args:
+        before: what is put back: what the model held at a time since when it was only run in here, or, for a copy that
+            nobody needs afterwards, what the model it was copied from held. None = what the model holds now.
+        watched: whether a ``TorchFunctionMode`` of the caller's is on while the model runs.
+
     Yields:
-        what the model held before.
+        what is put back.
     """
     parameters = (p for module in model.modules() for p in module._parameters.values() if p is not None)
     devices = {p.device for p in parameters if p.is_cuda}
     with ALONE, torch.random.fork_rng([d.index for d in devices]), torch.no_grad():
-        snapshot = Snapshot(model)
+        snapshot = Snapshot(model) if before is None else before
         for module in model.modules():
             if module.training != training:
                 module.training = training
         try:
-            with _Composed():  # not around the snapshot, thousands of small calls
+            with nullcontext() if watched else _Composed():  # not around the snapshot, thousands of small calls
                 yield snapshot
         finally:
             snapshot.restore()
@@ -189,109 +194,6 @@ def modules_entered(model: nn.Module) -> Iterator[Entered]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-class NeedsValuesError(Exception):
-    """A run without arithmetic met an operator that looks at values."""
-
-
-HEAVY = frozenset(
-    "convolution addmm mm bmm baddbmm linear _scaled_dot_product_flash_attention_for_cpu "
-    "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention".split()
-)
-"""Operators that take nearly all of a forward pass."""
-
-PRODUCTS = frozenset(("addmm", "mm", "bmm", "baddbmm"))
-"""Heavy operators whose shapes are quickly told."""
-
-LOOKING = frozenset("torchvision::nms torchvision::roi_align torchvision::roi_pool torchvision::ps_roi_align".split())
-"""Operators of other libraries that look at values, or follow those that do."""
-
-
-def without_arithmetic(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """The output of an operator; of a heavy one its shape, filled with zeros.
-
-    Raises:
-        NeedsValuesError: the operator looks at values.
-    """
-    name = operator_of(func).name
-    if name in PRODUCTS and not kwargs:
-        return _product(args[-2], args[-1], args[0] if len(args) == 3 else None)
-    if name == "convolution" and not kwargs and args[0].ndim == args[1].ndim:
-        return _convolution(*args)
-    if name in HEAVY:
-        device = tensors_in(args)[0].device
-        args, kwargs = tree_map_only(Tensor, _on_meta, (tuple(args), dict(kwargs)))
-        return tree_map_only(Tensor, lambda t: _zeros_like(t, device), func(*args, **kwargs))
-    if _looks(func) and (name != "index" or any(t.dtype in (torch.bool, torch.uint8) for t in tensors_in([args[1]]))):
-        raise NeedsValuesError(name)
-    return func(*args, **kwargs)
-
-
-def _product(x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
-    """Zeros in the shape of a matrix product, shapes ``(..., m, k)`` and ``(..., k, n)``, plus a broadcast bias."""
-    if x.shape[-1] != y.shape[-2] or x.shape[:-2] != y.shape[:-2]:
-        raise RuntimeError(f"matrices of shapes {tuple(x.shape)} and {tuple(y.shape)} cannot be multiplied")
-    if bias is not None and bias.ndim and bias.shape[-1] not in (1, y.shape[-1]):
-        raise RuntimeError(f"a bias of shape {tuple(bias.shape)} cannot be added to {y.shape[-1]} columns")
-    return x.new_zeros(*x.shape[:-1], y.shape[-1])
-
-
-@cache
-def _looks(func: Any) -> bool:
-    tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-    return operator_of(func).name in LOOKING or not tags.isdisjoint(func.tags)
-
-
-def _on_meta(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-
-
-def _zeros_like(tensor: Tensor, device: torch.device) -> Tensor:
-    """Zeros for a tensor on the meta device."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device).zero_()
-
-
-def _convolution(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """Zeros in the shape of a convolution, ``x`` of shape ``(batch, in, ...)``."""
-    first, second = weight.shape[:2]
-    inputs, outputs = (first, second * groups) if transposed else (second * groups, first)
-    if x.shape[1] != inputs or outputs % groups or (bias is not None and bias.shape != (outputs,)):
-        raise RuntimeError(
-            f"convolution with {groups} groups and weight {tuple(weight.shape)}: input has {x.shape[1]} channels"
-        )
-    space = []
-    for i, (n, k) in enumerate(zip(x.shape[2:], weight.shape[2:], strict=True)):
-        s, p, d, extra = (v[i] if len(v) > 1 else v[0] for v in (stride, padding, dilation, output_padding))
-        reach = d * (k - 1) + 1
-        space.append((n - 1) * s - 2 * p + reach + extra if transposed else (n + 2 * p - reach) // s + 1)
-    if min(space) < 1:
-        raise RuntimeError(f"convolution: an input of {tuple(x.shape[2:])} is smaller than the kernel")
-    layout = torch.contiguous_format
-    if not (x.is_contiguous() and weight.is_contiguous()):
-        formats = {suggest_memory_format(x), suggest_memory_format(weight)} - {layout}
-        layout = next(iter(formats), layout)
-    return torch.empty(x.shape[0], outputs, *space, dtype=x.dtype, device=x.device, memory_format=layout).zero_()
-
-
-class NoArithmetic(Watcher):
-    """Runs a model for its shapes: heavy operators give zeros."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return without_arithmetic(func, args, kwargs or {})
 
 
 @dataclass(eq=False, slots=True)
@@ -383,10 +285,18 @@ class Tracer(Watcher):
 
     Args:
         rules: rules of the user, by operator name.
-        values: compute everything; otherwise heavy operators give zeros, which most models never notice.
+        values: compute everything; otherwise operators may give zeros, which most models never notice.
+        before: what the model holds, if that is known; the caller lets no other thread run it meanwhile.
     """
 
-    def __init__(self, model: nn.Module, rules: Mapping[str, Rule] | None = None, *, values: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        rules: Mapping[str, Rule] | None = None,
+        *,
+        values: bool = True,
+        before: Snapshot | None = None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.model = model
         for path, module in model.named_modules():
@@ -396,7 +306,7 @@ class Tracer(Watcher):
                     f"{path or 'the model itself'} ({type(module).__name__}) has no sizes before it has seen an input; "
                     "run the model once on the example, then trace it"
                 )
-        self.rules, self.values = rules, values
+        self.rules, self.values, self.shapes, self.before = rules, values, ShapesOnly(), before
         self.labels = propagation(rules)
         self.tensors, self.aliases = tensors_of(model)
         self.parameters = {name for name, tensor in self.tensors.items() if isinstance(tensor, nn.Parameter)}
@@ -445,7 +355,8 @@ class Tracer(Watcher):
                 self._attention(path, module)
 
     def _forward(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, training: bool = False) -> None:
-        with undisturbed(self.model, training=training) as before, modules_entered(self.model) as entered:
+        quiet = undisturbed(self.model, training=training, before=self.before, watched=True)
+        with quiet as before, modules_entered(self.model) as entered:
             self.entered = entered
             try:
                 with _Functions(self, entered), self:
@@ -483,7 +394,7 @@ class Tracer(Watcher):
         self.labels.tie(inputs, heads)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {})) if self.values else without_arithmetic(func, args, kwargs or {})
+        out = func(*args, **(kwargs or {})) if self.values else self.shapes.answer(func, args, kwargs or {})
         self.labels.where = self.entered.stack[-1]
         arguments = self.labels.call(func, args, kwargs or {}, out)
         if not self.recording:

@@ -31,13 +31,12 @@ from secateur.pruning.lines import line_of, running_line
 from secateur.pruning.plan import ChannelGroup, IntArray, PruningPlan
 from secateur.pruning.reference import Arithmetic, Numbers, Scales, run_masked
 from secateur.pruning.rules import MAKES, Dim, Labels, TensorMap, tensors_in
+from secateur.pruning.shapes_only import NeedsValuesError, NoArithmetic
 from secateur.pruning.surgery import compare_outputs, kept_shape, prune, rebuild
 from secateur.pruning.tracer import (
     Call,
     Calls,
     Entered,
-    NeedsValuesError,
-    NoArithmetic,
     Tracer,
     batch_size,
     modules_entered,
@@ -286,9 +285,12 @@ class _Trial(TorchFunctionMode):
         pruned = make(self.tracer.model, self.graph, self.plan)
         for path, module in pruned.named_modules():
             _mark_attributes(path, module, self.tracer.model.get_submodule(path))
+        for size in self.graph.followed:
+            _mark_followed(pruned.get_submodule(size.module), size)
         for name, tensor in tensors_of(pruned)[0].items():
             self.labels[tensor] = self.tracer.labels.of(self.tracer.tensors[name])
-        with undisturbed(pruned), modules_entered(pruned) as entered:
+        quiet = undisturbed(pruned, before=self.tracer.before, watched=True)
+        with quiet, modules_entered(pruned) as entered:
             self.calls, arithmetic = Calls(entered), Arithmetic(entered)
             scales = nullcontext() if self.shapes_only else Scales(arithmetic)
             try:
@@ -305,7 +307,8 @@ class _Trial(TorchFunctionMode):
 
     def differs_from_masked(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
         """How the outputs of a run differ from those of the masked dense network; empty if they do not."""
-        expected = run_masked(self.tracer.model, self.graph, self.plan, args, kwargs, self.numbers)
+        before = self.tracer.before
+        expected = run_masked(self.tracer.model, self.graph, self.plan, args, kwargs, self.numbers, before)
         return compare_outputs(self.outputs, expected, TRIAL_TOLERANCE).reason
 
     def compared(self, comparison: Comparison) -> tuple[IntArray | int, IntArray | int] | None:
@@ -457,6 +460,13 @@ def _mark_attributes(path: str, module: nn.Module, dense: nn.Module) -> None:
             vars(module)[name] = type(value)(Number.of(n, (Source(path, name, i, n),), old) for i, (n, old) in whole)
 
 
+def _mark_followed(module: nn.Module, size: Followed) -> None:
+    """Turn a size that a module of torch's keeps into a ``Number``: torch's own code compares it too."""
+    value = vars(module).get(size.name)
+    if type(value) is int:
+        vars(module)[size.name] = Number.of(value, (Source(size.module, size.name, None, size.value),), size.value)
+
+
 def _flat(values: Any) -> Iterator[Any]:
     """Items of nested lists, tuples and slices."""
     if isinstance(values, (list, tuple)):
@@ -523,7 +533,7 @@ class _Findings:
             if getattr(tracer.model.get_submodule(path), "num_features", None) == len(channels)
         ]
         self.followed = list(self.norms)
-        self.tried: set[tuple[Any, ...]] = set()
+        self.tried: set[tuple[Any, ...]] = {(f.module, f.name, f.index) for f in self.norms}
         self.acted: set[Any] = set()
         """Sources of numbers that the last trial has settled; whether that suffices, the next one shows."""
         self.settled: list[tuple[IntArray, str]] = []

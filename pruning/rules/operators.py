@@ -36,6 +36,7 @@ class Operator:
         is_pointwise: whether PyTorch tags it as elementwise.
         is_view: whether its output shares memory with its input and is not written by it.
         allocates: whether its outputs are new memory, neither views nor in-place results.
+        writes: whether its output is its input, written anew.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Operator:
     is_pointwise: bool
     is_view: bool
     allocates: bool
+    writes: bool
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Arguments:
         """Arguments of a call by name, defaults filled in."""
@@ -64,4 +66,5 @@ def operator_of(func: Any) -> Operator:
         is_pointwise=torch.Tag.pointwise in func.tags,
         is_view=alias is not None and not alias.is_write,
         allocates=bool(schema.returns) and alias is None and name != "_unsafe_view",
+        writes=alias is not None and alias.is_write,
     )
