@@ -38,15 +38,15 @@ class Predictor:
     the same to the last bit. Without a proven twin the very file answers everything.
 
     Args:
-        path: the file; it has one input.
+        path: the file, or its content; it has one input.
         threads: of ONNX Runtime.
 
     Raises:
         ExportError: ONNX Runtime refuses the model.
     """
 
-    def __init__(self, path: str | Path, threads: int = 1, tolerance: float = TOLERANCE) -> None:
-        self.path, self.threads, self.tolerance = Path(path), threads, tolerance
+    def __init__(self, path: str | Path | bytes, threads: int = 1, tolerance: float = TOLERANCE) -> None:
+        self.path, self.threads, self.tolerance = path, threads, tolerance
         self.session = open_session(path, threads)
         self.twin: onnxruntime.InferenceSession | None = None
         """What answers for the file; None = not proven."""
@@ -74,7 +74,7 @@ class Predictor:
         """Set ``twin`` and ``margin`` if a twin gives what the very file gives."""
         expected = predict(self.session, inputs)
         try:
-            twin = open_session(twin_of(onnx.load(self.path), WIDE).SerializeToString(), self.threads)
+            twin = open_session(twin_of(self._model(), WIDE).SerializeToString(), self.threads)
             found = run_session(twin, {twin.get_inputs()[0].name: inputs})[0]
         except (ExportError, ValueError):  # ValueError: larger than one message of protobuf can be
             return
@@ -86,6 +86,11 @@ class Predictor:
             self.twin, self.margin = twin, 2 * bound  # both of the two largest may be off by it
         elif np.array_equal(found, expected):
             self.twin = twin
+
+    def _model(self) -> onnx.ModelProto:
+        if isinstance(self.path, bytes):
+            return onnx.load_model_from_string(self.path)
+        return onnx.load(self.path)
 
 
 def twin_of(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,34 +173,34 @@ class Requantiser:
 
     Args:
         made: what ``quantise`` gave.
-        names: of the float network's initializers.
+        dense: the float network's initializers, which it was made of.
 
     Raises:
         TemplateError: a quantised number comes from no such initializer.
     """
 
-    def __init__(self, made: onnx.ModelProto, scheme: str, names: Collection[str]) -> None:
+    def __init__(self, made: onnx.ModelProto, scheme: str, dense: Mapping[str, Array]) -> None:
         self.numbers = {tensor.name: numpy_helper.to_array(tensor) for tensor in made.graph.initializer}
         self._reduced = SCHEMES[scheme].bits < 8
         dequantised = {n.output[0]: n for n in made.graph.node if n.op_type == "DequantizeLinear"}
         stored = {out: node for out, node in dequantised.items() if node.input[0] in self.numbers}
-        self.weights = {
-            node.input[0].removesuffix(QUANTISED): _Weight.of(node, self.numbers, self._reduced)
-            for node in stored.values()
-            if self.numbers[node.input[0]].dtype != np.int32
-        }
-        self.biases = []
+        self.weights: dict[str, _Weight] = {}
+        self.biases: list[_Bias] = []
+        for node in stored.values():
+            name = node.input[0].removesuffix(QUANTISED)
+            if name not in dense:
+                raise TemplateError(f"the quantiser made numbers of {name}, which the network does not have")
+            if self.numbers[node.input[0]].dtype != np.int32:
+                self.weights[name] = _Weight.of(node, self.numbers, dense[name], self._reduced)
         for node in made.graph.node:
             bias = stored.get(node.input[2]) if len(node.input) > 2 else None
             if bias is None or self.numbers[bias.input[0]].dtype != np.int32:
                 continue
-            weight, data = stored[node.input[1]].input[0].removesuffix(QUANTISED), dequantised[node.input[0]]
+            data, weight = dequantised[node.input[0]], dequantised[node.input[1]]
             beta = next((a.f for a in node.attribute if a.name == "beta"), 1.0) if node.op_type == "Gemm" else 1.0
-            scale = float(self.numbers[data.input[1]]) * beta
-            self.biases.append(_Bias(bias.input[0].removesuffix(QUANTISED), weight, scale))
-        read = {*self.weights, *(bias.name for bias in self.biases)}
-        if unknown := sorted(read - set(names)):
-            raise TemplateError(f"the quantiser made numbers of {unknown[:3]}, which the network does not have")
+            scale, own = float(self.numbers[data.input[1]]) * beta, self.numbers[weight.input[1]]
+            of = weight.input[0].removesuffix(QUANTISED) if node.input[1] in stored else ""
+            self.biases.append(_Bias(bias.input[0].removesuffix(QUANTISED), of, scale, own))
 
     def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """The quantised network's initializers.
@@ -214,12 +214,13 @@ class Requantiser:
             low, high = weight.range_of(arrays[name])
             scales[name] = weight.parameters(low, high, self._reduced)
         for bias in self.biases:
-            scale, zero = scales[bias.weight]
-            scales[bias.weight] = bias.fitting(scale, arrays[bias.name]), zero
+            if bias.weight:
+                scale, zero = scales[bias.weight]
+                scales[bias.weight] = bias.fitting(scale, arrays[bias.name]), zero
         for name, weight in self.weights.items():
             made |= weight.numbers(name, arrays[name], *scales[name])
         for bias in self.biases:
-            made |= bias.numbers(arrays[bias.name], scales[bias.weight][0])
+            made |= bias.numbers(arrays[bias.name], scales[bias.weight][0] if bias.weight else bias.computed)
         return made
 
 
@@ -237,14 +238,15 @@ class _Weight:
     symmetric: bool
 
     @classmethod
-    def of(cls, node: onnx.NodeProto, numbers: Mapping[str, Array], reduced: bool) -> _Weight:
-        """Of a DequantizeLinear and the file's initializers."""
+    def of(cls, node: onnx.NodeProto, numbers: Mapping[str, Array], dense: Array, reduced: bool) -> _Weight:
+        """Of a DequantizeLinear, the file's initializers, and what they stand for."""
         stored, scale = numbers[node.input[0]], numbers[node.input[1]]
         if scale.ndim == 1:
             axis = next((a.i for a in node.attribute if a.name == "axis"), 1) % max(1, stored.ndim)
             return cls(stored.dtype, axis, True)
-        middle = np.round(sum(_limits(stored.dtype, reduced, True)) / 2.0)
-        return cls(stored.dtype, None, bool(numbers[node.input[2]] == middle))
+        ways = [cls(stored.dtype, None, symmetric) for symmetric in (True, False)]
+        scales = [float(way.parameters(*way.range_of(dense), reduced)[0]) for way in ways]
+        return min(zip(ways, scales, strict=True), key=lambda pair: abs(pair[1] - float(scale)))[0]
 
     def range_of(self, array: Array) -> tuple[Array, Array]:
         """Smallest and largest number, 0 among them: of each channel, or of all."""
@@ -283,19 +285,21 @@ class _Weight:
         return {f"{name}{QUANTISED}": stored.astype(self.dtype), f"{name}_scale": scale, f"{name}_zero_point": zero}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Bias:
     """A bias in 32 bits, which has the product of two scales.
 
     Args:
         name: of the float initializer.
-        weight: that of its layer.
+        weight: that of its layer; empty where the weight is computed (standardised, say).
         scale: of the layer's input.
+        computed: the scale of a computed weight.
     """
 
     name: str
     weight: str
     scale: float
+    computed: Array
 
     def fitting(self, scale: Array, bias: Array) -> Array:
         """The weight's scales, raised where the bias would not fit into 32 bits otherwise (near-dead channels)."""

@@ -350,6 +350,7 @@ class TrackingSection(Section):
 class RunFile(Section):
     """Everything one run needs to know."""
 
+    later = frozenset({"precision"})
     passing = frozenset({"workers"})
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=100)]
     """Names run directories, and the registered model where ``tracking.registered_model`` is not set."""
@@ -362,6 +363,10 @@ class RunFile(Section):
     finetune: FinetuneSection = FinetuneSection()
     export: ExportSection = ExportSection()
     gate: GateSection = GateSection()
+    precision: tuple[str, ...] = ("fp32",)
+    """What may ship: fp32, int8, fp16 (by which ONNX Runtime gains nothing on a CPU). Of several, the best by reward is
+    chosen for every candidate, by accuracy and latency of the very file; each one tried counts as an evaluation. Where
+    latency is not asked for, the first is taken."""
     tracking: TrackingSection = TrackingSection()
     workers: WorkersSection = WorkersSection()
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -371,6 +376,18 @@ class RunFile(Section):
     compute: Literal["auto", "cpu", "cuda"] = "auto"
     """Where candidates are trained and evaluated (the device is measured apart)."""
     _folder: Path | None = PrivateAttr(default=None)
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _one_is_a_list_of_one(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("precision")
+    @classmethod
+    def _each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or len(set(value)) < len(value):
+            raise ValueError("names no precision, or one twice; write for example precision: [fp32, int8]")
+        return value
 
     @property
     def folder(self) -> Path | None:

@@ -17,11 +17,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from secateur.export.batching import Predictor
 from secateur.export.slicing import OnnxTemplate
 from secateur.pipeline.config.schema import SearchSection
 from secateur.pipeline.evaluation.baseline import Baseline
 from secateur.pipeline.evaluation.deterministic import BackendName, DeterministicInference
 from secateur.pipeline.evaluation.inference import Inference
+from secateur.pipeline.evaluation.precisions import FLOAT, Precisions
 from secateur.pipeline.evaluation.weights import Weights
 from secateur.pipeline.progress import ProgressView, Silent
 from secateur.pipeline.training.statistics import (
@@ -42,9 +44,9 @@ SUPERNET_IMAGES = 1000
 """Training images for re-estimating batch-norm statistics of a supernet's candidate, where the run file names none."""
 Status = Literal["ok", "infeasible", "failed"]
 NOTHING: Mapping[str, float] = {}
-Key = tuple[str, str, bool, bool, int]
-"""Under which metrics are remembered: base, digest of the plan, in float32, the search's metric alone, and training
-images of its statistics."""
+Key = tuple[str, str, bool, bool, int, str]
+"""Under which metrics are remembered: base, digest of the plan, in float32, the search's metric alone, training images
+of its statistics, and precision."""
 
 
 class HopelessError(RuntimeError):
@@ -65,6 +67,7 @@ class AccuracyRequest:
         exact: in float32.
         brief: the metric that the search goes by, alone.
         recalibration_images: training images on which its batch-norm statistics are taken anew; 0 = they are not.
+        precision: of the network; in another one than fp32 it is the exported file that is run.
     """
 
     plan: PruningPlan
@@ -73,6 +76,7 @@ class AccuracyRequest:
     exact: bool = True
     brief: bool = False
     recalibration_images: int = 0
+    precision: str = FLOAT
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,7 @@ class AccuracyEvaluator:
         template: gives the network's ONNX template, or None where it has none.
         deterministic: numbers are the same bits in every process; else the fastest forward pass is looked for.
         agreed: what a deterministic evaluator takes from another process.
+        precisions: makes files in other precisions than fp32; None = it evaluates none of them.
     """
 
     def __init__(
@@ -130,7 +135,9 @@ class AccuracyEvaluator:
         progress: ProgressView | None = None,
         deterministic: bool = False,
         agreed: Agreed = Agreed(),
+        precisions: Precisions | None = None,
     ) -> None:
+        self.precisions = precisions
         self.baseline, self.folder, self.settings = baseline, folder, settings
         self.progress = progress or Silent()
         self.weights = Weights(baseline, folder / "weights")
@@ -165,11 +172,14 @@ class AccuracyEvaluator:
 
     def evaluate(self, request: AccuracyRequest) -> Accuracy:
         """The metrics of a candidate, computed now, or why it has none."""
+        if request.precision != FLOAT and self.precisions is not None:
+            self.precisions.prepare(request.precision)  # the first candidate's time is its own
         started, before = time.perf_counter(), self.images_forwarded
 
         def found(status: Status, reason: str = "", metrics: Mapping[str, float] = NOTHING) -> Accuracy:
             images = self.images_forwarded - before
-            return Accuracy(status, reason, metrics, images, time.perf_counter() - started, self.inference.used)
+            forward = self.inference.used if request.precision == FLOAT else f"ONNX Runtime, {request.precision}"
+            return Accuracy(status, reason, metrics, images, time.perf_counter() - started, forward)
 
         deterministic = isinstance(self.inference, DeterministicInference) and self.baseline.compute.type == "cpu"
         try:
@@ -182,8 +192,9 @@ class AccuracyEvaluator:
 
     def key(self, request: AccuracyRequest) -> Key:
         """Under which a candidate's metrics are remembered."""
-        exact = request.exact or self.inference.precision == "fp32"
-        return request.base, request.plan.digest, exact, request.brief, request.recalibration_images
+        exact = request.exact or self.inference.precision == FLOAT or request.precision != FLOAT
+        network = request.base, request.plan.digest
+        return *network, exact, request.brief, request.recalibration_images, request.precision
 
     def recalibration_images(self, base: str, plan: PruningPlan, *, final: bool) -> int:
         """How many training images a candidate's batch-norm statistics are taken anew on; 0 = they are not.
@@ -303,11 +314,29 @@ class AccuracyEvaluator:
         num_images = sum(map(len, training))
         self.images_forwarded += num_images
         self.image_macs += num_images * self.baseline.macs(plan)
+        if request.precision != FLOAT:
+            yield from self._in_precision(request, state, training)
+            return
         shared = None if self.weights.is_supernet(base) else base
         yield from self.inference.outputs(plan, shared, state, exact=request.exact, training=training)
         if self.inference.trials is not tried:
             with self.progress.stage("  Find the fastest forward pass") as report:
                 report(1, 1, self.inference.describe().partition("\n")[0])
+
+    def _in_precision(
+        self, request: AccuracyRequest, state: Mapping[str, Tensor] | None, training: Sequence[Tensor]
+    ) -> Iterator[Tensor]:
+        """Outputs of the very file that would ship, in batches that are proven equal to single images."""
+        assert self.precisions is not None, "an evaluator without files evaluates in fp32 alone"
+        weights = self.inference.recalibrated(request.plan, state, training) if training else state
+        content = self.precisions.network(
+            request.precision, request.plan, weights, lambda: self.baseline.cut(request.plan, weights)
+        )
+        threads = 1 if isinstance(self.inference, DeterministicInference) else torch.get_num_threads()
+        predictor = Predictor(content, threads)
+        for images, _ in self._images():
+            found = predictor(images.float().contiguous().cpu().numpy())
+            yield torch.from_numpy(found).to(self.baseline.compute)
 
     def training(self, num_images: int) -> Sequence[Tensor]:
         """Batches of the first training images, without augmentation; the same ones at every call if they are kept."""

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +24,8 @@ from secateur.pipeline.evaluation.accuracy import Accuracy, AccuracyEvaluator, A
 from secateur.pipeline.evaluation.baseline import Baseline
 from secateur.pipeline.evaluation.fleet_latency import FleetLatencies
 from secateur.pipeline.evaluation.latency import Figures, Latencies, LatencyOracle
-from secateur.pipeline.evaluation.onnx_files import OnnxFiles
+from secateur.pipeline.evaluation.onnx_files import OnnxFiles, PreciseFiles
+from secateur.pipeline.evaluation.precisions import FLOAT, Precisions
 from secateur.pipeline.evaluation.saliency import SaliencyScorer
 from secateur.pipeline.evaluation.timing import Timer
 from secateur.pipeline.evaluation.trainer import Trained, Trainer
@@ -61,7 +64,9 @@ class Evaluator:
         trainer: fine-tunes candidates, and performs auxiliary trainings.
         saliency: scores channels.
         files: the plans' ONNX files, whose sizes count.
-        workers: worker processes that evaluate candidates; they need a deterministic accuracy evaluator.
+        workers: worker processes that evaluate candidates in fp32; they need a deterministic accuracy evaluator.
+        precisions: which may ship, in the order of the run file, with who knows the plans' latencies in each; None =
+            fp32 alone. ``latencies`` is that of fp32, which the unpruned network is in.
     """
 
     def __init__(
@@ -72,7 +77,10 @@ class Evaluator:
         saliency: SaliencyScorer,
         files: OnnxFiles,
         workers: WorkerPool | None = None,
+        precisions: Mapping[str, LatencyOracle] | None = None,
     ) -> None:
+        self.precisions = precisions or {FLOAT: latencies}
+        self._merit: Callable[[Evaluation], Any] | None = None
         self.accuracy, self.latencies, self.trainer, self.saliency = accuracy, latencies, trainer, saliency
         self.files, self.workers = files, workers
         self._known: dict[Key, Accuracy] = {}
@@ -95,8 +103,20 @@ class Evaluator:
             "images_forwarded": forwarded,
             "images_trained": self.trainer.images_trained,
             "image_macs": computed + self.trainer.image_macs,
-            "measurements": self.latencies.num_measurements,
+            "measurements": sum(oracle.num_measurements for oracle in self._oracles),
         }
+
+    @property
+    def _oracles(self) -> list[LatencyOracle]:
+        """Each that knows latencies; that of fp32 times the unpruned network, whatever may ship."""
+        return [self.latencies, *(oracle for name, oracle in self.precisions.items() if name != FLOAT)]
+
+    def prefer(self, merit: Callable[[Evaluation], Any]) -> None:
+        """From now on a candidate's precision is the one that is worth most, where its latency is asked for.
+
+        Until then, and where accuracy alone is asked for, it is the first that the run file allows.
+        """
+        self._merit = merit
 
     def calibrate(self, reference: Evaluation) -> None:
         """Take the unpruned network's latency from an earlier evaluation, so that all candidates share one scale."""
@@ -109,40 +129,72 @@ class Evaluator:
     # -- candidates ----------------------------------------------------------------------------------------------------
 
     def evaluate(
-        self, candidate: Candidate, latency: bool, floor: float | None = None, *, exact: bool = False
+        self,
+        candidate: Candidate,
+        latency: bool,
+        floor: float | None = None,
+        *,
+        exact: bool = False,
+        precision: str | None = None,
     ) -> Evaluation:
         """Accuracy on the search split, MACs and params; with ``latency`` also file size and latency on the device.
 
         Args:
             exact: the workload's own metric, in float32; and the latency measured, even where a model would do.
+            precision: of the network; None = the best of those that may ship.
 
         Raises:
             PlanError: the plan is of another network.
             DeviceError: a device cannot measure it.
             UserError: the workers, or the one forward pass of a deterministic search, cannot do this at all.
         """
+        candidate.plan.validate(self.graph)
+        scored: list[Evaluation] = []
+        for name in [precision] if precision else self._tried(candidate.plan, latency):
+            scored.append(self._evaluate(candidate, latency, floor, exact, name))
+            if name == FLOAT and scored[-1].status == "infeasible":  # no precision is more accurate
+                break
+        usable = [evaluation for evaluation in scored if evaluation.status == "ok"]
+        best = max(usable, key=self._merit) if self._merit and usable else (usable or scored)[0]
+        seconds = {"seconds": sum(e["seconds"] for e in usable)} if len(usable) > 1 else {}
+        return replace(best, scored=len(scored), metrics={**best.metrics, **seconds})
+
+    def _tried(self, plan: PruningPlan, latency: bool) -> Sequence[str]:
+        """The precisions in which a plan is evaluated; the unpruned network is in fp32."""
+        if plan.is_full:
+            return [FLOAT]
+        return list(self.precisions)[: None if latency and self._merit else 1]
+
+    def _evaluate(
+        self, candidate: Candidate, latency: bool, floor: float | None, exact: bool, precision: str
+    ) -> Evaluation:
+        """A candidate's evaluation in one precision."""
         plan = candidate.plan
-        plan.validate(self.graph)
         totals = cost(self.graph, plan)
         metrics: dict[str, float] = {"macs": float(totals.macs), "params": float(totals.params)}
-        accuracy = self._accuracy(self._request(candidate, latency, floor, exact=exact))
+        accuracy = self._accuracy(self._request(candidate, latency, floor, exact=exact, precision=precision))
         metrics |= accuracy.metrics
+        told = partial(Evaluation, metrics=metrics, forward=accuracy.forward, precision=precision)
         if accuracy.status != "ok":
-            return Evaluation(accuracy.status, accuracy.reason, metrics, accuracy.forward)
+            return told(accuracy.status, accuracy.reason)
         if not all(math.isfinite(value) for value in metrics.values()):
-            return Evaluation("failed", "the network's outputs are not finite numbers (NaN)", metrics, accuracy.forward)
+            return told("failed", "the network's outputs are not finite numbers (NaN)")
         started = time.perf_counter()
         if latency:
             try:
-                metrics |= self.latency(plan, exact=exact)
+                metrics |= self.latency(plan, exact=exact, precision=precision)
             except torch.OutOfMemoryError as error:
-                return Evaluation("failed", str(error).splitlines()[0], metrics, accuracy.forward)
+                return told("failed", str(error).splitlines()[0])
         metrics["seconds"] = accuracy.seconds + time.perf_counter() - started
-        return Evaluation("ok", "", metrics, accuracy.forward)
+        return told()
 
-    def exact(self, candidate: Candidate) -> Evaluation:
-        """Accuracy alone, in float32 and by the workload's own metric: what final choices are made by."""
-        return self.evaluate(candidate, latency=False, exact=True)
+    def exact(self, candidate: Candidate, precision: str = FLOAT) -> Evaluation:
+        """Accuracy alone, by the workload's own metric: what final choices are made by.
+
+        Args:
+            precision: fp32 = in float32; else of the file in the precision that was chosen.
+        """
+        return self.evaluate(candidate, latency=False, exact=True, precision=precision)
 
     def ahead(self, candidates: Sequence[Candidate], latency: bool, floor: float | None = None) -> None:
         """Have the worker pool evaluate candidates that ``evaluate`` will be asked for next."""
@@ -152,16 +204,17 @@ class Evaluator:
         for candidate in candidates:
             candidate.plan.validate(self.graph)
             request = self._request(candidate, latency, floor)
-            requests.setdefault(self.accuracy.key(request), request)
+            if request.precision == FLOAT:
+                requests.setdefault(self.accuracy.key(request), request)
         self.workers.begin(self.accuracy, {key: request for key, request in requests.items() if key not in self._known})
 
     def remember(self, candidate: Candidate, latency: bool, evaluation: Evaluation, *, exact: bool = False) -> None:
         """Take an evaluation of an earlier process, so that its plan is answered from memory in this one too."""
         if metrics := on_images(evaluation.metrics):
-            key = self.accuracy.key(self._request(candidate, latency, None, exact=exact))
-            self._known[key] = Accuracy("ok", metrics=metrics, forward=evaluation.forward)
+            request = self._request(candidate, latency, None, exact=exact, precision=evaluation.precision)
+            self._known[self.accuracy.key(request)] = Accuracy("ok", metrics=metrics, forward=evaluation.forward)
 
-    def latency(self, plan: PruningPlan, *, exact: bool = True) -> Figures:
+    def latency(self, plan: PruningPlan, *, exact: bool = True, precision: str = FLOAT) -> Figures:
         """Time the plan's ONNX on the device, interleaved with the unpruned network's; on all of them, for several.
 
         Args:
@@ -172,7 +225,8 @@ class Evaluator:
             reference's milliseconds), ``size_bytes``, and ``latency_measured`` (1, or 0 where it was predicted). For
             several devices also each one's own (``secateur.pipeline.evaluation.fleet_latency.combined``).
         """
-        found = self.latencies.of(plan, exact=exact)
+        oracle = self.latencies if precision == FLOAT else self.precisions[precision]
+        found = oracle.of(plan, exact=exact)
         template = self.files.template() if "size_bytes" not in found else None
         return found if template is None else {**found, "size_bytes": float(len(template.slice(plan)))}
 
@@ -235,15 +289,20 @@ class Evaluator:
         return self.saliency.distort(request)
 
     def time(self, request: Time) -> np.ndarray:
-        """Latency ratios of plans, shape ``(plans,)``."""
-        return np.array([self.latency(plan)["latency_ratio"] for plan in request.plans])
+        """Latency ratios of plans in the first precision that may ship, shape ``(plans,)``."""
+        first = next(iter(self.precisions))
+        ratios = [self.latency(plan, precision=FLOAT if plan.is_full else first) for plan in request.plans]
+        return np.array([figures["latency_ratio"] for figures in ratios])
 
     def predict(self, request: Predict) -> Mapping[str, np.ndarray]:
         """The latency model's arrays, if it is trusted; measures plans for it first.
 
-        None for several devices: their models answer for candidates, but no arrays say what all of them take.
+        None where fp32 does not ship, whose profiles alone it reads. None for several devices: their models answer for
+        candidates, but no arrays say what all of them take.
         """
         del request
+        if FLOAT not in self.precisions:
+            return {}
         with self.accuracy.progress.stage(f"  Model the latency on {', '.join(self.latencies.devices)}") as report:
             model = self.latencies.model(lambda done, total: report(done, total, ""))
             trust = self.latencies.report()
@@ -256,13 +315,21 @@ class Evaluator:
     # -- the parts -----------------------------------------------------------------------------------------------------
 
     def _request(
-        self, candidate: Candidate, latency: bool, floor: float | None, *, exact: bool = False
+        self,
+        candidate: Candidate,
+        latency: bool,
+        floor: float | None,
+        *,
+        exact: bool = False,
+        precision: str | None = None,
     ) -> AccuracyRequest:
+        """What is asked of the accuracy evaluator; None = in the precision that is tried first."""
         plan, workload = candidate.plan, self.accuracy.baseline.workload
         full = exact or plan.is_full or workload.search_metric == workload.metric
         brief = not full and int(plan.digest[:8], 16) % FULL_EVERY > 0
         images = self.accuracy.recalibration_images(candidate.base, plan, final=exact)
-        return AccuracyRequest(plan, candidate.base, floor, latency or exact, brief, images)
+        precision = precision or self._tried(plan, latency)[0]
+        return AccuracyRequest(plan, candidate.base, floor, latency or exact, brief, images, precision)
 
     def _accuracy(self, request: AccuracyRequest) -> Accuracy:
         """From memory where the plan was met before, from a worker where it was asked ahead, else computed here."""
@@ -292,6 +359,8 @@ def make_evaluator(
     space: SearchSpace | None = None,
     deterministic: bool = False,
     workers: WorkerPool | None = None,
+    precisions: Sequence[str] = (FLOAT,),
+    scheme: str = "U8S8",
 ) -> Evaluator:
     """The evaluator of one baseline.
 
@@ -303,28 +372,51 @@ def make_evaluator(
         space: where a latency model may draw plans to measure from; None = it gets none of its own.
         deterministic: candidates' metrics are the same bits in every process (see ``DeterministicInference``).
         workers: worker processes that evaluate candidates; they need a deterministic evaluator.
+        precisions: those that may ship.
+        scheme: number types of int8, a name of ``secateur.export.qdq.SCHEMES``.
     """
     progress = progress or Silent()
     files = OnnxFiles(baseline, folder, progress)
+    made = Precisions(baseline.workload, files.template, folder, scheme)
     accuracy = AccuracyEvaluator(
-        baseline, folder, search, files.template, progress=progress, deterministic=deterministic
+        baseline, folder, search, files.template, progress=progress, deterministic=deterministic, precisions=made
     )
     trainer = Trainer(baseline, accuracy.weights, recipe, progress)
-    members = {
-        device.name: _latencies(files, device, folder / fleet.file("latencies", ".jsonl", device.name), search, space)
-        for device in fleet
-    }
-    latencies: LatencyOracle = FleetLatencies(fleet, members) if len(fleet) > 1 else members[fleet.primary.name]
-    return Evaluator(accuracy, latencies, trainer, SaliencyScorer(accuracy), files, workers)
+
+    def oracle(name: str, dense: Mapping[str, Latencies]) -> dict[str, Latencies]:
+        own, kind = (files, "") if name == FLOAT else (PreciseFiles(files, made, name), f".{name}")
+        return {
+            device.name: _latencies(
+                own, device, folder / fleet.file("latencies", f"{kind}.jsonl", device.name), search, space, dense
+            )
+            for device in fleet
+        }
+
+    def joined(members: Mapping[str, Latencies]) -> LatencyOracle:
+        return FleetLatencies(fleet, members) if len(fleet) > 1 else members[fleet.primary.name]
+
+    dense = oracle(FLOAT, {})
+    latencies = joined(dense)
+    oracles = {name: latencies if name == FLOAT else joined(oracle(name, dense)) for name in precisions}
+    return Evaluator(accuracy, latencies, trainer, SaliencyScorer(accuracy), files, workers, oracles)
 
 
 def _latencies(
-    files: OnnxFiles, device: Device, file: Path, search: SearchSection, space: SearchSpace | None
+    files: OnnxFiles | PreciseFiles,
+    device: Device,
+    file: Path,
+    search: SearchSection,
+    space: SearchSpace | None,
+    in_float: Mapping[str, Latencies],
 ) -> Latencies:
-    """What knows the latencies on one device."""
+    """What knows the latencies on one device.
+
+    Args:
+        in_float: by device, what knows those of fp32, the unpruned network's among them; empty = this one does.
+    """
 
     def dense() -> Figures:
-        return latencies.of(files.baseline.full, exact=True)
+        return in_float.get(device.name, latencies).of(files.baseline.full, exact=True)
 
     timer = Timer(device, files, dense, profiled=search.latency.mode != "measure")
     latencies = Latencies(files.layers, timer.measure, file, search.latency, space, files.baseline.seed, device.name)

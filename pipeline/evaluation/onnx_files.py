@@ -12,8 +12,10 @@ from pathlib import Path
 from secateur.device_profiles.layers import LayerTable
 from secateur.export.errors import TemplateError
 from secateur.export.layers import layer_table
+from secateur.export.onnx_export import write_atomically
 from secateur.export.slicing import OnnxTemplate, candidate_onnx
 from secateur.pipeline.evaluation.baseline import Baseline
+from secateur.pipeline.evaluation.precisions import FLOAT, Precisions
 from secateur.pipeline.progress import ProgressView
 from secateur.pruning.plan import PruningPlan
 from secateur.pruning.weights import inherit
@@ -31,7 +33,7 @@ class OnnxFiles:
     """
 
     def __init__(self, baseline: Baseline, folder: Path, progress: ProgressView) -> None:
-        self.baseline, self.folder, self.progress = baseline, folder, progress
+        self.baseline, self.folder, self.progress, self.precision = baseline, folder, progress, FLOAT
         self._lock = threading.RLock()
         self._shared = SharedFiles(self._write)
         self._template: OnnxTemplate | None = None
@@ -91,6 +93,38 @@ class OnnxFiles:
             pruned = inherit(self.baseline.model, self.baseline.graph, plan).cpu()
             candidate_onnx(template, pruned, example, plan, self.folder / name)
         return self.folder / name
+
+
+class PreciseFiles:
+    """The same baseline's plans in another precision; the unpruned network that they are compared with stays in fp32.
+
+    Args:
+        files: in fp32.
+        precisions: makes those in the precision.
+        name: of the precision.
+    """
+
+    def __init__(self, files: OnnxFiles, precisions: Precisions, name: str) -> None:
+        self.baseline, self.precision = files.baseline, name
+        self._files, self._precisions = files, precisions
+        self._shared = SharedFiles(self._write)
+
+    def of(self, plan: PruningPlan) -> AbstractContextManager[Path]:
+        """A plan's file, while the context lasts."""
+        return self._shared.of(plan)
+
+    @property
+    def dense(self) -> Path:
+        """The file of the unpruned network in fp32."""
+        return self._files.dense
+
+    def layers(self) -> None:
+        """None: the latency model does not read profiles of other precisions yet."""
+
+    def _write(self, plan: PruningPlan, name: str) -> Path:
+        path = self._files.folder / f"{self.precision}-{name}"
+        write_atomically(path, self._precisions.network(self.precision, plan, None, lambda: self.baseline.cut(plan)))
+        return path
 
 
 class SharedFiles:

@@ -8,7 +8,8 @@ from pathlib import Path
 from secateur.device_profiles import BenchmarkResult, Ratio, measure
 from secateur.pipeline.devices.fleet import Device
 from secateur.pipeline.evaluation.latency import Figures
-from secateur.pipeline.evaluation.onnx_files import OnnxFiles
+from secateur.pipeline.evaluation.onnx_files import OnnxFiles, PreciseFiles
+from secateur.pipeline.evaluation.precisions import FLOAT
 from secateur.pruning.plan import PruningPlan
 
 
@@ -17,18 +18,20 @@ class Timer:
 
     Args:
         device: where, and how long.
-        files: the plans' ONNX files.
-        dense: gives the unpruned network's figures on this device, measured if they are not known.
+        files: the plans' ONNX files, in one precision.
+        dense: gives the figures of the unpruned network in fp32 on this device, measured if they are not known.
         profiled: whether operators are timed as well, where the network's layers are known: a model learns from them.
     """
 
-    def __init__(self, device: Device, files: OnnxFiles, dense: Callable[[], Figures], *, profiled: bool) -> None:
+    def __init__(
+        self, device: Device, files: OnnxFiles | PreciseFiles, dense: Callable[[], Figures], *, profiled: bool
+    ) -> None:
         self.device, self.files, self.dense, self.profiled = device, files, dense, profiled
 
     def measure(self, plan: PruningPlan) -> tuple[dict[str, float], BenchmarkResult]:
         """Figures of a plan, and the raw result."""
         baseline = self.files.dense
-        if plan.is_full:
+        if plan.is_full and self.files.precision == FLOAT:
             result = self._measure({"baseline": baseline})
             tail = result.compared_ms("baseline", 95) / result.compared_ms("baseline", 50)
             idle = result.calibrated_ms("baseline")

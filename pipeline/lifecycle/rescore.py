@@ -49,8 +49,9 @@ class Past:
 
     @property
     def weights(self) -> str:
-        """The mark that tells the one from the other."""
-        return "tuned" if self.tuned else "as cut"
+        """The mark that tells the one from the other, and a precision that is not fp32."""
+        mark, precision = "tuned" if self.tuned else "as cut", self.evaluation.precision
+        return mark if precision == "fp32" else f"{mark}, {precision}"
 
     def to_dict(self) -> dict[str, Any]:
         """The candidate as JSON."""

@@ -53,6 +53,9 @@ def final_table(facts: Facts) -> list[Row]:
         before, after = base.size[key], compact.size[key]
         change = f"{after / before - 1:+.1%}"
         rows.append((title, f"{before / scale:,.2f} {unit}", f"{after / scale:,.2f} {unit}", change))
+    if (rounded := facts.export.compact.rounded) is not None:
+        agreement = f"same argmax as PyTorch in {rounded.argmax_agreement:.1%}"
+        rows.append(("precision", "fp32", facts.export.compact.artifact.precision, agreement))
     rows.append(_milliseconds("p50 latency", base.timing.p50_ms, compact.timing.p50_ms))
     rows.append(_milliseconds("p95 latency", base.timing.p95_ms, compact.timing.p95_ms))
     timed = facts.benchmark

@@ -322,12 +322,15 @@ class ExportedNetwork:
 
     Args:
         artifact: the file of the network alone.
+        parity: of the file in fp32 with the PyTorch network.
+        rounded: of the file in the precision that was chosen, which is made of that one; None = that is fp32.
         whole: the file with postprocessing behind it, where the workload has some.
         postprocessing: how the results of that file compare.
     """
 
     artifact: ExportedModel
     parity: ParityFacts
+    rounded: Annotated[ParityFacts | None, OMITTED] = None
     whole: Annotated[ExportedModel | None, OMITTED] = None
     postprocessing: Annotated[ResultParity | None, OMITTED] = None
 

@@ -21,6 +21,7 @@ from secateur.pipeline.config.schema import ExportSection, RunFile, SearchSectio
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.run.opening import (
     check_forward,
+    check_precisions,
     compute_device,
     device_profiles,
     head_prefixes_of,
@@ -146,6 +147,7 @@ def examine(
     """
     found = Preflight(config)
     found.profiles = found.attempt(("device",), lambda: device_profiles(config))
+    found.attempt(("precision",), lambda: check_precisions(config))
     found.compute = found.attempt(("compute",), lambda: compute_device(config.compute))
     if tracking:
         report = check_tracking(config, home())

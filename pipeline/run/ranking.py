@@ -57,6 +57,6 @@ def rank_exactly(
 
 def _exactly(study: Study, candidate: Candidate, known: Evaluation) -> Evaluation:
     """An evaluation with its accuracies replaced by those of float32; all else stays as it was measured."""
-    exact = study.exact(candidate)
+    exact = study.exact(candidate, known.precision)
     kept = {name: known.metrics[name] for name in ("seconds",) if name in known.metrics}
-    return replace(exact, metrics={**known.metrics, **exact.metrics, **kept})
+    return replace(exact, scored=known.scored, metrics={**known.metrics, **exact.metrics, **kept})

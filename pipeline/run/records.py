@@ -33,9 +33,10 @@ def heading(request: Request) -> dict[str, Any]:
     return {"kind": KINDS[type(request)], "request": digest_of(request), **_told(request)}
 
 
-def heading_of_exact(candidate: Candidate) -> dict[str, Any]:
-    """The same, of a candidate's accuracy in float32, which no request of a strategy's asks for."""
-    return {"kind": "exact", "request": digest_of(Evaluate((candidate,))), "candidate": describe(candidate)}
+def heading_of_exact(candidate: Candidate, precision: str = "fp32") -> dict[str, Any]:
+    """The same, of a candidate's accuracy by itself, which no request of a strategy's asks for."""
+    told = {"kind": "exact", "request": digest_of(Evaluate((candidate,))), "candidate": describe(candidate)}
+    return told if precision == "fp32" else {**told, "precision": precision}
 
 
 def _told(request: Request) -> dict[str, Any]:
@@ -104,11 +105,15 @@ def to_candidate(data: Mapping[str, Any]) -> Candidate:
 
 
 def to_dict(evaluation: Evaluation) -> dict[str, Any]:
-    """An evaluation as JSON; the forward pass where it is known."""
+    """An evaluation as JSON; the forward pass where it is known, the precision where it is not the only one, fp32."""
     data = {"status": evaluation.status, "reason": evaluation.reason, "metrics": dict(evaluation.metrics)}
-    return {**data, "forward": evaluation.forward} if evaluation.forward else data
+    told: dict[str, Any] = {"forward": evaluation.forward} if evaluation.forward else {}
+    if evaluation.precision != "fp32" or evaluation.scored != 1:
+        told |= {"precision": evaluation.precision, "scored": evaluation.scored}
+    return {**data, **told}
 
 
 def to_evaluation(data: Mapping[str, Any]) -> Evaluation:
     """The inverse of ``to_dict``."""
-    return Evaluation(data["status"], data["reason"], data["metrics"], data.get("forward", ""))
+    precision, scored = data.get("precision", "fp32"), data.get("scored", 1)
+    return Evaluation(data["status"], data["reason"], data["metrics"], data.get("forward", ""), precision, scored)

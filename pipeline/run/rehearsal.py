@@ -194,7 +194,7 @@ class Rehearsal:
             self._time(plan, exact=exact)
         return self._evaluation(plan, accuracy, latency=latency)
 
-    def exact(self, candidate: Candidate) -> Evaluation:
+    def exact(self, candidate: Candidate, precision: str = "fp32") -> Evaluation:
         return self.evaluate(candidate, latency=False, exact=True)
 
     def finetune(self, request: FineTune) -> tuple[FineTuned, dict[str, str]]:

@@ -54,6 +54,7 @@ from secateur.pipeline.run.opening import (
 from secateur.pipeline.run.origin import FOLDER, ORIGIN, check_tracked_at, origin_of
 from secateur.pipeline.run.preflight import examine
 from secateur.pipeline.run.records import to_evaluation
+from secateur.pipeline.run.schemes import scheme_of
 from secateur.pipeline.run.widths import common_multiples
 from secateur.pipeline.surroundings import HOME, home, made
 from secateur.pipeline.tracking import Tracker
@@ -269,6 +270,8 @@ class Run:
             space=space,
             deterministic=self.config.search.forward == "deterministic" or self._engine is not None,
             workers=self._new_pool(),
+            precisions=self.config.precision,
+            scheme=scheme_of(self.profiles),
         )
 
     @contextlib.contextmanager

@@ -82,8 +82,8 @@ class Oracle(Protocol):
             exact: it is the evaluation after a training.
         """
 
-    def exact(self, candidate: Candidate) -> Evaluation:
-        """Accuracy alone, in float32 and by the workload's own metric."""
+    def exact(self, candidate: Candidate, precision: str = "fp32") -> Evaluation:
+        """Accuracy alone, by the workload's own metric, in float32 or in the precision that was chosen."""
 
     def finetune(self, request: FineTune) -> tuple[FineTuned, Mapping[str, str]]: ...
 
@@ -113,7 +113,8 @@ class Study:
         stage: name under which this study's records are filed.
         budget: what the strategy may spend, counted over replayed and new answers alike.
         watch: told what is being worked on, where that is no candidate.
-        closes: keep one evaluation back, and grant it once the budget is spent: for a strategy that has a target.
+        scores: evaluations that a candidate counts as at most, where its latency is asked for: one a precision.
+        closes: keep one candidate back, and grant it once the budget is spent: for a strategy that has a target.
     """
 
     def __init__(
@@ -125,15 +126,18 @@ class Study:
         budget: Budget = Budget(),  # noqa: B008 - frozen
         watch: Callable[[str], None] = lambda _: None,
         *,
+        scores: int = 1,
         closes: bool = False,
     ) -> None:
         self.journal, self.oracle, self.notify, self.stage, self.budget = journal, oracle, notify, stage, budget
         self.watch = watch
         self._replay: deque[Record] = deque(r for r in journal.records if r.get("stage") == stage)
         self.spent = {"evaluations": 0.0, "epochs": 0.0, "seconds": 0.0, "image_macs": 0.0}
+        self.num_candidates = 0
         self._found: list[Entry] = []
         self._kept_back, self._asides, self._granted = int(closes), ASIDES if closes else 0, False
-        self._most = math.inf if budget.evaluations is None else budget.evaluations - self._kept_back
+        self.scores = scores
+        self._most = math.inf if budget.evaluations is None else budget.evaluations - scores * self._kept_back
         self._pace = _Pace(r for r in journal.records if r.get("stage") == "reference")
 
     def run(self, strategy: Strategy) -> Archive:
@@ -214,17 +218,21 @@ class Study:
         """One candidate's evaluation, journalled before it is returned."""
         asked, replayed = heading(Evaluate((candidate,), latency)), bool(self._replay)
         record = self._record(asked, lambda: {"evaluation": to_dict(self.oracle.evaluate(candidate, latency, floor))})
-        self.spent["evaluations"] += 1
         evaluation = to_evaluation(record["evaluation"])
+        self._count(evaluation)
         if replayed:
             self.oracle.remember(candidate, latency, evaluation)
         self._keep(candidate, evaluation)
         self.notify(record)
         return evaluation
 
-    def exact(self, candidate: Candidate) -> Evaluation:
-        """The accuracy of a candidate met before, in float32, journalled before it is returned; nobody is notified."""
-        record = self._record(heading_of_exact(candidate), lambda: {"exact": to_dict(self.oracle.exact(candidate))})
+    def exact(self, candidate: Candidate, precision: str = "fp32") -> Evaluation:
+        """The accuracy of a candidate met before, in float32 or in the precision that was chosen for it.
+
+        It is journalled before it is returned; nobody is notified.
+        """
+        asked = heading_of_exact(candidate, precision)
+        record = self._record(asked, lambda: {"exact": to_dict(self.oracle.exact(candidate, precision))})
         return to_evaluation(record["exact"])
 
     def finetune(self, request: FineTune) -> FineTuned:
@@ -239,9 +247,9 @@ class Study:
 
         candidate, replayed = request.candidate, bool(self._replay)
         record = self._record(heading(request), train, afforded)
-        self.spent["evaluations"] += 1
         self.spent["epochs"] += afforded.epochs
         tuned = FineTuned(record["base"], to_evaluation(record["evaluation"]))
+        self._count(tuned.evaluation)
         trained = replace(candidate, base=tuned.base)
         if replayed:
             self.oracle.remember(trained, request.latency, tuned.evaluation, exact=True)
@@ -266,7 +274,7 @@ class Study:
 
     def _evaluate_within(self, candidate: Candidate, latency: bool, floor: float | None) -> Evaluation:
         """An evaluation, if the budget has one left, or its last one is granted."""
-        spent = self._over(Evaluate((candidate,)))
+        spent = self._over(Evaluate((candidate,), latency))
         if spent and not self._granted:
             return Evaluation("infeasible", spent)
         self._granted = False
@@ -327,13 +335,17 @@ class Study:
             return f"the budget of {budget.seconds:g} s is spent"
         if budget.work is not None and spent["image_macs"] >= budget.work and not first:
             return f"the budget of {budget.work:g} image-MACs is spent"
-        if isinstance(request, Evaluate | FineTune) and spent["evaluations"] >= self._most:
+        if isinstance(request, Evaluate | FineTune) and spent["evaluations"] + self._scored(request) > self._most:
             return f"the budget of {budget.evaluations} evaluations is spent"
         if isinstance(request, FineTune | AuxiliaryTraining) and request.epochs > 0:
             epochs = self._affordable(request)
             if epochs < USEFUL * request.epochs:
                 return f"{request.epochs:g} epochs of training exceed what is left of the budget ({epochs:.3g} epochs)"
         return ""
+
+    def _scored(self, request: Evaluate | FineTune) -> int:
+        """How many evaluations one candidate of a request may count as."""
+        return self.scores if request.latency else 1
 
     def _record(
         self,
@@ -356,6 +368,11 @@ class Study:
             self.spent[name] = self.spent.get(name, 0) + amount
         self._pace.add(record)
         return record
+
+    def _count(self, evaluation: Evaluation) -> None:
+        """A candidate more; each precision that was tried is an evaluation."""
+        self.num_candidates += 1
+        self.spent["evaluations"] += evaluation.scored
 
     def _keep(self, candidate: Candidate, evaluation: Evaluation) -> None:
         if evaluation.status == "ok" and not candidate.plan.is_full:

@@ -12,11 +12,14 @@ from torch import nn
 from secateur.export.artifact import describe
 from secateur.export.errors import TemplateError
 from secateur.export.onnx_export import OPSET, export_onnx, write_atomically
+from secateur.export.quantize import precision
 from secateur.export.slicing import OnnxTemplate, candidate_onnx
-from secateur.export.verify import predict, verify_parity
+from secateur.export.verify import TOLERANCE, predict, verify_parity
 from secateur.pipeline.evaluation.onnx_files import CANDIDATES, TEMPLATE
+from secateur.pipeline.evaluation.precisions import FLOAT, Precisions
 from secateur.pipeline.run.facts import ExportedNetwork, ExportFacts, Facts, ParityFacts, Proof, ResultParity
 from secateur.pipeline.run.run import Run
+from secateur.pipeline.run.schemes import scheme_of
 from secateur.pipeline.stages.loading import load_baseline, load_compact, parity_images
 from secateur.pipeline.workloads import Postprocessing
 from secateur.pruning.channels import ChannelGraph
@@ -26,6 +29,8 @@ from secateur.pruning.surgery import certify, prune
 
 def export(run: Run, facts: Facts) -> ExportFacts:
     """Both networks as optimised ONNX, proven equal to their PyTorch models; the certificate of the final cut.
+
+    Where another precision than fp32 was chosen, the compact network's file is made of the one that was proven.
 
     Raises:
         ExportError: a network cannot be exported.
@@ -40,6 +45,9 @@ def export(run: Run, facts: Facts) -> ExportFacts:
             exported.append(_export_one(run, name, network, own, "" if own is full else own.digest, template))
             error = exported[-1].parity.max_relative_error
             report(len(exported), 2, f"largest relative difference {error:.1e}")
+    chosen = facts.finetune.best.evaluation.precision
+    if chosen != FLOAT:
+        exported[1] = _in_precision(run, chosen, exported[1], compact, plan, template)
     certificate = certify(model, prune(model, graph, plan), graph, plan, run.workload.example_input())
     return ExportFacts(
         baseline=exported[0],
@@ -83,20 +91,63 @@ def _export_one(
     return exported if after is None else _with_postprocessing(exported, after, network, images)
 
 
-def _with_postprocessing(
-    exported: ExportedNetwork, after: Postprocessing, network: nn.Module, images: torch.Tensor
+def _in_precision(
+    run: Run,
+    name: str,
+    proven: ExportedNetwork,
+    network: nn.Module,
+    plan: PruningPlan,
+    template: OnnxTemplate | None,
 ) -> ExportedNetwork:
-    """The network's second file, and its results compared with those of PyTorch."""
+    """The network's file in another precision, in the place of the one in fp32, and how far its outputs are off.
+
+    Raises:
+        ExportError: it cannot be made.
+    """
+    after, path, images = run.workload.postprocessing, proven.artifact.path, parity_images(run)
+    with run.progress.stage(f"Export in {name}") as report:
+        made = Precisions(run.workload, lambda: template, run.directory / CANDIDATES, scheme_of(run.profiles))
+        content = made.network(name, plan, network.state_dict(), lambda: network)
+        if template is None:  # the exporter's options hold for this file as well
+            source = onnx.load(path)
+            calibration = made.calibration() if precision(name).calibrated else None
+            content = precision(name).make(source, calibration).SerializeToString()
+        write_atomically(path, content)
+        artifact = describe(path, name, plan.digest)
+        parity = verify_parity(path, network, torch.split(images, 1), precision(name).tolerance(TOLERANCE))
+        report(
+            1,
+            1,
+            f"{artifact.size_bytes / proven.artifact.size_bytes:.2f} of the size, same argmax in "
+            f"{parity.argmax_agreement:.1%}",
+        )
+    exported = replace(proven, artifact=artifact, rounded=ParityFacts(**asdict(parity)))
+    return exported if after is None else _with_postprocessing(exported, after, None, images)
+
+
+def _with_postprocessing(
+    exported: ExportedNetwork, after: Postprocessing, network: nn.Module | None, images: torch.Tensor
+) -> ExportedNetwork:
+    """The network's second file, and its results compared with those of PyTorch.
+
+    Args:
+        network: whose outputs they follow from; None = the outputs of the file without postprocessing.
+    """
     path = exported.artifact.path
     whole = path.with_name(f"{path.stem}.{after.name}.onnx")
     write_atomically(whole, after.append(onnx.load(path)).SerializeToString())
     with torch.inference_mode():
-        expected = torch.cat([after.apply(network(part)) for part in torch.split(images, 1)])
+        parts = torch.split(images, 1)
+        raw = (
+            map(network, parts)
+            if network is not None
+            else torch.split(torch.from_numpy(predict(path, images.numpy())), 1)
+        )
+        expected = torch.cat([after.apply(outputs) for outputs in raw])
     results = torch.from_numpy(predict(whole, images.numpy(), threads=torch.get_num_threads()))
-    return ExportedNetwork(
-        artifact=exported.artifact,
-        parity=exported.parity,
-        whole=describe(whole, plan_digest=exported.artifact.plan_digest),
+    return replace(
+        exported,
+        whole=describe(whole, exported.artifact.precision, exported.artifact.plan_digest),
         postprocessing=ResultParity(
             **asdict(after.compare(results, expected)), counts=tuple(after.count(expected).tolist())
         ),

@@ -48,6 +48,7 @@ def finetune(run: Run, facts: Facts) -> FinetuneFacts:
     oracle, reference = run.evaluator(model, graph), facts.search.reference
     oracle.calibrate(reference)
     reward = run.reward(reference, run.workload.metric)
+    oracle.prefer(lambda evaluation: merit(run, reward, evaluation, reference))
     chosen = best_plans(facts.search.archive)
     if not chosen:
         raise UserError("the search found no pruned network to fine-tune; give it more evaluations or a looser target")

@@ -78,6 +78,7 @@ def _tags(facts: Facts) -> dict[str, Any]:
     figures = facts.gate.models.compact.flat()
     return {
         "plan_digest": facts.finetune.best.candidate.plan.digest,
+        "precision": facts.export.compact.artifact.precision,
         "search_metric": facts.gate.search_metric,
         "gate": "passed" if facts.gate.passed else "failed",
         "speedup": f"{facts.benchmark.speedup.value:.4f}",
@@ -123,7 +124,7 @@ def _parity(facts: Facts, tolerance: float) -> dict[str, Any]:
     export = to_json(facts.export)
 
     def of(network: Mapping[str, Any]) -> dict[str, Any]:
-        results = {name: network[name] for name in ("postprocessing",) if name in network}
+        results = {name: network[name] for name in ("rounded", "postprocessing") if name in network}
         return {**network["parity"], **results, "tolerance": tolerance}
 
     return {**{name: of(export[name]) for name in ("baseline", "compact")}, "certificate": export["certificate"]}
@@ -182,6 +183,7 @@ def candidate_table(run: Run) -> Path:
             **{k: v for k, v in r["candidate"].items() if k != "parents"},
             "status": r["evaluation"]["status"],
             "forward": r["evaluation"].get("forward", ""),
+            "precision": r["evaluation"].get("precision", "fp32"),
             **r["evaluation"]["metrics"],
         }
         for r in of_candidates(run.journal.records)

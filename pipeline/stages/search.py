@@ -68,7 +68,7 @@ def search(run: Run, facts: Facts) -> SearchFacts:
     return SearchFacts(
         reference=exact_reference,
         archive=tuple(ranked),
-        num_candidates=int(study.spent["evaluations"]) - (0 if scope is None else len(scope.trials)),
+        num_candidates=study.num_candidates,
         scope=None if scope is None else ScopeFacts.of(run.config.search.scope, scope),
         agreement=None if agreement is None else RankAgreement(**agreement),
         spent=study.spent,
@@ -89,6 +89,7 @@ def _search(
     """What the method returns, the study that drove it, and the scope it had; or the one plan that a run is given."""
     metric = run.workload.search_metric
     reward = run.reward(reference, metric)
+    oracle.prefer(lambda evaluation: merit(run, reward, evaluation, reference))
     reject_impossible(run, oracle, spaces.whole.smallest(), reference)
     plan = chosen_plan(run.directory, graph)
     before = Study(run.journal, oracle, run.tracker.candidate, stage=STAGE, budget=run.budget())
@@ -110,6 +111,7 @@ def _search(
             notify,
             budget=run.budget(),
             watch=lambda work: show(f"{work} ..."),
+            scores=len(run.config.precision),
             closes=plan is None and run.goal != Goal(),
         )
         study.charge(before.spent)

@@ -291,6 +291,7 @@ class Tracker:
             "candidate.status": evaluation["status"],
             "candidate.reason": evaluation["reason"],
             "candidate.forward": evaluation.get("forward", "unknown"),
+            "candidate.precision": evaluation.get("precision", "fp32"),
             "candidate.plan": _whole(candidate["plan"], candidate["digest"]),
             "candidate.digest": candidate["digest"],
             "candidate.base": candidate["base"] or "baseline",

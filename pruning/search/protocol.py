@@ -75,12 +75,16 @@ class Evaluation:
             fractions), and ``COSTS``: ``macs``, ``params``, ``size_bytes``, ``p50_ms``, ``p95_ms``, ``latency_ratio``
             (to the unpruned baseline), ``seconds`` (spent on it).
         forward: the forward pass that the accuracy comes from, with its number type; empty if not known.
+        precision: of the network that the metrics are of: the best of those that may ship.
+        scored: how many precisions were tried for it; each counts as an evaluation.
     """
 
     status: Literal["ok", "infeasible", "failed"] = "ok"
     reason: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
     forward: str = ""
+    precision: str = "fp32"
+    scored: int = 1
 
     def __getitem__(self, name: str) -> float:
         """A metric by name; NaN where it was not taken."""

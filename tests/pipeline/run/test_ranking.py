@@ -30,7 +30,7 @@ class Oracle:
         self.lives, self.fails, self.asked = lives, fails, []  # type: ignore[var-annotated]
         self.spent = {"images_forwarded": 0, "images_trained": 0, "measurements": 0}
 
-    def exact(self, candidate: Candidate) -> Evaluation:
+    def exact(self, candidate: Candidate, precision: str = "fp32") -> Evaluation:
         if len(self.asked) >= self.lives:
             raise KeyboardInterrupt
         self.asked.append(candidate.plan.widths["a"])

@@ -1,0 +1,262 @@
+"""int8 of pruned networks: how fast a plan's file is made, what it loses, and which widths pay.
+
+    SECATEUR_DATA=... python benchmarks/precision.py [--plans 10] [--images 800] [--only REGEX] [--json PATH]
+
+SECATEUR_DATA holds `imagenet_sample/` (a JPEG a class, the class's number first in its name) with
+`weights/imagenet/mobilenet_v2_imagenet.safetensors`, and `cifar10/` (strips of 500 images, labels as `.npy`) with
+`weights/cifar10/resnet56_cifar10.safetensors`. MobileNetV2 is calibrated on 200 of the images and scored on 800 others,
+ResNet-56 on training images and the test split. Nothing is trained; batch norm is recalibrated on the calibration
+images after each cut. Times are CPU times of one thread, of two things in turn in one process.
+
+`requantise_speedup`: seconds of `quantize_static` over those of cutting and requantising, MobileNetV2, median over
+plans; both begin with the float template and the pruned network's weights in memory. `quantize_static` is given four
+images there, so that it is not slow by its calibration; cleaning the graph is not in its time.
+`requantise_gap_pp`: largest difference of top-1, in percentage points, of the file that is cut and requantised from the
+file that is quantised from the beginning with ranges of the pruned network; seeded plans that keep 85 to 100 % of their
+channels, only those that keep half of the unpruned network's top-1 in float.
+`int8_drop_pp`: top-1 of the unpruned network in float less that in int8; `int8_ratio`: its latency in int8 over that in
+float.
+`int8_alignment_gain`: latency in int8 of MobileNetV2 with about 73 % of its channels, odd widths over multiples of 16.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision.models import mobilenet_v2
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks._output import Figure, parser, present
+from secateur.device_profiles import load_profile
+from secateur.export import open_session
+from secateur.export.batching import Predictor
+from secateur.export.folding import clean
+from secateur.export.qdq import Calibration, quantise
+from secateur.export.quantised import QuantisedTemplate
+from secateur.export.slicing import OnnxTemplate
+from secateur.pipeline.run.schemes import scheme_of
+from secateur.pipeline.training.statistics import recalibrate
+from secateur.pipeline.workloads.data.paths import under_data
+from secateur.pipeline.workloads.networks.small import CifarResNet
+from secateur.pruning import PruningPlan, prune
+from secateur.pruning.saliency import channel_saliency, uniform_plan
+from secateur.pruning.trace import trace
+
+Array = npt.NDArray[Any]
+SPEEDUP, GAP_PP, DROP_PP, RATIO, GAIN = 30.0, 1.0, 1.0, 0.60, 1.5
+CALIBRATION, FEW = 200, 4
+KEPT = 0.73
+REPEATS = 30
+
+
+@dataclass(frozen=True)
+class Task:
+    """A network with its images.
+
+    Args:
+        calibration: shape ``(n, channels, height, width)``, as the network takes them.
+        batches: gives the images that are scored, with their labels.
+    """
+
+    name: str
+    model: nn.Module
+    calibration: Array
+    batches: Callable[[], Iterator[tuple[Array, Array]]]
+
+
+def mobilenet(images: int) -> Task:
+    """MobileNetV2 with its ImageNet weights; its images are upside down, as those weights want them."""
+    model = mobilenet_v2()
+    weights = load_file(_data("weights/imagenet/mobilenet_v2_imagenet.safetensors"))
+    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, strict=False)
+    files = sorted(_data("imagenet_sample/images").iterdir())
+    order = np.random.default_rng(0).permutation(len(files))
+    chosen, scored = order[:CALIBRATION], order[CALIBRATION : CALIBRATION + images]
+
+    def batches() -> Iterator[tuple[Array, Array]]:
+        for part in np.array_split(scored, -(-len(scored) // 128)):
+            yield np.stack([_photograph(files[i]) for i in part]), np.array([int(files[i].name[:4]) for i in part])
+
+    return Task("mobilenet_v2", model.eval(), np.stack([_photograph(files[i]) for i in chosen]), batches)
+
+
+def resnet(images: int) -> Task:
+    """ResNet-56 with its CIFAR-10 weights, on the first test images."""
+    model = CifarResNet(9)
+    model.load_state_dict(load_file(_data("weights/cifar10/resnet56_cifar10.safetensors")))
+    labels = np.load(_data("cifar10/test_labels.npy"))
+
+    def batches() -> Iterator[tuple[Array, Array]]:
+        for k in range(-(-images // 500)):
+            stop = min(500, images - 500 * k)
+            yield _strip(f"test_{k:02d}")[:stop], labels[500 * k : 500 * k + stop]
+
+    return Task("resnet56", model.eval(), _strip("train_00")[:CALIBRATION], batches)
+
+
+def _data(name: str) -> Path:
+    return under_data(name)
+
+
+def _photograph(file: Path) -> Array:
+    image = Image.open(file).convert("RGB")
+    scale = 256 / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
+    left, top = (image.width - 224) // 2, (image.height - 224) // 2
+    pixels = np.asarray(image.crop((left, top, left + 224, top + 224)), np.float32) / 255
+    return np.ascontiguousarray(((pixels - 0.5) / 0.5).transpose(2, 0, 1)[:, ::-1])
+
+
+def _strip(name: str) -> Array:
+    pixels = np.asarray(Image.open(_data(f"cifar10/{name}.webp")).convert("RGB"), np.float32).reshape(-1, 32, 32, 3)
+    normalised = (pixels / 255 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
+    return np.ascontiguousarray(normalised.transpose(0, 3, 1, 2), np.float32)
+
+
+class Contest:
+    """One network in float and in int8."""
+
+    def __init__(self, task: Task, scheme: str) -> None:
+        self.task, self.calibration = task, Calibration(task.calibration, scheme)
+        self.few = Calibration(task.calibration[:FEW], scheme)
+        example = torch.from_numpy(task.calibration[:1])
+        self.graph = trace(task.model, example)
+        self.template = OnnxTemplate.export(task.model, example, self.graph)
+        self.quantised = QuantisedTemplate.make(self.template, self.calibration)
+        self.full = PruningPlan.full(self.graph.groups)
+        saliency = channel_saliency(task.model, self.graph, "l1", 0)
+        self._best = {name: np.argsort(-values).tolist() for name, values in saliency.items()}
+
+    def plan(self, keep: float, multiple: int) -> PruningPlan:
+        """Every group keeps about a share of its channels, those with the largest L1 norms."""
+        found = uniform_plan(self.graph, keep, model=self.task.model)
+        kept = {}
+        for name, channels in found.kept.items():
+            width = (
+                max(1, round(len(channels) / multiple)) * multiple if multiple > 1 else (len(channels) - 1) // 2 * 2 + 1
+            )
+            kept[name] = self._best[name][: min(width, found.sizes[name])]
+        return found.replace(kept)
+
+    def pruned(self, plan: PruningPlan) -> dict[str, Tensor]:
+        """Weights of the pruned network, batch norm recalibrated."""
+        network = prune(self.task.model, self.graph, plan)
+        recalibrate(network, torch.from_numpy(self.task.calibration).split(100))
+        return network.state_dict()
+
+    def anew(self, plan: PruningPlan, state: dict[str, Tensor]) -> bytes:
+        """The file quantised from the beginning."""
+        return self._quantise(self._clean(plan, state), self.calibration)
+
+    def _clean(self, plan: PruningPlan, state: dict[str, Tensor]) -> onnx.ModelProto:
+        return clean(onnx.load_model_from_string(self.template.slice(plan, state)))[0]
+
+    @staticmethod
+    def _quantise(network: onnx.ModelProto, calibration: Calibration) -> bytes:
+        data: bytes = quantise(network, calibration).SerializeToString()
+        return data
+
+    def top1(self, file: bytes) -> float:
+        """In percent."""
+        predictor, right, seen = Predictor(file), 0, 0
+        for images, labels in self.task.batches():
+            right += int((predictor(images).argmax(1) == labels).sum())
+            seen += len(labels)
+        return 100 * right / seen
+
+    def speedup(self, plan: PruningPlan, state: dict[str, Tensor]) -> float:
+        network = self._clean(plan, state)
+        ours = _seconds(partial(self.quantised.slice, plan, state), 5)
+        return _seconds(partial(self._quantise, network, self.few), 1) / ours
+
+    def ratio(self, file: bytes, reference: bytes) -> float:
+        """Median CPU time of a call over that of the reference, in turn."""
+        sessions = [open_session(file), open_session(reference)]
+        feed = {"input": self.task.calibration[:1]}
+        times = [[_seconds(partial(s.run, None, feed), 1) for s in sessions] for _ in range(REPEATS)]
+        own, other = np.median(times[3:], axis=0)
+        return float(own / other)
+
+
+def _seconds(action: Callable[[], Any], repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        started = time.process_time()
+        action()
+        times.append(time.process_time() - started)
+    return float(np.median(times))
+
+
+def measure(contest: Contest, plans: int) -> dict[str, Any]:
+    """One row."""
+    dense = contest.top1(contest.template.slice(contest.full))
+    in_int8 = contest.top1(contest.quantised.slice(contest.full))
+    rng, gaps, speedups = np.random.default_rng(0), [], []
+    for _ in range(plans):
+        plan = contest.plan(rng.uniform(0.85, 1.0), 8)
+        state = contest.pruned(plan)
+        if contest.top1(contest.template.slice(plan, state)) < dense / 2:
+            continue
+        files = contest.quantised.slice(plan, state), contest.anew(plan, state)
+        gaps.append(abs(contest.top1(files[0]) - contest.top1(files[1])))
+        speedups.append(contest.speedup(plan, state))
+    aligned, odd = (contest.quantised.slice(contest.plan(KEPT, multiple)) for multiple in (16, 1))
+    return {
+        "network": contest.task.name,
+        "scheme": contest.calibration.scheme,
+        "top1": dense,
+        "top1_int8": in_int8,
+        "drop_pp": dense - in_int8,
+        "ratio": contest.ratio(contest.quantised.slice(contest.full), contest.template.slice(contest.full)),
+        "plans": len(gaps),
+        "gap_pp": max(gaps, default=float("nan")),
+        "speedup": float(np.median(speedups)) if speedups else float("nan"),
+        "alignment": contest.ratio(odd, aligned),
+    }
+
+
+def figures_of(rows: Sequence[dict[str, Any]]) -> list[Figure]:
+    gap, drop, ratio = (max(row[key] for row in rows) for key in ("gap_pp", "drop_pp", "ratio"))
+    figures = [
+        Figure("requantise_gap_pp", gap, GAP_PP, gap <= GAP_PP),
+        Figure("int8_drop_pp", drop, DROP_PP, drop <= DROP_PP),
+        Figure("int8_ratio", ratio, RATIO, ratio <= RATIO),
+    ]
+    for row in rows:
+        if row["network"] == "mobilenet_v2":
+            figures.append(Figure("requantise_speedup", row["speedup"], SPEEDUP, row["speedup"] >= SPEEDUP))
+            figures.append(Figure("int8_alignment_gain", row["alignment"], GAIN, row["alignment"] >= GAIN))
+    return figures
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--plans", type=int, default=10, help="seeded plans per network (default 10)")
+    arguments.add_argument("--images", type=int, default=800, help="images scored (default 800)")
+    arguments.add_argument("--only", default="", metavar="REGEX", help="networks to run")
+    options = arguments.parse_args()
+    torch.set_num_threads(1)
+    scheme, tasks = scheme_of([load_profile("local")]), {"mobilenet_v2": mobilenet, "resnet56": resnet}
+    chosen = [make for name, make in tasks.items() if re.search(options.only, name)]
+    rows = [measure(Contest(make(options.images), scheme), options.plans) for make in chosen]
+    title = f"int8 under ONNX Runtime, one thread, scheme {scheme}"
+    present(title, rows, figures_of(rows), options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The files of one network's plans in every precision that may ship; what can be made once is made once.
+
+A precision of integers is calibrated on training images, and its template kept by content. Where a network's template
+cannot be quantised and cut, each plan is quantised from the beginning, which takes seconds, and said aloud.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from secateur.export.errors import TemplateError
+from secateur.export.onnx_export import export_proto
+from secateur.export.qdq import Calibration
+from secateur.export.quantised import QuantisedTemplate
+from secateur.export.quantize import PRECISIONS, precision
+from secateur.export.slicing import OnnxTemplate
+from secateur.pipeline.training.statistics import training_images
+from secateur.pipeline.workloads import Workload
+from secateur.pruning.plan import PruningPlan
+
+FLOAT = "fp32"
+CALIBRATION_IMAGES = 200
+"""Training images that the ranges of activations are taken from."""
+log = logging.getLogger(__name__)
+
+
+class Precisions:
+    """Makes files of one network in a precision.
+
+    Args:
+        workload: has the training images that calibrate.
+        template: gives the network's ONNX template, or None where it cannot be cut.
+        folder: where quantised templates are kept.
+        scheme: a name of ``secateur.export.qdq.SCHEMES``.
+    """
+
+    def __init__(
+        self, workload: Workload, template: Callable[[], OnnxTemplate | None], folder: Path, scheme: str = "U8S8"
+    ) -> None:
+        self.workload, self.folder, self.scheme = workload, folder, scheme
+        self._float, self._lock = template, threading.RLock()
+        self._calibration: Calibration | None = None
+        self._templates: dict[str, QuantisedTemplate | None] = {}
+
+    def network(
+        self, name: str, plan: PruningPlan, state: Mapping[str, Tensor] | None, cut: Callable[[], nn.Module]
+    ) -> bytes:
+        """The ONNX file of a plan.
+
+        Args:
+            name: of the precision.
+            state: weights, dense or cut; None = the unpruned network's.
+            cut: gives the pruned network with those weights, where no template can be cut.
+
+        Raises:
+            ExportError: the training images cannot calibrate it, or ONNX Runtime cannot make it.
+        """
+        made, template = precision(name), self._float()
+        calibration = self.calibration() if made.calibrated else None
+        if template is not None and not made.calibrated:
+            content = template.slice(plan, state)
+            return content if name == FLOAT else _in(name, content)
+        if calibration is not None and (quantised := self.template(name)) is not None:
+            try:
+                return quantised.slice(plan, state)
+            except TemplateError as error:
+                log.warning("cannot cut the %s template for plan %s, quantising it anew: %s", name, plan.digest, error)
+        whole = export_proto(cut().cpu(), self.workload.example_input(), optimize=False)
+        return bytes(made.make(whole, calibration).SerializeToString())
+
+    def prepare(self, name: str) -> None:
+        """Make what is made once for a precision.
+
+        Raises:
+            ExportError: as ``template``.
+        """
+        if precision(name).calibrated:
+            self.template(name)
+
+    def template(self, name: str) -> QuantisedTemplate | None:
+        """What files of a calibrated precision are cut from; None, said aloud once, where they cannot be.
+
+        Raises:
+            ExportError: the training images cannot calibrate it, or ONNX Runtime cannot quantise the network.
+        """
+        with self._lock:
+            if name not in self._templates:
+                self._templates[name] = self._open()
+            return self._templates[name]
+
+    def calibration(self) -> Calibration:
+        """The first training images as the network sees them, in no order of classes.
+
+        Raises:
+            ExportError: they are missing, not finite, or all the same number.
+        """
+        with self._lock:
+            if self._calibration is None:
+                count, cpu = min(CALIBRATION_IMAGES, len(self.workload.train)), torch.device("cpu")
+                batches = list(training_images(self.workload, self.workload.train, count, cpu)) if count else []
+                images = torch.cat(batches) if batches else torch.empty(0)
+                self._calibration = Calibration(images.float().contiguous().numpy(), self.scheme)
+            return self._calibration
+
+    def _open(self) -> QuantisedTemplate | None:
+        template = self._float()
+        if template is None:
+            return None
+        try:
+            return QuantisedTemplate.make(template, self.calibration(), self.folder)
+        except TemplateError as error:
+            log.warning("every candidate is quantised from the beginning, which takes seconds: %s", error)
+            return None
+
+
+def _in(name: str, content: bytes) -> bytes:
+    """A float file in a precision that needs no images."""
+    import onnx
+
+    made: bytes = PRECISIONS[name].make(onnx.load_model_from_string(content), None).SerializeToString()
+    return made

@@ -1,0 +1,52 @@
+"""A run whose network ships in int8, from its search to the gate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from secateur.export.verify import predict
+from secateur.pipeline.errors import UserError
+from secateur.pipeline.report import final_table
+from secateur.pipeline.run.facts import from_json, to_json
+from secateur.pipeline.stages.gate import test_metrics as metrics_of
+from tests.pipeline.helpers import opened, perform, tiny_config
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
+
+
+@pytest.mark.slow
+def test_int8_is_searched_fine_tuned_timed_and_judged_as_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECATEUR_HOME", str(tmp_path / "home"))
+    search = {"method": "uniform", "options": {}, "target": {"macs_ratio": 0.6}}
+    config = tiny_config(tmp_path, precision="int8", search=search, finetune={"top": 1})
+    with opened(config) as run:
+        facts = perform(run, until="gate")
+        best, compact = facts.finetune.best.evaluation, facts.export.compact
+        assert best.precision == compact.artifact.precision == "int8"
+        assert facts.search.reference.precision == "fp32"
+        file = run.directory / "compact.onnx"
+        kinds = {node.op_type for node in onnx.load(file).graph.node}
+        assert {"QuantizeLinear", "DequantizeLinear"} <= kinds
+        assert compact.parity.ok and compact.parity.max_relative_error < 1e-5  # of the file it was made of
+        assert compact.rounded is not None and compact.rounded.argmax_agreement > 0.9
+        assert compact.artifact.size_bytes < 0.6 * facts.export.baseline.artifact.size_bytes
+        told = facts.gate.models.compact.metrics["top1"]
+        assert told == metrics_of(run, file)["top1"]
+        assert abs(told - best["top1"]) < 0.15  # other images, the same network
+        records = [r for r in run.journal.records if "candidate" in r and r["stage"] in ("search", "final")]
+        assert records and all(r["evaluation"]["precision"] == "int8" for r in records)
+        assert predict(file, np.zeros((1, 1, 8, 8), np.float32)).shape == (1, 10)
+    assert from_json("export", to_json(facts.export)) == facts.export
+    assert ("precision", "fp32", "int8") in [row[:3] for row in final_table(facts)]
+
+
+def test_a_precision_that_there_is_not_is_a_fault_of_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECATEUR_HOME", str(tmp_path / "home"))
+    with pytest.raises(UserError, match=r"precision: unknown: int3; known: fp32, fp16, int8"):
+        opened(tiny_config(tmp_path, precision=["fp32", "int3"]))
