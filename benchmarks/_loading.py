@@ -138,16 +138,17 @@ def make_photographs(folder: Path, num: int) -> Path:
 
 
 def figures(
-    folder: Path, turns: int, steps: int, compute: torch.device
+    folder: Path, turns: int, steps: int, compute: torch.device, photographs: int = 800
 ) -> tuple[list[dict[str, object]], list[Figure]]:
     """Rows for people, and the two figures with their bounds.
 
     Args:
         folder: empty; takes the files.
         turns, steps: turns of each kind, and steps of each that count.
+        photographs: how many files.
     """
     model = {"name": "torchvision/mobilenet_v2"}
-    data = {"source": "folder", "path": str(make_photographs(folder, 800)), "image_size": SIDE}
+    data = {"source": "folder", "path": str(make_photographs(folder, photographs)), "image_size": SIDE}
     loading = Loading(build(Options.model_validate({"model": model, "data": data})), steps, compute)
     loading.run(turns)
     read, cached = loading.read, loading.cached
@@ -177,11 +178,12 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--turns", type=int, default=4, help="of each kind (default 4)")
     arguments.add_argument("--steps", type=int, default=20, help="of a turn (default 20)")
+    arguments.add_argument("--photographs", type=int, default=800, help="JPEG files (default 800)")
     options = arguments.parse_args()
     keep_freed_memory()
     compute = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as temporary:
-        rows, found = figures(Path(temporary), options.turns, options.steps, compute)
+        rows, found = figures(Path(temporary), options.turns, options.steps, compute, options.photographs)
     present(f"MobileNetV2 at {SIDE}, batch {BATCH}, {WORKERS} workers, {compute}", rows, found, options.json)
 
 

@@ -33,11 +33,11 @@ def check(
     """
     config = _config(task, set_ or [], trust)
     from secateur.pipeline.config.choices import workload_options
-    from secateur.pipeline.config.trust import in_consented_file
+    from secateur.pipeline.config.trust import consented_code
     from secateur.pipeline.run.checkup import check_task
 
     options = workload_options(config.workload)
-    made_of, _ = in_consented_file(options.task, "workload.task")
+    made_of, _ = consented_code(options.task, "workload.task")
     findings = check_task(options.task, made_of, options.options)
     faults = [finding for finding in findings if finding.outcome == "fault"]
     if json_:
@@ -65,10 +65,12 @@ def _config(task: str, given: list[str], trusted: bool) -> RunFile:
     from secateur.pipeline.config.reading import load_run_file, parse_run_file
 
     overrides = [f"workload.options.{one}" for one in given]
-    if in_file(task) is None:
+    if in_file(task) is None and trust.CODE.fullmatch(task) is None:
         file = Path(task)
         if file.suffix not in (".yaml", ".yml"):
-            raise errors.UserError(f"{task} is neither FILE.py:NAME, such as task.py:Task, nor a run file")
+            raise errors.UserError(
+                f"{task} is neither FILE.py:NAME or PACKAGE.MODULE:NAME, such as task.py:Task, nor a run file"
+            )
         config = consented(lambda: load_run_file(file, overrides), file, trusted)
         if config.workload["name"] != "custom":
             raise errors.UserError(f"{task} names no task of your own; check it with `secateur validate`")

@@ -45,8 +45,8 @@ ZOOS = ("torchvision", "timm")
 LOADING = re.compile(r"pretrained|checkpoint|weights")
 """Options with which a builder of theirs reads files or addresses."""
 FIX = (
-    "name an nn.Module builder in a file beside the run file (FILE.py:FACTORY), of a module in its folder, or of an "
-    "installed package"
+    "name an nn.Module builder, or a task's class, in a file beside the run file (FILE.py:NAME), of a module in its "
+    "folder, or of an installed package"
 )
 
 
@@ -145,7 +145,7 @@ def code_of_workload(config: RunFile, file: Path) -> Found | None:
 def _entry_of(name: str, place: str, near: Path | None) -> tuple[Entry, Path]:
     """What a ``module:factory`` would run, and the module's file."""
     if not CODE.fullmatch(name):
-        raise UserError(f"{place}: {printable(name)!r} is no module:factory; {FIX}, as package.module:factory")
+        raise UserError(f"{place}: {printable(name)!r} is no module:name; {FIX}, as package.module:name")
     module = name.partition(":")[0]
     file, root = _find(module, near)
     return Entry(place, f"{name} of {printable(file)}", str(root)), file
@@ -160,7 +160,7 @@ def _find(module: str, near: Path | None) -> tuple[Path, Path]:
         UserError: there is none, or it is a part of Python.
     """
     if module.partition(".")[0] in sys.stdlib_module_names:
-        raise UserError(f"{module} is a part of Python and builds no networks; {FIX}")
+        raise UserError(f"{module} is a part of Python, which has no networks or tasks; {FIX}")
     parts = module.split(".")
     for start in (None, *([[str(near)]] if near else [])):
         path: Sequence[str] | None = start
@@ -376,13 +376,28 @@ def _of_a_module(name: str, options: object, place: str) -> tuple[Any, bool]:
     try:
         builder = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"{name}: {error}; expected an importable module and an nn.Module builder in it") from error
+        raise UserError(f"{name}: {error}; expected an importable module, and in it what the colon precedes") from error
     return builder, _is_installed(_find(module, None)[0])
 
 
 def _of_a_file(name: str, place: str) -> tuple[Any, bool]:
     """The same of a ``FILE.py:attribute``: of the file that was consented to last under this name."""
     return in_consented_file(name, place)[0], False
+
+
+def consented_code(name: str, place: str) -> tuple[Any, Path]:
+    """(what a ``FILE.py:attribute`` or ``package.module:attribute`` names, the file that it is in).
+
+    Args:
+        place: where it is named.
+
+    Raises:
+        ClosedError: there is no consent for it.
+        UserError: it cannot be imported, or there is no such thing in it.
+    """
+    if in_file(name):
+        return in_consented_file(name, place)
+    return _of_a_module(name, {}, place)[0], _find(name.partition(":")[0], None)[0]
 
 
 def in_consented_file(name: str, place: str) -> tuple[Any, Path]:

@@ -245,3 +245,14 @@ class Workload(Protocol):
 
     def bound(self, answers: Tensor, targets: Tensor, num_unseen: int) -> float:
         """The largest value ``search_metric`` can still take when ``num_unseen`` images follow these."""
+
+
+def calibration_images(workload: Workload, num_images: int) -> Tensor:
+    """Inputs that integer precisions take their ranges from, shape (n, ...): those that a task of one's own names, else
+    the first training images, as they are."""
+    own: Tensor | None = getattr(workload, "calibration", lambda: None)()
+    if own is not None:
+        return own
+    few = workload.train.first(num_images)
+    every = torch.arange(len(few))
+    return workload.batch(few, every, train=False, generator=None, device=torch.device("cpu"))[0]

@@ -1,9 +1,9 @@
 """A task of one's own: a class in one file says what is pruned, on which data, and what it is judged by.
 
-``task`` names the class, ``FILE.py:NAME``; it needs nothing of Secateur. Five methods are required (``task.Task``), all
-else has a default (``task.Optional``). A network takes one tensor of shape (n, channels, height, width), float32, and
-gives one tensor of shape (n, ...); several outputs are concatenated by the network, and taken apart in ``loss`` and
-``answers``.
+``task`` names the class, ``FILE.py:NAME`` or ``PACKAGE.MODULE:NAME``; it needs nothing of Secateur. Five methods are
+required (``task.Task``), all else has a default (``task.Optional``). A network takes one tensor of shape
+(n, channels, height, width), float32, and gives one tensor of shape (n, ...); several outputs are concatenated by the
+network, and taken apart in ``loss`` and ``answers``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from secateur.device_profiles.shelf import in_file
 from secateur.pipeline.config.schema import Section
-from secateur.pipeline.config.trust import in_consented_file
+from secateur.pipeline.config.trust import CODE, consented_code
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.workloads import DataSummary, Postprocessing, Split
 from secateur.pipeline.workloads.classification.losses import distillation_loss
@@ -46,7 +46,8 @@ class Options(Section):
 
     name: Literal["custom"] = "custom"
     task: str
-    """The class, ``FILE.py:NAME``; the file is looked for beside the run file."""
+    """The class, ``FILE.py:NAME`` or ``PACKAGE.MODULE:NAME``; files and modules are looked for beside the run file, and
+    modules in the environment too."""
     options: dict[str, Any] = Field(default_factory=dict)
     """The arguments that the class is made with."""
     search_fraction: Annotated[float, Field(gt=0, lt=1)] = SEARCH_FRACTION
@@ -54,9 +55,12 @@ class Options(Section):
 
     @field_validator("task")
     @classmethod
-    def _of_a_file(cls, text: str) -> str:
-        if in_file(text) is None:
-            raise ValueError("is no FILE.py:NAME; write the file beside the run file and a class in it: task.py:Task")
+    def _of_code(cls, text: str) -> str:
+        if in_file(text) is None and CODE.fullmatch(text) is None:
+            raise ValueError(
+                "is neither FILE.py:NAME nor PACKAGE.MODULE:NAME; write a file beside the run file and a class in it: "
+                "task.py:Task"
+            )
         return text
 
 
@@ -66,7 +70,7 @@ def build(options: Options, reading: Reading = Reading()) -> Custom:  # noqa: B0
     Raises:
         UserError: the task fails, or what it returns is not what is asked for.
     """
-    made_of, file = in_consented_file(options.task, "workload.task")
+    made_of, file = consented_code(options.task, "workload.task")
     task = make_task(options.task, made_of, options.options)
     return Custom(options, OwnCode(options.task, task), code_digest(file), reading)
 
@@ -169,12 +173,27 @@ class Custom:
     def example_input(self) -> Tensor:
         if not self.code.has("example"):
             return self.batch(self.train, torch.tensor([0]), train=False, generator=None, device=CPU)[0]
-        example = self.code.ask("example")
-        if not isinstance(example, Tensor) or example.ndim != 4 or len(example) != 1:
+        example = self._inputs("example")
+        if len(example) != 1:
+            raise UserError(f"{self.code.of('example')} returned {len(example)} inputs; return one")
+        return example
+
+    def calibration(self) -> Tensor | None:
+        """Inputs that integer precisions take their ranges from, shape (n, channels, height, width); None = any.
+
+        Raises:
+            UserError: the task's code fails, or returns something else.
+        """
+        return self._inputs("calibration") if self.code.has("calibration") else None
+
+    def _inputs(self, method: str) -> Tensor:
+        """What a method of the task returns, which shall be inputs of the network."""
+        inputs = self.code.ask(method)
+        if not isinstance(inputs, Tensor) or inputs.ndim != 4 or not len(inputs):
             raise UserError(
-                f"{self.code.of('example')} returned {kind(example)}; return a tensor (1, channels, height, width)"
+                f"{self.code.of(method)} returned {kind(inputs)}; return a tensor (n, channels, height, width)"
             )
-        return example.float()
+        return inputs.float()
 
     def batch(
         self, split: Split, indices: Tensor, *, train: bool, generator: torch.Generator | None, device: torch.device

@@ -74,6 +74,10 @@ class Optional(Protocol):
         """How far outputs are from the unpruned network's, a scalar; default the divergence (KL) of class probabilities
         where targets are class indices, else the mean squared error."""
 
+    def calibration(self) -> Tensor:
+        """Inputs that integer precisions take their ranges from, shape (n, channels, height, width), float32; default
+        the first training items', as they are."""
+
     def fingerprint(self) -> str:
         """Names the content of the data, so that it is not read whole whenever a run begins; items keep their order."""
 
@@ -220,15 +224,23 @@ class OwnCode:
 
 
 def code_digest(file: Path) -> str:
-    """Names the text of a file and of the modules beside it that it imports, directly or not."""
+    """Names the text of a file and of the modules beside it, or in its package, that it imports, directly or not."""
     digest, seen, waiting = hashlib.sha256(), set[Path](), [file]
     while waiting:
         one = waiting.pop(0)
         if one not in seen:
             seen.add(one)
             digest.update(one.name.encode() + one.read_bytes())
-            waiting += sorted(_imported(one, file.parent))
+            waiting += sorted({found for folder in _folders(file) for found in _imported(one, folder)})
     return digest.hexdigest()[:16]
+
+
+def _folders(file: Path) -> list[Path]:
+    """Where a file imports its own modules from: the folder it is in, and those above, as far as they are packages."""
+    folders = [file.parent]
+    while (folders[-1] / "__init__.py").is_file():
+        folders.append(folders[-1].parent)
+    return folders
 
 
 def _imported(file: Path, folder: Path) -> set[Path]:

@@ -36,6 +36,19 @@ def test_a_task_is_checked_by_its_name_or_by_a_run_file_and_naming_it_keeps_no_c
     assert json.loads(by_file.stdout)["findings"] == json.loads(named.stdout)["findings"]
 
 
+def test_a_task_may_be_of_a_package(folder: Path) -> None:
+    (folder / "of_mine").mkdir()
+    (folder / "of_mine" / "__init__.py").write_text("")
+    (folder / "task.py").rename(folder / "of_mine" / "dots.py")
+    text = (folder / "run.yaml").read_text()
+    (folder / "run.yaml").write_text(text.replace("task.py:Task", "of_mine.dots:Task"))
+    with pytest.raises(UserError, match="nobody has consented"):
+        CliRunner().invoke(app, ["check", "run.yaml"], catch_exceptions=False)
+    for arguments in (["of_mine.dots:Task", "--set", "width=4"], ["run.yaml", "--trust"]):
+        done = CliRunner().invoke(app, ["check", *arguments, "--json"])
+        assert done.exit_code == 0 and json.loads(done.stdout)["ok"], done.output
+
+
 def test_faults_end_with_the_exit_code_of_a_mistake(folder: Path) -> None:
     text = (folder / "task.py").read_text()
     (folder / "task.py").write_text(text.replace('"misses": (100 * (1 - right), "%", "lower")', '"misses": right'))
@@ -43,7 +56,7 @@ def test_faults_end_with_the_exit_code_of_a_mistake(folder: Path) -> None:
     assert done.exit_code == EXIT_USER and "fault" in done.output and "(value, unit," in " ".join(done.output.split())
 
 
-@pytest.mark.parametrize("name", ["task.txt", "absent.py:Task", "task.py:Other"])
+@pytest.mark.parametrize("name", ["task.txt", "absent.py:Task", "task.py:Other", "no_such.module:Task", "os.path:Task"])
 def test_what_is_no_task_is_refused_in_plain_words(name: str, folder: Path) -> None:
-    with pytest.raises(UserError, match=r"is neither|there is no"):
+    with pytest.raises(UserError, match=r"is neither|there is no|no module|is a part of Python"):
         CliRunner().invoke(app, ["check", name], catch_exceptions=False)

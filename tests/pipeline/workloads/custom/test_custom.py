@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from secateur.pipeline.errors import UserError
-from secateur.pipeline.workloads import Split, Workload, custom
+from secateur.pipeline.workloads import Split, Workload, calibration_images, custom
 from secateur.pipeline.workloads.custom.metrics import judged
 from secateur.pipeline.workloads.custom.task import OwnCode, code_digest, make_task
 from tests.pipeline.workloads.custom.tasks import Task
@@ -342,6 +342,37 @@ def test_the_digest_of_code_covers_the_modules_beside_it_that_it_imports(tmp_pat
     assert code_digest(tmp_path / "task.py") != before
 
 
+def test_ranges_of_integers_are_taken_from_what_the_task_says_or_from_training_items_as_they_are() -> None:
+    class Calibrated(Task):
+        def calibration(self) -> Tensor:
+            return torch.ones(3, 1, 8, 8, dtype=torch.float64)
+
+    plain, own = opened(), opened(Calibrated)
+    assert torch.equal(calibration_images(own, 5), torch.ones(3, 1, 8, 8))
+    assert torch.equal(calibration_images(plain, 5), batch(plain, plain.train.first(5))[0])
+
+    class Flat(Task):
+        def calibration(self) -> Tensor:
+            return torch.ones(3, 8)
+
+    with pytest.raises(UserError, match=r"calibration returned .*return a tensor \(n, channels"):
+        calibration_images(opened(Flat), 5)
+
+
+def test_a_task_of_a_package_is_known_by_the_modules_of_its_package(tmp_path: Path) -> None:
+    package = tmp_path / "mine"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "task.py").write_text("from .net import build\nimport mine.losses\n")
+    (package / "net.py").write_text("a = 1\n")
+    (package / "losses.py").write_text("b = 1\n")
+    digests = {code_digest(package / "task.py")}
+    for name in ("net", "losses"):
+        (package / f"{name}.py").write_text("c = 2\n")
+        digests.add(code_digest(package / "task.py"))
+    assert len(digests) == 3
+
+
 def test_a_task_is_named_as_a_class_in_a_file() -> None:
     with pytest.raises(ValueError, match=r"task\.py:Task"):
-        custom.Options(task="package.module:Task")
+        custom.Options(task="package/module:Task")
