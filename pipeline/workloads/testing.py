@@ -176,6 +176,22 @@ def check_batches(opened: Opened) -> None:
     assert first[0].shape[1:] == inputs.shape[1:], "training images have another shape than test images"
 
 
+def check_reading(opened: Opened) -> None:
+    """What is read of an image follows from it and its own seed, whoever reads it and beside which others."""
+    work, few = opened.workload, torch.arange(min(4, len(opened.workload.train)))
+    with unmoved(5):
+        together = work.read(work.train, few, few + 7)
+    with unmoved(6):
+        alone = work.read(work.train, few[-1:], few[-1:] + 7)
+    same = all(torch.equal(a[0], b[-1]) for a, b in zip(alone, together, strict=True))
+    assert same, "an image read alone is another than the same image, with the same seed, read with others"
+    if not work.reads_anew:
+        assert torch.equal(work.read(work.train, few, few + 8)[0], together[0]), "read() follows seeds; set reads_anew"
+    plain = work.prepare(*work.read(opened.images, torch.arange(len(opened.images))), None, CPU)
+    same = all(torch.equal(a, b) for a, b in zip(plain, opened.batch, strict=True))
+    assert same, "batch() gives something else than prepare() after read()"
+
+
 def check_network(opened: Opened) -> None:
     """It gives one tensor, a row for each image whatever is beside it; fresh weights follow torch's generator."""
     network, inputs = opened.network, opened.batch[0]
@@ -275,7 +291,7 @@ def check_postprocessing(opened: Opened) -> None:
 
 
 CHECKS: tuple[Callable[[Opened], None], ...] = (
-    *(check_members, check_opening, check_splits, check_summary, check_batches, check_network),
+    *(check_members, check_opening, check_splits, check_summary, check_batches, check_reading, check_network),
     *(check_loss, check_metrics, check_bounds, check_divergence, check_postprocessing),
 )
 """All of them but that of the options, the quick ones first."""

@@ -75,10 +75,16 @@ def shaken(self: Any, split: Any, indices: Any, *, train: bool, generator: Any, 
 BASE = classification.Classification
 
 
+def whole(self: Any, split: Any, indices: Any, **given: Any) -> Any:
+    x, targets = BASE.batch(self, split, indices, **given)
+    return 3 * x, targets
+
+
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
         ({"metric": "top2"}, "metrics.. lack top2"),
+        ({"prepare": lambda self, *given: (BASE.prepare(self, *given)[0] / 2, given[1]), "batch": whole}, "after read"),
         ({"batch": shaken}, "global random numbers were drawn"),
         ({"build_model": lambda self: self.fresh_model().train()}, "training mode"),
         ({"usage": {"mean": (0.5,)}}, "not tuples"),

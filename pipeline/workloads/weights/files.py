@@ -189,6 +189,8 @@ def _refusal(path: Path, error: Exception) -> UserError:
             f"Where the model was made, save its state dict: {SAVE}"
         )
     said = printable(text.splitlines()[0]) if text else type(error).__name__
+    if "weights_only" in said:  # torch's advice to read it in another way, which would run code
+        said = "it is neither safetensors nor what torch.save writes"
     return UserError(
         f"cannot read weights {path}: {said}; expected a state dict. It is damaged or of another kind: copy or "
         f"download it again, or write {SAVE}"

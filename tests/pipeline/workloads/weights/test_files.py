@@ -103,6 +103,7 @@ REFUSED: dict[str, tuple[Write, str]] = {
     "TorchScript": (lambda p: zipped(p, "constants.pkl"), r"torch\.jit\.load\(FILE\)\.state_dict\(\)"),
     "torch.export": (lambda p: zipped(p, "archive_format"), r"torch\.export\.load\(FILE\)\.state_dict"),
     "another zip": (lambda p: zipped(p, "word/document.xml"), "damaged or of another kind"),
+    "Python": (lambda p: p.write_text("from torch import nn\n"), "neither safetensors nor what torch.save writes"),
     "a pickle": (lambda p: p.write_bytes(pickle.dumps({"a": 1})), "cannot read weights"),
     "a safetensors header": (damaged_header, "cannot read weights"),
     "Git LFS": (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
@@ -141,6 +142,7 @@ def test_files_that_are_refused_say_what_they_are(kind: str, tmp_path: Path) -> 
     with pytest.raises(UserError, match=words) as caught:
         load(tmp_path / "w.pt")
     assert str(tmp_path / "w.pt") in str(caught.value)
+    assert "weights_only" not in str(caught.value)  # torch advises to switch it off, which would run code
 
 
 def test_real_programs_are_refused(tmp_path: Path) -> None:
