@@ -115,6 +115,7 @@ class Study:
         watch: told what is being worked on, where that is no candidate.
         scores: evaluations that a candidate counts as at most, where its latency is asked for: one a precision.
         closes: keep one candidate back, and grant it once the budget is spent: for a strategy that has a target.
+        clock: seconds, from any zero; what answers take is counted by it.
     """
 
     def __init__(
@@ -128,9 +129,10 @@ class Study:
         *,
         scores: int = 1,
         closes: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.journal, self.oracle, self.notify, self.stage, self.budget = journal, oracle, notify, stage, budget
-        self.watch = watch
+        self.watch, self.clock = watch, clock
         self._replay: deque[Record] = deque(r for r in journal.records if r.get("stage") == stage)
         self.spent = {"evaluations": 0.0, "epochs": 0.0, "seconds": 0.0, "image_macs": 0.0}
         self.num_candidates = 0
@@ -357,10 +359,10 @@ class Study:
         asked = {"stage": self.stage, **asked}
         record = self._recorded(asked)
         if record is None:
-            before, started = dict(self.oracle.spent), time.perf_counter()
+            before, started = dict(self.oracle.spent), self.clock()
             facts = ask()
             spent: dict[str, float] = {name: total - before[name] for name, total in self.oracle.spent.items()}
-            spent["seconds"] = round(time.perf_counter() - started, 4)
+            spent["seconds"] = round(self.clock() - started, 4)
             record = self.journal.append({**asked, **facts, "spent": spent})
         elif weights is not None and not self.oracle.restore(weights, record["base"], record["checkpoint"]):
             ask()  # the file is gone: train it again, deterministically

@@ -135,7 +135,7 @@ def land_on(
 ) -> Generator[Request, Answer, Candidate]:
     """``candidate = yield from land_on(...)``: the candidate with its plan at the run's target, and the share told.
 
-    As ``settle``; a predicted latency is measured, and the bound tightened until the plan measures within (``meet``).
+    As ``settle``; a predicted latency is measured, and the bound moved until the plan measures at it (``meet``).
 
     Raises:
         SearchError: not even the smallest allowed widths meet the limit.
@@ -476,7 +476,8 @@ def _brought(problem: Problem, found: Archive, heard: _Heard) -> Generator[Reque
 
     if found:
         best = min(found, key=preference)
-        start, returns = best.candidate, _standing(problem, best) == 1
+        start = best.candidate
+        returns = limit.of(problem.space.encode(start.plan)) <= limit.bound
         base = start.base if not returns or start.base in heard.whole else DENSE
     else:
         start, returns, base = Candidate(heard.next_id, problem.space.full, "unpruned"), False, DENSE

@@ -323,29 +323,58 @@ def _spread(widths: Sequence[int], points: int) -> list[int]:
     return [widths[i] for i in dict.fromkeys(chosen.tolist())]
 
 
+DOUBLINGS = 6
+"""How often the bound of a predicted latency is moved twice as far, as long as that gives the same plan."""
+
+
 def meet(
     problem: Problem, limit: Limit, cut: Callable[[Limit], PruningPlan], rounds: int = 4
 ) -> Generator[Request, Answer, PruningPlan]:
-    """``plan = yield from meet(problem, limit, cut)``: the plan of ``cut(limit)``, tightened until it measures within.
+    """``plan = yield from meet(problem, limit, cut)``: the plan of ``cut(limit)`` that measures at the limit.
 
-    A MACs limit is exact and asks nothing. A predicted latency is measured, and where it is missed the bound given to
-    ``cut`` is lowered by the miss, up to ``rounds`` times; the last plan comes back if none meets the target, or where
-    the budget allows no measurement.
+    A MACs limit is exact and asks nothing. A predicted latency is measured. Where it is missed, or leaves room for a
+    step to the next wider width in whichever group, the bound given to ``cut`` is moved by as much, up to ``rounds``
+    times (only downwards, where there is a MACs target beside it). Of the plans that measure within the limit the
+    slowest comes back; the last one where there is none, or the budget allows no measurement. The last call of ``cut``
+    is the one that made it.
     """
     plan, bound = cut(limit), limit.bound
     if limit.name == "macs_ratio":
         return plan
     smallest = limit.of(problem.space.encode(problem.space.smallest()))
-    for _ in range(rounds):
+    low, high, best, tried = -math.inf, math.inf, (0.0, bound), set[str]()
+    while plan.digest not in tried and len(tried) < rounds:
+        tried.add(plan.digest)
         try:
             (measured,) = yield from time_plans([plan])
         except BudgetSpent:
             break
-        if measured <= limit.bound or bound <= smallest:
+        if measured <= limit.bound:
+            low, best = bound, max(best, (float(measured), bound))
+            if not _has_room(problem, limit, plan, measured):
+                break
+        elif bound <= smallest:
             break
-        bound = max(smallest, bound - (measured - limit.bound))
-        plan = cut(replace(limit, bound=bound))
-    return plan
+        else:
+            high = bound
+        for doubled in range(DOUBLINGS):  # coarse widths give the same plan for bounds that differ little
+            moved = max(smallest, bound + 2**doubled * (limit.bound - measured))
+            bound = moved if low < moved < high else (low + high) / 2
+            plan = cut(replace(limit, bound=bound))
+            if plan.digest not in tried:
+                break
+    return plan if low == -math.inf or best[1] == bound else cut(replace(limit, bound=best[1]))
+
+
+def _has_room(problem: Problem, limit: Limit, plan: PruningPlan, measured: float) -> bool:
+    """Whether every step of one group to its next wider width is predicted to fit, from what a plan measures."""
+    space, widths = problem.space, problem.space.encode(plan)
+    steps = np.repeat(widths[None], len(widths), axis=0)
+    np.fill_diagonal(steps, [space.above(n, int(w)) for n, w in zip(space.names, widths, strict=True)])
+    steps = steps[steps.diagonal() != widths]
+    if len(steps) == 0 or problem.goal.macs_ratio is not None:
+        return False
+    return bool(measured + (limit.ratios(steps) - limit.of(widths)).max() <= limit.bound)
 
 
 def project(

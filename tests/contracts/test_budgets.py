@@ -2,165 +2,130 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from itertools import count
-from types import SimpleNamespace
-from typing import Any, cast
 
-import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
-from secateur.pipeline.run import study as study_module
-from secateur.pipeline.run.study import Study
+from secateur.pruning.plan import PruningPlan
 from secateur.pruning.search import METHODS
-from secateur.pruning.search.landing import at_target, settle
-from secateur.pruning.search.protocol import (
-    Archive,
-    AuxiliaryTrained,
-    AuxiliaryTraining,
-    Budget,
-    BudgetSpent,
-    Candidate,
-    Distort,
-    Evaluate,
-    Evaluation,
-    FineTune,
-    FineTuned,
-    Goal,
-    MaskedLoss,
-    Predict,
-    Score,
-    Strategy,
-    Time,
-)
+from secateur.pruning.search.landing import settle
+from secateur.pruning.search.protocol import Budget, BudgetSpent, Candidate, Evaluate, FineTune, Goal, Strategy
 from secateur.pruning.search.support import Limit, macs_ratios
 from secateur.pruning.search.testing import FakeStudy, at_the_target, study
+from tests.pruning.search.bounded import IMAGES, TRAINING_IMAGES, Accounted, Pages, begun, bounded, ended, work
 
 TARGET = 0.6
-TRAIN, SEARCH = 1000, 100
-"""Images of the splits."""
-BUDGETS = {
-    **{f"{n} evaluations": Budget(evaluations=n) for n in (2, 7, 40)},
-    "no training": Budget(evaluations=20, epochs=0),
-    "few epochs": Budget(evaluations=30, epochs=0.7),
-    "seconds": Budget(seconds=9),
-    "work": Budget(work=2e8),
+FINE, COARSE = ((8, 12, 16), 1), ((32, 16, 24), 8)
+"""Channels of each group, and the multiple that widths keep."""
+NEAR = 0.85
+"""Of a latency target, where the device is no sum over the groups, which is how latency is predicted."""
+
+
+def limits(fake: FakeStudy, evaluations: int | None, seconds: float | None, epochs: float | None, scored: int | None):
+    """A budget; ``scored`` evaluations of the unpruned network are its work."""
+    return Budget(evaluations, seconds, epochs, None if scored is None else work(fake, scored))
+
+
+any_budget = {
+    "evaluations": st.none() | st.integers(2, 40),
+    "seconds": st.none() | st.floats(5, 60),
+    "epochs": st.none() | st.floats(0, 5),
+    "scored": st.none() | st.integers(20, 400),
+    "seed": st.integers(0, 99),
 }
+UNBOUND = {"evaluations": None, "seconds": None, "epochs": None, "scored": None, "seed": 0}
 
 
-class Pages:
-    """A journal that is kept in memory."""
-
-    path = "journal"
-
-    def __init__(self, records: Sequence[Mapping[str, Any]] = ()) -> None:
-        self.records = list(records)
-
-    def append(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
-        self.records.append(record)
-        return record
+def check_spent(spent: dict[str, float], budget: Budget, fake: FakeStudy, plan: PruningPlan) -> None:
+    """A budget is kept, but for the last request and what a plan at the target needs."""
+    whole, epoch = fake.macs(fake.space.full), 3 * TRAINING_IMAGES * fake.macs(plan)
+    assert budget.evaluations is None or spent["evaluations"] <= budget.evaluations
+    assert budget.epochs is None or spent["epochs"] <= 1.1 * budget.epochs
+    assert budget.work is None or spent["image_macs"] <= 1.1 * budget.work + max(epoch, 2 * IMAGES * whole)
+    assert budget.seconds is None or spent["seconds"] <= 1.1 * budget.seconds + 60
 
 
-class Priced:
-    """A study made of arithmetic behind an oracle's port: a second per evaluation, twenty per epoch; images counted."""
-
-    def __init__(self, fake: FakeStudy) -> None:
-        self.fake, self.clock, self.image_macs = fake, 0.0, 0.0
-
-    @property
-    def spent(self) -> Mapping[str, float]:
-        return {"image_macs": self.image_macs}
-
-    def ahead(self, *arguments: Any) -> None: ...
-
-    def remember(self, *arguments: Any, **more: Any) -> None: ...
-
-    def restore(self, request: FineTune | AuxiliaryTraining, base: str, checkpoint: Mapping[str, str]) -> bool:
-        self._train(request)
-        return True
-
-    def epoch_work(self, request: FineTune | AuxiliaryTraining) -> float:
-        plan = request.candidate.plan if isinstance(request, FineTune) else self.fake.space.full
-        return 3 * TRAIN * self.fake.macs(plan)
-
-    def evaluate(self, candidate: Candidate, latency: bool, floor: float | None = None) -> Evaluation:
-        self.clock, self.image_macs = self.clock + 1, self.image_macs + SEARCH * self.fake.macs(candidate.plan)
-        return cast(tuple[Evaluation, ...], self.fake(Evaluate((candidate,), latency, floor)))[0]
-
-    def _train(self, request: FineTune | AuxiliaryTraining) -> Any:
-        return self.fake(request)
-
-    def _priced(self, request: FineTune | AuxiliaryTraining) -> Any:
-        self.clock += 20 * request.epochs
-        self.image_macs += request.epochs * self.epoch_work(request)
-        return self._train(request)
-
-    def finetune(self, request: FineTune) -> tuple[FineTuned, Mapping[str, str]]:
-        return self._priced(request), {"sha256": "x"}
-
-    def train_auxiliary(self, request: AuxiliaryTraining) -> tuple[AuxiliaryTrained, Mapping[str, str]]:
-        return self._priced(request), {"sha256": "x"}
-
-    def _looked(self, request: Score | MaskedLoss | Distort | Time | Predict, images: float) -> Any:
-        self.clock, self.image_macs = self.clock + 0.1, self.image_macs + images * self.fake.macs(self.fake.space.full)
-        return self.fake(request)
-
-    def score(self, request: Score) -> Mapping[str, np.ndarray]:
-        return self._looked(request, 10)
-
-    def masked_loss(self, request: MaskedLoss) -> np.ndarray:
-        return self._looked(request, 10 * len(request.plans))
-
-    def distort(self, request: Distort) -> Mapping[str, np.ndarray]:
-        return self._looked(request, 10 * len(request.removed))
-
-    def time(self, request: Time) -> np.ndarray:
-        return self._looked(request, 0)
-
-    def predict(self, request: Predict) -> Mapping[str, np.ndarray]:
-        return self._looked(request, 0)
-
-
-def searched(
-    method: str, budget: Budget, pages: Pages, monkeypatch: pytest.MonkeyPatch
-) -> tuple[FakeStudy, Archive, Study, Priced]:
-    """A search within a budget, continued from the records there are."""
-    fake, module = study((8, 12, 16)), METHODS.load(method)
-    priced = Priced(fake)
-    monkeypatch.setattr(study_module, "time", SimpleNamespace(perf_counter=lambda: priced.clock))
-    problem = fake.problem(Goal(macs_ratio=TARGET), budget=budget)
-    driver = Study(cast(Any, pages), cast(Any, priced), budget=budget, closes=True)
-    return fake, driver.run(at_target(problem, module.search(problem, module.Options()))), driver, priced
-
-
-@pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("method", METHODS.names())
-def test_it_ends_at_the_target_within_its_budget_and_so_does_its_replay(
-    method: str, budget: str, monkeypatch: pytest.MonkeyPatch
+@settings(max_examples=5)
+@example(**UNBOUND | {"evaluations": 2}, ratio=TARGET, space=FINE)
+@example(**UNBOUND | {"evaluations": 20, "epochs": 0}, ratio=TARGET, space=FINE)
+@example(**UNBOUND | {"seconds": 9}, ratio=TARGET, space=FINE)
+@given(**any_budget, ratio=st.floats(0.3, 0.95), space=st.sampled_from([FINE, COARSE]))
+def test_it_ends_at_a_macs_target_within_its_budget_and_so_does_its_replay(
+    method: str,
+    evaluations: int | None,
+    seconds: float | None,
+    epochs: float | None,
+    scored: int | None,
+    seed: int,
+    ratio: float,
+    space: tuple[tuple[int, ...], int],
 ) -> None:
-    macs = study((8, 12, 16)).problem().reference["macs"]
-    scored = {"stage": "reference", "kind": "evaluation", "spent": {"seconds": 1.0, "image_macs": SEARCH * macs}}
-    limits, pages = BUDGETS[budget], Pages([scored])
-    fake, archive, driver, _ = searched(method, limits, pages, monkeypatch)
+    def run(pages: Pages):
+        fake = study(*space)
+        budget = limits(fake, evaluations, seconds, epochs, scored)
+        options, goal = METHODS.load(method).Options(), Goal(macs_ratio=ratio)
+        return fake, budget, *bounded(method, options, fake, goal, budget, pages, seed)
+
+    pages = begun(study(*space))
+    fake, budget, archive, driver = run(pages)
     first = archive[0].candidate
-    assert at_the_target(fake, first.plan, TARGET)
+    assert at_the_target(fake, first.plan, ratio)
     assert 0 <= first.projected_share <= 1
-    assert driver.spent["evaluations"] <= (limits.evaluations or np.inf)
-    assert driver.spent["epochs"] <= 1.1 * (np.inf if limits.epochs is None else limits.epochs)
-    asked = len(pages.records)
-    _, again, replayed, priced = searched(method, limits, Pages(pages.records), monkeypatch)
-    assert [entry.candidate for entry in again] == [entry.candidate for entry in archive]
-    assert replayed.spent == driver.spent and priced.clock == 0 and len(pages.records) == asked
-    last = max(priced.epoch_work(FineTune(first, 0.0)), 2 * SEARCH * fake.macs(fake.space.full))
-    if limits.work is not None:  # the last request, and what a plan at the target needs, may overrun it
-        assert driver.spent["image_macs"] <= 1.1 * limits.work + last
-    if limits.seconds is not None:
-        assert driver.spent["seconds"] <= 1.1 * limits.seconds + 60
+    check_spent(driver.spent, budget, fake, first.plan)
+    again = Pages(pages.records)
+    _, _, replayed, replay = run(again)
+    assert replayed == archive
+    assert replay.spent == driver.spent and len(again.records) == len(pages.records)
+    assert isinstance(replay.oracle, Accounted) and replay.oracle.clock == 0
 
 
-def test_a_refused_training_costs_no_evaluations_and_the_last_one_is_for_a_plan_at_the_target(
-    monkeypatch: pytest.MonkeyPatch,
+class Summed(FakeStudy):
+    """On this device the latency is a sum over the groups, as it is predicted."""
+
+    def latency(self, plan: PruningPlan) -> float:
+        ratios = [width / plan.sizes[name] for name, width in plan.widths.items()]
+        return 0.1 + 0.9 * sum(ratios) / len(ratios)
+
+
+@pytest.mark.parametrize("method", METHODS.names())
+@settings(max_examples=5)
+@example(**UNBOUND, ratio=0.71, multiple=1, summed=True)
+@example(**UNBOUND | {"evaluations": 12}, ratio=0.71, multiple=1, summed=False)
+@given(**any_budget, ratio=st.floats(0.5, 0.95), multiple=st.sampled_from([1, 4]), summed=st.booleans())
+def test_it_ends_within_a_width_step_of_a_latency_target(
+    method: str,
+    evaluations: int | None,
+    seconds: float | None,
+    epochs: float | None,
+    scored: int | None,
+    seed: int,
+    ratio: float,
+    multiple: int,
+    summed: bool,
 ) -> None:
+    fake = study((20, 28, 24), multiple)
+    fake = Summed(fake.space) if summed else fake
+    budget = limits(fake, evaluations, seconds, epochs, scored)
+    options, goal = METHODS.load(method).Options(), Goal(latency_ratio=ratio)
+    archive, driver = bounded(method, options, fake, goal, budget, seed=seed)
+    plan = archive[0].candidate.plan
+    assert fake.latency(plan) <= ratio
+    assert slowest_step(fake, plan) > (ratio if summed else NEAR * ratio)
+    check_spent(driver.spent, budget, fake, plan)
+
+
+def slowest_step(fake: FakeStudy, plan: PruningPlan) -> float:
+    """Latency ratio after the step of one group to its next wider width that costs most; 1 where all are whole."""
+    space = fake.space
+    wider = [{**plan.widths, name: space.above(name, plan.widths[name])} for name in space.names]
+    steps = [space.full.replace({n: range(w) for n, w in ws.items()}) for ws in wider if ws != plan.widths]
+    return max(map(fake.latency, steps), default=1.0)
+
+
+def test_a_refused_training_costs_no_evaluations_and_the_last_one_is_for_a_plan_at_the_target() -> None:
     def asks() -> Strategy:
         first = fake.space.names[0]
         wide, ids = fake.space.full.replace({first: range(7)}), count()
@@ -177,12 +142,10 @@ def test_a_refused_training_costs_no_evaluations_and_the_last_one_is_for_a_plan_
         return ()
 
     fake, heard = study((8, 12, 16)), list[str]()
-    priced, budget = Priced(fake), Budget(evaluations=4, epochs=0)
-    monkeypatch.setattr(study_module, "time", SimpleNamespace(perf_counter=lambda: priced.clock))
+    budget = Budget(evaluations=4, epochs=0)
     problem = fake.problem(Goal(macs_ratio=TARGET), budget=budget)
     limit = Limit("macs_ratio", macs_ratios(problem), TARGET)
     settled = settle(problem, limit, fake.space.full, fake.value).plan
-    driver = Study(cast(Any, Pages()), cast(Any, priced), budget=budget, closes=True)
-    driver.run(at_target(problem, asks()))
+    driver = ended(asks(), fake, problem, Pages())[1]
     assert heard == ["tuple", "refused", "tuple", "tuple", "refused", "tuple"]
     assert driver.spent["evaluations"] == 4

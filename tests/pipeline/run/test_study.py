@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from secateur.pipeline.errors import JournalError
-from secateur.pipeline.run import study as study_module
 from secateur.pipeline.run.journal import Journal
 from secateur.pipeline.run.records import request_of
 from secateur.pipeline.run.study import Study
@@ -408,7 +406,7 @@ class ByEpoch(FakeOracle):
 )
 @pytest.mark.parametrize("learns", [False, True])
 def test_a_training_that_would_overrun_is_shortened_and_a_replay_knows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: Budget, told: list[float | None], learns: bool
+    tmp_path: Path, budget: Budget, told: list[float | None], learns: bool
 ) -> None:
     def trains() -> Strategy:
         for i in range(2):
@@ -420,10 +418,8 @@ def test_a_training_that_would_overrun_is_shortened_and_a_replay_knows(
 
     totals = []
     for oracle in (ByEpoch(), ByEpoch(), ByEpoch(keeps_checkpoints=False)):
-        clock = lambda oracle=oracle: 10 * oracle.epochs  # noqa: E731
-        monkeypatch.setattr(study_module, "time", SimpleNamespace(perf_counter=clock))
         with Journal(tmp_path / "journal.jsonl", "run", "config") as journal:
-            study = Study(journal, oracle, budget=budget)
+            study = Study(journal, oracle, budget=budget, clock=lambda oracle=oracle: 10 * oracle.epochs)
             if len(told) == 1 and learns:
                 with pytest.raises(BudgetSpent, match=r"epochs of training exceed|is spent"):
                     study.run(trains())
