@@ -28,9 +28,11 @@ SMALLER: dict[str, dict[str, Any]] = {
     "timm": {"data.image_size": 64},
 }
 """Keys of the workload with which the examples take seconds."""
+EVERY_TIME = "regression"
+"""The example that every test run takes to its gate; the others go the same way, and are long."""
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] * (n != EVERY_TIME)) for n in EXAMPLES])
 def test_an_example_runs_to_its_gate(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = shutil.copytree(ROOT / name, tmp_path / name)
     monkeypatch.chdir(folder)

@@ -193,7 +193,7 @@ print("answer", little())
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_prefects_embedded_server_is_reached_with_a_proxy_set(tmp_path: Path) -> None:
     proxies = {name: DEAD_PROXY for upper in PROXIES for name in (upper, upper.lower())}
     env = {key: value for key, value in os.environ.items() if key.lower() != "no_proxy"}

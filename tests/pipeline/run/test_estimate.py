@@ -52,10 +52,12 @@ REAL: dict[str, tuple[Changes, float]] = {
     "dafp": ({"options": {"epochs": 0.2}, "target": HALF}, 1.0),
 }
 """Options of the search, and by which factor its own decisions may change the number of evaluations."""
+LONG = ("optuna", "global")
+"""Rehearsed like others of these."""
 
 
 @pytest.mark.filterwarnings("ignore")  # MLflow's own
-@pytest.mark.parametrize("method", REAL)
+@pytest.mark.parametrize("method", [pytest.param(n, marks=[pytest.mark.long] * (n in LONG)) for n in REAL])
 def test_counts_are_those_of_the_journal(
     method: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

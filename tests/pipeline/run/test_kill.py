@@ -18,6 +18,8 @@ import pytest
 from mlflow import MlflowClient
 
 from secateur.pipeline import errors
+from secateur.pipeline.progress import Silent
+from secateur.pipeline.run.run import Run
 from secateur.pipeline.tracking import CANDIDATE_TAG, Registry
 from tests.pipeline.helpers import end, opened, perform, start_server, tiny_config, write_tiny
 from tests.pipeline.test_children import of_home
@@ -135,7 +137,46 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@pytest.mark.parametrize("every", [*(pytest.param(n, marks=pytest.mark.long) for n in (1, 4)), 8])
+RUN = """
+import sys
+from pathlib import Path
+from secateur.pipeline.progress import Silent
+from secateur.pipeline.run.run import Run
+from tests.pipeline.helpers import perform
+
+with Run(Path(sys.argv[1]), Silent()) as run:
+    run.tracker.start()
+    perform(run)
+"""
+
+
+def test_a_search_that_was_killed_goes_on_and_ends_like_one_that_was_left_alone(
+    left: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without Prefect, which the long ones are for."""
+    killed, expected = tmp_path / "killed", run_directory(left)
+    assert expected is not None
+    monkeypatch.setenv("SECATEUR_HOME", str(killed))
+    with opened(tiny_config(tmp_path)) as run:
+        directory = run.directory
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with (killed / "output").open("wb") as output:
+        child = subprocess.Popen([sys.executable, "-c", RUN, directory], env=env, stdout=output, stderr=output)
+    kill_when(child, killed, journal_lines(len((expected / "journal.jsonl").read_bytes().splitlines()) // 2))
+    seen = evaluations(directory)
+    with Run(directory, Silent()) as run:
+        run.tracker.start()
+        decided = perform(run).promote
+    assert decided is not None and decided.promoted
+    assert (directory / "compact.plan.json").read_text() == (expected / "compact.plan.json").read_text()
+    assert 0 < len(seen) < len(evaluations(directory)) and evaluations(directory)[: len(seen)] == seen
+    assert what_was_asked(evaluations(directory)) == what_was_asked(evaluations(expected))
+    assert told(killed) == told(left)
+    assert promotions(killed) == promotions(left)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("every", [1, 4])
 def test_a_run_killed_at_many_moments_ends_like_one_that_was_left_alone(
     left: Path, tmp_path: Path, prefect_home: Path, every: int
 ) -> None:
@@ -176,10 +217,9 @@ def test_a_run_killed_at_many_moments_ends_like_one_that_was_left_alone(
     assert "tiny version 1, alias champion" in output
     assert not of_home(killed)  # nothing of any killed process is left, its Prefect server least of all
 
-    if every < 8:  # nothing is left to do, and nothing is done twice
-        again = finish(start(killed, prefect_home, "resume", str(directory)), killed)
-        assert "tiny version 1, alias champion" in again
-        assert told(killed) == told(left)
+    again = finish(start(killed, prefect_home, "resume", str(directory)), killed)
+    assert "tiny version 1, alias champion" in again  # nothing is left to do, and nothing is done twice
+    assert told(killed) == told(left)
     aliases = {"champion": "1", "champion-quick": "1"}
     assert promotions(killed) == promotions(left) == ([("promote", "1")], 1, aliases)
     assert rows(killed, "model_versions") == 1

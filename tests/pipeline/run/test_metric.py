@@ -72,7 +72,7 @@ def config_with(folder: Path, *, by_heart: bool) -> RunFile:
     )
 
 
-@pytest.mark.parametrize("by_heart", [True, False])
+@pytest.mark.parametrize("by_heart", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_a_search_goes_by_the_divergence_where_its_images_are_known_by_heart_and_a_resumed_one_too(
     by_heart: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,6 +65,8 @@ BRIEF: dict[str, dict[str, Any]] = {
 MACS = 0.6
 BY_LOSS = ("ccep", "global", "rewarded_meta")
 """A method of every family: evolution on the network's own weights, saliency, a supernet."""
+ON_DETECTOR = ("acp", "aofp", "dafp", "filter_ensemble")
+"""A method for every other request: distances of feature maps, what the next layers see, a training, masks."""
 CPU = torch.device("cpu")
 
 
@@ -119,7 +121,7 @@ def scenes(**metrics: Any) -> detection.Detection:
     return detection.build(detection.Options.model_validate(options))
 
 
-@pytest.fixture(scope="module", params=["classifier", "detector"])
+@pytest.fixture(scope="module")
 def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("network")
@@ -203,8 +205,17 @@ def check_outputs(network: Network, plan: PruningPlan, pruned: nn.Module) -> Non
             assert tensor.ndim == 1 or tensor.shape[1] == left[name]
 
 
+@pytest.mark.parametrize("network", ["classifier"], indirect=True)
 @pytest.mark.parametrize("method", METHODS.names())
 def test_it_finds_a_plan_within_the_target_and_resumes_to_it(method: str, network: Network, tmp_path: Path) -> None:
+    check_a_search(method, network, tmp_path)
+
+
+@pytest.mark.parametrize("network", ["detector"], indirect=True)
+@pytest.mark.parametrize(
+    "method", [pytest.param(n, marks=[pytest.mark.long] * (n not in ON_DETECTOR)) for n in METHODS.names()]
+)
+def test_it_does_so_on_a_detector(method: str, network: Network, tmp_path: Path) -> None:
     check_a_search(method, network, tmp_path)
 
 
