@@ -2,9 +2,10 @@
 
 Every measurement brings a time for every operator (the runtime's profile), so that a handful of them holds hundreds of
 samples of how a layer's time follows its input and output channels. Per kind of layer that is a sum of non-negative
-terms (work, traffic and calls, each with channels as they are or rounded up to blocks, each for channel counts of one
-alignment), fitted by non-negative least squares; a factor per layer and one line through the measured ratios correct
-the sum. What the model is worth is found by leaving measurements out.
+terms, fitted by non-negative least squares: work, traffic and calls, each with channels as they are or rounded up to
+blocks, each for channel counts of one alignment; and traffic once more where widths are no whole blocks, those of the
+layer or of its neighbours, because a layout is changed there. A factor per layer and one line through the measured
+ratios correct the sum. What the model is worth, for widths of each multiple too, is found by leaving measurements out.
 
 A table of isolated operators would be biased (layout changes and fusions happen between operators, not in them), and
 multiply-accumulates know nothing of blocks; see docs/devices.md.
@@ -13,7 +14,7 @@ multiply-accumulates know nothing of blocks; see docs/devices.md.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import numpy as np
@@ -24,6 +25,8 @@ from secateur.device_profiles.measure import BenchmarkResult, Node
 
 FloatArray = npt.NDArray[np.float64]
 BLOCKS = (1, 4, 8, 16)
+LAYOUTS = (8, 16, 32)
+"""Blocks of channels that layouts may consist of."""
 LINEAR_OPS = ("Gemm", "MatMul", "FusedMatMul", "FusedGemm")
 CONV_OPS = ("Conv", "FusedConv", "NhwcFusedConv")
 MIN_SAMPLES = 5
@@ -46,11 +49,13 @@ class Sample:
         ratio: latency, relative to the unpruned network.
         layer_ms: time of every layer of the table and of the operators between it and the next, shape ``(layers,)``;
             NaN where it was not found in the profile.
+        multiple: what all widths are multiples of; 0 = not known.
     """
 
     widths: IntArray
     ratio: float
     layer_ms: FloatArray
+    multiple: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,12 +67,14 @@ class Trust:
         spearman: rank correlation of predicted and measured ratios.
         half_width: 95 % of the errors are smaller than this (fraction).
         samples: measurements.
+        errors: multiple of all widths -> median relative error (fraction) of the measurements that have it.
     """
 
     median_error: float
     spearman: float
     half_width: float
     samples: int
+    errors: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,17 +161,44 @@ class LatencyModel:
         return times
 
 
-def sample_of(table: LayerTable, widths: IntArray, result: BenchmarkResult, name: str, reference: str) -> Sample:
+def multiple_of(widths: IntArray, sizes: IntArray) -> int:
+    """The largest power of two up to 64 that all widths are multiples of, as search spaces have them.
+
+    A group keeps all its channels, or a multiple of the number; groups too small for two steps have it halved.
+
+    Args:
+        widths: shape ``(groups,)``.
+        sizes: of the unpruned network's groups, shape ``(groups,)``.
+    """
+    for multiple in (64, 32, 16, 8, 4, 2):
+        steps = np.full(len(sizes), multiple)
+        while (small := (steps > 1) & (2 * steps > sizes)).any():
+            steps[small] //= 2
+        if ((widths % steps == 0) | (widths == sizes)).all():
+            return multiple
+    return 1
+
+
+def sample_of(
+    table: LayerTable,
+    widths: IntArray,
+    result: BenchmarkResult,
+    name: str,
+    reference: str,
+    sizes: IntArray | None = None,
+) -> Sample:
     """What a measurement with a profile says about a plan.
 
     Args:
         widths: of the plan, shape ``(groups,)``.
         name: of the plan's model in the measurement.
         reference: of the unpruned network's model there.
+        sizes: of the unpruned network's groups, shape ``(groups,)``; None = not known.
     """
     channels = table.channels(widths[None])[0]
     times = [layer_times(table, channels, process.models[name].nodes) for process in result.processes]
-    return Sample(np.asarray(widths), result.ratio(name, reference).value, np.min(times, axis=0))
+    multiple = 0 if sizes is None else multiple_of(np.asarray(widths), sizes)
+    return Sample(np.asarray(widths), result.ratio(name, reference).value, np.min(times, axis=0), multiple)
 
 
 def layer_times(table: LayerTable, channels: IntArray, nodes: Sequence[Node]) -> FloatArray:
@@ -217,7 +251,7 @@ def choose(table: LayerTable, pool: IntArray, chosen: IntArray) -> int:
         Its index in the pool.
     """
     every = np.concatenate([pool, chosen]) if len(chosen) else pool
-    features = _features(table, table.channels(every))
+    features = _features(table, table.channels(every), layouts=False)  # those of widths spread plans enough
     kinds = _kind_numbers(table)
     sums = np.concatenate([features[:, kinds == kind].sum(axis=1) for kind in np.unique(kinds)], axis=1)
     spread = sums.std(axis=0)
@@ -244,7 +278,9 @@ def _trust(table: LayerTable, samples: Sequence[Sample]) -> Trust:
     from scipy.stats import spearmanr  # not at the top: what only predicts needs no SciPy
 
     spearman = float(spearmanr(predicted, ratios).statistic)
-    return Trust(float(np.median(errors)), spearman, float(1.96 * np.sqrt(np.mean(errors**2))), len(samples))
+    multiples = np.array([sample.multiple for sample in samples])
+    each = {int(m): float(np.median(errors[multiples == m])) for m in np.unique(multiples) if m}
+    return Trust(float(np.median(errors)), spearman, float(1.96 * np.sqrt(np.mean(errors**2))), len(samples), each)
 
 
 def _times(samples: Sequence[Sample]) -> FloatArray:
@@ -279,11 +315,12 @@ def _coefficients(table: LayerTable, features: FloatArray, times: FloatArray) ->
     return coefficients
 
 
-def _features(table: LayerTable, channels: IntArray) -> FloatArray:
+def _features(table: LayerTable, channels: IntArray, *, layouts: bool = True) -> FloatArray:
     """Non-negative terms a layer's time may be made of, shape ``(plans, layers, features)``.
 
     Args:
         channels: shape ``(plans, layers, 2)``.
+        layouts: with what changes of layout cost.
     """
     depthwise = _kind_numbers(table) == KINDS.index("depthwise")
     outputs = channels[..., 1].astype(np.float64)
@@ -312,7 +349,29 @@ def _features(table: LayerTable, channels: IntArray) -> FloatArray:
     calls = [np.broadcast_to(pixels, outputs.shape), np.broadcast_to(in_pixels, outputs.shape), np.ones_like(outputs)]
     weights = [taps * per_filter * outputs, taps * padded(per_filter, block) * padded(outputs, block)]
     terms = [term * chosen for term in (*works, *traffic, *calls) for chosen in classes]
-    return np.stack([*terms, *weights], axis=-1)
+    more: list[FloatArray] = []
+    if layouts:
+        wide = max(LAYOUTS)
+        more = [work(wide, wide), *_layouts(table, channels, pixels * outputs, in_pixels * inputs)]
+    return np.stack([*terms, *weights, *more], axis=-1)
+
+
+def _layouts(table: LayerTable, channels: IntArray, written: FloatArray, read: FloatArray) -> list[FloatArray]:
+    """What changes of layout may cost: traffic where channels are no whole blocks, or those of neighbours are none.
+
+    Args:
+        channels: shape ``(plans, layers, 2)``.
+        written: output values of every layer, shape ``(plans, layers)``.
+        read: input values, shape ``(plans, layers)``.
+    """
+    terms = []
+    for block in LAYOUTS:
+        broken = (channels % block != 0) & table.varies
+        around = broken.any(axis=-1) @ table.neighbours
+        mixed = broken[..., 0] != broken[..., 1]
+        terms += [read * broken[..., 0], written * broken[..., 1], (read + written) * mixed]
+        terms += [read * around, written * around]
+    return terms
 
 
 def _kind_numbers(table: LayerTable) -> npt.NDArray[np.int64]:

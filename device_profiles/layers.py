@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+FloatArray = npt.NDArray[np.float64]
 LayerKind = Literal["conv", "pointwise", "depthwise", "linear"]
 KINDS: tuple[LayerKind, ...] = get_args(LayerKind)
 
@@ -49,6 +52,24 @@ class LayerTable:
             "pg,lcg->plc", np.asarray(widths, dtype=np.int64), self.per_width
         )
         return channels
+
+    @cached_property
+    def varies(self) -> BoolArray:
+        """Whether a layer's input and output channels follow the width of a group, shape ``(layers, 2)``."""
+        found: BoolArray = (self.per_width != 0).any(axis=2)
+        return found
+
+    @cached_property
+    def neighbours(self) -> FloatArray:
+        """Shares of the layers that have channels in common with a layer, shape ``(layers, layers)``.
+
+        Column ``j`` has ``1 / n`` at each of the ``n`` neighbours of layer ``j``, and is 0 where it has none.
+        """
+        touched = (self.per_width != 0).any(axis=1).astype(np.float64)
+        common = (touched @ touched.T > 0).astype(np.float64)
+        np.fill_diagonal(common, 0.0)
+        shares: FloatArray = common / np.maximum(common.sum(axis=0), 1.0)
+        return shares
 
     def kinds_of(self, group: str) -> set[LayerKind]:
         """The kinds of layers that produce or read the channels of a group."""

@@ -309,7 +309,9 @@ class Evaluator:
             for known in trust.get("devices", {"": trust}).values():
                 if "median_error" in known:
                     used = "" if known["trusted"] else "; not trusted, plans are measured"
-                    report(known["samples"], known["samples"], f"median error {known['median_error']:.1%}{used}")
+                    each = ", ".join(f"{m}: {error:.1%}" for m, error in known.get("errors", {}).items())
+                    told = f"median error {known['median_error']:.1%}" + (f" (in multiples of {each})" if each else "")
+                    report(known["samples"], known["samples"], f"{told}{used}")
         return model.to_arrays() if model else {}
 
     # -- the parts -----------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from secateur.device_profiles import BenchmarkResult, DeviceError
-from secateur.device_profiles.latency_model import LatencyModel, Sample, choose, sample_of
+from secateur.device_profiles.latency_model import LatencyModel, Sample, choose, multiple_of, sample_of
 from secateur.device_profiles.layers import LayerTable
 from secateur.pipeline.config.schema import LatencySection
 from secateur.pruning.plan import IntArray, PruningPlan, SearchSpace
@@ -30,7 +30,7 @@ LATENCIES = (
 """What figures consist of."""
 POOL = 400
 """Random plans among which the next measurement is chosen."""
-MULTIPLES = (1, 2, 4, 8, 16)
+MULTIPLES = (1, 2, 4, 8, 16, 32, 64)
 REFIT_EVERY = 5
 CHECK_EVERY = 10
 """One in so many predicted plans is measured all the same: devices drift."""
@@ -148,13 +148,24 @@ class Latencies:
             pool = pool[(pool[:, None] != chosen[None]).any(axis=2).all(axis=1)]
             if not len(pool):
                 break
-            plan = plan_of(self.space.full, pool[choose(table, pool, chosen)])
+            plan = plan_of(self.space.full, self._next(table, pool, chosen))
             before = len(self.samples)
             self.of(plan, exact=True)
             if len(self.samples) == before:  # its profile could not be read
                 unread += 1
                 pool = pool[(pool != widths_of(plan)).any(axis=1)]
         return self._trusted()
+
+    def _next(self, table: LayerTable, pool: IntArray, chosen: IntArray) -> IntArray:
+        """The plan of a pool to measure next: of the multiple that was measured least, what says most."""
+        assert self.space is not None
+        sizes = widths_of(self.space.full)
+        multiples = np.array([multiple_of(widths, sizes) for widths in pool])
+        measured = [multiple_of(widths, sizes) for widths in chosen]
+        least = min(np.unique(multiples).tolist(), key=measured.count)
+        rows = pool[multiples == least]
+        found: IntArray = rows[choose(table, rows, chosen)]
+        return found
 
     def report(self) -> dict[str, Any]:
         """What the model is worth and how much it was used, for the report."""
@@ -210,7 +221,8 @@ class Latencies:
         table = self._layers() if self.settings.mode != "measure" else None
         if table is None:
             return
-        sample = sample_of(table, widths, result, "candidate", "baseline")
+        sizes = None if self.space is None else widths_of(self.space.full)
+        sample = sample_of(table, widths, result, "candidate", "baseline", sizes)
         if np.isfinite(sample.layer_ms).all():
             self.samples[digest] = sample
 
@@ -256,11 +268,10 @@ def random_widths(space: SearchSpace, count: int, rng: np.random.Generator) -> I
     means = rng.uniform(0.1, 1.0, (count, 1))
     wanted = np.clip(rng.normal(means, 0.2, found.shape), 0.0, 1.0) * sizes
     multiples = rng.choice(MULTIPLES, count)
-    for name in space.names:
-        column = names.index(name)
-        for multiple in MULTIPLES:
-            rows = multiples == multiple
-            allowed = np.array([w for w in space.allowed[name] if w % multiple == 0] or space.allowed[name])
+    for multiple in MULTIPLES:
+        rows, coarse = multiples == multiple, space.in_multiples(multiple)
+        for name in space.names:
+            column, allowed = names.index(name), np.array(coarse.allowed[name])
             found[rows, column] = allowed[np.abs(wanted[rows, column, None] - allowed).argmin(axis=1)]
     return found
 

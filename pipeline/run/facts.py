@@ -130,6 +130,7 @@ class LatencyFacts:
         predicted: plans that the latency model answered for.
         trusted: whether the model was good enough to be asked.
         samples: measurements that the model learned from.
+        errors: its median error by what all widths are multiples of.
         devices: the same for each of several devices, by name.
     """
 
@@ -140,6 +141,7 @@ class LatencyFacts:
     spearman: Annotated[float | None, OMITTED] = None
     half_width: Annotated[float | None, OMITTED] = None
     samples: Annotated[int | None, OMITTED] = None
+    errors: Annotated[Mapping[int, float] | None, OMITTED] = None
     devices: Annotated[Mapping[str, LatencyFacts] | None, OMITTED] = None
 
     @classmethod

@@ -11,14 +11,39 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from threadpoolctl import threadpool_limits
 
-from secateur.device_profiles.latency_model import MIN_SAMPLES, LatencyModel, Sample, choose, layer_times, sample_of
+from secateur.device_profiles.latency_model import (
+    MIN_SAMPLES,
+    LatencyModel,
+    Sample,
+    choose,
+    layer_times,
+    multiple_of,
+    sample_of,
+)
 from secateur.device_profiles.layers import LayerTable
 from secateur.device_profiles.measure import Node
 from secateur.pipeline.run.records import pack, unpack
+from secateur.pruning.plan import ChannelGroup, SearchSpace
 from tests.device_profiles.layered import Network, mobile, node_of, nodes_of, plain, table_of
 
 NETWORKS = {"plain": plain, "mobile": mobile}
 known: dict[str, np.ndarray] = {}
+
+
+class Reordered(Network):
+    """A network in which a layer pays for every neighbour whose channels are no whole blocks of 16."""
+
+    def layer_ms(self, widths: np.ndarray) -> np.ndarray:
+        channels = self.table.channels(widths[None])[0]
+        broken = ((channels % 16 != 0) & self.table.varies).any(axis=1)
+        common = [[bool((a != 0).any(0) @ (b != 0).any(0)) for a in self.table.per_width] for b in self.table.per_width]
+        others = (np.array(common) & ~np.eye(len(common), dtype=bool)).astype(int)
+        return super().layer_ms(widths) + 3e-6 * self.table.pixels * channels[:, 1] * (others @ broken)
+
+
+def reordered() -> Network:
+    network = mobile()
+    return Reordered(network.table, network.sizes)
 
 
 @pytest.fixture(autouse=True)
@@ -304,3 +329,46 @@ def test_the_first_choices_explore_more_than_random_ones():
 
     random = [span(network.plans(12, np.random.default_rng(seed))) for seed in range(20)]
     assert span(chosen_plans(network, 12)) > np.median(random)
+
+
+# -- layouts, and errors by multiple
+
+
+def test_what_a_layer_pays_for_its_neighbours_widths_is_learned():
+    network, alone = reordered(), mobile()
+    model = LatencyModel.fit(network.table, [network.sample(w) for w in chosen_plans(network, 20)])
+    assert model is not None
+    held_out = network.plans(80, np.random.default_rng(5))
+    true, without = (np.array([of.ratio(w) for w in held_out]) for of in (network, alone))
+    assert np.std(np.log(true / without)) > 0.15, "it is much that they pay"
+    assert np.median(np.abs(model.ratios(held_out) / true - 1)) < 0.04
+
+
+def test_neighbours_share_channels_and_no_layer_is_its_own():
+    ends = ("conv", 9, 64, 3, "a"), ("conv", 9, 64, "a", "b"), ("linear", 1, 1, "b", 10), ("conv", 1, 64, 3, 4)
+    table = table_of(*ends)
+    assert table.neighbours.tolist() == [[0, 0.5, 0, 0], [1, 0, 1, 0], [0, 0.5, 0, 0], [0, 0, 0, 0]]
+    assert table.varies.tolist() == [[False, True], [True, True], [True, False], [False, False]]
+
+
+def test_errors_of_each_multiple_are_those_of_its_measurements():
+    network = mobile()
+    plans = chosen_plans(network)
+    samples = [replace(network.sample(w), multiple=multiple_of(w, network.whole)) for w in plans]
+    model = LatencyModel.fit(network.table, samples)
+    assert model is not None and model.trust is not None
+    errors = model.trust.errors
+    assert set(errors) == {sample.multiple for sample in samples} and len(errors) > 2
+    assert min(errors.values()) <= model.trust.median_error <= max(errors.values())
+    unknown = LatencyModel.fit(network.table, [replace(sample, multiple=0) for sample in samples])
+    assert unknown is not None and unknown.trust is not None and unknown.trust.errors == {}
+
+
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=5), st.sampled_from([1, 2, 4, 8, 16, 32, 64]), st.data())
+def test_widths_of_a_multiple_are_recognised(sizes: list[int], multiple: int, data: st.DataObject):
+    groups = [ChannelGroup(f"g{i}", size) for i, size in enumerate([64, *sizes])]
+    space = SearchSpace.of(groups).in_multiples(multiple)
+    widths = {name: data.draw(st.sampled_from(space.allowed[name])) for name in space.names}
+    every = np.array([widths.get(group.name, group.size) for group in groups])
+    found = multiple_of(every, np.array([group.size for group in groups]))
+    assert found >= multiple and found in (1, 2, 4, 8, 16, 32, 64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -97,6 +98,14 @@ def test_the_model_measures_as_many_plans_as_it_may_and_each_once(device: Device
     assert len(device.plans) == BUDGET
 
 
+def test_the_model_learns_from_plans_of_several_multiples_and_says_how_good_it_is_at_each(tmp_path: Path) -> None:
+    latencies = Device(mobile(), tmp_path / "latencies.jsonl").latencies()
+    latencies.model()
+    counts = Counter(sample.multiple for sample in latencies.samples.values())
+    assert len(counts) >= 4 and max(counts.values()) - min(counts.values()) <= 1
+    assert set(latencies.report()["errors"]) == set(counts)
+
+
 def test_candidates_that_were_measured_anyway_count_too(device: Device) -> None:
     latencies = device.latencies()
     for plan in device.random(4):
@@ -184,7 +193,8 @@ def test_a_trusted_model_predicts_and_one_in_ten_is_measured_all_the_same(
 ) -> None:
     device = Device(build(4), tmp_path / "latencies.jsonl")
     latencies = ready(device, measurements=15)
-    plans = device.random(3 * CHECK_EVERY)
+    drawn = device.random(3 * CHECK_EVERY + 15)  # the model may have measured some of them
+    plans = [plan for plan in drawn if plan.digest not in latencies.measured][: 3 * CHECK_EVERY]
     figures = [latencies.of(plan, exact=False) for plan in plans]
     measured = [i for i, found in enumerate(figures) if found["latency_measured"]]
     assert len(measured) == 3 == len(device.plans)
