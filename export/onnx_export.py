@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import json
 import logging
 import os
+import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,15 @@ from torch.utils import _pytree as pytree
 
 from secateur.export import quantize
 from secateur.export.artifact import ExportedModel, describe, opset_of
+from secateur.export.blame import explained
 from secateur.export.errors import ExportError
 from secateur.export.qdq import Calibration
 
 OPSET = 20
 """Operator set of files, unless told otherwise; templates always have it."""
+
+TALKERS = ("torch", "onnxscript", "onnx_ir")
+"""Packages whose log lines would tell of an export, graphs of it included."""
 
 Example = torch.Tensor | tuple[Any, ...]
 """One tensor, or the tuple of a forward's arguments: tensors, and nested lists and mappings of them."""
@@ -50,6 +57,7 @@ def export_onnx(
     calibration: Calibration | None = None,
     input_names: Sequence[str] = ("input",),
     output_names: Sequence[str] = ("logits",),
+    metadata: Mapping[str, Any] | None = None,
 ) -> ExportedModel:
     """Export a model in eval mode; the file appears whole or not at all.
 
@@ -58,7 +66,7 @@ def export_onnx(
         opset: operator set; below 18 the exporter converts, and an export that it could not convert is refused.
         optimize: fold constants and fuse (initializers lose their state-dict names).
         precision: a name of ``secateur.export.quantize.PRECISIONS``.
-        calibration: images that a precision of integers takes its ranges from.
+        metadata: what the file says of itself, beside its precision and the digest of its plan; see ``describing``.
 
     Raises:
         ExportError: the exporter fails, the file it wrote is not what was asked for, or there is no such precision.
@@ -73,8 +81,10 @@ def export_onnx(
         input_names=input_names,
         output_names=output_names,
     )
-    path = Path(path)
-    write_atomically(path, make(proto, calibration).SerializeToString())
+    path, made = Path(path), make(proto, calibration)
+    if metadata is not None:
+        describing(made, {**metadata, "precision": precision, "plan_digest": plan_digest})
+    write_atomically(path, made.SerializeToString())
     return describe(path, precision, plan_digest)
 
 
@@ -113,14 +123,12 @@ def export_proto(
                 verbose=False,
             )
         except (torch.onnx.OnnxExporterError, RuntimeError, ValueError) as error:
-            raise ExportError(
-                f"torch.onnx cannot export {type(model).__name__}: {error}. Operations whose shapes depend on the "
-                "data (NMS) must stay outside of the exported module."
-            ) from error
+            raise ExportError(explained(error, model, inputs)) from error
     assert program is not None
     proto = program.model_proto
     if opset_of(proto) != opset:
-        raise ExportError(f"asked for opset {opset}, the exporter wrote {opset_of(proto)}; ask for opset 18 or newer")
+        fix = "ask for opset 18 or newer" if opset < opset_of(proto) else "ask for an older one"
+        raise ExportError(f"asked for opset {opset}, the exporter wrote {opset_of(proto)}; {fix}")
     strip_metadata(proto)
     return proto
 
@@ -139,15 +147,20 @@ def optimise(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Without the exporter's warnings and log lines; what matters of them is raised as an error."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    """Without the exporter's warnings and log lines; what matters of them is raised as an error.
+
+    It prints, too: what it printed is shown only if it did not fail.
+    """
+    known = [name for name in logging.root.manager.loggerDict if name.partition(".")[0] in TALKERS]
+    loggers = [logging.getLogger(name) for name in {*TALKERS, *known}]
     levels = [logger.level for logger in loggers]
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()) as printed:
             warnings.simplefilter("ignore")
             for logger in loggers:
                 logger.setLevel(logging.CRITICAL)
             yield
+        sys.stderr.write(printed.getvalue())
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
@@ -172,6 +185,35 @@ def strip_metadata(proto: onnx.ModelProto) -> None:
     for holder in [*holders, *proto.functions, *(node for function in proto.functions for node in function.node)]:
         del holder.metadata_props[:]
         holder.doc_string = ""
+
+
+def describing(proto: onnx.ModelProto, facts: Mapping[str, Any]) -> None:
+    """Write facts into a model's metadata, sorted; what is no text as JSON. Empty ones are left out."""
+    texts = {name: fact if isinstance(fact, str) else json.dumps(fact) for name, fact in facts.items()}
+    del proto.metadata_props[:]
+    onnx.helper.set_model_props(proto, {name: texts[name] for name in sorted(texts) if texts[name] not in ("", "null")})
+
+
+def renamed(proto: onnx.ModelProto, names: Mapping[str, str]) -> None:
+    """Give inputs and outputs of a model other names.
+
+    Args:
+        names: their names -> new ones.
+
+    Raises:
+        ExportError: something else in the graph has such a name.
+    """
+    graph = proto.graph
+    holders = [*graph.input, *graph.output, *graph.value_info, *graph.initializer]
+    taken = {h.name for h in holders} | {name for node in graph.node for name in (*node.input, *node.output)}
+    wanted = {old: new for old, new in names.items() if old != new}
+    if clash := sorted(set(wanted.values()) & taken):
+        raise ExportError(f"{', '.join(clash)} is the name of another tensor of the network; choose another name")
+    for holder in holders:
+        holder.name = wanted.get(holder.name, holder.name)
+    for node in graph.node:
+        for side in (node.input, node.output):
+            side[:] = [wanted.get(name, name) for name in side]
 
 
 def write_atomically(path: Path, *data: bytes | memoryview) -> None:

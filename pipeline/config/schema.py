@@ -116,6 +116,9 @@ class Recipe(Section):
         return recipes.completed(given) if isinstance(given, dict) else given
 
 
+PortName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]{0,99}$")]
+
+
 class DeviceSection(Section):
     """The device to prune for: a profile by name (``secateur list devices``) or the path of a YAML file."""
 
@@ -265,6 +268,8 @@ class FinetuneSection(Recipe):
 class ExportSection(Section):
     """The ONNX export and its proof."""
 
+    later = frozenset({"input_name", "output_name"})
+
     opset: Annotated[int, Field(ge=18, le=25)] = 20
     """Version of ONNX's operators."""
     tolerance: Annotated[float, Field(gt=0, le=1)] = 1e-4
@@ -273,6 +278,10 @@ class ExportSection(Section):
     """Whether the files take any number of images at once, instead of one."""
     parity_images: Annotated[int, Field(gt=0, le=10**9)] = 64
     """Images of the search split on which the ONNX file and the PyTorch model are compared."""
+    input_name: PortName = "input"
+    """What the files call their input."""
+    output_name: PortName = "logits"
+    """What the files call their output; that of a file with postprocessing is named by what it holds."""
 
 
 class GateSection(Section):

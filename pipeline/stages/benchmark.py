@@ -87,7 +87,7 @@ def _timing(result: BenchmarkResult, name: str) -> Timing:
 def _write_input(run: Run, position: int) -> Path:
     """One of the images of the parity check as a file."""
     file, content = run.directory / promotion.INPUTS, io.BytesIO()
-    np.savez(content, input=parity_images(run)[position : position + 1].numpy())
+    np.savez(content, **{run.config.export.input_name: parity_images(run)[position : position + 1].numpy()})
     write_whole(file, content.getbuffer())
     return file
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import asdict, replace
+from importlib.metadata import version
 
 import onnx
 import torch
 from torch import nn
 
-from secateur.export.artifact import describe
+from secateur import __version__
+from secateur.export.artifact import ExportedModel, describe
 from secateur.export.errors import TemplateError
-from secateur.export.onnx_export import OPSET, export_onnx, write_atomically
+from secateur.export.onnx_export import OPSET, describing, export_onnx, renamed, write_atomically
 from secateur.export.quantize import precision
 from secateur.export.slicing import OnnxTemplate, candidate_onnx
 from secateur.export.verify import TOLERANCE, predict, verify_parity
@@ -25,6 +27,9 @@ from secateur.pipeline.workloads import Postprocessing
 from secateur.pruning.channels import ChannelGraph
 from secateur.pruning.plan import PruningPlan
 from secateur.pruning.surgery import certify, prune
+
+VERSIONS = ("torch", "onnx", "onnxscript")
+"""Packages that an exported file names."""
 
 
 def export(run: Run, facts: Facts) -> ExportFacts:
@@ -86,9 +91,22 @@ def _export_one(
         )
     else:
         artifact = replace(candidate_onnx(template, network, example, plan, path, optimised=True), plan_digest=digest)
+    artifact = _described(run, artifact)
     parity = verify_parity(path, network, torch.split(images, 1), tolerance=section.tolerance)
     exported = ExportedNetwork(artifact=artifact, parity=ParityFacts(**asdict(parity)))
     return exported if after is None else _with_postprocessing(exported, after, network, images)
+
+
+def _described(run: Run, artifact: ExportedModel) -> ExportedModel:
+    """The file with the names that the run file asks for, and with what it is, in its metadata."""
+    section, proto = run.config.export, onnx.load(artifact.path)
+    ports = {proto.graph.input[0].name: section.input_name, proto.graph.output[0].name: section.output_name}
+    renamed(proto, ports)
+    made = {"run": run.run_id, "plan_digest": artifact.plan_digest, "precision": artifact.precision}
+    versions = {name: version(name) for name in VERSIONS}
+    describing(proto, {**run.workload.usage, **made, "versions": {"secateur": __version__, **versions}})
+    write_atomically(artifact.path, proto.SerializeToString())
+    return describe(artifact.path, artifact.precision, artifact.plan_digest)
 
 
 def _in_precision(
@@ -113,7 +131,7 @@ def _in_precision(
             calibration = made.calibration() if precision(name).calibrated else None
             content = precision(name).make(source, calibration).SerializeToString()
         write_atomically(path, content)
-        artifact = describe(path, name, plan.digest)
+        artifact = _described(run, describe(path, name, plan.digest))
         parity = verify_parity(path, network, torch.split(images, 1), precision(name).tolerance(TOLERANCE))
         report(
             1,

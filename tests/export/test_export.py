@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.export import ExportedModel, ExportError, describe, export_onnx, predict, verify_parity
+from secateur.export.onnx_export import renamed, write_atomically
 from tests.export.nets import Flat, Mobile, prepared
 
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -124,10 +125,62 @@ class DataDependent(nn.Module):
         return x * 2 if x.sum() > 0 else x
 
 
-def test_what_cannot_be_exported(tmp_path: Path):
-    with pytest.raises(ExportError, match="cannot export DataDependent"):
-        export_onnx(DataDependent(), X, tmp_path / "m.onnx")
-    assert not list(tmp_path.iterdir())
+class Bessel(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.special.bessel_j0(x)
+
+
+class Broken(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise RuntimeError("not \x1b[31mready\nat all")
+
+
+@pytest.mark.parametrize(
+    ("part", "code", "said"),
+    [
+        (DataDependent, "return x * 2 if x.sum() > 0 else x", "depend"),
+        (Bessel, "return torch.special.bessel_j0(x)", "operator prims.bessel_j0"),
+        (Broken, "raise RuntimeError(", "RuntimeError: not ready"),
+    ],
+)
+def test_what_cannot_be_exported_is_told_in_three_lines(
+    part: type[nn.Module], code: str, said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    model = nn.Sequential()
+    model.add_module("stem", nn.Conv2d(3, 3, 1))
+    model.add_module("neck", part())
+    with pytest.raises(ExportError) as caught:
+        export_onnx(model, X, tmp_path / "m.onnx")
+    where, what, fix = str(caught.value).split("\n")
+    assert where.startswith(f"torch.onnx cannot export Sequential at neck ({part.__name__}), test_export.py line ")
+    assert code in where and said in f"{what} {fix}" and fix.endswith(".")
+    assert str(caught.value).replace("\n", "").isprintable()
+    assert not list(tmp_path.iterdir()) and capfd.readouterr() == ("", "")
+
+
+def test_a_file_says_what_it_is(tmp_path: Path):
+    facts = {"classes": ["cat", "däg"], "mean": [0.5], "note": "", "run": "r1", "nothing": None}
+    path = tmp_path / "m.onnx"
+    model = prepared(Mobile())
+    exported = export_onnx(model, X, path, plan_digest="abc", metadata=facts)
+    told = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    assert told.keys() == {"classes", "mean", "plan_digest", "precision", "run"} and list(told) == sorted(told)
+    assert json.loads(told["classes"]) == facts["classes"] and (told["run"], told["plan_digest"]) == ("r1", "abc")
+    assert verify_parity(exported, model, [X]).ok
+
+
+def test_inputs_and_outputs_have_the_names_that_are_chosen(tmp_path: Path):
+    model = prepared(Mobile())
+    exported = export_onnx(model, X, tmp_path / "m.onnx")
+    proto = onnx.load(exported.path)
+    renamed(proto, {"input": "pixels", "logits": "scores"})
+    write_atomically(exported.path, proto.SerializeToString())
+    again = describe(exported.path)
+    assert (list(again.inputs), list(again.outputs)) == (["pixels"], ["scores"])
+    assert verify_parity(again, model, [X]).ok
+    inner = proto.graph.node[0].output[0]
+    with pytest.raises(ExportError, match="is the name of another tensor"):
+        renamed(proto, {"scores": inner})
 
 
 def test_damaged_and_changed_files(exported: ExportedModel, tmp_path: Path):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 
@@ -30,6 +32,19 @@ def test_every_file_is_named_with_its_digest(finished: Any) -> None:
         "baseline.onnx": facts.export.baseline.artifact.sha256,
         "compact.onnx": facts.export.compact.artifact.sha256,
     }
+
+
+def test_files_say_where_they_are_from(finished: Any) -> None:
+    run, facts = finished
+    model = onnx.load(run.directory / "compact.onnx")
+    told = {entry.key: entry.value for entry in model.metadata_props}
+    assert told["run"] == run.run_id and told["precision"] == "fp32"
+    assert told["plan_digest"] == facts.finetune.best.candidate.plan.digest
+    assert json.loads(told["versions"]).keys() == {"secateur", "torch", "onnx", "onnxscript"}
+    assert {
+        name: json.loads(told[name]) for name in ("mean", "std", "image_size")
+    }.items() <= facts.export.usage.items()
+    assert [port.name for port in (*model.graph.input, *model.graph.output)] == ["input", "logits"]
 
 
 def test_networks_that_a_template_was_exported_of_are_not_exported_again(
