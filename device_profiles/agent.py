@@ -7,7 +7,8 @@ Reads one JSON request line on stdin, writes JSON lines on stdout; the last one 
     {"protocol": 2, "op": "benchmark", "models": [{"name", "path", "sha256"}], "provider", "threads", "warmup",
      "min_repeats", "min_seconds", "max_seconds", "seed"; optional: "max_warmup_seconds" (0), "profile" (false),
      "energy" (false), "cpu_share" (of one core), "allow_busy" (false), "inputs" (.npz for all models; else seeded)}
-    {"protocol": 2, "op": "infer", "models": [one], "provider", "threads"; optional: "seed" (0), "inputs" (.npz)}
+    {"protocol": 2, "op": "infer", "models": [one], "provider", "threads"; optional: "seed" (0), "inputs" (.npz),
+     "each" (true: they hold samples for one call after another, shape (n, ...))}
     {"protocol": 2, "op": "sweep"; optional: "keep_s" (3600), "part_age_s" (600), "max_store_bytes" (4 GiB)}
 
 Any request may have "timeout_s", "run_id", "work" (folder for files this call leaves), "python" (command that starts
@@ -253,7 +254,7 @@ def _read_request(line: str) -> Request:
     optional: Dict[str, Any] = {
         "timeout_s": number, "run_id": str, "work": str, "python": list, "parent_pid": int, "seed": int,
         "max_warmup_seconds": number, "cpu_share": number, "inputs": str, "keep_s": number, "part_age_s": number,
-        "max_store_bytes": number, "profile": bool, "energy": bool, "allow_busy": bool, "runtime": str,
+        "max_store_bytes": number, "profile": bool, "energy": bool, "each": bool, "allow_busy": bool, "runtime": str,
         "runtime_file": str,
     }  # fmt: skip
     wrong = [key for key, kind in optional.items() if request.get(key) is not None and not _is(request[key], kind)]
@@ -1043,7 +1044,7 @@ def run_once(job: Request) -> Dict[str, Any]:
     _phase("load")
     runner = Runner(runtime, model, dict(job, seed=job.get("seed", 0)), warm=False)
     _phase("infer")
-    outputs = runner.first_call()
+    outputs = runner.each_call() if job.get("each") else runner.first_call()
     path = os.path.join(job["work"], "outputs.npz")
     named = {name: outputs[i] for i, name in enumerate(runtime.module.outputs(runner.session))}
     sha256 = _write_npz(path, named)
@@ -1156,6 +1157,16 @@ class Runner:
             digest.update(output.tobytes() if hasattr(output, "tobytes") else repr(output).encode())
         self.facts["output_sha256"] = digest.hexdigest()
         return outputs
+
+    def each_call(self) -> List[Any]:
+        """Call with one sample of the inputs after another; returns the outputs of all."""
+        import numpy as np
+
+        whole, found = self.feed, []
+        for i in range(min(len(values) for values in whole.values())):
+            self.feed = {name: np.ascontiguousarray(values[i : i + 1]) for name, values in whole.items()}
+            found.append(self.first_call())
+        return [np.concatenate(column) for column in zip(*found)]  # noqa: B905 - Python 3.8
 
     def call(self) -> List[Any]:
         return self.run(self.session, self.feed)  # type: ignore[no-any-return]

@@ -122,12 +122,15 @@ PortName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]{0,99}$")]
 class DeviceSection(Section):
     """The device to prune for: a profile by name (``secateur list devices``) or the path of a YAML file."""
 
-    later = frozenset({"others", "combine"})
+    later = frozenset({"others", "combine", "runtimes"})
     passing = frozenset({"wait_s"})
     profile: str = "local"
     """Name of a device profile, or the path of a YAML file."""
     others: tuple[str, ...] = ()
     """More devices: each candidate is measured on all of them at once, and the gate asks the same of each."""
+    runtimes: tuple[str, ...] = ()
+    """Further runtimes (``openvino``, ``ncnn`` ...) in which both networks are timed at the end, on every device. The
+    search goes by the profile's own; the report compares."""
     combine: Literal["worst", "mean"] = "worst"
     """The latency ratio that targets and rewards see where there are several devices: the worst, or the mean."""
     wait_s: Annotated[float, Field(ge=0, le=1e8)] = 0.0

@@ -17,7 +17,7 @@ from secateur.device_profiles import BenchmarkResult, DeviceProfile
 from secateur.pipeline.config.schema import RunFile
 from secateur.pipeline.files import write_whole
 from secateur.pipeline.report.charts import cloud, courses, histogram, lines
-from secateur.pipeline.run.facts import EARLIER_NAMES, Facts, ModelFacts, Speedup
+from secateur.pipeline.run.facts import EARLIER_NAMES, Facts, InRuntime, ModelFacts, Speedup
 from secateur.pipeline.run.records import of_candidates
 from secateur.pipeline.training.curve import Fitted
 from secateur.pruning.search.landing import MARKED
@@ -87,6 +87,39 @@ def _devices(facts: Facts) -> list[Row]:
         before, now = (f"{timing.p50_ms:.3f} ms" for timing in timed.latency)
         rows.append((name, before, now, f"{timed.speedup.value:.2f}x, {interval(timed.speedup)}"))
     return rows
+
+
+def runtimes(facts: Facts, own: str) -> list[tuple[str, ...]]:
+    """Rows (device, runtime, precision, both medians, speed-up, remark), where there are several runtimes.
+
+    Args:
+        own: the runtime of the devices' profiles.
+    """
+    if not facts.benchmark.runtimes:
+        return []
+    timed = [InRuntime(device=n, runtime=own, timed=each) for n, each in facts.benchmark.of_devices.items()]
+    every = [*timed, *facts.benchmark.runtimes]
+    fastest = {
+        device: min((e for e in every if e.device == device and e.timed), key=lambda e: _medians(e)[1]).runtime
+        for device in facts.benchmark.of_devices
+    }
+    return [_in_runtime(entry, entry.runtime == fastest[entry.device]) for entry in every]
+
+
+def _medians(entry: InRuntime) -> tuple[float, float]:
+    """Milliseconds of both networks, by the clock that ratios come from."""
+    assert entry.timed is not None
+    before, after = entry.timed.latency
+    cpu = entry.timed.statistic == "cpu"
+    return (before.cpu_p50_ms, after.cpu_p50_ms) if cpu else (before.p50_ms, after.p50_ms)
+
+
+def _in_runtime(entry: InRuntime, is_fastest: bool) -> tuple[str, ...]:
+    if entry.timed is None:
+        return entry.device, entry.runtime, "", "", "", "", entry.reason
+    times = (f"{ms:.3f} ms" for ms in _medians(entry))
+    faster = f"{entry.timed.speedup.value:.2f}x, {interval(entry.timed.speedup)}"
+    return entry.device, entry.runtime, entry.precision or "", *times, faster, "the fastest here" if is_fastest else ""
 
 
 def interval(faster: Speedup) -> str:
@@ -159,6 +192,7 @@ def write_report(
         model=config.tracking.registered_model or config.name,
         unreachable=unreachable,
         devices=_devices(facts),
+        runtimes=runtimes(facts, profile.runtime),
         interval=interval,
         environment={key: value for key, value in result.environment.items() if key != "telemetry"},
         spoiled=result.spoiled,

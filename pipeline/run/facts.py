@@ -423,16 +423,68 @@ class TimedOnDevice(Timed):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Hop:
+    """A network's file on a device, in one of its runtimes, compared with ONNX Runtime on this machine.
+
+    Args:
+        network: ``baseline`` or ``compact``.
+        error: largest relative difference; None = infinite, or it could not be run.
+        tolerance: that it may have.
+        metric: the workload's, of the answers there; None = it could not be run.
+        metric_here: the same of the answers here, on the same images.
+        samples: images.
+        reason: what is wrong; empty where the hop holds.
+        tensor: the first one inside of the network that differs; empty = none was found, or the hop holds.
+    """
+
+    network: str
+    device: str
+    runtime: str
+    error: Number | None
+    tolerance: float
+    metric: Number | None
+    metric_here: Number | None
+    samples: int
+    reason: str = ""
+    tensor: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class InRuntime:
+    """A device in a further runtime.
+
+    Args:
+        timed: None = it cannot run these networks.
+        precision: what the compact network's layers really computed in; None = the runtime does not tell.
+        reason: why it was not timed; empty where it was.
+    """
+
+    device: str
+    runtime: str
+    timed: TimedOnDevice | None
+    precision: str | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchmarkFacts(TimedOnDevice, StageFacts):
     """What was timed on the run's own device.
 
     Args:
         device: its name.
         fleet: what was timed on each device, the run's own too, where there are several.
+        runtimes: each device in each of ``device.runtimes``; None where there are none.
+        hops: files on devices whose numbers are not those that the export was checked with; None where there are none.
     """
 
     device: str
     fleet: Annotated[Mapping[str, TimedOnDevice] | None, OMITTED] = None
+    runtimes: Annotated[tuple[InRuntime, ...] | None, OMITTED] = None
+    hops: Annotated[tuple[Hop, ...] | None, OMITTED] = None
 
     @property
     def of_devices(self) -> Mapping[str, TimedOnDevice]:

@@ -18,7 +18,7 @@ from torch import nn
 
 from secateur.device_profiles.calibration import load as load_probe
 from secateur.device_profiles.errors import DeviceError
-from secateur.device_profiles.profile import DeviceProfile, Multiples, load_profile
+from secateur.device_profiles.profile import RUNTIMES, DeviceProfile, Multiples, load_profile
 from secateur.device_profiles.target import require_complete
 from secateur.pipeline.config.choices import method_options
 from secateur.pipeline.config.faults import Fault, FaultsError
@@ -75,6 +75,10 @@ def device_profiles(config: RunFile) -> tuple[DeviceProfile, ...]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         faults.append(Fault(("device", "others"), f"{', '.join(twice)} would be measured twice; name each device once"))
+    known = RUNTIMES.names()
+    if unknown := [name for name in section.runtimes if name not in known]:
+        text = f"unknown runtime {', '.join(map(repr, unknown))}; known: {', '.join(known)}"
+        faults.append(Fault(("device", "runtimes"), text))
     unfit = [name for name in names if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name)]
     if unfit and len(asked) > 1:
         faults.append(

@@ -248,6 +248,29 @@ class Run:
                 fleet.meet(lambda device: met(device, shown.of(device.name)))
         return fleet
 
+    @cached_property
+    def further(self) -> tuple[Device, ...]:
+        """Every device in each of ``device.runtimes`` but its own, asked whether it has that.
+
+        Raises:
+            DeviceError: a runtime is not installed there; says what to do.
+        """
+        devices = []
+        for device in self.fleet:
+            for name in dict.fromkeys(self.config.device.runtimes):
+                if name != device.profile.runtime:
+                    profile = device.profile.model_copy(update={"runtime": name})
+                    target = trust.open_target(profile)
+                    self._resources.callback(target.close)
+                    leased = Leased(target, partial(self._leased, device.profile))
+                    leased.prepare()
+                    devices.append(Device(profile, leased, device.facts, device.noise_floor))
+        return tuple(devices)
+
+    def check_runtimes(self) -> None:
+        """See that every device has the further runtimes, before anything is searched; raises as ``further``."""
+        assert self.further is not None
+
     @property
     def device_facts(self) -> RunDevice:
         """What is known of the run's own device."""

@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
-from secateur.device_profiles import BenchmarkResult, measure
+from secateur.device_profiles import BenchmarkResult, DeviceError, DeviceProfile, measure
+from secateur.device_profiles.runtime import DEFAULT
+from secateur.device_profiles.target import kind_of
 from secateur.pipeline.devices.fleet import Device, Tally
+from secateur.pipeline.evaluation import hops
 from secateur.pipeline.files import sha256_of, write_whole
 from secateur.pipeline.lifecycle import promotion
-from secateur.pipeline.run.facts import BenchmarkFacts, Both, Facts, Speedup, Timed, TimedOnDevice, TimedResults, Timing
+from secateur.pipeline.run.facts import (
+    BenchmarkFacts,
+    Both,
+    Facts,
+    Hop,
+    InRuntime,
+    Speedup,
+    Timed,
+    TimedOnDevice,
+    TimedResults,
+    Timing,
+)
 from secateur.pipeline.run.run import Run
-from secateur.pipeline.stages.loading import parity_images
+from secateur.pipeline.stages.loading import first_batch, parity_images
+
+NETWORKS = ("baseline", "compact")
 
 
 def benchmark(run: Run, facts: Facts) -> BenchmarkFacts:
@@ -42,8 +61,92 @@ def benchmark(run: Run, facts: Facts) -> BenchmarkFacts:
         for name, result in measured.items()
     }
     own = fleet.primary.name
-    everywhere = timings if len(fleet) > 1 else None
-    return BenchmarkFacts(**vars(timings[own]), device=own, fleet=everywhere, files=files)
+    runtimes, more = further_runtimes(run)
+    return BenchmarkFacts(
+        **vars(timings[own]),
+        device=own,
+        fleet=timings if len(fleet) > 1 else None,
+        runtimes=runtimes or None,
+        hops=hops_of(run) or None,
+        files=files | more,
+    )
+
+
+def further_runtimes(run: Run) -> tuple[tuple[InRuntime, ...], dict[str, str]]:
+    """Both networks timed in every further runtime; one that cannot run them says why. The second: files with results.
+
+    Raises:
+        DeviceError: a runtime is not installed on a device.
+    """
+    found, files = [], {}
+    models = {name: run.directory / f"{name}.onnx" for name in NETWORKS}
+    for device in run.further:
+        at = {"device": device.name, "runtime": device.profile.runtime}
+        with run.progress.stage(f"Time in {device.profile.runtime} on {device.name}") as report:
+            try:
+                result = measure(device.target, device.profile, models, "final", noise_floor=device.noise_floor)
+            except DeviceError as error:
+                found.append(InRuntime(**at, timed=None, reason=str(error)))
+                continue
+            whole = TimedOnDevice(**vars(timed(result)), statistic=result.statistic)
+            report(1, 1, f"speed-up {whole.speedup.value:.2f}x")
+        found.append(InRuntime(**at, timed=whole, precision=result.precision("compact")))
+        file = run.directory / run.fleet.file("benchmark", f".{device.profile.runtime}.json", device.name)
+        write_whole(file, result.to_json() + "\n")
+        files[file.name] = sha256_of(file)
+    return tuple(found), files
+
+
+def hops_of(run: Run) -> tuple[Hop, ...]:
+    """Both files on every device and in every runtime but the one that the export was checked with.
+
+    Raises:
+        ExportError: ONNX Runtime here cannot run a file.
+    """
+    elsewhere = [device for device in run.fleet if not _is_here(device.profile)]
+    devices = [*elsewhere, *run.further]
+    if not devices:
+        return ()
+    images, labels = first_batch(run, run.workload.search.first(run.config.export.parity_images))
+    with run.progress.stage("Compare outputs on devices") as report:
+        return tuple(
+            _hop(run, device, name, images, labels, partial(report, i + 1, len(devices)))
+            for i, device in enumerate(devices)
+            for name in NETWORKS
+        )
+
+
+def _is_here(profile: DeviceProfile) -> bool:
+    return kind_of(profile).this_machine and profile.runtime == DEFAULT
+
+
+def _hop(
+    run: Run, device: Device, name: str, images: torch.Tensor, labels: torch.Tensor, told: Callable[[str], None]
+) -> Hop:
+    """One file on one device."""
+    file, tolerance = run.directory / f"{name}.onnx", run.config.export.tolerance
+    at: dict[str, Any] = {
+        "network": name,
+        "device": device.name,
+        "runtime": device.profile.runtime,
+        "tolerance": tolerance,
+    }
+    try:
+        found = hops.compare(run.workload, device.target, device.profile, file, images, labels)
+    except DeviceError as error:
+        return Hop(**at, error=None, metric=None, metric_here=None, samples=0, reason=str(error))
+    told(f"{name}: largest relative difference {found.error:.1e}")
+    wrong = "" if found.error <= tolerance else f"relative error {found.error:.2e} exceeds {tolerance:g}"
+    first = images[:1].numpy()
+    return Hop(
+        **at,
+        error=found.error,
+        metric=found.metric,
+        metric_here=found.metric_here,
+        samples=found.samples,
+        reason=wrong,
+        tensor=hops.first_divergence(device.target, device.profile, file, first, tolerance) if wrong else "",
+    )
 
 
 def load_benchmark(directory: Path, name: str = "benchmark.json") -> BenchmarkResult:
@@ -87,7 +190,8 @@ def _timing(result: BenchmarkResult, name: str) -> Timing:
 def _write_input(run: Run, position: int) -> Path:
     """One of the images of the parity check as a file."""
     file, content = run.directory / promotion.INPUTS, io.BytesIO()
-    np.savez(content, **{run.config.export.input_name: parity_images(run)[position : position + 1].numpy()})
+    named: dict[str, Any] = {run.config.export.input_name: parity_images(run)[position : position + 1].numpy()}
+    np.savez(content, **named)
     write_whole(file, content.getbuffer())
     return file
 
@@ -96,7 +200,7 @@ def _measure(
     run: Run, title: str, kind: str, inputs: Path | None = None
 ) -> tuple[Mapping[str, BenchmarkResult], dict[str, str]]:
     """Both ONNX files of a kind, measured at the final tier on every device, and the files that keep the results."""
-    models = {name: run.directory / f"{name}{kind}.onnx" for name in ("baseline", "compact")}
+    models = {name: run.directory / f"{name}{kind}.onnx" for name in NETWORKS}
     with run.progress.stage(title) as report:
         tally, least = Tally(report, run.fleet.names, run.profile.final.processes), run.config.gate.min_speedup
 

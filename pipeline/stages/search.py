@@ -51,6 +51,7 @@ def search(run: Run, facts: Facts) -> SearchFacts:
         JournalError: what is recorded is of another search.
     """
     del facts
+    run.check_runtimes()
     model, graph = load_baseline(run)
     probes = settle_widths(run, model, graph)
     spaces = run.spaces(model, graph)

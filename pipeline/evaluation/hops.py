@@ -1,0 +1,146 @@
+"""Whether a file computes on a device what it computes here, and where it first does not.
+
+The same images go through the very file that is timed, one at a time, in the device's runtime; answers are compared
+with those of ONNX Runtime on this machine, in numbers and by the workload's metric.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+
+from secateur.device_profiles import DeviceError, DeviceProfile, Target
+from secateur.device_profiles.agent import PROTOCOL
+from secateur.device_profiles.runtime import runtime_field
+from secateur.export.errors import ExportError
+from secateur.export.verify import open_session, predict, run_session
+from secateur.pipeline.archives import check_archive
+from secateur.pipeline.workloads import Workload
+
+Array = npt.NDArray[Any]
+IMAGE_S = 30.0
+"""Seconds that one image may take at most; an emulator takes long."""
+TENSORS = 64
+"""Tensors inside of a network that are compared at a time."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a file gave on a device, beside what it gives here.
+
+    Args:
+        error: largest difference over the largest magnitude here.
+        metric: of the answers there.
+        metric_here: of the answers here, on the same images.
+        samples: images.
+    """
+
+    error: float
+    metric: float
+    metric_here: float
+    samples: int
+
+
+def compare(
+    workload: Workload, target: Target, profile: DeviceProfile, file: Path, images: torch.Tensor, labels: torch.Tensor
+) -> Answers:
+    """Send images through a file on a device and here.
+
+    Args:
+        images: shape (n, channels, height, width).
+        labels: what the workload's metric compares answers with.
+
+    Raises:
+        DeviceError: the device cannot run it.
+        ExportError: ONNX Runtime here cannot.
+    """
+    pixels = images.contiguous().numpy()
+    here = predict(file, pixels)
+    (there,) = outputs_on(target, profile, file, pixels).values()
+    found = [
+        workload.metrics(workload.answers(torch.from_numpy(answers), labels), labels)[workload.metric]
+        for answers in (there, here)
+    ]
+    return Answers(relative_error(there, here), float(found[0]), float(found[1]), len(pixels))
+
+
+def outputs_on(target: Target, profile: DeviceProfile, file: Path, pixels: Array) -> dict[str, Array]:
+    """Every output of an ONNX file of one input for every image, as a device computes it.
+
+    Args:
+        pixels: shape (n, channels, height, width).
+
+    Raises:
+        DeviceError: the device cannot run it, or sends something else.
+    """
+    name = next(port.name for port in open_session(file).get_inputs())
+    with tempfile.TemporaryDirectory(prefix="secateur-hop-") as folder:
+        sent, fetched = Path(folder, "inputs.npz"), Path(folder, "outputs.npz")
+        named: dict[str, Any] = {name: pixels}
+        np.savez(sent, **named)
+        entry = {"name": file.stem, "path": target.put(file), "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        request: dict[str, Any] = {"protocol": PROTOCOL, "op": "infer", "models": [entry], "each": True}
+        request |= {**runtime_field(profile), "provider": profile.provider, "threads": profile.threads}
+        answer = target.run({**request, "inputs": target.put(sent)}, 120 + IMAGE_S * len(pixels))
+        target.fetch(answer["outputs"], fetched)
+        check_archive(fetched, "the device sent no outputs of this model")
+        with np.load(fetched, allow_pickle=False) as arrays:
+            return {output: arrays[output] for output in arrays.files}
+
+
+def relative_error(found: Array, expected: Array) -> float:
+    """Largest difference over the largest magnitude expected; infinite where shapes differ or a number is none."""
+    if found.shape != expected.shape:
+        return float("inf")
+    difference = np.abs(found.astype(np.float64) - expected.astype(np.float64)).max(initial=0.0)
+    scale = max(float(np.abs(expected.astype(np.float64)).max(initial=0.0)), 1e-12)
+    return float(difference / scale) if np.isfinite(difference) else float("inf")
+
+
+def first_divergence(target: Target, profile: DeviceProfile, file: Path, image: Array, tolerance: float) -> str:
+    """The first tensor inside of a file, in its order, that a device computes otherwise; empty where there is none.
+
+    Tensors are made outputs, which keeps a runtime from fusing over them: what only a fusion does is not found.
+
+    Args:
+        image: shape (1, channels, height, width).
+        tolerance: relative to the largest magnitude of the tensor.
+    """
+    model = onnx.load(file)
+    with tempfile.TemporaryDirectory(prefix="secateur-hop-") as folder:
+        for nodes, opened in _opened(model):
+            part = Path(folder, "part.onnx")
+            onnx.save(opened, part)
+            try:
+                session = open_session(part)
+                names = [port.name for port in session.get_outputs()]
+                here = run_session(session, {session.get_inputs()[0].name: image})
+                there = outputs_on(target, profile, part, image)
+            except (DeviceError, ExportError):
+                return ""  # what it opens cannot be run; the file itself could
+            for name, expected in zip(names, here, strict=True):
+                if name in nodes and relative_error(there[name], expected) > tolerance:
+                    return f"{nodes[name].op_type} {nodes[name].name or name}, tensor {name}"
+    return ""
+
+
+def _opened(model: onnx.ModelProto) -> Iterator[tuple[Mapping[str, onnx.NodeProto], onnx.ModelProto]]:
+    """The model with parts of its float tensors as further outputs, in order, and which node each is from."""
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    values = {v.name: v for v in inferred.value_info if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
+    made = [(name, node) for node in model.graph.node for name in node.output if name in values]
+    for start in range(0, len(made), TENSORS):
+        part = made[start : start + TENSORS]
+        opened = onnx.ModelProto()
+        opened.CopyFrom(model)
+        opened.graph.output.extend(values[name] for name, _ in part)
+        yield dict(part), opened
