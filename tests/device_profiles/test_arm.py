@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ import yaml
 
 from secateur.device_profiles import DeviceError, Target, open_target
 from secateur.device_profiles.agent import PROTOCOL
+from secateur.export.convert import in_format
 from tests.device_profiles import arm
-from tests.device_profiles.tiny import quick_profile
+from tests.device_profiles.tiny import quick_profile, skip_without
 
 pytestmark = pytest.mark.slow
 
@@ -58,11 +60,11 @@ def benchmark_request(models: list[dict[str, str]], min_repeats: int) -> dict[st
     return request | {"min_repeats": min_repeats, "min_seconds": 0.0, "max_seconds": 60.0}
 
 
-def infer(target: Target, model: Path, folder: Path) -> npt.NDArray[np.float32]:
+def infer(target: Target, model: Path, folder: Path, **asked: str) -> npt.NDArray[np.float32]:
     """The model's logits on a device, shape (1, classes), on an input made here."""
     folder.mkdir()
     np.savez(folder / "inputs.npz", input=arm.noise(100))
-    request = {"protocol": PROTOCOL, "op": "infer", "models": [entry(target, model)]}
+    request = {"protocol": PROTOCOL, "op": "infer", "models": [{**entry(target, model), **asked}]}
     request |= {"provider": "CPUExecutionProvider", "threads": 1, "inputs": target.put(folder / "inputs.npz")}
     answer = target.run(request, 120)
     target.fetch(answer["outputs"], folder / "outputs.npz")
@@ -113,6 +115,24 @@ def test_a_benchmark_runs_and_int8_outputs_are_equal_bit_by_bit(emulated: Target
     digests = {device: answer["models"]["int8"]["output_sha256"] for device, answer in answers.items()}
     assert digests["there"] == digests["here"]
     assert digests["here"] != answers["here"]["models"]["fp32"]["output_sha256"]
+
+
+def test_ncnn_computes_in_fp32_unless_asked_for_fp16(emulated: Target, models: Mapping[str, Path], tmp_path: Path):
+    """A Cortex-A76 computes in fp16, and ncnn left to itself does so: the numbers of both are told apart."""
+    skip_without("ncnn")
+    if not list((arm.PYTHON.parent / "site").glob("ncnn-*")):
+        pytest.skip("no ncnn on the emulated device: run tests/tools/install_arm.sh")
+    here = infer(open_target(quick_profile()), models["fp32"], tmp_path / "here")
+    profile = arm.emulated_profile().model_copy(update={"runtime": "ncnn"})
+    errors = {}
+    with closing(in_format(open_target(profile), "ncnn")) as there:
+        for asked in ("fp32", "fp16"):
+            model = {**entry(there, models["fp32"]), "precision": asked}
+            answer = there.run(benchmark_request([model], min_repeats=3), 120)["models"]["fp32"]
+            assert (answer["precision_asked"], answer["precision_used"]) == (asked, asked)
+            found = infer(there, models["fp32"], tmp_path / asked, precision=asked)
+            errors[asked] = np.abs(found - here).max() / np.abs(here).max()
+    assert errors["fp32"] < 1e-5 and 1e-4 < errors["fp16"] < 0.1
 
 
 def test_a_killed_agent_leaves_no_worker(emulated: Target, models: Mapping[str, Path]):

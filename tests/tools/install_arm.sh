@@ -32,9 +32,9 @@ mebibytes() { du -sm "$1" | cut -f1; }
 check() { # the wrapper imports the runtime on the emulated device, and leaves its bytecode for later starts
     "$1/python" -c '
 import platform
-import numpy, onnxruntime
+import ncnn, numpy, onnxruntime
 print("install_arm: it works:", platform.machine(), "Python", platform.python_version(),
-      "onnxruntime", onnxruntime.__version__, "numpy", numpy.__version__)
+      "onnxruntime", onnxruntime.__version__, "ncnn", ncnn.__version__, "numpy", numpy.__version__)
 assert platform.machine() == "aarch64"'
 }
 
@@ -44,8 +44,8 @@ done
 "$PYTHON" -m pip --version >/dev/null 2>&1 || fail "$PYTHON has no pip; build the environment with make, or set PYTHON"
 versions=$("$PYTHON" -c '
 from importlib.metadata import version
-print(*(f"{name}=={version(name)}" for name in ("onnxruntime", "numpy")))') ||
-    fail "onnxruntime and numpy are not installed for $PYTHON; build the environment with make, or set PYTHON"
+print(*(f"{name}=={version(name)}" for name in ("onnxruntime", "ncnn", "numpy")))') ||
+    fail "onnxruntime, ncnn and numpy are not installed for $PYTHON; build the environment with make, or set PYTHON"
 read -r -a wheels <<<"$versions"
 
 wanted="$(cksum <"${BASH_SOURCE[0]}") ${wheels[*]}"
@@ -138,7 +138,7 @@ WRAPPER
 chmod 755 "$work/new/python"
 
 say "starting Python on the emulated device..."
-check "$work/new" || fail "onnxruntime cannot be imported on the emulated device"
+check "$work/new" || fail "onnxruntime or ncnn cannot be imported on the emulated device"
 echo "$wanted" >"$work/new/installed"
 rm -rf "$FOLDER"
 mv "$work/new" "$FOLDER"
