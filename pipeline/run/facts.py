@@ -429,7 +429,7 @@ class Hop:
     Args:
         network: ``baseline`` or ``compact``.
         error: largest relative difference; None = infinite, or it could not be run.
-        tolerance: that it may have.
+        tolerance: that it may have; None = any, as in int8, where the metric tells.
         metric: the workload's, of the answers there; None = it could not be run.
         metric_here: the same of the answers here, on the same images.
         samples: images.
@@ -441,7 +441,7 @@ class Hop:
     device: str
     runtime: str
     error: Number | None
-    tolerance: float
+    tolerance: Number | None
     metric: Number | None
     metric_here: Number | None
     samples: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from secateur.device_profiles import BenchmarkResult, DeviceError, DeviceProfile, measure
 from secateur.device_profiles.runtime import DEFAULT
 from secateur.device_profiles.target import kind_of
+from secateur.export.quantize import precision
 from secateur.pipeline.devices.fleet import Device, Tally
 from secateur.pipeline.evaluation import hops
 from secateur.pipeline.files import sha256_of, write_whole
@@ -67,7 +69,7 @@ def benchmark(run: Run, facts: Facts) -> BenchmarkFacts:
         device=own,
         fleet=timings if len(fleet) > 1 else None,
         runtimes=runtimes or None,
-        hops=hops_of(run) or None,
+        hops=hops_of(run, facts) or None,
         files=files | more,
     )
 
@@ -97,7 +99,7 @@ def further_runtimes(run: Run) -> tuple[tuple[InRuntime, ...], dict[str, str]]:
     return tuple(found), files
 
 
-def hops_of(run: Run) -> tuple[Hop, ...]:
+def hops_of(run: Run, facts: Facts) -> tuple[Hop, ...]:
     """Both files on every device and in every runtime but the one that the export was checked with.
 
     Raises:
@@ -110,9 +112,9 @@ def hops_of(run: Run) -> tuple[Hop, ...]:
     images, labels = first_batch(run, run.workload.search.first(run.config.export.parity_images))
     with run.progress.stage("Compare outputs on devices") as report:
         return tuple(
-            _hop(run, device, name, images, labels, partial(report, i + 1, len(devices)))
+            _hop(run, device, name, exported.artifact.precision, images, labels, partial(report, i + 1, len(devices)))
             for i, device in enumerate(devices)
-            for name in NETWORKS
+            for name, exported in facts.export.networks.items()
         )
 
 
@@ -121,10 +123,21 @@ def _is_here(profile: DeviceProfile) -> bool:
 
 
 def _hop(
-    run: Run, device: Device, name: str, images: torch.Tensor, labels: torch.Tensor, told: Callable[[str], None]
+    run: Run,
+    device: Device,
+    name: str,
+    number: str,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    told: Callable[[str], None],
 ) -> Hop:
-    """One file on one device."""
-    file, tolerance = run.directory / f"{name}.onnx", run.config.export.tolerance
+    """One file on one device.
+
+    Args:
+        number: the file's precision.
+    """
+    file, bound = run.directory / f"{name}.onnx", precision(number).tolerance(run.config.export.tolerance)
+    tolerance = bound if math.isfinite(bound) else None
     at: dict[str, Any] = {
         "network": name,
         "device": device.name,
@@ -136,7 +149,7 @@ def _hop(
     except DeviceError as error:
         return Hop(**at, error=None, metric=None, metric_here=None, samples=0, reason=str(error))
     told(f"{name}: largest relative difference {found.error:.1e}")
-    wrong = "" if found.error <= tolerance else f"relative error {found.error:.2e} exceeds {tolerance:g}"
+    wrong = "" if found.error <= bound else f"relative error {found.error:.2e} exceeds {bound:g}"
     first = images[:1].numpy()
     return Hop(
         **at,
@@ -145,7 +158,7 @@ def _hop(
         metric_here=found.metric_here,
         samples=found.samples,
         reason=wrong,
-        tensor=hops.first_divergence(device.target, device.profile, file, first, tolerance) if wrong else "",
+        tensor=hops.first_divergence(device.target, device.profile, file, first, bound) if wrong else "",
     )
 
 
