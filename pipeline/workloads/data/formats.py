@@ -69,7 +69,8 @@ def detect(shelf: Shelf, path: Path) -> tuple[str, str]:
     """(source that a path looks like, what was seen there).
 
     Raises:
-        UserError: it looks like none, or like several; says what was seen.
+        AmbiguousError: it looks like several; says what was seen.
+        UserError: it looks like none; says what lies there.
     """
     seen = {name: said for name in shelf.names() if (said := shelf.load(name).looks_like(path))}
     if len(seen) == 1:
