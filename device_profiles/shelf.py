@@ -41,6 +41,7 @@ class NotAdmittedError(PluginError):
 
 PATH = tuple(sys.path)
 """Where packages are looked for: folders that come to the path later hold code that somebody consented to, no more."""
+PREFIX = "secateur_plugin_"
 _admitted: dict[tuple[str, str], Path] = {}
 """Package of a shelf, and a name as it is written -> the file that may be loaded for it."""
 
@@ -262,9 +263,15 @@ def _file_of(module: str) -> Path | None:
     return Path(spec.origin) if spec is not None and spec.origin and Path(spec.origin).is_file() else None
 
 
+def plugin_files() -> list[Path]:
+    """The files that this process has loaded by ``module_of``."""
+    loaded = [module.__file__ for name, module in sys.modules.items() if name.startswith(PREFIX)]
+    return [Path(file) for file in loaded if file]
+
+
 def module_of(file: Path) -> ModuleType:
     """A file, imported once under a name of its own."""
-    name = f"secateur_plugin_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}_{file.stem}"
+    name = f"{PREFIX}{hashlib.sha256(str(file).encode()).hexdigest()[:12]}_{file.stem}"
     if name not in sys.modules:
         spec = spec_from_file_location(name, file)
         assert spec is not None and spec.loader is not None

@@ -14,6 +14,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +25,7 @@ from secateur.pipeline.guard import GRACE_S, MARK, end_marked
 
 FOLDER = "processes"
 CLOSE_S = 5.0
+PARENT_EVERY_S = 1.0
 
 
 @contextlib.contextmanager
@@ -92,6 +95,18 @@ def leave_terminal() -> None:
     if MARK in os.environ and os.getsid(0) != os.getpid():
         with contextlib.suppress(OSError):  # the leader of a group cannot
             os.setsid()
+
+
+def end_with(parent: int) -> None:
+    """End this process soon after its parent, and hear no signal of its terminal."""
+    leave_terminal()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_EVERY_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def end_all(grace_s: float = GRACE_S) -> None:

@@ -37,10 +37,16 @@ class Section(BaseModel):
 class Distillation(Section):
     """Learning from the unpruned baseline: loss = (1 - weight) * task loss + weight * T^2 * KL(teacher || student)."""
 
+    later = frozenset({"features", "feature_layers"})
     weight: Annotated[float, Field(ge=0, le=1)] = 0.7
     """Share of the loss that is the teacher's; the rest is the task's own."""
     temperature: Annotated[float, Field(gt=0, le=1000)] = 4.0
     """T, by which both networks' logits are divided."""
+    features: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    """Weight of the distance between both networks' features (mean squared error over the mean square), added to the
+    loss; 0 = none. They are compared where both have the same shape: it needs ``search.scope: inner``."""
+    feature_layers: tuple[str, ...] = ()
+    """Layers whose outputs are compared, with ``*`` and ``?``; empty = every block."""
 
 
 class Recipe(Section):
@@ -362,7 +368,7 @@ class TrackingSection(Section):
 class RunFile(Section):
     """Everything one run needs to know."""
 
-    later = frozenset({"precision"})
+    later = frozenset({"precision", "compute_count"})
     passing = frozenset({"workers"})
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=100)]
     """Names run directories, and the registered model where ``tracking.registered_model`` is not set."""
@@ -387,6 +393,9 @@ class RunFile(Section):
     """CPU threads for training and evaluation; None = all cores."""
     compute: Literal["auto", "cpu", "cuda"] = "auto"
     """Where candidates are trained and evaluated (the device is measured apart)."""
+    compute_count: Annotated[int, Field(ge=1, le=1024)] = 1
+    """How many train together, each with its part of every batch: GPUs of this machine, or processes with their share
+    of the threads. The baseline and fine-tunings; auxiliary trainings and everything else is one's."""
     _folder: Path | None = PrivateAttr(default=None)
 
     @field_validator("precision", mode="before")
@@ -400,6 +409,17 @@ class RunFile(Section):
         if not value or len(set(value)) < len(value):
             raise ValueError("names no precision, or one twice; write for example precision: [fp32, int8]")
         return value
+
+    @model_validator(mode="after")
+    def _features_agree(self) -> RunFile:
+        distill = self.finetune.distill
+        if distill is not None and distill.features and self.search.scope != "inner":
+            raise ValueError(
+                "finetune.distill.features compares outputs of blocks, which have the same shape in both networks only "
+                "where the stream between them is left alone; set search.scope: inner, or leave out "
+                "finetune.distill.features"
+            )
+        return self
 
     @property
     def folder(self) -> Path | None:

@@ -31,6 +31,7 @@ class Baseline:
         workload: images, loss and metric.
         seed: of random weights, of training, and of the training images that saliencies look at.
         compute: where networks are trained and evaluated.
+        compute_count: how many processes fine-tune together.
     """
 
     model: nn.Module
@@ -38,6 +39,7 @@ class Baseline:
     workload: Workload
     seed: int = 0
     compute: torch.device = CPU
+    compute_count: int = 1
 
     def __post_init__(self) -> None:
         self.model.to(self.compute).eval()

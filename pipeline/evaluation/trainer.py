@@ -74,6 +74,7 @@ class Trainer:
                 distill=distill,
                 part=request.part,
                 held_out=self.baseline.workload.search,
+                compute_count=self.baseline.compute_count,
                 report=report,
             )
         write_fitted(self.weights.path(base).with_suffix(""), fitted)

@@ -10,10 +10,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import tempfile
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -43,7 +41,6 @@ from secateur.pruning.trace import trace
 
 MAX_CACHED = 2
 """Evaluators that stay in one process; the one used longest ago goes."""
-PARENT_EVERY_S = 1.0
 
 
 class BlobStore(Protocol):
@@ -79,18 +76,6 @@ def evaluate_batch(spec: Mapping[str, Any], batch: Mapping[str, Any], store: Blo
             return {"missing": missing.args[0]}
         except UserError as error:
             return {"error": str(error)}
-
-
-def end_with(parent: int) -> None:
-    """End this process soon after its parent, and hear no signal of its terminal."""
-    leave_terminal()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(PARENT_EVERY_S)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 _one_at_a_time = threading.Lock()  # some engines run several tasks in one process

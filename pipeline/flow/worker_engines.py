@@ -19,6 +19,7 @@ from typing import Any
 
 from secateur.device_profiles.cores import usable_cores
 from secateur.device_profiles.wording import command
+from secateur.pipeline.children import end_with
 from secateur.pipeline.config.schema import WorkersSection
 from secateur.pipeline.errors import SurroundingsError, UserError
 from secateur.pipeline.evaluation import worker as workers
@@ -130,7 +131,7 @@ class Processes(_Runner):
 
         with self._starting:
             for _ in range(self.count - len(self._runners)):
-                runner = ProcessPoolTaskRunner(max_workers=1, initializer=workers.end_with, initargs=(os.getpid(),))
+                runner = ProcessPoolTaskRunner(max_workers=1, initializer=end_with, initargs=(os.getpid(),))
                 self._runners.append(runner.__enter__())
                 self._idle.put(runner)
 

@@ -284,7 +284,7 @@ class Run:
     def evaluator(self, baseline: nn.Module, graph: ChannelGraph, space: SearchSpace | None = None) -> Evaluator:
         """An evaluator for the trained baseline; ``space`` is where its latency model may draw plans from."""
         return make_evaluator(
-            Baseline(baseline, graph, self.workload, self.config.seed, self.compute),
+            Baseline(baseline, graph, self.workload, self.config.seed, self.compute, self.config.compute_count),
             self.fleet,
             self.directory / CANDIDATES,
             self.config.search,

@@ -79,6 +79,7 @@ def _train(run: Run, recipe: Recipe, checkpoint: Path) -> Mapping[str, Tensor]:
                 checkpoint=checkpoint,
                 compute=run.compute,
                 held_out=run.workload.search,
+                compute_count=run.config.compute_count,
                 report=report,
             )
         except TrainingError as error:

@@ -96,16 +96,19 @@ class Checkpoint:
     Args:
         every_s: how often it is written.
         clock: in seconds.
+        writes: whether this process is the one that writes.
     """
 
-    def __init__(self, path: Path, every_s: float = EVERY_S, clock: Callable[[], float] = time.monotonic) -> None:
-        self.path, self.every_s, self.clock = path, every_s, clock
+    def __init__(
+        self, path: Path, every_s: float = EVERY_S, clock: Callable[[], float] = time.monotonic, *, writes: bool = True
+    ) -> None:
+        self.path, self.every_s, self.clock, self.writes = path, every_s, clock, writes
         self._written_at = clock()
 
     @property
     def due(self) -> bool:
         """Whether it is time to write."""
-        return self.clock() - self._written_at >= self.every_s
+        return self.writes and self.clock() - self._written_at >= self.every_s
 
     def write(self, state: State) -> None:
         """Write the state, whole.

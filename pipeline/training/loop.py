@@ -13,7 +13,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -28,6 +28,8 @@ from secateur.pipeline.training.average import average_of
 from secateur.pipeline.training.batches import batches_of
 from secateur.pipeline.training.checkpoints import EVERY_S, Best, Checkpoint, State
 from secateur.pipeline.training.curve import EpochFacts, Fitted, Losses
+from secateur.pipeline.training.distributed import ALONE, Group, begun
+from secateur.pipeline.training.features import Features
 from secateur.pipeline.training.judging import Judge
 from secateur.pipeline.training.precision import Precision, certain, faster
 from secateur.pipeline.training.recipe import Schedule, optimizer_of
@@ -66,6 +68,7 @@ def fit(
     held_out: Split | None = None,
     recalibration_images: int = RECALIBRATION_IMAGES,
     checkpoint_every_s: float = EVERY_S,
+    compute_count: int = 1,
     report: Report = silent,
 ) -> Fitted:
     """Train ``model`` in place by ``recipe``, and leave it in eval mode, with the batch-norm statistics of its weights.
@@ -82,32 +85,90 @@ def fit(
         recalibration_images: training images that batch-norm statistics are taken anew on at the end (all, if there
             are fewer); 0 = they stay as training leaves them.
         checkpoint_every_s: how often the checkpoint is written.
+        compute_count: how many processes train together, each on a GPU of its own or with its share of the threads;
+            with a penalty it is this one alone.
         report: told (step, steps, note) after every step.
 
     Raises:
-        TrainingError: the loss became NaN or infinite; says at which step and what to change.
+        TrainingError: the loss became NaN or infinite; says at which step and what to change. Or there are no features
+            to be distilled.
+        UserError: there are not as many GPUs.
+        SurroundingsError: one of the other processes ended, or the disk is full.
     """
-    lesson = Lesson(move(model, compute), workload, recipe, compute, teacher, distill, penalty)
+    move(model, compute)
+    precision = precision_of(recipe, model, workload, split, compute)
+    terms = Terms(model, workload, split, recipe, seed, checkpoint, checkpoint_every_s, compute, precision, part)
+    terms = replace(terms, teacher=teacher, distill=distill)
+    if compute_count == 1 or penalty is not None:
+        return _train(ALONE, terms, penalty, held_out, recalibration_images, report)
+    with begun(compute_count, compute, partial(_train, terms=terms)) as group:
+        return _train(group, terms, None, held_out, recalibration_images, report)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What ``fit`` was given, as far as every process of a training has to know it."""
+
+    model: nn.Module
+    workload: Workload
+    split: Split
+    recipe: Recipe
+    seed: int
+    checkpoint: Path
+    checkpoint_every_s: float
+    compute: torch.device
+    precision: Precision
+    part: tuple[float, float]
+    teacher: nn.Module | None = None
+    distill: Distillation | None = None
+
+
+def _train(
+    group: Group,
+    terms: Terms,
+    penalty: Callable[[float], Tensor] | None = None,
+    held_out: Split | None = None,
+    recalibration_images: int = 0,
+    report: Report = silent,
+) -> Fitted:
+    """The training of one process of a group; only the first one judges, writes and ends with weights of use."""
+    workload, split, recipe, compute = terms.workload, terms.split, terms.recipe, group.compute(terms.compute)
+    model = move(terms.model, compute)
     keep = recipe.keep if held_out is not None else "last"
     judge = None if held_out is None else Judge(workload, held_out, keep == "best", recipe.batch_size, compute)
-    with contextlib.closing(batches_of(workload, split, recipe, seed=seed, compute=compute)) as batches:
-        schedule = Schedule(recipe, len(batches), part)
-        file = Checkpoint(checkpoint, checkpoint_every_s)
-        precision = precision_of(recipe, model, workload, split, compute)
-        training = Training(lesson, schedule, judge, file, precision, seed, report)
+    with contextlib.ExitStack() as resources:
+        features = _features(terms, compute)
+        if features is not None:
+            resources.callback(features.close)
+        lesson = Lesson(model, workload, recipe, compute, group, terms.teacher, terms.distill, features, penalty)
+        place = {"rank": group.rank, "world_size": group.size}
+        batches = batches_of(workload, split, recipe, seed=terms.seed, compute=compute, **place)
+        resources.callback(batches.close)
+        schedule = Schedule(recipe, len(batches), terms.part)
+        file = Checkpoint(terms.checkpoint, terms.checkpoint_every_s, writes=group.rank == 0)
+        training = Training(lesson, schedule, judge, file, terms.precision, terms.seed, report)
         state = training.state
         while state.step < schedule.steps:
             number, first = divmod(state.step, len(batches))
             model.train()
             for images, targets in itertools.islice(batches.epoch(number, first), schedule.steps - state.step):
-                training.step(images, targets)
+                training.step(images, targets, len(split))
             training.end_epoch(len(split))
     training.finish(keep)
     if recalibration_images:
         at_once = min(recipe.batch_size, IMAGES_AT_ONCE)
         recalibrate(model, training_images(workload, split, recalibration_images, compute, at_once))
-    checkpoint.unlink(missing_ok=True)
+    if group.rank == 0:
+        terms.checkpoint.unlink(missing_ok=True)
     return training.fitted(keep)
+
+
+def _features(terms: Terms, compute: torch.device) -> Features | None:
+    """What is distilled besides outputs; None = nothing."""
+    if terms.teacher is None or terms.distill is None or not terms.distill.features:
+        return None
+    image = terms.workload.example_input().to(compute)
+    return Features(terms.model, move(terms.teacher, compute), image, terms.distill.feature_layers)
 
 
 @dataclass
@@ -115,7 +176,9 @@ class Lesson:
     """What a network learns from a batch: gradients of the loss, of what a teacher adds, and of a penalty.
 
     Args:
+        group: of processes; the gradients are those of the batches of all.
         teacher: brought to ``compute`` and into eval mode; None = no distillation.
+        features: of both, where they are distilled too.
         penalty: of the share of training that is done.
         bf16: whether it computes in mixed precision.
     """
@@ -124,27 +187,38 @@ class Lesson:
     workload: Workload
     recipe: Recipe
     compute: torch.device
+    group: Group = ALONE
     teacher: nn.Module | None = None
     distill: Distillation | None = None
+    features: Features | None = None
     penalty: Callable[[float], Tensor] | None = None
     bf16: bool = False
 
     def __post_init__(self) -> None:
+        self.forward: nn.Module = self.model
         if self.teacher is not None:
             move(self.teacher, self.compute).eval()
 
-    def __call__(self, images: Tensor, targets: Tensor, done: float) -> Tensor:
-        """Set all gradients; returns the loss, a scalar without a gradient.
+    def join(self) -> None:
+        """From now on gradients are those of the whole group, and weights those of its first process."""
+        self.forward = self.group.wrap(self.model, self.compute)
+
+    def __call__(self, images: Tensor, targets: Tensor, whole: int, done: float) -> Tensor:
+        """Set all gradients; returns the loss, a scalar without a gradient, whose mean over the group is the batch's.
 
         Args:
+            images: this process's part of a batch.
+            whole: images of the batch.
             done: share of the training that is done, in 0..1.
         """
         self.model.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.compute)
-        parts = min(self.recipe.accumulate, len(images))
-        for images_, targets_ in zip(images.tensor_split(parts), targets.tensor_split(parts), strict=True):
-            loss = self._loss(images_, targets_) * (len(images_) / len(images))
-            loss.backward()  # type: ignore[no-untyped-call]
+        parts = max(1, min(self.recipe.accumulate, len(images)))
+        pairs = list(zip(images.tensor_split(parts), targets.tensor_split(parts), strict=True))
+        for number, (images_, targets_) in enumerate(pairs, start=1):
+            with self.group.apart(self.forward, last=number == parts):
+                loss = self._loss(images_, targets_) * (len(images_) * self.group.size / whole)
+                loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         if self.penalty is not None:
             added = self.penalty(done)
@@ -154,16 +228,23 @@ class Lesson:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
         return total
 
+    def _outputs(self, images: Tensor) -> Tensor:
+        outputs: Tensor = self.forward(images)
+        return outputs
+
     def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast(self.compute.type, torch.bfloat16, enabled=self.bf16):
-            outputs = self.model(images)
+            if not len(images):  # fewer images than processes: nothing is learned from, but the others wait
+                return self._outputs(images.new_zeros(2, *images.shape[1:])).float().sum() * 0
+            outputs = self._outputs(images)
             loss = self.workload.loss(outputs, targets, self.recipe.label_smoothing)
             if self.teacher is None or self.distill is None:
                 return loss
             with torch.no_grad():
                 taught = self.teacher(images)
             learned = self.workload.distillation(outputs, taught, self.distill.temperature)
-            return (1 - self.distill.weight) * loss + self.distill.weight * learned
+            loss = (1 - self.distill.weight) * loss + self.distill.weight * learned
+            return loss if self.features is None else loss + self.distill.features * self.features.distance()
 
 
 class Training:
@@ -192,12 +273,13 @@ class Training:
         self.seed, self.report = seed, report
         recipe, model = lesson.recipe, lesson.model
         losses = Losses(f"lower lr (now {recipe.lr}) or set clip_norm: 1.0 in the recipe")
-        average = average_of(model, recipe.ema) if recipe.ema else None
+        average = average_of(model, recipe.ema) if recipe.ema and lesson.group.rank == 0 else None
         self.state = State(model, optimizer_of(model, recipe), average, losses)
         file.read(self.state, lesson.compute)
         if self.state.precision is None:
             self.state.precision = precision
         lesson.bf16 = self.state.precision == "bf16"
+        lesson.join()
 
     @property
     def network(self) -> nn.Module:
@@ -205,20 +287,26 @@ class Training:
         average = self.state.average
         return self.lesson.model if average is None else average.module
 
-    def step(self, images: Tensor, targets: Tensor) -> None:
+    def step(self, images: Tensor, targets: Tensor, num_images: int) -> None:
         """Learn from a batch.
+
+        Args:
+            images: this process's part of it.
+            num_images: of an epoch.
 
         Raises:
             TrainingError: the loss became NaN or infinite, now or in one of the steps before.
         """
         state, steps = self.state, self.schedule.steps
-        torch.manual_seed(step_seed(self.seed, state.step))  # dropout inside the model
+        torch.manual_seed(step_seed(self.seed, state.step, self.lesson.group.rank))  # dropout inside the model
         self.schedule.set(state.optimizer, state.step)
-        loss = self.lesson(images, targets, state.step / steps)
+        size = self.lesson.recipe.batch_size
+        whole = min(size, num_images - size * (state.step % self.schedule.steps_per_epoch))
+        loss = self.lesson(images, targets, whole, state.step / steps)
         state.optimizer.step()
         if state.average is not None:
             state.average.update_parameters(self.lesson.model)
-        state.losses.add(loss, len(images))
+        state.losses.add(loss, whole)
         state.step += 1
         if state.step % self.schedule.steps_per_epoch == 0 or state.step == steps:
             return
@@ -246,7 +334,8 @@ class Training:
             metrics = self.judge.metrics(self.network, self.lesson.bf16)
             if self.judge.chooses:
                 self._keep_best(epoch, metrics.get(self.judge.metric, -math.inf))
-        state.curve.append(EpochFacts(epoch, state.losses.mean, self.schedule.lr(state.step - 1), metrics))
+        loss = self.lesson.group.mean(state.losses.mean, self.lesson.compute)
+        state.curve.append(EpochFacts(epoch, loss, self.schedule.lr(state.step - 1), metrics))
         note = self._note()
         state.losses.begin_epoch()
         if self.file.due and state.step < steps:
@@ -313,13 +402,13 @@ def _seconds(lesson: Lesson, images: Tensor, targets: Tensor, precision: Precisi
     clock = time.process_time if lesson.compute.type == "cpu" else time.perf_counter
     lesson.bf16 = precision == "bf16"
     started = clock()
-    lesson(images, targets, 0.0).item()
+    lesson(images, targets, len(images), 0.0).item()
     return clock() - started
 
 
-def step_seed(seed: int, step: int) -> int:
-    """What all randomness of a step inside the network begins with."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """What all randomness of a step inside the network begins with, in one of the processes that train."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
 def keep_freed_memory() -> None:
