@@ -150,7 +150,7 @@ class Contest:
             width = (
                 max(1, round(len(channels) / multiple)) * multiple if multiple > 1 else (len(channels) - 1) // 2 * 2 + 1
             )
-            kept[name] = self._best[name][: min(width, found.sizes[name])]
+            kept[name] = sorted(self._best[name][: min(width, found.sizes[name])])
         return found.replace(kept)
 
     def pruned(self, plan: PruningPlan) -> dict[str, Tensor]:
