@@ -55,6 +55,8 @@ MEMORY = (
     "machine with more"
 )
 OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory|bad_alloc|failed to allocate", re.I)
+LOST_READER = re.compile(r"DataLoader worker .*(killed|exited)")
+FEWER_READERS = "there may be too little memory: lower num_workers or cache_mb in the recipe"
 FULL_DISK = re.compile(r"No space left on device|os error 28|Disk quota exceeded|PytorchStreamWriter failed writing")
 NETWORK = (ConnectionError, TimeoutError, socket.gaierror, socket.herror)
 PARSERS = ("json", "yaml", "xml")
@@ -165,6 +167,8 @@ def _of_a_library(error: BaseException) -> Exception | None:
     text = str(error)
     if "torch.OutOfMemoryError" in kinds or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(text)):
         return SurroundingsError(MEMORY)
+    if isinstance(error, RuntimeError) and LOST_READER.search(text):
+        return SurroundingsError(f"a process that reads training images died ({_reason(error)}); {FEWER_READERS}")
     if isinstance(error, RuntimeError | ValueError) or kinds & {"safetensors.SafetensorError", "sqlite3.Error"}:
         if FULL_DISK.search(text):
             return SurroundingsError(f"{_reason(error)}; free some space")

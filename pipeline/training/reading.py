@@ -6,6 +6,7 @@ They end with this process, however it ends, and hear no Ctrl-C. What is read is
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import io
 import os
@@ -15,6 +16,7 @@ import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,6 +30,7 @@ from secateur.device_profiles.cores import usable_cores
 from secateur.pipeline.children import leave_terminal
 from secateur.pipeline.config.schema import Recipe
 from secateur.pipeline.errors import SurroundingsError, UserError
+from secateur.pipeline.foreign import FEWER_READERS
 from secateur.pipeline.workloads import Split, Workload
 
 Request = tuple[Tensor, Tensor]
@@ -39,6 +42,8 @@ FEW_IMAGES = 2048
 MOST_WORKERS = 16
 PREFETCHED = 2
 """Batches that a worker process reads ahead."""
+DYING_S = 1.0
+"""How long a process that has failed is watched for its end."""
 SHARE_OF_MEMORY = 0.25
 """Of what is free, for images that are kept."""
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - where processes hand over batches; nothing is written by a name of ours
@@ -77,7 +82,7 @@ def _num_workers(workload: Workload, split: Split, recipe: Recipe, compute: torc
     if recipe.num_workers is not None:
         return recipe.num_workers
     cores = usable_cores() // world_size
-    quick = getattr(split.source, "in_memory", False) and not workload.reads_anew
+    quick = hasattr(split.source, "in_memory") and not workload.reads_anew  # arrays, resized at most
     if cores < 2 or quick or recipe.epochs * len(split) < FEW_IMAGES or not _can_be_shared(split.source):
         return 0
     wanted = min(MOST_WORKERS, cores - 1 if compute.type == "cuda" else max(1, cores // 4))
@@ -172,13 +177,18 @@ class _Workers:
                 if isinstance(found, UserError):
                     raise found
                 yield found
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:  # the last two: while it handed over a batch
+            if not self._has_lost_one():
                 raise
-            raise SurroundingsError(
-                f"a process that reads training images died ({error}); there may be too little memory: lower "
-                "num_workers or cache_mb in the recipe"
-            ) from error
+            raise SurroundingsError(f"a process that reads training images died ({error}); {FEWER_READERS}") from error
+
+    def _has_lost_one(self) -> bool:
+        """Whether a process has died, or does so just now: its connections end first."""
+        reading: Any = None if self._loader is None else self._loader._iterator
+        try:
+            return reading is not None and bool(wait([worker.sentinel for worker in reading._workers], DYING_S))
+        except RuntimeError:  # PyTorch's handler of SIGCHLD, which raises wherever this process is
+            return True
 
     def _begun(self) -> Iterator[Any]:
         with warnings.catch_warnings():
@@ -201,9 +211,11 @@ class _Workers:
             return iter(self._loader)
 
     def close(self) -> None:
-        reading, self._loader = None if self._loader is None else self._loader._iterator, None
+        reading: Any = None if self._loader is None else self._loader._iterator
+        self._loader = None
         if reading is not None:
-            reading._shutdown_workers()  # type: ignore[attr-defined]  # else they live while anybody holds an epoch
+            with contextlib.suppress(RuntimeError):  # one has died, which was told where it was missed
+                reading._shutdown_workers()  # else they live while anybody holds an epoch
 
 
 def _as_it_is(found: Any) -> Any:
