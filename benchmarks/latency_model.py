@@ -36,6 +36,7 @@ from secateur.export.layers import layer_table
 from secateur.export.slicing import OnnxTemplate
 from secateur.pipeline.config.schema import LatencySection
 from secateur.pipeline.evaluation.latency import MULTIPLES, Latencies, plan_of
+from secateur.pipeline.workloads.detection.networks import build_detector
 from secateur.pipeline.workloads.networks import build_network
 from secateur.pruning import PruningPlan
 from secateur.pruning.cost import costs
@@ -48,6 +49,12 @@ NETWORKS = {
     "resnet18": ("resnet18", 1000, 224),
     "mobilenet_v2": ("mobilenet_v2", 1000, 224),
 }
+OTHERS = {
+    "mobilenet_v3_large": ("mobilenet_v3_large", 1000, 224),
+    "efficientnet_b0": ("efficientnet_b0", 1000, 224),
+    "ssdlite": ("ssdlite320_mobilenet_v3_large", 20, 320),
+}
+"""Networks of other benchmarks."""
 
 
 class Network:
@@ -55,8 +62,10 @@ class Network:
 
     def __init__(self, name: str, device: str, folder: Path) -> None:
         torch.manual_seed(0)
-        built, classes, size = NETWORKS[name]
-        self.model: nn.Module = build_network(built, classes, (3, 32, 32), {}).eval()
+        built, classes, size = {**NETWORKS, **OTHERS}[name]
+        detector = name == "ssdlite"
+        made = build_detector(built, classes, {}) if detector else build_network(built, classes, (3, 32, 32), {})
+        self.model: nn.Module = made.eval()
         self.example: Tensor = torch.randn(1, 3, size, size)
         self.graph = trace(self.model, self.example)
         self.template = OnnxTemplate.export(self.model, self.example, self.graph)
