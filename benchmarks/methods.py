@@ -75,7 +75,7 @@ WORK = 4e12
 """Image-MACs of a search (``--calibrate``)."""
 CALIBRATED_S = 120
 METHODS_COMPARED = (
-    "global random optuna cpmc dafp knapsack ccep acp icp meta rewarded_meta filter_ensemble evofc aofp dais"
+    "global random optuna cpmc dafp ccep acp icp meta rewarded_meta filter_ensemble evofc aofp dais"
 ).split()
 CONTROL = "uniform"
 CONTROLS = (CONTROL, "global", "random", "optuna")
