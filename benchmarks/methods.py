@@ -47,7 +47,7 @@ from secateur.pipeline.progress import Silent
 from secateur.pipeline.run.facts import Facts
 from secateur.pipeline.run.run import Run, create_run_directory
 from secateur.pipeline.stages.baseline import baseline
-from secateur.pipeline.stages.finetune import finetune
+from secateur.pipeline.stages.finetune import finetune, revive_weights
 from secateur.pipeline.stages.loading import load_baseline, load_compact
 from secateur.pipeline.stages.search import search
 from secateur.pipeline.training.statistics import recalibrate
@@ -150,7 +150,11 @@ def _results(run: Run, facts: Facts) -> Row:
 def left_by_search(run: Run, plan: Any, base: str) -> nn.Module:
     """The chosen network with the weights that the search left it."""
     model, graph = load_baseline(run)
-    return run.evaluator(model, graph).network(plan, base) if base else prune(model, graph, plan)
+    if not base:
+        return prune(model, graph, plan)
+    evaluator = run.evaluator(model, graph)
+    revive_weights(run, evaluator)
+    return evaluator.network(plan, base)
 
 
 def training_batches(run: Run) -> Iterator[torch.Tensor]:
