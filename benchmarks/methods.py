@@ -104,16 +104,17 @@ def measure(method: str, seed: int, folder: Path) -> Row:
     """One method under one seed, searched, tuned and tested; or what is left of it."""
     pointer = folder / f"{method}-{seed}"
     os.environ["SECATEUR_HOME"] = str(folder / "home")
-    if not pointer.exists():
+    resumed = pointer.exists()
+    if not resumed:
         pointer.write_text(str(create_run_directory(run_file(method, seed))), encoding="utf-8")
     with Run(Path(pointer.read_text(encoding="utf-8")), Silent()) as run:
         torch.set_num_threads(1)
         started = time.process_time()
         facts = Facts(baseline=baseline(run, Facts()))
         facts = facts.plus(search=search(run, facts))
-        searched = time.process_time() - started
+        searched = None if resumed else round(time.process_time() - started, 1)
         facts = facts.plus(finetune=finetune(run, facts))
-        return {"method": method, "seed": seed, **_origin(), **_results(run, facts), "search_cpu_s": round(searched, 1)}
+        return {"method": method, "seed": seed, **_origin(), **_results(run, facts), "search_cpu_s": searched}
 
 
 def _results(run: Run, facts: Facts) -> Row:
@@ -248,7 +249,8 @@ def summarised(rows: Sequence[Row], seeds: Sequence[int]) -> list[Row]:
                     key: float(np.mean([row[key] for row in mine]))
                     for key in ("as_cut", "recalibrated", "macs_ratio", "latency_ratio", "projected_share")
                 },
-                **{key: float(np.mean([row[key] for row in mine])) for key in ("work", "search_cpu_s", "evaluations")},
+                **{key: float(np.mean([row[key] for row in mine])) for key in ("work", "evaluations")},
+                "search_cpu_s": _mean([row["search_cpu_s"] for row in mine]),
                 "scope": "/".join(sorted({row["scope"] for row in mine})),
                 "metric": "/".join(sorted({row["metric"] for row in mine})),
                 "on_search_split": float(np.mean([row["on_search_split"] for row in mine])),
@@ -257,6 +259,12 @@ def summarised(rows: Sequence[Row], seeds: Sequence[int]) -> list[Row]:
             }
         )
     return sorted(lines, key=lambda line: -line["tuned"])
+
+
+def _mean(known: Sequence[float | None]) -> float:
+    """The mean of what is known: a search that was resumed has no time of its own; NaN where nothing is."""
+    values = [value for value in known if value is not None]
+    return float(np.mean(values)) if values else float("nan")
 
 
 def at_target(line: Row) -> bool:
@@ -316,7 +324,7 @@ def _table(lines: Sequence[Row]) -> str:
             *(name, str(line["seeds"]), f"{line['macs_ratio']:.4f}", f"{line['as_cut']:.2f}"),
             *(f"{line['recalibrated']:.2f}", f"{line['tuned']:.2f}{spread}", gain, f"{line['latency_ratio']:.3f}"),
             *(line["scope"], line["metric"], f"{line['projected_share']:.2f}{mark}", f"{line['work'] / 1e12:.2f}"),
-            *(f"{line['search_cpu_s']:.0f}", f"{line['evaluations']:.0f}"),
+            *("" if np.isnan(line["search_cpu_s"]) else f"{line['search_cpu_s']:.0f}", f"{line['evaluations']:.0f}"),
         )
         text += "| " + " | ".join(cells) + " |\n"
     return text
