@@ -7,7 +7,6 @@ middle of an epoch too; and neither how many processes read images, nor how many
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -74,6 +73,18 @@ def batches_of(
     return _Drawn(workload, len(split), recipe.batch_size, seed, compute, rank, world_size, mix, reader)
 
 
+def sizes_of(num_images: int, batch_size: int) -> list[int]:
+    """Images in each batch of an epoch, shape ``(batches,)``.
+
+    The last batch has what is left over. One image alone joins the batch before: where a map is one pixel, batch norm
+    has nothing to normalise an image by.
+    """
+    whole, left = divmod(num_images, batch_size)
+    if left == 1 and whole and batch_size > 1:
+        return [batch_size] * (whole - 1) + [batch_size + 1]
+    return [batch_size] * whole + [left] * (left > 0)
+
+
 def mixing_of(workload: Workload, recipe: Recipe) -> Callable[[Tensor, Tensor], Batch] | None:
     """What mixes the images of a batch in pairs, and their classes in the same share; None = nothing does.
 
@@ -133,13 +144,14 @@ class _Drawn:
     reader: Reader
 
     def __len__(self) -> int:
-        return math.ceil(self.num_images / self.batch_size)
+        return len(sizes_of(self.num_images, self.batch_size))
 
     def epoch(self, number: int, first_step: int = 0) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(epoch_seed(self.seed, number))
         order = torch.randperm(self.num_images, generator=generator)
         images, steps = draw(self.num_images, generator), draw(len(self), generator).tolist()
-        parts = [self._part(chosen) for chosen in torch.split(order, self.batch_size)[first_step:]]
+        sizes = sizes_of(self.num_images, self.batch_size)
+        parts = [self._part(chosen) for chosen in torch.split(order, sizes)[first_step:]]
         read = self.reader.read([(part.read, images[part.read]) for part in parts])
         for part, step_seed, (pixels, targets, seeds) in zip(parts, steps[first_step:], read, strict=True):
             batch = self._mixed(self.workload.prepare(pixels, targets, seeds, self.compute), step_seed)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from secateur.pipeline.config.schema import Distillation, Recipe
 from secateur.pipeline.progress import Report, silent
 from secateur.pipeline.training.average import average_of
-from secateur.pipeline.training.batches import batches_of
+from secateur.pipeline.training.batches import batches_of, sizes_of
 from secateur.pipeline.training.checkpoints import EVERY_S, Best, Checkpoint, State
 from secateur.pipeline.training.curve import EpochFacts, Fitted, Losses
 from secateur.pipeline.training.distributed import ALONE, Group, begun
@@ -300,8 +300,8 @@ class Training:
         state, steps = self.state, self.schedule.steps
         torch.manual_seed(step_seed(self.seed, state.step, self.lesson.group.rank))  # dropout inside the model
         self.schedule.set(state.optimizer, state.step)
-        size = self.lesson.recipe.batch_size
-        whole = min(size, num_images - size * (state.step % self.schedule.steps_per_epoch))
+        sizes = sizes_of(num_images, self.lesson.recipe.batch_size)
+        whole = sizes[state.step % self.schedule.steps_per_epoch]
         loss = self.lesson(images, targets, whole, state.step / steps)
         state.optimizer.step()
         if state.average is not None:

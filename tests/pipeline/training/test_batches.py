@@ -21,7 +21,7 @@ from torch import Tensor
 from secateur.pipeline.config.schema import Recipe
 from secateur.pipeline.errors import SurroundingsError, UserError
 from secateur.pipeline.training import reading
-from secateur.pipeline.training.batches import Batches, batches_of
+from secateur.pipeline.training.batches import Batches, batches_of, sizes_of
 from secateur.pipeline.workloads import Workload, custom, detection
 from secateur.pipeline.workloads.classification import Classification
 from secateur.pipeline.workloads.custom.task import OwnCode, make_task
@@ -96,6 +96,15 @@ def test_an_epoch_has_every_image_once_and_another_order_than_the_next(plain: Cl
     assert not torch.equal(*every)
     there = [sorted(map(tuple, images.flatten(1).tolist())) for images in every]
     assert there[0] == there[1]
+
+
+@given(st.integers(1, 200), st.integers(2, 40))
+def test_no_image_is_alone_in_a_batch_that_could_have_company(images: int, batch_size: int) -> None:
+    sizes = sizes_of(images, batch_size)
+    assert sum(sizes) == images
+    assert all(size == batch_size for size in sizes[:-1])
+    assert min(sizes) > 1 or images == 1
+    assert sizes[-1] <= batch_size + 1
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
