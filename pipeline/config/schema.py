@@ -146,7 +146,8 @@ class DeviceSection(Section):
     probe: bool = True
     """Probe a device that was never probed, at the start of the run: where its latency steps with width (under a minute
     on a PC); and, where the target or the reward looks at latency, with the run's own network, once for each network:
-    which widths pay in it (two minutes at most). False = use kept ones, or else the profile's ``channel_multiple``."""
+    which widths pay in it (two minutes at most, for a short search ten seconds). False = use kept ones, or else
+    the profile's ``channel_multiple``."""
 
 
 class TargetSection(Section):

@@ -12,7 +12,7 @@ import random
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,13 +24,16 @@ from torch import Tensor, nn
 from secateur.device_profiles.cores import usable_cores
 from secateur.device_profiles.profile import DeviceProfile
 from secateur.pipeline.config.schema import RunFile
+from secateur.pipeline.run.network_probe import probe_seconds
 from secateur.pipeline.run.opening import spared_the_probe
 from secateur.pipeline.run.preflight import Network, Preflight
 from secateur.pipeline.run.rehearsal import Counted, Work, rehearse, share
 from secateur.pipeline.training.precision import trains_in_bf16
 from secateur.pipeline.workloads import Workload
+from secateur.pruning.channels import ChannelGraph
 from secateur.pruning.cost import cost
-from secateur.pruning.plan import PruningPlan
+from secateur.pruning.plan import PruningPlan, SearchSpace
+from secateur.pruning.search.scope import Spaces
 from secateur.pruning.surgery import prune
 
 SLOW_STEP = 0.2
@@ -69,8 +72,6 @@ REGISTER = Seconds(4.0, 4.0)
 """Report, registry, and what they import."""
 PROBE = Seconds(30.0, 30.0)
 """The probe of a device that was never probed."""
-NETWORK_PROBE = Seconds(45.0, 45.0)
-"""The probe of a device with a network that was never timed on it."""
 PROCESS = Seconds(1.2, 1.2)
 """A measuring process: its start, loading the models, and calls until they are steady."""
 LOOK = Seconds(0.03, 0.03)
@@ -149,12 +150,54 @@ def estimate(found: Preflight) -> Estimate | None:
     if found.faults or found.profiles is None or found.workload is None or found.network is None:
         return None
     config, workload, network = found.config, found.workload, found.network
-    resident = _resident_bytes()
+    resident, compute = _resident_bytes(), found.compute or torch.device("cpu")
+    steps, prices, counted = _rehearsed(config, found.profiles, workload, network.graph, network.spaces, compute)
+    prices["network_probes"] = Seconds(*[probe_seconds(_seconds(counted.work, prices).wall)] * 2)
+    stages = count(found, workload, network, counted)
+    parts = tuple(Part(stage, *_seconds(work, prices)) for stage, work in stages.items())
+    memory = _memory(config, network, steps, resident, pretrained=workload.pretrained)
+    whole: Work = defaultdict(float)
+    for work in stages.values():
+        for step, num in work.items():
+            whole[step] += num
+    return Estimate(parts, memory, counted, whole)
+
+
+def search_seconds(
+    config: RunFile,
+    profiles: Sequence[DeviceProfile],
+    workload: Workload,
+    graph: ChannelGraph,
+    spaces: Spaces,
+    compute: torch.device,
+) -> float:
+    """What the search of a run will take, without probes."""
+    _, prices, counted = _rehearsed(config, profiles, workload, graph, spaces, compute)
+    return _seconds(counted.work, prices).wall
+
+
+def _seconds(work: Work, prices: Mapping[str, Seconds]) -> Seconds:
+    """What work takes."""
+    return Seconds(
+        sum(prices[step].wall * num for step, num in work.items()),
+        sum(prices[step].cpu * num for step, num in work.items()),
+    )
+
+
+def _rehearsed(
+    config: RunFile,
+    profiles: Sequence[DeviceProfile],
+    workload: Workload,
+    graph: ChannelGraph,
+    spaces: Spaces,
+    compute: torch.device,
+) -> tuple[Steps, dict[str, Seconds], Counted]:
+    """What was timed, what each step of ``Work`` takes (a probe of the network aside), and what a search asks for."""
     with _as_before(config.threads or usable_cores()):
-        model = workload.build_model().to(found.compute).eval()
-        steps = _timed_steps(config, workload, network, model, found.compute or torch.device("cpu"))
-    searching = [_process(p, "search", steps.forward.wall).times(p.search.processes) for p in found.profiles]
-    timing = [_process(p, "final", steps.forward.wall) for p in found.profiles]
+        model = workload.build_model().to(compute).eval()
+        steps = _timed_steps(config, workload, graph, spaces.whole, model, compute)
+    searching = [_process(p, "search", steps.forward.wall).times(p.search.processes) for p in profiles]
+    timing = [_process(p, "final", steps.forward.wall) for p in profiles]
     prices: dict[str, Seconds] = {
         "images_trained": steps.train,
         "images_taught": steps.forward,
@@ -168,32 +211,17 @@ def estimate(found: Preflight) -> Estimate | None:
         "templates": TEMPLATE,
         "registrations": REGISTER,
         "probes": PROBE,
-        "network_probes": NETWORK_PROBE,
     }
     num_scored = min(config.search.images, len(workload.search))
     counted = rehearse(
         config,
-        network.graph,
-        network.spaces,
+        graph,
+        spaces,
         (len(workload.train), num_scored),
         (workload.metric, workload.search_metric),
         {name: price.wall for name, price in prices.items()},
     )
-    stages = count(found, workload, network, counted)
-    parts = tuple(
-        Part(
-            stage,
-            sum(prices[step].wall * num for step, num in work.items()),
-            sum(prices[step].cpu * num for step, num in work.items()),
-        )
-        for stage, work in stages.items()
-    )
-    memory = _memory(config, network, steps, resident, pretrained=workload.pretrained)
-    whole: Work = defaultdict(float)
-    for work in stages.values():
-        for step, num in work.items():
-            whole[step] += num
-    return Estimate(parts, memory, counted, whole)
+    return steps, prices, counted
 
 
 def count(found: Preflight, workload: Workload, network: Network, counted: Counted) -> dict[str, Work]:
@@ -230,18 +258,23 @@ def count(found: Preflight, workload: Workload, network: Network, counted: Count
 
 
 def _timed_steps(
-    config: RunFile, workload: Workload, network: Network, model: nn.Module, compute: torch.device
+    config: RunFile,
+    workload: Workload,
+    graph: ChannelGraph,
+    space: SearchSpace,
+    model: nn.Module,
+    compute: torch.device,
 ) -> Steps:
     """Time a few steps of a network; its statistics change, so it must be nobody else's.
 
     On a CPU by the CPU time of one thread, which other load hardly touches; more threads count by what they save.
     """
     recipe, generator = config.finetune, torch.Generator().manual_seed(0)
-    half = {name: range(widths[len(widths) // 2]) for name, widths in network.space.allowed.items()}
-    plan = PruningPlan.full(network.graph.groups).replace(half)
+    half = {name: range(widths[len(widths) // 2]) for name, widths in space.allowed.items()}
+    plan = PruningPlan.full(graph.groups).replace(half)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    cut = timed(lambda: prune(model, network.graph, plan), compute)
+    cut = timed(lambda: prune(model, graph, plan), compute)
     model.to(memory_format=torch.channels_last)
 
     def batch(num: int, *, train: bool) -> tuple[Tensor, Tensor]:
@@ -266,7 +299,7 @@ def _timed_steps(
         saved_by = min(1.0, together / evaluated.wall)
         torch.set_num_threads(1)
     if one.cpu >= SLOW_STEP:
-        saved = float(cost(network.graph, PruningPlan.full(network.graph.groups)).activation_bytes)
+        saved = float(cost(graph, PruningPlan.full(graph.groups)).activation_bytes)
         trained = evaluated.times(TRAIN_OVER_FORWARD)
     else:
         saved, trained = _timed_training(config, workload, model, compute, batch, num)

@@ -51,10 +51,18 @@ BEFORE = frozenset({"metric", "scope", "smallest", "reference", "search"})
 """Stages that begin after this one."""
 CLOSE = 0.05
 """Loss up to which a multiple's uniform plan is worth a measurement at a search's own target."""
-SECONDS = 120.0
-"""What a probe may take; kinds of groups that are not reached by then keep the best multiple for all."""
+SECONDS, LEAST_SECONDS = 120.0, 10.0
+"""What a probe may take at most, and at least; kinds of groups that are not reached by then keep the best multiple for
+all."""
+SEARCH_SHARE = 0.25
+"""Of the time that the run's search takes may go into its probe."""
+FEW_BELOW = 15.0
+"""Seconds below which a probe times fewer networks, and settles one multiple for all groups only."""
+FEW_MULTIPLES, FEW_RATIOS = (1, 4, 8, 16), MACS_RATIOS[:2]
 FIRST_SHARE = 0.4
 """Of these seconds goes into the choice of one multiple for all."""
+LEAST_CALLS = 1.0
+"""Seconds of timed calls for one kind of groups, at least."""
 PROCESSES = 3
 LOADED_BYTES = 256 << 20
 """Of files that one process on the device loads at a time."""
@@ -111,10 +119,10 @@ class Cuts:
     def _space(self) -> SearchSpace:
         return SearchSpace.of(self.graph.groups, frozen=self.frozen)
 
-    def alike(self) -> Plans:
+    def alike(self, multiples: Sequence[int] = MULTIPLES, ratios: Sequence[float] = MACS_RATIOS) -> Plans:
         """All groups with one multiple: those that lead to other networks than a smaller one."""
-        every = {m: dict.fromkeys(self.kinds.values(), m) for m in MULTIPLES}
-        return _distinct({(m, ratio): self.of(of, ratio) for m, of in every.items() for ratio in MACS_RATIOS})
+        every = {m: dict.fromkeys(self.kinds.values(), m) for m in multiples}
+        return _distinct({(m, ratio): self.of(of, ratio) for m, of in every.items() for ratio in ratios})
 
     def finer(self, multiples: Mapping[str, int], kind: str) -> Plans:
         """One kind of groups with smaller multiples, the others as they are."""
@@ -219,6 +227,15 @@ def network_of(template: OnnxTemplate, cuts: Cuts) -> str:
     return hashlib.sha256(json.dumps([template.structure, cuts.kinds], sort_keys=True).encode()).hexdigest()[:16]
 
 
+def probe_seconds(search_seconds: float) -> float:
+    """What a probe may take beside a search.
+
+    Args:
+        search_seconds: of the search, without the probe.
+    """
+    return min(SECONDS, max(LEAST_SECONDS, SEARCH_SHARE * search_seconds))
+
+
 def probe_network(
     device: Device,
     template: OnnxTemplate,
@@ -231,29 +248,32 @@ def probe_network(
 
     Args:
         fingerprint: of device, runtime and settings.
-        seconds: that it may take.
+        seconds: that it may take; few of them are spent on fewer networks.
 
     Raises:
         DeviceError: whatever the device reports.
     """
     begun = time.monotonic()
-    plans = cuts.alike()
+    few = seconds < FEW_BELOW
+    plans = cuts.alike(FEW_MULTIPLES, FEW_RATIOS) if few else cuts.alike()
     if len({multiple for multiple, _ in plans}) < 2:
         return None
-    kinds = cuts.by_size()
+    kinds = [] if few else cuts.by_size()  # in so few calls, what a kind's finer widths cost would be noise
     progress(0, 1 + len(kinds), f"{len(plans)} networks")
     with tempfile.TemporaryDirectory(prefix="secateur-probe-") as folder:
         stopwatch = _Stopwatch(device, template, cuts, Path(folder))
         found = stopwatch.time(plans, FIRST_SHARE * seconds)
+        loading = max(0.0, time.monotonic() - begun - FIRST_SHARE * seconds)
         multiple, losses = best_of(found)
         progress(1, 1 + len(kinds), f"multiples of {multiple}")
         multiples, trials = dict.fromkeys(cuts.kinds.values(), multiple), []
         best = {at: plan for at, plan in plans.items() if at[0] == multiple and at[1] in MACS_RATIOS[:2]}
         for done, kind in enumerate(kinds, start=1):
             left = seconds - (time.monotonic() - begun)
-            if left <= 0:
+            if left <= loading / 2:  # there are fewer networks for one kind
                 break
-            new = _relaxed(stopwatch, multiples, kind, best, left / (len(kinds) + 1 - done), slope_of(found))
+            calls = max(LEAST_CALLS, left / (len(kinds) + 1 - done) - loading / 2)
+            new = _relaxed(stopwatch, multiples, kind, best, calls, slope_of(found))
             trials += new
             multiples[kind] = finest({multiple: Loss(0.0), **{trial.multiple: trial.loss for trial in new}})
             progress(done + 1, 1 + len(kinds), f"{kind}: multiples of {multiples[kind]}")
@@ -273,7 +293,12 @@ def probe_network(
 
 
 def _relaxed(
-    stopwatch: _Stopwatch, multiples: Mapping[str, int], kind: str, best: Plans, seconds: float, slope: float
+    stopwatch: _Stopwatch,
+    multiples: Mapping[str, int],
+    kind: str,
+    best: Plans,
+    seconds: float,
+    slope: float,
 ) -> list[Trial]:
     """Finer widths of one kind of groups, each compared with the best multiple for all groups.
 
@@ -303,17 +328,32 @@ class Settled:
         probes: by device; those that were not probed are missing.
         reasons: why not, by device.
         of_groups: channel group -> what its widths are multiples of; empty = as devices' own probes or profiles say.
+        at_most: the largest multiple with which the targets are within reach; None = those of ``of_groups`` are fine.
     """
 
     probes: Mapping[str, NetworkProbe]
     reasons: Mapping[str, str]
     of_groups: Mapping[str, int]
+    at_most: int | None = None
 
     @property
     def best(self) -> tuple[int, ...]:
         """What a search compares uniform plans of: multiples within ``CLOSE`` of the best on some device."""
         losses = [(m, loss.value) for probe in self.probes.values() for m, loss in probe.losses.items()]
         return tuple(sorted({multiple for multiple, loss in losses if loss <= CLOSE}))
+
+    @property
+    def finer(self) -> tuple[int, ...]:
+        """Largest multiples, each finer than what was found, down to 1."""
+        return tuple(m for m in reversed(MULTIPLES) if m < max(self.of_groups.values(), default=1))
+
+    def steps(self, at_most: int | None) -> dict[str, int]:
+        """Channel group -> what its widths are multiples of, all of what was found among them.
+
+        Args:
+            at_most: powers of two up to this one; None = as found.
+        """
+        return {n: m if at_most is None else math.gcd(m, at_most) for n, m in self.of_groups.items()}
 
 
 NOTHING = Settled({}, {}, {})
@@ -325,14 +365,24 @@ def settled(records: Sequence[Record]) -> Settled | None:
     Raises:
         JournalError: what it says cannot be read.
     """
-    for record in records:
-        if record.get("stage") == STAGE:
-            try:
-                probes = {n: NetworkProbe.from_json(json.dumps(data)) for n, data in record["probes"].items()}
-                return Settled(probes, record["reasons"], record["multiples"])
-            except (DeviceError, KeyError, AttributeError) as error:
-                raise JournalError(f"the line of the stage {STAGE!r} cannot be read: {error}") from error
-    return None
+    lines = [record for record in records if record.get("stage") == STAGE]
+    if not lines:
+        return None
+    first, *later = lines
+    try:
+        probes = {n: NetworkProbe.from_json(json.dumps(data)) for n, data in first["probes"].items()}
+        return Settled(probes, first["reasons"], first["multiples"], later[-1]["at_most"] if later else None)
+    except (DeviceError, KeyError, AttributeError) as error:
+        raise JournalError(f"the line of the stage {STAGE!r} cannot be read: {error}") from error
+
+
+def settle_finer(journal: Journal, at_most: int) -> None:
+    """Write down that the targets take finer widths than those that pay.
+
+    Args:
+        at_most: the largest multiple.
+    """
+    journal.append({"stage": STAGE, "kind": "choice", "at_most": at_most})
 
 
 def settle(
@@ -343,6 +393,7 @@ def settle(
     folder: Path,
     progress: ProgressView,
     spared: str = "",
+    seconds: Callable[[], float] = lambda: SECONDS,
 ) -> Settled:
     """Find the widths that pay on every device, and write them down; once a run.
 
@@ -350,6 +401,7 @@ def settle(
         template: what networks are cut from; None = this network's cannot be cut.
         folder: where probes are kept for later runs.
         spared: why no device is probed for this run, so that only kept probes count; empty = it is.
+        seconds: what a probe may take; asked only where a device is probed.
 
     Raises:
         DeviceError: a device is unreachable, or fails in a way that says nothing of the probe.
@@ -364,7 +416,7 @@ def settle(
     if (cut := template()) is None:
         reasons = dict.fromkeys(fleet.names, "the network is exported anew for every plan, which takes too long")
     else:
-        answers = _on_every(fleet, cut, cuts, folder, progress, spared)
+        answers = _on_every(fleet, cut, cuts, folder, progress, spared, seconds)
         found = {name: answer for name, answer in answers.items() if isinstance(answer, NetworkProbe)}
         reasons = {name: answer for name, answer in answers.items() if isinstance(answer, str)}
     if spared and not found:
@@ -376,7 +428,13 @@ def settle(
 
 
 def _on_every(
-    fleet: Fleet, template: OnnxTemplate, cuts: Cuts, folder: Path, progress: ProgressView, spared: str
+    fleet: Fleet,
+    template: OnnxTemplate,
+    cuts: Cuts,
+    folder: Path,
+    progress: ProgressView,
+    spared: str,
+    seconds: Callable[[], float],
 ) -> dict[str, NetworkProbe | str]:
     """What was found on every device, kept or new; a text says why there is nothing."""
     network = network_of(template, cuts)
@@ -387,11 +445,11 @@ def _on_every(
     if not missing:
         return found
     with progress.stage(f"Probe {', '.join(missing)} with this network") as report:
-        tally = Tally(report, missing)
+        tally, most = Tally(report, missing), seconds()
 
         def probed(device: Device) -> NetworkProbe | str:
             try:
-                probe = probe_network(device, template, cuts, prints[device.name], tally.of(device.name))
+                probe = probe_network(device, template, cuts, prints[device.name], tally.of(device.name), most)
             except DeviceError as error:
                 if error.code not in UNFIT:
                     raise

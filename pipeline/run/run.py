@@ -36,6 +36,7 @@ from secateur.pipeline.evaluation.worker_pool import Engine, WorkerPool
 from secateur.pipeline.files import write_whole
 from secateur.pipeline.progress import ProgressView
 from secateur.pipeline.run import network_probe
+from secateur.pipeline.run.estimate import search_seconds
 from secateur.pipeline.run.facts import SearchSplitFacts
 from secateur.pipeline.run.journal import Journal, Record, read_journal, require_format
 from secateur.pipeline.run.metric import settle, settled
@@ -48,6 +49,7 @@ from secateur.pipeline.run.opening import (
     looks_at_latency,
     make_strategy,
     open_workload,
+    search_space,
     search_spaces,
     spared_the_probe,
 )
@@ -325,6 +327,24 @@ class Run:
         """
         return search_spaces(self.config, graph, self._steps(), head_prefixes_of(model))
 
+    def finer_spaces(self, graph: ChannelGraph) -> dict[int | None, SearchSpace]:
+        """The widths that pay, then ever finer ones that reach smaller networks; each by its largest multiple.
+
+        Those that pay are under None.
+
+        Raises:
+            UserError: as ``spaces``.
+        """
+        settled = network_probe.settled(self.journal.records)
+        if settled is None or not settled.of_groups:
+            return {None: search_space(self.config, graph, self._steps())}
+        found: dict[int | None, SearchSpace] = {}
+        for most in (None, *settled.finer):
+            space = search_space(self.config, graph, settled.steps(most))
+            if all(space.smallest() != other.smallest() for other in found.values()):
+                found[most] = space
+        return found
+
     def device_space(self, graph: ChannelGraph) -> SearchSpace:
         """The widths that suit the devices, however fine those of the search are."""
         return device_space(self.config, graph, self._steps())
@@ -345,12 +365,21 @@ class Run:
         cuts = network_probe.Cuts(graph, frozen_groups(self.config.search.frozen, graph))
         spared = spared or spared_the_probe(self.config)
         folder = home() / "devices"
-        return network_probe.settle(self.journal, self.fleet, files.template, cuts, folder, self.progress, spared)
+        spaces = self.spaces(model, graph)
+
+        def seconds() -> float:
+            return network_probe.probe_seconds(
+                search_seconds(self.config, self.profiles, self.workload, graph, spaces, self.compute)
+            )
+
+        return network_probe.settle(
+            self.journal, self.fleet, files.template, cuts, folder, self.progress, spared, seconds
+        )
 
     def _steps(self) -> Steps:
         settled = network_probe.settled(self.journal.records)
         if settled is not None and settled.of_groups:
-            return settled.of_groups
+            return settled.steps(settled.at_most)
         return common_multiples(Multiples(**facts.multiples) for facts in self.facts_of_devices.values())
 
     def reward(self, reference: Evaluation, metric: str) -> Reward:

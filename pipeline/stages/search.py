@@ -14,6 +14,7 @@ from secateur.pipeline.errors import UserError
 from secateur.pipeline.evaluation.evaluator import Evaluator
 from secateur.pipeline.lifecycle.finish import chosen_plan, only
 from secateur.pipeline.lifecycle.rescore import rank_agreement
+from secateur.pipeline.run import network_probe
 from secateur.pipeline.run.facts import (
     Facts,
     LatencyFacts,
@@ -31,11 +32,12 @@ from secateur.pipeline.run.study import Study
 from secateur.pipeline.stages.loading import load_baseline
 from secateur.pruning.channels import ChannelGraph
 from secateur.pruning.cost import cost
-from secateur.pruning.plan import PruningPlan
+from secateur.pruning.plan import PruningPlan, SearchSpace
 from secateur.pruning.search.protocol import Archive, BudgetSpent, Candidate, Evaluation, Goal
 from secateur.pruning.search.reward import Reward
 from secateur.pruning.search.scope import ScopeChoice, Spaces
 from secateur.pruning.search.support import SearchError
+from secateur.pruning.surgery import Certificate
 
 POINT_ESTIMATE = 0.1
 """How far (fraction) a ratio from one process may be off, before a target is called out of reach for it."""
@@ -54,11 +56,8 @@ def search(run: Run, facts: Facts) -> SearchFacts:
     run.check_runtimes()
     model, graph = load_baseline(run)
     probes = settle_widths(run, model, graph)
-    spaces = run.spaces(model, graph)
-    certificate = prove(model, graph, spaces.whole, run.workload.example_input(), run.config.seed)
     split = settle_metric(run, model, graph)
-    oracle = run.evaluator(model, graph, spaces.whole)
-    reference = measure_reference(run, oracle, graph)
+    spaces, certificate, oracle, reference = _begin(run, model, graph)
     archive, study, scope = _search(run, oracle, graph, spaces, reference)
     full, again = PruningPlan.full(graph.groups), Study(run.journal, oracle, stage="ranking")
     with run.progress.stage("Score the best again in float32"):
@@ -84,14 +83,25 @@ def search(run: Run, facts: Facts) -> SearchFacts:
     )
 
 
+def _begin(run: Run, model: nn.Module, graph: ChannelGraph) -> tuple[Spaces, Certificate, Evaluator, Evaluation]:
+    """Widths with which the targets are within reach, their certificate, the evaluator and the reference."""
+    spaces = run.spaces(model, graph)
+    certificate = prove(model, graph, spaces.whole, run.workload.example_input(), run.config.seed)
+    oracle = run.evaluator(model, graph, spaces.whole)
+    reference = measure_reference(run, oracle, graph)
+    reward = run.reward(reference, run.workload.search_metric)
+    oracle.prefer(lambda evaluation: merit(run, reward, evaluation, reference))
+    if settle_finer(run, reject_impossible(run, oracle, run.finer_spaces(graph), reference)):
+        return _begin(run, model, graph)  # as a resumed run does: what was measured is in the journal
+    return spaces, certificate, oracle, reference
+
+
 def _search(
     run: Run, oracle: Evaluator, graph: ChannelGraph, spaces: Spaces, reference: Evaluation
 ) -> tuple[Archive, Study, ScopeChoice | None]:
     """What the method returns, the study that drove it, and the scope it had; or the one plan that a run is given."""
     metric = run.workload.search_metric
     reward = run.reward(reference, metric)
-    oracle.prefer(lambda evaluation: merit(run, reward, evaluation, reference))
-    reject_impossible(run, oracle, spaces.whole.smallest(), reference)
     plan = chosen_plan(run.directory, graph)
     before = Study(run.journal, oracle, run.tracker.candidate, stage=STAGE, budget=run.budget())
     scope = None if plan is not None else _scope(run, before, graph, spaces, reference, reward)
@@ -178,25 +188,54 @@ def settle_metric(run: Run, model: nn.Module, graph: ChannelGraph) -> SearchSpli
     return split
 
 
-def reject_impossible(run: Run, oracle: Evaluator, smallest: PruningPlan, reference: Evaluation) -> None:
-    """Before searching: can the smallest network of the space meet the targets and the device's budgets at all?
+def settle_finer(run: Run, at_most: int | None) -> bool:
+    """Go on with finer widths than those that pay, said aloud; whether that is new.
+
+    Args:
+        at_most: their largest multiple; None = those that pay do.
+    """
+    settled = network_probe.settled(run.journal.records)
+    if at_most is None or settled is None or settled.at_most == at_most:
+        return False
+    network_probe.settle_finer(run.journal, at_most)
+    run.progress.say(
+        "With the widths that pay no network meets the targets, so the search takes finer ones: "
+        + ("any" if at_most == 1 else f"multiples of {at_most} at most")
+    )
+    return True
+
+
+def reject_impossible(
+    run: Run, oracle: Evaluator, spaces: Mapping[int | None, SearchSpace], reference: Evaluation
+) -> int | None:
+    """Before searching: can the smallest network of a space meet the targets and the device's budgets at all?
+
+    Args:
+        spaces: by largest multiple, each finer than the one before it.
+
+    Returns:
+        The largest multiple of the first whose smallest network can.
 
     Raises:
-        UserError: it cannot; says the smallest that can be reached.
+        UserError: none can; says the smallest that can be reached.
     """
-    limit = run.config.search.target.macs_ratio
-    ratio = cost(oracle.graph, smallest).macs / reference["macs"]
-    faults = [] if limit is None or ratio <= limit else [_out_of_reach("macs_ratio", limit, ratio)]
-    faults += _too_slow_or_large(run, oracle, smallest, reference)
-    if faults:
-        listing = "\n  ".join(faults)
-        raise UserError(
-            f"no network in this search space meets the targets:\n  {listing}\nLoosen them, lower "
-            "search.min_keep_ratio or device.channel_multiple, or start from a smaller network"
-        )
+    limit, faults = run.config.search.target.macs_ratio, list[str]()
+    study = Study(run.journal, oracle, stage="smallest")
+    for at_most, space in spaces.items():
+        smallest = space.smallest()
+        ratio = cost(oracle.graph, smallest).macs / reference["macs"]
+        faults = [] if limit is None or ratio <= limit else [_out_of_reach("macs_ratio", limit, ratio)]
+        faults += _too_slow_or_large(run, study, smallest, reference)
+        if not faults:
+            return at_most
+    listing = "\n  ".join(faults)
+    raise UserError(
+        f"no network in this search space meets the targets:\n  {listing}\nLoosen them, lower "
+        "search.min_keep_ratio or device.channel_multiple, or start from a smaller network"
+    )
 
 
-def _too_slow_or_large(run: Run, oracle: Evaluator, smallest: PruningPlan, reference: Evaluation) -> Iterator[str]:
+def _too_slow_or_large(run: Run, study: Study, smallest: PruningPlan, reference: Evaluation) -> Iterator[str]:
     """Faults of the smallest network on the devices; measured only where something depends on it."""
     target = run.config.search.target.latency_ratio
     limits = {
@@ -207,7 +246,6 @@ def _too_slow_or_large(run: Run, oracle: Evaluator, smallest: PruningPlan, refer
     }
     if target is None and not limits:
         return
-    study = Study(run.journal, oracle, stage="smallest")
     least = study.evaluate(Candidate(0, smallest, "smallest"), latency=True)
     if target is not None and (ratio := _at_best(least.metrics)) > target:
         yield _out_of_reach("latency_ratio", target, ratio)

@@ -22,7 +22,7 @@ from secateur.pipeline.devices.fleet import Device, Fleet
 from secateur.pipeline.progress import Silent
 from secateur.pipeline.run import network_probe
 from secateur.pipeline.run.journal import Journal
-from secateur.pipeline.run.network_probe import Cuts, Settled, settle, settled
+from secateur.pipeline.run.network_probe import Cuts, Settled, probe_seconds, settle, settled
 from secateur.pipeline.run.opening import spared_the_probe
 from secateur.pipeline.run.widths import STREAM
 from secateur.pruning.channels import ChannelGraph
@@ -118,11 +118,14 @@ def fleet_of(*targets: LawTarget) -> Fleet:
     return Fleet(devices)
 
 
-def settle_in(folder: Path, network: Cut, *targets: LawTarget, spared: str = "", name: str = "run") -> Settled:
+def settle_in(
+    folder: Path, network: Cut, *targets: LawTarget, spared: str = "", name: str = "run", seconds: float = 120.0
+) -> Settled:
     """What a run finds out in its directory, under a home that later runs share."""
     graph, template = network
     with Journal(folder / name / "journal.jsonl", "run", "config") as journal:
-        return settle(journal, fleet_of(*targets), lambda: template, Cuts(graph), folder / "home", Silent(), spared)
+        fleet, cuts, home = fleet_of(*targets), Cuts(graph), folder / "home"
+        return settle(journal, fleet, lambda: template, cuts, home, Silent(), spared, lambda: seconds)
 
 
 def test_whole_blocks_are_found(tmp_path: Path, network: Cut) -> None:
@@ -139,6 +142,17 @@ def test_what_costs_nothing_is_finer(tmp_path: Path, network: Cut) -> None:
     assert set(inner.values()) == {32}
     assert probe.multiples[STREAM] == 1
     assert {trial.kind for trial in probe.trials} == set(probe.multiples)
+
+
+def test_a_short_search_pays_for_few_networks_and_still_finds_the_blocks(tmp_path: Path, network: Cut) -> None:
+    short, long = (probe_seconds(search) for search in (5.0, 3600.0))
+    assert 10 <= short < long <= 120
+    brief, whole = NetworkTarget(blocks=all_of(16)), NetworkTarget(blocks=all_of(16))
+    for name, target, seconds in (("brief", brief, short), ("whole", whole, long)):
+        probe = settle_in(tmp_path / name, network, target, seconds=seconds).probes["d0"]
+        assert probe.multiple in (8, 16), "a cut in multiples of 8 may happen to be whole blocks"
+        assert probe.losses[1].value > 0.05
+    assert sum(brief.timed) < sum(whole.timed) / 2
 
 
 def test_a_device_without_steps_leaves_every_width(tmp_path: Path, network: Cut) -> None:

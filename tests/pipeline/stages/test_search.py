@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,16 @@ import pytest
 from secateur.device_profiles.network_probe import Cut, Loss, NetworkProbe
 from secateur.pipeline.devices.fleet import Device
 from secateur.pipeline.errors import UserError
+from secateur.pipeline.evaluation.evaluator import Evaluator
+from secateur.pipeline.progress import Silent
 from secateur.pipeline.run import network_probe
 from secateur.pipeline.run import run as run_module
 from secateur.pipeline.run.facts import SearchFacts, from_json, to_json
-from secateur.pipeline.run.network_probe import Cuts, network_of
+from secateur.pipeline.run.network_probe import LEAST_SECONDS, Cuts, network_of
+from secateur.pipeline.run.run import Run, create_run_directory
 from secateur.pipeline.stages.loading import load_baseline
+from secateur.pruning.plan import PruningPlan
+from secateur.pruning.search.protocol import Candidate, Evaluation
 from tests.pipeline.helpers import opened, perform, quick_device, tiny_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
@@ -74,19 +80,68 @@ def test_random_and_uniform_controls_run_through_the_same_stages(tmp_path: Path)
             assert np.max(macs) <= 0.7 * facts.search.reference["macs"]
 
 
-def test_the_widths_come_from_the_probe_with_the_runs_own_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def probed_as(multiple: int, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Have the probe of a run's network find one multiple for all groups; returns the seconds it is given."""
     asked = []
 
-    def probe(device: Device, template: Any, cuts: Cuts, fingerprint: str, progress: Any) -> NetworkProbe:
-        asked.append(device.name)
-        cut, loss = {8: (Cut(0.5, (0.6, 0.6, 0.6)),)}, {8: Loss(0.0, 0.0)}
-        multiples, network = dict.fromkeys(cuts.kinds.values(), 8), network_of(template, cuts)
-        return NetworkProbe(device.name, fingerprint, network, 8, multiples, cuts.kinds, cut, loss, (), 1.0, 2.0)
+    def probe(
+        device: Device, template: Any, cuts: Cuts, fingerprint: str, progress: Any, seconds: float
+    ) -> NetworkProbe:
+        asked.append(seconds)
+        cut, loss = {multiple: (Cut(0.5, (0.6, 0.6, 0.6)),)}, {multiple: Loss(0.0, 0.0)}
+        every, network = dict.fromkeys(cuts.kinds.values(), multiple), network_of(template, cuts)
+        return NetworkProbe(device.name, fingerprint, network, multiple, every, cuts.kinds, cut, loss, (), 1.0, 2.0)
 
     monkeypatch.setattr(network_probe, "probe_network", probe)
     monkeypatch.setattr(run_module, "spared_the_probe", lambda config: "")
+    return asked
+
+
+class Said(Silent):
+    """Keeps the sentences of a run."""
+
+    def __init__(self) -> None:
+        self.sentences: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.sentences.append(text)
+
+
+@pytest.mark.parametrize("target", [{"macs_ratio": 0.2}, {"latency_ratio": 0.4}])
+def test_targets_that_only_finer_widths_reach_get_them_and_a_resumed_run_sees_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: dict[str, float]
+) -> None:
+    probed_as(32, monkeypatch)
+    measured = Evaluator.evaluate
+
+    def kept(plan: PruningPlan) -> float:
+        """What stands for latency here: the share of channels."""
+        return sum(plan.widths.values()) / sum(plan.sizes.values())
+
+    def evaluate(self: Evaluator, candidate: Candidate, latency: bool, *args: Any, **options: Any) -> Evaluation:
+        found, ratio = measured(self, candidate, latency, *args, **options), kept(candidate.plan)
+        times = {"latency_ratio": ratio, "latency_ratio_low": ratio} if latency else {}
+        return replace(found, metrics={**found.metrics, **times})
+
+    monkeypatch.setattr(Evaluator, "evaluate", evaluate)
+    monkeypatch.setattr(Evaluator, "time", lambda self, request: np.array([kept(plan) for plan in request.plans]))
+    search = {"method": "random", "options": {"num_plans": 2, "tolerance": 0.5}, "target": target}
+    config = tiny_config(tmp_path, search=search, baseline={"epochs": 0.2})
+    said = Said()
+    with Run(create_run_directory(config), said) as run:
+        archive, written = perform(run, "search").search.archive, len(run.journal.records)
+    assert sum("finer" in sentence for sentence in said.sentences) == 1
+    assert archive, "the probe's widths alone would have been refused"
+    with Run(run.directory, said) as again:
+        assert perform(again, "search").search.archive == archive
+        assert len(again.journal.records) == written
+    assert sum("finer" in sentence for sentence in said.sentences) == 1
+
+
+def test_the_widths_come_from_the_probe_with_the_runs_own_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = probed_as(8, monkeypatch)
     search = {"method": "random", "options": {"num_plans": 3, "tolerance": 0.5}, "target": {"macs_ratio": 0.7}}
     config = tiny_config(tmp_path, search=search, baseline={"epochs": 0.2})
     with opened(config) as run:
@@ -94,6 +149,6 @@ def test_the_widths_come_from_the_probe_with_the_runs_own_network(
         again = from_json("search", to_json(facts.search))
         sizes = facts.search.archive[0].candidate.plan.sizes
         assert run.spaces(*load_baseline(run)).whole.allowed == {n: tuple(range(8, s + 1, 8)) for n, s in sizes.items()}
-    assert asked == ["quick"]
+    assert asked == [LEAST_SECONDS], "a search of seconds pays for the shortest probe"
     assert facts.search.probes is not None and facts.search.probes["quick"].multiple == 8
     assert isinstance(again, SearchFacts) and again.probes == facts.search.probes
