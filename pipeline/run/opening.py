@@ -267,7 +267,7 @@ def known_steps(profiles: Iterable[DeviceProfile]) -> tuple[Multiples, bool]:
 def spared_the_probe(config: RunFile) -> str:
     """Why a run's devices are not probed with its network; empty where they are.
 
-    That takes a minute or two. It is for searches that look at latency, and for widths that nobody has set.
+    That takes up to two minutes. It is for searches that look at latency, and for widths that nobody has set.
     """
     if config.search.channel_multiple is not None or config.device.channel_multiple is not None:
         return "the run file sets the channel multiple"
