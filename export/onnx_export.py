@@ -6,7 +6,6 @@ import io
 import json
 import logging
 import os
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,8 @@ from secateur.export.artifact import ExportedModel, describe, opset_of
 from secateur.export.blame import explained
 from secateur.export.errors import ExportError
 from secateur.export.qdq import Calibration
+
+LOG = logging.getLogger(__name__)
 
 OPSET = 20
 """Operator set of files, unless told otherwise; templates always have it."""
@@ -149,7 +150,7 @@ def optimise(proto: onnx.ModelProto) -> onnx.ModelProto:
 def _silence() -> Iterator[None]:
     """Without the exporter's warnings and log lines; what matters of them is raised as an error.
 
-    It prints, too: what it printed is shown only if it did not fail.
+    It prints, too: what it printed is a line of the log for those who debug.
     """
     known = [name for name in logging.root.manager.loggerDict if name.partition(".")[0] in TALKERS]
     loggers = [logging.getLogger(name) for name in {*TALKERS, *known}]
@@ -160,7 +161,7 @@ def _silence() -> Iterator[None]:
             for logger in loggers:
                 logger.setLevel(logging.CRITICAL)
             yield
-        sys.stderr.write(printed.getvalue())
+        LOG.debug("the exporter printed: %s", printed.getvalue())
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -21,6 +21,7 @@ SHORT = {
     "ccep": {"outer_iterations": 8, "generations": 3, "finetune_epochs": 0},
     "evofc": {"generations": 8},
     "filter_ensemble": {"rounds": 1},
+    "icp": {"noise_first": True},
     "meta": {"iterations": 4, "population": 20},
     "optuna": {"num_plans": 40},
     "rewarded_meta": {"iterations": 4, "population": 20},

@@ -112,7 +112,7 @@ def test_it_ends_within_a_width_step_of_a_latency_target(
     options, goal = METHODS.load(method).Options(), Goal(latency_ratio=ratio)
     archive, driver = bounded(method, options, fake, goal, budget, seed=seed)
     plan = archive[0].candidate.plan
-    assert fake.latency(plan) <= ratio
+    assert fake.latency(plan) <= ratio + 1e-9
     assert slowest_step(fake, plan) > (ratio if summed else NEAR * ratio)
     check_spent(driver.spent, budget, fake, plan)
 

@@ -23,7 +23,7 @@ def model_of(sizes: tuple[int, ...]) -> LatencyModel:
         np.array([[1, 0]] * count, dtype=np.int64),
         np.stack([np.zeros((count, count)), np.eye(count)], axis=1).astype(np.int64),
     )
-    terms = np.zeros((4, 74))
+    terms = np.zeros((4, 90))
     terms[3, 0] = 1.0  # work of a linear layer
     costs = np.arange(1.0, count + 1)
     return LatencyModel(table, terms, costs / (costs @ sizes), np.array([0.0, 1.0]))
