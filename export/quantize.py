@@ -39,12 +39,15 @@ def _int8(network: onnx.ModelProto, calibration: Calibration | None) -> onnx.Mod
 
 def _fp16(network: onnx.ModelProto, _: Calibration | None) -> onnx.ModelProto:
     from onnxruntime.transformers.float16 import convert_float_to_float16  # half a second
+    from onnxscript import ir
 
     try:
         made: onnx.ModelProto = convert_float_to_float16(network, keep_io_types=True)
     except Exception as error:  # it raises whatever ONNX and NumPy do
         raise ExportError(f"ONNX Runtime cannot write the network in fp16: {error}") from error
-    return made
+    written = ir.from_proto(made)
+    written.graph.sort()  # its casts stand behind what reads them
+    return ir.to_proto(written)
 
 
 PRECISIONS: Mapping[str, Precision] = {
