@@ -27,7 +27,7 @@ def test_the_timed_file_is_the_registered_one(finished: Any) -> None:
     assert Path(pulled).read_bytes() == (run.directory / "compact.onnx").read_bytes()
     stored = onnx.load(pulled)
     told = {entry.key: entry.value for entry in stored.metadata_props}
-    assert {"plan", "precision", "run", "versions", "classes", "image_size"} <= set(told)
+    assert {"plan_digest", "precision", "run", "versions", "classes", "image_size"} <= set(told)
     assert not any(str(Path(place)) in value for value in told.values() for place in (run.directory, Path.home()))
 
 
