@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -33,7 +34,6 @@ from secateur.device_profiles.network_probe import (
     loss_of,
     slope_of,
 )
-from secateur.export.slicing import OnnxTemplate
 from secateur.pipeline.devices.fleet import Device, Fleet, Tally
 from secateur.pipeline.errors import JournalError
 from secateur.pipeline.progress import ProgressView, Report
@@ -45,6 +45,9 @@ from secateur.pruning.plan import PlanError, PruningPlan, SearchSpace
 from secateur.pruning.search.landing import filled
 from secateur.pruning.search.protocol import Evaluation, Goal, Problem
 from secateur.pruning.search.support import Limit, SearchError, macs_ratios
+
+if TYPE_CHECKING:
+    from secateur.export.slicing import OnnxTemplate
 
 STAGE = "network probe"
 BEFORE = frozenset({"metric", "scope", "smallest", "reference", "search"})
