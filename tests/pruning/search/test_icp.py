@@ -89,6 +89,34 @@ def test_copies_go_first_and_one_of_each_kind_stays():
     assert max(entry.evaluation["top1"] for entry in rival) < BASELINE - 0.05
 
 
+@pytest.mark.parametrize("noise_first", [False, True])
+def test_weak_channels_like_no_other_go_first_unless_they_are_to_stay(noise_first):
+    fake, weak = study((40, 40, 40)), [3, 11, 29]
+    for value in fake.value.values():
+        value[:] = 1 + 1e-3 * np.arange(len(value))
+        value[weak] = [0.1, 0.3, 0.5]
+    options = Options(rounds=1, max_cut=0.5, noise_first=noise_first)
+    plan = drive(search(fake.problem(Goal(macs_ratio=0.7)), options), fake)[0].candidate.plan
+    for kept in plan.kept.values():
+        assert len(kept) < 40
+        assert (set(weak) <= set(kept)) is noise_first
+        assert noise_first or not set(weak) & set(kept)
+
+
+@settings(max_examples=10)
+@given(rounds=st.integers(2, 6), seed=st.integers(0, 99), ratio=st.floats(0.3, 0.8))
+def test_by_default_no_group_loses_a_larger_share_than_its_round_saves_of_the_cost(rounds, seed, ratio):
+    fake = study((32, 40, 48))
+    archive = drive(search(fake.problem(Goal(macs_ratio=ratio), seed), Options(rounds=rounds)), fake)
+    plan, now = fake.space.full, 1.0
+    for done, entry in enumerate(archive[:-1]):  # the last one is brought to the target channel by channel
+        aim = max(ratio, now * (ratio / now) ** (1 / max(1, rounds - done)))
+        for name, width in entry.candidate.plan.widths.items():
+            before = plan.widths[name]
+            assert width >= min(aim / now * before, fake.space.below(name, before)) - 1e-9
+        plan, now = entry.candidate.plan, ratios(fake, [entry])[0]
+
+
 def test_a_given_epsilon_is_used_in_every_round_until_nothing_is_alike():
     fake = redundant()
     archive = drive(search(fake.problem(), Options(epsilon=0.5, rounds=9, max_cut=0.6, noise_first=True)), fake)
