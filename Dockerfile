@@ -1,4 +1,4 @@
-# An image that runs run files, flows and workers. docs/image.md has the build arguments and what was checked.
+# An image that runs run files, flows and workers. docs/how-to/image.md has the build arguments and what was checked.
 #   docker build -t secateur .
 #   docker build -t secateur:cpu --build-arg TORCH=cpu --build-arg TORCH_INDEX_URL=... .
 # A tag can be moved, a digest cannot; `make pin` writes it anew.

@@ -1,7 +1,7 @@
 """Every search method and every control on one network: same MACs, same search work, same fine-tuning, several seeds.
 
     SECATEUR_DATA=... python benchmarks/methods.py [--only ccep,acp] [--seeds 0,1,2] [--minutes 90] [--fresh]
-                                                   [--folder PATH] [--results PATH] [--write docs/methods.md]
+                                                   [--folder PATH] [--results PATH] [--write docs/reference/methods.md]
     SECATEUR_DATA=... python benchmarks/methods.py --calibrate
 
 ResNet-20 with pretrained weights on all of CIFAR-10 (SECATEUR_DATA/cifar10: the arrays and weights that the CIFAR run
@@ -294,9 +294,10 @@ def page(lines: Sequence[Row], fresh: Sequence[Row], figures: Sequence[Figure], 
     text = (
         "# Search methods side by side\n\n"
         "Written by `SECATEUR_DATA=... python benchmarks/methods.py`, which says how it is done; all numbers of every "
-        f"run are in `docs/methods.json`. ResNet-20 on CIFAR-10, unpruned {unpruned:.2f} % on the test split, cut "
-        f"to {TARGET:g} of its MACs; every search may spend {WORK:.3g} image-MACs ({CALIBRATED_S} CPU-seconds of one "
-        "thread when calibrated), then two epochs of distilled fine-tuning. Mean and standard deviation over seeds; "
+        f"run are in `docs/reference/methods.json`. ResNet-20 on CIFAR-10, unpruned {unpruned:.2f} % on the test "
+        f"split, cut to {TARGET:g} of its MACs; every search may spend {WORK:.3g} image-MACs ({CALIBRATED_S} "
+        "CPU-seconds of one thread when calibrated), then two epochs of distilled fine-tuning. Mean and "
+        "standard deviation over seeds; "
         "the difference to `uniform` is paired over images and clustered by seed, with its 95 % interval. Controls are "
         "in italics. † = more than a quarter of the removed MACs were chosen by the projection onto the target and not "
         f"by the method.\n\nProcessors: {'; '.join(processors)}. Commits: {', '.join(commits)}.\n\n"
@@ -410,7 +411,9 @@ def main() -> None:
     arguments.add_argument("--fresh", action="store_true", help="repeat the chosen method with three fresh seeds")
     arguments.add_argument("--minutes", type=float, default=90, help="begin no row after so long (default 90)")
     arguments.add_argument("--folder", type=Path, default=Path("methods-work"), help="journals and weights")
-    arguments.add_argument("--results", type=Path, default=Path("docs/methods.json"), help="rows that are done")
+    arguments.add_argument(
+        "--results", type=Path, default=Path("docs/reference/methods.json"), help="rows that are done"
+    )
     arguments.add_argument("--write", type=Path, metavar="PATH", help="write the table as a Markdown page")
     arguments.add_argument("--calibrate", action="store_true", help="say what the search's work is worth here, and end")
     options = arguments.parse_args()

@@ -1,4 +1,4 @@
-"""What one candidate costs the driver, unit by unit: the figures that docs/scaling.md multiplies.
+"""What one candidate costs the driver, unit by unit: the figures that docs/how-to/scaling.md multiplies.
 
     python benchmarks/units.py [--candidates 256] [--json PATH]
 

@@ -99,8 +99,8 @@ def _explain_key(word: str, methods: list[str]) -> None:
         close = nearest(word, keys, methods)
         hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise errors.UserError(
-            f"no key of the run file and no search method is called {word!r}{hint} (docs/run-file.md lists all keys, "
-            "`secateur list methods` the methods)"
+            f"no key of the run file and no search method is called {word!r}{hint} (docs/reference/run-file.md lists "
+            "all keys, `secateur list methods` the methods)"
         )
     for key in meant:
         _show_key(key, "")

@@ -48,7 +48,7 @@ def show(facts: Facts, config: RunFile, directory: Path, tracking_uri: str) -> N
 
 
 def document(facts: Facts, config: RunFile, directory: Path, tracking_uri: str) -> dict[str, Any]:
-    """What a run ends with, as JSON can hold it; docs/command-line.md describes every key."""
+    """What a run ends with, as JSON can hold it; docs/reference/command-line.md describes every key."""
     known, entry = facts.to_json(), facts.register
     return {
         "format": FORMAT,

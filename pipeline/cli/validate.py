@@ -75,7 +75,7 @@ def validate(
 
 
 def document(file: Path, preflight: Preflight, taken: Estimate | None = None) -> dict[str, Any]:
-    """What is known of a run, as JSON can hold it; docs/run-file.md describes every key."""
+    """What is known of a run, as JSON can hold it; docs/reference/run-file.md describes every key."""
     return {
         "format": FORMAT,
         "file": str(file),

@@ -12,7 +12,7 @@ from secateur.pipeline.config.json_schema import CHOICES, Json, whole
 
 BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 KINDS = {"string": "text", "object": "mapping"}
-"""JSON Schema's words -> those of docs/run-file.md."""
+"""JSON Schema's words -> those of docs/reference/run-file.md."""
 
 
 @dataclass(frozen=True)

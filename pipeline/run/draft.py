@@ -91,8 +91,8 @@ def tasks_of(path: Path) -> dict[Task, str]:
             f"{formats.lying_in(path)}"
         )
         raise UserError(
-            f"{found}. docs/data.md shows how data lies. `secateur init` without a path writes a run file for digits, "
-            "in which data.source and data.path can be set"
+            f"{found}. docs/reference/data.md shows how data lies. `secateur init` without a path writes a run file "
+            "for digits, in which data.source and data.path can be set"
         )
     return seen
 

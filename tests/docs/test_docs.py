@@ -26,7 +26,7 @@ from secateur.pipeline.config.reading import parse_run_file
 from tests.pipeline.helpers import merged
 
 ROOT = Path(__file__).parents[2]
-DOCS = sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))
+DOCS = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "docs").rglob("*.md"))
 PAGES = ["README.md", "CONTRIBUTING.md", "ARCHITECTURE.md", *DOCS]
 REASONS = {"names of the text", "a trained model"}
 MOST_NOT_RUN = 5
@@ -172,6 +172,19 @@ def test_links_lead_somewhere(page: str) -> None:
         assert target.exists(), f"{page}: {link}"
         if anchor and target.suffix == ".md":
             assert anchor in anchors(target), f"{page}: {link}"
+
+
+def test_pages_that_messages_and_comments_name_are_there() -> None:
+    """A moved page leaves error messages, docstrings and comments behind that nothing else looks at."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True).stdout.split("\0")
+    wrong = [
+        f"{name}: {page}"
+        for name in listed
+        if name and not (ROOT / name).is_symlink() and (ROOT / name).is_file()
+        for page in re.findall(r"(?<![\w/])docs/[\w/-]+\.(?:md|json)\b", (ROOT / name).read_text("utf-8", "ignore"))
+        if not (ROOT / page).is_file()
+    ]
+    assert listed and not wrong
 
 
 def anchors(file: Path) -> set[str]:

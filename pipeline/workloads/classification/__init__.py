@@ -311,7 +311,7 @@ class Classification:
                 f"a {type(outputs).__name__}",
                 "return the classes' logits alone; several outputs are for a task",
             )
-            fix = f"{fix} of your own (docs/custom-task.md)"
+            fix = f"{fix} of your own (docs/how-to/custom-task.md)"
             if isinstance(outputs, Tensor):
                 found, fix = f"shape {tuple(outputs.shape)}", "pass num_classes on to its last layer"
             raise UserError(

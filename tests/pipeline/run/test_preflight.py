@@ -246,7 +246,7 @@ def test_json_is_one_document_with_everything(
 
 def test_json_keys_are_documented(monkeypatch: pytest.MonkeyPatch, capsys: Captured, tmp_path: Path) -> None:
     _, found = document(monkeypatch, capsys, str(write_tiny(tmp_path)))
-    page = (Path(__file__).parents[3] / "docs" / "run-file.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "reference" / "run-file.md").read_text(encoding="utf-8")
 
     def names(value: Any, prefix: str = "") -> list[str]:
         if isinstance(value, list):

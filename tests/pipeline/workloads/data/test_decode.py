@@ -1,4 +1,4 @@
-"""The decoder: what it makes of everything that image files carry, a test for each row of the table in docs/data.md."""
+"""The decoder: what it makes of what image files carry, a test for each row of docs/reference/data.md's table."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.pipeline.workloads.data.pictures import (
 )
 
 ROWS: dict[str, Callable[[], None]] = {}
-DOCS = Path(__file__).parents[4] / "docs" / "data.md"
+DOCS = Path(__file__).parents[4] / "docs" / "reference" / "data.md"
 
 
 def row(title: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
