@@ -86,7 +86,7 @@ class Loading:
     def _turn(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterator[tuple[Tensor, Tensor]], spent: Spent
     ) -> None:
-        bf16 = trains_in_bf16(self._recipe().precision, self.compute)
+        bf16 = trains_in_bf16(self._recipe().autocast, self.compute)
         for step in range(-AHEAD, self.steps):
             if step == 0:
                 _wait(self.compute)

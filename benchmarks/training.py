@@ -131,7 +131,7 @@ class Comparison:
         steps = self.steps + WARM_UP
         split = workload.train.first(steps * case.batch)
         ema, distill = 0.999 if case.extra == "average" else 0.0, Distillation() if case.extra == "teacher" else None
-        recipe = Recipe(epochs=1, batch_size=case.batch, precision=self.precision, ema=ema)
+        recipe = Recipe(epochs=1, batch_size=case.batch, autocast=self.precision, ema=ema)
         teacher = copy.deepcopy(network) if distill else None
         file = self.folder / "checkpoint"
         with Path("/dev/null").open("w") as nothing, RichProgress(Terminal(file=nothing)).stage("Train") as shown:

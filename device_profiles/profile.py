@@ -7,6 +7,8 @@ sources are inherited.
 from __future__ import annotations
 
 import difflib
+import functools
+import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -42,6 +44,7 @@ RUNTIMES = Shelf(
 )
 """What networks run with on a device, named as their modules."""
 NOT_SETTINGS = ("extends",)
+log = logging.getLogger(__name__)
 """Keys of a file that say where its settings come from."""
 
 
@@ -144,7 +147,6 @@ class DeviceProfile(BaseModel):
     provider: str = "CPUExecutionProvider"
     threads: int = Field(default=1, ge=1, le=1024)
     batch: int = Field(default=1, ge=1, le=65_536)
-    precision: Literal["fp32", "int8"] = "fp32"
     channel_multiple: ChannelMultiple = 8
     timing: bool = True
     max_temperature_c: float | None = Field(default=None, gt=0, le=1000)
@@ -239,6 +241,8 @@ def _load(path: Path, profiles: Mapping[str, list[Path]], chain: tuple[Path, ...
     if data.pop("name", path.stem) != path.stem:
         faults.append(_at("name", f"must be the file name, {path.stem!r}; leave it out or rename the file", lines))
     data.pop("extends", None)
+    if data.pop("precision", None) is not None:
+        _say_ignored(path)
     _place_files(data, path.absolute().parent)
     settings = _inherited(base, data) if base else data
     told = {_dotted(fault.place) for fault in misread}
@@ -251,6 +255,16 @@ def _load(path: Path, profiles: Mapping[str, list[Path]], chain: tuple[Path, ...
     if faults or profile is None:
         raise _invalid(path, faults)
     return profile
+
+
+@functools.cache
+def _say_ignored(path: Path) -> None:
+    """Tell of a key of earlier profiles, once a process."""
+    log.warning(
+        "Note: %s: precision is ignored; what ships is said by the run file's precision. Delete the line: it is read "
+        "in this release only.",
+        path,
+    )
 
 
 def _place_files(data: dict[str, Any], folder: Path) -> None:
@@ -279,7 +293,7 @@ def _read(text: str, path: Path) -> Document:
 def _schemas(target: str) -> dict[Place, Schema | None]:
     """What the places of a profile take."""
     own = schema_of(DeviceProfile)
-    properties = {**own["properties"], **{key: {"type": "string"} for key in NOT_SETTINGS}}
+    properties = {**own["properties"], **{key: {"type": "string"} for key in (*NOT_SETTINGS, "precision")}}
     try:
         connect = schema_of(TARGETS.load(target).Settings)
     except (ValueError, PydanticUserError):  # told with the other faults

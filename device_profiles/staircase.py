@@ -108,7 +108,7 @@ def fingerprint_of(profile: DeviceProfile, answer: Mapping[str, Any]) -> str:
     facts = {**answer.get("device", {}), **answer.get("runtime", {}), **answer}
     name = runtime_named(profile.runtime).name
     known = {key: facts[key] for key in (*FINGERPRINT_KEYS, name) if key in facts}
-    settings = [profile.provider, profile.threads, profile.precision, profile.batch, profile.target.rpartition(":")[2]]
+    settings = [profile.provider, profile.threads, "fp32", profile.batch, profile.target.rpartition(":")[2]]
     settings += [] if profile.runtime == DEFAULT else [name]
     return hashlib.sha256(json.dumps([known, settings], sort_keys=True).encode()).hexdigest()[:16]
 

@@ -126,9 +126,7 @@ def _compute() -> Iterator[Check]:
     name = torch.cuda.get_device_name() if cuda else "no CUDA: networks are trained on the processor"
     yield Check("compute", "ok", name)
     native = native_bf16(torch.device("cuda" if cuda else "cpu"))
-    yield Check(
-        "bf16", "ok", "native: precision: auto trains in it" if native else "not native: precision: auto is fp32"
-    )
+    yield Check("bf16", "ok", "native: autocast: auto trains in it" if native else "not native: autocast: auto is fp32")
 
 
 def _room() -> Iterator[Check]:

@@ -23,7 +23,7 @@ from secateur.pipeline.config.choices import (
 )
 from secateur.pipeline.config.faults import Fault, FaultsError, Report
 from secateur.pipeline.config.overrides import apply, in_order
-from secateur.pipeline.config.renamed import with_new_words
+from secateur.pipeline.config.renamed import with_new_keys, with_new_words
 from secateur.pipeline.config.schema import RunFile
 from secateur.pipeline.errors import UserError
 
@@ -86,6 +86,8 @@ def parse_run_file(text: str, name: str = "run file", overrides: Sequence[str] =
         place = apply(content, override)
         origins = {at: origin for at, origin in origins.items() if at[: len(place)] != place}
         origins[place] = "--set"
+    for old, new in with_new_keys(content).items():
+        origins |= {new: origins[old]} if old in origins else {}
     with_new_words(content)
     report = Report(Fault(place, f"given {len(lines)} times") for place, lines in document.repeated.items())
     run_file = _checked(content, report)

@@ -1,4 +1,4 @@
-"""Words of the run file that were renamed: an old one is read for one release, and means the same as the new one.
+"""Words and keys of the run file that were renamed: an old one is read for one release, and means the same as the new.
 
 ``reading.py``, which asks here, reads all run files, also those of run directories and registered versions.
 A digest is taken of the words by which a setting was first known, so that a run that has begun stays the same run.
@@ -17,6 +17,23 @@ RENAMED: Mapping[Place, Mapping[str, str]] = {
     ("workload", "model", "name"): {f"cifar_resnet{n}": f"cifar/resnet{n}" for n in (8, 20, 32, 44, 56, 110)},
 }
 """Place of a value -> its old word -> its new word."""
+KEYS: Mapping[Place, str] = {("baseline", "precision"): "autocast", ("finetune", "precision"): "autocast"}
+"""Place of an old key -> its new name; ``Section.formerly`` has them for digests."""
+
+
+def with_new_keys(content: dict[str, Content]) -> dict[Place, Place]:
+    """Put the new key in the place of each old one, and say so; returns old place -> new place of what was renamed.
+
+    Where a section has both, the old one is left to the schema, which knows it no longer.
+    """
+    moved = {}
+    for place, new in KEYS.items():
+        section, old = _section(content, place), place[-1]
+        if old in section and new not in section:
+            section[new] = section.pop(old)
+            moved[place] = (*place[:-1], new)
+            _say(".".join(map(str, place[:-1])), str(old), new)
+    return moved
 
 
 def with_new_words(content: dict[str, Content]) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import parse_qsl, urlsplit
 
@@ -32,6 +34,8 @@ class Section(BaseModel):
     runs can still be resumed."""
     passing: ClassVar[frozenset[str]] = frozenset()
     """Keys that change no result, and so are no part of the digest: they may be another when a run is resumed."""
+    formerly: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Keys that were renamed -> what they were called, which is what the digest goes on calling them."""
 
 
 class Distillation(Section):
@@ -53,6 +57,7 @@ class Recipe(Section):
     """How a network is trained: optimizer, learning rate over time, and what stands against overfitting."""
 
     passing = frozenset({"recipe", "num_workers", "cache_mb"})
+    formerly = MappingProxyType({"autocast": "precision"})
     later = frozenset({"optimizer", "weight_decay_on", "schedule", "milestones", "milestone_factor"}) | {
         *("warmup_steps", "accumulate", "keep", "mixup", "cutmix")
     }
@@ -105,10 +110,10 @@ class Recipe(Section):
     keep: Literal["last", "best"] = "last"
     """last = training ends with its last weights; best = with those of the epoch whose metric on the search split was
     highest, each epoch judged."""
-    precision: Literal["fp32", "bf16", "auto"] = "auto"
-    """bf16 = mixed precision; auto = fp32, or bf16 where the hardware multiplies it natively and a few steps of this
-    network take less time in it. Trained weights, and so figures, are then a little different on other processors; fp32
-    for the same recipe on all of them."""
+    autocast: Literal["fp32", "bf16", "auto"] = "auto"
+    """The numbers it computes in: bf16 = mixed precision; auto = fp32, or bf16 where the hardware multiplies it
+    natively and a few steps of this network take less time in it. Trained weights, and so figures, are then a little
+    different on other processors; fp32 for the same recipe on all of them."""
     num_workers: Annotated[int, Field(ge=0, le=1024)] | None = None
     """Processes that read training images; how many there are changes no result. None = where reading takes long, one
     for every four cores, or, where a GPU trains, one for every core but one."""
@@ -443,13 +448,13 @@ class RunFile(Section):
 
 def digested(section: Section) -> dict[str, Any]:
     """A section as JSON, without what its digest leaves out."""
-    content = section.model_dump(mode="json")
+    written, content = section.model_dump(mode="json"), {}
     for key, field in type(section).model_fields.items():
         value = getattr(section, key)
-        if isinstance(value, Section):
-            content[key] = digested(value)
         if key in section.passing or (key in section.later and value == field.get_default(call_default_factory=True)):
-            del content[key]
+            continue
+        name = section.formerly.get(key, key)
+        content[name] = digested(value) if isinstance(value, Section) else written[key]
     return content
 
 

@@ -136,7 +136,7 @@ class Trainer:
         return self.weights.restore(base, Checkpoint(sha256, path, plan))
 
     def _recipe(self, request: FineTune | AuxiliaryTraining) -> FinetuneSection:
-        update: dict[str, float | str] = {"epochs": request.epochs, "precision": self._precision}
+        update: dict[str, float | str] = {"epochs": request.epochs, "autocast": self._precision}
         if isinstance(request, FineTune) and request.lr is not None:
             update["lr"] = request.lr
         return self.recipe.model_copy(update=update)
@@ -151,7 +151,7 @@ class Trainer:
             return precision_of(self.recipe, baseline.model, workload, workload.train, compute)
 
         file = self.weights.path("training").with_suffix(".precision")
-        return certain(self.recipe.precision, baseline.compute) or remembered(file, choose)
+        return certain(self.recipe.autocast, baseline.compute) or remembered(file, choose)
 
     def _distillation(self, request: FineTune) -> Distillation | None:
         if request.distill is False:

@@ -364,7 +364,7 @@ class Checkup:
             if stop_after is not None and step > stop_after:
                 raise _StoppedError
 
-        recipe = Recipe(epochs=2, lr=1e-3, batch_size=BATCH, warmup_epochs=0, clip_norm=1.0, precision="fp32")
+        recipe = Recipe(epochs=2, lr=1e-3, batch_size=BATCH, warmup_epochs=0, clip_norm=1.0, autocast="fp32")
         with seeded(0):
             model = self.code.model(True)
             args: dict[str, Any] = {"seed": 0, "checkpoint": checkpoint, "compute": torch.device("cpu")}

@@ -316,7 +316,7 @@ def _timed_training(
 ) -> tuple[float, Seconds]:
     """Of one image of a training step: bytes kept for the backward pass, and time."""
     recipe, kept = config.finetune, {parameter.data_ptr(): 0 for parameter in model.parameters()}
-    bf16 = trains_in_bf16(recipe.precision, compute)
+    bf16 = trains_in_bf16(recipe.autocast, compute)
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def keep(tensor: Tensor) -> Tensor:

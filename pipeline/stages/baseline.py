@@ -39,7 +39,7 @@ def baseline(run: Run, facts: Facts) -> BaselineFacts:
         key, cache = _content_key(run, recipe), BaselineCache(home() / "baselines", run.progress.say)
         content, trained = cache.get(key, partial(_train, run, recipe))
         write_whole(file, content)
-        digest, origin = sha256_of(file), f"{'trained' if trained else 'reused'} ({key}, {recipe.precision})"
+        digest, origin = sha256_of(file), f"{'trained' if trained else 'reused'} ({key}, {recipe.autocast})"
         return BaselineFacts(origin=origin, training=read_fitted(cache.folder / key), files={file.name: digest})
     return BaselineFacts(origin=origin, files={file.name: digest})
 
@@ -47,8 +47,8 @@ def baseline(run: Run, facts: Facts) -> BaselineFacts:
 def _settled(run: Run) -> Recipe:
     """The recipe with the precision that it has on this machine: once chosen, always the same."""
     recipe = run.config.baseline
-    if (known := certain(recipe.precision, run.compute)) is not None:
-        return recipe.model_copy(update={"precision": known})
+    if (known := certain(recipe.autocast, run.compute)) is not None:
+        return recipe.model_copy(update={"autocast": known})
 
     def choose() -> Precision:
         with torch.random.fork_rng():
@@ -56,7 +56,7 @@ def _settled(run: Run) -> Recipe:
         return precision_of(recipe, model, run.workload, run.workload.train, run.compute)
 
     chosen = remembered(home() / "baselines" / f"{_content_key(run, recipe)}.precision", choose)
-    return recipe.model_copy(update={"precision": chosen})
+    return recipe.model_copy(update={"autocast": chosen})
 
 
 def _content_key(run: Run, recipe: Recipe) -> str:

@@ -387,7 +387,7 @@ def precision_of(
     Args:
         model: on ``compute``; a copy of it is timed.
     """
-    if (known := certain(recipe.precision, compute)) is not None:
+    if (known := certain(recipe.autocast, compute)) is not None:
         return known
     with torch.random.fork_rng():
         copied = move(copy.deepcopy(model), compute).train()

@@ -61,6 +61,16 @@ def test_extra_folder_and_path(tmp_path: Path):
         load_profile(tmp_path / "none.yaml")
 
 
+def test_an_earlier_profiles_precision_is_ignored_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """It was a setting once; profiles that have it, and what was kept about their devices, stay good."""
+    file = tmp_path / "board.yaml"
+    file.write_text("threads: 2\nprecision: int8\n")
+    assert load_profile(file).threads == 2
+    load_profile(file)
+    (said,) = caplog.messages
+    assert str(file) in said and "precision is ignored" in said
+
+
 def test_all_faults_are_reported_together_with_their_lines(tmp_path: Path):
     file = tmp_path / "bad.yaml"
     file.write_text(

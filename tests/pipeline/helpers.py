@@ -32,7 +32,6 @@ QUICK_DEVICE = {
     "provider": "CPUExecutionProvider",
     "threads": 1,
     "batch": 1,
-    "precision": "fp32",
     "channel_multiple": 4,
     "search": {"processes": 1, "warmup": 1, "min_repeats": 3, "min_seconds": 0.0},
     "final": {"processes": 3, "max_processes": 3, "warmup": 1, "min_repeats": 5, "min_seconds": 0.0, "strict": False},
@@ -47,14 +46,14 @@ TINY: dict[str, Any] = {
         "model": {"name": "cifar/resnet8"},
         "data": {"source": "digits", "image_size": 8, "augment": "shift"},
     },
-    "baseline": {"epochs": 2, "lr": 0.1, "batch_size": 64, "precision": "fp32"},
+    "baseline": {"epochs": 2, "lr": 0.1, "batch_size": 64, "autocast": "fp32"},
     "search": {
         "method": "ccep",
         "images": 64,
         "options": {"outer_iterations": 2, "population": 2, "generations": 1, "finetune_epochs": 1},
     },
     "reward": {"preset": "rewarded_v2"},  # by MACs: a killed run must reach the same plan whatever the clock says
-    "finetune": {"top": 2, "epochs": 1, "batch_size": 64, "precision": "fp32"},
+    "finetune": {"top": 2, "epochs": 1, "batch_size": 64, "autocast": "fp32"},
     "gate": {"max_drop": 1.0, "min_speedup": None},
 }
 

@@ -43,7 +43,7 @@ class Place:
             "search": {**search, "target": {"macs_ratio": 0.9}},
             "device": {"profile": str(self.folder / "board.yaml"), "probe": False},
             "workers": {"engine": "processes", "count": 1},
-            "baseline": {"epochs": 1, "precision": "fp32"},
+            "baseline": {"epochs": 1, "autocast": "fp32"},
         }
         tiny = merged(TINY, {"search": None})
         (self.folder / "run.yaml").write_text(yaml.safe_dump({**merged(tiny, changes), "search": changes["search"]}))

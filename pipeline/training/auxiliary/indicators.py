@@ -255,7 +255,7 @@ def _train(task: Task, settings: Settings, model: nn.Module, indicators: Indicat
     switches = torch.optim.Adam([alpha], lr=settings.lr or max(LR, least))
     everything = {"model": model, "weights": weights, "switches": switches}
     step, images = _resume(task.checkpoint, everything, alpha, compute)
-    bf16 = trains_in_bf16(recipe.precision, compute)
+    bf16 = trains_in_bf16(recipe.autocast, compute)
     model.train()
     while step < steps:
         epoch = step // per_epoch

@@ -8,14 +8,17 @@ import pytest
 import yaml
 
 from secateur.pipeline.config import renamed
+from secateur.pipeline.config.faults import FaultsError
 from secateur.pipeline.config.reading import parse_run_file
-from secateur.pipeline.config.renamed import RENAMED
+from secateur.pipeline.config.renamed import KEYS, RENAMED
 from secateur.pipeline.config.schema import RunFile
 from tests.pipeline.helpers import TINY, merged
 
 WORDS = [(place, old, new) for place, words in RENAMED.items() for old, new in words.items()]
 BEGUN = "name: a\nworkload: {name: classification}\nsearch: {forward: steady}\n"
 """A run file of the release that knew the old word, and its digest there."""
+WITH_PRECISION = "name: a\nworkload: {name: classification}\nfinetune: {precision: bf16}\n"
+WITH_PRECISION_DIGEST = "4a69731e1c6b53a1"
 BEGUN_DIGEST = "c301c7f954498e67"
 
 
@@ -52,8 +55,26 @@ def test_a_new_word_is_nothing_to_talk_about(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(("old", "new"), KEYS.items())
+def test_an_old_key_gives_the_same_run_file(old: tuple[str, ...], new: str, capsys: pytest.CaptureFixture[str]) -> None:
+    place = (*old[:-1], new)
+    content = merged(TINY, {section: None for section in ("baseline", "finetune")})
+    del content["baseline"], content["finetune"]
+    texts = [yaml.safe_dump(merged(content, {old[0]: {key: "bf16"}})) for key in (new, old[-1])]
+    files = [parse_run_file(text) for text in texts]
+    files.append(parse_run_file(yaml.safe_dump(content), overrides=[f"{'.'.join(old)}=bf16"]))
+    assert files[0] == files[1] == files[2] and len({file.digest for file in files}) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f"{old[0]}: {old[-1]} is called {new} now" in said
+    with pytest.raises(FaultsError, match=rf"{'.'.join(place)} \(line 3\)"):
+        parse_run_file(f"name: a\n{old[0]}:\n  {old[-1]}: bf17\nworkload: {{name: classification}}\n")
+    with pytest.raises(FaultsError, match=f"{'.'.join(old)}"):
+        parse_run_file(yaml.safe_dump(merged(content, {old[0]: {old[-1]: "bf16", new: "bf16"}})))
+
+
 def test_a_run_that_has_begun_keeps_its_digest() -> None:
     """Its journal names the digest: another one would be another run, which cannot go on."""
+    assert parse_run_file(WITH_PRECISION).digest == WITH_PRECISION_DIGEST
     assert parse_run_file(BEGUN).digest == BEGUN_DIGEST
     assert parse_run_file(BEGUN.replace("steady", "deterministic")).digest == BEGUN_DIGEST
 

@@ -46,7 +46,7 @@ def make(network: tuple[nn.Module, ChannelGraph], tmp_path: Path) -> Iterator[An
     target = open_target(profile)
 
     def build(**search: Any) -> Evaluator:
-        recipe = FinetuneSection(epochs=1, batch_size=128, lr=0.05, precision="fp32")
+        recipe = FinetuneSection(epochs=1, batch_size=128, lr=0.05, autocast="fp32")
         settings = SearchSection(images=100, **search)
         fleet = Fleet([Device(profile, target)])
         return make_evaluator(Baseline(*network, WORKLOAD, seed=1), fleet, tmp_path / "c", settings, recipe)

@@ -36,7 +36,7 @@ WORKLOAD = {
 }
 CHANGES: dict[str, Any] = {
     "workload": WORKLOAD,
-    "baseline": {"epochs": 4, "lr": 0.05, "batch_size": 32, "clip_norm": 5.0, "ema": 0.9, "precision": "fp32"},
+    "baseline": {"epochs": 4, "lr": 0.05, "batch_size": 32, "clip_norm": 5.0, "ema": 0.9, "autocast": "fp32"},
     "search": {"method": "random", "options": {"num_plans": 7}, "images": 32, "target": {"macs_ratio": 0.8}},
     "finetune": {
         "top": 1,
@@ -45,7 +45,7 @@ CHANGES: dict[str, Any] = {
         "batch_size": 32,
         "clip_norm": 5.0,
         "ema": 0.9,
-        "precision": "fp32",
+        "autocast": "fp32",
     },
     "export": {"dynamic_batch": True, "parity_images": 24},
 }

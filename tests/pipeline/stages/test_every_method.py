@@ -130,16 +130,16 @@ def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         workload, images, recipe = (
             digits(image_size=8),
             64,
-            FinetuneSection(epochs=1, batch_size=64, lr=0.02, precision="fp32"),
+            FinetuneSection(epochs=1, batch_size=64, lr=0.02, autocast="fp32"),
         )
         model = workload.build_model()
         recalibrate(model, training_images(workload, workload.train, 512, CPU))
     else:
         workload, images = scenes(), 12
-        recipe = FinetuneSection(epochs=1, batch_size=16, lr=0.01, clip_norm=5.0, precision="fp32")
+        recipe = FinetuneSection(epochs=1, batch_size=16, lr=0.01, clip_norm=5.0, autocast="fp32")
         model = workload.build_model()
         by_heart = Recipe(
-            epochs=25, batch_size=images, lr=0.02, clip_norm=5.0, precision="fp32"
+            epochs=25, batch_size=images, lr=0.02, clip_norm=5.0, autocast="fp32"
         )  # the scenes that it is judged by
         few = workload.search.first(images)
         fit(model, workload, few, by_heart, seed=0, checkpoint=folder / "fit.ckpt", compute=CPU)

@@ -63,7 +63,7 @@ def trained(workload: Any, norm: nn.Module, folder: Path, count: int, **keys: An
     """One batch an epoch, so that the curve holds the loss of every step."""
     model = network(norm)
     recipe = Recipe.model_validate(
-        {"epochs": STEPS, "lr": 0.05, "batch_size": 64, "precision": "fp32", "warmup_steps": 3, **keys}
+        {"epochs": STEPS, "lr": 0.05, "batch_size": 64, "autocast": "fp32", "warmup_steps": 3, **keys}
     )
     split = workload.train.first(recipe.batch_size - 1 if recipe.batch_size == 64 else 2 * recipe.batch_size + 1)
     fitted = fit(model, workload, split, recipe, seed=1, checkpoint=folder / "c", compute=CPU, compute_count=count)

@@ -71,7 +71,7 @@ def test_features_come_nearer_to_the_teachers(tmp_path: Path) -> None:
     def distance(weight: float) -> float:
         student = network(3)
         distill = Distillation(weight=0.0, features=weight)
-        recipe = Recipe(epochs=2, lr=0.02, batch_size=32, clip_norm=1.0, precision="fp32")
+        recipe = Recipe(epochs=2, lr=0.02, batch_size=32, clip_norm=1.0, autocast="fp32")
         options = {"seed": 0, "checkpoint": tmp_path / "c", "compute": CPU, "distill": distill}
         fit(student, workload, workload.train.first(256), recipe, teacher=copy.deepcopy(teacher), **options)
         features = Features(student, teacher, IMAGE)

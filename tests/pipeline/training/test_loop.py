@@ -23,7 +23,7 @@ from secateur.pipeline.workloads.classification.losses import distillation_loss
 from tests.pipeline.helpers import digits
 
 CPU = torch.device("cpu")
-RECIPE = Recipe(epochs=3, lr=0.05, batch_size=128, precision="fp32")
+RECIPE = Recipe(epochs=3, lr=0.05, batch_size=128, autocast="fp32")
 
 
 class KilledError(Exception):
@@ -231,7 +231,7 @@ def small_fit(
             raise KilledError
 
     model = model or small_network()
-    recipe = Recipe.model_validate({"epochs": 4, "lr": 0.05, "batch_size": 32, "precision": "fp32", **keys})
+    recipe = Recipe.model_validate({"epochs": 4, "lr": 0.05, "batch_size": 32, "autocast": "fp32", **keys})
     options: dict[str, Any] = {"held_out": workload.search, "checkpoint_every_s": 0, "report": report}
     split = workload.train.first(100)
     fitted = fit(model, workload, split, recipe, seed=1, checkpoint=folder / "c", compute=CPU, **options)

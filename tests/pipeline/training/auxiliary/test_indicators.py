@@ -226,7 +226,7 @@ def network() -> nn.Module:
 @pytest.fixture(scope="module")
 def trained(small: Classification, tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
     """The network, trained; then channel 3 of the first layer is made dead."""
-    recipe = Recipe(epochs=10, lr=0.1, batch_size=32, precision="fp32")
+    recipe = Recipe(epochs=10, lr=0.1, batch_size=32, autocast="fp32")
     checkpoint = tmp_path_factory.mktemp("trained") / "c"
     model = network()
     fit(model, small, small.train, recipe, seed=0, checkpoint=checkpoint, compute=CPU)
@@ -244,7 +244,7 @@ def task(
     **options: float | str,
 ) -> Task:
     model = copy.deepcopy(model) if model is not None else network()
-    recipe = FinetuneSection(epochs=epochs, lr=0.05, batch_size=32, precision="fp32")
+    recipe = FinetuneSection(epochs=epochs, lr=0.05, batch_size=32, autocast="fp32")
     graph = trace(model, workload.example_input())
     return Task(model, graph, workload, recipe, 1, CPU, folder / "learn.ckpt", report, options)
 

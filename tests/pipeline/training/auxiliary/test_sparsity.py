@@ -75,7 +75,7 @@ def taught(
     epochs: float = 2,
 ) -> tuple[nn.Module, Outcome]:
     model, graph = copy.deepcopy(start[0]), start[1]
-    recipe = FinetuneSection(epochs=epochs, lr=0.05, batch_size=32, precision="fp32")
+    recipe = FinetuneSection(epochs=epochs, lr=0.05, batch_size=32, autocast="fp32")
     small = Small(workload, 448)
     task = Task(model, graph, small, recipe, 1, CPU, folder / "task.ckpt", report, options)  # type: ignore[arg-type]
     return model, train(task)

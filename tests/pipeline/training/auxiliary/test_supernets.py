@@ -64,7 +64,7 @@ def teach(
         if done == die_at:
             raise KilledError
 
-    recipe = FinetuneSection(epochs=epochs, lr=0.1, batch_size=128, precision="fp32")
+    recipe = FinetuneSection(epochs=epochs, lr=0.1, batch_size=128, autocast="fp32")
     task = Task(fresh(workload), graph, workload, recipe, 1, CPU, path / "x.ckpt", report or silent, options)
     outcome: Outcome = kind.train(task)
     return outcome

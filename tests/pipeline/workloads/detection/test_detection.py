@@ -337,7 +337,7 @@ def test_a_short_training_lowers_the_loss(workload: detection.Detection, tmp_pat
             return measured(workload, model(images), targets)["loss"]
 
     before = loss()
-    recipe = Recipe(epochs=5, lr=0.02, batch_size=11, clip_norm=5.0, precision="fp32")
+    recipe = Recipe(epochs=5, lr=0.02, batch_size=11, clip_norm=5.0, autocast="fp32")
     fit(model, workload, workload.train, recipe, seed=0, checkpoint=tmp_path / "c.ckpt", compute=CPU)
     assert loss() < 0.6 * before
 
@@ -350,7 +350,7 @@ def evaluator(workload: detection.Detection, tmp_path: Path) -> Iterator[Evaluat
     profile = load_profile(quick_device(tmp_path))
     target = open_target(profile)
     recipe, settings = (
-        FinetuneSection(epochs=1, batch_size=32, lr=0.01, distill=None, precision="fp32"),
+        FinetuneSection(epochs=1, batch_size=32, lr=0.01, distill=None, autocast="fp32"),
         SearchSection(images=6, recalibrate_images=0),
     )
     baseline, fleet = Baseline(model, graph, workload, seed=1), Fleet([Device(profile, target)])

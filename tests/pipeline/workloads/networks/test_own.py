@@ -42,9 +42,9 @@ RUN = {
         "model": {"name": "mynet.py:build", "options": {"width": 8}},
         "data": {"source": "folder", "path": "photos", "image_size": [12, 16]},
     },
-    "baseline": {"epochs": 1, "batch_size": 16, "precision": "fp32"},
+    "baseline": {"epochs": 1, "batch_size": 16, "autocast": "fp32"},
     "search": {"method": "uniform", "images": 4, "target": {"macs_ratio": 0.5}},
-    "finetune": {"top": 1, "epochs": 1, "batch_size": 16, "precision": "fp32"},
+    "finetune": {"top": 1, "epochs": 1, "batch_size": 16, "autocast": "fp32"},
     "export": {"parity_images": 4},
     "gate": {"max_drop": 1.0, "min_speedup": None, "promote": False},
 }
