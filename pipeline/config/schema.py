@@ -338,6 +338,19 @@ class GateSection(Section):
     these test images."""
 
 
+class ReportSection(Section):
+    """What the report shows; changes no result, so it may be another when a run is resumed."""
+
+    control: Literal["none", "uniform"] = "uniform"
+    """uniform = a plan that keeps one share of every group, at the MACs of the chosen one, stands in the trade-off: it
+    is scored, not trained. none = no such plan."""
+    pictures: bool = True
+    """Whether images of the data are in the report; false = none are, anywhere."""
+    sensitivity: bool = False
+    """Whether every group is cut alone to three widths, and the accuracy lost is shown: three evaluations a group after
+    the search. False = the report shows those cuts that the search itself made."""
+
+
 class TrackingSection(Section):
     """MLflow: where candidates go and where the final model is registered."""
 
@@ -375,7 +388,7 @@ class RunFile(Section):
     """Everything one run needs to know."""
 
     later = frozenset({"precision", "compute_count"})
-    passing = frozenset({"workers"})
+    passing = frozenset({"workers", "report"})
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=100)]
     """Names run directories, and the registered model where ``tracking.registered_model`` is not set."""
     workload: dict[str, Any]
@@ -391,6 +404,7 @@ class RunFile(Section):
     """What may ship: fp32, int8, fp16 (by which ONNX Runtime gains nothing on a CPU). Of several, the best by reward is
     chosen for every candidate, by accuracy and latency of the very file; each one tried counts as an evaluation. Where
     latency is not asked for, the first is taken."""
+    report: ReportSection = ReportSection()
     tracking: TrackingSection = TrackingSection()
     workers: WorkersSection = WorkersSection()
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

@@ -559,19 +559,28 @@ def test_answers(workload: Workload, onnx_file: Path) -> tuple[torch.Tensor, tor
     return torch.cat(answers), torch.cat(targets)
 
 
-def resampled(workload: Workload, answers: Sequence[torch.Tensor], targets: torch.Tensor) -> np.ndarray:
+def resampled(
+    workload: Workload,
+    answers: Sequence[torch.Tensor],
+    targets: torch.Tensor,
+    *,
+    draws: int = RESAMPLES,
+    seconds: float = RESAMPLING_S,
+) -> np.ndarray:
     """The workload's metric of several models on bootstrap samples of the same images (Efron & Tibshirani 1993, 10.3).
 
     Args:
         answers: of each model, shape (n, ...).
         targets: shape (n, ...).
+        draws: resamples, at most.
+        seconds: after which there are no more, but for the least.
 
     Returns:
-        shape (models, 1 + resamples); first the metric itself. As many resamples as a minute allows.
+        shape (models, 1 + resamples); first the metric itself.
     """
-    generator, deadline = torch.Generator().manual_seed(0), time.monotonic() + RESAMPLING_S
+    generator, deadline = torch.Generator().manual_seed(0), time.monotonic() + seconds
     columns = [[workload.metrics(a, targets)[workload.metric] for a in answers]]
-    while len(columns) <= RESAMPLES and (time.monotonic() < deadline or len(columns) <= MIN_RESAMPLES):
+    while len(columns) <= draws and (time.monotonic() < deadline or len(columns) <= MIN_RESAMPLES):
         rows = torch.randint(len(targets), (len(targets),), generator=generator)
         columns.append([workload.metrics(a[rows], targets[rows])[workload.metric] for a in answers])
     return np.array(columns, dtype=np.float64).T

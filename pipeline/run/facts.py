@@ -554,6 +554,35 @@ class Check:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A figure with the ends of its 95 % interval; None = it cannot be told."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccuracyFacts:
+    """How sure the metric on the test split is: a paired bootstrap over its images.
+
+    Args:
+        images: of the test split.
+        draws: samples of them.
+        baseline, compact: the metric of each network.
+        change: the compact network's less the baseline's, on the same samples.
+        reason: why there is no interval; empty where there is one.
+    """
+
+    images: int
+    draws: int
+    baseline: Interval
+    compact: Interval
+    change: Interval
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class GateFacts(StageFacts):
     """Whether the run reached what its run file asks for.
 
@@ -561,6 +590,7 @@ class GateFacts(StageFacts):
         metric: the metric the gate looks at.
         search_metric: the metric the search went by.
         others: further metrics that a task shows: name -> (unit, whether "higher" or "lower" is better).
+        accuracy: how sure the metric is; None in runs of earlier versions.
     """
 
     models: Both[KeptModel]
@@ -569,6 +599,7 @@ class GateFacts(StageFacts):
     metric: str
     search_metric: str
     others: Annotated[Mapping[str, tuple[str, str]] | None, OMITTED] = None
+    accuracy: Annotated[AccuracyFacts | None, OMITTED] = None
 
     @property
     def failed(self) -> tuple[Check, ...]:

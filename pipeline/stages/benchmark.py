@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 
 from secateur.device_profiles import BenchmarkResult, DeviceError, DeviceProfile, measure
+from secateur.device_profiles.profile import Tier
 from secateur.device_profiles.runtime import DEFAULT
 from secateur.device_profiles.target import kind_of
 from secateur.export.quantize import precision
@@ -36,6 +39,10 @@ from secateur.pipeline.run.run import Run
 from secateur.pipeline.stages.loading import first_batch, parity_images
 
 NETWORKS = ("baseline", "compact")
+LAYERS = "layers.json"
+"""File of a run directory with the time of every operator."""
+PROFILED = Tier(processes=1, warmup=3, min_repeats=5, min_seconds=0.0, max_warmup_seconds=1.0, retries=0)
+"""How the process is measured in which operators are timed; its calls count for nothing."""
 
 
 def benchmark(run: Run, facts: Facts) -> BenchmarkFacts:
@@ -63,6 +70,7 @@ def benchmark(run: Run, facts: Facts) -> BenchmarkFacts:
         for name, result in measured.items()
     }
     own = fleet.primary.name
+    files |= layer_times(run)
     runtimes, more = further_runtimes(run)
     return BenchmarkFacts(
         **vars(timings[own]),
@@ -72,6 +80,30 @@ def benchmark(run: Run, facts: Facts) -> BenchmarkFacts:
         hops=hops_of(run, facts) or None,
         files=files | more,
     )
+
+
+def layer_times(run: Run) -> dict[str, str]:
+    """Every operator of both files timed on the run's own device: a pass of its own, because profiling slows calls.
+
+    Returns:
+        The file with what was found and its sha256; empty where the device or its runtime cannot tell.
+    """
+    device, models = run.fleet.primary, {name: run.directory / f"{name}.onnx" for name in NETWORKS}
+    with run.progress.stage(f"Time layers on {device.name}") as report:
+        try:
+            result = measure(device.target, device.profile, models, PROFILED, nodes=True)
+        except DeviceError as error:
+            report(1, 1, f"not timed: {error}")
+            return {}
+        report(1, 1, "")
+    sampled = result.processes[0].models
+    if not all(samples.nodes for samples in sampled.values()):
+        return {}
+    told = {"format": 1, "device": device.name, "runtime": device.profile.runtime}
+    networks = {name: [asdict(node) for node in samples.nodes] for name, samples in sampled.items()}
+    file = run.directory / LAYERS
+    write_whole(file, json.dumps({**told, "networks": networks}) + "\n")
+    return {file.name: sha256_of(file)}
 
 
 def further_runtimes(run: Run) -> tuple[tuple[InRuntime, ...], dict[str, str]]:

@@ -79,7 +79,12 @@ def finetune(run: Run, facts: Facts) -> FinetuneFacts:
 def control(
     run: Run, oracle: Evaluator, space: SearchSpace, reference: Evaluation, chosen: PruningPlan
 ) -> ControlFacts | None:
-    """Uniform at the MACs and in the scope of the chosen plan, and that plan, as they are cut; recorded as a stage."""
+    """Uniform at the MACs and in the scope of the chosen plan, and that plan, as they are cut; recorded as a stage.
+
+    None where the report is to have none, or no uniform plan has so few MACs.
+    """
+    if run.config.report.control == "none":
+        return None
     rewards = run.reward(reference, run.workload.search_metric)
     problem = make_problem(run.config, oracle.graph, space, reference, rewards, run.workload.search_metric)
     ratio = oracle.accuracy.baseline.macs(chosen) / reference["macs"]

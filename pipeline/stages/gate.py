@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
-from secateur.pipeline.lifecycle import promotion
-from secateur.pipeline.run.facts import Both, Check, Facts, GateFacts, ModelFacts, Speedup
+from secateur.pipeline.lifecycle import per_image, promotion
+from secateur.pipeline.run.facts import AccuracyFacts, Both, Check, Facts, GateFacts, ModelFacts, Speedup
 from secateur.pipeline.run.run import Run
 from secateur.pipeline.stages.loading import load_baseline
 from secateur.pruning.cost import cost
@@ -26,7 +25,7 @@ def gate(run: Run, facts: Facts) -> GateFacts:
     Raises:
         ExportError: an exported file cannot be run.
     """
-    models = _models(run, facts)
+    models, accuracy, files = _models(run, facts)
     checks = tuple(checks_of(run, facts, models))
     return GateFacts(
         models=models,
@@ -35,24 +34,22 @@ def gate(run: Run, facts: Facts) -> GateFacts:
         metric=run.workload.metric,
         search_metric=run.workload.search_metric,
         others=getattr(run.workload, "others", None),
-        files={},
+        accuracy=accuracy,
+        files=files,
     )
 
 
-def test_metrics(run: Run, onnx_file: Path) -> dict[str, float]:
-    """Metrics of an ONNX file on the test split."""
-    return dict(run.workload.test_metrics(*promotion.test_answers(run.workload, onnx_file)))
-
-
-def _models(run: Run, facts: Facts) -> Both[ModelFacts]:
-    """What is known of each network at the end."""
+def _models(run: Run, facts: Facts) -> tuple[Both[ModelFacts], AccuracyFacts, dict[str, str]]:
+    """What is known of each network at the end, how sure its accuracy is, and the files with what each image gave."""
     _, graph = load_baseline(run)
     plans = (PruningPlan.full(graph.groups), facts.finetune.best.candidate.plan)
-    models = []
+    models, every = [], []
     with run.progress.stage("Read the test split") as report:
         named = zip(facts.export.networks.items(), plans, facts.benchmark.latency, strict=True)
         for (name, exported), plan, timing in named:
-            metrics, costs = test_metrics(run, run.directory / f"{name}.onnx"), cost(graph, plan)
+            answers, targets = promotion.test_answers(run.workload, run.directory / f"{name}.onnx")
+            metrics, costs = dict(run.workload.test_metrics(answers, targets)), cost(graph, plan)
+            every.append(answers)
             models.append(
                 ModelFacts(
                     metrics=metrics,
@@ -63,7 +60,9 @@ def _models(run: Run, facts: Facts) -> Both[ModelFacts]:
                 )
             )
             report(len(models), 2, f"{run.workload.metric} {metrics[run.workload.metric]:.4f}")
-    return Both(*models)
+    accuracy = per_image.accuracy_of(run.workload, every, targets)
+    files = per_image.keep(run.directory, run.workload, every, targets, run.config.report.pictures)
+    return Both(*models), accuracy, files
 
 
 def checks_of(run: Run, facts: Facts, models: Both[ModelFacts]) -> Iterator[Check]:

@@ -12,6 +12,7 @@ from secateur.device_profiles import DeviceError
 from secateur.pipeline.errors import TrackingError
 from secateur.pipeline.files import sha256_of
 from secateur.pipeline.run.facts import EARLIER_NAMES, Facts, StageFacts, from_json, to_json
+from secateur.pipeline.run.kept_facts import keep
 from secateur.pipeline.run.run import Run
 from secateur.pipeline.stages.baseline import baseline
 from secateur.pipeline.stages.benchmark import benchmark
@@ -53,7 +54,9 @@ class Stage:
         Raises:
             UserError, SurroundingsError, DeviceError, ExportError: as its function does.
         """
-        return to_json(self.function(run, facts.only(self.needs)))
+        result = to_json(self.function(run, facts.only(self.needs)))
+        keep(run.directory, self.name, result)
+        return result
 
     def read(self, result: Mapping[str, Any]) -> StageFacts:
         """The facts of a result.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -245,6 +245,22 @@ class Workload(Protocol):
 
     def bound(self, answers: Tensor, targets: Tensor, num_unseen: int) -> float:
         """The largest value ``search_metric`` can still take when ``num_unseen`` images follow these."""
+
+
+@runtime_checkable
+class TellsImages(Protocol):
+    """A workload that says of every image what a network makes of it; what reports show of single images needs it."""
+
+    def per_image(self, answers: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
+        """What is known of the images, by name."""
+
+    def resampled(self, told: Mapping[str, Tensor], weights: Tensor) -> Tensor | None:
+        """The metric of bootstrap samples of the images, shape (draws,); None = it does not follow from ``told``.
+
+        Args:
+            told: of ``per_image``.
+            weights: how often each image is in a sample, shape (draws, images).
+        """
 
 
 def calibration_images(workload: Workload, num_images: int) -> Tensor:

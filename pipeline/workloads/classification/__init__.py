@@ -483,6 +483,21 @@ class Classification:
         names = [name for name in ACCURACIES if name != "top5" or self.num_classes > 5]
         return {**self.metrics(answers, targets), **{name: ACCURACIES[name](answers, targets) for name in names}}
 
+    def per_image(self, answers: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
+        """The class that each image has, and the one that is found; shape (n,)."""
+        return {"target": targets, "found": answers.argmax(1)}
+
+    def resampled(self, told: Mapping[str, Tensor], weights: Tensor) -> Tensor | None:
+        """``top1`` of bootstrap samples, shape (draws,); None for another metric.
+
+        Args:
+            told: of ``per_image``.
+            weights: how often each image is in a sample, shape (draws, images).
+        """
+        if self.metric != "top1":
+            return None
+        return weights.double() @ (told["found"] == told["target"]).double() / weights.shape[1]
+
     def ease(self, outputs: Tensor, targets: Tensor) -> Tensor:
         own = outputs.gather(1, targets[:, None])[:, 0]
         return own - outputs.scatter(1, targets[:, None], -torch.inf).amax(1)

@@ -354,6 +354,19 @@ class Detection:
         coco = boxes.coco_precision(*judged(answers, targets))
         return {**self.metrics(answers, targets), "map": coco.mean, "map75": coco.at75}
 
+    def per_image(self, answers: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
+        """Which detections are right, image by image (``boxes.Matches``)."""
+        return vars(boxes.matches(*judged(answers, targets)))
+
+    def resampled(self, told: Mapping[str, Tensor], weights: Tensor) -> Tensor | None:
+        """``map50`` of bootstrap samples, shape (draws,).
+
+        Args:
+            told: of ``per_image``.
+            weights: how often each image is in a sample, shape (draws, images).
+        """
+        return boxes.resampled_precision(boxes.Matches(**told), weights, curve=self.options.metrics.curve)
+
     def ease(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return -self._in_parts(outputs, targets).per_image
 

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torchvision import ops
@@ -21,6 +23,7 @@ from torchvision import ops
 from secateur.pipeline.errors import UserError
 
 Curve = Literal["voc07", "area"]
+FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,45 @@ def average_precision(
         ValueError: the lists or shapes do not fit.
         UserError: there is nothing to be found in these images.
     """
+    told = matches(detections, truths, difficult, threshold=threshold)
+    per_class = {}
+    for label, wanted in zip(*torch.unique(told.truth_label, return_counts=True), strict=True):
+        own = (told.label == label).nonzero()[:, 0]
+        per_class[int(label)] = _area(told.right[own], told.score[own], int(wanted), curve)
+    return AveragePrecision(sum(per_class.values()) / len(per_class), per_class)
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Which detections are right, and what was to be found: all that average precision needs to know.
+
+    Args:
+        image, label, score, right: of each detection, shape (n,), by falling score; those of difficult truths are left
+            out.
+        truth_image, truth_label: of each truth that is not difficult, shape (m,).
+    """
+
+    image: Tensor
+    label: Tensor
+    score: Tensor
+    right: Tensor
+    truth_image: Tensor
+    truth_label: Tensor
+
+
+def matches(
+    detections: Sequence[Tensor],
+    truths: Sequence[Tensor],
+    difficult: Sequence[Tensor] | None = None,
+    *,
+    threshold: float = 0.5,
+) -> Matches:
+    """Detections matched with truths, as ``average_precision`` says.
+
+    Raises:
+        ValueError: the lists or shapes do not fit.
+        UserError: there is nothing to be found in these images.
+    """
     found, found_in, true, true_in, easy = _pooled(detections, truths, difficult)
     broken = ~found.isfinite().all(1)
     scores = found[:, 4].nan_to_num(nan=-torch.inf)
@@ -106,12 +148,24 @@ def average_precision(
     right = _first_of_each(owner, len(true))
     counted = torch.cat([easy, easy.new_ones(1)])[owner]
     order, right = order[counted], right[counted]
-    scores, labels = scores[order], found[order, 5]
-    per_class = {}
-    for label, wanted in zip(*torch.unique(true[easy, 4], return_counts=True), strict=True):
-        own = (labels == label).nonzero()[:, 0]
-        per_class[int(label)] = _area(right[own], scores[own], int(wanted), curve)
-    return AveragePrecision(sum(per_class.values()) / len(per_class), per_class)
+    return Matches(found_in[order], found[order, 5], scores[order], right, true_in[easy], true[easy, 4])
+
+
+def resampled_precision(told: Matches, weights: Tensor, *, curve: Curve = "voc07") -> Tensor:
+    """Mean average precision of bootstrap samples of the images, shape (draws,).
+
+    Args:
+        weights: how often each image is in a sample, shape (draws, images).
+    """
+    by_image = weights.double().numpy().T
+    total, counted = np.zeros(len(weights)), np.zeros(len(weights))
+    for label in torch.unique(told.truth_label):
+        own = told.label == label
+        truth = told.truth_image[told.truth_label == label]
+        wanted = _sums_of(torch.zeros_like(truth), truth, 1, by_image)[0]
+        total += _areas(told.image[own], told.right[own], told.score[own], by_image, wanted, curve)
+        counted += wanted > 0
+    return torch.from_numpy(total / np.maximum(counted, 1))
 
 
 def coco_precision(
@@ -254,3 +308,40 @@ def _area(right: Tensor, scores: Tensor, wanted: int, curve: Curve) -> float:
         return float((hits.diff(prepend=hits.new_zeros(1)) * best).sum()) / wanted
     reached = torch.searchsorted(10 * hits, wanted * torch.arange(11))  # whole numbers: 3 of 10 is recall 0.3
     return float(torch.cat([best, best.new_zeros(1)])[reached].mean())
+
+
+def _areas(
+    image: Tensor, right: Tensor, scores: Tensor, weights: FloatArray, wanted: FloatArray, curve: Curve
+) -> FloatArray:
+    """``_area`` of samples, shape (draws,): each detection counts as often as its image is in the sample.
+
+    Precision is best right after a right detection, so that is where it is looked at.
+
+    Args:
+        weights: shape (images, draws).
+        wanted: truths in each sample, shape (draws,).
+    """
+    ends = torch.cat([scores[1:] != scores[:-1], scores.new_ones(1, dtype=torch.bool)])[: len(scores)]
+    step = torch.cat([ends.new_zeros(1), ends[:-1]])[: len(scores)].cumsum(0)  # equal scores are one step
+    told = torch.unique(step[right])
+    if not len(told):
+        return np.zeros(len(wanted))
+    place = torch.searchsorted(told, step)  # of the first step with a right one that it counts in
+    kept = place < len(told)
+    seen = _sums_of(place[kept], image[kept], len(told), weights).cumsum(0)
+    hits = _sums_of(place[right], image[right], len(told), weights).cumsum(0)
+    best = np.maximum.accumulate((hits / np.maximum(seen, 1))[::-1])[::-1]
+    if curve == "area":
+        gained = np.diff(hits, axis=0, prepend=0)
+        return (gained * best).sum(0) / np.maximum(wanted, 1)  # type: ignore[no-any-return]
+    reached = [(10 * hits < level * wanted).sum(0) for level in range(11)]
+    best = np.concatenate([best, np.zeros((1, len(wanted)))])
+    return np.mean([best[rows, np.arange(len(wanted))] for rows in reached], 0)  # type: ignore[no-any-return]
+
+
+def _sums_of(place: Tensor, image: Tensor, places: int, weights: FloatArray) -> FloatArray:
+    """The weights of what stands at each place, added up, shape (places, draws)."""
+    from scipy.sparse import csr_array
+
+    ones = np.ones(len(place))
+    return csr_array((ones, (place.numpy(), image.numpy())), (places, len(weights))) @ weights  # type: ignore[no-any-return]

@@ -183,7 +183,7 @@ def test_rank_agreement_is_spearmans() -> None:
 def test_the_test_split_is_read_in_parts(finished: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run, facts = finished
     monkeypatch.setattr(promotion, "CHUNK_BYTES", 1)
-    again = gate.test_metrics(run, run.directory / "compact.onnx")
+    again = run.workload.test_metrics(*promotion.test_answers(run.workload, run.directory / "compact.onnx"))
     known = facts.gate.models.compact
     assert again == pytest.approx({name: known[name] for name in again}, rel=1e-4)
     assert {"map50", "map", "map75", "loss"} <= set(again)

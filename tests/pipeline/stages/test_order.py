@@ -27,7 +27,7 @@ def test_every_stage_has_facts_of_its_own() -> None:
     assert list(vars(made_up_facts())) == NAMES
 
 
-def test_a_stage_sees_only_what_it_says_that_it_needs() -> None:
+def test_a_stage_sees_only_what_it_says_that_it_needs(tmp_path: Path) -> None:
     seen: list[Facts] = []
 
     def look(run: Any, facts: Facts) -> BaselineFacts:
@@ -35,7 +35,8 @@ def test_a_stage_sees_only_what_it_says_that_it_needs() -> None:
         return facts.baseline
 
     stage = Stage("look", "Look", look, needs=("baseline",))
-    assert stage.perform(RUN, made_up_facts()) == to_json(made_up_facts().baseline)
+    run: Any = SimpleNamespace(directory=tmp_path)
+    assert stage.perform(run, made_up_facts()) == to_json(made_up_facts().baseline)
     assert list(vars(seen[0])) == ["baseline"]
     with pytest.raises(AttributeError, match="search"):
         _ = seen[0].search

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -355,3 +356,24 @@ def test_two_hundred_images_take_hundredths_of_a_second() -> None:
         assert time.process_time() - start < 0.3  # about 0.03 on a quiet machine
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("curve", ["voc07", "area"])
+def test_a_sample_of_images_has_the_precision_of_those_images(curve: Any) -> None:
+    rng = torch.Generator().manual_seed(0)
+    truths, detections = [], []
+    for _ in range(12):
+        corners = torch.rand(4, 2, generator=rng)
+        true = torch.cat([corners, corners + 0.2, torch.randint(3, (4, 1), generator=rng)], 1)
+        near = true[:, :4] + 0.08 * torch.randn(4, 4, generator=rng)
+        scores = (torch.rand(4, 1, generator=rng) * 4).round() / 4  # with equal ones
+        truths.append(true)
+        detections.append(torch.cat([near, scores, true[:, 4:]], 1))
+    drawn = torch.randint(12, (8, 12), generator=rng)
+    weights = torch.zeros(8, 12).scatter_add_(1, drawn, torch.ones(8, 12))
+    found = boxes.resampled_precision(boxes.matches(detections, truths), weights, curve=curve)
+    wanted = [
+        boxes.average_precision([detections[i] for i in rows], [truths[i] for i in rows], curve=curve).mean
+        for rows in drawn.tolist()
+    ]
+    assert found.tolist() == pytest.approx(wanted)
