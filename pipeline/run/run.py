@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from secateur import __version__
 from secateur.device_profiles import DeviceProfile, Multiples, Target, plain_yaml
 from secateur.device_profiles.cores import usable_cores
 from secateur.device_profiles.target import kind_of
@@ -34,6 +35,7 @@ from secateur.pipeline.evaluation.evaluator import Evaluator, make_evaluator
 from secateur.pipeline.evaluation.onnx_files import CANDIDATES, OnnxFiles
 from secateur.pipeline.evaluation.worker_pool import Engine, WorkerPool
 from secateur.pipeline.files import write_whole
+from secateur.pipeline.git import revision_of
 from secateur.pipeline.progress import ProgressView
 from secateur.pipeline.run import network_probe
 from secateur.pipeline.run.estimate import search_seconds
@@ -61,6 +63,7 @@ from secateur.pipeline.run.widths import common_multiples
 from secateur.pipeline.surroundings import HOME, home, made
 from secateur.pipeline.tracking import Tracker
 from secateur.pipeline.tracking.check import require_tracking
+from secateur.pipeline.tracking.tracker import Data
 from secateur.pipeline.training.loop import keep_freed_memory
 from secateur.pipeline.workloads import Workload
 from secateur.pipeline.workloads.data.content import Reading
@@ -157,14 +160,23 @@ class Run:
         self._engine: Engine | None = None
         self._pool: WorkerPool | None = None
         self._rewards: dict[str, Reward] = {}
+        self._reference: Evaluation | None = None
         self._resources = contextlib.ExitStack()
         self._resources.callback(self.journal.close)
         params = flatten(self.config.model_dump(mode="json"))
         compat = bool(self.config.search.options.get("paper_compat"))
         labels = {"secateur.method": self.config.search.method, "secateur.paper_compat": str(compat).lower()}
-        lock = self.directory / "tracking.lock"
+        labels |= {"secateur.device": ", ".join(profile.name for profile in self.profiles), **_source(self.config)}
         self.tracker = Tracker(
-            self.config.tracking, home(), self.run_id, self.run_id, params, labels, lock, self._reward_of
+            self.config.tracking,
+            home(),
+            self.run_id,
+            self.run_id,
+            params,
+            labels,
+            self.directory / "tracking.lock",
+            self._derived,
+            _data(self.config, workload),
         )
 
     @property
@@ -389,14 +401,19 @@ class Run:
             metric: the accuracy it looks at, the workload's own or the search's.
         """
         section, names = self.config.reward, (self.workload.metric, self.workload.search_metric)
+        self._reference = reference
         self._rewards = {name: make_reward(section.preset, reference, name, **section.options) for name in names}
         return self._rewards[metric]
 
-    def _reward_of(self, record: Record) -> float | None:
-        """What tracked candidates carry; None before there is a reference."""
+    def _derived(self, record: Record) -> dict[str, float]:
+        """What tracked candidates carry besides their metrics; nothing before there is a reference."""
         metric = self.workload.metric if record["stage"] == "final" else self.workload.search_metric
-        reward = self._rewards.get(metric)
-        return None if reward is None else reward(to_evaluation(record["evaluation"]))
+        reward, evaluation = self._rewards.get(metric), to_evaluation(record["evaluation"])
+        value = None if reward is None else reward(evaluation)
+        told = {} if value is None else {"reward": value}
+        if self._reference is not None and (macs := evaluation.metrics.get("macs")) is not None:
+            told["macs_ratio"] = macs / self._reference["macs"]
+        return told
 
     @property
     def goal(self) -> Goal:
@@ -412,6 +429,24 @@ class Run:
         settled = network_probe.settled(self.journal.records)
         multiples = settled.best if settled is not None and looks_at_latency(self.config) else ()
         return make_strategy(self.config, graph, space, reference, reward, self.workload.search_metric, multiples)
+
+
+def _source(config: RunFile) -> dict[str, str]:
+    """Where a run comes from, as MLflow's own tags say it: the command, and the commit of the run file's folder."""
+    told = {"mlflow.source.name": "secateur run", "mlflow.source.type": "LOCAL", "secateur.version": __version__}
+    revision = None if config.folder is None else revision_of(config.folder)
+    if revision is None:
+        return told
+    return {**told, "mlflow.source.git.commit": revision.commit, "mlflow.source.git.branch": revision.branch}
+
+
+def _data(config: RunFile, workload: Workload) -> Data:
+    """The run's data by a name without folders, which may be those of a person."""
+    section = config.workload.get("data", {})
+    names = (section.get(key) for key in ("dataset", "path", "train", "source"))
+    name = Path(str(next(filter(None, names), config.workload.get("task", "data")))).name or "data"
+    images = {split: len(getattr(workload, split)) for split in ("train", "search", "test")}
+    return Data(name, workload.fingerprint, images, (-1, *workload.example_input().shape[1:]))
 
 
 def check_data(directory: Path, found: DataRecord) -> None:

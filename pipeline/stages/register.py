@@ -23,6 +23,9 @@ from secateur.pipeline.tracking import redacted
 from secateur.pipeline.tracking.registry import MAX_TAG
 from secateur.pipeline.workloads.data.record import FACTS as DATA_FACTS
 
+NETWORKS = ("baseline", "final")
+"""How names of MLflow's metrics and of a version's tags begin; a version's own figures have no such beginning."""
+
 
 def register(run: Run, facts: Facts) -> RegisterFacts:
     """The compact model into the registry, with all that proves it, as the challenger of its devices.
@@ -75,17 +78,23 @@ def _deliver(run: Run, facts: Facts) -> None:
 
 def _tags(facts: Facts) -> dict[str, Any]:
     """What a version is known by."""
-    figures = facts.gate.models.compact.flat()
+    base, compact = facts.gate.models
+    figures = {**{f"baseline.{name}": value for name, value in base.flat().items()}, **compact.flat()}
     return {
         "plan_digest": facts.finetune.best.candidate.plan.digest,
         "precision": facts.export.compact.artifact.precision,
         "search_metric": facts.gate.search_metric,
         "gate": "passed" if facts.gate.passed else "failed",
-        "speedup": f"{facts.benchmark.speedup.value:.4f}",
+        "speedup": sensible(facts.benchmark.speedup.value),
         "timing_flags": " ".join(facts.benchmark.flags) or "none",
         "usage": usage_tag(facts.export.usage),
-        **{name: value for name, value in figures.items() if value is not None},
+        **{name: sensible(value) for name, value in figures.items() if value is not None},
     }
+
+
+def sensible(value: float) -> str:
+    """A number with as many digits as a measurement has; whole ones as they are."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def usage_tag(usage: Mapping[str, Any]) -> str:
@@ -146,14 +155,15 @@ def final_metrics(facts: Facts) -> dict[str, float]:
     """The run's own metrics in MLflow: of both models on both splits, each named."""
     searched = Both(facts.search.reference, facts.finetune.best.evaluation)
     metrics: dict[str, float] = {}
-    for (name, model), evaluation in zip(facts.gate.models.items(), searched, strict=True):
+    for name, model, evaluation in zip(NETWORKS, facts.gate.models, searched, strict=True):
         told = {key: float(value) for key, value in model.metrics.items() if value is not None}
         costs = {key: value for key, value in model.flat().items() if key not in model.metrics and value is not None}
         metrics |= {f"{name}.{key}": float(value) for key, value in costs.items()}
-        metrics |= {f"{name}.test_split.{key}": value for key, value in told.items()}
+        metrics |= {f"{name}.test_{key}": value for key, value in told.items()}
         on_search_split = evaluation.metrics
-        metrics |= {f"{name}.search_split.{key}": float(on_search_split[key]) for key in told if key in on_search_split}
-    metrics |= _speedups(facts)
+        metrics |= {f"{name}.search_{key}": float(on_search_split[key]) for key in told if key in on_search_split}
+    base, compact = facts.gate.models
+    metrics |= {"macs_ratio": compact.macs / base.macs, **_speedups(facts)}
     metrics |= {f"flag.{flag}": 1.0 for flag in facts.benchmark.flags}
     return metrics | {f"search.{name}": float(amount) for name, amount in facts.search.spent.items()}
 
@@ -164,7 +174,7 @@ def _speedups(facts: Facts) -> dict[str, float]:
     speedups = {"speedup": facts.benchmark.speedup}
     speedups |= {f"speedup.{name}": timed.speedup for name, timed in (facts.benchmark.fleet or {}).items()}
     if (after := facts.benchmark.postprocessing) is not None:
-        metrics[f"compact.p50_ms_{after.name}"] = after.latency.compact.p50_ms
+        metrics[f"final.p50_ms_{after.name}"] = after.latency.compact.p50_ms
         speedups[f"speedup_{after.name}"] = after.speedup
     for name, speedup in speedups.items():
         ends = {name: speedup.value, f"{name}.low": speedup.low, f"{name}.high": speedup.high}

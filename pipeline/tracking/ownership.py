@@ -17,6 +17,8 @@ CANDIDATE_TAG, PARENT_TAG = "candidate.id", "mlflow.parentRunId"
 """On the MLflow run of a candidate: which one it is, and of which run."""
 MADE_TAG = "secateur.made"
 """On an experiment: ``made`` by Secateur, or ``taken over``."""
+KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
+"""On an experiment: MLflow opens it in the view for models, not in that for agents."""
 DEFAULT_DEVICE = "secateur.default_device"
 """On a registered model: the device that its plain aliases are about. Every model of ours has it."""
 RUN_TAGS = (RUN_TAG, "secateur.decision", "secateur.champion")

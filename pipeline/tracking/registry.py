@@ -65,6 +65,11 @@ KEY_TAG = "secateur.decision"
 PROMOTIONS = "-promotions"
 """What the experiment with an experiment's decisions is called besides its name."""
 MAX_TAG = 5000
+MODELS, VERSIONS_TAG = "models:/", "mlflow.modelVersions"
+"""How the source of a version begins that was made of a logged model, and the tag of that model that leads back."""
+MAX_DESCRIPTION = 5000
+MODEL_PARAMS = ("precision", "plan_digest")
+"""Tags of a version that are also parameters of its logged model, by which MLflow compares models."""
 MOVE_WAIT_S = 300.0
 """How long a move of an alias waits for one that another process makes; they take seconds."""
 RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -106,6 +111,12 @@ class Version:
     @property
     def uri(self) -> str:
         return f"models:/{self.name}/{self.version}"
+
+    @property
+    def model_id(self) -> str | None:
+        """MLflow's id of the logged model that it was made of; None where it was made of something else."""
+        place = self.source.removeprefix(MODELS).strip("/")
+        return place if self.source.startswith(MODELS) and "/" not in place else None
 
 
 STABLE = "stable timing"
@@ -367,6 +378,7 @@ class Registry:
         tags: Mapping[str, Any] | None = None,
         files: Sequence[Path] = (),
         facts: Mapping[str, Any] | None = None,
+        description: str = "",
     ) -> Version:
         """Log an ONNX file as a model and register it; once per run, however often it is called.
 
@@ -376,35 +388,39 @@ class Registry:
             device: that it was made for; the first version's becomes the model's default device.
             run_key: Secateur's id of the run; a version of the same run is found again by it.
             example: input example, shape (1, ...).
-            outputs: what the model answers to it, for the signature.
+            outputs: what the model answers to it.
             experiment: of MLflow, for the model's files.
             parent: MLflow's id of the run that made it.
             tags: of the version.
             files: what else belongs to it, kept under their names in ``secateur/``.
             facts: of the provenance (hashes, packages, device).
+            description: of the version, as Markdown.
 
         Raises:
             TrackingError: MLflow is unreachable, refuses, or changed the model's bytes.
         """
         import onnx
-        from mlflow.models import Model, infer_signature
+        from mlflow.models import Model
         from mlflow.onnx import save_model
 
         known = self._added(name, run_key)
         if known is not None:
+            self._link(known)
             return known
         self._is_ours(name)  # before megabytes are sent
         with self._talking() as client, tempfile.TemporaryDirectory(prefix="secateur-") as temporary:
             experiment_id = experiment_of(client, self.uri, experiment, self.home, self.take_over)
             folder, digest = Path(temporary) / "model", sha256_of(onnx_file)
-            logged = client.create_logged_model(experiment_id, name, parent, {RUN_TAG: run_key})
+            params = {"device": device, **{key: str(tags[key]) for key in MODEL_PARAMS if key in (tags or {})}}
+            logged = client.create_logged_model(experiment_id, name, parent, {RUN_TAG: run_key}, params)
             # As JSON, twice, MLflow would make megabytes of a photograph: those are kept as an array instead.
             small = JSON_BYTES_PER_NUMBER * example.size <= MAX_EXAMPLE_JSON
+            model = onnx.load(onnx_file)
             save_model(
-                onnx.load(onnx_file),
+                model,
                 folder,
                 mlflow_model=Model(artifact_path=name, run_id=parent, model_id=logged.model_id),
-                signature=infer_signature(example, outputs),
+                signature=signature_of(model),
                 input_example=example if small else None,
                 save_as_external_data=False,
                 onnx_execution_providers=["CPUExecutionProvider"],
@@ -427,9 +443,26 @@ class Registry:
             every = {**{k: str(v)[:MAX_TAG] for k, v in (tags or {}).items()}, **own}
             mlflow.set_tracking_uri(self.uri)  # an embedded store looks the logged model up in MLflow's global one
             made = client.create_model_version(
-                name, f"models:/{logged.model_id}", run_id=parent, tags=every, model_id=logged.model_id
+                name,
+                f"{MODELS}{logged.model_id}",
+                run_id=parent,
+                tags=every,
+                description=description[:MAX_DESCRIPTION] or None,
+                model_id=logged.model_id,
             )
-            return _version_of(made, {})
+            version = _version_of(made, {})
+        self._link(version)
+        return version
+
+    def _link(self, version: Version) -> None:
+        """Let the logged model of a version lead to it; an MLflow server does so itself."""
+        if version.model_id is None:
+            return
+        with self._talking() as client:
+            entry = {"name": version.name, "version": version.version}
+            known = json.loads(client.get_logged_model(version.model_id).tags.get(VERSIONS_TAG, "[]"))
+            if not any(str(one["version"]) == version.version and one["name"] == version.name for one in known):
+                client.set_logged_model_tags(version.model_id, {VERSIONS_TAG: json.dumps([*known, entry])})
 
     def _added(self, name: str, run_key: str) -> Version | None:
         """The version that a run has already made."""
@@ -700,8 +733,8 @@ class Registry:
         check_name(path)
         with self._talking() as client:
             place = client.get_model_version_download_uri(version.name, version.version)
-            if place.startswith("models:/"):  # of a logged model
-                place = client.get_logged_model(place.removeprefix("models:/").strip("/")).artifact_location
+            if place.startswith(MODELS):  # of a logged model
+                place = client.get_logged_model(place.removeprefix(MODELS).strip("/")).artifact_location
             _check_folder(version, place)
             store = get_artifact_repository(place, tracking_uri=self.uri, registry_uri=self.uri)
             _check_size(version, path, store.list_artifacts(path.rpartition("/")[0] or None), sizes)
@@ -709,6 +742,26 @@ class Registry:
         if not file.is_file():
             raise TrackingError(f"{version.uri} has no file {path}")
         return file
+
+
+def signature_of(model: Any) -> Any:
+    """What an ONNX model takes and gives, as MLflow's signature: its own shapes, -1 where a dimension is open."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+    from onnx.helper import tensor_dtype_to_np_dtype
+
+    def schema(ports: Sequence[Any]) -> Any:
+        specs = []
+        for port in ports:
+            kind = port.type.tensor_type
+            shape = tuple(dim.dim_value or -1 for dim in kind.shape.dim)
+            name = port.name if len(ports) > 1 else None  # a single one may be given as an array
+            specs.append(TensorSpec(np.dtype(tensor_dtype_to_np_dtype(kind.elem_type)), shape, name))
+        return Schema(specs)
+
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = [port for port in model.graph.input if port.name not in weights]
+    return ModelSignature(inputs=schema(inputs), outputs=schema(model.graph.output))
 
 
 def _lock_of(uri: str) -> Path:

@@ -10,7 +10,14 @@ import tempfile
 from pathlib import Path
 
 from secateur.pipeline.errors import UserError
-from secateur.pipeline.tracking.ownership import MADE_TAG, RUN_TAGS, experiment_deleted, experiment_refused
+from secateur.pipeline.tracking.ownership import (
+    KIND,
+    KIND_TAG,
+    MADE_TAG,
+    RUN_TAGS,
+    experiment_deleted,
+    experiment_refused,
+)
 from secateur.pipeline.tracking.ownership import RUN_TAG as RUN_TAG
 from secateur.pipeline.tracking.place import SERVER, no_store, sqlite_file
 from secateur.pipeline.tracking.place import first_line as first_line
@@ -73,7 +80,7 @@ def experiment_of(client: MlflowClient, uri: str, name: str, home: Path, take_ov
     if experiment is None:
         artifacts = None if uri.startswith(SERVER) else (home / "artifacts").absolute().as_uri()
         try:
-            return str(client.create_experiment(name, artifacts, {MADE_TAG: "made"}))
+            return str(client.create_experiment(name, artifacts, {MADE_TAG: "made", KIND_TAG: KIND}))
         except MlflowException as error:  # another process was quicker
             experiment = client.get_experiment_by_name(name)
             if error.error_code != "RESOURCE_ALREADY_EXISTS" or experiment is None:
@@ -86,6 +93,8 @@ def experiment_of(client: MlflowClient, uri: str, name: str, home: Path, take_ov
         if not (take_over or earlier):
             raise UserError(experiment_refused(name))
         client.set_experiment_tag(number, MADE_TAG, "made" if earlier else "taken over")
+    if KIND_TAG not in experiment.tags:  # of an earlier Secateur, or taken over
+        client.set_experiment_tag(number, KIND_TAG, KIND)
     return number
 
 

@@ -7,22 +7,26 @@ already has, so that none is lost or doubled, however often the server or this p
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from secateur.pipeline.config.schema import TrackingSection
 from secateur.pipeline.errors import TrackingError, UserError, masked
 from secateur.pipeline.tracking.answers import is_refusal
+from secateur.pipeline.tracking.comparable import Record as Record
+from secateur.pipeline.tracking.comparable import name_of, params_of
 from secateur.pipeline.tracking.delivery import Child, Delivery, RefusedError, alone, write
 from secateur.pipeline.tracking.ownership import CANDIDATE_TAG, PARENT_TAG
 from secateur.pipeline.tracking.registry import Registry, Version
@@ -38,8 +42,6 @@ from secateur.pipeline.tracking.store import (
 from secateur.pruning.search.protocol import on_images
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
-Record = Mapping[str, Any]
-"""A line of a run's journal."""
 MAX_TEXT = 5000
 MANY = 64
 """With so many candidates delivered, a process beside this one takes over: it costs some seconds to start."""
@@ -47,6 +49,40 @@ SERIES_EVERY_S, MAX_SERIES = 5.0, 900
 """The learning curve's points go to MLflow together, this often, or when there are so many (it takes 1000 at once)."""
 SERIES = ("reward", "macs", "latency_ratio", "p50_ms")
 """Metrics that, beside those on images, are also kept as a series on the parent run: the learning curve."""
+
+
+NOTE, CONTEXT = "mlflow.note.content", "mlflow.data.context"
+"""Tags of MLflow's own: the description of a run, and what a data set is for."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data of a run.
+
+    Args:
+        name: what it is called.
+        digest: of what is in it, and of how it is split.
+        images: how many each split has, by the split's name.
+        shape: of a batch of them as the network sees it, the first dimension -1.
+    """
+
+    name: str
+    digest: str
+    images: Mapping[str, int]
+    shape: tuple[int, ...]
+
+    def inputs(self) -> list[DatasetInput]:
+        """A data set of MLflow's for each split."""
+        spec = [{"type": "tensor", "tensor-spec": {"dtype": "float32", "shape": list(self.shape)}}]
+        schema = json.dumps({"mlflow_tensorspec": {"features": json.dumps(spec), "targets": None}})
+        source = json.dumps({"tags": {"data": self.name}})
+        return [
+            DatasetInput(
+                Dataset(f"{self.name}.{split}", self.digest, "code", source, schema, json.dumps({"num_rows": count})),
+                [InputTag(CONTEXT, split)],
+            )
+            for split, count in self.images.items()
+        ]
 
 
 class Tracker:
@@ -59,7 +95,9 @@ class Tracker:
         run_name: shown in MLflow.
         params: of the parent run.
         lock: file of the lock under which candidates are written, whichever process does it; None = none is needed.
-        reward: evaluation record -> reward, None while no reward can be computed.
+        derived: a candidate's record -> what follows from its metrics and the unpruned network's (``reward``,
+            ``macs_ratio``), as far as that is known.
+        data: that the run uses; None = that is not told.
     """
 
     def __init__(
@@ -71,10 +109,11 @@ class Tracker:
         params: Mapping[str, Any],
         labels: Mapping[str, str] | None = None,
         lock: Path | None = None,
-        reward: Callable[[Record], float | None] = lambda _: None,
+        derived: Callable[[Record], Mapping[str, float]] = lambda _: {},
+        data: Data | None = None,
     ) -> None:
         self.section, self.home, self.run_id, self.run_name, self.params = section, home, run_id, run_name, params
-        self.labels, self.lock, self.reward = dict(labels or {}), lock, reward
+        self.labels, self.lock, self.derived, self.data = dict(labels or {}), lock, derived, data
         self.uri = store_uri(section, home)
         self.failure = ""
         self.refused: dict[str, str] = {}
@@ -129,6 +168,8 @@ class Tracker:
                 self._parent = client.create_run(experiment_id, tags=tags, run_name=self.run_name).info.run_id
                 params = [Param(key, masked(str(value))[:MAX_TEXT]) for key, value in self.params.items()]
                 client.log_batch(self._parent, params=params)
+                if self.data is not None:
+                    client.log_inputs(self._parent, self.data.inputs())
             self._experiment_id = experiment_id
             with alone(self.lock):  # what tells MLflow for a dead process of this run may not have ended yet
                 self._delivered = self._children(client, experiment_id)
@@ -261,10 +302,8 @@ class Tracker:
     def _deliver(self, client: MlflowClient, record: Record) -> None:
         candidate, evaluation = record["candidate"], record["evaluation"]
         key, at_ms = _key(record), int(record["time"] * 1000)
-        values = {name: float(v) for name, v in evaluation["metrics"].items() if np.isfinite(v)}
-        reward = self.reward(record)
-        if reward is not None and np.isfinite(reward):
-            values["reward"] = reward
+        figures = {**evaluation["metrics"], **self.derived(record)}
+        values = {name: float(v) for name, v in figures.items() if np.isfinite(v)}
         if key not in self._delivered:
             self._deliver_child(client, record, key, at_ms, values)
         if record["kind"] == "finetune" or "latency_ratio" in values:  # an earlier process may not have told it
@@ -299,8 +338,8 @@ class Tracker:
         }
         if share := candidate.get("projected_share"):
             tags["candidate.projected_share"] = f"{share:g}"
-        name = f"{candidate['origin']}-{candidate['id']}"
-        child = Child(self._experiment_id, name, at_ms, {k: v[:MAX_TEXT] for k, v in tags.items()}, values)
+        told = {k: v[:MAX_TEXT] for k, v in tags.items()}
+        child = Child(self._experiment_id, name_of(record), at_ms, told, values, params_of(record))
         if self._delivery is None and len(self._delivered) >= MANY:
             self._delivery = Delivery(self.uri, self.lock)
         if (delivery := self._delivery) is not None:
@@ -312,24 +351,39 @@ class Tracker:
 
     # -- the end of a run --------------------------------------------------------------------------------------------
 
-    def finish(self, metrics: Mapping[str, float], files: list[Path], status: str = "FINISHED") -> None:
+    def finish(
+        self, metrics: Mapping[str, float], files: list[Path], version: Version | None = None, description: str = ""
+    ) -> None:
         """Log the run's final metrics and files on the parent and end it.
+
+        Args:
+            version: that the run has registered; its model carries the metrics too.
+            description: of the run, as Markdown.
 
         Raises:
             TrackingError: the server is unreachable.
         """
         try:
             client = self._connect()
-            finite = {name: value for name, value in metrics.items() if np.isfinite(value)}
-            now_ms = int(time.time() * 1000)
-            tags = [RunTag(name, label) for name, label in self.labels.items()]
-            client.log_batch(self._parent, [Metric(n, v, now_ms, 0) for n, v in finite.items()], tags=tags)
+            now_ms, model = int(time.time() * 1000), None if version is None else version.model_id
+            told = [
+                Metric(name, value, now_ms, 0, model, *self._data_of(name), self._parent)
+                for name, value in metrics.items()
+                if np.isfinite(value)
+            ]
+            labels = {**self.labels, **({NOTE: description[:MAX_TEXT]} if description else {})}
+            client.log_batch(self._parent, told, tags=[RunTag(name, label) for name, label in labels.items()])
             for file in files:
                 client.log_artifact(self._parent, str(file))
-            client.set_terminated(self._parent, status)
+            client.set_terminated(self._parent)
         except Unreachable as error:
             self._client = None
             raise TrackingError(f"tracking server {redacted(self.uri)}: {first_line(error)}") from error
+
+    def _data_of(self, metric: str) -> tuple[str | None, str | None]:
+        """Name and digest of the data set that a metric is on."""
+        split = next((split for split in ("test", "search") if f".{split}_" in metric), None)
+        return (None, None) if self.data is None or split is None else (f"{self.data.name}.{split}", self.data.digest)
 
     def register(
         self,
@@ -341,6 +395,7 @@ class Tracker:
         tags: Mapping[str, Any],
         files: Sequence[Path] = (),
         facts: Mapping[str, Any] | None = None,
+        description: str = "",
     ) -> Version:
         """Register an ONNX file as the challenger of its devices; once per run, however often it is called.
 
@@ -351,6 +406,7 @@ class Tracker:
             tags: of the version.
             files: what else belongs to it.
             facts: of its provenance.
+            description: of the version, as Markdown.
 
         Raises:
             TrackingError: the server is unreachable or refuses.
@@ -372,6 +428,7 @@ class Tracker:
             tags=tags,
             files=files,
             facts=facts,
+            description=description,
         )
         for device in devices:
             self.registry.challenge(name, version.version, device)

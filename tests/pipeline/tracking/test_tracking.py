@@ -26,11 +26,13 @@ from secateur.pipeline.locks import held
 from secateur.pipeline.tracking import CANDIDATE_TAG, PARENT_TAG, RUN_TAG, Tracker, redacted
 from secateur.pipeline.tracking.delivery import Child, Delivery, write
 from secateur.pipeline.tracking.store import Unreachable, connect, first_line
+from secateur.pipeline.tracking.tracker import Data
 from tests.pipeline.helpers import end, start_server
 from tests.pipeline.tracking.test_check import PAGE, always, answering
 from tests.servers import database_url, free_port, postgres, running
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
+DATA = Data("digits", "0123456789abcdef", {"train": 80, "search": 10, "test": 20}, (-1, 1, 8, 8))
 
 
 def record(i: int, kind: str = "evaluation", **metrics: float) -> dict[str, Any]:
@@ -56,8 +58,9 @@ def home(tmp_path: Path, migrated: Path) -> Path:
 
 def tracker(home: Path, uri: str | None = None, required: bool = False) -> Tracker:
     section = TrackingSection(experiment="tests", uri=uri, required=required)
-    reward = lambda r: 2 * r["evaluation"]["metrics"]["top1"]  # noqa: E731
-    return Tracker(section, home, "run-1", "run one", {"seed": 0, "search.method": "ccep"}, reward=reward)
+    derived = lambda r: {"reward": 2 * r["evaluation"]["metrics"]["top1"]}  # noqa: E731
+    params = {"seed": 0, "search.method": "ccep"}
+    return Tracker(section, home, "run-1", "run one", params, derived=derived, data=DATA)
 
 
 def wait_for(moment: Callable[[], bool]) -> bool:

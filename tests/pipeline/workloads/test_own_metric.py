@@ -115,7 +115,7 @@ def test_a_run_is_searched_resumed_rescored_reported_and_judged_by_a_new_workloa
     client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     (run,) = client.search_runs(experiments, f"attributes.run_name = '{directory.name}'")
-    told = {f"search.search_split.{METRIC}", f"baseline.test_split.{METRIC}", f"compact.test_split.{METRIC}"}
+    told = {f"search.search_split.{METRIC}", f"baseline.test_{METRIC}", f"final.test_{METRIC}"}
     assert told <= set(run.data.metrics)
 
 
