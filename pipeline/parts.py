@@ -12,7 +12,19 @@ from secateur.device_profiles.wording import command
 PARTS: Mapping[str, tuple[str, ...]] = {
     "export": ("onnx", "onnxruntime", "onnxscript", "scipy"),
     "pipeline": (
-        *("asyncssh", "fastapi", "jinja2", "mlflow", "optuna", "pandas", "PIL", "prefect", "psutil"),
+        *(
+            "asyncssh",
+            "fastapi",
+            "huggingface_hub",
+            "jinja2",
+            "jsonschema",
+            "mlflow",
+            "optuna",
+            "pandas",
+            "PIL",
+            "prefect",
+            "psutil",
+        ),
         *("pyarrow", "pymoo", "rich", "sklearn", "sqlalchemy", "torchvision", "typer"),
     ),
     "detection": ("faster_coco_eval",),

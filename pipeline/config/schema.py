@@ -349,6 +349,30 @@ class ReportSection(Section):
     sensitivity: bool = False
     """Whether every group is cut alone to three widths, and the accuracy lost is shown: three evaluations a group after
     the search. False = the report shows those cuts that the search itself made."""
+Licence = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f|`]+$", max_length=100)]
+Sentences = Annotated[str, Field(min_length=1, max_length=2000)]
+
+
+class LicenceSection(Section):
+    """Under which licences a model is: identifiers as model hubs know them (``mit``, ``apache-2.0``, ``cc-by-4.0``), or
+    names."""
+
+    model: Licence = "unknown"
+    """Of the network's code."""
+    weights: Licence = "unknown"
+    """Of the trained weights that the run begins with, or of what a baseline of one's own may be used for."""
+    data: Licence = "unknown"
+    """Of the images and their labels."""
+
+
+class CardSection(Section):
+    """What the model card says that no measurement tells; it changes no result."""
+
+    licence: LicenceSection = LicenceSection()
+    intended_use: Sentences | None = None
+    """What the model is for, in sentences; None = the card says what it was made and measured for."""
+    limits: Sentences | None = None
+    """What it must not be used for, or where it is known to fail; the card's own limits stand beside it."""
 
 
 class TrackingSection(Section):
@@ -388,7 +412,7 @@ class RunFile(Section):
     """Everything one run needs to know."""
 
     later = frozenset({"precision", "compute_count"})
-    passing = frozenset({"workers", "report"})
+    passing = frozenset({"workers", "report", "card"})
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=100)]
     """Names run directories, and the registered model where ``tracking.registered_model`` is not set."""
     workload: dict[str, Any]
@@ -405,6 +429,7 @@ class RunFile(Section):
     chosen for every candidate, by accuracy and latency of the very file; each one tried counts as an evaluation. Where
     latency is not asked for, the first is taken."""
     report: ReportSection = ReportSection()
+    card: CardSection = CardSection()
     tracking: TrackingSection = TrackingSection()
     workers: WorkersSection = WorkersSection()
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

@@ -15,18 +15,23 @@ from typing import Any
 from secateur.device_profiles.wording import command, printable
 from secateur.pipeline.config.schema import RunFile
 from secateur.pipeline.errors import UserError
+from secateur.pipeline.git import revision_of
 from secateur.pipeline.surroundings import DATA, HOME, TRACKING_URI, home, variable
 from secateur.pipeline.tracking.place import SQLITE, redacted, sqlite_file, store_uri
 
 ORIGIN = "origin.json"
 TRACKING, FOLDER = "tracking", "folder"
+COMMIT, BRANCH = "commit", "branch"
+"""Of the run file's folder, where that is in a Git repository."""
 
 
 def origin_of(run_id: str, config: RunFile) -> dict[str, str | None]:
-    """Whose run it is, what its relative paths are relative to, and where it is tracked."""
+    """Whose run it is, what its relative paths are relative to, of which commit it is, and where it is tracked."""
     folders = {"cwd": str(Path.cwd()), HOME: str(home()), DATA: variable(DATA)}
     lay = None if config.folder is None else str(config.folder)
-    return {"run_id": run_id, **folders, FOLDER: lay, TRACKING: tracked_at(config)}
+    revision = None if config.folder is None else revision_of(config.folder)
+    at = {} if revision is None else {COMMIT: revision.commit, BRANCH: revision.branch}
+    return {"run_id": run_id, **folders, FOLDER: lay, **at, TRACKING: tracked_at(config)}
 
 
 def read_origin(directory: Path) -> Mapping[str, Any]:

@@ -35,7 +35,6 @@ from secateur.pipeline.evaluation.evaluator import Evaluator, make_evaluator
 from secateur.pipeline.evaluation.onnx_files import CANDIDATES, OnnxFiles
 from secateur.pipeline.evaluation.worker_pool import Engine, WorkerPool
 from secateur.pipeline.files import write_whole
-from secateur.pipeline.git import revision_of
 from secateur.pipeline.progress import ProgressView
 from secateur.pipeline.run import network_probe
 from secateur.pipeline.run.estimate import search_seconds
@@ -55,7 +54,7 @@ from secateur.pipeline.run.opening import (
     search_spaces,
     spared_the_probe,
 )
-from secateur.pipeline.run.origin import FOLDER, ORIGIN, check_tracked_at, origin_of
+from secateur.pipeline.run.origin import BRANCH, COMMIT, FOLDER, ORIGIN, check_tracked_at, origin_of, read_origin
 from secateur.pipeline.run.preflight import examine
 from secateur.pipeline.run.records import to_evaluation
 from secateur.pipeline.run.schemes import scheme_of
@@ -166,7 +165,7 @@ class Run:
         params = flatten(self.config.model_dump(mode="json"))
         compat = bool(self.config.search.options.get("paper_compat"))
         labels = {"secateur.method": self.config.search.method, "secateur.paper_compat": str(compat).lower()}
-        labels |= {"secateur.device": ", ".join(profile.name for profile in self.profiles), **_source(self.config)}
+        labels |= {"secateur.device": ", ".join(profile.name for profile in self.profiles), **_source(self.directory)}
         self.tracker = Tracker(
             self.config.tracking,
             home(),
@@ -431,13 +430,12 @@ class Run:
         return make_strategy(self.config, graph, space, reference, reward, self.workload.search_metric, multiples)
 
 
-def _source(config: RunFile) -> dict[str, str]:
+def _source(directory: Path) -> dict[str, str]:
     """Where a run comes from, as MLflow's own tags say it: the command, and the commit of the run file's folder."""
     told = {"mlflow.source.name": "secateur run", "mlflow.source.type": "LOCAL", "secateur.version": __version__}
-    revision = None if config.folder is None else revision_of(config.folder)
-    if revision is None:
-        return told
-    return {**told, "mlflow.source.git.commit": revision.commit, "mlflow.source.git.branch": revision.branch}
+    begun = read_origin(directory)
+    at = {"mlflow.source.git.commit": begun.get(COMMIT), "mlflow.source.git.branch": begun.get(BRANCH)}
+    return {**told, **{tag: value for tag, value in at.items() if isinstance(value, str) and value}}
 
 
 def _data(config: RunFile, workload: Workload) -> Data:

@@ -98,6 +98,6 @@ STAGES = (
     Stage("benchmark", "Benchmark", benchmark, ("export",), version=2, retry_on=(DeviceError,)),
     Stage("gate", "Gate", gate, ("finetune", "export", "benchmark"), version=3),
     Stage("report", "Report", report, TIMED_AND_PROVEN, version=2),
-    Stage("register", "Register", register, (*TIMED_AND_PROVEN, "report"), version=2, retry_on=(TrackingError,)),
+    Stage("register", "Register", register, (*TIMED_AND_PROVEN, "report"), version=3, retry_on=(TrackingError,)),
     Stage("promote", "Promote", promote, ("register",), retry_on=(DeviceError, TrackingError)),
 )

@@ -17,10 +17,12 @@ from secateur.pipeline.files import write_whole
 from secateur.pipeline.lifecycle import promotion
 from secateur.pipeline.lifecycle.rescore import check_whole
 from secateur.pipeline.run.facts import Both, Facts, RegisterFacts, to_json
+from secateur.pipeline.run.origin import COMMIT, read_origin
 from secateur.pipeline.run.records import of_candidates
 from secateur.pipeline.run.run import Run
+from secateur.pipeline.stages.card import CARD, About, body, card, cut
 from secateur.pipeline.tracking import redacted
-from secateur.pipeline.tracking.registry import MAX_TAG
+from secateur.pipeline.tracking.registry import MAX_DESCRIPTION, MAX_TAG
 from secateur.pipeline.workloads.data.record import FACTS as DATA_FACTS
 
 NETWORKS = ("baseline", "final")
@@ -35,6 +37,9 @@ def register(run: Run, facts: Facts) -> RegisterFacts:
         JournalError: candidates of the search are missing in the journal.
     """
     check_whole(run.journal, facts.search.num_candidates)
+    told = about(run)
+    write_whole(run.directory / CARD, card(told, facts))
+    page = body(told, facts)
     with run.progress.stage("Track and register"):
         _deliver(run, facts)
         example, after = run.workload.example_input().numpy(), run.workload.postprocessing
@@ -48,13 +53,21 @@ def register(run: Run, facts: Facts) -> RegisterFacts:
             _tags(facts),
             _version_files(run, facts),
             _provenance(run, facts),
+            cut(page, MAX_DESCRIPTION),
         )
         names = [*facts.report.files, *facts.benchmark.files]
-        names += ["compact.plan.json", "compact.safetensors", "version/run.yaml"]
+        names += ["compact.plan.json", "compact.safetensors", "version/run.yaml", CARD]
         names += [] if after is None else ["compact.onnx"]  # the registry has the file with postprocessing
         kept = [run.directory / name for name in names]
-        run.tracker.finish(final_metrics(facts), [*kept, candidate_table(run)])
+        run.tracker.finish(final_metrics(facts), [*kept, candidate_table(run)], entry, cut(page, MAX_DESCRIPTION))
     return RegisterFacts(name=entry.name, version=entry.version, uri=entry.uri, files={})
+
+
+def about(run: Run) -> About:
+    """What the card says of a run besides its facts."""
+    data = run.tracker.data
+    commit = str(read_origin(run.directory).get(COMMIT) or "")
+    return About(run.config, run.run_id, run.profile, data.name if data else "data", len(run.workload.test), commit)
 
 
 def _deliver(run: Run, facts: Facts) -> None:
@@ -120,7 +133,7 @@ def _version_files(run: Run, facts: Facts) -> list[Path]:
     for name, text in made.items():
         write_whole(folder / name, text)
     shutil.copyfile(run.directory / "compact.plan.json", folder / "plan.json")
-    names = [*facts.benchmark.files, facts.report.html, DATA_FACTS]
+    names = [*facts.benchmark.files, facts.report.html, DATA_FACTS, CARD]
     files = [folder / name for name in (*made, "plan.json")] + [run.directory / name for name in names]
     if run.workload.postprocessing is not None:
         shutil.copyfile(run.directory / "compact.onnx", folder / promotion.NETWORK)
@@ -163,7 +176,8 @@ def final_metrics(facts: Facts) -> dict[str, float]:
         on_search_split = evaluation.metrics
         metrics |= {f"{name}.search_{key}": float(on_search_split[key]) for key in told if key in on_search_split}
     base, compact = facts.gate.models
-    metrics |= {"macs_ratio": compact.macs / base.macs, **_speedups(facts)}
+    metrics |= {"macs_ratio": compact.macs / base.macs, "latency_ratio": 1 / facts.benchmark.speedup.value}
+    metrics |= _speedups(facts)
     metrics |= {f"flag.{flag}": 1.0 for flag in facts.benchmark.flags}
     return metrics | {f"search.{name}": float(amount) for name, amount in facts.search.spent.items()}
 

@@ -17,7 +17,7 @@ Record = Mapping[str, Any]
 def name_of(record: Record) -> str:
     """What the run of a candidate is called: once within its run, and in the order of evaluation."""
     candidate = record["candidate"]
-    words = [record["stage"], f"{candidate['id']:04d}", candidate["origin"], record["kind"]]
+    words = [record["stage"], f"{candidate['id']:04d}", candidate["origin"].replace(" ", "-"), record["kind"]]
     return "-".join(word for word in dict.fromkeys(words) if word != "evaluation")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from secateur.pipeline.errors import SurroundingsError, TrackingError, UserError, VersionError
 from secateur.pipeline.files import sha256_of, write_whole
-from secateur.pipeline.tracking.fetched import check_onnx, facts_of
+from secateur.pipeline.tracking.fetched import check_onnx, facts_of, text_of
 from secateur.pipeline.tracking.manifest import FOLDER, MODEL, Manifest
 from secateur.pipeline.tracking.registry import CHAMPION, MODEL_TAG, Registry, Version
 from secateur.pipeline.tracking.schemas import CachedVersion, GateFacts, Provenance, Usage, checked, read_json
@@ -22,8 +22,9 @@ from secateur.pipeline.workloads.data import decode
 
 PULLED = "pulled.json"
 CACHE = "models"
-WRITTEN = ("loader.py", "decode.py", "CARD.md", "provenance.json", PULLED)
-"""What a pull writes itself."""
+CARD = "CARD.md"
+WRITTEN = ("loader.py", "decode.py", "provenance.json", PULLED)
+"""What a pull writes itself; the card too, which it takes from the version where that has one."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def pull(
         check_onnx(part / MODEL)
         for source in (Path(__file__).with_name("loader.py"), Path(decode.__file__)):
             shutil.copyfile(source, part / source.name)
-        (part / "CARD.md").write_text(card(version, manifest, part), encoding="utf-8")
+        (part / CARD).write_text(card(version, manifest, part), encoding="utf-8")
         names = sorted(file.name for file in part.iterdir())
         (part / PULLED).write_text(json.dumps({"version": version.uri, "files": names}) + "\n", encoding="utf-8")
     return Pulled(version, manifest, folder, notice)
@@ -167,7 +168,7 @@ def _chosen(manifest: Manifest, what: str) -> dict[str, str]:
         VersionError: one would take another's place.
     """
     chosen = {MODEL: MODEL, **{p: p.removeprefix(f"{FOLDER}/") for p in manifest.files if p.startswith(f"{FOLDER}/")}}
-    taken = {MODEL, *WRITTEN}
+    taken = {MODEL, *WRITTEN} | ({CARD} if f"{FOLDER}/{CARD}" not in manifest.files else set())
     for path, own in chosen.items():
         if path != MODEL and ("/" in own or own.casefold() in {name.casefold() for name in taken}):
             raise VersionError(f"{what} has a file {path}, which no version of ours has: refused")
@@ -218,12 +219,18 @@ def _replacing(folder: Path) -> Iterator[Path]:
 
 
 def card(version: Version, manifest: Manifest, folder: Path) -> str:
-    """The model card, in Markdown.
+    """The model card, in Markdown: the version's own, with what was pulled; or one made of its facts, where an earlier
+    Secateur registered it.
 
     Raises:
-        VersionError: ``usage.json`` or ``gate.json`` is not what that of a version can be.
+        VersionError: ``usage.json`` or ``gate.json`` is not what that of a version can be, or its card is no text.
     """
     told, tags = checked(Provenance, manifest.data), version.tags
+    own = text_of(folder / CARD)
+    if own is not None:
+        copied = {"version": version.uri, "sha256 of provenance.json": manifest.sha256}
+        rows = "\n".join(f"| {key} | `{value}` |" for key, value in copied.items())
+        return _printable(f"{own.rstrip()}\n\n## This copy\n\n| | |\n|---|---|\n{rows}")
     usage, gates = facts_of(folder / "usage.json", Usage), facts_of(folder / "gate.json", GateFacts)
     lines = [f"# {version.name}, version {version.version}", ""]
     lines += [f"A pruned vision model, made and measured by Secateur for device `{told.device.name}`.", ""]
@@ -258,7 +265,12 @@ def card(version: Version, manifest: Manifest, folder: Path) -> str:
     facts |= {"plan": told.plan, "device fingerprint": told.device.fingerprint}
     facts |= {"sha256 of model.onnx": tags.get(MODEL_TAG), "sha256 of provenance.json": manifest.sha256}
     lines += [f"| {key} | `{value}` |" for key, value in facts.items() if value]
-    return "\n".join("".join(c for c in line if c.isprintable()) for line in lines) + "\n"
+    return _printable("\n".join(lines))
+
+
+def _printable(text: str) -> str:
+    """Without characters that control a terminal."""
+    return "\n".join("".join(c for c in line if c.isprintable()) for line in text.splitlines()) + "\n"
 
 
 def _number(value: float | str | None) -> str:

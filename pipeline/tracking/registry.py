@@ -68,6 +68,7 @@ MAX_TAG = 5000
 MODELS, VERSIONS_TAG = "models:/", "mlflow.modelVersions"
 """How the source of a version begins that was made of a logged model, and the tag of that model that leads back."""
 MAX_DESCRIPTION = 5000
+DESCRIPTION = "Pruned and measured by Secateur; each version has a card of its own. Aliases say what each device runs."
 MODEL_PARAMS = ("precision", "plan_digest")
 """Tags of a version that are also parameters of its logged model, by which MLflow compares models."""
 MOVE_WAIT_S = 300.0
@@ -411,7 +412,10 @@ class Registry:
         with self._talking() as client, tempfile.TemporaryDirectory(prefix="secateur-") as temporary:
             experiment_id = experiment_of(client, self.uri, experiment, self.home, self.take_over)
             folder, digest = Path(temporary) / "model", sha256_of(onnx_file)
-            params = {"device": device, **{key: str(tags[key]) for key in MODEL_PARAMS if key in (tags or {})}}
+            params = {
+                "device": device,
+                **{key: str(value) for key, value in (tags or {}).items() if key in MODEL_PARAMS},
+            }
             logged = client.create_logged_model(experiment_id, name, parent, {RUN_TAG: run_key}, params)
             # As JSON, twice, MLflow would make megabytes of a photograph: those are kept as an array instead.
             small = JSON_BYTES_PER_NUMBER * example.size <= MAX_EXAMPLE_JSON
@@ -475,7 +479,7 @@ class Registry:
         """The registered model, made where there is none yet, or taken over."""
         with self._talking() as client:
             try:
-                client.create_registered_model(name, tags={DEFAULT_DEVICE: device})
+                client.create_registered_model(name, {DEFAULT_DEVICE: device}, DESCRIPTION)
                 return
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":

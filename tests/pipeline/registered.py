@@ -105,7 +105,8 @@ def add(
         example=EXAMPLE,
         outputs=OUTPUTS,
         experiment="tests",
-        tags={"gate": own_gate},
+        tags={"gate": own_gate, "precision": "fp32"},
+        description="# net",
         files=[parts / name for name in made],
         facts={"data": workload.fingerprint, "device": {"name": device, "fingerprint": "f"}},
     )

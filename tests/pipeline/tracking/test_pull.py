@@ -27,7 +27,7 @@ from secateur.pipeline.errors import TrackingError, UserError, VersionError
 from secateur.pipeline.tracking import Registry, Version
 from secateur.pipeline.tracking.fetched import check_onnx
 from secateur.pipeline.tracking.manifest import MANIFEST, MAX_BYTES, MODEL, Manifest
-from secateur.pipeline.tracking.pull import Cache, _chosen, pull
+from secateur.pipeline.tracking.pull import Cache, _chosen, card, pull
 from secateur.pipeline.tracking.registry import MANIFEST_TAG, MODEL_TAG
 from tests.pipeline.helpers import digits
 from tests.pipeline.registered import add, crown, embedded, linear_model, make_template, migrated_home
@@ -441,6 +441,17 @@ def test_no_file_of_a_version_takes_the_place_of_one_that_a_pull_writes(path: st
     read = Manifest.read(raw, hashlib.sha256(raw).hexdigest(), "a version")
     with pytest.raises(VersionError, match="refused"):
         _chosen(read, "a version")
+
+
+def test_the_card_of_a_version_is_delivered_with_what_was_pulled(tmp_path: Path) -> None:
+    raw = manifest(**{"secateur/CARD.md": {"sha256": "0" * 64, "bytes": 1}})
+    read = Manifest.read(raw, hashlib.sha256(raw).hexdigest(), "a version")
+    assert _chosen(read, "a version")["secateur/CARD.md"] == "CARD.md"
+    (tmp_path / "CARD.md").write_text("---\nlicense: mit\n---\n# net\x1b[2J\n")
+    text = card(Version("net", "3"), read, tmp_path)
+    assert text.startswith("---\nlicense: mit\n---\n# net[2J\n")
+    assert "`models:/net/3`" in text
+    assert f"`{read.sha256}`" in text
 
 
 def model_with(tensor: onnx.TensorProto, deep: bool) -> onnx.ModelProto:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -27,7 +28,7 @@ from secateur.pipeline.tracking import ChampionMovedError, Registry, alias_of
 from secateur.pipeline.tracking.history import Event
 from secateur.pipeline.tracking.manifest import MANIFEST, check_name
 from secateur.pipeline.tracking.pull import pull
-from secateur.pipeline.tracking.registry import DeletedChampion
+from secateur.pipeline.tracking.registry import DeletedChampion, signature_of
 from secateur.pipeline.tracking.reprofiles import record_reprofile
 from tests.pipeline.helpers import digits
 from tests.pipeline.registered import EXAMPLE, add, crown, decided, embedded, linear_model, make_template, migrated_home
@@ -74,6 +75,26 @@ def test_a_version_carries_everything_with_its_digest_and_is_made_once(
     assert len(facts["code"]) == 64
     assert facts["packages"]["onnxruntime"]
     assert facts["data"] == digits(image_size=8).fingerprint
+
+
+def test_a_version_says_what_its_file_takes_and_its_logged_model_leads_to_it(
+    registry: Registry, model: Path, tmp_path: Path
+) -> None:
+    import mlflow
+
+    add(registry, tmp_path, model, "run-1")
+    client = mlflow.MlflowClient(registry.uri, registry.uri)
+    version = client.get_model_version("net", "1")
+    assert version.description == "# net"
+    logged = client.get_logged_model(version.source.removeprefix("models:/"))
+    assert json.loads(logged.tags["mlflow.modelVersions"]) == [{"name": "net", "version": "1"}]
+    assert logged.params == {"device": "quick", "precision": "fp32"}
+    mlflow.set_tracking_uri(registry.uri)
+    signature = mlflow.models.get_model_info("models:/net/1").signature
+    assert [spec.shape for spec in (*signature.inputs, *signature.outputs)] == [(1, 1, 8, 8), (1, 10)]
+    open_batch = onnx.load(model)
+    open_batch.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
+    assert signature_of(open_batch).inputs.inputs[0].shape == (-1, 1, 8, 8)
 
 
 def test_a_large_input_example_is_kept_as_an_array(registry: Registry, model: Path, tmp_path: Path) -> None:

@@ -94,6 +94,16 @@ def test_every_candidate_is_a_child_run_with_plan_origin_metrics_and_reward(home
     assert run.data.tags["candidate.origin"] == "mutation"
     assert run.data.tags["candidate.digest"] == "d2"
     assert run.data.tags["candidate.forward"] == "ONNX Runtime, fp32"
+    assert run.data.params == {"origin": "mutation", "precision": "fp32", "latency": "measured"}
+    client = MlflowClient(tracking.uri)
+    experiment = client.get_experiment(run.info.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    told = client.get_run(run.data.tags[PARENT_TAG]).inputs.dataset_inputs
+    assert {one.dataset.name: json.loads(one.dataset.profile)["num_rows"] for one in told} == {
+        "digits.train": 80,
+        "digits.search": 10,
+        "digits.test": 20,
+    }
 
 
 def test_a_plan_too_long_for_a_tag_is_never_cut_short(home: Path) -> None:
