@@ -235,7 +235,7 @@ def _flags(facts: Facts) -> str:
 
 
 def _gate(facts: Facts) -> str:
-    return "\n".join(f"- {_check(check)}" for check in facts.gate.checks)
+    return "\n".join(f"- {_check(one)}" for one in facts.gate.checks) or "Nothing was asked of it."
 
 
 def _check(one: Check) -> str:
