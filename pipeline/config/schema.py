@@ -349,6 +349,8 @@ class ReportSection(Section):
     sensitivity: bool = False
     """Whether every group is cut alone to three widths, and the accuracy lost is shown: three evaluations a group after
     the search. False = the report shows those cuts that the search itself made."""
+
+
 Licence = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f|`]+$", max_length=100)]
 Sentences = Annotated[str, Field(min_length=1, max_length=2000)]
 

@@ -212,7 +212,7 @@ def _figures(about: About, facts: Facts) -> str:
     lines = ["| | unpruned | this model | change |", "|---|---|---|---|"]
     lines += [f"| {' | '.join(row)} |" for row in final_table(facts)]
     statistic = "CPU time" if facts.benchmark.statistic == "cpu" else "wall time"
-    profile, accuracy = about.profile, getattr(facts.gate, "accuracy", None)
+    profile, accuracy = about.profile, facts.gate.accuracy
     lines += ["", f"Accuracy is on the test split of `{about.data}`, {about.images} images, which nothing else saw."]
     if accuracy is not None and accuracy.change.low is not None:
         low, high = (f"{100 * end:+.2f}" for end in (accuracy.change.low, accuracy.change.high))
