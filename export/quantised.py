@@ -92,6 +92,11 @@ class QuantisedTemplate:
         named = [name for name, weight in self._again.weights.items() if weight.axis is not None]
         return tuple(sorted(named, key=lambda name: order.get(name + DEQUANTISED, 0)))
 
+    def dense(self) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+        """The unpruned network in float, clean, and in int8; their nodes have the same names."""
+        whole = self.slice(PruningPlan.full(self.template.graph.groups))
+        return clean(self.template.proto())[0], onnx.load_model_from_string(whole)
+
     def slice(self, plan: PruningPlan, state: State | None = None) -> bytes:
         """The int8 file of a plan.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,12 +69,38 @@ PRECISIONS: Mapping[str, Precision] = {
 """By the name that a run file's ``precision`` has."""
 
 
+EXCEPT = " except "
+
+
 def precision(name: str) -> Precision:
-    """A precision by its name.
+    """A precision by its name, which may except layers that stay in float: ``int8 except conv1, layer1.0.conv2``.
 
     Raises:
         ExportError: there is none; lists those that there are.
     """
-    if name not in PRECISIONS:
+    kind, floats = kind_of(name), layers_in_float(name)
+    if kind not in PRECISIONS or (floats and not PRECISIONS[kind].calibrated):
         raise ExportError(f"networks cannot be exported in {name!r} so far; known: {', '.join(PRECISIONS)}")
-    return PRECISIONS[name]
+    return PRECISIONS[kind]
+
+
+def mixed(kind: str, layers: Iterable[str]) -> str:
+    """The name of a precision in which some layers, by the names of their modules, stay in float."""
+    named = ", ".join(layers)
+    return f"{kind}{EXCEPT}{named}" if named else kind
+
+
+def kind_of(name: str) -> str:
+    """The entry of the table that a precision's name begins with."""
+    return name.partition(EXCEPT)[0]
+
+
+def layers_in_float(name: str) -> tuple[str, ...]:
+    """The layers that a precision's name excepts."""
+    return tuple(filter(None, name.partition(EXCEPT)[2].split(", ")))
+
+
+def file_word(name: str) -> str:
+    """A precision's name as a part of a file's."""
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{kind_of(name)}-{digest}" if layers_in_float(name) else name

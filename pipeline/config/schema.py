@@ -14,7 +14,16 @@ from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import parse_qsl, urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    field_validator,
+    model_validator,
+)
 
 from secateur.pipeline.config import recipes
 from secateur.pipeline.config.renamed import with_first_words
@@ -410,6 +419,30 @@ class TrackingSection(Section):
         return uri
 
 
+def _one_is_a_list_of_one(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+def _each_once(value: tuple[str, ...]) -> tuple[str, ...]:
+    if not value or len(set(value)) < len(value):
+        raise ValueError("names no precision, or one twice; write for example precision: [fp32, int8]")
+    return value
+
+
+Ships = Annotated[tuple[str, ...], BeforeValidator(_one_is_a_list_of_one), AfterValidator(_each_once)]
+
+
+class PrecisionSection(Section):
+    """What may ship, and whether the layers of one network may differ."""
+
+    ship: Ships
+    """As the list that may stand in place of this section."""
+    layers: bool = False
+    """Whether layers of an int8 network may stay in fp32: the first ones, and those that are most sensitive, which a
+    look at each layer alone finds. Each of these few mixtures is tried for every candidate, and counts as an
+    evaluation."""
+
+
 class RunFile(Section):
     """Everything one run needs to know."""
 
@@ -426,10 +459,10 @@ class RunFile(Section):
     finetune: FinetuneSection = FinetuneSection()
     export: ExportSection = ExportSection()
     gate: GateSection = GateSection()
-    precision: tuple[str, ...] = ("fp32",)
+    precision: Ships | PrecisionSection = ("fp32",)
     """What may ship: fp32, int8, fp16 (by which ONNX Runtime gains nothing on a CPU). Of several, the best by reward is
     chosen for every candidate, by accuracy and latency of the very file; each one tried counts as an evaluation. Where
-    latency is not asked for, the first is taken."""
+    latency is not asked for, the first is taken. ``{ship: [...], layers: true}`` allows int8 with layers in fp32."""
     report: ReportSection = ReportSection()
     card: CardSection = CardSection()
     tracking: TrackingSection = TrackingSection()
@@ -445,18 +478,6 @@ class RunFile(Section):
     of the threads. The baseline and fine-tunings; auxiliary trainings and everything else is one's."""
     _folder: Path | None = PrivateAttr(default=None)
 
-    @field_validator("precision", mode="before")
-    @classmethod
-    def _one_is_a_list_of_one(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("precision")
-    @classmethod
-    def _each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if not value or len(set(value)) < len(value):
-            raise ValueError("names no precision, or one twice; write for example precision: [fp32, int8]")
-        return value
-
     @model_validator(mode="after")
     def _features_agree(self) -> RunFile:
         distill = self.finetune.distill
@@ -467,6 +488,16 @@ class RunFile(Section):
                 "finetune.distill.features"
             )
         return self
+
+    @property
+    def ships(self) -> tuple[str, ...]:
+        """The precisions that may ship."""
+        return self.precision.ship if isinstance(self.precision, PrecisionSection) else self.precision
+
+    @property
+    def layers_may_differ(self) -> bool:
+        """Whether layers of a network may have another precision than the rest."""
+        return isinstance(self.precision, PrecisionSection) and self.precision.layers
 
     @property
     def folder(self) -> Path | None:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from secateur.export.quantize import file_word
 from secateur.pipeline.config.schema import FinetuneSection, SearchSection
 from secateur.pipeline.devices.fleet import Device, Fleet
 from secateur.pipeline.evaluation.accuracy import Accuracy, AccuracyEvaluator, AccuracyRequest, Key
@@ -386,7 +387,7 @@ def make_evaluator(
     trainer = Trainer(baseline, accuracy.weights, recipe, progress)
 
     def oracle(name: str, dense: Mapping[str, Latencies]) -> dict[str, Latencies]:
-        own, kind = (files, "") if name == FLOAT else (PreciseFiles(files, made, name), f".{name}")
+        own, kind = (files, "") if name == FLOAT else (PreciseFiles(files, made, name), f".{file_word(name)}")
         return {
             device.name: _latencies(
                 own, device, folder / fleet.file("latencies", f"{kind}.jsonl", device.name), search, space, dense

@@ -13,6 +13,7 @@ from secateur.device_profiles.layers import LayerTable
 from secateur.export.errors import TemplateError
 from secateur.export.layers import layer_table
 from secateur.export.onnx_export import write_atomically
+from secateur.export.quantize import file_word
 from secateur.export.slicing import OnnxTemplate, candidate_onnx
 from secateur.pipeline.evaluation.baseline import Baseline
 from secateur.pipeline.evaluation.precisions import FLOAT, Precisions
@@ -122,7 +123,7 @@ class PreciseFiles:
         """None: the latency model does not read profiles of other precisions yet."""
 
     def _write(self, plan: PruningPlan, name: str) -> Path:
-        path = self._files.folder / f"{self.precision}-{name}"
+        path = self._files.folder / f"{file_word(self.precision)}-{name}"
         write_atomically(path, self._precisions.network(self.precision, plan, None, lambda: self.baseline.cut(plan)))
         return path
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ from secateur.export.errors import TemplateError
 from secateur.export.onnx_export import export_proto
 from secateur.export.qdq import Calibration
 from secateur.export.quantised import QuantisedTemplate
-from secateur.export.quantize import PRECISIONS, precision
+from secateur.export.quantize import PRECISIONS, layers_in_float, precision
+from secateur.export.sensitivity import sensitivity
 from secateur.export.slicing import OnnxTemplate
 from secateur.pipeline.training.statistics import training_images
 from secateur.pipeline.workloads import Workload
@@ -27,6 +29,8 @@ from secateur.pruning.plan import PruningPlan
 FLOAT = "fp32"
 CALIBRATION_IMAGES = 200
 """Training images that the ranges of activations are taken from."""
+SENSITIVITY_IMAGES = 8
+"""Of these, by how many each layer is tried in 8 bits alone."""
 log = logging.getLogger(__name__)
 
 
@@ -62,7 +66,7 @@ class Precisions:
             ExportError: the training images cannot calibrate it, or ONNX Runtime cannot make it.
         """
         made, template = precision(name), self._float()
-        calibration = self.calibration() if made.calibrated else None
+        calibration = self.calibration(name) if made.calibrated else None
         if template is not None and not made.calibrated:
             content = template.slice(plan, state)
             return content if name == FLOAT else _in(name, content)
@@ -91,11 +95,11 @@ class Precisions:
         """
         with self._lock:
             if name not in self._templates:
-                self._templates[name] = self._open()
+                self._templates[name] = self._open(name)
             return self._templates[name]
 
-    def calibration(self) -> Calibration:
-        """The first training images as the network sees them, in no order of classes.
+    def calibration(self, name: str) -> Calibration:
+        """The first training images as the network sees them, in no order of classes, and what stays in float.
 
         Raises:
             ExportError: they are missing, not finite, or all the same number.
@@ -106,14 +110,27 @@ class Precisions:
                 batches = list(training_images(self.workload, self.workload.train, count, cpu)) if count else []
                 images = torch.cat(batches) if batches else torch.empty(0)
                 self._calibration = Calibration(images.float().contiguous().numpy(), self.scheme)
-            return self._calibration
+            floats = {weight for layer in layers_in_float(name) for weight in (layer, f"{layer}.weight")}
+            return replace(self._calibration, floats=frozenset(floats))
 
-    def _open(self) -> QuantisedTemplate | None:
+    def sensitivity(self, name: str) -> dict[str, float]:
+        """How much the outputs change where one layer alone is in a calibrated precision; empty where nothing can tell.
+
+        Returns:
+            Layer -> relative error, in the order of the network (``secateur.export.sensitivity``).
+
+        Raises:
+            ExportError: as ``template``.
+        """
+        template = self.template(name)
+        return {} if template is None else sensitivity(template, self.calibration(name).images[:SENSITIVITY_IMAGES])
+
+    def _open(self, name: str) -> QuantisedTemplate | None:
         template = self._float()
         if template is None:
             return None
         try:
-            return QuantisedTemplate.make(template, self.calibration(), self.folder)
+            return QuantisedTemplate.make(template, self.calibration(name), self.folder)
         except TemplateError as error:
             log.warning("every candidate is quantised from the beginning, which takes seconds: %s", error)
             return None

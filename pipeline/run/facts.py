@@ -193,6 +193,19 @@ class ScopeFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerPrecisions:
+    """Precisions that are tried for every candidate where its layers may differ, and why.
+
+    Args:
+        tried: their names; ``int8 except conv1`` leaves the layer ``conv1`` in float.
+        sensitivity: precision -> layer -> relative error of the outputs where that layer alone has it.
+    """
+
+    tried: tuple[str, ...]
+    sensitivity: Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class SearchFacts(StageFacts):
     """What the search found.
 
@@ -209,6 +222,7 @@ class SearchFacts(StageFacts):
         graph: the channel groups, for people.
         split: what the search went by, and why; None in runs of earlier versions.
         probes: which widths of this network pay, by device; None where none was probed with it.
+        layer_precisions: the mixtures of precisions that were tried; None where layers may not differ.
     """
 
     reference: KeptEvaluation
@@ -224,6 +238,7 @@ class SearchFacts(StageFacts):
     graph: str
     split: Annotated[SearchSplitFacts | None, OMITTED] = None
     probes: Annotated[Mapping[str, NetworkProbe] | None, OMITTED] = None
+    layer_precisions: Annotated[LayerPrecisions | None, OMITTED] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -117,13 +117,16 @@ def check_precisions(config: RunFile) -> None:
     Raises:
         UserError: they cannot; lists those that there are.
     """
-    if config.precision == ("fp32",):
+    if config.ships == ("fp32",) and not config.layers_may_differ:
         return
     from secateur.export.quantize import PRECISIONS  # imports onnx, which takes long
 
-    if unknown := [name for name in config.precision if name not in PRECISIONS]:
+    if unknown := [name for name in config.ships if name not in PRECISIONS]:
         raise UserError(f"unknown: {', '.join(unknown)}; known: {', '.join(PRECISIONS)}")
-    if config.export.dynamic_batch and any(PRECISIONS[name].calibrated for name in config.precision):
+    calibrated = any(PRECISIONS[name].calibrated for name in config.ships)
+    if config.layers_may_differ and not calibrated:
+        raise UserError("layers: true is about networks of integers; put int8 among those that ship, or leave it out")
+    if config.export.dynamic_batch and calibrated:
         raise UserError("integers are calibrated for one image at a time so far; leave export.dynamic_batch out")
 
 

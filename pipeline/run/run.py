@@ -33,10 +33,11 @@ from secateur.pipeline.evaluation.accuracy import AccuracyEvaluator
 from secateur.pipeline.evaluation.baseline import Baseline
 from secateur.pipeline.evaluation.evaluator import Evaluator, make_evaluator
 from secateur.pipeline.evaluation.onnx_files import CANDIDATES, OnnxFiles
+from secateur.pipeline.evaluation.precisions import Precisions
 from secateur.pipeline.evaluation.worker_pool import Engine, WorkerPool
 from secateur.pipeline.files import write_whole
 from secateur.pipeline.progress import ProgressView
-from secateur.pipeline.run import network_probe
+from secateur.pipeline.run import layer_precisions, network_probe
 from secateur.pipeline.run.estimate import search_seconds
 from secateur.pipeline.run.facts import SearchSplitFacts
 from secateur.pipeline.run.journal import Journal, Record, read_journal, require_format
@@ -306,9 +307,30 @@ class Run:
             space=space,
             deterministic=self.config.search.forward == "deterministic" or self._engine is not None,
             workers=self._new_pool(),
-            precisions=self.config.precision,
+            precisions=self.precisions(baseline, graph),
             scheme=scheme_of(self.profiles),
         )
+
+    def precisions(self, model: nn.Module, graph: ChannelGraph) -> tuple[str, ...]:
+        """Those that are tried for every candidate: what may ship, and mixtures where layers may differ.
+
+        Raises:
+            ExportError: the network cannot be quantised.
+        """
+        if not self.config.layers_may_differ:
+            return self.config.ships
+
+        def look(kind: str) -> dict[str, float]:
+            baseline = Baseline(model, graph, self.workload, self.config.seed, self.compute)
+            folder = self.directory / CANDIDATES
+            files = OnnxFiles(baseline, folder, self.progress)
+            made = Precisions(self.workload, files.template, folder, scheme_of(self.profiles))
+            with self.progress.stage(f"Try each layer alone in {kind}") as report:
+                errors = made.sensitivity(kind)
+                report(len(errors), len(errors), layer_precisions.told(errors))
+            return errors
+
+        return layer_precisions.settle(self.journal, self.config.ships, look).tried
 
     @contextlib.contextmanager
     def with_workers(self, engine: Engine | None) -> Iterator[None]:

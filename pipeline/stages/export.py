@@ -128,7 +128,7 @@ def _in_precision(
         content = made.network(name, plan, network.state_dict(), lambda: network)
         if template is None:  # the exporter's options hold for this file as well
             source = onnx.load(path)
-            calibration = made.calibration() if precision(name).calibrated else None
+            calibration = made.calibration(name) if precision(name).calibrated else None
             content = precision(name).make(source, calibration).SerializeToString()
         write_atomically(path, content)
         artifact = _described(run, describe(path, name, plan.digest))

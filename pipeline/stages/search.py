@@ -14,7 +14,7 @@ from secateur.pipeline.errors import UserError
 from secateur.pipeline.evaluation.evaluator import Evaluator
 from secateur.pipeline.lifecycle.finish import chosen_plan, only
 from secateur.pipeline.lifecycle.rescore import rank_agreement
-from secateur.pipeline.run import network_probe
+from secateur.pipeline.run import layer_precisions, network_probe
 from secateur.pipeline.run.facts import (
     Facts,
     LatencyFacts,
@@ -79,6 +79,7 @@ def search(run: Run, facts: Facts) -> SearchFacts:
         graph=graph.report(),
         split=split,
         probes=probes or None,
+        layer_precisions=layer_precisions.settled(run.journal.records),
         files={},
     )
 
@@ -122,7 +123,7 @@ def _search(
             notify,
             budget=run.budget(),
             watch=lambda work: show(f"{work} ..."),
-            scores=len(run.config.precision),
+            scores=len(oracle.precisions),
             closes=plan is None and run.goal != Goal(),
         )
         study.charge(before.spent)
