@@ -344,7 +344,7 @@ class SearchSpace:
         allowed = {name: widths for name, widths in self.allowed.items() if name in names}
         if not allowed:
             raise PlanError(f"none of {sorted(names)} can be pruned here; the search space has {list(self.names)}")
-        return SearchSpace({name: self.sizes[name] for name in allowed}, allowed, self.full)
+        return SearchSpace({name: self.sizes[name] for name in allowed}, allowed, self.full, self.readers)
 
     def in_multiples(self, multiple: int) -> SearchSpace:
         """Of these widths those that are multiples of a number too, and the full ones.

@@ -12,7 +12,7 @@ name                      score of channel k
 ``taylor``                sum of ``|w dL/dw|`` over everything that makes it (Molchanov et al., CVPR 2019)
 ``snip_l1`` ...           EvoFC's four criteria on G = ``|dL/dmask|`` at mask 1 = ``|w dL/dw|`` (2024; see below)
 ``weight_l1`` ...         the same four on ``|w|``
-``weight_dependency``     its filter's and its readers' mean ``|w|`` (CPMC, arXiv 2011.03240)
+``weight_dependency``     its filter's and its readers' relative ``|w|`` (CPMC, arXiv 2011.03240)
 ``bn_dependency``         ``|gamma_k|`` times the norm of what reads it (DAFP, arXiv 2005.02634)
 ``random``                a number drawn under the seed
 ========================= ====================================================================================
@@ -192,18 +192,13 @@ def bn_dependency(look: Look) -> Tensor:
 
 
 def weight_dependency(look: Look) -> Tensor:
-    """w_k of CPMC: mean ``|W[k]|`` times ``|gamma_k| / sigma_k``, plus mean ``|W_j[:, k]|`` of each reader j.
+    """w_k of CPMC: mean ``|W[k]|`` plus mean ``|W_j[:, k]|`` of each reader j, each relative to its layer's mean.
 
-    Our instance; the paper's formula could not be read. Where the batch norms cannot be told apart by their number (a
-    residual stage normalised once), every producing layer gets their mean.
+    Our instance; the paper's formula could not be read. Layers weigh alike in it: what follows undoes the common factor
+    of a layer's weights (a batch norm its scale, too, so that ``gamma / sigma`` says little of a channel).
     """
-    factors = [(look.rows(m).abs() / look.rows(m, look.sigmas[m.tensor])).mean(dim=1) for m in look.norms]
-    if factors and len(factors) != len(look.producers):
-        factors = [torch.stack(factors).mean(dim=0)] * len(look.producers)
-    own = [look.rows(m).abs().mean(dim=1) for m in look.producers]
-    if factors:
-        own = [mean * factor for mean, factor in zip(own, factors, strict=True)]
-    return torch.stack([*own, *(look.rows(m).abs().mean(dim=1) for m in look.readers)]).sum(dim=0)
+    sides = [look.rows(m).abs().mean(dim=1) for m in (*look.producers, *look.readers)]
+    return torch.stack([side / _positive(side.mean()) for side in sides]).sum(dim=0)
 
 
 CRITERIA: dict[str, Criterion] = {

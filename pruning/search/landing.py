@@ -124,6 +124,49 @@ def alike(problem: Problem, ratio: float) -> list[int]:
     return [space.snap(name, ratio * space.sizes[name]) for name in space.names]
 
 
+def near_even(problem: Problem, limit: Limit, spread: float) -> Problem:
+    """The problem with fewer allowed widths: those near to an even cut within a limit.
+
+    A ranking tells well which channels of a group go, and less well how many: scores of different groups are not of one
+    kind, and the last channels of a group are worth more than scores of single ones say. The even cut is one keep ratio
+    r for all groups, and its square root for what several layers read, as they do a residual stream (the papers leave
+    that whole). A group keeps from ``(1 - spread) r`` to ``r + spread (1 - r)`` of its channels; what several layers
+    read keeps ``sqrt(r)`` at least, and as much above it.
+
+    Args:
+        limit: the smallest plan of the space meets it.
+        spread: in 0..1; 0 = the even cut, 1 = any width.
+    """
+    space = problem.space
+    if spread >= 1:
+        return problem
+    shared = {name for name in space.names if space.readers.get(name, 1) > 1}
+
+    def widths(inner: float, stream: float) -> list[int]:
+        return [space.snap(n, (stream if n in shared else inner) * space.sizes[n]) for n in space.names]
+
+    r = bisect(limit, lambda ratio: widths(ratio, ratio**0.5), meets=0.0, fails=1.0)
+    low, high = widths((1 - spread) * r, r**0.5), widths(r + spread * (1 - r), r**0.5 + spread * (1 - r**0.5))
+    ends = zip(space.names, low, high, strict=True)
+    allowed = {n: tuple(w for w in space.allowed[n] if a <= w <= b) for n, a, b in ends}
+    return replace(problem, space=replace(space, allowed=allowed))
+
+
+def settle_near(
+    problem: Problem,
+    limit: Limit,
+    plan: PruningPlan,
+    saliency: Mapping[str, FloatArray],
+    spread: float,
+    *,
+    per_cost: bool = True,
+) -> Settled:
+    """As ``settle``, with widths near to an even cut; beyond them only as far as the target takes."""
+    inside = settle(near_even(problem, limit, spread), limit, plan, saliency, per_cost=per_cost)
+    rest = settle(problem, limit, inside.plan, saliency, per_cost=per_cost)
+    return Settled(rest.plan, max(inside.projected_share, rest.projected_share))
+
+
 def land_on(
     problem: Problem,
     limit: Limit,

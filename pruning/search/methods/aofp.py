@@ -21,7 +21,9 @@ of its channels would save, relative to the mean over groups (at least a tenth).
 
 A budget is spread over up to 8 decisions a group, by equal factors of the cost: what a block has to save and theta does
 not allow goes all the same, least damage per cost saved first. Half of the budget is for training, once a decision, as
-parts of one course of the learning rate. What is left to do at the end is done by the damage that was seen last.
+parts of one course of the learning rate. What is left to do at the end is done by the damage that was seen last. No
+group gets much narrower than an even cut to the target leaves it (``spread``): damage is seen one layer on, and a
+residual stream, whose channels save the most, is read by all that come.
 
 Least budget: 1 evaluation.
 """
@@ -37,7 +39,7 @@ from typing import ClassVar
 import numpy as np
 
 from secateur.pruning.plan import IntArray, SearchSpace
-from secateur.pruning.search.landing import NEAR, land_on
+from secateur.pruning.search.landing import NEAR, land_on, near_even
 from secateur.pruning.search.protocol import (
     DENSE,
     Answer,
@@ -86,8 +88,10 @@ class Options:
         lr: learning rate of that training (authors: 0.001); null = the recipe's.
         include: name patterns (``*``, ``?``) of the groups to prune. The authors prune inner widths of residual blocks
             only: ``["*.conv1"]`` in a ResNet of basic blocks.
+        spread: how far below an even cut to the target masks may go in a group, in 0..1; 1 = anywhere (ours). The even
+            cut is one keep ratio for all groups and its square root for what several layers read.
         paper_compat: theta is the same for all groups and never grows (the search stops with what is there when all
-            groups are stuck), and the last mask may overshoot the target.
+            groups are stuck), masks go anywhere, and the last one may overshoot the target.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -100,6 +104,7 @@ class Options:
     finetune_epochs: float = 1.0
     lr: float | None = 1e-3
     include: tuple[str, ...] = ("*",)
+    spread: float = 0.25
     paper_compat: bool = False
 
     def __post_init__(self) -> None:
@@ -107,6 +112,7 @@ class Options:
         check_ranges(
             self, **counts, threshold=(1e-9, 1e6), lr=(1e-9, 1e3), growth=(1.01, 1e6), finetune_epochs=(0, math.inf)
         )
+        check_ranges(self, spread=(0, 1))
         if self.stagger > self.batches:
             raise ValueError(f"stagger ({self.stagger}) must not exceed batches ({self.batches}): a block is a batch")
 
@@ -155,6 +161,7 @@ class _Course:
     """A search on its way.
 
     Attributes:
+        whole, problem: with all widths, and with those that masks may reach.
         limit: the target; None = there is none.
         theta: the threshold as it has grown.
         plan: what is masked so far.
@@ -164,7 +171,8 @@ class _Course:
     """
 
     def __init__(self, problem: Problem, options: Options) -> None:
-        self.problem, self.options = problem, options
+        self.whole = self.problem = problem
+        self.options = options
         self.groups = _groups(problem, options)
         self.limit: Limit | None = None
         self.theta, self.base = options.threshold, DENSE
@@ -211,17 +219,31 @@ class _Course:
             return
         self.limit = limit = yield from limit_of(self.problem)
         check_groups(self.problem, limit, [group.name for group in self.groups])
+        self.spare(limit)
         if limit.name == "latency_ratio" and not self.options.paper_compat:
             _scale_by_gain(self.problem, limit, self.groups)
+
+    def spare(self, limit: Limit) -> None:
+        """No group may get narrower than the widths near an even cut of the target groups to the limit."""
+        if self.options.paper_compat:
+            return
+        space, names = self.whole.space, [group.name for group in self.groups]
+        free = {n: widths if n in names else widths[-1:] for n, widths in space.allowed.items()}
+        near = near_even(replace(self.whole, space=replace(space, allowed=free)), limit, self.options.spread).space
+        allowed = {n: tuple(w for w in widths if w >= near.allowed[n][0]) for n, widths in free.items()}
+        self.problem = replace(self.whole, space=replace(space, allowed=allowed))
+        for group in self.groups:
+            group.space = self.problem.space
 
     def tightens(self) -> bool:
         """The limit falls by what a network missed the latency target by when measured; False where it did not."""
         target, measured = self.problem.goal.latency_ratio, self.evaluations[-1]["latency_ratio"]
         if self.limit is None or target is None or not measured > target:
             return False
-        space = self.problem.space
+        space = self.whole.space
         now, least = (self.limit.of(space.encode(plan)) for plan in (self.plan, space.smallest()))
         self.limit = replace(self.limit, bound=max(least, min(now, self.limit.bound) - (measured - target)))
+        self.spare(self.limit)
         return now > least
 
     def look(self, block: int, active: Sequence[Group]) -> Generator[Request, Answer, None]:

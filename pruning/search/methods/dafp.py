@@ -12,10 +12,12 @@ Known are these ideas, not the formulas. Ours: the wanted share grows linearly f
 uniform cut to the target removes; scores are divided by the mean of their group before the global ranking, so that they
 say how much more or less of the next layer's input comes through a channel than through its neighbours (a batch norm
 behind that layer undoes any common factor). The Euclidean norm would do so too, but grows with the square root of the
-width, and so takes from wide layers. With ``epochs: 0``, or where the budget allows no training, the scores are those
-of the pretrained network.
+width, and so takes from wide layers. What is worth least per cost saved goes first (``per_cost``), and widths stay near
+to an even cut (``spread``): scores of different groups are of one scale by then, but not of one kind. With
+``epochs: 0``, or where the budget does not hold a fiftieth of the epochs, the scores are those of the pretrained
+network.
 
-Least budget: 1 evaluation, 1 epoch.
+Least budget: 1 evaluation, 0.2 epochs.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from secateur.pruning.plan import PruningPlan
-from secateur.pruning.search.landing import settle
+from secateur.pruning.search.landing import settle_near
 from secateur.pruning.search.methods.cpmc import normalised
 from secateur.pruning.search.methods.knapsack import at_least
 from secateur.pruning.search.protocol import (
@@ -48,12 +50,17 @@ from secateur.pruning.search.support import (
     evaluate,
     limit_of,
     meet,
+    remaining,
     score,
     train_auxiliary,
 )
 
 CRITERION = "bn_dependency"
 """The saliency of networks that are not trained for sparsity."""
+TRAINING = 0.9
+"""Share of the budget that sparse training may take."""
+LEAST_EPOCHS = 0.02
+"""Share of the wanted epochs below which sparse training is left out: no scale would get small."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,8 @@ class Options:
     """Options of DAFP. The paper's settings are unknown; all defaults are ours.
 
     Args:
-        epochs: of sparse training from the pretrained weights; 0 = none.
+        epochs: of sparse training from the pretrained weights, at most what nine tenths of the budget pay for; 0 =
+            none.
         target_sparsity: share in 0..1 of the scales that training makes small; None = the share of channels that a
             uniform cut to the target removes.
         strength: lambda at the beginning.
@@ -70,6 +78,9 @@ class Options:
         normalise: scores are divided by their group's ``mean``, its ``max``, its ``l2`` norm, or not (``none``: one
             threshold for the bare scores).
         min_keep: kept / width in 0..1 of every group.
+        spread: how far the widths may lie from an even cut, which is one keep ratio for all groups and its square root
+            for what several layers read, in 0..1; 0 = the even cut, 1 = anywhere.
+        per_cost: whether what is worth least per cost saved goes first, and not what is worth least.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -81,15 +92,17 @@ class Options:
     threshold: float = 0.01
     normalise: Literal["mean", "max", "l2", "none"] = "mean"
     min_keep: float = 0.1
+    spread: float = 0.25
+    per_cost: bool = True
 
     def __post_init__(self) -> None:
-        shares = dict.fromkeys(("target_sparsity", "rate", "min_keep"), (0.0, 1.0))
+        shares = dict.fromkeys(("target_sparsity", "rate", "min_keep", "spread"), (0.0, 1.0))
         check_ranges(self, epochs=(0, math.inf), strength=(1e-12, 1.0), threshold=(1e-9, math.inf), **shares)
 
 
 def least(problem: Problem, options: Options) -> Budget:
-    """One plan, and a sparse training of a tenth of the epochs."""
-    return Budget(evaluations=1, epochs=0.1 * options.epochs)
+    """One plan, and the shortest sparse training."""
+    return Budget(evaluations=1, epochs=LEAST_EPOCHS * options.epochs)
 
 
 def search(problem: Problem, options: Options) -> Strategy:
@@ -105,7 +118,7 @@ def search(problem: Problem, options: Options) -> Strategy:
     scores = {name: normalised(learned[name], options.normalise) for name in problem.space.names}
 
     def cut(limit: Limit) -> PruningPlan:
-        return settle(problem, limit, problem.space.full, scores, per_cost=False).plan
+        return settle_near(problem, limit, problem.space.full, scores, options.spread, per_cost=options.per_cost).plan
 
     plan = yield from meet(problem, limit, cut)
     candidates = [Candidate(0, plan, "dafp", (), base)]
@@ -119,11 +132,14 @@ def _dependency(
     """The weights to cut from, and the importance of every channel in them."""
     if options.epochs == 0:
         return DENSE, (yield from score(CRITERION))
-    wanted = options.target_sparsity
+    wanted, left = options.target_sparsity, (yield from remaining())
+    epochs = min(options.epochs, left.trainable(TRAINING))
+    if epochs < LEAST_EPOCHS * options.epochs:
+        return DENSE, (yield from score(CRITERION))
     try:
         learned = yield from train_auxiliary(
             "sparsity",
-            options.epochs,
+            epochs,
             target_sparsity=uniform_sparsity(problem, limit) if wanted is None else wanted,
             strength=options.strength,
             rate=options.rate,

@@ -11,7 +11,8 @@ The source is known to us by its abstract and a re-implementation. Our choices: 
 so no symmetry term is needed; first-order steps; T falls exponentially; alphas begin at the one value at which the
 expected cost is the target. Where the kept channels miss the target by more than the band, the threshold that meets it
 takes the place of 0.5; then those with the lowest indicators go, per cost saved, or those with the highest come back,
-until the target is just met. A latency target becomes an expected latency: what each group saves at a width, from a few
+until the target is just met. Widths stay near to an even cut (``spread``): after a short training indicators rank
+channels, and hardly groups. A latency target becomes an expected latency: what each group saves at a width, from a few
 measured plans, interpolated and added.
 
 Least budget: 1 evaluation, 0.3 epochs.
@@ -27,7 +28,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from secateur.pruning.search.landing import land_on
+from secateur.pruning.search.landing import land_on, near_even
 from secateur.pruning.search.protocol import (
     DENSE,
     RANDOM,
@@ -71,7 +72,10 @@ class Options:
         weight_share: fraction in 0..1 of the training images that weights learn on; alphas learn on the rest
             (re-implementation: 0.7).
         coldest: last temperature, the first is 1 (re-implementation: 1/50).
-        paper_compat: 1 / T grows linearly, as in the re-implementation; the threshold is 0.5, and none comes back.
+        spread: how far the widths may lie from an even cut, which is one keep ratio for all groups and its square root
+            for what several layers read, in 0..1; 0 = the even cut, 1 = anywhere (ours).
+        paper_compat: 1 / T grows linearly, as in the re-implementation; the threshold is 0.5, none comes back, and
+            widths may lie anywhere.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -84,12 +88,13 @@ class Options:
     band: float = 0.05
     weight_share: float = 0.7
     coldest: float = 0.02
+    spread: float = 0.25
     paper_compat: bool = False
 
     def __post_init__(self) -> None:
         positive, weight = (1e-9, math.inf), (0.0, math.inf)
         check_ranges(self, epochs=positive, lr=positive, cost_weight=weight, lasso=weight)
-        check_ranges(self, band=(0, 0.9), weight_share=(0.01, 0.99), coldest=(1e-6, 1))
+        check_ranges(self, spread=(0, 1), band=(0, 0.9), weight_share=(0.01, 0.99), coldest=(1e-6, 1))
 
 
 def least(problem: Problem, options: Options) -> Budget:
@@ -129,7 +134,8 @@ def search(problem: Problem, options: Options) -> Strategy:
     if learned.evaluation.status == "failed" or not learned.scores:
         raise SearchError(f"dais learned no indicators: {learned.evaluation.reason or 'the training gave no scores'}")
     scores = {name: np.nan_to_num(learned.scores[name]) for name in space.names}
-    switched_on = space.decode(_widths(problem, options, limit, scores), scores)
+    near = problem if options.paper_compat else near_even(problem, limit, options.spread)
+    switched_on = space.decode(_widths(near, options, limit, scores), scores)
     candidate = Candidate(0, switched_on, "indicators", (), learned.base)
     if not (options.paper_compat and limit.of(space.encode(switched_on)) <= limit.bound):
         candidate = yield from land_on(problem, limit, candidate, scores)

@@ -27,9 +27,11 @@ anew, up to three times.
 
 *Rounds.* What a channel is worth changes with its company, so the way to the target is gone in ``rounds`` of equal
 factors of the cost, each with masks of its own on the network as it is by then. A round cuts by the in-order knapsack,
-which keeps the most beta under the cost, bounded per group (or by ``ranking``: the least ``beta / cost^gamma`` goes
-first), and fine-tunes; the weights go on from round to round and begin the final training. Nothing here knows of
-convolutions: groups of a fully connected network are pruned just so.
+which keeps the most beta under the cost (or by ``ranking``: the least ``beta / cost^gamma`` goes first), bounded per
+group and near to an even cut (``spread``: a sum of beta does not say that a group's last channels are worth more than
+its first; a whole last layer stood beside half a residual stream), and fine-tunes; the weights go on from round to
+round and begin the final training. Nothing here knows of convolutions: groups of a fully connected network are pruned
+just so.
 
 *Budget.* Sampling and training of all rounds get equal parts of it. Where it does not hold the masks of all images,
 each sees fewer, down to 64; then neighbours in the order of their norms are masked together, in bundles of 2, 4 or 8.
@@ -51,7 +53,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from secateur.pruning.plan import BoolArray, PruningPlan
-from secateur.pruning.search.landing import land_on
+from secateur.pruning.search.landing import land_on, near_even
 from secateur.pruning.search.mask_regression import Fit, Sampling, Units, draw, explained, finite, ridge, typical
 from secateur.pruning.search.methods.knapsack import at_least, knapsack
 from secateur.pruning.search.protocol import (
@@ -109,6 +111,8 @@ class Options:
         layer_share: fraction in 0..1 of a group that one round removes at most, the last one excepted. A group may
             always take one step of the allowed widths.
         min_keep: kept / width in 0..1 of every group, for good; at least 2 channels stay.
+        spread: how far the widths of a round may lie from an even cut, which is one keep ratio for all groups and its
+            square root for what several layers read, in 0..1; 0 = the even cut, 1 = anywhere.
         sampling: ``stratified``, ``bernoulli``, ``antithetic`` or ``layerwise``; see the module.
         keep: p, probability in 0..1 that a mask keeps a channel.
         min_masks: masks per channel (or bundle) drawn at least (and never fewer than 50).
@@ -129,6 +133,7 @@ class Options:
     finetune_epochs: float | None = None
     layer_share: float = 0.35
     min_keep: float = 0.1
+    spread: float = 0.25
     sampling: Sampling = "stratified"
     keep: float = 0.9
     min_masks: float = 2.0
@@ -140,7 +145,7 @@ class Options:
     batch: int = 256
 
     def __post_init__(self) -> None:
-        shares = dict.fromkeys(("layer_share", "min_keep"), (0.0, 1.0))
+        shares = dict.fromkeys(("layer_share", "min_keep", "spread"), (0.0, 1.0))
         counts = dict.fromkeys(("rounds", "images", "bundle", "batch"), (1.0, math.inf))
         check_ranges(self, keep=(0.01, 0.99), min_masks=(0.1, math.inf), max_masks=(0.1, math.inf), **shares, **counts)
         check_ranges(self, finetune_epochs=(0, math.inf), cost_power=(0, 10))
@@ -313,22 +318,23 @@ def _cut(
     left: int,
 ) -> Generator[Request, Answer, Candidate]:
     """The candidate cut as far as its round goes: by an equal factor of the cost, so that ``left`` more are to come."""
-    plan = candidate.plan
-    part = _window(problem, plan, options.layer_share if left else 1.0)
-    space, start = part.space, [plan.widths[name] for name in part.space.names]
-    worth = {name: value for name, value in _positive(beta).items() if name in space.sizes}
-    ranked = _per_cost(part, limit, start, worth, options.cost_power)
+    plan, start = candidate.plan, [candidate.plan.widths[name] for name in problem.space.names]
     if left:
         bound = limit.of(start) * (limit.bound / limit.of(start)) ** (1 / (left + 1))
-        limit = replace(limit, bound=max(bound, limit.of(space.encode(space.smallest()))))
+        limit = replace(limit, bound=max(bound, limit.bound))
+    part = _window(near_even(problem, limit, options.spread), plan, options.layer_share if left else 1.0)
+    space = part.space
+    worth = {name: value for name, value in _positive(beta).items() if name in space.sizes}
+    ranked = _per_cost(part, limit, start, worth, options.cost_power)
+    reached = replace(limit, bound=max(limit.bound, limit.of(space.encode(space.smallest()))))
 
     def within(limit: Limit) -> PruningPlan:
         if options.selection == "knapsack":
             return space.decode(knapsack(part, limit, worth), worth)
         return space.decode(project(part, limit, ranked, start, per_cost=False), ranked)
 
-    chosen = replace(candidate, plan=within(limit))
-    return chosen if left else (yield from land_on(part, limit, chosen, worth))
+    chosen = replace(candidate, plan=within(reached))
+    return chosen if left else (yield from land_on(_window(problem, plan, 1.0), limit, chosen, worth))
 
 
 def _window(problem: Problem, plan: PruningPlan, share: float) -> Problem:
@@ -337,7 +343,7 @@ def _window(problem: Problem, plan: PruningPlan, share: float) -> Problem:
     for name in space.names:
         width = plan.widths[name]
         lowest = min(math.ceil((1 - share) * width - 1e-9), space.below(name, width))
-        allowed[name] = tuple(w for w in space.allowed[name] if lowest <= w <= width)
+        allowed[name] = tuple(w for w in space.allowed[name] if lowest <= w <= width) or (width,)
     return replace(problem, space=replace(space, allowed=allowed))
 
 

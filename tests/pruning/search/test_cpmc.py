@@ -89,7 +89,7 @@ def test_costs_turn_the_ranking_to_expensive_groups():
     shares = []
     for weight in (0.0, 2.0):
         fake = study((64, 8, 64))  # a channel of the second group costs six times as much
-        plan = plan_of(fake, Goal(0.5), Options(cost_weight=weight, params_weight=weight))
+        plan = plan_of(fake, Goal(0.5), Options(cost_weight=weight, params_weight=weight, spread=1))
         shares.append(plan.widths["layer1.conv1"])
     assert shares[1] < shares[0]
 
@@ -97,7 +97,7 @@ def test_costs_turn_the_ranking_to_expensive_groups():
 def test_every_group_keeps_its_share():
     fake = study((20, 20, 20))
     fake.value["layer1.conv1"] = np.array([1.0, *np.full(19, 1e-6)])
-    widths = [plan_of(fake, Goal(0.4), Options(min_keep=k)).widths["layer1.conv1"] for k in (0.1, 0.25)]
+    widths = [plan_of(fake, Goal(0.4), Options(min_keep=k, spread=1)).widths["layer1.conv1"] for k in (0.1, 0.25)]
     assert 2 <= widths[0] < 5 <= widths[1] <= 6  # where there is room, a channel comes back
     with pytest.raises(SearchError, match=r"out of reach with min_keep 0.9"):
         plan_of(study(), Goal(0.5), Options(min_keep=0.9))

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 
 from secateur.pruning.search.methods import random as random_search
 from secateur.pruning.search.methods.dafp import Options, search, uniform_sparsity
-from secateur.pruning.search.protocol import DENSE, AuxiliaryTraining, Evaluate, Evaluation, Goal, Score
+from secateur.pruning.search.protocol import (
+    DENSE,
+    AuxiliaryTraining,
+    Evaluate,
+    Evaluation,
+    Goal,
+    Left,
+    Remaining,
+    Score,
+)
 from secateur.pruning.search.support import Limit, SearchError, macs_ratios
 from secateur.pruning.search.testing import FakeStudy, drive, study
 
@@ -33,7 +42,7 @@ def test_it_trains_sparsely_and_cuts_the_trained_weights():
         "rate": 0.2,
         "threshold": 0.01,
     }
-    assert entry.candidate.base == fake.log[0][1].base != DENSE
+    assert entry.candidate.base == fake.log[1][1].base != DENSE
     assert evaluate == Evaluate((entry.candidate,), latency=True)
     assert entry.evaluation["macs"] <= 0.5 * fake.macs(fake.space.full)
 
@@ -99,7 +108,7 @@ def test_a_training_that_fails_says_so():
         SearchError, match=r"sparse training failed: the training loss is nan at step 3. Lower strength"
     ):
         drive(search(fake.problem(Goal(0.5)), Options()), answer)
-    assert len(fake.log) == 1
+    assert [type(request) for request in fake.requests] == [AuxiliaryTraining]
 
 
 def test_it_beats_random_at_equal_evaluations():
@@ -127,7 +136,19 @@ def test_wide_layers_are_not_punished_for_their_width():
     fake.top1 = lambda candidate: 0.5
     ratios = {}
     for normalise in ("mean", "l2"):
-        widths = plan_of(fake, Goal(0.5), Options(normalise=normalise)).widths
+        widths = plan_of(fake, Goal(0.5), Options(normalise=normalise, spread=1, per_cost=False)).widths
         ratios[normalise] = {n: w / fake.space.sizes[n] for n, w in widths.items()}
     assert max(ratios["mean"].values()) - min(ratios["mean"].values()) < 0.25
     assert ratios["l2"]["layer1.conv1"] < 0.6 * ratios["l2"]["layer0.conv1"]
+
+
+def test_sparse_training_takes_what_the_budget_holds():
+    """Asked for more, it would be refused, and the pretrained network ranked."""
+    fake = study()
+    left = Left(work=7.0, epoch={"work": 10.0})  # 0.7 epochs
+    for work, kind in ((left, AuxiliaryTraining), (replace(left, work=0.7), Score)):
+        strategy = search(fake.problem(Goal(0.5)), Options())
+        assert isinstance(next(strategy), Remaining)
+        request = strategy.send(work)
+        assert isinstance(request, kind)
+        assert not isinstance(request, AuxiliaryTraining) or request.epochs == pytest.approx(0.63)

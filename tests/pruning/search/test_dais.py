@@ -90,7 +90,7 @@ def test_far_below_the_target_the_highest_indicators_come_back_unless_as_in_the_
 def test_a_cheap_channel_that_is_off_never_stands_before_a_dear_one_that_is_on() -> None:
     fake = taught(on(4, 22, 8))  # a channel of layer1 saves the most MACs
     fake.indicators = {name: np.where(value > 0.5, 0.51, 0.49) for name, value in fake.indicators.items()}
-    (entry,) = drive(search(fake.problem(HALF), Options()), fake)
+    (entry,) = drive(search(fake.problem(HALF), Options(spread=1)), fake)
     assert all(entry.candidate.plan.widths[name] >= width for name, width in on(4, 22, 8).items())
 
 
@@ -116,7 +116,7 @@ def test_where_all_indicators_are_soft_their_order_chooses() -> None:
 def test_widths_are_the_allowed_ones_next_to_what_is_on() -> None:
     fake = taught(on(21, 30, 2), (32, 32, 32), 8)
     target = Goal(macs_ratio=macs_ratio(fake, fake.plan_of([24, 32, 8])) * 1.01)
-    (entry,) = drive(search(fake.problem(target), Options()), fake)
+    (entry,) = drive(search(fake.problem(target), Options(spread=1)), fake)
     assert entry.candidate.plan.widths == on(24, 32, 8)
 
 

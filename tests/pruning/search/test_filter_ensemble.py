@@ -38,7 +38,7 @@ from secateur.pruning.surgery import prune
 from secateur.pruning.trace import trace
 from tests.pruning.search.bounded import bounded, work
 
-ONE_SHOT = Options(rounds=1, finetune_epochs=0)
+ONE_SHOT = Options(rounds=1, finetune_epochs=0, spread=1)
 KINDS = ["stratified", "bernoulli", "antithetic", "layerwise"]
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secateur.pruning.plan import PruningPlan, SearchSpace
-from secateur.pruning.search.landing import NEAR, at_target, land_on, per_mean, settle
+from secateur.pruning.search.landing import NEAR, at_target, land_on, near_even, per_mean, settle, settle_near
 from secateur.pruning.search.protocol import BudgetSpent, Candidate, Entry, Evaluate, FineTune, Goal, Strategy
 from secateur.pruning.search.support import Limit, SearchError, evaluate, macs_ratios
 from secateur.pruning.search.testing import FakeStudy, at_the_target, chain, drive, study
@@ -202,3 +202,35 @@ def test_an_archive_that_stays_below_the_target_gets_its_best_plan_filled_up(tun
     assert at_the_target(fake, first.plan, 0.9)
     assert second.plan.is_within(first.plan)
     assert first.base == ""  # a network trained at fewer channels has no weights for more
+
+
+@settings(max_examples=40, deadline=None)
+@given(target=st.floats(0.15, 0.95), multiple=st.sampled_from([1, 8]), spread=st.floats(0, 1))
+def test_widths_near_an_even_cut_reach_the_target_and_spare_what_many_layers_read(
+    target: float, multiple: int, spread: float
+) -> None:
+    fake = study((64, 64, 64), multiple)
+    stream, first = "layer1.conv1", "layer0.conv1"
+    problem, limit = fake.problem(), macs_limit(fake, target)
+    problem = dataclasses.replace(problem, space=dataclasses.replace(problem.space, readers={stream: 9}))
+    near = near_even(problem, limit, spread).space
+    assert limit.of([widths[0] for widths in near.allowed.values()]) <= max(
+        target, limit.of(problem.space.encode(problem.space.smallest()))
+    )
+    assert near.allowed[stream][0] >= near.allowed[first][0]
+    for name, widths in near.allowed.items():
+        whole = problem.space.allowed[name]
+        assert widths == tuple(w for w in whole if widths[0] <= w <= widths[-1])
+    assert spread < 1 or near == problem.space
+
+
+def test_the_spread_says_how_far_from_one_ratio_a_group_may_lie() -> None:
+    fake = study((100, 100, 100))
+    even = fake.space.decode([50, 50, 50], fake.value)
+    limit = macs_limit(fake, fake.macs(even) / fake.macs(fake.space.full))
+    for spread, ends in ((0.0, (50, 50)), (0.2, (40, 60)), (0.5, (25, 75))):
+        allowed = near_even(fake.problem(), limit, spread).space.allowed.values()
+        assert {(widths[0], widths[-1]) for widths in allowed} == {ends}
+    fake.value = {name: value / (1 + 99 * (name == "layer1.conv1")) for name, value in fake.value.items()}
+    widths = settle_near(fake.problem(), limit, fake.space.full, fake.value, 0.2).plan.widths
+    assert 40 <= widths["layer1.conv1"] <= 41  # all of its channels are worth least
