@@ -16,8 +16,8 @@ Our choices: the damage of an image is relative, the mean is over images; weight
 went, not while they are looked at; each mask is evaluated, so that the archive is a curve of accuracy against cost.
 Where all groups are stuck above theta and the target is not met, theta grows (``growth``). Where the device restricts
 widths, a group goes from one allowed width to another, and halves are never smaller than one such step. The last mask
-takes no more filters than the target needs. With a latency target, theta of a group is scaled by the latency that half
-of its channels would save, relative to the mean over groups (at least a tenth).
+takes no more filters than the target needs. Theta of a group is scaled by the MACs (or the latency) that half of its
+channels would save, relative to the mean over groups (at least a tenth).
 
 A budget is spread over up to 8 decisions a group, by equal factors of the cost: what a block has to save and theta does
 not allow goes all the same, least damage per cost saved first. Half of the budget is for training, once a decision, as
@@ -220,8 +220,8 @@ class _Course:
         self.limit = limit = yield from limit_of(self.problem)
         check_groups(self.problem, limit, [group.name for group in self.groups])
         self.spare(limit)
-        if limit.name == "latency_ratio" and not self.options.paper_compat:
-            _scale_by_gain(self.problem, limit, self.groups)
+        if not self.options.paper_compat:
+            _scale_by_gain(self.whole, limit, self.groups)
 
     def spare(self, limit: Limit) -> None:
         """No group may get narrower than the widths near an even cut of the target groups to the limit."""
@@ -308,7 +308,7 @@ class _Course:
             assert self.limit is not None
             gone = self.plan.replace({group.name: np.setdiff1d(group.left, ranking.order)})
             costs = [self.limit.of(self.problem.space.encode(plan)) for plan in (self.plan, gone)]
-            return ranking.damage / group.scale / max(costs[0] - costs[1], 1e-12)
+            return ranking.damage / max(costs[0] - costs[1], 1e-12)
 
         rest = []
         for group, ranking in sorted(offers, key=price):
@@ -400,7 +400,7 @@ class _Course:
         for group in self.groups:
             seen = np.where(np.isfinite(group.seen), group.seen, np.nan)
             typical = np.nanmean(seen) if np.isfinite(seen).any() else 1.0
-            damage = np.where(np.isnan(seen), typical, seen) / group.scale
+            damage = np.where(np.isnan(seen), typical, seen)
             ranking[group.name] = np.where(np.isfinite(scores[group.name]), damage, -np.inf)
         names = [group.name for group in self.groups]
         return (yield from land_on(self.problem, limit, candidate, ranking, names=names))
@@ -526,7 +526,7 @@ def _draw(problem: Problem, groups: Sequence[Group], batches: int) -> list[Remov
 
 
 def _scale_by_gain(problem: Problem, limit: Limit, groups: Sequence[Group]) -> None:
-    """theta_l = theta * gain_l / mean gain; gain_l is the latency saved by half of the group's channels."""
+    """theta_l = theta * gain_l / mean gain; gain_l is the cost saved by half of the group's channels."""
     space = problem.space
 
     def halved(name: str) -> list[int]:

@@ -9,11 +9,11 @@ T falls until indicators are 0 or 1 (``secateur.pipeline.training.auxiliary.indi
 
 The source is known to us by its abstract and a re-implementation. Our choices: coupled layers share their indicators,
 so no symmetry term is needed; first-order steps; T falls exponentially; alphas begin at the one value at which the
-expected cost is the target. Where the kept channels miss the target by more than the band, the threshold that meets it
-takes the place of 0.5; then those with the lowest indicators go, per cost saved, or those with the highest come back,
-until the target is just met. Widths stay near to an even cut (``spread``): after a short training indicators rank
-channels, and hardly groups. A latency target becomes an expected latency: what each group saves at a width, from a few
-measured plans, interpolated and added.
+expected cost is the target. Where the kept channels miss the target by more than the band, those with the lowest
+indicators go, per cost saved, or those with the highest come back, with widths near to an even cut (``spread``), until
+the target is just met: after a short training indicators rank the channels of a group, but Adam's steps, alike for all,
+know little of what groups cost. A latency target becomes an expected latency: what each group saves at a width, from a
+few measured plans, interpolated and added.
 
 Least budget: 1 evaluation, 0.3 epochs.
 """
@@ -28,7 +28,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from secateur.pruning.search.landing import land_on, near_even
+from secateur.pruning.search.landing import land_on, settle_near
 from secateur.pruning.search.protocol import (
     DENSE,
     RANDOM,
@@ -45,7 +45,6 @@ from secateur.pruning.search.support import (
     Limit,
     SearchError,
     best_first,
-    bisect,
     check_ranges,
     check_reachable,
     evaluate,
@@ -134,8 +133,7 @@ def search(problem: Problem, options: Options) -> Strategy:
     if learned.evaluation.status == "failed" or not learned.scores:
         raise SearchError(f"dais learned no indicators: {learned.evaluation.reason or 'the training gave no scores'}")
     scores = {name: np.nan_to_num(learned.scores[name]) for name in space.names}
-    near = problem if options.paper_compat else near_even(problem, limit, options.spread)
-    switched_on = space.decode(_widths(near, options, limit, scores), scores)
+    switched_on = space.decode(_widths(problem, options, limit, scores), scores)
     candidate = Candidate(0, switched_on, "indicators", (), learned.base)
     if not (options.paper_compat and limit.of(space.encode(switched_on)) <= limit.bound):
         candidate = yield from land_on(problem, limit, candidate, scores)
@@ -173,16 +171,13 @@ def _savings(problem: Problem, latency: Limit) -> dict[str, tuple[list[int], lis
 
 
 def _widths(problem: Problem, options: Options, limit: Limit, scores: Mapping[str, FloatArray]) -> list[int]:
-    """Width per group of the channels that are switched on: I > 0.5, or what meets the target where that misses it.
+    """Width per group of the channels that are switched on: I > 0.5, brought to the target where that misses it by far.
 
     After a short training indicators are soft, and 0.5 says little; their order is what was learned (our choice).
     """
     space = problem.space
-
-    def above(threshold: float) -> list[int]:
-        return [space.snap(name, int((scores[name] > threshold).sum())) for name in space.names]
-
-    on = above(0.5)
+    on = [space.snap(name, int((scores[name] > 0.5).sum())) for name in space.names]
     if options.paper_compat or (1 - options.band) * limit.bound <= limit.of(on) <= limit.bound:
         return on
-    return above(bisect(limit, above, meets=1.0, fails=0.0))
+    settled = settle_near(problem, limit, space.decode(on, scores), scores, options.spread)
+    return space.encode(settled.plan).tolist()

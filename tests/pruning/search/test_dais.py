@@ -78,7 +78,7 @@ def test_above_the_target_the_lowest_indicators_go() -> None:
 @pytest.mark.parametrize("compat", [False, True])
 def test_far_below_the_target_the_highest_indicators_come_back_unless_as_in_the_source(compat: bool) -> None:
     fake = taught(on(6, 20, 3))
-    (entry,) = drive(search(fake.problem(HALF), Options(paper_compat=compat)), fake)
+    (entry,) = drive(search(fake.problem(HALF), Options(paper_compat=compat, spread=1)), fake)
     widths = entry.candidate.plan.widths
     if compat:
         assert widths == on(6, 20, 3)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secateur.pruning.plan import PruningPlan, SearchSpace
+from secateur.pruning.search import METHODS
 from secateur.pruning.search.landing import NEAR, at_target, land_on, near_even, per_mean, settle, settle_near
 from secateur.pruning.search.protocol import BudgetSpent, Candidate, Entry, Evaluate, FineTune, Goal, Strategy
 from secateur.pruning.search.support import Limit, SearchError, evaluate, macs_ratios
@@ -234,3 +235,15 @@ def test_the_spread_says_how_far_from_one_ratio_a_group_may_lie() -> None:
     fake.value = {name: value / (1 + 99 * (name == "layer1.conv1")) for name, value in fake.value.items()}
     widths = settle_near(fake.problem(), limit, fake.space.full, fake.value, 0.2).plan.widths
     assert 40 <= widths["layer1.conv1"] <= 41  # all of its channels are worth least
+
+
+@pytest.mark.parametrize("method", ["cpmc", "dafp", "filter_ensemble", "aofp", "dais"])
+def test_methods_that_rank_leave_no_group_far_behind_the_others(method: str) -> None:
+    """One group of which all channels but one look worthless: with ``spread: 1`` little else is left of it."""
+    module, kept = METHODS.load(method), {}
+    for spread in (0.25, 1):
+        fake = study((16, 48, 32))
+        fake.value["layer1.conv1"] = np.array([1.0, *np.full(47, 1e-6)])
+        drive(module.search(fake.problem(Goal(0.35)), module.Options(spread=spread)), fake)
+        kept[spread] = fake.candidates[-1].plan.widths["layer1.conv1"] / 48
+    assert kept[1] < 0.4 < kept[0.25]
