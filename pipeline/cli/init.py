@@ -49,12 +49,12 @@ def init(
     from secateur.pipeline.run import draft
     from secateur.pipeline.workloads.data.content import Reading
 
+    profiles.usable(device)
+    named = _model(model)
     if data is None and err.is_attended:
         answer = err.asked("Folder or file of your data (nothing: scikit-learn's digits):")
         data = Path(answer) if answer else None
-    profiles.usable(device)
     reading = Reading(RichProgress(err), "sample")
-    named = _model(model)
     task, said = _task(data)
     draft.check_name(task, named)
     seen = draft.look(data, task, said, reading)

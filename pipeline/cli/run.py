@@ -55,7 +55,7 @@ def run(
     from secateur.pipeline.run.run import create_run_directory
 
     directory = create_run_directory(config)
-    _execute_new(directory, debug, json_, quiet)
+    _execute_new(directory, file, debug, json_, quiet)
 
 
 def resume(
@@ -105,19 +105,27 @@ def finish(
     from secateur.pipeline.run.run import open_run_directory
 
     consented(lambda: open_run_directory(directory)[1], directory / "run.yaml", trust)
-    _execute_new(begin(directory, candidate, given), debug, json_, quiet)
+    _execute_new(begin(directory, candidate, given), directory / "run.yaml", debug, json_, quiet)
 
 
-def _execute_new(directory: Path, debug: bool, as_json: bool, quiet: bool) -> None:
-    """Execute a run in a directory just made, which is removed where the run is refused before it begins."""
+def _execute_new(directory: Path, file: Path, debug: bool, as_json: bool, quiet: bool) -> None:
+    """Execute a run in a directory just made, which is removed where the run is refused before it begins.
+
+    Args:
+        file: the run file that its user knows.
+    """
     interrupts.current.go_on = command("secateur", "resume", directory)  # before the user can know of it
     if not quiet:
         err.print(f"Run directory: {one_line(directory)}")
     try:
         _execute(directory, debug, as_json, quiet)
-    except errors.UserError:
+    except errors.UserError as error:
+        from secateur.pipeline.config.faults import FaultsError
+
         if not (directory / "journal.jsonl").exists():
             shutil.rmtree(directory)
+            if isinstance(error, FaultsError):
+                raise FaultsError(str(file), error.faults) from error
         raise
 
 

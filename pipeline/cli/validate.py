@@ -59,7 +59,7 @@ def validate(
     from secateur.pipeline.run.preflight import examine
     from secateur.pipeline.workloads.data.content import Reading
 
-    preflight = examine(config, Reading(RichProgress(err), "all" if every else "sample"), tracking=True)
+    preflight = examine(config, Reading(RichProgress(err), "all" if every else "sample"), tracking=True, whole=True)
     taken = estimate(preflight) if estimating else None
     if as_json:
         out.data(document(file, preflight, taken))

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from secateur.device_profiles.shelf import in_file
 from secateur.pipeline.config.choices import WORKLOADS
+from secateur.pipeline.config.faults import known
 from secateur.pipeline.config.json_schema import PACKAGED
 from secateur.pipeline.config.reading import parse_run_file
 from secateur.pipeline.config.schema import RunFile
@@ -22,9 +24,19 @@ from secateur.pipeline.run.preflight import Preflight, examine
 from secateur.pipeline.workloads import networks
 from secateur.pipeline.workloads.data import formats
 from secateur.pipeline.workloads.data.content import Reading
+from secateur.pipeline.workloads.detection import networks as detectors
 
 Task = Literal["classification", "detection"]
 SHELVES = {"classification": formats.IMAGES, "detection": formats.SCENES}
+NAMED: Mapping[Task, Callable[[str], object]] = {
+    "classification": networks.named,
+    "detection": detectors.check_name,
+}
+"""What refuses the name of a network that is not there, or for another task."""
+SUITED = {
+    "classification": "take a classifier, such as resnet18",
+    "detection": f"take a detector: {', '.join(detectors.DETECTORS)}",
+}
 SMALL_SIDE = 64
 """Pixels up to which images are taken as they are, by a network for small images."""
 LARGEST_SIDE = 128
@@ -117,13 +129,32 @@ def look(path: Path | None, task: Task, said: str, reading: Reading) -> Seen:
 
 
 def check_name(task: Task, model: str | None) -> None:
-    """See that a classifier of a name is there; one of a user's own is not looked at.
+    """See that a network of a name is there, before the data is read; the file of one of a user's own is only parsed.
 
     Raises:
-        UserError: there is none of this name.
+        UserError: there is none of this name for this task.
     """
-    if task == "classification" and model is not None:
-        networks.named(model)
+    if model is None:
+        return
+    if (own := in_file(model)) is not None:
+        check_factory(Path(own[0]), own[1])
+        return
+    other: Task = "classification" if task == "detection" else "detection"
+    try:
+        NAMED[task](model)
+    except UserError:
+        if not _is_for(other, model):
+            raise
+        raise UserError(f"{model} is for {other}, and the data is for {task}; {SUITED[task]}") from None
+
+
+def _is_for(task: Task, model: str) -> bool:
+    """Whether a network of a name is there for a task."""
+    try:
+        NAMED[task](model)
+    except UserError:
+        return False
+    return True
 
 
 def factory_in(file: Path) -> tuple[str, list[str]]:
@@ -132,18 +163,36 @@ def factory_in(file: Path) -> tuple[str, list[str]]:
     Raises:
         UserError: the file cannot be read or parsed, or nothing in it takes ``num_classes``.
     """
-    try:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, SyntaxError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"cannot read {file}: {reason}") from error
-    found = [node.name for node in tree.body if _takes_classes(node)]  # type: ignore[attr-defined]
+    found = [node.name for node in _parsed(file).body if _takes_classes(node)]  # type: ignore[attr-defined]
     if not found:
         raise UserError(
             f"nothing in {file} builds a network: write def NAME(num_classes): ... that returns an nn.Module, or name "
             f"what does: --model {file}:NAME"
         )
     return found[0], found[1:]
+
+
+def check_factory(file: Path, name: str) -> None:
+    """See, without running it, that a Python file gives something a name.
+
+    Raises:
+        UserError: the file cannot be read or parsed, or gives nothing this name.
+    """
+    parsed = _parsed(file)
+    defined = {node.name for node in parsed.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    imported = [node.names for node in parsed.body if isinstance(node, ast.ImportFrom)]
+    given = {alias.asname or alias.name for names in imported for alias in names}
+    given |= {node.id for node in ast.walk(parsed) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    if name not in given | defined and "*" not in given:
+        raise UserError(f"there is no {name} in {file}; {known(sorted(defined), name)}")
+
+
+def _parsed(file: Path) -> ast.Module:
+    try:
+        return ast.parse(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, SyntaxError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"cannot read {file}: {reason}") from error
 
 
 def _takes_classes(node: ast.stmt) -> bool:

@@ -137,6 +137,7 @@ def examine(
     *,
     begun: bool = False,
     tracking: bool = False,
+    whole: bool = False,
 ) -> Preflight:
     """Find what will fail.
 
@@ -144,6 +145,7 @@ def examine(
         reading: how thoroughly image files are looked at.
         begun: the run has begun already, so that what the run file asks for was found possible.
         tracking: whether MLflow is asked too (a run asks it by itself, and waits for a server that is unreachable).
+        whole: whether the data is read where there are faults already, to find all at once; else they are told first.
     """
     found = Preflight(config)
     found.profiles = found.attempt(("device",), lambda: device_profiles(config))
@@ -153,6 +155,8 @@ def examine(
         report = check_tracking(config, home())
         found.faults += [Fault(("tracking",), message) for message in report.faults]
         found.notes += report.notes
+    if found.faults and not whole:
+        return found
     workload = found.workload = found.attempt(("workload",), lambda: open_workload(config, reading))
     if workload is None:
         return found

@@ -38,6 +38,7 @@ from secateur.pipeline.workloads.weights import (
     TIMM,
     TORCHVISION,
     choose_weights,
+    download,
     find_weights,
     fit_weights,
     read_weights,
@@ -213,6 +214,9 @@ class Classification:
         self.choose_metrics()
         self.search_metric_is_open = options.metrics.search == "auto"
         self.network = networks.named(options.model.name)
+        self.network.check(options.model.options)
+        weights = self._weights_here()
+        self._content = None if weights is None else read_weights(weights)
         prepared = self.network.preparation(options.model.weights)
         opened: ImageData = formats.IMAGES.load(data.source).load_images(data, _wanted(data, prepared), reading)
         self.classes, self.named = opened.classes, opened.named
@@ -232,9 +236,10 @@ class Classification:
         content_digest = _data_digest(parts, opened.classes, members)
         self.mean, self.std = self._statistics(content_digest, prepared)
         self.pretrained = options.model.weights is not None and options.model.load == "all"
-        weights = self._find_weights()
-        self._content = None if weights is None else read_weights(weights)
-        if weights is not None and options.model.weights == TORCHVISION:
+        self._check_classes()
+        if options.model.weights == TORCHVISION:
+            weights = download(torchvision_zoo.weights_address(self.network.name))
+            read_weights(weights)
             self._content = torchvision_zoo.read(self.network.name, weights)
         content: dict[str, Any] = {"options": _told(options, self.augment)}
         content |= {"data": content_digest, "weights": None if weights is None else sha256_of(weights)}
@@ -336,11 +341,12 @@ class Classification:
             "logits: it learns badly; leave the softmax out, which changes no answer",
         )
 
-    def _find_weights(self) -> Path | None:
-        """The file of ``model.weights``; None = there are to be none.
+    def _weights_here(self) -> Path | None:
+        """The file of ``model.weights``, before any image is read; None = there are to be none, or torchvision's, which
+        may have to be downloaded.
 
         Raises:
-            UserError: there is none for this network, or it is for other classes.
+            UserError: there is none for this network.
         """
         wanted, zoo, model = self.options.model.weights, self.network.zoo, self.network.name
         if wanted == TIMM or (wanted == TORCHVISION and zoo == "timm"):
@@ -348,16 +354,24 @@ class Classification:
                 raise UserError(
                     f"model.weights: {wanted} are for networks of {wanted}; {self.options.model.name} is none"
                 )
-            found = timm_zoo.find_weights(model)
-            self._check_classes(wanted, timm_zoo.classes_of_weights(model))
-            return found
+            return timm_zoo.find_weights(model)
         if wanted == TORCHVISION:
             torchvision_zoo.weights_address(model)
-            self._check_classes(wanted, torchvision_zoo.classes_of_weights(model))
-        return find_weights(wanted, lambda: torchvision_zoo.weights_address(model))
+            return None
+        return find_weights(wanted)
 
-    def _check_classes(self, whose: str, trained: int) -> None:
-        if trained != self.num_classes and self.options.model.load == "all":
+    def _check_classes(self) -> None:
+        """See that a zoo's weights are for as many classes as the data has, or that their last layer is left out.
+
+        Raises:
+            UserError: they are not.
+        """
+        whose = self.options.model.weights
+        if whose not in (TIMM, TORCHVISION) or self.options.model.load != "all":
+            return
+        zoo = timm_zoo if whose == TIMM else torchvision_zoo
+        trained = zoo.classes_of_weights(self.network.name)
+        if trained != self.num_classes:
             raise UserError(
                 f"{whose}'s weights for {self.network.name} know {trained} classes, the data has {self.num_classes}; "
                 "set model.load: but_classes to train a new last layer on the rest of them, set model.weights to a "

@@ -34,7 +34,14 @@ from secateur.pipeline.workloads.data.seeds import draw, seeded
 from secateur.pipeline.workloads.data.sources import ImageSource
 from secateur.pipeline.workloads.detection import boxes, networks, scenes, ssd
 from secateur.pipeline.workloads.detection.suppression import Detections
-from secateur.pipeline.workloads.weights import choose_weights, find_weights, fit_weights, read_weights
+from secateur.pipeline.workloads.weights import (
+    TORCHVISION,
+    choose_weights,
+    download,
+    find_weights,
+    fit_weights,
+    read_weights,
+)
 from secateur.pipeline.workloads.weights.files import describe
 from secateur.pipeline.workloads.weights.tensors import plain
 
@@ -139,14 +146,19 @@ class Detection:
         self.options = options
         self.search_metric = self.SEARCH.get(options.metrics.search, self.metric)
         self.search_metric_is_open = options.metrics.search == "auto"
+        address = networks.torchvision_weights(options.model.name) if options.model.weights == TORCHVISION else None
+        networks.builder_of(options.model.name, options.model.options)
+        weights = None if address else find_weights(options.model.weights)
+        self._content = None if weights is None else read_weights(weights)
         opened = scenes.load(options.data, reading)
         source = cast(ImageSource, opened.source)  # its images differ in size: only ``batch`` reads them
         self.train, self.search, self.test = (Split(source, i) for i in (opened.train, opened.search, opened.test))
         self.classes, self.notes = opened.source.classes, opened.source.notes
         used = np.concatenate([opened.train, opened.search, opened.test])
         self.most_boxes = max(len(opened.source.boxes(int(index))) for index in used)
-        weights = find_weights(options.model.weights, lambda: networks.torchvision_weights(options.model.name))
-        self._content = None if weights is None else read_weights(weights)
+        if address is not None:
+            weights = download(address)
+            self._content = read_weights(weights)
         self.pretrained = weights is not None and options.model.load == "all"
         with torch.random.fork_rng(devices=[]):
             network: Any = self.fresh_model()

@@ -390,7 +390,7 @@ def build_detector(name: str, num_classes: int, options: dict[str, Any]) -> nn.M
     Raises:
         UserError: no such network, it does not take these options, or it lacks ``default_boxes``.
     """
-    builder = DETECTORS.get(name.removeprefix("torchvision/")) or _factory(name, options)
+    builder = builder_of(name, options)
     try:
         model = builder(num_classes, **options)
     except TypeError as error:
@@ -404,10 +404,24 @@ def build_detector(name: str, num_classes: int, options: dict[str, Any]) -> nn.M
     return model
 
 
-def _factory(name: str, options: dict[str, Any]) -> Builder:
-    if ":" not in name:
+def builder_of(name: str, options: dict[str, Any]) -> Builder:
+    """What builds a detector, before any image is read; the file of one of a user's own is imported.
+
+    Raises:
+        UserError: there is none of this name, or it cannot be imported.
+    """
+    check_name(name)
+    return DETECTORS.get(name.removeprefix("torchvision/")) or trust.factory(name, options)
+
+
+def check_name(name: str) -> None:
+    """See that there is a detector of this name; one of a user's own is not looked at.
+
+    Raises:
+        UserError: there is none; names those that there are.
+    """
+    if ":" not in name and name.removeprefix("torchvision/") not in DETECTORS:
         raise UserError(
             f"unknown network {name!r}; {known(sorted(DETECTORS), name)}. A network of your own is "
             "FILE.py:FACTORY beside the run file, or PACKAGE.MODULE:FACTORY; FACTORY(num_classes, **options) returns it"
         )
-    return trust.factory(name, options)

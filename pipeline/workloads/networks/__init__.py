@@ -71,6 +71,15 @@ class Named:
         except TypeError as error:
             raise UserError(f"network {self.name} does not take these options: {error}") from error
 
+    def check(self, options: Mapping[str, Any]) -> None:
+        """See that there is a builder of one's own before any image is read; its file is imported.
+
+        Raises:
+            UserError: it cannot be imported, or there is no such builder in it.
+        """
+        if self.zoo == "own":
+            trust.factory(self.name, options)
+
     def preparation(self, weights: str | None) -> Preparation | None:
         """How its zoo wants images to be prepared; None where it does not say.
 
@@ -95,13 +104,14 @@ def named(name: str) -> Named:
         raise UserError(f"{name} is a file; after a colon comes what builds the network in it: {name}:build")
     zoo, slash, rest = name.partition("/")
     if slash and zoo == "timm":
+        timm_zoo.check_name(rest)
         return Named("timm", rest)
     plain = rest if slash and zoo == "torchvision" else name
     if plain in SMALL:
         return Named("small", plain)
     there = torchvision_zoo.names()
     if plain not in there:
-        close = known([*SMALL, *there], name).partition("; ")[2]
+        close = known([*SMALL, *(f"torchvision/{one}" if slash else one for one in there)], name).partition("; ")[2]
         raise UserError(f"unknown network {name!r}{f'; {close}' if close else ''} ({WAYS})")
     return Named("torchvision", plain)
 

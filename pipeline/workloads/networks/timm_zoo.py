@@ -9,6 +9,7 @@ import importlib
 import math
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
@@ -52,6 +53,7 @@ def build(name: str, num_classes: int, in_channels: int, options: Mapping[str, A
     return model
 
 
+@cache
 def check_name(name: str) -> None:
     """See that timm has such a network.
 

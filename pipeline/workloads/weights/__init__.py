@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,19 +22,13 @@ TORCHVISION, TIMM = "torchvision", "timm"
 """``model.weights`` that are those of whoever made a network, instead of a file."""
 
 
-def find_weights(weights: str | None, address: Callable[[], str]) -> Path | None:
-    """The file that ``model.weights`` of a run file means; None where it is not set.
-
-    Args:
-        weights: a path, or ``torchvision``.
-        address: of torchvision's weights for the network; asked for those only.
+def find_weights(weights: str | None) -> Path | None:
+    """The file that ``model.weights`` of a run file names; None where it is not set.
 
     Raises:
-        UserError: there is no such file, or it cannot be downloaded.
+        UserError: there is no such file.
     """
-    if not weights:
-        return None
-    return download(address()) if weights == TORCHVISION else paths.find(weights, "weights file")
+    return paths.find(weights, "weights file") if weights else None
 
 
 def download(address: str) -> Path:

@@ -104,14 +104,28 @@ def test_a_file_without_a_network_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("model", "said"), [("nothing.py", "No such file"), ("resnet81", "did you mean"), ("mynet.py:tiny", None)]
+    ("model", "said"),
+    [
+        ("nothing.py", "No such file"),
+        ("nothing.py:build", "No such file"),
+        ("mynet.py:tidy", "did you mean 'tiny'"),
+        ("resnet81", "did you mean"),
+        ("torchvision/resnet81", "did you mean 'torchvision/resnet18'"),
+        ("timm/resnet81", "did you mean"),
+        ("small_ssd", "is for detection"),
+    ],
 )
-def test_a_name_that_nothing_has_is_refused_before_a_run_file_is_written(
-    monkeypatch: pytest.MonkeyPatch, capsys: Captured, own_network: Path, model: str, said: str | None
+def test_a_name_that_nothing_has_is_refused_before_the_data_is_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured, own_network: Path, model: str, said: str
 ) -> None:
-    code = call(monkeypatch, "init", "flowers", "--model", model)
-    assert (code == errors.EXIT_USER) is (said is not None) is not Path("flowers.yaml").exists()
-    assert said is None or said in capsys.readouterr().err
+    monkeypatch.setattr(draft, "look", None)
+    assert call(monkeypatch, "init", "flowers", "--model", model) == errors.EXIT_USER
+    assert said in capsys.readouterr().err
+
+
+def test_a_name_in_ones_own_file_is_taken(monkeypatch: pytest.MonkeyPatch, own_network: Path) -> None:
+    assert call(monkeypatch, "init", "flowers", "--model", "mynet.py:tiny") == errors.EXIT_OK
+    assert read("flowers.yaml").workload["model"]["name"] == "mynet.py:tiny"
 
 
 def test_what_is_to_be_put_right_comes_before_the_run(

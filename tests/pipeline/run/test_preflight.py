@@ -166,6 +166,35 @@ def test_a_run_begins_with_the_same_check(case: str, tmp_path: Path) -> None:
     assert not (directory / "journal.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    ("workload", "section", "said"),
+    [
+        ("classification", {"name": "resnet81"}, "did you mean"),
+        ("classification", {"name": "timm/resnet81"}, "did you mean"),
+        ("classification", {"name": "resnet18", "weights": "none.safetensors"}, "none.safetensors"),
+        ("classification", {"name": "cifar/resnet20", "weights": "torchvision"}, "no trained weights"),
+        ("detection", {"name": "ssd"}, "unknown network"),
+        ("detection", {"name": "small_ssd", "weights": "torchvision"}, "no trained weights"),
+        ("detection", {"name": "small_ssd", "weights": "none.pt"}, "none.pt"),
+    ],
+)
+def test_what_is_quickly_seen_is_refused_before_data_is_read(
+    tmp_path: Path, workload: str, section: Changes, said: str
+) -> None:
+    missing = {"source": "arrays", "train": "nowhere"} if workload == "classification" else {"path": "nowhere"}
+    wrong = {"name": workload, "model": section, "data": missing}
+    faults = examine(tiny_config(tmp_path).model_copy(update={"workload": wrong})).faults
+    assert len(faults) == 1
+    assert said in faults[0].message
+
+
+def test_a_run_is_refused_before_its_data_is_read(tmp_path: Path) -> None:
+    workload = {"name": "classification", "model": {}, "data": {"source": "folder", "path": "nowhere"}}
+    config = tiny_config(tmp_path, compute="cuda").model_copy(update={"workload": workload})
+    assert [fault.place for fault in examine(config).faults] == [("compute",)]
+    assert len(examine(config, whole=True).faults) == 2
+
+
 def test_a_detector_whose_images_are_to_be_mixed_is_refused(tmp_path: Path) -> None:
     data = {"source": "digits", "image_size": 64, "scenes": 40}
     section = {"name": "detection", "model": {"name": "small_ssd", "options": {"width": 8}}, "data": data}

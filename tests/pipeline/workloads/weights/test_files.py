@@ -177,7 +177,7 @@ def test_paths_that_are_none(name: str, tmp_path: Path, monkeypatch: pytest.Monk
     for data in (None, str(tmp_path)):
         monkeypatch.setenv("SECATEUR_DATA", data) if data else monkeypatch.delenv("SECATEUR_DATA", raising=False)
         with pytest.raises(UserError):
-            find_weights(name, str)
+            find_weights(name)
         with pytest.raises(UserError):
             paths.find(name, "weights file")
 
@@ -185,7 +185,7 @@ def test_paths_that_are_none(name: str, tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "w.pt")
     with pytest.raises(UserError, match="is a pipe"):
-        find_weights(str(tmp_path / "w.pt"), str)
+        find_weights(str(tmp_path / "w.pt"))
 
 
 # -- tensors -----------------------------------------------------------------------------------------------------------
