@@ -24,6 +24,7 @@ from secateur.device_profiles.measure import BenchmarkResult, measure
 from secateur.device_profiles.profile import DeviceProfile, Multiples, Tier
 from secateur.device_profiles.runtime import DEFAULT, runtime_named
 from secateur.device_profiles.target import Target
+from secateur.device_profiles.wording import number_of
 
 WIDTHS = tuple(range(33, 65))
 """Wide enough that a layer takes longer than its call, and two widths of the largest multiple: one would not do."""
@@ -68,7 +69,7 @@ class Staircase:
             cheap = min(width for width in curve if width >= worst and curve[width] <= _best(curve)[worst] * 1.0001)
             text = f"multiples of {multiple}"
             if excess > 1 + SLACK:
-                text += f"; {worst} channels take {excess:.2f}x the time of {cheap}"
+                text += f"; {number_of(worst, 'channel(s) takes|take')} {excess:.2f}x the time of {cheap}"
             if multiple > 1:
                 text += f"; any width costs {losses[1]:.0%} more than the best at least as wide"
             rows.append((kind, text))

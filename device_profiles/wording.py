@@ -25,6 +25,20 @@ def printable_lines(text: object) -> str:
     return "\n".join(map(printable, str(text).replace("\t", "    ").split("\n")))
 
 
+ENDINGS = re.compile(r"\((e?s)\)|(\w+)\|(\w+)")
+
+
+def number_of(num: float, what: str) -> str:
+    """``number_of(1, "image(s) is|are too small")``: "1 image is too small"; "2 images are too small".
+
+    Args:
+        what: with ``(s)`` or ``(es)`` after nouns, and ``one|several`` for words that follow the number otherwise.
+    """
+    one = num == 1
+    words = ENDINGS.sub(lambda found: (found[2] if one else found[3]) or ("" if one else found[1]) or "", what)
+    return f"{num:,} {words}" if isinstance(num, int) else f"{num:g} {words}"
+
+
 def cut(text: str) -> str:
     """The beginning of a long text."""
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

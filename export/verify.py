@@ -13,6 +13,7 @@ import numpy.typing as npt
 import onnxruntime
 import torch
 
+from secateur.device_profiles.wording import number_of
 from secateur.export.artifact import ExportedModel
 from secateur.export.errors import ExportError
 from secateur.export.onnx_export import Example, arguments, evaluating, tensors_in
@@ -89,7 +90,13 @@ def verify_parity(
             inputs = arguments(torch.as_tensor(batch) if isinstance(batch, np.ndarray) else batch)
             feed = [x.numpy().copy() for x in tensors_in(inputs)]  # a model may write to its inputs
             if len(feed) != len(names):
-                return Parity(False, float("inf"), 0.0, samples, f"the file takes {names}, given {len(feed)} tensors")
+                return Parity(
+                    False,
+                    float("inf"),
+                    0.0,
+                    samples,
+                    f"the file takes {names}, given {number_of(len(feed), 'tensor(s)')}",
+                )
             expected = [x.numpy() for x in tensors_in(model(*inputs))]
             outputs = run_session(session, dict(zip(names, feed, strict=True)))
             shapes = [a.shape for a in outputs], [b.shape for b in expected]

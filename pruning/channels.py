@@ -19,6 +19,7 @@ from math import prod
 import numpy as np
 from torch import Tensor
 
+from secateur.device_profiles.wording import number_of
 from secateur.pruning.plan import BoolArray, ChannelGroup, IntArray, Member, PruningPlan
 from secateur.pruning.rules import Rule, weight_name
 from secateur.pruning.snapshot import Remade
@@ -178,7 +179,10 @@ class ChannelGraph:
 
     def report(self) -> str:
         """The groups, what is frozen and why, and operators without a rule, as plain text."""
-        lines = [f"{len(self.groups)} channel groups, {sum(g.size for g in self.groups)} channels"]
+        lines = [
+            f"{number_of(len(self.groups), 'channel group(s)')}, "
+            f"{number_of(sum(g.size for g in self.groups), 'channel(s)')}"
+        ]
         rows: list[tuple[str, ...]] = []
         for group in self.groups:
             readers = list(dict.fromkeys(layer_of(m.tensor) for m in group.members if m.reads))
@@ -189,7 +193,10 @@ class ChannelGraph:
             names = [group.name for group in self.groups if group.name in self.summed]
             lines += ["", "carried by residual sums (the stream; the other groups are inner):", f"  {', '.join(names)}"]
         share = sum({f.layer: f.macs_share for f in self.frozen}.values())
-        lines += ["", f"frozen: the output channels of {len(self.frozen)} layers with {share:.1%} of the MACs"]
+        lines += [
+            "",
+            f"frozen: the output channels of {number_of(len(self.frozen), 'layer(s)')} with {share:.1%} of the MACs",
+        ]
         rows = [(f.layer, str(f.size), f"{f.macs_share:.1%}", f.reason) for f in self.frozen]
         lines += _table(("layer", "channels", "MACs", "why"), rows) if rows else []
         if self.unknown:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from secateur.device_profiles.wording import number_of
 from secateur.pipeline import errors
 from secateur.pipeline.cli import completers
 from secateur.pipeline.cli.devices import profiles
@@ -58,7 +59,9 @@ def init(
     task, said = _task(data)
     draft.check_name(task, named)
     seen = draft.look(data, task, said, reading)
-    out.print(f"Seen: {seen.said}; {seen.train:,} of them for training; shorter sides of {seen.side} pixels")
+    out.print(
+        f"Seen: {seen.said}; {seen.train:,} of them for training; shorter sides of {number_of(seen.side, 'pixel(s)')}"
+    )
     _note(seen.notes)
     name = draft.name_for(data)
     recipe = draft.recipe_for(seen.train)

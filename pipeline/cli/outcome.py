@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from secateur.device_profiles.wording import number_of
 from secateur.pipeline.terminal import command, one_line, out, table
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def show(facts: Facts, config: RunFile, directory: Path, tracking_uri: str) -> N
         value = "unknown" if check.value is None else f"{check.value:.4g}"
         out.print(f"Gate: {check.name} is {value}, must be {check.relation} {check.bound:.4g}")
     if facts.gate.passed:
-        out.print(f"Gate: passed ({len(facts.gate.checks)} checks)")
+        out.print(f"Gate: passed ({number_of(len(facts.gate.checks), 'check(s)')})")
     out.print(went_by(facts))
     for line in registered(facts):
         out.print(line)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from secateur.device_profiles.wording import number_of
 from secateur.pipeline import errors
 from secateur.pipeline.cli import completers
 from secateur.pipeline.cli.options import Json, Trust
@@ -60,7 +61,7 @@ def pull(
         return
     digest = got.manifest.files["model.onnx"]["sha256"]
     out.print(f"{got.version.name} version {got.version.version} in {one_line(folder)}")
-    out.print(f"sha256 of model.onnx: {digest} (all {len(got.manifest.files)} files verified)")
+    out.print(f"sha256 of model.onnx: {digest} ({number_of(len(got.manifest.files), 'file(s)')} verified)")
 
 
 def promote(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from secateur.device_profiles.wording import number_of
 from secateur.pipeline.cli import completers
 from secateur.pipeline.cli.options import Json
 from secateur.pipeline.terminal import command, one_line, out
@@ -73,7 +74,8 @@ def _show(run: Overview, candidates: int) -> None:
     told = run.to_dict()
     out.print(f"{run.name}: {run.status}, begun {run.begun}")
     out.print(
-        f"{told['model']} ({told['workload']}), {told['method']} for device {told['device']}; {candidates} candidates"
+        f"{told['model']} ({told['workload']}), {told['method']} for device {told['device']}; "
+        f"{number_of(candidates, 'candidate(s)')}"
     )
     if told["models"]:
         accuracy, drop, macs, speedup = _figures(told)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from secateur.device_profiles.wording import number_of
 from secateur.pipeline.cli.options import Overrides, Trust
 from secateur.pipeline.cli.trust import consented
 from secateur.pipeline.errors import EXIT_USER, UserError, masked
@@ -197,7 +198,7 @@ def _show_network(preflight: Preflight) -> None:
     searched = sum(group.name in space.allowed for group in groups)
     out.print(f"Network: {whole.macs:,} MACs, {whole.params:,} params for inputs of shape {network.input}")
     out.print(
-        f"Channel groups: {len(groups)} with {channels:,} channels, {searched} of them searched; "
+        f"Channel groups: {len(groups)} with {number_of(channels, 'channel(s)')}, {searched} of them searched; "
         f"layers with {network.frozen_share:.1%} of the MACs keep their channels"
     )
     out.print(
@@ -218,8 +219,10 @@ def _show_search(taken: Estimate) -> None:
     counted = taken.counted
     least = "" if counted.complete else "at least "
     out.print(
-        f"The search: {least}{counted.evaluations:,} evaluations and {counted.epochs:g} epochs of training; "
-        f"{round(taken.work['measurements']):,} measurements on the device; memory {taken.memory_bytes / 2**30:.1f} GiB"
+        f"The search: {least}{number_of(counted.evaluations, 'evaluation(s)')} and "
+        f"{number_of(counted.epochs, 'epoch(s)')} of training; "
+        f"{number_of(round(taken.work['measurements']), 'measurement(s)')} on the device; memory "
+        f"{taken.memory_bytes / 2**30:.1f} GiB"
     )
 
 

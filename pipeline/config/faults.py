@@ -10,7 +10,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from secateur.device_profiles.plain_yaml import Place
-from secateur.device_profiles.wording import cut, printable, shown
+from secateur.device_profiles.wording import cut, number_of, printable, shown
 from secateur.pipeline.errors import UserError
 
 UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
@@ -40,7 +40,7 @@ class FaultsError(UserError):
     def __init__(self, name: str, faults: Sequence[Fault]) -> None:
         self.faults = tuple(faults)
         listing = "\n".join(f"  {fault}" for fault in faults)
-        super().__init__(f"{name} has {len(faults)} fault{'s' * (len(faults) != 1)}:\n{listing}")
+        super().__init__(f"{name} has {number_of(len(faults), 'fault(s)')}:\n{listing}")
 
 
 def known(names: Sequence[str], wrong: str) -> str:

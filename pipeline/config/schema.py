@@ -121,8 +121,8 @@ class Recipe(Section):
     highest, each epoch judged."""
     autocast: Literal["fp32", "bf16", "auto"] = "auto"
     """The numbers it computes in: bf16 = mixed precision; auto = fp32, or bf16 where the hardware multiplies it
-    natively and a few steps of this network take less time in it. Trained weights, and so figures, are then a little
-    different on other processors; fp32 for the same recipe on all of them."""
+    natively and steps of this network take a tenth less time in it. Trained weights, and so figures, are then a
+    little different on other processors; fp32 for the same recipe on all of them."""
     num_workers: Annotated[int, Field(ge=0, le=1024)] | None = None
     """Processes that read training images; how many there are changes no result. None = where reading takes long, one
     for every four cores, or, where a GPU trains, one for every core but one."""

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from secateur.device_profiles.wording import number_of
 from secateur.export.batching import Predictor
 from secateur.export.slicing import OnnxTemplate
 from secateur.pipeline.config.schema import SearchSection
@@ -273,7 +274,7 @@ class AccuracyEvaluator:
                 if best < request.floor:
                     raise HopelessError(
                         f"{workload.search_metric} cannot reach {request.floor:.4f}: given up after {seen} of "
-                        f"{len(self.split)} images"
+                        f"{number_of(len(self.split), 'image(s)')}"
                     )
         found = dict(workload.metrics(torch.cat(answers), torch.cat(targets)))
         if divergences:

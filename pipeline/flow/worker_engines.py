@@ -18,7 +18,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from secateur.device_profiles.cores import usable_cores
-from secateur.device_profiles.wording import command
+from secateur.device_profiles.wording import command, number_of
 from secateur.pipeline.children import end_with
 from secateur.pipeline.config.schema import WorkersSection
 from secateur.pipeline.errors import SurroundingsError, UserError
@@ -85,7 +85,7 @@ class _Runner(ABC):
         from prefect.settings import PREFECT_API_URL, temporary_settings
 
         count = len(arguments["batch"]["asks"])
-        name = f"Evaluate {count} candidate{'s' if count > 1 else ''}"
+        name = f"Evaluate {number_of(count, 'candidate(s)')}"
         task = Task(workers.evaluate_batch, name=name, cache_policy=NO_CACHE, persist_result=False, retries=0)
         died: tuple[type[Exception], ...] = (CrashedRun, *deaths)
         try:

@@ -22,7 +22,7 @@ from secateur.device_profiles import BenchmarkResult, DeviceProfile, Ratio, Targ
 from secateur.device_profiles.cores import usable_cores
 from secateur.device_profiles.intervals import MANY_PROCESSES, of_processes, processes_that_tell
 from secateur.device_profiles.shelf import NotAdmittedError
-from secateur.device_profiles.wording import command, cut, printable
+from secateur.device_profiles.wording import command, cut, number_of, printable
 from secateur.export.batching import Predictor
 from secateur.export.errors import ExportError
 from secateur.export.verify import rehearse
@@ -393,7 +393,7 @@ def accuracy_gates(
         ok = judged <= bound if drop else judged >= bound
         how = f"champion's {metric} less the challenger's" if drop else f"the challenger's {metric}"
         if low <= bound <= high and low < high:
-            how += f"; not resolved by {len(answered[0][1])} images"
+            how += f"; not resolved by {number_of(len(answered[0][1]), 'image(s)')}"
         gates.append(Gate(name, value, bound, bool(ok), f"{how}, {len(draws) - 1} resamples", low, high))
     return gates
 

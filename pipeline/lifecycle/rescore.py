@@ -15,7 +15,7 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
-from secateur.device_profiles.wording import command
+from secateur.device_profiles.wording import command, number_of
 from secateur.pipeline.errors import JournalError, UserError
 from secateur.pipeline.files import write_whole
 from secateur.pipeline.run.journal import Journal, Record, read_journal
@@ -155,7 +155,8 @@ def check_whole(journal: Journal, num_candidates: int) -> None:
     held = sum(r.get("stage") == "search" and r["kind"] in ("evaluation", "finetune") for r in journal.records)
     if held < num_candidates:
         raise JournalError(
-            f"{journal.path} holds {held} candidates of the search, which evaluated {num_candidates}: its end was cut "
+            f"{journal.path} holds {number_of(held, 'candidate(s)')} of the search, which evaluated "
+            f"{num_candidates}: its end was cut "
             f"off. Restore the file from a copy, or remove {journal.path.parent / 'stages'} to repeat the work"
         )
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+from secateur.device_profiles.wording import number_of
 from secateur.export.errors import ExportError
 from secateur.export.onnx_export import export_onnx
 from secateur.export.verify import verify_parity
@@ -156,7 +157,9 @@ class Checkup:
     def _items(self, split: Literal["train", "test"]) -> Items:
         items = Items(self.code, split, None)
         if len(items) < 2:
-            raise UserError(f"{self.code.of('data')}({split!r}) has {len(items)} item; at least two are needed")
+            raise UserError(
+                f"{self.code.of('data')}({split!r}) has {number_of(len(items), 'item(s)')}; at least two are needed"
+            )
         again = Items(self.code, split, None)
         if items.contents != again.contents:
             raise UserError(
@@ -180,14 +183,14 @@ class Checkup:
         inputs, targets = self.code.collated(items.items([0]))
         return (
             f"inputs {tuple(inputs.shape[1:])}, targets {tuple(targets.shape[1:])} of {targets.dtype}; "
-            f"{len(items)} items looked at"
+            f"{number_of(len(items), 'item(s)')} looked at"
         )
 
     def splits(self) -> str:
         carve(self.train, self.test, 0.25)
         if not self.code.has("groups"):
             return "the search split is drawn by content; give groups(split) where items belong together"
-        return f"{len(set(self.train.groups))} groups, none of them in both"
+        return f"{number_of(len(set(self.train.groups)), 'group(s)')}, none of them in both"
 
     def augment(self) -> str:
         if not self.code.has("augment"):
@@ -231,7 +234,8 @@ class Checkup:
                 "may not"
             )
         return (
-            f"outputs {tuple(self.outputs.shape[1:])}, {sum(p.numel() for p in self.model.parameters()):,} parameters"
+            f"outputs {tuple(self.outputs.shape[1:])}, "
+            f"{number_of(sum(p.numel() for p in self.model.parameters()), 'parameter(s)')}"
         )
 
     def loss(self) -> str:
@@ -251,7 +255,9 @@ class Checkup:
         idle = [name for name, p in named if p.grad is None]
         if len(idle) == len(named):
             raise UserError(f"{self.code.of('loss')} reaches no parameter of the network")
-        return f"{loss.item():.4g}" + (f"; {len(idle)} parameters never learn, such as {idle[0]}" if idle else "")
+        return f"{loss.item():.4g}" + (
+            f"; {number_of(len(idle), 'parameter(s) never learns|learn')}, such as {idle[0]}" if idle else ""
+        )
 
     def answers(self) -> str:
         targets = self.batch()[1]
@@ -295,7 +301,10 @@ class Checkup:
         self.plan = _half(self.graph)
         whole, half = (cost(self.graph, plan).macs for plan in (PruningPlan.full(self.graph.groups), self.plan))
         groups, channels = len(self.graph.groups), sum(group.size for group in self.graph.groups)
-        return f"{groups} groups with {channels:,} channels; half of them cost {half / whole:.0%} of the MACs"
+        return (
+            f"{number_of(groups, 'group(s)')} with {number_of(channels, 'channel(s)')}; half of them cost "
+            f"{half / whole:.0%} of the MACs"
+        )
 
     def cut(self) -> str:
         smaller = prune(self.model, self.graph, self.plan)

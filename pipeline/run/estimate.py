@@ -28,7 +28,7 @@ from secateur.pipeline.run.network_probe import probe_seconds
 from secateur.pipeline.run.opening import spared_the_probe
 from secateur.pipeline.run.preflight import Network, Preflight
 from secateur.pipeline.run.rehearsal import Counted, Work, rehearse, share
-from secateur.pipeline.training.precision import trains_in_bf16
+from secateur.pipeline.training.precision import likely
 from secateur.pipeline.workloads import Workload
 from secateur.pruning.channels import ChannelGraph
 from secateur.pruning.cost import cost
@@ -316,7 +316,7 @@ def _timed_training(
 ) -> tuple[float, Seconds]:
     """Of one image of a training step: bytes kept for the backward pass, and time."""
     recipe, kept = config.finetune, {parameter.data_ptr(): 0 for parameter in model.parameters()}
-    bf16 = trains_in_bf16(recipe.autocast, compute)
+    bf16 = likely(recipe, model, workload, compute) == "bf16"
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def keep(tensor: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Generic, Self, TypeVar, get_type_hints
 from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, TypeAdapter
 
 from secateur.device_profiles.network_probe import NetworkProbe
+from secateur.device_profiles.wording import number_of
 from secateur.export.artifact import ExportedModel
 from secateur.pipeline.devices.device import RunDevice
 from secateur.pipeline.run.records import describe, to_candidate, to_dict, to_evaluation
@@ -275,7 +276,7 @@ class WidthsFacts:
         """The same as a sentence."""
         return (
             f"Widths are finer than the device's steps: the compact network takes {self.latency_ratio:.3f} of the "
-            f"unpruned latency, and with {self.groups} widths rounded to those steps it would take "
+            f"unpruned latency, and with {number_of(self.groups, 'width(s)')} rounded to those steps it would take "
             f"{self.rounded_latency_ratio:.3f} at {self.rounded_macs_ratio:.3f} of the MACs."
         )
 

@@ -34,6 +34,7 @@ from secateur.device_profiles.network_probe import (
     loss_of,
     slope_of,
 )
+from secateur.device_profiles.wording import number_of
 from secateur.pipeline.devices.fleet import Device, Fleet, Tally
 from secateur.pipeline.errors import JournalError
 from secateur.pipeline.progress import ProgressView, Report
@@ -262,7 +263,7 @@ def probe_network(
     if len({multiple for multiple, _ in plans}) < 2:
         return None
     kinds = [] if few else cuts.by_size()  # in so few calls, what a kind's finer widths cost would be noise
-    progress(0, 1 + len(kinds), f"{len(plans)} networks")
+    progress(0, 1 + len(kinds), f"{number_of(len(plans), 'network(s)')}")
     with tempfile.TemporaryDirectory(prefix="secateur-probe-") as folder:
         stopwatch = _Stopwatch(device, template, cuts, Path(folder))
         found = stopwatch.time(plans, FIRST_SHARE * seconds)

@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 
 from secateur.device_profiles.profile import DeviceProfile
+from secateur.device_profiles.wording import number_of
 from secateur.pipeline.config.choices import method_options
 from secateur.pipeline.config.faults import Fault, FaultsError
 from secateur.pipeline.config.schema import ExportSection, RunFile, SearchSection
@@ -210,10 +211,14 @@ def _check_images(found: Preflight, workload: Workload) -> None:
     for place, wanted, default, (split, there) in asked:
         name = ".".join(place)
         if wanted > there and wanted != default:
-            message = f"{wanted:,} images, and the {split} split has {there:,}; set {name}: {there} or less"
+            message = (
+                f"{number_of(wanted, 'image(s)')}, and the {split} split has {there:,}; set {name}: {there} or less"
+            )
             found.faults.append(Fault(place, message))
         elif wanted > there:
-            found.notes.append(f"{name} is {wanted:,}, the {split} split has {there:,} images: all are used")
+            found.notes.append(
+                f"{name} is {wanted:,}, the {split} split has {number_of(there, 'image(s)')}: all are used"
+            )
 
 
 def _check_budget(found: Preflight, workload: Workload, network: Network) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from secateur.device_profiles.wording import number_of
 from secateur.pipeline.errors import JournalError
 from secateur.pipeline.run.journal import Journal, Record
 from secateur.pipeline.run.records import heading, heading_of_exact, pack, to_dict, to_evaluation, unpack
@@ -338,11 +339,14 @@ class Study:
         if budget.work is not None and spent["image_macs"] >= budget.work and not first:
             return f"the budget of {budget.work:g} image-MACs is spent"
         if isinstance(request, Evaluate | FineTune) and spent["evaluations"] + self._scored(request) > self._most:
-            return f"the budget of {budget.evaluations} evaluations is spent"
+            return f"the budget of {number_of(budget.evaluations, 'evaluation(s)')} is spent"
         if isinstance(request, FineTune | AuxiliaryTraining) and request.epochs > 0:
             epochs = self._affordable(request)
             if epochs < USEFUL * request.epochs:
-                return f"{request.epochs:g} epochs of training exceed what is left of the budget ({epochs:.3g} epochs)"
+                return (
+                    f"{number_of(request.epochs, 'epoch(s) of training exceeds|exceed')} what is left of the budget "
+                    f"({epochs:.3g} epochs)"
+                )
         return ""
 
     def _scored(self, request: Evaluate | FineTune) -> int:
@@ -442,7 +446,7 @@ def work_of(request: Request) -> str:
         case Distort(_, removed):
             return f"look at the next layers in {len(removed)} batches"
         case Time(plans):
-            return f"time {len(plans)} plans"
+            return f"time {number_of(len(plans), 'plan(s)')}"
         case Predict():
             return "model the latency"
     return ""

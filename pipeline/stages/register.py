@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from secateur.device_profiles.wording import number_of
 from secateur.export.verify import predict
 from secateur.pipeline.config.schema import TrackingSection
 from secateur.pipeline.errors import TrackingError
@@ -81,7 +82,8 @@ def _deliver(run: Run, facts: Facts) -> None:
     waiting = run.tracker.flush(timeout_s=600 if not run.tracker.failure else 10)
     if waiting:
         raise TrackingError(
-            f"{waiting} candidates are not delivered to {redacted(run.tracker.uri)}: {run.tracker.failure}"
+            f"{number_of(waiting, 'candidate(s) is|are')} not delivered to {redacted(run.tracker.uri)}: "
+            f"{run.tracker.failure}"
         )
     for key, reason in run.tracker.refused.items():
         run.progress.say(

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from secateur.device_profiles.wording import number_of
 from secateur.pipeline.errors import SurroundingsError, TrackingError, UserError, VersionError
 from secateur.pipeline.files import sha256_of, write_whole
 from secateur.pipeline.tracking.fetched import check_onnx, facts_of, text_of
@@ -258,7 +259,7 @@ def card(version: Version, manifest: Manifest, folder: Path) -> str:
     if usage is not None and (names := usage.classes):
         more = f", and {len(names) - 50} more in `usage.json`" if len(names) > 50 else ""
         listed = ", ".join(f"{index} {name}" for index, name in enumerate(names[:50]))
-        lines += ["## Classes", "", f"{len(names)} classes: {listed}{more}", ""]
+        lines += ["## Classes", "", f"{number_of(len(names), 'class(es)')}: {listed}{more}", ""]
     lines += ["## Provenance", "", "| | |", "|---|---|"]
     facts = {"run": told.run, "data": told.data, "code": told.code}
     facts |= {f"weights, {k}": v for k, v in told.weights.items()}

@@ -31,7 +31,7 @@ from secateur.pipeline.training.curve import EpochFacts, Fitted, Losses
 from secateur.pipeline.training.distributed import ALONE, Group, begun
 from secateur.pipeline.training.features import Features
 from secateur.pipeline.training.judging import Judge
-from secateur.pipeline.training.precision import Precision, certain, faster
+from secateur.pipeline.training.precision import Precision, certain, faster, kept_for, remembered, to_be_timed
 from secateur.pipeline.training.recipe import Schedule, optimizer_of
 from secateur.pipeline.training.statistics import IMAGES_AT_ONCE, recalibrate, training_images
 from secateur.pipeline.workloads import Split, Workload
@@ -42,10 +42,6 @@ VERSION = 3
 
 RECALIBRATION_IMAGES = 2048
 """Training images that batch-norm statistics are taken anew on at the end of a training."""
-
-
-TIMED_IMAGES = 64
-"""Images of a step by which the precision is chosen, at most."""
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -382,19 +378,24 @@ class Training:
 def precision_of(
     recipe: Recipe, model: nn.Module, workload: Workload, split: Split, compute: torch.device
 ) -> Precision:
-    """The precision of a recipe; where it is ``auto`` and bf16 is native, the faster one for this network.
+    """The precision of a recipe; where it is ``auto`` and bf16 is native, what is faster for this network, tried once.
 
     Args:
         model: on ``compute``; a copy of it is timed.
+
+    Raises:
+        SurroundingsError: the choice cannot be kept.
     """
     if (known := certain(recipe.autocast, compute)) is not None:
         return known
-    with torch.random.fork_rng():
-        copied = move(copy.deepcopy(model), compute).train()
-        lesson = Lesson(copied, workload, recipe, compute)
-        some = torch.arange(min(recipe.batch_size, TIMED_IMAGES, len(split)))
-        images, targets = workload.batch(split, some, train=False, generator=None, device=compute)
-        return faster(partial(_seconds, lesson, images, targets))
+    images, targets = to_be_timed(recipe, workload, split, compute)
+
+    def choose() -> Precision:
+        with torch.random.fork_rng():
+            copied = move(copy.deepcopy(model), compute).train()
+            return faster(partial(_seconds, Lesson(copied, workload, recipe, compute), images, targets))
+
+    return remembered(kept_for(model, images.shape, compute), choose)
 
 
 def _seconds(lesson: Lesson, images: Tensor, targets: Tensor, precision: Precision) -> float:

@@ -13,6 +13,7 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from secateur.device_profiles.wording import number_of
 from secateur.pruning.plan import PruningPlan, SearchSpace
 from secateur.pruning.search.landing import per_mean, settle
 from secateur.pruning.search.protocol import Answer, Candidate, Evaluation, FloatArray, Problem, Request
@@ -100,7 +101,9 @@ def choose(asked: Asked, whole: Problem, inner: Problem | None) -> Generator[Req
         return ScopeChoice("inner")
     evaluations = whole.budget.evaluations
     if evaluations is not None and SHARE * evaluations < 2:
-        return ScopeChoice("inner", f"a budget of {evaluations} evaluations is too small to compare scopes")
+        return ScopeChoice(
+            "inner", f"a budget of {number_of(evaluations, 'evaluation(s)')} is too small to compare scopes"
+        )
     trials = yield from _compared(inner, whole)
     return _settled(*trials)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.text import Text
 
+from secateur.device_profiles.wording import number_of
 from secateur.pipeline import errors
 from secateur.pipeline.cli.devices import profiles
 from secateur.pipeline.cli.devices.profiles import Name
@@ -83,5 +84,5 @@ def print_checks(name: str, checks: tuple[Check, ...]) -> None:
         if entry.fix:
             out.labelled(f"{entry.name}, fix", "bold", entry.fix)
     missing, warnings = (sum(c.status == status for c in checks) for status in ("missing", "warning"))
-    mind = f", {warnings} warning{'s' if warnings > 1 else ''}" if warnings else ""
+    mind = f", {number_of(warnings, 'warning(s)')}" if warnings else ""
     out.print(f"{name} is not ready: {missing} missing{mind}" if missing else f"{name} is ready{mind}")

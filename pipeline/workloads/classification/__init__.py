@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from pydantic import Field, ValidationError, field_validator, model_validator
 from torch import Tensor, nn
 
+from secateur.device_profiles.wording import number_of
 from secateur.pipeline.config import renamed
 from secateur.pipeline.config.schema import Section, digested
 from secateur.pipeline.errors import UserError
@@ -373,7 +374,8 @@ class Classification:
         trained = zoo.classes_of_weights(self.network.name)
         if trained != self.num_classes:
             raise UserError(
-                f"{whose}'s weights for {self.network.name} know {trained} classes, the data has {self.num_classes}; "
+                f"{whose}'s weights for {self.network.name} know {number_of(trained, 'class(es)')}, the data has "
+                f"{self.num_classes}; "
                 "set model.load: but_classes to train a new last layer on the rest of them, set model.weights to a "
                 "file, or leave it out to train a baseline"
             )
@@ -399,7 +401,8 @@ class Classification:
         left = f"; the file's {' and '.join(there)} were left out" if there else ""
         return (
             *notes,
-            f"weights {weights}: {' and '.join(heads)} start at random for {self.num_classes} classes{left}",
+            f"weights {weights}: {' and '.join(heads)} start at random for "
+            f"{number_of(self.num_classes, 'class(es)')}{left}",
         )
 
     def example_input(self) -> Tensor:
@@ -543,7 +546,10 @@ class Classification:
             mean, std = mean or tuple(measured["mean"]), std or tuple(measured["std"])
         for name, values in (("mean", mean), ("std", std)):
             if len(values) != self.shape[0]:
-                raise UserError(f"data.{name} has {len(values)} values, the images have {self.shape[0]} channel(s)")
+                raise UserError(
+                    f"data.{name} has {number_of(len(values), 'value(s)')}, the images have "
+                    f"{number_of(self.shape[0], 'channel(s)')}"
+                )
         return (255 * torch.tensor(mean)).view(1, -1, 1, 1), (255 * torch.tensor(std)).view(1, -1, 1, 1)
 
     def _measured(self) -> dict[str, list[float]]:
@@ -591,8 +597,14 @@ def _said(seen: str, opened: ImageData, data: DataOptions) -> str:
     """What was found, in one line."""
     sources = [opened.train, *(source for source in (opened.search, opened.test) if source is not None)]
     total = sum(map(len, sources))
-    test = f"{len(opened.test):,} images of its own" if opened.test is not None else f"carved: {data.test_fraction:.0%}"
-    return f"{seen}: {len(opened.classes):,} classes, {total:,} images, test split {test}".replace("%", " %")
+    test = (
+        f"{number_of(len(opened.test), 'image(s)')} of its own"
+        if opened.test is not None
+        else f"carved: {data.test_fraction:.0%}"
+    )
+    return (
+        f"{seen}: {number_of(len(opened.classes), 'class(es)')}, {number_of(total, 'image(s)')}, test split {test}"
+    ).replace("%", " %")
 
 
 def _split(opened: ImageData, data: DataOptions, *, told: bool) -> tuple[Split, Split, Split]:
@@ -607,7 +619,9 @@ def _split(opened: ImageData, data: DataOptions, *, told: bool) -> tuple[Split, 
     tally, train = opened.tally, opened.train
     own_search = opened.search if opened.test is not None and data.search_fraction is None else None
     if opened.search is not None and own_search is None:
-        tally.add("image(s) of the validation split were not used, as search_fraction is set", *opened.search.places)
+        tally.add(
+            "image(s) of the validation split was|were not used, as search_fraction is set", *opened.search.places
+        )
     shares = splits.shares_of(
         None if opened.test is not None else data.test_fraction,
         None if own_search is not None else data.search_fraction or SEARCH_FRACTION,
@@ -624,7 +638,8 @@ def _split(opened: ImageData, data: DataOptions, *, told: bool) -> tuple[Split, 
     for name, split in found.items():
         if not len(split):
             raise UserError(
-                f"no images for the {name} split: {len(train):,} images in {len(opened.classes)} classes are too few "
+                f"no images for the {name} split: {number_of(len(train), 'image(s)')} in "
+                f"{number_of(len(opened.classes), 'class(es)')} are too few "
                 "to be split. Give at least three different images of each class, or a test split of its own"
             )
     return found["train"], found["search"], found["test"]

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 
+from secateur.device_profiles.wording import number_of
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.workloads import Split
 from secateur.pipeline.workloads.custom.calls import kind
@@ -97,7 +98,8 @@ class Items:
         given = list(self._code.ask("groups", self.split))
         if len(given) != self.num:
             raise UserError(
-                f"{self._code.of('groups')}({self.split!r}) has {len(given):,} entries for {self.num:,} items; "
+                f"{self._code.of('groups')}({self.split!r}) has {number_of(len(given), 'entry|entries')} for "
+                f"{number_of(self.num, 'item(s)')}; "
                 "give one for every item, in their order"
             )
         return [hashlib.sha256(repr(group).encode()).digest() for group in given]
@@ -113,7 +115,8 @@ def carve(train: Items, test: Items, share: float) -> tuple[Split, Split, Split,
     torn = [train.places[i] for i, group in enumerate(train.groups) if group in both]
     if torn and train.groups is not train.contents:
         raise UserError(
-            f"{len(both):,} group(s) are in the training and in the test data ({some(torn)}), so the test would not be "
+            f"{number_of(len(both), 'group(s) is|are')} in the training and in the test data ({some(torn)}), so "
+            "the test would not be "
             'of anything new; have data("train") and data("test") share no group'
         )
     if len(set(train.groups)) < 2:

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
+from secateur.device_profiles.wording import number_of
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.workloads import Postprocessing
 from secateur.pipeline.workloads.custom.calls import blaming, kind
@@ -183,12 +184,14 @@ class OwnCode:
         inputs, targets = batch
         if inputs.ndim != 4 or not inputs.is_floating_point() or len(inputs) != len(items):
             raise UserError(
-                f"{where} gave inputs of {inputs.dtype} and shape {tuple(inputs.shape)} for {len(items)} item(s); "
+                f"{where} gave inputs of {inputs.dtype} and shape {tuple(inputs.shape)} for "
+                f"{number_of(len(items), 'item(s)')}; "
                 "an input is a float tensor of shape (channels, height, width)"
             )
         if not targets.ndim or len(targets) != len(items):
             raise UserError(
-                f"{where} gave targets of shape {tuple(targets.shape)} for {len(items)} item(s); the first dimension "
+                f"{where} gave targets of shape {tuple(targets.shape)} for {number_of(len(items), 'item(s)')}; "
+                "the first dimension "
                 "counts them"
             )
         return inputs.float(), targets
@@ -213,7 +216,8 @@ class OwnCode:
         answers = self.ask("answers", outputs, targets)
         if not isinstance(answers, Tensor) or not answers.ndim or len(answers) != len(targets):
             raise UserError(
-                f"{self.of('answers')} returned {kind(answers)} for {len(targets)} items; return a tensor of shape "
+                f"{self.of('answers')} returned {kind(answers)} for {number_of(len(targets), 'item(s)')}; return "
+                "a tensor of shape "
                 "(n, ...), one row for each item"
             )
         return answers

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from secateur.device_profiles.wording import number_of
 from secateur.pipeline.archives import check_archive
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.workloads.data.content import Reading, kept
@@ -102,7 +103,8 @@ def _check_test(labels: Labels, num_classes: int, what: str) -> None:
         raise UserError(f"{what} has no images; leave data.test out to have a part of the training images held out")
     if labels.max() >= num_classes:
         raise UserError(
-            f"{what} has a label {labels.max()}, and the training images have {num_classes} classes (labels 0 to "
+            f"{what} has a label {labels.max()}, and the training images have "
+            f"{number_of(num_classes, 'class(es)')} (labels 0 to "
             f"{num_classes - 1}); name every class in data.classes, or correct the labels"
         )
 

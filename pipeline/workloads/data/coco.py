@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from secateur.device_profiles.wording import number_of
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.workloads.data import splits
 from secateur.pipeline.workloads.data.content import Damaged, Reading
@@ -125,7 +126,9 @@ def load(
         twice = {scene.image.resolve() for scene in scenes} & {scene.image.resolve() for scene in held.scenes}
         if twice:
             names = some(sorted(path.name for path in twice))
-            raise UserError(f"{test_file}: {len(twice)} image(s) are in {train_file} too: {names}; remove them")
+            raise UserError(
+                f"{test_file}: {number_of(len(twice), 'image(s) is|are')} in {train_file} too: {names}; remove them"
+            )
         parts["test"] = list(range(len(scenes), len(scenes) + len(held.scenes)))
         scenes += held.scenes
     if val is not None:
@@ -135,7 +138,7 @@ def load(
             scenes += held.scenes
         else:
             places = [scene.key for scene in held.scenes]
-            tally.add("image(s) of the validation split were not used, as search_fraction is set", *places)
+            tally.add("image(s) of the validation split was|were not used, as search_fraction is set", *places)
     scenes, seen, index = usable(scenes, damaged, reading, tally)
     given = {name: [index[i] for i in part if i in index] for name, part in parts.items()}
     search = None if "search" in given else search_fraction or SEARCH_FRACTION

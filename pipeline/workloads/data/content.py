@@ -127,7 +127,9 @@ def without_damaged(places: Sequence[str], seen: Sequence[Seen], damaged: Damage
             f"cannot read {_told(faults, len(seen))}; remove or replace the file{'s' * (len(faults) > 1)}, or set "
             "workload.data.damaged: leave_out to do without"
         )
-    tally.add("image(s) cannot be read and were left out", *(f"{place} ({fault})" for place, fault in faults.items()))
+    tally.add(
+        "image(s) cannot be read and was|were left out", *(f"{place} ({fault})" for place, fault in faults.items())
+    )
     for place, one in zip(places, seen, strict=True):
         for remark in one.remarks:
             tally.add(decode.REMARKS[remark], place)

@@ -67,14 +67,14 @@ SAME_COLOURS = 2
 SAME_GAMMA = 0.05
 
 REMARKS = {
-    "turned": "image(s) are turned or mirrored as their orientation tag says",
-    "transparent": "image(s) have transparent parts, which are white",
-    "deep": "image(s) have more than 8 bits a channel; the lower ones are lost",
-    "profile": "image(s) have a colour profile and were converted to sRGB",
-    "odd_profile": "image(s) have a colour profile that cannot be used; their colours are as stored",
-    "gamma": "image(s) have a gamma of their own and were converted",
-    "frames": "image(s) have several frames or pages, of which the first is used",
-    "cmyk": "image(s) are CMYK without a profile, so their colours are approximate",
+    "turned": "image(s) is|are turned or mirrored as its|their orientation tag says",
+    "transparent": "image(s) has|have transparent parts, which are white",
+    "deep": "image(s) has|have more than 8 bits a channel; the lower ones are lost",
+    "profile": "image(s) has|have a colour profile and was|were converted to sRGB",
+    "odd_profile": "image(s) has|have a colour profile that cannot be used; its|their colours are as stored",
+    "gamma": "image(s) has|have a gamma of its|their own and was|were converted",
+    "frames": "image(s) has|have several frames or pages, of which the first is used",
+    "cmyk": "image(s) is|are CMYK without a profile, so its|their colours are approximate",
 }
 """What was done to an image, in words that follow a number."""
 

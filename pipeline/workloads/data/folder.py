@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from secateur.device_profiles.wording import number_of
 from secateur.pipeline.config.faults import known
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.workloads.data.content import Damaged, Reading
@@ -75,7 +76,9 @@ def load(
         )
     for folder in others:
         unused = images_below(folder, root, Tally())
-        tally.add("image(s) in folders of no split were not used", *(str(file.relative_to(root)) for file in unused))
+        tally.add(
+            "image(s) in folders of no split was|were not used", *(str(file.relative_to(root)) for file in unused)
+        )
     parts = {role: _listed(folder, root, tally) for role, folder in folders.items()}
     names = _classes(parts["train"], classes, folders["train"])
     if "test" not in parts and "val" in parts:
@@ -93,11 +96,11 @@ def _origin(role: str, folders: Mapping[str, Path]) -> str:
 def _listed(folder: Path, root: Path, tally: Tally) -> dict[str, list[Path]]:
     """Class folder -> its images; files beside the class folders are counted."""
     loose = [entry.name for entry in folder.iterdir() if not entry.is_dir() and not is_hidden(entry.name)]
-    tally.add("file(s) beside the class folders were not used", *sorted(f"{folder.name}/{name}" for name in loose))
+    tally.add("file(s) beside the class folders was|were not used", *sorted(f"{folder.name}/{name}" for name in loose))
     hidden = [entry for entry in folder.iterdir() if entry.is_dir() and is_hidden(entry.name)]
     for scrap in sorted(hidden):
         copies = [str(file.relative_to(root)) for file in sorted(scrap.rglob("*")) if is_image(file.name)]
-        tally.add("file(s) that are hidden, or in hidden folders, were not used", *copies)
+        tally.add("file(s) that is|are hidden, or in hidden folders, was|were not used", *copies)
     subs = folders_in(folder)
     listed = {same_name(sub.name): images_below(sub, root, tally) for sub in subs}
     if len(listed) < len(subs):
@@ -126,7 +129,8 @@ def _classes(train: Mapping[str, list[Path]], wanted: Sequence[str] | None, fold
         raise UserError(f"no images ({', '.join(sorted(SUFFIXES))}) in the class folders of {folder}")
     if empty:
         raise UserError(
-            f"{len(empty)} class folder(s) of {folder} hold no image ({', '.join(sorted(SUFFIXES))}): {some(empty)}. "
+            f"{number_of(len(empty), 'class folder(s)')} of {folder} with no image "
+            f"({', '.join(sorted(SUFFIXES))}): {some(empty)}. "
             "Remove them, add images, or name every class in data.classes"
         )
     return tuple(train)

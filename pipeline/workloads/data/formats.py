@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from secateur.device_profiles.shelf import Shelf
+from secateur.device_profiles.wording import number_of
 from secateur.pipeline.config.faults import known
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.workloads.data.listing import folders_in, is_hidden, is_image
@@ -93,6 +94,9 @@ def lying_in(path: Path) -> str:
     if len(folders) == 1:
         return f"images lie in one folder of it, {folders[0].name}, and classes need at least two folders"
     if loose:
-        return f"{len(loose):,} image(s) lie in it and in no class folder; expected {path}/CLASS/image.jpg"
+        return (
+            f"{number_of(len(loose), 'image(s) lies|lie')} in it and in no class folder; expected "
+            f"{path}/CLASS/image.jpg"
+        )
     inside = sorted(entry.name for entry in path.iterdir())
     return f"it holds {some(inside) if inside else 'nothing'}"

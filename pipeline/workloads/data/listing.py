@@ -59,11 +59,11 @@ def images_below(folder: Path, root: Path, tally: Tally) -> list[Path]:
     for path, hidden in _files_below(folder, {os.path.realpath(folder)}, False):
         place = str(path.relative_to(root))
         if hidden:
-            tally.add("file(s) that are hidden, or in hidden folders, were not used", place)
+            tally.add("file(s) that is|are hidden, or in hidden folders, was|were not used", place)
         elif is_image(path.name):
             found.append(path)
         else:
-            tally.add("file(s) are of a kind that is not read and were not used", place)
+            tally.add("file(s) is|are of a kind that is not read and was|were not used", place)
     return sorted(found)
 
 

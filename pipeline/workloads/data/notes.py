@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from secateur.device_profiles.wording import number_of
+
 
 @dataclass
 class Tally:
     """Counts of what was found in the data.
 
     Args:
-        found: what, as it reads on after a number ("box(es) without area were dropped") -> the places.
+        found: what, as ``number_of`` takes it ("box(es) without area was|were dropped") -> the places.
         lines: what is no count.
     """
 
@@ -28,7 +30,7 @@ class Tally:
 
     def notes(self) -> tuple[str, ...]:
         """A line for each thing that was found at all."""
-        counted = (f"{len(places):,} {what}: {some(places)}" for what, places in self.found.items() if places)
+        counted = (f"{number_of(len(places), what)}: {some(places)}" for what, places in self.found.items() if places)
         return (*self.lines, *counted)
 
 

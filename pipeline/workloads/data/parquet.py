@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from secateur.device_profiles.wording import number_of
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.surroundings import home
 from secateur.pipeline.workloads.data.content import Reading
@@ -30,7 +31,7 @@ KINDS = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"RIFF": 
 def looks_like(path: Path) -> str | None:
     """What is seen where a path is a parquet file, or a folder that has some."""
     files = _files(path)
-    return f"images in {len(files):,} parquet file{'s' * (len(files) > 1)}" if files else None
+    return f"images in {number_of(len(files), 'parquet file(s)')}" if files else None
 
 
 def load_images(options: Any, wanted: Wanted, reading: Reading) -> ImageData:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from secateur.device_profiles.wording import number_of
 from secateur.pipeline.errors import SurroundingsError, UserError
 from secateur.pipeline.files import write_whole
 from secateur.pipeline.workloads.data.notes import some
@@ -161,10 +162,10 @@ def _images(recorded: DataRecord, found: DataRecord) -> list[str]:
         new = [m.place for m in found.members if m.content not in old]
         changed = []
     told = {"gone": gone, "new": new, "changed": changed}
-    lines = [f"{len(places):,} image(s) {how} ({some(places)})" for how, places in told.items() if places]
+    lines = [f"{number_of(len(places), 'image(s)')} {how} ({some(places)})" for how, places in told.items() if places]
     moved = _moved(recorded, found)
     if moved:
-        lines.append(f"{len(moved):,} image(s) in another split ({some(moved)})")
+        lines.append(f"{number_of(len(moved), 'image(s)')} in another split ({some(moved)})")
     return lines
 
 

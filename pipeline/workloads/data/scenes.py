@@ -43,6 +43,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from secateur.device_profiles.wording import number_of
 from secateur.pipeline.config.faults import known
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.workloads.data import record, splits
@@ -222,7 +223,9 @@ def usable(
     """
     missing = [f"{scene.image} (annotated by {scene.key})" for scene in scenes if not scene.image.is_file()]
     if missing:
-        raise UserError(f"{len(missing)} image(s) not found: {some(missing)}; restore them or remove the annotations")
+        raise UserError(
+            f"{number_of(len(missing), 'image(s)')} not found: {some(missing)}; restore them or remove the annotations"
+        )
     seen = look([scene.image for scene in scenes], reading.about(damaged), sizes=True)
     kept = without_damaged([str(scene.image) for scene in scenes], seen, damaged, tally)
     return [scenes[i] for i in kept], [seen[i] for i in kept], {old: new for new, old in enumerate(kept)}
@@ -247,7 +250,9 @@ def assemble(
     if classes is None:
         classes = tuple(sorted({truth.name for scene in scenes for truth in scene.truths}))
         if not classes:
-            raise UserError(f"no boxes in {len(scenes)} annotation(s), so no classes; name data.classes or add boxes")
+            raise UserError(
+                f"no boxes in {number_of(len(scenes), 'annotation(s)')}, so no classes; name data.classes or add boxes"
+            )
     places = {name: index for index, name in enumerate(classes)}
     if chosen:
         _check_chosen(classes, {truth.name for scene in scenes for truth in scene.truths})
@@ -286,9 +291,9 @@ def divide(
     splits.note_repeats(source.pictures, parts, source.keys, tally)
     trained = np.array([i for i in parts["train"] if len(source.boxes(int(i)))], dtype=np.int64)
     bare = {name: [source.keys[i] for i in part if not len(source.boxes(int(i)))] for name, part in parts.items()}
-    tally.add("image(s) without boxes are not trained on", *bare["train"])
+    tally.add("image(s) without boxes is|are not trained on", *bare["train"])
     measured = [*bare["search"], *bare["test"]]
-    tally.add("image(s) without boxes are among those measured on (search, test)", *measured)
+    tally.add("image(s) without boxes is|are among those measured on (search, test)", *measured)
     learnt = {label for i in trained for label in labels[int(i)]}
     names = [name for index, name in enumerate(source.classes) if index not in learnt]
     tally.add("class(es) without a box to train on, which cannot be learnt from this data", *names)
@@ -310,7 +315,7 @@ def _boxes_of(scene: Scene, seen: Seen, places: Mapping[str, int], tally: Tally,
     rows, flags = [], []
     for truth in scene.truths:
         if truth.name not in places and chosen:
-            tally.add("box(es) of classes that data.classes does not name were ignored", truth.name)
+            tally.add("box(es) of classes that data.classes does not name was|were ignored", truth.name)
             continue
         if truth.name not in places:
             raise UserError(
@@ -335,21 +340,26 @@ def _frame(scene: Scene, seen: Seen, tally: Tally) -> tuple[bool, float, float]:
         return False, float(size[0]), float(size[1])
     if said is None or 0 in said:
         if seen.orientation != 1:
-            tally.add("image(s) are turned by their tag and annotated without a size: boxes are as seen", scene.key)
+            tally.add(
+                "image(s) is|are turned by its|their tag and annotated without a size: boxes are as seen", scene.key
+            )
         return False, 1.0, 1.0
     if said == size:
         if seen.orientation != 1 and stored == size:
-            tally.add("image(s) are turned by their tag, which their size does not show: boxes are as seen", scene.key)
+            tally.add(
+                "image(s) is|are turned by its|their tag, which its|their size does not show: boxes are as seen",
+                scene.key,
+            )
         return False, 1.0, 1.0
     if said == stored:
-        tally.add("image(s) are turned by their tag, and their boxes with them", scene.key)
+        tally.add("image(s) is|are turned by its|their tag, and the boxes with it|them", scene.key)
         return True, 1.0, 1.0
     for frame in dict.fromkeys((size, stored)):
         if _proportional(said, frame):
-            what = "image(s) have another size than their annotation gives, and their boxes were scaled"
+            what = "image(s) has|have another size than its|their annotation gives, and the boxes were scaled"
             tally.add(what, f"{scene.key} ({size[0]}x{size[1]}, not {said[0]}x{said[1]})")
             return frame != size, frame[0] / said[0], frame[1] / said[1]
-    what = "image(s) do not have the size that the annotation gives; the image's own was used"
+    what = "image(s) does|do not have the size that the annotation gives; the image's own was used"
     tally.add(what, f"{scene.key} ({size[0]}x{size[1]}, not {said[0]}x{said[1]})")
     return False, 1.0, 1.0
 
@@ -363,13 +373,13 @@ def _proportional(said: tuple[int, int], size: tuple[int, int]) -> bool:
 def _clip(truth: Truth, corners: Corners, size: tuple[int, int], tally: Tally) -> Corners | None:
     x1, y1, x2, y2 = corners
     if x2 <= x1 or y2 <= y1:
-        tally.add("box(es) without area were dropped", Path(truth.where).name)
+        tally.add("box(es) without area was|were dropped", Path(truth.where).name)
         return None
     wide, high = size
     inside = (max(x1, 0.0), max(y1, 0.0), min(x2, float(wide)), min(y2, float(high)))
     if inside[2] <= inside[0] or inside[3] <= inside[1]:
-        tally.add("box(es) wholly outside their image were dropped", Path(truth.where).name)
+        tally.add("box(es) wholly outside its|their image was|were dropped", Path(truth.where).name)
         return None
     if inside != corners:
-        tally.add("box(es) that leave their image were clipped", Path(truth.where).name)
+        tally.add("box(es) that leaves|leave its|their image was|were clipped", Path(truth.where).name)
     return inside

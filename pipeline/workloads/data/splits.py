@@ -112,9 +112,9 @@ def _see_that_every_class_is_everywhere(
             for content in free[:wanted]:
                 if split == TRAIN or spare(content):
                     move(content, split)
-            what = "would have no image in {} by their content and were drawn by rank"
+            what = "would have no image in {} by its|their content and was|were drawn by rank"
             if not free:
-                what = "have too few different images for one in {}"
+                what = "has|have too few different images for one in {}"
             tally.add(f"class(es) {what.format(split)}", names[label])
 
 
@@ -132,7 +132,9 @@ def note_repeats(
         for index in indices:
             first, at = seen.setdefault(contents[index], (split, int(index)))
             if first != split:
-                tally.add(f"image(s) of {split} have the content of one in {first}", f"{places[index]} = {places[at]}")
+                tally.add(
+                    f"image(s) of {split} has|have the content of one in {first}", f"{places[index]} = {places[at]}"
+                )
 
 
 def note_conflicts(
@@ -144,7 +146,7 @@ def note_conflicts(
         first = seen.setdefault(content, label)
         if first != label:
             pair = f"{places[index]} ({names[first]} and {names[label]})"
-            tally.add("image(s) stand in more than one class with the same content", pair)
+            tally.add("image(s) stands|stand in more than one class with the same content", pair)
 
 
 def shares_of(test: float | None, search: float | None) -> dict[str, float]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from secateur.device_profiles.wording import number_of
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.workloads.data.content import Damaged, Reading, look, without_damaged
 from secateur.pipeline.workloads.data.notes import Tally
@@ -112,7 +113,8 @@ def load(
     for part, own in labels.items():
         if len(own) and own.max() >= len(found):
             raise UserError(
-                f"torchvision's {name} ({part}) has a label {own.max()}, and {len(found)} classes to train on"
+                f"torchvision's {name} ({part}) has a label {own.max()}, and {number_of(len(found), 'class(es)')} "
+                "to train on"
             )
     sources = {
         part: _source(f"{name} {part}", dataset, labels[part], wanted, damaged, reading, tally)

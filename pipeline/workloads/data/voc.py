@@ -10,6 +10,7 @@ from typing import Any, NoReturn, cast
 from xml.etree import ElementTree
 from xml.parsers import expat
 
+from secateur.device_profiles.wording import number_of
 from secateur.pipeline.config.faults import known
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.workloads.data import splits
@@ -30,7 +31,7 @@ from secateur.pipeline.workloads.data.scenes import (
     whole_number,
 )
 
-UNLISTED = "annotation(s) are in no list and were not used"
+UNLISTED = "annotation(s) is|are in no list and was|were not used"
 KEYS, NEEDS = ("path", "years", "classes", "official_splits", "damaged"), ("path",)
 LINE = " line"
 """Attribute that holds the line of an XML element; no attribute in a file can have this name."""
@@ -113,7 +114,7 @@ def _splits(
             return {"train": sorted(rest - val), "search": sorted(val), "test": lists["test"]}, {}
         return {"train": sorted(rest), "test": lists["test"]}, splits.shares_of(None, search)
     if both:
-        tally.say(f"the {len(val):,} images of the list val serve as test split, as there is no list test")
+        tally.say(f"{number_of(len(val), 'image(s)')} of the list val serve as test split, as there is no list test")
         return {"train": sorted(rest - val), "test": sorted(val)}, splits.shares_of(None, search)
     return {"train": sorted(rest)}, splits.shares_of(test_fraction, search)
 
@@ -137,7 +138,8 @@ def _read(path: str, years: tuple[str, ...] | None, official: bool) -> tuple[lis
     both = sorted({a for name, part in lists.items() if name != "test" for a in part} & set(lists.get("test", ())))
     if both:
         raise UserError(
-            f"{root}: {len(both)} image(s) are listed for test and for training too: {some([a.stem for a in both])}; "
+            f"{root}: {number_of(len(both), 'image(s) is|are')} listed for test and for training too: "
+            f"{some([a.stem for a in both])}; "
             "remove them from one list, or set official_splits: false"
         )
     if lists:
@@ -181,7 +183,7 @@ def _listed(folder: Path, official: bool, tally: Tally) -> Iterator[tuple[str | 
     if not lists:
         yield None, home
         bare = [images[stem].name for stem in sorted(set(images) - set(all_annotations))]
-        tally.add("image(s) without an annotation file were not used", *bare)
+        tally.add("image(s) without an annotation file was|were not used", *bare)
 
 
 def _lists_in(folder: Path) -> list[tuple[str, Path]]:

@@ -207,7 +207,7 @@ def _truth(words: Sequence[str], where: str, names: Sequence[str], tally: Tally)
 def _corners(numbers: Sequence[float], where: str, tally: Tally) -> Corners:
     """x1, y1, x2, y2 of a box, or around an outline."""
     if len(numbers) >= 6 and len(numbers) % 2 == 0:
-        tally.add("outline(s) were taken as the boxes around them", Path(where).name)
+        tally.add("outline(s) was|were taken as the box(es) around it|them", Path(where).name)
         across, down = numbers[0::2], numbers[1::2]
         return min(across), min(down), max(across), max(down)
     x, y, wide, high = numbers[:4]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from secateur.device_profiles.wording import number_of
 from secateur.pipeline.config.schema import Section
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.files import sha256_of
@@ -485,7 +486,7 @@ def _chosen_classes(
 ) -> dict[str, Tensor]:
     """The state with only the background and the chosen classes in the class heads; rows are (per cell, class)."""
     if len(chosen) != num_classes:
-        raise UserError(f"model.weight_classes names {len(chosen)} classes, the data has {num_classes}")
+        raise UserError(f"model.weight_classes names {number_of(len(chosen), 'class(es)')}, the data has {num_classes}")
     result = dict(state)
     for name in own:
         if not name.startswith(prefix) or name not in state or state[name].shape == own[name].shape:
@@ -494,7 +495,8 @@ def _chosen_classes(
         present = len(state[name]) // per_cell
         if len(state[name]) % per_cell or max(chosen) + 1 >= present:
             raise UserError(
-                f"model.weight_classes: the file has {present - 1} classes, from 0; asked for {max(chosen)}"
+                f"model.weight_classes: the file has {number_of(present - 1, 'class(es)')}, from 0; asked for "
+                f"{max(chosen)}"
             )
         rows = plain(state[name]).reshape(per_cell, present, *state[name].shape[1:])
         result[name] = rows[:, [0, *(c + 1 for c in chosen)]].flatten(0, 1)

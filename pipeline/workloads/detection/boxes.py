@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torchvision import ops
 
+from secateur.device_profiles.wording import number_of
 from secateur.pipeline.errors import UserError
 
 Curve = Literal["voc07", "area"]
@@ -237,7 +238,7 @@ def _pooled(
         easy = ~torch.cat([*(flags.cpu().bool() for flags in difficult), torch.zeros(0, dtype=torch.bool)])
     if not easy.any():
         raise UserError(
-            f"nothing to be found in {len(truths)} image(s): average precision is undefined; "
+            f"nothing to be found in {number_of(len(truths), 'image(s)')}: average precision is undefined; "
             "measure on more images, with at least one box that is not difficult"
         )
     return found, found_in, true, true_in, easy

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.device_profiles.wording import number_of
 from secateur.pipeline.config.faults import known
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.workloads.data.decode import Fitting
@@ -33,7 +34,9 @@ def build(name: str, num_classes: int, in_channels: int, options: Mapping[str, A
     import torchvision.models as zoo
 
     if in_channels != 3:
-        raise UserError(f"{name} takes RGB images, the data has {in_channels} channel(s); set data.channels: 3")
+        raise UserError(
+            f"{name} takes RGB images, the data has {number_of(in_channels, 'channel(s)')}; set data.channels: 3"
+        )
     model: nn.Module = zoo.get_model(name, weights=None, num_classes=num_classes, **options)
     return model
 

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor, nn
 
+from secateur.device_profiles.wording import number_of
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.workloads.data import paths
 from secateur.pipeline.workloads.data.notes import some
@@ -71,7 +72,8 @@ def read_weights(path: Path) -> Mapping[str, Any]:
     odd = [name for name, entry in tensors.items() if not is_one_array(entry.tensor)]
     if odd:
         raise UserError(
-            f"{path} holds {len(odd):,} nested or distributed tensor(s) ({some(odd)}); save whole ones: {SAVE}"
+            f"{path} holds {number_of(len(odd), 'nested or distributed tensor(s)')} ({some(odd)}); save whole "
+            f"ones: {SAVE}"
         )
     return content
 
@@ -153,7 +155,7 @@ def _misfit(
     if classes and len(other) == len(faults) and all(_of_classes(state[n], own[n], len(classes)) for n in other):
         shapes = f"{tuple(state[other[0]].shape)} in the file, {tuple(own[other[0]].shape)} in the network"
         return (
-            f"weights {weights} are for {len(state[other[0]])} classes, the data has {len(classes)} "
+            f"weights {weights} are for {number_of(len(state[other[0]]), 'class(es)')}, the data has {len(classes)} "
             f"({some(list(classes))}); {other[0]}: {shapes}. Everything else fits network {network}. Set model.weights "
             "to weights trained for these classes, or leave it out to train a baseline"
         )

@@ -13,7 +13,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from secateur.device_profiles.wording import cut, printable, shown
+from secateur.device_profiles.wording import cut, number_of, printable, shown
 from secateur.pipeline.archives import check_archive
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.workloads.data.notes import some
@@ -101,7 +101,7 @@ def describe(content: object) -> str:
         return "an empty mapping"
     tensors = [key for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)]
     others = [f"{_key(key)} ({kind_of(value)})" for key, value in content.items() if key not in set(tensors)]
-    parts = [f"{len(tensors):,} tensor(s) ({some([_key(t) for t in tensors])})"] if tensors else []
+    parts = [f"{number_of(len(tensors), 'tensor(s)')} ({some([_key(t) for t in tensors])})"] if tensors else []
     return "; ".join([*parts, some(others, 8)] if others else parts)
 
 

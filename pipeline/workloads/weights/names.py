@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from secateur.device_profiles.wording import printable
+from secateur.device_profiles.wording import number_of, printable
 from secateur.pipeline.workloads.data.notes import some
 from secateur.pipeline.workloads.weights.tensors import kind_fault
 
@@ -147,7 +147,7 @@ def notes(ordered: Sequence[Copy]) -> list[str]:
     taken = tuple(other.prefix for other in others if other.prefix)
     beside = [name for name in chosen.beside if not name.startswith(taken) and not name.endswith("n_averaged")]
     if beside:
-        lines.append(f"{len(beside):,} other tensor(s) of the file were not read: {some(beside)}")
+        lines.append(f"{number_of(len(beside), 'other tensor(s) of the file was|were not read')}: {some(beside)}")
     return lines
 
 

@@ -116,7 +116,7 @@ def test_a_journal_cut_off_after_the_search_is_found_where_candidates_are_shown(
     config = tiny_config(directory)
     with Journal(file, "r", config.digest) as journal:
         run: Any = SimpleNamespace(journal=journal, directory=directory)
-        with pytest.raises(JournalError, match=r"holds 1 candidates of the search, which evaluated 4.*Restore"):
+        with pytest.raises(JournalError, match=r"holds 1 candidate of the search, which evaluated 4.*Restore"):
             stage(run, made_up_facts(search={"num_candidates": 4}))
 
 

@@ -218,7 +218,7 @@ def test_equal_items_in_training_and_test_data_are_told() -> None:
         def data(self, split: str) -> TensorDataset:
             return super().data("train")
 
-    assert any("have the content of one in" in note for note in opened(Leaky).notes)
+    assert any(" the content of one in" in note for note in opened(Leaky).notes)
 
 
 def test_a_task_that_names_its_data_is_not_read_whole() -> None:

@@ -188,7 +188,7 @@ def test_damage_is_told_in_every_format(tmp_path: Path) -> None:
     (tmp_path / "images/4.png").write_bytes(b"damaged")
     with pytest.raises(UserError, match=r"cannot read image images/4.png"):
         opened(tmp_path)
-    assert any("cannot be read and were left out" in note for note in opened(tmp_path, damaged="leave_out").notes)
+    assert any("cannot be read and was left out" in note for note in opened(tmp_path, damaged="leave_out").notes)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_yolo_labels_are_found_and_their_boxes_are_in_pixels(tmp_path: Path) -> 
     wide, high = noise(seed=1).size
     assert data.source.boxes(first).tolist() == [[wide * 0.25, high * 0.375, wide * 0.75, high * 0.625, 1]]
     assert any(
-        "without boxes are not trained on" in note or "without boxes are among" in note for note in data.source.notes
+        "without boxes is not trained on" in note or "without boxes is among" in note for note in data.source.notes
     )
 
 
@@ -296,7 +296,7 @@ def test_yolo_as_labelling_tools_export_it(tmp_path: Path) -> None:
     data = seen(tmp_path)
     assert [len(part) for part in (data.train, data.search, data.test)] == [4, 4, 4]
     assert data.source.classes == ("on", "off")
-    assert any(note.startswith("12 outline(s) were taken as the boxes around them") for note in data.source.notes)
+    assert any(note.startswith("12 outlines were taken as the boxes around them") for note in data.source.notes)
 
 
 YOLOS = {
@@ -353,7 +353,7 @@ def test_chosen_classes_leave_the_others_out_and_count_them(tmp_path: Path) -> N
     data = seen(tmp_path, classes=["fox", "cat"])
     assert data.source.classes == ("fox", "cat") and len(data.train) == 4
     assert any(
-        note.startswith("6 box(es) of classes that data.classes does not name were ignored: dog")
+        note.startswith("6 boxes of classes that data.classes does not name were ignored: dog")
         for note in data.source.notes
     )
     with pytest.raises(UserError, match=r"names foxx, and no box .* did you mean 'fox'"):

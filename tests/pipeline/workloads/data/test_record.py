@@ -64,7 +64,7 @@ def test_a_run_whose_data_has_changed_is_not_continued(part: str, how: str, tmp_
         place = str(target.relative_to(root))
     with pytest.raises(UserError) as caught:
         again(directory)
-    for text in (f"1 image(s) {how} ({place})", "restore the data as it was and resume", "start a new run with"):
+    for text in (f"1 image {how} ({place})", "restore the data as it was and resume", "start a new run with"):
         assert text in str(caught.value)
 
 
@@ -132,7 +132,7 @@ def test_resume_says_it_with_exit_code_2(tmp_path: Path, capsys: pytest.CaptureF
         cli.main()
     assert stopped.value.code == EXIT_USER
     told = " ".join(capsys.readouterr().err.split())
-    assert "image(s) gone" in told and "and 3 more" in told and "1 image(s) new (train/cat/only.png)" in told
+    assert "images gone" in told and "and 3 more" in told and "1 image new (train/cat/only.png)" in told
 
 
 def test_rescore_compares_the_same_record(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_images_without_names_are_compared_by_content() -> None:
         return DataRecord(fingerprint, {"data": fingerprint}, members, False)
 
     told = differences(record("abcd", "1"), record("bcde", "2"))
-    assert told == "1 image(s) gone (image 0); 1 image(s) new (image 3)"
+    assert told == "1 image gone (image 0); 1 image new (image 3)"
     assert differences(record("abc", "1"), record("abc", "1")) == ""
 
 

@@ -66,7 +66,7 @@ def test_a_class_drawn_by_rank_is_noted_and_so_is_one_that_is_too_small() -> Non
     parts = draw(contents(*names), labels, shares_of(0.2, 0.1), ["a", "b", "c"], tally)
     assert 63 in parts["train"]
     notes = " | ".join(tally.notes())
-    assert "by their content and were drawn by rank: b" in notes
+    assert "by its content and was drawn by rank: b" in notes
     assert "too few different images for one in test: c" in notes
 
 
@@ -90,6 +90,6 @@ def test_equal_content_in_two_given_splits_and_classes_is_counted_and_named() ->
     note_repeats(same, {"train": [0, 1], "test": [2, 3, 4]}, [f"{i}.png" for i in range(5)], tally)
     note_conflicts(same, np.array([0, 1, 1, 0, 1]), ["cat", "dog"], [f"{i}.png" for i in range(5)], tally)
     assert tally.notes() == (
-        "2 image(s) of test have the content of one in train: 2.png = 0.png, 4.png = 1.png",
-        "1 image(s) stand in more than one class with the same content: 2.png (cat and dog)",
+        "2 images of test have the content of one in train: 2.png = 0.png, 4.png = 1.png",
+        "1 image stands in more than one class with the same content: 2.png (cat and dog)",
     )

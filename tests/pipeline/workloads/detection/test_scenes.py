@@ -217,7 +217,7 @@ def test_lists_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     voc(tmp_path, {"train": named("a", 8), "test": named("b", 3)})
     main = tmp_path / "ImageSets" / "Main"
     (main / "test.txt").write_text("b0\na3\n")
-    with pytest.raises(UserError, match=r"1 image\(s\) are listed for test and for training too: a3"):
+    with pytest.raises(UserError, match=r"1 image is listed for test and for training too: a3"):
         load(path=str(tmp_path))
     (main / "test.txt").write_text("b0 \n\nb9\n")
     with pytest.raises(UserError, match=r"test\.txt, line 3: no annotation b9\.xml"):
@@ -225,7 +225,7 @@ def test_lists_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     (main / "test.txt").write_text("b0  1\nb0 -1\n")
     data = load(path=str(tmp_path))
     assert stems(data, data.test) == {"b0"}
-    assert any(note.startswith("2 annotation(s) are in no list") and "b1.xml" in note for note in data.source.notes)
+    assert any(note.startswith("2 annotations are in no list") and "b1.xml" in note for note in data.source.notes)
     (main / "train.txt").write_text("")
     with pytest.raises(UserError, match="no training images"):
         load(path=str(tmp_path))
@@ -262,7 +262,7 @@ def notes_of(tmp_path: Path, text: str, **options: Any) -> tuple[SceneData, tupl
 
 def test_images_without_boxes_are_not_trained_on_but_measured_on(tmp_path: Path) -> None:
     data, notes, index = notes_of(tmp_path, xml())
-    assert notes == ("1 image(s) without boxes are not trained on: Annotations/odd.xml",)
+    assert notes == ("1 image without boxes is not trained on: Annotations/odd.xml",)
     assert index not in data.train and len(data.train) == 19
     assert data.source.boxes(index).shape == (0, 5) and data.source.difficult(index).shape == (0,)
     (tmp_path / "Annotations" / "t1.xml").write_text(xml())
@@ -276,28 +276,26 @@ def test_boxes_that_leave_the_image_are_clipped_or_dropped_with_a_count(tmp_path
     data, notes, index = notes_of(tmp_path, xml(*objects))  # type: ignore[arg-type]
     assert data.source.boxes(index).tolist() == [[0, 2, 10, 20, 0], [2, 3, 12, 13, 0]]
     assert notes == (
-        "1 box(es) that leave their image were clipped: odd.xml, line 2",
-        "2 box(es) wholly outside their image were dropped: odd.xml, line 3, odd.xml, line 4",
+        "1 box that leaves its image was clipped: odd.xml, line 2",
+        "2 boxes wholly outside their image were dropped: odd.xml, line 3, odd.xml, line 4",
     )
 
 
 def test_boxes_without_area_are_dropped_with_a_count(tmp_path: Path) -> None:
     data, notes, index = notes_of(tmp_path, xml(("cat", 5, 5, 5, 9), ("cat", 9, 9, 5, 5), ("cat", 1, 4, 5, 4)))
-    assert notes[0] == "3 box(es) without area were dropped: odd.xml, line 2, odd.xml, line 3, odd.xml, line 4"
-    assert notes[1] == "1 image(s) without boxes are not trained on: Annotations/odd.xml"
+    assert notes[0] == "3 boxes without area were dropped: odd.xml, line 2, odd.xml, line 3, odd.xml, line 4"
+    assert notes[1] == "1 image without boxes is not trained on: Annotations/odd.xml"
     assert index not in data.train
 
 
 def test_many_places_are_counted_and_the_first_named(tmp_path: Path) -> None:
     _, notes, _ = notes_of(tmp_path, xml(*[("cat", 5.0, 5.0, 5.0, 9.0)] * 7, CAT))
-    assert notes == (
-        "7 box(es) without area were dropped: odd.xml, line 2, odd.xml, line 3, odd.xml, line 4 and 4 more",
-    )
+    assert notes == ("7 boxes without area were dropped: odd.xml, line 2, odd.xml, line 3, odd.xml, line 4 and 4 more",)
 
 
 def test_a_size_that_is_not_the_images_is_noted(tmp_path: Path) -> None:
     data, notes, index = notes_of(tmp_path, xml(("cat", 1, 1, 40, 10), size=(40, 20)))
-    assert notes[0].startswith("1 image(s) do not have the size that the annotation gives")
+    assert notes[0].startswith("1 image does not have the size that the annotation gives")
     assert "(30x20, not 40x20)" in notes[0] and "clipped" in notes[1]
     assert data.source.boxes(index)[0, 2] == 30
     assert notes_of(tmp_path / "unset", xml(CAT, size=(0, 0)))[1] == ()
@@ -305,7 +303,7 @@ def test_a_size_that_is_not_the_images_is_noted(tmp_path: Path) -> None:
 
 def test_boxes_of_classes_that_are_not_named_are_counted_by_class(tmp_path: Path) -> None:
     _, notes, _ = notes_of(tmp_path, xml(CAT, ("dgo", 1, 1, 5, 5)), classes=["dog", "cat"])
-    assert "1 box(es) of classes that data.classes does not name were ignored: dgo" in notes
+    assert "1 box of classes that data.classes does not name was ignored: dgo" in notes
     with pytest.raises(UserError) as caught:
         load(path=str(tmp_path), classes=["dgo", "catt"])
     for part in ("names catt", "known: cat, dog", "did you mean 'cat'?", "data.classes"):
@@ -316,20 +314,20 @@ def test_named_classes_without_a_box_keep_their_index(tmp_path: Path) -> None:
     data = load(path=str(flat(tmp_path / "flat")), classes=["dog", "cat", "emu"])
     assert data.source.classes == ("dog", "cat", "emu")
     assert data.source.boxes(0)[:, 4].tolist() == [1, 0]
-    assert data.source.notes == ("1 class(es) without a box to train on, which cannot be learnt from this data: emu",)
+    assert data.source.notes == ("1 class without a box to train on, which cannot be learnt from this data: emu",)
 
 
 def test_missing_images_are_named(tmp_path: Path) -> None:
     flat(tmp_path)
     (tmp_path / "im03.jpg").unlink()
-    with pytest.raises(UserError, match=r"1 image\(s\) not found: .*im03\.jpg \(annotated by im03\.xml\)"):
+    with pytest.raises(UserError, match=r"1 image not found: .*im03\.jpg \(annotated by im03\.xml\)"):
         load(path=str(tmp_path))
 
 
 def test_images_without_annotation_and_double_names(tmp_path: Path) -> None:
     flat(tmp_path)
     save_image(tmp_path / "bare.jpg")
-    assert load(path=str(tmp_path)).source.notes == ("1 image(s) without an annotation file were not used: bare.jpg",)
+    assert load(path=str(tmp_path)).source.notes == ("1 image without an annotation file was not used: bare.jpg",)
     save_image(tmp_path / "im03.png")
     with pytest.raises(UserError, match=r"im03\.jpg and im03\.png have the same name"):
         load(path=str(tmp_path))
@@ -350,7 +348,7 @@ def test_images_damaged_behind_the_header_are_named_before_training(tmp_path: Pa
     with pytest.raises(UserError, match=r"cannot read image .*im03\.jpg: .*truncated"):
         load(path=str(tmp_path))
     (left,) = [note for note in load(path=str(tmp_path), damaged="leave_out").source.notes if "left out" in note]
-    assert left.startswith("1 image(s) cannot be read and were left out") and "im03.jpg (it is damaged" in left
+    assert left.startswith("1 image cannot be read and was left out") and "im03.jpg (it is damaged" in left
     (tmp_path / "im03.jpg").write_bytes(whole[:-201])
     unread = scenes.load(SceneOptions(source="voc", path=str(tmp_path)), Reading(check="none"))
     with pytest.raises(UserError, match=r"cannot read image .*im03\.jpg: .*truncated"):
@@ -459,7 +457,7 @@ def test_coco_files_are_read(tmp_path: Path) -> None:
     data = load_coco(tmp_path)
     assert data.source.classes == ("cat", "dog", "emu")
     (note,) = data.source.notes
-    assert note == "2 class(es) would have no image in search by their content and were drawn by rank: cat, emu"
+    assert note == "2 classes would have no image in search by their content and were drawn by rank: cat, emu"
     assert data.source.boxes(0).tolist() == [[1, 2, 11, 14, 1], [0, 0, 4, 4.5, 0]]
     assert data.source.difficult(0).tolist() == [False, True]
     assert sum(map(len, splits(data))) == 20 and all(splits(data))
@@ -480,7 +478,7 @@ def test_coco_keeps_its_test_file(tmp_path: Path) -> None:
     data = load_coco(tmp_path, **options)
     assert len(data.train) + len(data.search) == 20 and len(data.test) == 5
     assert sorted(data.test.tolist()) == list(range(20, 25))
-    with pytest.raises(UserError, match=r"5 image\(s\) are in .*train\.json too"):
+    with pytest.raises(UserError, match=r"5 images are in .*train\.json too"):
         load_coco(tmp_path, test=options["test"])
     held["categories"][0]["name"] = "newt"
     write_coco(tmp_path, held, "test", 5)
@@ -494,9 +492,9 @@ def test_bad_boxes_of_coco_are_counted(tmp_path: Path) -> None:
         content["annotations"][i]["bbox"] = box
     write_coco(tmp_path, content)
     notes = " | ".join(load_coco(tmp_path).source.notes)
-    assert "1 box(es) that leave their image were clipped: train.json, annotation 0" in notes
-    assert "1 box(es) wholly outside their image were dropped: train.json, annotation 1" in notes
-    assert "1 box(es) without area were dropped: train.json, annotation 2" in notes
+    assert "1 box that leaves its image was clipped: train.json, annotation 0" in notes
+    assert "1 box wholly outside its image was dropped: train.json, annotation 1" in notes
+    assert "1 box without area was dropped: train.json, annotation 2" in notes
     assert "without boxes" in notes
 
 
@@ -585,7 +583,7 @@ def test_real_data_has_the_known_counts() -> None:
     labels = np.concatenate([data.source.boxes(i)[:, 4] for i in range(364)]).astype(int)
     assert np.bincount(labels).tolist() == [361, 4153, 372]
     (note,) = data.source.notes
-    assert note.startswith("2 box(es) without area") and "00338" in note and "00343" in note
+    assert note.startswith("2 boxes without area") and "00338" in note and "00343" in note
     source = scenes.open_scenes(SceneOptions(source="voc", path=str(DATA / "voc100")))
     assert (len(source), len(source.classes), source.notes) == (100, 20, ())
     assert (sum(len(source.boxes(i)) for i in range(100)), sum(source.difficult(i).sum() for i in range(100))) == (
@@ -625,7 +623,7 @@ def test_boxes_annotated_on_the_stored_image_turn_with_it(orientation: int, tmp_
     source = turned(tmp_path, orientation, (60, 40))
     where, box = inked(source)
     assert where == box
-    assert any("and their boxes with them: turned.xml" in note for note in source.notes)
+    assert any("and the boxes with it: turned.xml" in note for note in source.notes)
 
 
 @pytest.mark.parametrize("orientation", [1, 5, 6, 7, 8])
@@ -646,7 +644,7 @@ def test_where_the_size_tells_nothing_boxes_are_as_seen_and_counted(
 def test_boxes_of_an_image_that_was_scaled_are_scaled(tmp_path: Path) -> None:
     source = turned(tmp_path / "half", 1, (120, 80))
     assert inked(source)[1] == [5, 2, 15, 8]
-    assert any("their boxes were scaled: turned.xml (60x40, not 120x80)" in note for note in source.notes)
+    assert any("the boxes were scaled: turned.xml (60x40, not 120x80)" in note for note in source.notes)
     where, box = inked(turned(tmp_path / "both", 6, (30, 20)))  # stored at twice the annotated size, and turned
     assert box == [2 * v for v in (20 - 16, 10, 20 - 4, 30)] and where != box
 

@@ -83,7 +83,7 @@ def test_weights_are_read_where_timm_has_put_them_and_the_head_is_replaced(folde
     with pytest.raises(UserError, match=r"not on this machine.*create_model"):
         built(folder, weights="timm")
     state = put()
-    with pytest.raises(UserError, match=r"1000 classes, the data has 3.*but_classes"):
+    with pytest.raises(UserError, match=r"1,000 classes, the data has 3.*but_classes"):
         built(folder, weights="timm")
     workload = built(folder, weights="timm", load="but_classes")
     assert not workload.pretrained, "a baseline is trained from there"

@@ -101,7 +101,7 @@ def test_momenta_are_no_weights() -> None:
 def test_tensors_beside_the_network_are_counted() -> None:
     found, notes = read({"state_dict": {**prefixed(OWN, "model."), "criterion.weight": torch.ones(2)}})
     assert same(found, OWN)
-    assert notes == ("weights w.pt: 1 other tensor(s) of the file were not read: state_dict.criterion.weight",)
+    assert notes == ("weights w.pt: 1 other tensor of the file was not read: state_dict.criterion.weight",)
 
 
 def test_a_larger_network_that_begins_alike_does_not_fit() -> None:

@@ -154,7 +154,7 @@ def test_a_classifier_takes_torchvisions_weights_even_under_their_old_names(cach
 def test_classifiers_that_the_weights_cannot_be_for_are_refused_before_a_download() -> None:
     with pytest.raises(UserError, match="no trained weights for network cifar/resnet20; known: alexnet"):
         digits_with("cifar/resnet20")
-    with pytest.raises(UserError, match="resnet18 know 1000 classes, the data has 10"):
+    with pytest.raises(UserError, match="resnet18 know 1,000 classes, the data has 10"):
         digits_with("resnet18")
 
 
