@@ -180,4 +180,4 @@ def _widths(problem: Problem, options: Options, limit: Limit, scores: Mapping[st
     if options.paper_compat or (1 - options.band) * limit.bound <= limit.of(on) <= limit.bound:
         return on
     settled = settle_near(problem, limit, space.decode(on, scores), scores, options.spread)
-    return space.encode(settled.plan).tolist()
+    return [int(width) for width in space.encode(settled.plan)]
