@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Protocol
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -43,6 +43,32 @@ class Silent:
 
     def say(self, line: str) -> None:
         """Says nothing."""
+
+
+class Several:
+    """Shows everything in several places.
+
+    Args:
+        views: the places.
+    """
+
+    def __init__(self, *views: ProgressView) -> None:
+        self.views = views
+
+    def say(self, line: str) -> None:
+        for view in self.views:
+            view.say(line)
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[Report]:
+        with ExitStack() as stages:
+            reports = [stages.enter_context(view.stage(title)) for view in self.views]
+
+            def report(done: int, total: int, note: str = "") -> None:
+                for each in reports:
+                    each(done, total, note)
+
+            yield report
 
 
 class RichProgress:

@@ -130,14 +130,14 @@ def _execute_new(directory: Path, file: Path, debug: bool, as_json: bool, quiet:
 
 
 def _execute(directory: Path, debug: bool, as_json: bool, quiet: bool) -> None:
-    from secateur.pipeline.flow import UndeliveredError, execute, runtime_env
+    from secateur.pipeline.flow import UndeliveredError, execute, logged, runtime_env
     from secateur.pipeline.run.run import Run
     from secateur.pipeline.tracking import redacted
 
     runtime_env(directory, debug)
     interrupts.current.go_on = command("secateur", "resume", directory)
     try:
-        with children.kept(home(), f"run {directory.name}"), Run(directory, progress(quiet)) as opened:
+        with children.kept(home(), f"run {directory.name}"), Run(directory, logged(progress(quiet))) as opened:
             config = opened.config
             facts = execute(opened, debug)
             uri = redacted(opened.tracker.uri)

@@ -8,14 +8,16 @@ the scheduler, not the record: candidates live in the journal and in MLflow.
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from secateur.device_profiles import DeviceProfile
 from secateur.pipeline import children
+from secateur.pipeline.config.schema import RunFile
 from secateur.pipeline.errors import TrackingError
 from secateur.pipeline.flow.device_lease import lease_of
 from secateur.pipeline.flow.environment import runtime_env
+from secateur.pipeline.flow.logs import only_for_prefect
 from secateur.pipeline.flow.server import serving
 from secateur.pipeline.flow.worker_engines import open_engine
 from secateur.pipeline.report import final_table_markdown
@@ -24,7 +26,9 @@ from secateur.pipeline.run.records import of_candidates, to_evaluation
 from secateur.pipeline.run.run import Run
 from secateur.pipeline.stages.order import STAGES, Results, Stage
 from secateur.pipeline.surroundings import home
+from secateur.pipeline.tracking.reprofiles import page_of
 
+TAG, REPORT = "secateur", "report.html"
 AT_A_TERMINAL_S, ON_SCHEDULE_S = (3.0, 9.0), (10.0, 60.0, 300.0, 900.0)
 """Pauses before a stage is tried again: short where somebody waits, long where a device may be unreachable."""
 RETRY_JITTER = 0.3
@@ -41,11 +45,16 @@ def execute(run: Run, debug: bool = False) -> Facts:
     runtime_env(run.directory, debug)
     import prefect
 
-    if not debug:
-        logging.getLogger("prefect").setLevel(logging.CRITICAL)
-
     @prefect.flow(name="secateur", flow_run_name=run.run_id, validate_parameters=False)
-    def secateur() -> tuple[Facts, TrackingError | None]:
+    def secateur(  # its parameters are for people and for searches in Prefect; `run` has them all
+        name: str,
+        workload: str,
+        method: str,
+        target: Mapping[str, float],
+        devices: Sequence[str],
+        precision: Sequence[str],
+        seed: int,
+    ) -> tuple[Facts, TrackingError | None]:
         starting.close()
         return work_through(run, AT_A_TERMINAL_S)
 
@@ -53,9 +62,11 @@ def execute(run: Run, debug: bool = False) -> Facts:
         starting.enter_context(run.progress.stage("Start Prefect"))
         held.enter_context(children.kept(home(), f"run {run.run_id}"))
         held.enter_context(serving())
+        held.enter_context(contextlib.nullcontext() if debug else only_for_prefect())
         resume_tracking(run)
         run.lease_devices({profile.name: lease_of(profile, run.progress.say) for profile in run.profiles})
-        facts, undelivered = secateur()
+        with prefect.tags(*tags_of(run.config, run.profiles)):
+            facts, undelivered = secateur(**parameters_of(run))
     if undelivered is not None:
         raise UndeliveredError(facts, undelivered)
     return facts
@@ -83,8 +94,31 @@ def work_through(run: Run, retry_after_s: Sequence[float]) -> tuple[Facts, Track
             else:
                 facts = facts.plus(**{stage.name: stage.read(results[stage.name])})
     with contextlib.suppress(Exception):  # a decoration: the table is in the report and on the terminal too
-        create_markdown_artifact(final_table_markdown(facts), key="secateur-result", description=run.run_id)
+        page = "\n".join([final_table_markdown(facts), "", *links(run)])
+        create_markdown_artifact(page, key="secateur-result", description=run.run_id)
     return facts, undelivered
+
+
+def parameters_of(run: Run) -> dict[str, Any]:
+    """What a run is about, as a flow run's parameters."""
+    config, devices = run.config, [profile.name for profile in run.profiles]
+    target = config.search.target.model_dump(exclude_none=True)
+    told = {"name": config.name, "workload": config.workload["name"], "method": config.search.method, "target": target}
+    return {**told, "devices": devices, "precision": list(config.precision), "seed": config.seed}
+
+
+def tags_of(config: RunFile, devices: Iterable[DeviceProfile]) -> list[str]:
+    """By what flow runs are found: the method and the devices."""
+    return [TAG, f"method:{config.search.method}", *sorted({f"device:{profile.name}" for profile in devices})]
+
+
+def links(run: Run) -> list[str]:
+    """Where a run is to be seen, in Markdown: its page in MLflow, where a server shows it, and its report."""
+    tracking, report, page = run.config.tracking, run.directory / REPORT, ""
+    with contextlib.suppress(TrackingError):
+        page = page_of(run.tracker.uri, tracking.experiment, run.run_id)
+    told = f"[MLflow]({page})" if page else f"MLflow: run `{run.run_id}` of the experiment `{tracking.experiment}`"
+    return [f"- {told}", *([f"- [Report]({report.as_uri()}), on the run's machine"] if report.is_file() else [])]
 
 
 def _perform(

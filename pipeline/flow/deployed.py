@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from prefect import flow
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State, StateType
-from prefect.exceptions import MissingContextError, ObjectNotFound
+from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
 from prefect.runtime import deployment as this_deployment
 from prefect.runtime import flow_run as this_flow_run
@@ -36,7 +35,7 @@ from secateur.pipeline.errors import SurroundingsError, TrackingError, UserError
 from secateur.pipeline.flow import run_claim
 from secateur.pipeline.flow.compress import ON_SCHEDULE_S, resume_tracking, work_through
 from secateur.pipeline.flow.device_lease import Lease, lease_of, make_limit, promotion_limit
-from secateur.pipeline.flow.logs import LogProgress
+from secateur.pipeline.flow.logs import LogProgress, say
 from secateur.pipeline.flow.notify import ALARM, PROMOTED, tell
 from secateur.pipeline.flow.parameters import Compress, Profile, Promote, Registered
 from secateur.pipeline.lifecycle.reprofile import Reprofile, chosen, markdown, profile_of, reprofile
@@ -49,14 +48,6 @@ from secateur.pipeline.tracking.schemas import DecisionTag, checked, read_json
 
 Expected = (UserError, SurroundingsError, DeviceError, ExportError)
 NOT_PASSED, NOT_PROMOTED = "Gate not passed", "Not promoted"
-
-
-def say(line: str) -> None:
-    """A line in the log of the task or flow run that is going on."""
-    try:
-        get_run_logger().info(line)
-    except MissingContextError:  # a thread of our own
-        logging.getLogger("prefect.secateur").info(line)
 
 
 def answering(work: Callable[..., State[Any]]) -> Callable[..., State[Any]]:

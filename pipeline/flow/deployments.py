@@ -15,13 +15,12 @@ from secateur.pipeline.config.consents import written
 from secateur.pipeline.config.reading import load_run_file
 from secateur.pipeline.config.schema import RunFile
 from secateur.pipeline.errors import SurroundingsError, UserError
+from secateur.pipeline.flow.compress import TAG, tags_of
 from secateur.pipeline.flow.device_lease import limit_name, make_limit
 from secateur.pipeline.flow.parameters import Compress, Parameters, Profile, Promote
 from secateur.pipeline.flow.server import server_url
 from secateur.pipeline.run.opening import device_profiles
 from secateur.pipeline.surroundings import DATA, HOME, folder, home
-
-TAG = "secateur"
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def _deploy(order: Order, config: RunFile, profiles: tuple[DeviceProfile, ...], 
                 parameters={"job": parameters.model_dump(mode="json")},
                 description=made.description,
                 work_pool_name=order.pool,
-                tags=[TAG, *sorted({f"device:{profile.name}" for profile in profiles})],
+                tags=[tag for tag in tags_of(config, profiles) if flow == "compress" or not tag.startswith("method:")],
                 entrypoint=f"{deployed.__name__}.{flow}",
                 parameter_openapi_schema=parameter_schema(made).model_dump_for_openapi(),
                 enforce_parameter_schema=True,

@@ -23,7 +23,7 @@ def runtime_env(directory: Path | None = None, debug: bool = False) -> None:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
-        "PREFECT_LOGGING_LEVEL": "INFO" if debug else "CRITICAL",
+        "PREFECT_LOGGING_LEVEL": "INFO",  # its server gets these lines, the terminal only to debug (see `logs`)
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING" if debug else "CRITICAL",  # it complains when it is stopped with us
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
         "PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED": "false",

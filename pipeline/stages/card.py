@@ -214,7 +214,7 @@ def _figures(about: About, facts: Facts) -> str:
     statistic = "CPU time" if facts.benchmark.statistic == "cpu" else "wall time"
     profile, accuracy = about.profile, facts.gate.accuracy
     lines += ["", f"Accuracy is on the test split of `{about.data}`, {about.images} images, which nothing else saw."]
-    if accuracy is not None and accuracy.change.low is not None:
+    if accuracy is not None and accuracy.change.low is not None and accuracy.change.high is not None:
         low, high = (f"{100 * end:+.2f}" for end in (accuracy.change.low, accuracy.change.high))
         lines[-1] += f" Its change: 95 % {low} to {high} pp (paired bootstrap over these images)."
     lines += [

@@ -115,7 +115,7 @@ def _search(
             show(f"{metric} {metrics.get(metric, float('nan')):.3f}, MACs -{saved:.0%}")
 
         def show(text: str) -> None:
-            report(int(study.spent["evaluations"]), 0, text)
+            report(int(study.spent["evaluations"]), run.config.search.budget.evaluations or 0, text)
 
         study = Study(
             run.journal,

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from secateur.pipeline import children, errors
 from secateur.pipeline.errors import SurroundingsError
-from secateur.pipeline.flow import runtime_env, server
+from secateur.pipeline.flow import logs, runtime_env, server
 from secateur.pipeline.foreign import exit_code
+from secateur.pipeline.progress import Silent
 from tests.pipeline.test_children import of_home, wait_until
 from tests.servers import free_port
 
@@ -115,7 +118,7 @@ def test_a_password_in_the_address_is_not_shown() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_temporary_server_is_a_child_that_every_thread_sees(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
     monkeypatch.delenv(server.URL, raising=False)
@@ -137,5 +140,51 @@ def test_the_temporary_server_is_a_child_that_every_thread_sees(
             (process,) = [p for p in of_home(home) if "uvicorn" in p.cmdline()]
             assert os.getsid(process.pid) == process.pid
             assert len(list((home / children.FOLDER).glob("*.json"))) == 1
+            a_flow_s_lines_and_progress_reach_the_server(monkeypatch, capfd)
         assert not PREFECT_API_URL.value()
         assert wait_until(lambda: not [p for p in of_home(home) if p.pid == process.pid])
+
+
+def a_flow_s_lines_and_progress_reach_the_server(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Part of the test above, whose server takes seconds to start."""
+    import prefect
+    from prefect.client.orchestration import get_client
+
+    monkeypatch.setattr(logs, "ARTIFACT_AFTER_S", 0.0)
+    view = logs.logged(Silent())
+    view.say("nobody listens yet")
+
+    @prefect.task
+    def search() -> None:
+        with view.stage("Search (ccep)") as report:
+            report(3, 12, "top1 0.9")
+
+    @prefect.flow
+    def whole(method: str) -> None:
+        view.say("Stage 2 of 9: Search")
+        search()
+
+    capfd.readouterr()
+    logging.disable(logging.CRITICAL)  # as the program does
+    try:
+        with logs.only_for_prefect(), prefect.tags("method:ccep"):
+            whole("ccep")
+    finally:
+        logging.disable(logging.NOTSET)
+    assert capfd.readouterr() == ("", "")
+    with get_client(sync_client=True) as client:
+        (run,) = client.read_flow_runs()
+        assert (run.tags, run.parameters) == (["method:ccep"], {"method": "ccep"})
+        said = [line.message for line in client.read_logs(limit=100, offset=0)]
+        wanted = ["Stage 2 of 9: Search", "Search (ccep) ...", "Search (ccep): done, top1 0.9"]
+        assert [line for line in said if line in wanted] == wanted
+        assert "nobody listens yet" not in said
+        assert wait_until(lambda: progress(client) == [("secateur-search-ccep", 100.0)], 30)
+
+
+def progress(client: Any) -> list[tuple[str, float]]:
+    """Progress artifacts of a server: key and percent."""
+    told = client._client.post("/artifacts/filter", json={}).json()
+    return [(one["key"], one["data"]) for one in told if one["type"] == "progress"]
