@@ -66,7 +66,8 @@ def execute(run: Run, debug: bool = False) -> Facts:
         resume_tracking(run)
         run.lease_devices({profile.name: lease_of(profile, run.progress.say) for profile in run.profiles})
         with prefect.tags(*tags_of(run.config, run.profiles)):
-            facts, undelivered = secateur(**parameters_of(run))
+            found: tuple[Facts, TrackingError | None] = secateur(**parameters_of(run))
+    facts, undelivered = found
     if undelivered is not None:
         raise UndeliveredError(facts, undelivered)
     return facts
