@@ -10,6 +10,8 @@ long as real ones. A checkpoint is written every two minutes, so the seconds tha
 `fit_over_bare`: images per second of ours over those of the bare loop, the smallest of ResNet-20 and ResNet-56 (CIFAR,
 batch 128) and MobileNetV2 (224 pixels, batch 16). `bf16_over_fp32`: bare steps of ResNet-56, where the processor
 multiplies bf16 natively. Rows with `+` are ours with a moving average, and with a teacher of the same size.
+`loader_blocked` and `loader_over_cached` (MobileNetV2 on JPEG files that two processes read, against ready tensors, by
+the clock and by CPU time) are those of `_loading.py`; by the clock they need a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks import _loading
 from benchmarks._output import Figure, parser, present
 from secateur.pipeline.config.schema import Distillation, Recipe
 from secateur.pipeline.progress import RichProgress
@@ -48,6 +51,9 @@ CPU = torch.device("cpu")
 FIT_OVER_BARE, BF16_OVER_FP32 = 0.95, 1.5
 WARM_UP = 2
 """Steps that are not counted."""
+LOADED = f"mobilenet_v2, {_loading.SIDE} pixels, batch {_loading.BATCH}, read by {_loading.WORKERS} processes : ready"
+LOADED_STEPS = 20
+"""Of a turn on what is read, and of one on ready tensors."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +178,14 @@ class Comparison:
         }
 
 
+def loading(folder: Path, turns: int) -> tuple[dict[str, Any], list[Figure]]:
+    """Training on what worker processes read, over the same on ready tensors."""
+    (read, cached), figures = _loading.figures(folder, turns, LOADED_STEPS, CPU)
+    rates = {"fit_images_per_s": read["images/s"], "bare_images_per_s": cached["images/s"], "checkpoint_s": 0.0}
+    over = next(figure.value for figure in figures if figure.name == "loader_over_cached")
+    return {"training": LOADED, "precision": "auto", **rates, "ratio": over}, figures
+
+
 def ready(workload: Classification, batch: int) -> list[tuple[Tensor, Tensor]]:
     """Two batches as a step takes them."""
     chosen = torch.split(torch.arange(2 * batch), batch)
@@ -182,6 +196,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--steps", type=int, default=8, help="of each loop that count (default 8)")
     arguments.add_argument("--threads", type=int, default=1, help="of both (default 1)")
+    arguments.add_argument("--turns", type=int, default=4, help="of reading and of ready tensors (default 4)")
     arguments.add_argument("--only", default="", help="of the rows, those that this regular expression finds")
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)
@@ -199,6 +214,10 @@ def main() -> None:
             rows.append(both.precisions())
             ratio = rows[-1]["ratio"]
             figures.append(Figure("bf16_over_fp32", ratio, BF16_OVER_FP32, ratio >= BF16_OVER_FP32))
+        if re.search(options.only, LOADED):
+            row, found = loading(Path(folder) / "photographs", options.turns)
+            rows.append(row)
+            figures += found
     title = f"Training, torch {torch.__version__}, {options.threads} thread(s), {options.steps} steps of each"
     present(title, rows, figures, options.json)
 

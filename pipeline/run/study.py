@@ -339,7 +339,7 @@ class Study:
         if budget.work is not None and spent["image_macs"] >= budget.work and not first:
             return f"the budget of {budget.work:g} image-MACs is spent"
         if isinstance(request, Evaluate | FineTune) and spent["evaluations"] + self._scored(request) > self._most:
-            return f"the budget of {number_of(budget.evaluations, 'evaluation(s)')} is spent"
+            return f"the budget of {number_of(budget.evaluations or 0, 'evaluation(s)')} is spent"
         if isinstance(request, FineTune | AuxiliaryTraining) and request.epochs > 0:
             epochs = self._affordable(request)
             if epochs < USEFUL * request.epochs:

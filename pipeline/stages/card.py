@@ -18,6 +18,7 @@ from typing import Any
 
 from secateur import __version__
 from secateur.device_profiles import DeviceProfile
+from secateur.device_profiles.wording import number_of
 from secateur.pipeline.config.schema import LicenceSection, RunFile
 from secateur.pipeline.report import final_table
 from secateur.pipeline.run.facts import Check, Facts
@@ -219,7 +220,8 @@ def _figures(about: About, facts: Facts) -> str:
         lines[-1] += f" Its change: 95 % {low} to {high} pp (paired bootstrap over these images)."
     lines += [
         f"The speed-up is the ratio of {statistic} of one call, both networks timed in turn on `{profile.name}`: "
-        f"{profile.runtime}, {profile.provider}, {profile.threads} thread(s), batch {profile.batch}; its interval is "
+        f"{profile.runtime}, {profile.provider}, {number_of(profile.threads, 'thread(s)')}, batch "
+        f"{profile.batch}; its interval is "
         "of 95 % over processes.",
         "",
         _flags(facts),
