@@ -11,13 +11,17 @@ PART ?= 12
 KILLS ?= 50
 BASE ?= HEAD~1
 
-.PHONY: run test test-all test-avx2 chaos golden parts lint audit sbom pin image-check bench lock help
+.PHONY: run test test-long test-all test-avx2 chaos golden parts generate docs docs-links lint audit dist dist-check sbom pin image-check bench lock help
 
 run: $(STAMP) ## Run the main job (RUN_FILE=path for another run file)
 	$(BIN)/secateur run $(RUN_FILE)
 
 test: $(STAMP) ## Run the test suite (WORKERS=2 processes)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 25 --durations-min 8 -m "not long"
+
+test-long: $(STAMP) ## Only the long tests: a third of them (PART=1, 2, 3), drawn by the number of commits if not given
+	SECATEUR_LONG_PART=$(if $(filter command line,$(origin PART)),$(PART),$$($(BIN)/python tests/tools/third.py)) \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 25 --durations-min 30 -m long
 
 test-all: $(STAMP) ## Run every test, the long ones too (lossy networks, published detectors, 20 seeds ...)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -38,6 +42,15 @@ parts: $(STAMP) ## Fetch what some tests need, without root: an SSH server, an e
 	tests/tools/install_sshd.sh
 	tests/tools/install_arm.sh
 
+generate: $(STAMP) ## Write what documentation pages repeat of the code: keys, commands, options, figures
+	$(BIN)/python docs/generate.py
+
+docs: $(STAMP) ## The site (docs/_build/html), offline; every warning is an error
+	$(BIN)/sphinx-build -q -W --keep-going -j auto -b html docs docs/_build/html
+
+docs-links: $(STAMP) ## Follow the links of the documentation that lead outside (needs a network)
+	$(BIN)/sphinx-build -q -b linkcheck docs docs/_build/links
+
 lint: $(STAMP) ## Style, types and import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,6 +60,13 @@ lint: $(STAMP) ## Style, types and import contracts
 
 audit: $(STAMP) ## The lock, the environment and licences, offline; known faults too where a service answers
 	$(BIN)/python tests/tools/audit.py --online
+
+dist: $(STAMP) ## Wheel (with its bill of materials) and sdist into dist/, checked by twine
+	$(BIN)/python docker/dist.py dist
+	$(BIN)/twine check --strict dist/*
+
+dist-check: dist ## Install the wheel beside the locked packages in a fresh environment, and run the digits there
+	tests/tools/dist.sh $(CURDIR)/dist
 
 sbom: $(STAMP) ## Bill of materials of the environment, CycloneDX JSON (build/sbom.json)
 	@mkdir -p build

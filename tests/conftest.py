@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.tools.third import THIRDS, third_of
+
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 if WORKER:  # two workers share two cores
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -21,6 +23,14 @@ Path(LOCKS.name).chmod(0o1777)  # as /run/lock is
 
 settings.register_profile("secateur", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("secateur")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`make test-long` runs a third of the long tests; over three commits every one has its turn."""
+    if (wanted := os.environ.get("SECATEUR_LONG_PART", "")) in THIRDS:
+        left_out = [item for item in items if third_of(item.nodeid) != wanted]
+        items[:] = [item for item in items if third_of(item.nodeid) == wanted]
+        config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(autouse=True)

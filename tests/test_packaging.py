@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tomllib
 from importlib.metadata import distributions, packages_distributions
+from itertools import chain
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -66,9 +68,8 @@ def test_a_wheel_installs_one_name_and_every_file_once(links: bool, tmp_path: Pa
         for p in (ROOT / f).rglob("*.*")
         if p.suffix in (".py", ".yaml", ".j2", ".json")
     ]
-    assert sorted(inside) == sorted(
-        ["secateur/__init__.py", "secateur/__main__.py", *(f"secateur/{path.as_posix()}" for path in shipped)]
-    )
+    named = ("__init__.py", "__main__.py", "py.typed", *(path.as_posix() for path in shipped))
+    assert sorted(inside) == sorted(f"secateur/{name}" for name in named)
     code = (
         "import secateur.pruning, secateur.pipeline.report\n"
         "from importlib.util import find_spec\n"
@@ -196,3 +197,33 @@ def test_a_command_names_the_part_it_misses(
     done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == EXIT_USER, done.stderr
     assert f" install 'secateur[{missing}]'" in done.stderr
+
+
+# -- what is given away ------------------------------------------------------------------------------------------------
+
+
+def test_every_dependency_has_a_row_in_the_decisions() -> None:
+    text = (ROOT / "DECISIONS.md").read_text(encoding="utf-8")
+    rows = text.partition("Dependencies\n\n")[2].partition("\n## ")[0]
+    lines = [*PROJECT["project"]["dependencies"], *chain(*PROJECT["project"]["optional-dependencies"].values())]
+    without = names(lines) - {"secateur", "setuptools"}
+    assert {name for name in without if not re.search(rf"(?i)\b{name.replace('-', '[-_]')}\b", rows)} == set()
+
+
+def test_the_bill_of_a_wheel_has_what_users_need_and_its_record_is_whole(tmp_path: Path) -> None:
+    sys.path.insert(0, str(ROOT / "docker"))
+    from dist import BILL, asked, put_into
+
+    found = {canonicalize_name(each.metadata["Name"]) for each in asked(ROOT / "pyproject.toml", distributions())}
+    assert {"torch", "mlflow", "flask-wtf", "onnxruntime", "setuptools"} <= found  # flask-wtf: of mlflow[auth]
+    assert not {"pytest", "sphinx", "mypy", "torch-pruning"} & found
+    wheel = tmp_path / "a-1-py3-none-any.whl"
+    with ZipFile(wheel, "w") as file:
+        file.writestr("a.py", "")
+        file.writestr("a-1.dist-info/RECORD", "a.py,,\na-1.dist-info/RECORD,,\n")
+    put_into(wheel, BILL, b"{}")
+    with ZipFile(wheel) as file:
+        record = file.read("a-1.dist-info/RECORD").decode().splitlines()
+        assert file.namelist()[-1] == "a-1.dist-info/RECORD" and file.read(f"a-1.dist-info/{BILL}") == b"{}"
+    digest = "RBNvo1WzZ4oRRq0W9-hknpT7T8If536DEMBg9hyq_4o"
+    assert record[-2:] == [f"a-1.dist-info/{BILL},sha256={digest},2", "a-1.dist-info/RECORD,,"]

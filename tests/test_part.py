@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.tools.part import commit_of, eligible, main, part
+from tests.tools.third import THIRDS, due, third_of
 
 FILES = [f"tests/test_{i}.py" for i in range(40)]
 COMMITS = [hashlib.sha1(str(i).encode()).hexdigest() for i in range(60)]
@@ -58,3 +60,15 @@ def test_anything_else_is_refused_and_draws_nothing(arguments: list[str], capsys
     out, err = capsys.readouterr()
     assert not out
     assert "usage" in err
+
+
+def test_every_long_test_is_in_one_third_and_three_commits_in_a_row_run_all(tmp_path: Path) -> None:
+    thirds = [third_of(f"tests/test_{i}.py::test_it[{i}]") for i in range(300)]
+    assert all(70 < thirds.count(third) < 130 for third in THIRDS)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run([*git, "init", "-q"], cwd=tmp_path, check=True)
+    turns = []
+    for _ in range(4):
+        subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], cwd=tmp_path, check=True)
+        turns.append(due(tmp_path))
+    assert set(turns[:3]) == set(THIRDS) and turns[3] == turns[0]

@@ -150,13 +150,17 @@ class DeviceSection(Section):
     """More devices: each candidate is measured on all of them at once, and the gate asks the same of each."""
     runtimes: tuple[str, ...] = ()
     """Further runtimes (``openvino``, ``ncnn`` ...) in which both networks are timed at the end, on every device. The
-    search goes by the profile's own; the report compares."""
+    search goes by the profile's own; the report compares. Each must be installed there, which is asked before the
+    search."""
     combine: Literal["worst", "mean"] = "worst"
     """The latency ratio that targets and rewards see where there are several devices: the worst, or the mean."""
     wait_s: Annotated[float, Field(ge=0, le=1e8)] = 0.0
-    """Seconds a device may be unreachable, at a time, before the run ends; 0 = none. A scheduled run may want hours."""
+    """Seconds a device may be unreachable, at a time, before the run ends with exit code 4; 0 = none. A scheduled run
+    may want hours. It may be changed in a run's ``run.yaml`` before ``secateur resume``."""
     channel_multiple: Annotated[int, Field(ge=1, le=65_536)] | None = None
-    """Overrides the width granularity that a probe of the device found, or the profile's."""
+    """Widths are multiples of it; None = what a probe of the device with this network found per channel group, a probe
+    of the device per kind of layer, or else the profile's. A group too small for two steps uses half of it, and so
+    on."""
     probe: bool = True
     """Probe a device that was never probed, at the start of the run: where its latency steps with width (under a minute
     on a PC); and, where the target or the reward looks at latency, with the run's own network, once for each network:
@@ -185,8 +189,9 @@ class BudgetSection(Section):
     epochs: Annotated[float, Field(ge=0, le=1e9)] | None = None
     """Epochs of training during the search; a training that would overrun is shortened."""
     work: Annotated[float, Field(gt=0, le=1e24)] | None = None
-    """Image-MACs: images times the MACs of the network they pass, three times that in training. Unlike seconds it is
-    the same on every machine."""
+    """Image-MACs: images times the MACs of the network they pass (a candidate's, at its widths), three times that in
+    training. Unlike seconds it is the same on every machine. What has been spent stands in the report as
+    ``image_macs``."""
 
 
 class LatencySection(Section):
@@ -230,14 +235,15 @@ class SearchSection(Section):
     recalibrate_images: Annotated[int, Field(ge=0, le=10**9)] | None = None
     """Training images on which a candidate's batch-norm statistics are taken anew; 0 = they stay as they were before
     the cut; null = 512, and none where the method's ``paper_compat`` is set. Candidates see at most a quarter as many
-    of them as of search images, those that may be fine-tuned all."""
+    of them as of search images, those that may be fine-tuned all; a network that was trained as it is keeps its own."""
     memory_mb: Annotated[int, Field(gt=0, le=10**8)] = 1024
     """Bound on the activations of one batch."""
     seconds_per_candidate: Annotated[float, Field(gt=0, le=1e9)] = 120.0
     """A candidate that takes longer is recorded as failed."""
     forward: Literal["auto", "deterministic"] = "auto"
     """auto = the fastest forward pass, found by trials; deterministic = one that gives the same numbers to the last bit
-    in every process and order. With ``workers`` it is always deterministic."""
+    in every process and order, and ends the run with a message where it fails twice for a candidate. With ``workers``
+    it is always deterministic. (``steady``, its former word, is read for one release.)"""
 
     @property
     def num_recalibration_images(self) -> int:
@@ -254,8 +260,8 @@ class WorkersSection(Section):
     """none = this process scores all candidates itself; processes = on this machine; dask, ray = on a cluster (or one
     made for this run on this machine), with the extra of that name."""
     count: Annotated[int, Field(ge=1, le=4096)] | None = None
-    """Batches under way at once, which is worker processes on this machine; null = as many as the machine has cores, or
-    the cluster has."""
+    """Batches under way at once, which is worker processes on this machine; null = as many as the cores this
+    process may use, or workers (Dask) or CPUs (Ray) in the cluster."""
     batch: Annotated[int, Field(ge=1, le=1_000_000)] = 32
     """Candidates of a batch, at most: what is repeated when a worker dies. Each is a task, which has its price."""
     address: str | None = None
@@ -390,11 +396,13 @@ class TrackingSection(Section):
     """MLflow: where candidates go and where the final model is registered."""
 
     uri: str | None = None
-    """None = SQLite and a folder under SECATEUR_HOME."""
+    """MLflow's tracking server; None = ``SECATEUR_TRACKING_URI``, or SQLite and a folder under SECATEUR_HOME. A
+    password in it is refused: set ``MLFLOW_TRACKING_USERNAME`` and ``MLFLOW_TRACKING_PASSWORD``, or
+    ``SECATEUR_TRACKING_URI``."""
     experiment: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$", max_length=200)] = "secateur"
-    """MLflow's experiment that holds the run and its candidates."""
+    """MLflow's experiment that holds the run and its candidates; made if missing."""
     registered_model: Annotated[str, Field(pattern=r"^[^/:.%\"'\\`\x00-\x1f\x7f-\x9f]+$", max_length=200)] | None = None
-    """None = the run's name."""
+    """Name in the registry; None = the run's name."""
     take_over: bool = False
     """Whether an experiment, a registered model or an alias that Secateur did not make may become its own."""
     required: bool = False
@@ -470,7 +478,8 @@ class RunFile(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of search, training and fine-tuning; never of the splits."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """CPU threads for training and evaluation; None = all cores."""
+    """CPU threads for training and evaluation; None = as many whole cores as this process may use, by its affinity and
+    its control groups (a container's limit)."""
     compute: Literal["auto", "cpu", "cuda"] = "auto"
     """Where candidates are trained and evaluated (the device is measured apart)."""
     compute_count: Annotated[int, Field(ge=1, le=1024)] = 1

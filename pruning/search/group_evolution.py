@@ -1,4 +1,4 @@
-"""Evolution of one channel group's bit string: the small evolutionary algorithm (EA) inside CCEP (methods.md 1).
+"""Evolution of one channel group's bit string: the small evolutionary algorithm (EA) inside CCEP.
 
 Shang, Wu, Hong, Qian, "Neural Network Pruning by Cooperative Coevolution" (IJCAI 2022, arXiv 2204.05639). The EA of a
 group with n filters, all other groups as they are:

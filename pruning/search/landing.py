@@ -1,7 +1,7 @@
 """How a search ends at its target: plans are brought to it from above and from below, in the method's own ranking.
 
 A plan that lies above the target loses the channels that are worth least; one that lies below gets the best of those
-back that fit (methods.md 10.1). At the target are MACs of 0.99 to 1.00 of it, or as near as the allowed widths come:
+back that fit. At the target are MACs of 0.99 to 1.00 of it, or as near as the allowed widths come:
 then no single step fits any more. What the projection moved is told (``Candidate.projected_share``).
 
 ``at_target`` is around every strategy, also those of plug-ins: a search whose own archive has no plan at the target

@@ -259,8 +259,7 @@ class Predict:
     """Request: a model of the network's latency on the device, fitted to a few measurements.
 
     Answer: the arrays of ``secateur.device_profiles.latency_model.LatencyModel`` (over all groups of
-        ``Problem.space.full``), or
-    none where no model has proven good enough and plans must be measured.
+    ``Problem.space.full``), or none where no model has proven good enough and plans must be measured.
     """
 
 

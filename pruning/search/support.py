@@ -387,7 +387,7 @@ def project(
     *,
     per_cost: bool = True,
 ) -> list[int]:
-    """Widths that meet a limit: channels go step by step, those first that are worth least (methods.md 10.1).
+    """Widths that meet a limit: channels go step by step, those first that are worth least.
 
     A step takes one group to its next allowed width below; its worth is the summed saliency of the channels that go,
     per cost saved if ``per_cost``, else per channel. At the end steps that still fit are taken back, the best first.

@@ -1,4 +1,4 @@
-"""Evolution of width vectors on a supernet: what MetaPruning and Rewarded meta-pruning share (methods.md 3).
+"""Evolution of width vectors on a supernet: what MetaPruning and Rewarded meta-pruning share.
 
 A width vector is a NEV (network encoding vector): per group an index on the scale 0.10, 0.13, ... 1.00, moved to the
 nearest allowed width before any cost is computed (3.2). Stage A trains one network for all widths (3.3); stage B

@@ -123,9 +123,11 @@ class DataOptions(Section):
     channels: Literal[1, 3] | None = None
     """Of the images; None = as stored for arrays, RGB for files."""
     mean: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = None
-    """Per channel, of pixels in 0..1; None = measured on the training images."""
+    """Per channel, of pixels in 0..1; None = the zoo's (timm, torchvision's weights), else measured on the training
+    images."""
     std: tuple[Annotated[float, Field(gt=0, le=100)], ...] | None = None
-    """Per channel, of pixels in 0..1; None = measured on the training images."""
+    """Per channel, of pixels in 0..1; None = the zoo's (timm, torchvision's weights), else measured on the training
+    images."""
     augment: Literal["auto"] | Augment = "auto"
     """How training images are moved and cut. shift: random shifts of up to an eighth of the side; flip_shift: mirrored
     too; random_resized_crop: a random part of the image, scaled to ``image_size`` and mirrored, as photographs are

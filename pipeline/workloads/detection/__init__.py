@@ -57,10 +57,11 @@ class ModelOptions(Section):
     """The detector, and optionally its trained weights."""
 
     name: str = "small_ssd"
-    """A network of this package, or ``FILE.py:factory`` or ``module:factory`` of one's own."""
+    """``small_ssd``, ``ssd300_vgg16``, ``ssd300_vgg16_bn``, ``ssdlite320_mobilenet_v3_large``, ``ssd300_mobilenet_v1``,
+    or ``FILE.py:factory`` or ``module:factory`` of one's own."""
     weights: str | None = None
-    """A .safetensors (or .pt / .pth state dict) file, or ``torchvision`` = its own, trained on COCO, for networks that
-    have some; None = a baseline is trained by the ``baseline`` recipe."""
+    """A .safetensors (or .pt / .pth state dict) file, or ``torchvision`` = its own, trained on COCO (classes: COCO's
+    category numbers minus 1), for networks that have some; None = a baseline is trained by the ``baseline`` recipe."""
     load: Literal["all", "but_classes", "backbone"] = "all"
     """What of the weights: ``but_classes`` = not the heads of the classes, ``backbone`` = no heads. What is not loaded
     starts at random, and a baseline is trained from there."""

@@ -16,11 +16,11 @@ much can be frozen (``freeze_drop``).
 
 Our choices for a target and a budget, off with ``paper_compat``. Every round has its share of the way to the target:
 equal factors of the cost. It splices, of all individuals that its EAs have met, those that lose least fitness per cost
-saved, until its share is reached (methods.md 10.1), so that a coarse width never takes a round beyond it. Rounds and
+saved, until its share is reached, so that a coarse width never takes a round beyond it. Rounds and
 generations are as many as the budget lasts for; what the rounds cannot reach from the unpruned network, a warm start
 takes ahead of them (``start``). The last splice, or what is unfinished when the budget ends, is brought to the target
 channel by channel. One individual of every population drops the filters that ``informed`` ranks lowest. Survivors are
-chosen by the run's reward, predicted latency included (methods.md 1.8), and what a splice measures rescales the
+chosen by the run's reward, predicted latency included, and what a splice measures rescales the
 prediction.
 
 Least budget: 3 evaluations and 1 a group.
@@ -94,9 +94,9 @@ class Options(Settings):
             the target is the first of the archive then.
         informed: saliency by which one individual of every initial population drops the lowest filters, and by which
             the projection onto the target ranks filters within a group; empty = none (authors), ``l1`` to project.
-        survival: what ranks individuals: the run's ``reward``, with the predicted latency where there is one
-            (methods.md 1.8), or ``accuracy`` first and then fewer filters (authors). A ``fitness`` of your own is
-            always ranked like the latter.
+        survival: what ranks individuals: the run's ``reward``, with the predicted latency where there is one, or
+            ``accuracy`` first and then fewer filters (authors). A ``fitness`` of your own is always ranked like the
+            latter.
         freeze_drop: fraction in 0..1; a group is left alone for good once its best pruned individual loses more
             ``fitness`` than this, for example 0.03. None = never (authors).
         latency_aware: predict latency from a few plans timed before the search (``predicted_latency``), as it is done
@@ -358,7 +358,7 @@ class _Course:
         return self._scores[1]
 
     def rescale(self, measured: float) -> None:
-        """Predicted savings from now on as they were measured to be (methods.md 1.8)."""
+        """Predicted savings from now on as they were measured to be."""
         if self.latency is None or math.isnan(measured):
             return
         predicted = float(self.latency(self.problem.space.encode(self.plan)[None])[0])
