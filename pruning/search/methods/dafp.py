@@ -12,12 +12,12 @@ Known are these ideas, not the formulas. Ours: the wanted share grows linearly f
 uniform cut to the target removes; scores are divided by the mean of their group before the global ranking, so that they
 say how much more or less of the next layer's input comes through a channel than through its neighbours (a batch norm
 behind that layer undoes any common factor). The Euclidean norm would do so too, but grows with the square root of the
-width, and so takes from wide layers. What is worth least per cost saved goes first (``per_cost``), and widths stay near
-to an even cut (``spread``): scores of different groups are of one scale by then, but not of one kind. With
-``epochs: 0``, or where the budget does not hold a fiftieth of the epochs, the scores are those of the pretrained
-network.
+width, and so takes from wide layers. What is worth least per cost saved goes first (``per_cost``). With ``epochs: 0``,
+or where the budget does not hold a tenth of the epochs, the scores are those of the pretrained network, and widths stay
+near to an even cut (``spread``): such scores of different groups are of one scale, but not of one kind. After sparse
+training a channel is small or it is not, and widths go where the small ones are.
 
-Least budget: 1 evaluation, 0.2 epochs.
+Least budget: 1 evaluation, 1 epoch.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ CRITERION = "bn_dependency"
 """The saliency of networks that are not trained for sparsity."""
 TRAINING = 0.9
 """Share of the budget that sparse training may take."""
-LEAST_EPOCHS = 0.02
-"""Share of the wanted epochs below which sparse training is left out: no scale would get small."""
+LEAST_EPOCHS = 0.1
+"""Share of the wanted epochs below which sparse training is left out: scales would get small by force alone."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ class Options:
         min_keep: kept / width in 0..1 of every group.
         spread: how far the widths may lie from an even cut, which is one keep ratio for all groups and its square root
             for what several layers read, in 0..1; 0 = the even cut, 1 = anywhere.
+            After sparse training they go where its small scales are.
         per_cost: whether what is worth least per cost saved goes first, and not what is worth least.
     """
 
@@ -117,8 +118,10 @@ def search(problem: Problem, options: Options) -> Strategy:
     base, learned = yield from _dependency(problem, options, limit)
     scores = {name: normalised(learned[name], options.normalise) for name in problem.space.names}
 
+    spread = options.spread if base == DENSE else 1.0
+
     def cut(limit: Limit) -> PruningPlan:
-        return settle_near(problem, limit, problem.space.full, scores, options.spread, per_cost=options.per_cost).plan
+        return settle_near(problem, limit, problem.space.full, scores, spread, per_cost=options.per_cost).plan
 
     plan = yield from meet(problem, limit, cut)
     candidates = [Candidate(0, plan, "dafp", (), base)]

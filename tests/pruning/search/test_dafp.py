@@ -145,10 +145,10 @@ def test_wide_layers_are_not_punished_for_their_width():
 def test_sparse_training_takes_what_the_budget_holds():
     """Asked for more, it would be refused, and the pretrained network ranked."""
     fake = study()
-    left = Left(work=7.0, epoch={"work": 10.0})  # 0.7 epochs
-    for work, kind in ((left, AuxiliaryTraining), (replace(left, work=0.7), Score)):
+    left = Left(work=70.0, epoch={"work": 10.0})  # 7 epochs
+    for work, kind in ((left, AuxiliaryTraining), (replace(left, work=7.0), Score)):
         strategy = search(fake.problem(Goal(0.5)), Options())
         assert isinstance(next(strategy), Remaining)
         request = strategy.send(work)
         assert isinstance(request, kind)
-        assert not isinstance(request, AuxiliaryTraining) or request.epochs == pytest.approx(0.63)
+        assert not isinstance(request, AuxiliaryTraining) or request.epochs == pytest.approx(6.3)
