@@ -19,6 +19,7 @@ from secateur.pipeline.cli import (
     inspect,
     interrupts,
     registry,
+    reproduce,
     results,
     run,
     runs,
@@ -71,6 +72,9 @@ for command_ in (
 ):
     app.command()(command_)
 app.command(name="rescore")(results.rescore_)
+for command_ in (reproduce.reproduce, reproduce.verify):
+    app.command()(command_)
+app.command(name="results")(reproduce.results_)
 app.command(name="list")(inspect.list_)
 app.command()(inspect.explain)
 app.command()(inspect.schema)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 from secateur.pipeline.config.schema import Distillation, FinetuneSection
 from secateur.pipeline.errors import UserError
@@ -75,6 +76,7 @@ class Trainer:
                 part=request.part,
                 held_out=self.baseline.workload.search,
                 compute_count=self.baseline.compute_count,
+                last=self._last(base),
                 report=report,
             )
         write_fitted(self.weights.path(base).with_suffix(""), fitted)
@@ -116,6 +118,13 @@ class Trainer:
     def fitted(self, base: str) -> Fitted | None:
         """How a fine-tuning went, by the name of its weights; None where nothing is kept of it."""
         return read_fitted(self.weights.path(base).with_suffix(""))
+
+    def last(self, base: str) -> Path | None:
+        """The weights of a fine-tuning's last epoch, where those of its best one were kept; None = there are none."""
+        return self._last(base) if self._last(base).is_file() else None
+
+    def _last(self, base: str) -> Path:
+        return self.weights.path(base).with_suffix(".last.safetensors")
 
     def epoch_work(self, request: FineTune | AuxiliaryTraining) -> float:
         """Image-MACs of an epoch: three times those of the trained network's forward pass, and the teacher's."""

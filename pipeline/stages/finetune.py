@@ -35,6 +35,9 @@ from secateur.pruning.search.protocol import (
 )
 from secateur.pruning.search.support import Limit, SearchError, macs_ratios
 
+LAST = "compact.last.safetensors"
+"""The compact network's weights of its last epoch, where those of the best one by the search split are kept."""
+
 
 def finetune(run: Run, facts: Facts) -> FinetuneFacts:
     """Fine-tune the best plans with the baseline as teacher; the best by reward becomes the compact model.
@@ -61,6 +64,10 @@ def finetune(run: Run, facts: Facts) -> FinetuneFacts:
     weights = save_weights(run.directory / "compact.safetensors", _cut(oracle, best.candidate).state_dict())
     plan = run.directory / "compact.plan.json"
     write_whole(plan, best.candidate.plan.to_json() + "\n")
+    files = {"compact.safetensors": weights, "compact.plan.json": sha256_of(plan)}
+    if (last := oracle.trainer.last(best.candidate.base)) is not None:
+        write_whole(run.directory / LAST, last.read_bytes())
+        files[LAST] = sha256_of(last)
     scope = facts.search.scope
     space = run.spaces(model, graph).of("inner" if scope is not None and scope.chosen == "inner" else "all")
     widths = _cost_of_widths(run, oracle, graph, best.candidate.plan)
@@ -72,7 +79,7 @@ def finetune(run: Run, facts: Facts) -> FinetuneFacts:
         control=control(run, oracle, space, reference, best.candidate.plan),
         widths=widths,
         training=oracle.trainer.fitted(best.candidate.base),
-        files={"compact.safetensors": weights, "compact.plan.json": sha256_of(plan)},
+        files=files,
     )
 
 

@@ -26,7 +26,7 @@ from secateur.pipeline.config.schema import Distillation, Recipe
 from secateur.pipeline.progress import Report, silent
 from secateur.pipeline.training.average import average_of
 from secateur.pipeline.training.batches import batches_of, sizes_of
-from secateur.pipeline.training.checkpoints import EVERY_S, Best, Checkpoint, State
+from secateur.pipeline.training.checkpoints import EVERY_S, Best, Checkpoint, State, save_weights
 from secateur.pipeline.training.curve import EpochFacts, Fitted, Losses
 from secateur.pipeline.training.distributed import ALONE, Group, begun
 from secateur.pipeline.training.features import Features
@@ -65,6 +65,7 @@ def fit(
     recalibration_images: int = RECALIBRATION_IMAGES,
     checkpoint_every_s: float = EVERY_S,
     compute_count: int = 1,
+    last: Path | None = None,
     report: Report = silent,
 ) -> Fitted:
     """Train ``model`` in place by ``recipe``, and leave it in eval mode, with the batch-norm statistics of its weights.
@@ -83,6 +84,7 @@ def fit(
         checkpoint_every_s: how often the checkpoint is written.
         compute_count: how many processes train together, each on a GPU of its own or with its share of the threads;
             with a penalty it is this one alone.
+        last: file for the weights of the last epoch, where those of the best one are kept.
         report: told (step, steps, note) after every step.
 
     Raises:
@@ -96,9 +98,9 @@ def fit(
     terms = Terms(model, workload, split, recipe, seed, checkpoint, checkpoint_every_s, compute, precision, part)
     terms = replace(terms, teacher=teacher, distill=distill)
     if compute_count == 1 or penalty is not None:
-        return _train(ALONE, terms, penalty, held_out, recalibration_images, report)
+        return _train(ALONE, terms, penalty, held_out, recalibration_images, last, report)
     with begun(compute_count, compute, partial(_train, terms=terms)) as group:
-        return _train(group, terms, None, held_out, recalibration_images, report)
+        return _train(group, terms, None, held_out, recalibration_images, last, report)
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ def _train(
     penalty: Callable[[float], Tensor] | None = None,
     held_out: Split | None = None,
     recalibration_images: int = 0,
+    last: Path | None = None,
     report: Report = silent,
 ) -> Fitted:
     """The training of one process of a group; only the first one judges, writes and ends with weights of use."""
@@ -150,10 +153,17 @@ def _train(
             for images, targets in itertools.islice(batches.epoch(number, first), schedule.steps - state.step):
                 training.step(images, targets, len(split))
             training.end_epoch(len(split))
-    training.finish(keep)
-    if recalibration_images:
-        at_once = min(recipe.batch_size, IMAGES_AT_ONCE)
-        recalibrate(model, training_images(workload, split, recalibration_images, compute, at_once))
+
+    def finish(keep: Literal["last", "best"]) -> None:
+        training.finish(keep)
+        if recalibration_images:
+            at_once = min(recipe.batch_size, IMAGES_AT_ONCE)
+            recalibrate(model, training_images(workload, split, recalibration_images, compute, at_once))
+
+    if last is not None and keep == "best":
+        finish("last")
+        save_weights(last, model.state_dict())
+    finish(keep)
     if group.rank == 0:
         terms.checkpoint.unlink(missing_ok=True)
     return training.fitted(keep)
