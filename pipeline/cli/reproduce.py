@@ -30,8 +30,8 @@ def reproduce(
     """Repeat published claims: every unit is a run, worked on in pieces of at most an hour, on one machine or several.
 
     What is not finished when the budget is spent leaves its state in the results, and the same command goes on from
-    there; a finished unit leaves its compact model and its facts. `secateur verify` checks them, `secateur results`
-    writes the page.
+    there; a finished unit leaves its compact model and its facts. Several calls in one home share the work. `secateur
+    verify` checks what is finished, `secateur results` writes the page.
 
     Example: secateur reproduce --list
 
@@ -54,7 +54,7 @@ def reproduce(
     interrupts.current.go_on = again
     outcomes = work(units, results.absolute(), Budget(time.monotonic() + 3600 * budget), lambda text: err.print(text))
     interrupts.current.go_on = ""
-    done = sum(outcome != "paused" for outcome in outcomes.values())
+    done = sum(outcome in ("finished", "was finished") for outcome in outcomes.values())
     out.print(f"{done} of {len(units)} units are finished" + ("" if done == len(units) else f"; go on with: {again}"))
 
 

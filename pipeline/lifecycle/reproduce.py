@@ -7,6 +7,7 @@ a later call goes on, on another machine too. A finished unit leaves its compact
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -32,14 +33,14 @@ PIECE_S = 3600.0
 """A piece of work takes no longer."""
 LEAST_PIECE_S = 60.0
 """No piece is begun for less: starting takes as long."""
-STATE, UNIT, LOG = "state.safetensors", "unit.json", "reproduce.log"
+STATE, UNIT, LOG, LOCKS = "state.safetensors", "unit.json", "reproduce.log", "reproduce"
 ENDING_S = 60.0
 """How long an interrupted piece has to end in order."""
 TOLD_LINES = 15
 """Of the log of a piece that failed."""
 
 Say = Callable[[str], None]
-Outcome = Literal["finished", "paused", "was finished"]
+Outcome = Literal["finished", "paused", "was finished", "elsewhere"]
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,14 @@ class Budget:
 def reproduce(units: Iterable[Unit], results: Path, budget: Budget, say: Say) -> dict[Unit, Outcome]:
     """Work on units, each to its end before the next is begun, until all are finished or the budget is spent.
 
+    Those that another process of this home works on are passed over, so that several calls share the work.
+
     Args:
         results: folder of the results; ``ROW/UNIT-sSEED`` in it is a unit's own.
         say: told how it goes.
 
     Raises:
-        UserError: a run file or a state is not valid, the data is not here, or another process works on a unit.
+        UserError: a run file or a state is not valid, or the data is not here.
         SurroundingsError: a run failed; shows the end of its log.
     """
     outcomes: dict[Unit, Outcome] = {}
@@ -83,7 +86,13 @@ def reproduce(units: Iterable[Unit], results: Path, budget: Budget, say: Say) ->
                 continue
             if not budget.next_piece_s:
                 break
-            with held(home() / "reproduce" / f"{unit.row}-{unit.label}.lock", f"unit {unit}", 5.0, say):
+            with contextlib.ExitStack() as work:
+                try:
+                    work.enter_context(held(home() / LOCKS / f"{unit.row}-{unit.label}.lock", f"{unit}", 0.0, say))
+                except SurroundingsError as error:
+                    outcomes[unit] = "elsewhere"
+                    say(f"{unit}: passed over, {error}")
+                    continue
                 outcomes[unit] = _work(unit, results, budget, say)
             if outcomes[unit] == "paused":
                 break
