@@ -88,10 +88,11 @@ def reproduce(units: Iterable[Unit], results: Path, budget: Budget, say: Say) ->
                 break
             with contextlib.ExitStack() as work:
                 try:
-                    work.enter_context(held(home() / LOCKS / f"{unit.row}-{unit.label}.lock", f"{unit}", 0.0, say))
-                except SurroundingsError as error:
+                    lock = home() / LOCKS / f"{unit.row}-{unit.label}.lock"
+                    work.enter_context(held(lock, str(unit), 0.0, lambda _: None))
+                except SurroundingsError:
                     outcomes[unit] = "elsewhere"
-                    say(f"{unit}: passed over, {error}")
+                    say(f"{unit}: passed over, another process works on it")
                     continue
                 outcomes[unit] = _work(unit, results, budget, say)
             if outcomes[unit] == "paused":
