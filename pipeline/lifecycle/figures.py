@@ -27,6 +27,7 @@ from secateur.device_profiles.wording import printable
 from secateur.export.verify import TOLERANCE
 from secateur.pipeline.config.schema import RunFile
 from secateur.pipeline.errors import UserError
+from secateur.pipeline.lifecycle.per_image import accuracy_of
 from secateur.pipeline.run.opening import open_workload, trace_network
 from secateur.pipeline.workloads import Workload
 from secateur.pipeline.workloads.data.content import Reading
@@ -38,8 +39,6 @@ from secateur.pruning.surgery import prune
 BASE, COMPACT, LAST = "base", "compact", "last"
 """The unpruned network; the compact one; where the weights of its best epoch were kept, those of its last one."""
 IMAGES_AT_ONCE = 250
-RESAMPLES = 200
-"""Samples of the test images behind an interval of a metric that is no mean over images."""
 MOST_BYTES = 64 << 20
 """Of a file of weights that is read."""
 NOISY_DRAWS = 3
@@ -59,8 +58,8 @@ class Figures(BaseModel):
     images: int
     accuracy: Mapping[str, float]
     drop_pp: float
-    drop_low_pp: float
-    drop_high_pp: float
+    drop_low_pp: float | None
+    drop_high_pp: float | None
     original_pixels: Mapping[str, float] = {}
     original_images: int = 0
     macs: Mapping[str, int]
@@ -130,9 +129,13 @@ class Answers:
 
     @property
     def open_images(self) -> Bools:
-        """Images whose two best answers are nearly equal, so that another processor may choose the other, (n,)."""
+        """Images whose two best answers are nearly equal, so that another processor may choose the other, (n,).
+
+        Nearly, measured by how far the answers of the image lie apart: a constant added to all of them changes nothing.
+        """
         best, second = self.answers.topk(2, dim=1).values.T
-        found: Bools = (best - second <= 2 * TOLERANCE * self.answers.abs().max()).numpy()
+        spread = (self.answers - self.answers.mean(1, keepdim=True)).abs().amax(1)
+        found: Bools = (best - second < 2 * TOLERANCE * spread).numpy()
         return found
 
 
@@ -173,14 +176,14 @@ def figures(
         right = {name: packed(answered.right) for name, answered in found.items()}
         return of_right_answers(workload.metric, right, len(workload.test), other_pixels, costs)
     metric = {name: _metric(workload, answered.answers, answered.targets) for name, answered in found.items()}
-    low, high = _resampled(workload, found[BASE], found[COMPACT])
+    change = accuracy_of(workload, [found[BASE].answers, found[COMPACT].answers], found[BASE].targets).change
     return Figures(
         metric=workload.metric,
         images=len(workload.test),
         accuracy=metric,
         drop_pp=100 * (metric[BASE] - metric[COMPACT]),
-        drop_low_pp=low,
-        drop_high_pp=high,
+        drop_low_pp=None if change.high is None else -100 * change.high,
+        drop_high_pp=None if change.low is None else -100 * change.low,
         macs={name: int(each.macs) for name, each in costs.items()},
         params={name: int(each.params) for name, each in costs.items()},
     )
@@ -229,17 +232,6 @@ def tolerance(workload: Workload, answered: Answers) -> float:
 
 def _metric(workload: Workload, found: Tensor, targets: Tensor) -> float:
     return float(workload.metrics(found, targets)[workload.metric])
-
-
-def _resampled(workload: Workload, base: Answers, compact: Answers) -> tuple[float, float]:
-    """The 95 % interval of the drop over samples of the same test images, in percentage points (Efron & Tibshirani)."""
-    generator, drops = torch.Generator().manual_seed(0), []
-    for _ in range(RESAMPLES):
-        rows = torch.randint(len(base.targets), (len(base.targets),), generator=generator)
-        both = (_metric(workload, each.answers[rows], each.targets[rows]) for each in (base, compact))
-        drops.append(100 * (next(both) - next(both)))
-    low, high = np.quantile(drops, [0.025, 0.975])
-    return float(low), float(high)
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

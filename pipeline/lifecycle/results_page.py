@@ -112,6 +112,8 @@ def _drop(seeds: Sequence[UnitFacts]) -> str:
     if len(seeds) > 1:
         return _mean(seeds, lambda f: f.figures.drop_pp)
     one = seeds[0].figures
+    if one.drop_low_pp is None or one.drop_high_pp is None:
+        return f"{one.drop_pp:+.2f} (cannot tell at n = {one.images})"
     return f"{one.drop_pp:+.2f} [{one.drop_low_pp:+.2f}, {one.drop_high_pp:+.2f}]"
 
 

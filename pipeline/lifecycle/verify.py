@@ -27,6 +27,8 @@ from secateur.pruning.cost import cost
 
 MOST_TEXT = 1 << 20
 """Bytes of a plan or run file that is read."""
+MOST_OPEN = 0.01
+"""Share of images whose two best answers may be nearly equal: trained networks have a hundredth of it."""
 NEAR = 1e-9
 """Relative difference of numbers that are the same but for how they were added up."""
 Consent = Callable[[Callable[[], RunFile], Path], RunFile]
@@ -166,6 +168,8 @@ def _same_answers(name: str, recorded: Figures, here: Answers, notes: list[str])
         f"{name}: {recorded.metric} {here.right.mean():.4f}, {int(differ.sum())} images answered otherwise, "
         f"{int(open_.sum())} could be on another processor"
     )
+    if open_.mean() > MOST_OPEN:
+        yield f"{name} leaves {open_.mean():.1%} of the images undecided; an accuracy of such answers means nothing"
     clear = int((differ & ~open_).sum())
     if clear:
         yield (

@@ -144,13 +144,23 @@ def test_a_changed_file_is_found(results: Path, name: str) -> None:
     assert any(f"{name} was changed" in fault for fault in verify(unit_folder(results)).faults)
 
 
-def test_other_weights_under_right_sums_are_found(results: Path) -> None:
+def _zeros(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: torch.zeros_like(each) for name, each in state.items()}
+
+
+def _undecided(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Two classes, always the same, are nearly equal, whatever the image."""
+    bias = torch.zeros_like(state["linear.bias"])
+    bias[3], bias[4] = 1.0, 1.0 + 1e-6
+    return {**state, "linear.weight": torch.zeros_like(state["linear.weight"]), "linear.bias": bias}
+
+
+@pytest.mark.parametrize(("other", "told"), [(_zeros, "answered otherwise"), (_undecided, "of the images undecided")])
+def test_other_weights_under_right_sums_are_found(results: Path, other: Any, told: str) -> None:
     file = unit_folder(results) / "model.safetensors"
-    state = figures.read_weights(file)
-    file.write_bytes(figures.compact_weights({name: torch.zeros_like(each) for name, each in state.items()}))
+    file.write_bytes(figures.compact_weights(other(figures.read_weights(file))))
     changed(results, _set("files", "model.safetensors", to=sha256_of(file)))
-    (fault,) = verify(unit_folder(results)).faults
-    assert "top1 of compact" in fault and "answered otherwise" in fault
+    assert any(told in fault for fault in verify(unit_folder(results)).faults)
 
 
 def test_a_run_file_that_names_code_is_refused(results: Path) -> None:
