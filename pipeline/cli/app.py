@@ -72,8 +72,8 @@ for command_ in (
 ):
     app.command()(command_)
 app.command(name="rescore")(results.rescore_)
-for command_ in (reproduce.reproduce, reproduce.verify):
-    app.command()(command_)
+app.command()(reproduce.reproduce)
+app.command()(reproduce.verify)
 app.command(name="results")(reproduce.results_)
 app.command(name="list")(inspect.list_)
 app.command()(inspect.explain)
