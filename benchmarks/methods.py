@@ -68,7 +68,7 @@ workload:
     search_fraction: 0.1
 device: {profile: local, probe: false}
 search: {images: 500, channel_multiple: 1, scope: auto, min_keep_ratio: 0.1}
-finetune: {top: 1, epochs: 2, lr: 0.02, precision: auto}
+finetune: {top: 1, epochs: 2, lr: 0.02, autocast: auto}
 """
 TARGET = 0.5
 WORK = 4e12
