@@ -26,6 +26,10 @@ from secateur.export.errors import ExportError, TemplateError
 Array = npt.NDArray[Any]
 QUANTISED, DEQUANTISED = "_quantized", "_DequantizeLinear_Output"
 """What the quantiser appends to the names of a weight's 8-bit numbers, and of what they stand for."""
+LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+"""Operators with weights that are quantised."""
+RULES = 2
+"""Of what is quantised at all; raise it when they change, for templates that are kept."""
 ROOM = 1.0001
 """By how much a bias's largest 32-bit number stays below what fits, as in the quantiser."""
 
@@ -115,7 +119,7 @@ def quantise(network: onnx.ModelProto, calibration: Calibration) -> onnx.ModelPr
     mark = marked.metadata_props.add()
     mark.key, mark.value = "onnx.quant.pre_process", "onnxruntime.quant"  # it is clean; else the quantiser warns
     kept = [node.name for node in network.graph.node if not calibration.floats.isdisjoint(node.input)]
-    kept += _of_weights_alone(network.graph)
+    kept += [*_of_weights_alone(network.graph), *_behind_the_last_layers(network.graph)]
     with tempfile.TemporaryDirectory(prefix="secateur-") as folder, _quiet():
         file = Path(folder) / "quantised.onnx"
         try:
@@ -147,6 +151,20 @@ def _of_weights_alone(graph: onnx.GraphProto) -> list[str]:
     for node in graph.node:
         if all(name in known for name in node.input if name):
             known.update(node.output)
+            names.append(node.name)
+    return names
+
+
+def _behind_the_last_layers(graph: onnx.GraphProto) -> list[str]:
+    """Names of the nodes whose results reach no layer any more: they bring outputs into shape, and stay in float.
+
+    A detector joins boxes and scores there: in 8 bits they would share one range, and most of its steps would be lost.
+    """
+    stored, wanted, names = {tensor.name for tensor in graph.initializer}, set[str](), []
+    for node in reversed(graph.node):
+        if not wanted.isdisjoint(node.output) or (node.op_type in LAYERS and not stored.isdisjoint(node.input)):
+            wanted.update(node.input)
+        else:
             names.append(node.name)
     return names
 

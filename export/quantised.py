@@ -25,7 +25,7 @@ from secateur.export import pieces
 from secateur.export.errors import TemplateError
 from secateur.export.folding import clean, folded
 from secateur.export.onnx_export import write_atomically
-from secateur.export.qdq import DEQUANTISED, QUANTISED, Calibration, Requantiser, quantise
+from secateur.export.qdq import DEQUANTISED, QUANTISED, RULES, Calibration, Requantiser, quantise
 from secateur.export.slicing import (
     OnnxTemplate,
     ScaledConvolution,
@@ -150,7 +150,13 @@ def key_of(network: onnx.ModelProto, calibration: Calibration) -> str:
     """16 hexadecimal digits for what a quantised network follows from, the quantiser's version included."""
     digest = hashlib.sha256(network.SerializeToString(deterministic=True))
     digest.update(np.ascontiguousarray(calibration.images).view(np.uint8).data)
-    said = [onnxruntime.__version__, calibration.scheme, str(calibration.images.shape), *sorted(calibration.floats)]
+    said = [
+        onnxruntime.__version__,
+        str(RULES),
+        calibration.scheme,
+        str(calibration.images.shape),
+        *sorted(calibration.floats),
+    ]
     digest.update("\n".join(said).encode())
     return digest.hexdigest()[:16]
 

@@ -234,3 +234,14 @@ def test_files_compute_what_their_numbers_say_and_seven_bits_do_so_without_vnni_
         assert np.abs(found - exact).max() <= step  # on any processor
     if scheme == "U8S7":
         assert np.array_equal(clipped, exact)
+
+
+def test_what_brings_outputs_into_shape_stays_in_float():
+    """Boxes and scores that are joined would share one range of 8 bits."""
+    _, graph, _, quantised = templates(nets.Shuffle())
+    nodes = onnx.load_from_string(quantised.slice(PruningPlan.full(graph.groups))).graph.node
+    made = {name: node.op_type for node in nodes for name in node.output}
+    assert made["logits"] == "ReduceMean"
+    assert "Concat" in made.values() and made[next(n.input[0] for n in nodes if n.op_type == "Concat")] == (
+        "DequantizeLinear"  # one that a layer reads is in 8 bits
+    )
