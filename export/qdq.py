@@ -220,6 +220,11 @@ class Requantiser:
             of = weight.input[0].removesuffix(QUANTISED) if node.input[1] in stored else ""
             self.biases.append(_Bias(bias.input[0].removesuffix(QUANTISED), of, scale, own))
 
+    def limits(self, weight: _Weight) -> tuple[int, int, int]:
+        """The smallest and largest number that a weight is stored in, and what 0 is stored as where it is symmetric."""
+        least, most = _limits(weight.dtype, self._reduced, weight.symmetric)
+        return int(least), int(most), round((least + most) / 2)
+
     def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """The quantised network's initializers.
 

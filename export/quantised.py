@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,7 +26,7 @@ from secateur.export import pieces
 from secateur.export.errors import TemplateError
 from secateur.export.folding import clean, folded
 from secateur.export.onnx_export import write_atomically
-from secateur.export.qdq import DEQUANTISED, QUANTISED, RULES, Calibration, Requantiser, quantise
+from secateur.export.qdq import DEQUANTISED, LAYERS, QUANTISED, RULES, Calibration, Requantiser, quantise
 from secateur.export.slicing import (
     OnnxTemplate,
     ScaledConvolution,
@@ -38,6 +39,35 @@ from secateur.export.slicing import (
 from secateur.pruning.plan import PruningPlan
 
 Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The 8-bit numbers of a tensor: ``round(x / scale) + zero``, within ``least`` and ``most``."""
+
+    scale: float
+    zero: int
+    least: int
+    most: int
+
+
+@dataclass(frozen=True)
+class LayerSteps:
+    """How a layer computes in 8 bits.
+
+    Args:
+        weight: its name in the state dict.
+        input, output: activations; None = the output is not rounded behind this layer. It is behind the batch norm.
+        norm: the module of the batch norm that is folded into it; empty = none.
+        stored: the weight's; its scales follow from the weights themselves, one for each channel of dimension 0: the
+            largest magnitude over half of ``most - least``.
+    """
+
+    weight: str
+    input: Steps
+    output: Steps | None
+    norm: str
+    stored: Steps
 
 
 class QuantisedTemplate:
@@ -91,6 +121,34 @@ class QuantisedTemplate:
         order = {name: i for i, node in enumerate(self._nodes.node) for name in node.input}
         named = [name for name, weight in self._again.weights.items() if weight.axis is not None]
         return tuple(sorted(named, key=lambda name: order.get(name + DEQUANTISED, 0)))
+
+    @cached_property
+    def steps(self) -> tuple[LayerSteps, ...]:
+        """How layers compute in 8 bits whose weights have a scale for each of their first dimension's channels."""
+        _, made = self.dense()
+        numbers = self._again.numbers
+        rounding = {node.input[0]: node for node in made.graph.node if node.op_type == "QuantizeLinear"}
+        source = {node.output[0]: node for node in made.graph.node if node.op_type == "DequantizeLinear"}
+        norms = {fold.weight: fold.shift.rpartition(".")[0] for fold in self._folds}
+
+        def of(node: onnx.NodeProto) -> Steps:
+            scale, zero = numbers[node.input[1]], numbers[node.input[2]]
+            limits = np.iinfo(zero.dtype)
+            return Steps(float(scale), int(zero), int(limits.min), int(limits.max))
+
+        found = []
+        for node in made.graph.node:
+            if len(node.input) < 2 or node.op_type not in LAYERS:
+                continue
+            name = node.input[1].removesuffix(DEQUANTISED)
+            weight, data = self._again.weights.get(name), source.get(node.input[0])
+            if weight is None or weight.axis != 0 or data is None or data.op_type != "DequantizeLinear":
+                continue
+            least, most, zero = self._again.limits(weight)
+            after = rounding.get(node.output[0])
+            output = None if after is None else of(after)
+            found.append(LayerSteps(name, of(data), output, norms.get(name, ""), Steps(0.0, zero, least, most)))
+        return tuple(found)
 
     def dense(self) -> tuple[onnx.ModelProto, onnx.ModelProto]:
         """The unpruned network in float, clean, and in int8; their nodes have the same names."""

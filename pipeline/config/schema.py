@@ -287,12 +287,17 @@ class RewardSection(Section):
 class FinetuneSection(Recipe):
     """The fine-tuning of the best plans."""
 
+    later = Recipe.later | {"quantise"}
     top: Annotated[int, Field(ge=1, le=10_000)] = 2
     """How many plans of the archive are fine-tuned; the best by reward becomes the compact model."""
     distill: Distillation | None = Distillation()
     """Learning from the unpruned network beside the labels; None = from the labels alone."""
     from_scratch: bool = False
     """Train the chosen plans from random weights instead of the search's: the control for every method."""
+    quantise: Literal["auto", "int8", "off"] = "auto"
+    """Whether a second, short training follows in which layers compute with the steps of the int8 file, where int8 may
+    ship: a quarter of the epochs at a tenth of the learning rate. int8 = always; auto = where int8 costs the trained
+    network more than half of gate.max_drop; off = never. The better network is kept."""
 
 
 class ExportSection(Section):

@@ -384,7 +384,7 @@ def make_evaluator(
     accuracy = AccuracyEvaluator(
         baseline, folder, search, files.template, progress=progress, deterministic=deterministic, precisions=made
     )
-    trainer = Trainer(baseline, accuracy.weights, recipe, progress)
+    trainer = Trainer(baseline, accuracy.weights, recipe, progress, made)
 
     def oracle(name: str, dense: Mapping[str, Latencies]) -> dict[str, Latencies]:
         own, kind = (files, "") if name == FLOAT else (PreciseFiles(files, made, name), f".{file_word(name)}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from secateur.export.errors import TemplateError
 from secateur.export.onnx_export import export_proto
 from secateur.export.qdq import Calibration
-from secateur.export.quantised import QuantisedTemplate
+from secateur.export.quantised import LayerSteps, QuantisedTemplate
 from secateur.export.quantize import PRECISIONS, layers_in_float, precision
 from secateur.export.sensitivity import sensitivity
 from secateur.export.slicing import OnnxTemplate
@@ -124,6 +124,15 @@ class Precisions:
         """
         template = self.template(name)
         return {} if template is None else sensitivity(template, self.calibration(name).images[:SENSITIVITY_IMAGES])
+
+    def steps(self, name: str) -> Sequence[LayerSteps]:
+        """How layers compute in a calibrated precision; none where the network's template cannot be cut in it.
+
+        Raises:
+            ExportError: as ``template``.
+        """
+        template = self.template(name)
+        return () if template is None else template.steps
 
     def _open(self, name: str) -> QuantisedTemplate | None:
         template = self._float()

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from secateur.export.quantised import LayerSteps
 from secateur.pipeline.config.schema import Distillation, FinetuneSection
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.evaluation.baseline import Baseline
+from secateur.pipeline.evaluation.precisions import Precisions
 from secateur.pipeline.evaluation.weights import Checkpoint, Weights
 from secateur.pipeline.progress import ProgressView
 from secateur.pipeline.training import auxiliary
 from secateur.pipeline.training.checkpoints import read_fitted, write_fitted
 from secateur.pipeline.training.curve import Fitted
+from secateur.pipeline.training.fake_quantisation import fake_quantised
 from secateur.pipeline.training.loop import fit, precision_of
 from secateur.pipeline.training.precision import Precision, certain, remembered
 from secateur.pruning.search.identity import draws_of
@@ -46,9 +49,18 @@ class Trainer:
         baseline: the teacher, and what auxiliary trainings train a copy of.
         weights: where trainings begin, and where what they leave is kept.
         recipe: how networks are trained; ``epochs`` comes with the request.
+        precisions: knows the steps of precisions of integers; None = no training is asked to compute with them.
     """
 
-    def __init__(self, baseline: Baseline, weights: Weights, recipe: FinetuneSection, progress: ProgressView) -> None:
+    def __init__(
+        self,
+        baseline: Baseline,
+        weights: Weights,
+        recipe: FinetuneSection,
+        progress: ProgressView,
+        precisions: Precisions | None = None,
+    ) -> None:
+        self.precisions = precisions
         self.baseline, self.weights, self.recipe, self.progress = baseline, weights, recipe, progress
         self.images_trained = 0
         self.image_macs = 0
@@ -62,7 +74,9 @@ class Trainer:
         candidate, base = request.candidate, _name(f"{request.candidate.id}-tuned", request)
         student, train = self.weights.network(candidate.plan, candidate.base), self.baseline.workload.train
         distill = self._distillation(request)
-        with self.progress.stage(f"  fine-tune {candidate.origin} {candidate.id}") as report:
+        steps = self._steps(request.quantise)
+        title = f"  fine-tune {candidate.origin} {candidate.id}" + (f" in steps of {request.quantise}" if steps else "")
+        with self.progress.stage(title) as report, fake_quantised(student, steps):
             fitted = fit(
                 student,
                 self.baseline.workload,
@@ -143,6 +157,13 @@ class Trainer:
             return self.weights.restore(base, Checkpoint(sha256, path, training=request.kind))
         plan = None if request.write_back else request.candidate.plan
         return self.weights.restore(base, Checkpoint(sha256, path, plan))
+
+    def _steps(self, precision: str) -> Sequence[LayerSteps]:
+        """With which a training computes; none where it is in floats."""
+        if not precision:
+            return ()
+        assert self.precisions is not None, "who asks for steps of integers has files in them"
+        return self.precisions.steps(precision)
 
     def _recipe(self, request: FineTune | AuxiliaryTraining) -> FinetuneSection:
         update: dict[str, float | str] = {"epochs": request.epochs, "autocast": self._precision}

@@ -130,6 +130,16 @@ def check_precisions(config: RunFile) -> None:
         raise UserError("integers are calibrated for one image at a time so far; leave export.dynamic_batch out")
 
 
+def check_quantise(config: RunFile) -> None:
+    """See that a training with steps of integers is of use.
+
+    Raises:
+        UserError: no integers may ship.
+    """
+    if config.finetune.quantise == "int8" and "int8" not in config.ships:
+        raise UserError("trains for int8, which may not ship; write precision: [fp32, int8], or leave it out")
+
+
 def open_workload(config: RunFile, reading: Reading = Reading()) -> Workload:  # noqa: B008 - frozen
     """The run's model, data, loss and metric.
 

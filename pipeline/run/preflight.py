@@ -23,6 +23,7 @@ from secateur.pipeline.errors import UserError
 from secateur.pipeline.run.opening import (
     check_forward,
     check_precisions,
+    check_quantise,
     compute_device,
     device_profiles,
     head_prefixes_of,
@@ -151,6 +152,7 @@ def examine(
     found = Preflight(config)
     found.profiles = found.attempt(("device",), lambda: device_profiles(config))
     found.attempt(("precision",), lambda: check_precisions(config))
+    found.attempt(("finetune", "quantise"), lambda: check_quantise(config))
     found.compute = found.attempt(("compute",), lambda: compute_device(config.compute))
     if tracking:
         report = check_tracking(config, home())

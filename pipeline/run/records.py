@@ -45,6 +45,8 @@ def _told(request: Request) -> dict[str, Any]:
             return {"latency": latency, "candidate": describe(candidate)}
         case FineTune(candidate, epochs, part, write_back, distill, latency):
             told = {"epochs": epochs, "part": list(part), "write_back": write_back, "distill": distill}
+            later = {"lr": request.lr, "quantise": request.quantise or None}
+            told |= {name: value for name, value in later.items() if value is not None}
             return {**told, "latency": latency, "candidate": describe(candidate)}
         case AuxiliaryTraining(kind, epochs, base, options):
             return {"learning": kind, "epochs": epochs, "base_of": base, "options": dict(options)}
@@ -59,7 +61,7 @@ def request_of(record: Record) -> FineTune | AuxiliaryTraining:
     if record["kind"] == "learn":
         return AuxiliaryTraining(record["learning"], epochs, record["base_of"], record["options"])
     start, end = record["part"]
-    more = {name: record[name] for name in ("write_back", "distill", "latency") if name in record}
+    more = {name: record[name] for name in ("write_back", "distill", "latency", "lr", "quantise") if name in record}
     return FineTune(to_candidate(record["candidate"]), epochs, (start, end), **more)
 
 

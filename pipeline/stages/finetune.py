@@ -8,8 +8,11 @@ from dataclasses import replace
 import numpy as np
 from torch import nn
 
+from secateur.export.quantize import precision as precision_of
+from secateur.pipeline.config.schema import GateSection
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.evaluation.evaluator import Evaluator
+from secateur.pipeline.evaluation.precisions import FLOAT
 from secateur.pipeline.files import sha256_of, write_whole
 from secateur.pipeline.run.facts import ControlFacts, Facts, FinetuneFacts, WidthsFacts
 from secateur.pipeline.run.opening import make_problem
@@ -37,6 +40,10 @@ from secateur.pruning.search.support import Limit, SearchError, macs_ratios
 
 LAST = "compact.last.safetensors"
 """The compact network's weights of its last epoch, where those of the best one by the search split are kept."""
+AGAIN, SLOWER = 0.25, 0.1
+"""Of the epochs and of the learning rate, for the training with 8-bit steps behind the first one."""
+MAX_DROP = GateSection.model_fields["max_drop"].default
+"""Where the gate does not look at the drop."""
 
 
 def finetune(run: Run, facts: Facts) -> FinetuneFacts:
@@ -58,6 +65,7 @@ def finetune(run: Run, facts: Facts) -> FinetuneFacts:
     revive_weights(run, oracle)
     study = Study(run.journal, oracle, run.tracker.candidate, stage="final")
     finals = tuple(_tuned(run, study, i, old) for i, old in enumerate(chosen[: run.config.finetune.top]))
+    finals += tuple(filter(None, [_for_integers(run, study, oracle, final) for final in finals]))
     best = max(finals, key=lambda entry: merit(run, reward, entry.evaluation, reference))
     if best.evaluation.status != "ok":
         raise UserError(f"fine-tuning failed for every plan: {best.evaluation.reason}")
@@ -151,6 +159,35 @@ def _tuned(run: Run, study: Study, number: int, old: Candidate) -> Entry:
     candidate = Candidate(number, old.plan, "final", (old.id,), base, old.projected_share)
     answer = study.finetune(FineTune(candidate, run.config.finetune.epochs))
     return Entry(replace(candidate, base=answer.base), answer.evaluation)
+
+
+def _for_integers(run: Run, study: Study, oracle: Evaluator, final: Entry) -> Entry | None:
+    """A fine-tuned candidate trained on with the steps of an int8 file; None where that is not asked for or not due."""
+    section, candidate = run.config.finetune, final.candidate
+    precision = quantised_precision(final.evaluation.precision, tuple(oracle.precisions))
+    if section.quantise == "off" or precision is None or final.evaluation.status != "ok":
+        return None
+    if section.quantise == "auto":
+        exact, rounded = (study.exact(candidate, name)[run.workload.metric] for name in (FLOAT, precision))
+        if not exact - rounded > tolerated(run.config.gate.max_drop):
+            return None
+        run.progress.say(
+            f"In {precision} the network loses {exact - rounded:.2%} {run.workload.metric}, more than half of what the "
+            "gate allows: it trains on with 8-bit steps (finetune.quantise)"
+        )
+    request = FineTune(candidate, AGAIN * section.epochs, lr=SLOWER * section.lr, quantise=precision)
+    answer = study.finetune(request)
+    return Entry(replace(candidate, base=answer.base), answer.evaluation)
+
+
+def quantised_precision(chosen: str, tried: Sequence[str]) -> str | None:
+    """Whose steps a network trains with: those of the precision it has, else of the first that has any."""
+    return next((name for name in (chosen, *tried) if precision_of(name).calibrated), None)
+
+
+def tolerated(max_drop: float | None) -> float:
+    """What integers may cost a network before it is trained for them: half of what the gate allows."""
+    return (MAX_DROP if max_drop is None else max_drop) / 2
 
 
 def _cut(oracle: Evaluator, best: Candidate) -> nn.Module:

@@ -133,6 +133,7 @@ class FineTune:
         distill: teach with the unpruned network; None = as the run file says.
         latency: also time the trained network on the device.
         lr: the largest learning rate; None = the recipe's.
+        quantise: the precision of integers that the training computes with the steps of; empty = in floats.
     """
 
     candidate: Candidate
@@ -142,6 +143,7 @@ class FineTune:
     distill: bool | None = None
     latency: bool = True
     lr: float | None = None
+    quantise: str = ""
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,28 @@ from secateur.export.verify import predict
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.report import final_table
 from secateur.pipeline.run.facts import from_json, to_json
+from secateur.pipeline.run.records import request_of
+from secateur.pipeline.stages.finetune import quantised_precision, tolerated
 from secateur.pipeline.stages.gate import test_metrics as metrics_of
 from tests.pipeline.helpers import opened, perform, tiny_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
+
+
+@pytest.mark.parametrize(("drop", "again"), [(0.011, True), (0.009, False), (float("nan"), False)])
+def test_training_for_int8_follows_where_it_costs_more_than_half_of_what_the_gate_allows(
+    drop: float, again: bool
+) -> None:
+    assert (drop > tolerated(0.02)) == (drop > tolerated(None)) == again
+    assert quantised_precision("fp32", ("fp32", "int8", "int8 except conv1")) == "int8"
+    assert quantised_precision("int8 except conv1", ("fp32", "int8")) == "int8 except conv1"
+    assert quantised_precision("fp32", ("fp32", "fp16")) is None
+
+
+def test_training_for_int8_that_may_not_ship_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECATEUR_HOME", str(tmp_path / "home"))
+    with pytest.raises(UserError, match=r"finetune\.quantise: trains for int8, which may not ship"):
+        opened(tiny_config(tmp_path, finetune={"quantise": "int8"}))
 
 
 @pytest.mark.slow
@@ -24,9 +42,13 @@ def test_int8_is_searched_fine_tuned_timed_and_judged_as_one_file(
 ) -> None:
     monkeypatch.setenv("SECATEUR_HOME", str(tmp_path / "home"))
     search = {"method": "uniform", "options": {}, "target": {"macs_ratio": 0.6}}
-    config = tiny_config(tmp_path, precision="int8", search=search, finetune={"top": 1})
+    config = tiny_config(tmp_path, precision="int8", search=search, finetune={"top": 1, "quantise": "int8"})
     with opened(config) as run:
         facts = perform(run, until="gate")
+        trained = [r for r in run.journal.records if r["stage"] == "final" and r["kind"] == "finetune"]
+        assert [(r.get("quantise"), r["epochs"]) for r in trained] == [(None, 1), ("int8", 0.25)]
+        assert [request_of(r).lr for r in trained] == [None, run.config.finetune.lr / 10]  # type: ignore[union-attr]
+        assert len(facts.finetune.finals) == 2
         best, compact = facts.finetune.best.evaluation, facts.export.compact
         assert best.precision == compact.artifact.precision == "int8"
         assert facts.search.reference.precision == "fp32"
