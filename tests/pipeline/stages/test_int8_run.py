@@ -10,11 +10,11 @@ import pytest
 
 from secateur.export.verify import predict
 from secateur.pipeline.errors import UserError
+from secateur.pipeline.lifecycle import promotion
 from secateur.pipeline.report import final_table
 from secateur.pipeline.run.facts import from_json, to_json
 from secateur.pipeline.run.records import request_of
 from secateur.pipeline.stages.finetune import quantised_precision, tolerated
-from secateur.pipeline.stages.gate import test_metrics as metrics_of
 from tests.pipeline.helpers import opened, perform, tiny_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
@@ -45,7 +45,7 @@ def test_int8_is_searched_fine_tuned_timed_and_judged_as_one_file(
     config = tiny_config(tmp_path, precision="int8", search=search, finetune={"top": 1, "quantise": "int8"})
     with opened(config) as run:
         facts = perform(run, until="gate")
-        trained = [r for r in run.journal.records if r["stage"] == "final" and r["kind"] == "finetune"]
+        trained = [r for r in run.journal.records if r.get("stage") == "final" and r["kind"] == "finetune"]
         assert [(r.get("quantise"), r["epochs"]) for r in trained] == [(None, 1), ("int8", 0.25)]
         assert [request_of(r).lr for r in trained] == [None, run.config.finetune.lr / 10]  # type: ignore[union-attr]
         assert len(facts.finetune.finals) == 2
@@ -59,7 +59,7 @@ def test_int8_is_searched_fine_tuned_timed_and_judged_as_one_file(
         assert compact.rounded is not None and compact.rounded.argmax_agreement > 0.9
         assert compact.artifact.size_bytes < 0.6 * facts.export.baseline.artifact.size_bytes
         told = facts.gate.models.compact.metrics["top1"]
-        assert told == metrics_of(run, file)["top1"]
+        assert told == run.workload.test_metrics(*promotion.test_answers(run.workload, file))["top1"]
         assert abs(told - best["top1"]) < 0.15  # other images, the same network
         records = [r for r in run.journal.records if "candidate" in r and r["stage"] in ("search", "final")]
         assert records and all(r["evaluation"]["precision"] == "int8" for r in records)

@@ -118,7 +118,7 @@ def test_weights_learn_and_nothing_of_it_stays() -> None:
 
 
 def test_a_network_learns_to_live_with_coarse_steps(tmp_path: Path) -> None:
-    """With three values a weight a digits network is lost; a training that knows them brings it back, one that does not cannot."""
+    """With three values a weight it is lost; a training that knows them brings it back, one that does not cannot."""
     workload, compute = digits(image_size=8), torch.device("cpu")
     torch.manual_seed(0)
     model = workload.build_model()
