@@ -47,7 +47,7 @@ def test_int8_is_searched_fine_tuned_timed_and_judged_as_one_file(
         facts = perform(run, until="gate")
         trained = [r for r in run.journal.records if r.get("stage") == "final" and r["kind"] == "finetune"]
         assert [(r.get("quantise"), r["epochs"]) for r in trained] == [(None, 1), ("int8", 0.25)]
-        assert [request_of(r).lr for r in trained] == [None, run.config.finetune.lr / 10]  # type: ignore[union-attr]
+        assert [request_of(r).lr for r in trained] == [None, pytest.approx(run.config.finetune.lr / 10)]  # type: ignore[union-attr]
         assert len(facts.finetune.finals) == 2
         best, compact = facts.finetune.best.evaluation, facts.export.compact
         assert best.precision == compact.artifact.precision == "int8"
