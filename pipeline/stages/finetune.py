@@ -100,7 +100,8 @@ def control(
     """
     if run.config.report.control == "none":
         return None
-    rewards = run.reward(reference, run.workload.search_metric)
+    rewards = run.reward(reference, run.workload.search_metric)  # what these are scored by may not be the gate's metric
+    oracle.prefer(lambda evaluation: merit(run, rewards, evaluation, reference))
     problem = make_problem(run.config, oracle.graph, space, reference, rewards, run.workload.search_metric)
     ratio = oracle.accuracy.baseline.macs(chosen) / reference["macs"]
     study = Study(run.journal, oracle, run.tracker.candidate, stage="control")

@@ -13,6 +13,8 @@ from secateur.pipeline.errors import TrackingError
 from secateur.pipeline.tracking.place import equals
 from secateur.pipeline.tracking.store import RUN_TAG, Unreachable, connect, experiment_of, first_line, redacted
 
+VIEW = "?workflowType=machine_learning"
+"""Of a page's address: the view for models, whichever the reader's browser opened last."""
 REPROFILE_TAG, LAST_TAG = "secateur.champion", "secateur.last_reading"
 
 
@@ -80,4 +82,4 @@ def page_of(uri: str, experiment: str, run_id: str) -> str:
     parts = urlsplit(uri)
     server = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
     place = f"{server}/#/experiments/{known.experiment_id}"
-    return f"{place}/runs/{runs[0].info.run_id}" if runs else place
+    return f"{place}/runs/{runs[0].info.run_id}{VIEW}" if runs else f"{place}{VIEW}"
