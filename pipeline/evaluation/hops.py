@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from secateur.device_profiles import DeviceError, DeviceProfile, Target
 from secateur.device_profiles.agent import PROTOCOL
 from secateur.device_profiles.runtime import runtime_field
 from secateur.export.errors import ExportError
+from secateur.export.folding import clean
+from secateur.export.qdq import DEQUANTISED
 from secateur.export.verify import open_session, predict, run_session
 from secateur.pipeline.archives import check_archive
 from secateur.pipeline.workloads import Workload
@@ -29,6 +31,8 @@ from secateur.pipeline.workloads import Workload
 Array = npt.NDArray[Any]
 IMAGE_S = 30.0
 """Seconds that one image may take at most; an emulator takes long."""
+ROUNDED = 0.2
+"""Share of a tensor's norm that 8 bits may change, before it is named."""
 TENSORS = 64
 """Tensors inside of a network that are compared at a time."""
 
@@ -131,6 +135,49 @@ def first_divergence(target: Target, profile: DeviceProfile, file: Path, image: 
                 if name in nodes and relative_error(there[name], expected) > tolerance:
                     return f"{nodes[name].op_type} {nodes[name].name or name}, tensor {name}"
     return ""
+
+
+def first_rounded(floats: bytes, rounded: bytes, image: Array, bound: float = ROUNDED) -> str:
+    """The first tensor that 8 bits change by more than a share of its norm, with its layer; empty where there is none.
+
+    Args:
+        floats, rounded: two files of one network, whose tensors have the same names.
+        image: shape (1, channels, height, width).
+    """
+    plain, other = clean(onnx.load_from_string(floats))[0], onnx.load_from_string(rounded)
+    names = {name for node in other.graph.node for name in node.output}
+    for nodes, opened in _opened(plain):
+        common = [name for name in nodes if name + DEQUANTISED in names]
+        other_opened = onnx.ModelProto()
+        other_opened.CopyFrom(other)
+        kind = onnx.TensorProto.FLOAT
+        other_opened.graph.output.extend(
+            onnx.helper.make_tensor_value_info(name + DEQUANTISED, kind, None) for name in common
+        )
+        expected = _tensors(opened, image, common)
+        found = _tensors(other_opened, image, [name + DEQUANTISED for name in common])
+        for name in common:
+            size = max(float(np.linalg.norm(expected[name])), 1e-12)
+            if float(np.linalg.norm(found[name + DEQUANTISED] - expected[name])) > bound * size:
+                return f"{_layer_behind(plain, name)}, tensor {name}"
+    return ""
+
+
+def _layer_behind(model: onnx.ModelProto, tensor: str) -> str:
+    """The layer that made a tensor, or the nearest one before it, by its module; the operator where there is none."""
+    made_by = {name: node for node in model.graph.node for name in node.output}
+    node = made_by[tensor]
+    while True:
+        weights = [name.removesuffix(".weight") for name in node.input if name.endswith(".weight")]
+        if weights or node.input[0] not in made_by:
+            return f"{node.op_type} {weights[0] if weights else node.name}"
+        node = made_by[node.input[0]]
+
+
+def _tensors(model: onnx.ModelProto, image: Array, names: Sequence[str]) -> dict[str, Array]:
+    session = open_session(model.SerializeToString())
+    feed = {session.get_inputs()[0].name: image}
+    return dict(zip(names, session.run(list(names), feed), strict=True)) if names else {}
 
 
 def _opened(model: onnx.ModelProto) -> Iterator[tuple[Mapping[str, onnx.NodeProto], onnx.ModelProto]]:

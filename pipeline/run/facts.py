@@ -359,18 +359,52 @@ class ExportedNetwork:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProofHop:
+    """One step on the way from the unpruned network in PyTorch to a file on a device.
+
+    Args:
+        name: of the step.
+        expected, found: what was compared with what, in words.
+        error: largest relative difference; None = infinite, or it could not be run.
+        tolerance: that it may have; None = any, as in int8, where the metric tells.
+        metric_expected, metric: the workload's of both, on the same images of the search split; None = not taken. The
+            metric is of the very network or file.
+        samples: images.
+        reason: what is wrong; empty where the step holds.
+        tensor: the first one inside of the network that differs, with its layer; empty = none was found, or it holds.
+    """
+
+    name: str
+    expected: str
+    found: str
+    error: Number | None
+    tolerance: Number | None
+    metric_expected: Number | None = None
+    metric: Number | None = None
+    samples: int = 0
+    reason: str = ""
+    tensor: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.reason
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportFacts(StageFacts):
     """Both networks as ONNX.
 
     Args:
         certificate: of the cut that became the compact network.
         usage: how images are prepared and outputs read, as ``Workload.usage`` says it.
+        hops: from the unpruned network in PyTorch to the files; None in runs of earlier versions.
     """
 
     baseline: ExportedNetwork
     compact: ExportedNetwork
     certificate: Proof
     usage: Mapping[str, Any]
+    hops: Annotated[tuple[ProofHop, ...] | None, OMITTED] = None
 
     @property
     def networks(self) -> Both[ExportedNetwork]:
@@ -607,6 +641,9 @@ class GateFacts(StageFacts):
         search_metric: the metric the search went by.
         others: further metrics that a task shows: name -> (unit, whether "higher" or "lower" is better).
         accuracy: how sure the metric is; None in runs of earlier versions.
+        hops: every step from the unpruned network in PyTorch to the files on the devices; None in runs of earlier
+            versions.
+        broken: the first hop that does not hold, in a sentence; None = all hold.
     """
 
     models: Both[KeptModel]
@@ -616,6 +653,8 @@ class GateFacts(StageFacts):
     search_metric: str
     others: Annotated[Mapping[str, tuple[str, str]] | None, OMITTED] = None
     accuracy: Annotated[AccuracyFacts | None, OMITTED] = None
+    hops: Annotated[tuple[ProofHop, ...] | None, OMITTED] = None
+    broken: Annotated[str | None, OMITTED] = None
 
     @property
     def failed(self) -> tuple[Check, ...]:

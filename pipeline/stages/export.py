@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib.metadata import version
+from pathlib import Path
 
 import onnx
 import torch
@@ -17,17 +18,21 @@ from secateur.export.onnx_export import OPSET, describing, export_onnx, renamed,
 from secateur.export.quantize import precision
 from secateur.export.slicing import OnnxTemplate, candidate_onnx
 from secateur.export.verify import TOLERANCE, predict, verify_parity
+from secateur.pipeline.evaluation.hops import first_rounded
 from secateur.pipeline.evaluation.onnx_files import CANDIDATES, TEMPLATE
 from secateur.pipeline.evaluation.precisions import FLOAT, Precisions
+from secateur.pipeline.run import hop_table
 from secateur.pipeline.run.facts import ExportedNetwork, ExportFacts, Facts, ParityFacts, Proof, ResultParity
 from secateur.pipeline.run.run import Run
 from secateur.pipeline.run.schemes import scheme_of
-from secateur.pipeline.stages.loading import load_baseline, load_compact, parity_images
+from secateur.pipeline.stages.loading import first_batch, load_baseline, load_compact, parity_images
 from secateur.pipeline.workloads import Postprocessing
 from secateur.pruning.channels import ChannelGraph
 from secateur.pruning.plan import PruningPlan
 from secateur.pruning.surgery import certify, prune
 
+AT_ONCE = 16
+"""Images that pass a network in PyTorch together, for its metric."""
 VERSIONS = ("torch", "onnx", "onnxscript")
 """Packages that an exported file names."""
 
@@ -50,17 +55,46 @@ def export(run: Run, facts: Facts) -> ExportFacts:
             exported.append(_export_one(run, name, network, own, "" if own is full else own.digest, template))
             error = exported[-1].parity.max_relative_error
             report(len(exported), 2, f"largest relative difference {error:.1e}")
-    chosen = facts.finetune.best.evaluation.precision
+    chosen, metrics, tensor = facts.finetune.best.evaluation.precision, _metrics(run, model, compact), ""
     if chosen != FLOAT:
+        in_float = exported[1].artifact.path.read_bytes()
         exported[1] = _in_precision(run, chosen, exported[1], compact, plan, template)
-    certificate = certify(model, prune(model, graph, plan), graph, plan, run.workload.example_input())
+        file = exported[1].artifact.path
+        metrics[hop_table.ROUNDED] = _metric_of_file(run, file)
+        tensor = first_rounded(in_float, file.read_bytes(), parity_images(run)[:1].numpy())
+    certificate = Proof(**asdict(certify(model, prune(model, graph, plan), graph, plan, run.workload.example_input())))
+    hops = hop_table.of_export(
+        exported[0], exported[1], certificate, run.config.export.tolerance, metrics, run.config.gate.max_drop, tensor
+    )
     return ExportFacts(
         baseline=exported[0],
         compact=exported[1],
-        certificate=Proof(**asdict(certificate)),
+        certificate=certificate,
+        hops=hops,
         usage=dict(run.workload.usage),
         files=exported[0].files | exported[1].files,
     )
+
+
+def _metrics(run: Run, model: nn.Module, compact: nn.Module) -> dict[str, float]:
+    """The workload's metric of both networks in PyTorch and of both files, on the images of the parity check."""
+    found = {}
+    for key, network in ((hop_table.DENSE, model), (hop_table.PRUNED, compact)):
+        with torch.inference_mode():
+            found[key] = _metric(run, torch.cat([network(part) for part in torch.split(parity_images(run), AT_ONCE)]))
+    for key, name in ((hop_table.BASELINE, "baseline"), (hop_table.COMPACT, "compact")):
+        found[key] = _metric_of_file(run, run.directory / f"{name}.onnx")
+    return found
+
+
+def _metric_of_file(run: Run, file: Path) -> float:
+    return _metric(run, torch.from_numpy(predict(file, parity_images(run).numpy(), torch.get_num_threads())))
+
+
+def _metric(run: Run, outputs: torch.Tensor) -> float:
+    workload = run.workload
+    _, labels = first_batch(run, workload.search.first(run.config.export.parity_images))
+    return float(workload.metrics(workload.answers(outputs, labels), labels)[workload.metric])
 
 
 def _template(run: Run, model: nn.Module, graph: ChannelGraph) -> OnnxTemplate | None:

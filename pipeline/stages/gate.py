@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from secateur.pipeline.lifecycle import per_image, promotion
+from secateur.pipeline.run import hop_table
 from secateur.pipeline.run.facts import AccuracyFacts, Both, Check, Facts, GateFacts, ModelFacts, Speedup
 from secateur.pipeline.run.run import Run
 from secateur.pipeline.stages.loading import load_baseline
 from secateur.pruning.cost import cost
 from secateur.pruning.plan import PruningPlan
 
-CERTIFIED = 1e-4
-"""The largest relative difference of the pruned network to the masked one."""
 TELLING = 0.1
 """How far (fraction) above a latency target the interval of a ratio may reach, to be called at the target."""
 
@@ -27,6 +26,7 @@ def gate(run: Run, facts: Facts) -> GateFacts:
     """
     models, accuracy, files = _models(run, facts)
     checks = tuple(checks_of(run, facts, models))
+    hops = (*(facts.export.hops or ()), *map(hop_table.of_device, facts.benchmark.hops or ()))
     return GateFacts(
         models=models,
         checks=checks,
@@ -35,6 +35,8 @@ def gate(run: Run, facts: Facts) -> GateFacts:
         search_metric=run.workload.search_metric,
         others=getattr(run.workload, "others", None),
         accuracy=accuracy,
+        hops=hops,
+        broken=hop_table.first_broken(hops),
         files=files,
     )
 
@@ -69,7 +71,7 @@ def checks_of(run: Run, facts: Facts, models: Both[ModelFacts]) -> Iterator[Chec
     """Every check of the gate, of the proofs first, then of what the run file and the devices ask for."""
     section, metric = run.config.gate, run.workload.metric
     base, compact = models
-    yield check("certificate of the cut", facts.export.certificate.max_relative_error, "<=", CERTIFIED)
+    yield check("certificate of the cut", facts.export.certificate.max_relative_error, "<=", hop_table.CERTIFIED)
     for name, exported in facts.export.networks.items():
         yield check(f"parity of {name}", exported.parity.max_relative_error, "<=", run.config.export.tolerance)
         if exported.postprocessing is not None:

@@ -16,9 +16,15 @@ from onnx import numpy_helper
 from secateur.device_profiles import LocalTarget
 from secateur.device_profiles.runtime import runtime_named
 from secateur.export.convert import in_format
+from secateur.export.qdq import Calibration
+from secateur.export.quantised import QuantisedTemplate
 from secateur.pipeline.evaluation import hops
+from secateur.pruning.plan import PruningPlan
 from tests.device_profiles import arm
 from tests.device_profiles.tiny import quick_profile, skip_without
+from tests.export import nets
+from tests.export.test_quantised import images as pixels
+from tests.export.test_quantised import templates
 
 
 class Counting:
@@ -94,3 +100,13 @@ def test_what_is_no_number_differs_infinitely():
     assert hops.relative_error(np.array([[1, np.nan]], np.float32), one) == float("inf")
     assert hops.relative_error(np.ones((2, 1), np.float32), one) == float("inf")
     assert hops.relative_error(one * 1.5, one) == 0.5
+
+
+def test_the_first_layer_that_8_bits_spoil_is_named() -> None:
+    """Ranges of dark images clip a bright one at once."""
+    _, graph, template, quantised = templates(nets.Mobile())
+    dark = QuantisedTemplate.make(template, Calibration(pixels() / 100))
+    full, image = PruningPlan.full(graph.groups), pixels(1)
+    told = hops.first_rounded(template.slice(full), dark.slice(full), image)
+    assert told == "Conv stem.0, tensor hardtanh"
+    assert hops.first_rounded(template.slice(full), quantised.slice(full), image) == ""
