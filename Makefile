@@ -38,9 +38,10 @@ chaos: $(STAMP) ## Kill and interrupt real runs at random (KILLS=50 SEED=N; minu
 golden: $(STAMP) ## Run small fixed runs with two checkouts, and compare all results (BASE=commit, HEAD~1 unless given)
 	$(BIN)/python -m tests.golden.compare --base $(BASE)
 
-parts: $(STAMP) ## Fetch what some tests need, without root: an SSH server, an emulated ARM device (into .parts/)
+parts: $(STAMP) ## Fetch what some tests need, without root: an SSH server, an emulated ARM device, a browser (into .parts/)
 	tests/tools/install_sshd.sh
 	tests/tools/install_arm.sh
+	tests/tools/install_chromium.sh
 
 generate: $(STAMP) ## Write what documentation pages repeat of the code: keys, commands, options, figures
 	$(BIN)/python docs/generate.py

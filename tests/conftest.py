@@ -52,3 +52,11 @@ def trusted() -> Callable[[str], None]:
         trust.allow(entry for found in trust.code_in(config, Path("run.yaml")) for entry in found.entries)
 
     return consent
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many tests drove a browser; ``.ci/run`` asks."""
+    ran = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
+    browser = [report for report in ran if "report/test_browser.py" in report.nodeid and report.when == "call"]
+    if any("report/test_browser.py" in report.nodeid for report in terminalreporter.getreports("skipped")) or browser:
+        terminalreporter.write_line(f"Browser tests that ran: {len(browser)}")

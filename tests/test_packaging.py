@@ -66,7 +66,7 @@ def test_a_wheel_installs_one_name_and_every_file_once(links: bool, tmp_path: Pa
         p.relative_to(ROOT)
         for f in FOLDERS
         for p in (ROOT / f).rglob("*.*")
-        if p.suffix in (".py", ".yaml", ".j2", ".json")
+        if p.suffix in (".py", ".yaml", ".j2", ".json", ".js", ".LICENSE")
     ]
     named = ("__init__.py", "__main__.py", "py.typed", *(path.as_posix() for path in shipped))
     assert sorted(inside) == sorted(f"secateur/{name}" for name in named)

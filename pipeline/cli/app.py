@@ -19,6 +19,7 @@ from secateur.pipeline.cli import (
     inspect,
     interrupts,
     registry,
+    report,
     reproduce,
     results,
     run,
@@ -75,6 +76,8 @@ app.command(name="rescore")(results.rescore_)
 app.command()(reproduce.reproduce)
 app.command()(reproduce.verify)
 app.command(name="results")(reproduce.results_)
+app.command()(report.report)
+app.command()(report.compare)
 app.command(name="list")(inspect.list_)
 app.command()(inspect.explain)
 app.command()(inspect.schema)

@@ -51,7 +51,7 @@ def pull(
     name, which, named = split(reference)
     if device and named and device != named:
         raise errors.UserError(f"{reference} says device {named}, --device says {device}: give one of them")
-    got = pull_(_registry(uri), name, folder, which=which, device=device or named, offline=offline)
+    got = pull_(registry_at(uri), name, folder, which=which, device=device or named, offline=offline)
     if got.notice:
         err.print(f"Note: {got.notice}")
     if json_:
@@ -95,7 +95,7 @@ def promote(
     target = open_target(profile)
     try:
         decision = promote_(
-            _registry(uri),
+            registry_at(uri),
             name,
             profile,
             target,
@@ -118,7 +118,7 @@ def rollback(name: Name, device: Device = None, uri: Uri = None) -> None:
 
     Example: secateur rollback digits-resnet20
     """
-    registry = _registry(uri)
+    registry = registry_at(uri)
     version = registry.rollback(name, device)
     where = device or registry.default_device(name)
     out.print(f"Champion of {name} on {where}: version {version.version}")
@@ -126,7 +126,7 @@ def rollback(name: Name, device: Device = None, uri: Uri = None) -> None:
 
 def history(name: Name, uri: Uri = None, json_: Json = False) -> None:
     """Show who was champion on which device, and since when."""
-    registry = _registry(uri)
+    registry = registry_at(uri)
     if json_:
         champions = {device: version.version for model, device, version in registry.champions() if model == name}
         out.data({"name": name, "events": [asdict(event) for event in registry.history(name)], "champions": champions})
@@ -171,7 +171,8 @@ def split(reference: str) -> tuple[str, str, str | None]:
     return name, rest[0] if rest else "champion", rest[1] if len(rest) > 1 else None
 
 
-def _registry(uri: str | None) -> Registry:
+def registry_at(uri: str | None) -> Registry:
+    """The registry at an address; None = the usual one."""
     from secateur.pipeline.config.schema import TrackingSection
     from secateur.pipeline.surroundings import home
     from secateur.pipeline.tracking import Registry, store_uri

@@ -17,6 +17,7 @@ from torch import Tensor
 from secateur.pipeline.files import sha256_of, write_whole
 from secateur.pipeline.lifecycle import promotion
 from secateur.pipeline.run.facts import AccuracyFacts, Interval
+from secateur.pipeline.run.kept_facts import CHANGED, PER_IMAGE
 from secateur.pipeline.workloads import Split, TellsImages, Workload
 
 DRAWS, SECONDS = 1000, 10.0
@@ -25,8 +26,6 @@ FEWEST = 30
 MOST_CHANGED = 12
 SIDE = 96
 """Pixels of a picture's longer side."""
-PER_IMAGE, PICTURES = "test.npz", "test-pictures.json"
-"""Files of a run directory."""
 
 
 def accuracy_of(workload: Workload, answers: Sequence[Tensor], targets: Tensor) -> AccuracyFacts:
@@ -92,8 +91,8 @@ def keep(
     if pictures and positions:
         images = [_data_uri(picture) for picture in _pixels(workload, positions)]
         rows = [{"image": at, "picture": picture} for at, picture in zip(positions, images, strict=True)]
-        write_whole(directory / PICTURES, json.dumps({"format": 1, "changed": rows}) + "\n")
-        files[PICTURES] = sha256_of(directory / PICTURES)
+        write_whole(directory / CHANGED, json.dumps({"format": 1, "changed": rows}) + "\n")
+        files[CHANGED] = sha256_of(directory / CHANGED)
     return files
 
 

@@ -6,12 +6,14 @@ in two. So a run goes on where it was begun, or says where that was and what was
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from secateur import __version__
 from secateur.device_profiles.wording import command, printable
 from secateur.pipeline.config.schema import RunFile
 from secateur.pipeline.errors import UserError
@@ -20,18 +22,27 @@ from secateur.pipeline.surroundings import DATA, HOME, TRACKING_URI, home, varia
 from secateur.pipeline.tracking.place import SQLITE, redacted, sqlite_file, store_uri
 
 ORIGIN = "origin.json"
-TRACKING, FOLDER = "tracking", "folder"
+TRACKING, FOLDER, CODE = "tracking", "folder", "code"
 COMMIT, BRANCH = "commit", "branch"
 """Of the run file's folder, where that is in a Git repository."""
 
 
-def origin_of(run_id: str, config: RunFile) -> dict[str, str | None]:
-    """Whose run it is, what its relative paths are relative to, of which commit it is, and where it is tracked."""
+def origin_of(run_id: str, config: RunFile) -> dict[str, Any]:
+    """Whose run it is, what its relative paths are relative to, of which commits and code it is, where it is tracked."""
     folders = {"cwd": str(Path.cwd()), HOME: str(home()), DATA: variable(DATA)}
     lay = None if config.folder is None else str(config.folder)
     revision = None if config.folder is None else revision_of(config.folder)
     at = {} if revision is None else {COMMIT: revision.commit, BRANCH: revision.branch}
-    return {"run_id": run_id, **folders, FOLDER: lay, **at, TRACKING: tracked_at(config)}
+    return {"run_id": run_id, **folders, FOLDER: lay, **at, TRACKING: tracked_at(config), CODE: made_by()}
+
+
+def made_by() -> dict[str, str | None]:
+    """Which code a run is begun with: the version, and of a checkout its commit and the lock's sha256; for people."""
+    root = Path(__file__).resolve().parents[2]
+    lock, revision = root / "requirements.lock", revision_of(root)
+    digest = hashlib.sha256(lock.read_bytes()).hexdigest() if lock.is_file() else None
+    commit = revision.commit if lock.is_file() and revision is not None else None
+    return {"secateur": __version__, "git": commit, "lock": digest}
 
 
 def read_origin(directory: Path) -> Mapping[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 
 from secateur.device_profiles import BenchmarkResult, DeviceError, DeviceProfile, measure
@@ -35,12 +36,13 @@ from secateur.pipeline.run.facts import (
     TimedResults,
     Timing,
 )
+from secateur.pipeline.run.kept_facts import LAYERS
 from secateur.pipeline.run.run import Run
 from secateur.pipeline.stages.loading import first_batch, parity_images
 
 NETWORKS = ("baseline", "compact")
-LAYERS = "layers.json"
-"""File of a run directory with the time of every operator."""
+FUSED = ("Relu", "Clip", "Add", "BatchNormalization", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid")
+"""Nodes that a runtime may compute together with the layer before them."""
 PROFILED = Tier(processes=1, warmup=3, min_repeats=5, min_seconds=0.0, max_warmup_seconds=1.0, retries=0)
 """How the process is measured in which operators are timed; its calls count for nothing."""
 
@@ -100,10 +102,32 @@ def layer_times(run: Run) -> dict[str, str]:
     if not all(samples.nodes for samples in sampled.values()):
         return {}
     told = {"format": 1, "device": device.name, "runtime": device.profile.runtime}
-    networks = {name: [asdict(node) for node in samples.nodes] for name, samples in sampled.items()}
+    networks = {}
+    for name, samples in sampled.items():
+        layers = layers_of(models[name])
+        networks[name] = [
+            {**asdict(node), "layer": layers.get(node.name.removesuffix("_nchwc"))} for node in samples.nodes
+        ]
     file = run.directory / LAYERS
     write_whole(file, json.dumps({**told, "networks": networks}) + "\n")
     return {file.name: sha256_of(file)}
+
+
+def layers_of(file: Path) -> dict[str, str]:
+    """Name of a node, or of what it and the simple nodes behind it put out -> the layer whose weight it multiplies by.
+
+    A runtime that fuses nodes calls the result by the last one's output.
+    """
+    graph = onnx.load(file, load_external_data=False).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    found: dict[str, str] = {}
+    for node in graph.node:
+        weight = next((name for name in node.input[1:2] if name in weights), None)
+        if node.op_type in ("Conv", "Gemm", "MatMul") and weight is not None:
+            found |= dict.fromkeys((node.name, *node.output), weight.removesuffix(".weight"))
+        elif (before := [found[name] for name in node.input if name in found]) and node.op_type in FUSED:
+            found |= dict.fromkeys(node.output, before[-1])
+    return found
 
 
 def further_runtimes(run: Run) -> tuple[tuple[InRuntime, ...], dict[str, str]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from torch import nn
@@ -15,6 +17,7 @@ from secateur.pipeline.evaluation.evaluator import Evaluator
 from secateur.pipeline.evaluation.precisions import FLOAT
 from secateur.pipeline.files import sha256_of, write_whole
 from secateur.pipeline.run.facts import ControlFacts, Facts, FinetuneFacts, WidthsFacts
+from secateur.pipeline.run.kept_facts import GROUPS
 from secateur.pipeline.run.opening import make_problem
 from secateur.pipeline.run.records import request_of
 from secateur.pipeline.run.run import Run
@@ -23,7 +26,7 @@ from secateur.pipeline.stages.loading import load_baseline
 from secateur.pipeline.stages.search import merit
 from secateur.pipeline.training.checkpoints import save_weights
 from secateur.pruning.channels import ChannelGraph
-from secateur.pruning.cost import cost
+from secateur.pruning.cost import cost, costs
 from secateur.pruning.plan import PruningPlan, SearchSpace
 from secateur.pruning.search.landing import filled
 from secateur.pruning.search.protocol import (
@@ -73,6 +76,7 @@ def finetune(run: Run, facts: Facts) -> FinetuneFacts:
     plan = run.directory / "compact.plan.json"
     write_whole(plan, best.candidate.plan.to_json() + "\n")
     files = {"compact.safetensors": weights, "compact.plan.json": sha256_of(plan)}
+    files[GROUPS] = _write_groups(run.directory / GROUPS, graph)
     if (last := oracle.trainer.last(best.candidate.base)) is not None:
         write_whole(run.directory / LAST, last.read_bytes())
         files[LAST] = sha256_of(last)
@@ -89,6 +93,26 @@ def finetune(run: Run, facts: Facts) -> FinetuneFacts:
         training=oracle.trainer.fitted(best.candidate.base),
         files=files,
     )
+
+
+def _write_groups(file: Path, graph: ChannelGraph) -> str:
+    """What the channel groups cost, and what is frozen with the reason, for the report; returns the file's sha256."""
+    widths = np.tile([group.size for group in graph.groups], (len(graph.groups) + 1, 1))
+    widths[np.arange(len(graph.groups)), np.arange(len(graph.groups))] = 0  # the last row is the whole network
+    macs = costs(graph, widths).macs
+    told = {
+        "format": 1,
+        "groups": [
+            {"name": group.name, "channels": group.size, "macs_share": round(float(1 - left / macs[-1]), 6)}
+            for group, left in zip(graph.groups, macs, strict=False)
+        ],
+        "frozen": [
+            {"layer": each.layer, "channels": each.size, "macs_share": each.macs_share, "reason": each.reason}
+            for each in graph.frozen
+        ],
+    }
+    write_whole(file, json.dumps(told) + "\n")
+    return sha256_of(file)
 
 
 def control(

@@ -28,6 +28,8 @@ from secateur.pipeline.workloads.data.record import FACTS as DATA_FACTS
 
 NETWORKS = ("baseline", "final")
 """How names of MLflow's metrics and of a version's tags begin; a version's own figures have no such beginning."""
+REPORTS = ("report.html", "report.json", "report.md")
+"""They are no part of what the stage's result rests on: `secateur report` makes them anew."""
 
 
 def register(run: Run, facts: Facts) -> RegisterFacts:
@@ -56,10 +58,10 @@ def register(run: Run, facts: Facts) -> RegisterFacts:
             _provenance(run, facts),
             cut(page, MAX_DESCRIPTION),
         )
-        names = [*facts.report.files, *facts.benchmark.files]
+        names = [*REPORTS, *facts.report.files, *facts.benchmark.files]
         names += ["compact.plan.json", "compact.safetensors", "version/run.yaml", CARD]
         names += [] if after is None else ["compact.onnx"]  # the registry has the file with postprocessing
-        kept = [run.directory / name for name in names]
+        kept = [run.directory / name for name in dict.fromkeys(names)]
         run.tracker.finish(final_metrics(facts), [*kept, candidate_table(run)], entry, cut(page, MAX_DESCRIPTION))
     return RegisterFacts(name=entry.name, version=entry.version, uri=entry.uri, files={})
 

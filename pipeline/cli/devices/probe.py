@@ -54,12 +54,15 @@ def _draw(name: str, measured: Staircase, path: Path) -> Path:
     """How latency steps with width, as a page that loads nothing."""
     from markupsafe import escape as safe
 
-    from secateur.pipeline.report.charts import lines
+    from secateur.pipeline.report.charts import lines, swatch
 
     curves = {str(kind): curve for kind, curve in measured.curves.items()}
     chart = lines(curves, "channels", "time, shortest = 1", 16)
-    rows = "".join(f"<li><b>{safe(kind)}</b>: {safe(text)}</li>" for kind, text in measured.summary())
-    style = "body{font:15px system-ui,sans-serif;max-width:60rem;margin:2rem auto}svg{font-size:11px}"
+    rows = "".join(
+        f"<li>{swatch(str(kind))} <b>{safe(kind)}</b>: {safe(text)}</li>" for kind, text in measured.summary()
+    )
+    style = "body{font:15px system-ui,sans-serif;max-width:60rem;margin:2rem auto}svg{font-size:11px;max-width:100%}"
+    style += ".swatch{width:1em} .grid{stroke:#ccc}"
     page = (
         f"<title>{safe(name)}</title><style>{style}</style><h1>Channel steps of {safe(name)}</h1>{chart}<ul>{rows}</ul>"
     )

@@ -1,0 +1,73 @@
+"""Colours, shapes and dashes: fixed by what a mark stands for, with 3:1 contrast at least on both backgrounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LIGHT, DARK = "#ffffff", "#14171c"
+"""Backgrounds of the page."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """How a mark looks.
+
+    Args:
+        shape: of points, as Vega calls it.
+        dash: of lines, lengths in pixels; empty = none.
+    """
+
+    colour: str
+    shape: str = "circle"
+    dash: tuple[int, ...] = ()
+
+
+BLUE, GREEN, ORANGE, PURPLE, GREY, RED, TEAL, BROWN = (
+    *("#3b7dd8", "#0e8a5f", "#c8641b", "#a259c4", "#7a7f8a", "#d8453b", "#17879c", "#96703c"),
+)
+ROLES = {
+    "baseline": Role(GREY, "square", (6, 3)),
+    "compact": Role(GREEN, "diamond"),
+    "candidate": Role(BLUE, "circle"),
+    "control": Role(ORANGE, "triangle-up", (2, 2)),
+    "champion": Role(PURPLE, "cross", (8, 2, 2, 2)),
+    "front": Role(BLUE, "circle"),
+    "target or budget": Role(RED, "stroke", (4, 4)),
+    "interval": Role(PURPLE, "stroke"),
+    "bound": Role(GREY, "stroke", (4, 4)),
+    "the device's step": Role(RED, "stroke"),
+    "error band": Role(RED, "stroke"),
+    "both alike": Role(GREY, "stroke", (4, 4)),
+    "holds": Role(GREEN, "square"),
+    "does not hold": Role(RED, "square"),
+    "aligned": Role(GREEN, "circle"),
+    "unaligned": Role(ORANGE, "triangle-up"),
+    "infeasible": Role(ORANGE, "stroke"),
+    "failed": Role(RED, "stroke"),
+    "load": Role(PURPLE, "square"),
+    "first call": Role(ORANGE, "square"),
+    "steady": Role(GREEN, "square"),
+    "Conv": Role(BLUE),
+    "FusedConv": Role(BLUE),
+    "Gemm": Role(ORANGE),
+    "MatMul": Role(ORANGE),
+    "FusedMatMul": Role(ORANGE),
+    "Add": Role(GREEN),
+    "Mul": Role(GREEN),
+    "Relu": Role(TEAL),
+    "Clip": Role(TEAL),
+    "Softmax": Role(TEAL),
+    "ReorderInput": Role(RED),
+    "ReorderOutput": Role(RED),
+    "QLinearConv": Role(PURPLE),
+    "conv": Role(BLUE, "circle"),
+    "pointwise": Role(GREEN, "diamond", (6, 3)),
+    "depthwise": Role(ORANGE, "triangle-up", (2, 2)),
+    "linear": Role(PURPLE, "cross", (8, 2, 2, 2)),
+}
+OTHER = Role(BROWN, "circle")
+
+
+def role(name: str) -> Role:
+    """How marks of a role look; all that have none of their own look alike."""
+    return ROLES.get(name, OTHER)

@@ -1,0 +1,128 @@
+"""What a report says: of a whole run, of one that failed half-way, of one with many candidates."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from importlib.resources import files
+from typing import Any
+
+import jsonschema
+import pytest
+
+from secateur.pipeline.report import roles
+from secateur.pipeline.report.document import SCHEMA_FILE, document, schema, text_of
+from secateur.pipeline.report.markdown import markdown
+from secateur.pipeline.report.page import page
+from secateur.pipeline.report.sections import sections, tradeoff
+from secateur.pipeline.report.testing import made_up
+from secateur.pipeline.run.facts import Facts
+
+TITLES = [
+    *("Verdict", "Trade-off", "Why MACs would have misled", "Gates", "Latency", "Where the time goes", "What was cut"),
+    *("Sensitivity", "Search", "Accuracy in detail", "Precision", "Device", "Proofs", "Training"),
+    *("Reproduce and use", "Limits of this report"),
+]
+PACKAGE = files("secateur.pipeline.report")
+
+
+def test_a_whole_run_has_every_section_with_a_sentence() -> None:
+    made = {section.title: section for section in sections(made_up())}
+    assert list(made) == TITLES
+    assert made["Verdict"].sentence == (
+        "Do not ship: 1.39x faster (95 % 1.380-1.400) on local, -1.00 pp top-1 (95 % -2.2 to +0.2, n = 400); "
+        "3 of 4 gates; not registered."
+    )
+    assert "budget: peak memory is unknown" in made["Gates"].sentence
+    assert made["Trade-off"].sentence.startswith("61 candidates, ")
+    assert "layer1.0.conv1" in made["Sensitivity"].sentence or "layer" in made["Sensitivity"].sentence
+    assert all(section.figures for title, section in made.items() if title in TITLES[1:10])
+
+
+@pytest.mark.parametrize("done", [(), ("baseline", "search")])
+def test_a_run_that_failed_half_way_says_in_every_section_what_is_missing(done: tuple[str, ...]) -> None:
+    whole = made_up()
+    records = whole.records[:20] if done else ()
+    nothing = {"benchmark": None, "layers": {}, "groups": {}, "images": {}, "changed": (), "profile": None, "code": {}}
+    failed = made_up(facts=whole.facts.only(done) if done else Facts(), records=records, **nothing)
+    made = sections(failed)
+    assert [section.title for section in made] == TITLES
+    assert all(section.sentence for section in made)
+    assert made[0].sentence.startswith("No verdict yet: the run ")
+    assert len(made[-1].text) > 5, "the last section collects what was not measured"
+    told = text_of(document(failed, made))
+    assert "Verdict" in page(failed, made, told) and "Verdict" in markdown(failed, made)
+
+
+def test_the_json_fits_its_published_schema_and_names_no_machine() -> None:
+    material = made_up()
+    told = json.loads(text_of(document(material, sections(material))))
+    published = json.loads((PACKAGE / SCHEMA_FILE).read_text(encoding="utf-8"))
+    assert published == schema(), "write it anew: secateur.pipeline.report.document.schema"
+    jsonschema.validate(told, published)
+    text = json.dumps(told)
+    assert "a-name" not in text and "/somewhere" not in text
+    assert told["facts"]["export"]["compact"]["artifact"]["path"] == "compact.onnx"
+
+
+def test_many_candidates_make_a_small_page_that_says_what_it_leaves_out() -> None:
+    material = made_up(3000)
+    made = sections(material)
+    told = text_of(document(material, made))
+    figure = next(figure for figure in made[1].figures if figure.name == "tradeoff")
+    points = figure.chart.layers[-1]
+    assert len(points.rows) == tradeoff.MOST_DRAWN + 1, "and the baseline"
+    assert {row["role"] for row in points.rows} == {"candidate", "compact", "control", "baseline"}
+    assert "1,500 of 3,002 points are drawn" in figure.note
+    assert len(figure.table.rows) == 3002
+    in_json = json.loads(told)["sections"][1]["figures"][0]["chart"]["layers"][-1]["rows"]
+    assert len(in_json) == 3003
+    assert len(page(material, made, told).encode()) < 2.5e6
+
+
+def test_pictures_can_be_left_out_everywhere() -> None:
+    shown, hidden = made_up(), made_up(changed=())
+    assert any(section.pictures for section in sections(shown))
+    assert not any(section.pictures for section in sections(hidden))
+    assert "data:image" not in page(hidden, sections(hidden), "{}")
+
+
+def test_words_of_others_are_text() -> None:
+    evil = "</script><script>alert(1)</script>{{ 7 * 191 }}"
+    material = made_up(run_id=evil)
+    text = page(material, sections(material), "{}")
+    assert "<script>alert" not in text and "&lt;script&gt;alert" in text and "1337" not in text
+
+
+def test_only_the_page_s_own_scripts_may_run() -> None:
+    material = made_up()
+    text = page(material, sections(material), "{}")
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)
+    assert policy is not None
+    directives = [directive.strip().split() for directive in policy[1].replace("&#39;", "'").split(";")]
+    assert directives[:3] == [["default-src", "'none'"], ["img-src", "data:"], ["style-src", "'unsafe-inline'"]]
+    assert directives[3][0] == "script-src" and all(each.startswith("'sha256-") for each in directives[3][1:])
+    assert len(directives[3]) == 1 + len(re.findall(r"<script>", text))
+
+
+def test_vendored_files_are_what_they_are_said_to_be() -> None:
+    for each in json.loads((PACKAGE / "vendor" / "vendor.json").read_text(encoding="utf-8"))["packages"]:
+        content = (PACKAGE / "vendor" / each["file"]).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == each["sha256"], each["name"]
+        assert "Redistribution" in (PACKAGE / "vendor" / each["license_file"]).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("background", [roles.LIGHT, roles.DARK])
+def test_every_colour_stands_out_from_the_page(background: str) -> None:
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    def contrast(colour: str) -> float:
+        darker, lighter = sorted((luminance(colour), luminance(background)))
+        return (lighter + 0.05) / (darker + 0.05)
+
+    weak: dict[str, Any] = {n: contrast(r.colour) for n, r in {**roles.ROLES, "": roles.OTHER}.items()}
+    assert not {name: value for name, value in weak.items() if value < 3}
