@@ -28,7 +28,7 @@ COMMIT, BRANCH = "commit", "branch"
 
 
 def origin_of(run_id: str, config: RunFile) -> dict[str, Any]:
-    """Whose run it is, what its relative paths are relative to, of which commits and code it is, where it is tracked."""
+    """Whose run it is, what its relative paths are relative to, of which commit and code it is, where it is tracked."""
     folders = {"cwd": str(Path.cwd()), HOME: str(home()), DATA: variable(DATA)}
     lay = None if config.folder is None else str(config.folder)
     revision = None if config.folder is None else revision_of(config.folder)

@@ -15,7 +15,7 @@ def section(m: Material) -> Section:
     if m.export is None and not best:
         return nothing(TITLE, "Nothing was exported, so no file has a precision yet.")
     chosen = m.export.compact.artifact.precision if m.export is not None else None
-    tried = list(dict.fromkeys(m.config.precision))
+    tried = list(dict.fromkeys(m.config.ships))
     said = f"The compact network ships in {chosen}" if chosen is not None else "No file was exported yet"
     said += (
         f"; tried: {say.listing(tried)}."
