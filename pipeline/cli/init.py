@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def init(
     data: Annotated[
         Path | None,
-        typer.Argument(metavar="[DATA]", help="Folder or file of your data; without: scikit-learn's digits."),
+        typer.Argument(metavar="DATA", help="Folder or file of your data; without: scikit-learn's digits."),
     ] = None,
     model: Annotated[
         str | None,

@@ -47,8 +47,11 @@ def load_run_file(path: Path, overrides: Sequence[str] = ()) -> RunFile:
         write = command("secateur", "init", path)
         raise UserError(f"cannot read run file {path}: it is a folder; of data, {write} writes one") from error
     except OSError as error:
-        examples = ", ".join(sorted(str(p) for p in Path(__file__).parents[1].joinpath("runs").glob("*.yaml")))
-        raise UserError(f"cannot read run file {path}: {error.strerror}; examples: {examples}") from error
+        folder, write = Path(__file__).parents[1] / "runs", command("secateur", "init", "--help")
+        raise UserError(
+            f"cannot read run file {path}: {error.strerror}; `{write}` says how one is written for your data, and "
+            f"examples are in {folder}"
+        ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"run file {path} is not UTF-8 text") from error
     folder = path.absolute().parent

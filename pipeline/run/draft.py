@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 from secateur.device_profiles.shelf import in_file
 from secateur.pipeline.config.choices import WORKLOADS
 from secateur.pipeline.config.faults import known
@@ -21,7 +23,7 @@ from secateur.pipeline.config.schema import RunFile
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.run.estimate import Estimate, estimate
 from secateur.pipeline.run.preflight import Preflight, examine
-from secateur.pipeline.workloads import networks
+from secateur.pipeline.workloads import Workload, networks
 from secateur.pipeline.workloads.data import formats
 from secateur.pipeline.workloads.data.content import Reading
 from secateur.pipeline.workloads.detection import networks as detectors
@@ -41,6 +43,8 @@ SMALL_SIDE = 64
 """Pixels up to which images are taken as they are, by a network for small images."""
 LARGEST_SIDE = 128
 """Pixels of the larger ones; 224 is what ImageNet's networks were made for, and takes three times as long."""
+GENERAL = ("annotations", "data", "dataset", "images", "index", "labels", "train")
+"""Names of files that say nothing of the data; the folder's name does."""
 DETECTOR_STEP = 32
 """``small_ssd`` takes multiples of it."""
 LONGEST_S = 540.0
@@ -59,6 +63,7 @@ class Seen:
         data: the section ``workload.data``.
         train: training images.
         side: the median of the images' shorter sides, in pixels.
+        frame: height and width, where all images have the same; else None.
         notes: what was skipped or carved.
     """
 
@@ -67,6 +72,7 @@ class Seen:
     data: Mapping[str, Any]
     train: int
     side: int
+    frame: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -118,14 +124,29 @@ def look(path: Path | None, task: Task, said: str, reading: Reading) -> Seen:
     Raises:
         UserError: the data is damaged, or of a form that no run takes.
     """
-    data = {"source": "digits"} if path is None else {"path": str(path)}
-    kind = WORKLOADS.load(task)
-    workload = kind.build(kind.Options.model_validate({"name": task, "data": data}), reading)
-    sides = sorted(side for size, num in workload.summary().sizes.items() for side in [min(size)] * num)
+    data: dict[str, Any] = {"source": "digits"} if path is None else {"path": str(path)}
+    try:
+        workload = _opened(task, data, reading)
+    except UserError:
+        try:
+            workload = _opened(task, data := {**data, "damaged": "leave_out"}, reading)
+        except (UserError, ValidationError):
+            workload = None
+        if workload is None:  # not because of damaged images
+            raise
+    sizes = workload.summary().sizes
+    sides = sorted(side for size, num in sizes.items() for side in [min(size)] * num)
+    frame = next(((high, wide) for wide, high in sizes), None) if len(sizes) == 1 else None
     notes = workload.notes
     if notes and notes[0].startswith(said):  # what was found, with its counts
         said, notes = notes[0], notes[1:]
-    return Seen(task, said, data, len(workload.train), sides[len(sides) // 2], notes)
+    return Seen(task, said, data, len(workload.train), sides[len(sides) // 2], frame, notes)
+
+
+def _opened(task: Task, data: Mapping[str, Any], reading: Reading) -> Workload:
+    kind = WORKLOADS.load(task)
+    workload: Workload = kind.build(kind.Options.model_validate({"name": task, "data": data}), reading)
+    return workload
 
 
 def check_name(task: Task, model: str | None) -> None:
@@ -248,11 +269,12 @@ def text_of(seen: Seen, name: str, model: str | None, device: str, recipe: Recip
 def _classifier(seen: Seen, model: str | None) -> list[str]:
     small = seen.side <= SMALL_SIDE
     model = model or ("cifar/resnet20" if small else "torchvision/mobilenet_v2")
-    data = [f"    {key}: {plain(value)}" for key, value in seen.data.items()]
+    data = _data(seen)
     if seen.data.get("source") == "digits":
         size = "    image_size: 16  # the digits have 8 x 8 pixels"
     elif small:
-        size = f"    image_size: {seen.side}  # as your images are"
+        high, wide = seen.frame or (seen.side, seen.side)
+        size = f"    image_size: {max(4, high) if high == wide else [max(4, high), max(4, wide)]}  # as your images are"
     else:
         size = f"    image_size: {min(seen.side, LARGEST_SIDE)}  # yours have {seen.side}; 224 sees more and is slower"
     augment = "    augment: shift  # flip_shift where a mirrored image is as good (no digits, no text)"
@@ -279,7 +301,7 @@ def _detector(seen: Seen, model: str | None) -> list[str]:
         named.append(
             f"    options: {{image_size: {side}}}  # yours have {seen.side}; larger ones need ssd300_mobilenet_v1"
         )
-    data = [f"    {key}: {plain(value)}" for key, value in seen.data.items()]
+    data = _data(seen)
     return [
         "  model:",
         *named,
@@ -287,6 +309,12 @@ def _detector(seen: Seen, model: str | None) -> list[str]:
         "  data:",
         *data,
     ]
+
+
+def _data(seen: Seen) -> list[str]:
+    """Where the images are, and what is done about damaged ones."""
+    lines = [f"    {key}: {plain(value)}" for key, value in seen.data.items()]
+    return [line + ("  # refuse = no run begins with damaged images" if "damaged:" in line else "") for line in lines]
 
 
 def plain(value: object) -> str:
@@ -298,7 +326,9 @@ def plain(value: object) -> str:
 
 def name_for(path: Path | None) -> str:
     """A run's name after its data."""
-    stem = re.sub(r"[^A-Za-z0-9]+", "-", "" if path is None else path.absolute().name.partition(".")[0]).strip("-")
+    whole = Path() if path is None else path.absolute()
+    named = whole.parent if whole.is_file() and whole.stem.lower() in GENERAL else whole
+    stem = re.sub(r"[^A-Za-z0-9]+", "-", named.name.partition(".")[0]).strip("-")
     return stem[:60] or "digits"
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from secateur.device_profiles.wording import shown
 from secateur.pipeline.config.faults import known
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.workloads.data.content import Reading
@@ -17,6 +18,12 @@ from secateur.pipeline.workloads.data.sources import ImageData, Wanted, labelled
 
 KEYS, NEEDS = ("path", "classes", "damaged", "columns"), ("path",)
 COLUMNS = ("path", "label", "split")
+ALSO = {
+    "path": ("file", "filename", "file_name", "filepath", "file_path", "image", "image_path"),
+    "label": ("class", "class_name", "category", "target"),
+}
+"""What the columns are often called, in any case, where a table has none of our names."""
+DELIMITERS = ",;\t"
 
 
 def looks_like(path: Path) -> str | None:
@@ -25,8 +32,25 @@ def looks_like(path: Path) -> str | None:
     if file is None:
         return None
     with file.open(encoding="utf-8-sig", errors="replace", newline="") as opened:
-        header = next(csv.reader(opened), [])
-    return f"a table of images, {file.name}" if {"path", "label"} <= set(header) else None
+        first = opened.readline()
+    header = next(csv.reader([first], delimiter=_delimiter(first)), [])
+    columns = _columns(header, {})
+    if not {columns["path"], columns["label"]} <= set(header):
+        return None
+    other = "" if columns["path"] == "path" and columns["label"] == "label" else " ({path} and {label})"
+    return f"a table of images, {file.name}{other.format(**columns)}"
+
+
+def what_lacks(path: Path) -> str:
+    """What a table of images lacks where a path is a table; empty where it is none."""
+    if not path.is_file() or _table(path) is None:
+        return ""
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as opened:
+        first = opened.readline().strip()
+    return (
+        f"its first line is {shown(first)}; a table of images has the columns path and label, or says which they are: "
+        "data.columns: {path: COLUMN, label: COLUMN}"
+    )
 
 
 def load_images(options: Any, wanted: Wanted, reading: Reading) -> ImageData:
@@ -43,14 +67,13 @@ def load_images(options: Any, wanted: Wanted, reading: Reading) -> ImageData:
     file = _table(place)
     if file is None:
         raise UserError(f"{place} is no CSV file, and has none; name the file in data.path")
-    columns = {name: (options.columns or {}).get(name, name) for name in COLUMNS}
-    rows = _rows(file, columns, bool((options.columns or {}).get("split")))
+    columns, rows = _rows(file, options.columns or {})
     names = _classes(file, rows, columns["label"], options.classes)
     tally = Tally()
     parts: dict[str, tuple[list[Path], list[int]]] = {}
     seen: dict[Path, int] = {}
     for line, row in rows:
-        path = file.parent / row["path"]
+        path = _image(file.parent, row["path"])
         if path in seen:
             raise UserError(f"{file}, line {line}: {row['path']} stands in line {seen[path]} too; remove one")
         seen[path] = line
@@ -77,15 +100,38 @@ def _table(path: Path) -> Path | None:
     return tables[0] if len(tables) == 1 else None
 
 
-def _rows(file: Path, columns: Mapping[str, str], splits: bool) -> list[tuple[int, dict[str, str]]]:
-    """(line, ``path``, ``label`` and ``split``) of every image.
+def _image(folder: Path, written: str) -> Path:
+    """The image that a path of a table means; Windows writes it with backslashes."""
+    path = folder / written
+    return folder / written.replace("\\", "/") if "\\" in written and not path.exists() else path
+
+
+def _delimiter(header: str) -> str:
+    """What parts the columns: what the first line has most of."""
+    return max(DELIMITERS, key=header.count)
+
+
+def _columns(header: Sequence[str], given: Mapping[str, str]) -> dict[str, str]:
+    """What the columns are called in a table: as the run file says, by our names, or by what they are often called."""
+    columns = {name: given.get(name, name) for name in COLUMNS}
+    for name, others in ALSO.items():
+        found = [column for column in header if column.strip().lower() in others]
+        if name not in given and name not in header and len(found) == 1:
+            columns[name] = found[0]
+    return columns
+
+
+def _rows(file: Path, given: Mapping[str, str]) -> tuple[dict[str, str], list[tuple[int, dict[str, str]]]]:
+    """(what the columns are called, (line, ``path``, ``label`` and ``split``) of every image).
 
     Args:
-        splits: whether there has to be a column of splits.
+        given: what the run file says that they are called.
     """
-    reader = csv.DictReader(read_text(file).splitlines(), delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
+    lines = read_text(file).splitlines()
+    reader = csv.DictReader(lines, delimiter=_delimiter(lines[0] if lines else ""))
     header = list(reader.fieldnames or [])
-    for name in COLUMNS if splits else COLUMNS[:2]:
+    columns = _columns(header, given)
+    for name in COLUMNS if given.get("split") else COLUMNS[:2]:
         if columns[name] not in header:
             raise UserError(
                 f"{file}: no column {columns[name]!r}; {known(header, columns[name])}. Say which one it is: "
@@ -101,7 +147,7 @@ def _rows(file: Path, columns: Mapping[str, str], splits: bool) -> list[tuple[in
         rows.append((reader.line_num, values))
     if not rows:
         raise UserError(f"{file}: no images; expected a line for each, after the header")
-    return rows
+    return columns, rows
 
 
 def _classes(file: Path, rows: list[tuple[int, dict[str, str]]], column: str, wanted: Any) -> tuple[str, ...]:

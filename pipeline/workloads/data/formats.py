@@ -88,7 +88,8 @@ def detect(shelf: Shelf, path: Path) -> tuple[str, str]:
 def lying_in(path: Path) -> str:
     """What lies at a path that looks like no format, and what that lacks where it is nearly class folders."""
     if not path.is_dir():
-        return f"it is the file {path.name}"
+        lacks = (getattr(IMAGES.load(name), "what_lacks", lambda path: "")(path) for name in IMAGES.names())
+        return next(filter(None, lacks), f"it is the file {path.name}")
     loose = [entry.name for entry in path.iterdir() if is_image(entry.name) and not is_hidden(entry.name)]
     folders = [folder for folder in folders_in(path) if any(is_image(file.name) for file in folder.rglob("*"))]
     if len(folders) == 1:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, cast
 
 from pydantic import Field, ValidationError, model_validator
 
+from secateur.device_profiles.wording import number_of
 from secateur.pipeline.config.schema import Section
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.workloads.data import coco, formats, voc
@@ -95,6 +96,11 @@ def load(options: SceneOptions, reading: Reading = Reading()) -> SceneData:  # n
             raise UserError(
                 f"{options.path or options.source}: no {split} images (training needs images with boxes); add images, "
                 "change search_fraction or test_fraction, or set official_splits: false to split all images anew"
+            )
+        if all(data.source.difficult(int(index)).all() for index in indices):  # of no boxes, too
+            raise UserError(
+                f"{options.path or options.source}: none of the {number_of(len(indices), f'{split} image(s)')} has a "
+                f"box to be found, so precision is undefined there; see whether their annotations lie where they should"
             )
     return data
 

@@ -61,7 +61,7 @@ def test_a_run_file_fits_the_data_and_says_what_it_takes(
     assert " min" in shown
     config = read("flowers.yaml")
     assert (config.name, config.workload["name"]) == ("flowers", "classification")
-    assert config.workload["data"] == {"path": "flowers", "image_size": SIDE, "augment": "shift"}
+    assert config.workload["data"] == {"path": "flowers", "image_size": [SIDE, SIDE + 4], "augment": "shift"}
     schema = Path("flowers.yaml").read_text().splitlines()[0].removeprefix("# yaml-language-server: $schema=")
     assert Path(schema).is_file()
 
@@ -147,6 +147,22 @@ def test_what_is_to_be_put_right_comes_before_the_run(
     assert "gives a tuple" in shown and "secateur validate" in shown and "secateur run" not in shown
     call(monkeypatch, "init", "flowers", "--model", "two.py:soft", "--trust")
     assert "leave the softmax out" in capsys.readouterr().out
+
+
+def test_images_that_cannot_be_read_are_left_out_aloud(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured, flowers: Path
+) -> None:
+    (flowers / "rose" / "3.png").write_bytes(b"")
+    assert call(monkeypatch, "init", "flowers") == errors.EXIT_OK
+    assert "1 image cannot be read and was left out: rose/3.png" in " ".join(capsys.readouterr().out.split())
+    assert read("flowers.yaml").workload["data"]["damaged"] == "leave_out"
+
+
+def test_a_file_that_says_nothing_by_its_name_gives_its_folders(tmp_path: Path) -> None:
+    for name in ("data.yaml", "birds.csv"):
+        (tmp_path / name).touch()
+    names = [draft.name_for(tmp_path / name) for name in ("data.yaml", "birds.csv", ".")]
+    assert names == [tmp_path.name.replace("_", "-"), "birds", tmp_path.name.replace("_", "-")]
 
 
 @pytest.mark.parametrize(("kept", "said"), [(["daisy"], "one folder of it, daisy"), ([], "in no class folder")])

@@ -147,9 +147,9 @@ def rows(root: Path, *lines: str) -> None:
 
 TABLES: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
     "other columns": (
-        ("file,class", "images/1.png,a"),
+        ("picture,kind", "images/1.png,a"),
         {"source": "csv"},
-        r"no column 'path'; known: file, class.*data.columns",
+        r"no column 'path'; known: picture, kind.*data.columns",
     ),
     "no label": (("path,label", "images/1.png,"), {}, "line 2: no value in column label"),
     "no image": (("path,label", "images/1.png,a", "images/x.png,b"), {}, "line 3: there is no image"),
@@ -181,6 +181,22 @@ def test_the_columns_of_a_table_may_have_other_names(tmp_path: Path) -> None:
     columns = {"path": "file", "label": "kind", "split": "part"}
     workload = opened(tmp_path, source="csv", columns=columns)
     assert workload.classes == NAMES and len(workload.test) == 9
+
+
+def test_tables_of_other_programs_are_read(tmp_path: Path) -> None:
+    """Semicolons, Windows' line ends and paths, and columns by the names that they often have."""
+    table(tmp_path)
+    text = (tmp_path / "list.csv").read_text().replace("path,label", "File Name,Class").replace("File Name", "filename")
+    (tmp_path / "list.csv").write_text(text.replace(",", ";").replace("/", "\\"), newline="\r\n")
+    workload = opened(tmp_path / "list.csv")
+    assert workload.classes == NAMES and len(workload.test) == 9
+    assert "list.csv (filename and Class)" in workload.notes[0]
+
+
+def test_a_table_without_the_columns_is_told_how_to_name_them(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("picture;kind\n0.png;cat\n")
+    with pytest.raises(UserError, match=r"its first line is 'picture;kind'; .*data.columns: \{path: COLUMN"):
+        opened(tmp_path / "list.csv")
 
 
 def test_damage_is_told_in_every_format(tmp_path: Path) -> None:
@@ -346,6 +362,14 @@ def test_coco_with_a_file_in_each_split(tmp_path: Path) -> None:
     assert data.source.notes[0] == "COCO annotations (test, train, val): 3 classes, images: train 6, search 6, test 6"
     coco(tmp_path / "two", ("train", "valid"))
     assert len(seen(tmp_path / "two").test) == 6, "val is the test split where there is none"
+
+
+def test_a_split_without_a_box_to_be_found_is_refused(tmp_path: Path) -> None:
+    yolo(tmp_path)
+    for file in (tmp_path / "labels/val").glob("*.txt"):
+        file.unlink()
+    with pytest.raises(UserError, match="none of the 4 test images has a box to be found"):
+        seen(tmp_path)
 
 
 def test_chosen_classes_leave_the_others_out_and_count_them(tmp_path: Path) -> None:
