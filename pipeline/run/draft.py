@@ -128,12 +128,11 @@ def look(path: Path | None, task: Task, said: str, reading: Reading) -> Seen:
     try:
         workload = _opened(task, data, reading)
     except UserError:
-        try:
-            workload = _opened(task, data := {**data, "damaged": "leave_out"}, reading)
-        except (UserError, ValidationError):
-            workload = None
-        if workload is None:  # not because of damaged images
+        data = {**data, "damaged": "leave_out"}
+        without = _if_opened(task, data, reading)
+        if without is None:  # damaged images are not the reason
             raise
+        workload = without
     sizes = workload.summary().sizes
     sides = sorted(side for size, num in sizes.items() for side in [min(size)] * num)
     frame = next(((high, wide) for wide, high in sizes), None) if len(sizes) == 1 else None
@@ -141,6 +140,13 @@ def look(path: Path | None, task: Task, said: str, reading: Reading) -> Seen:
     if notes and notes[0].startswith(said):  # what was found, with its counts
         said, notes = notes[0], notes[1:]
     return Seen(task, said, data, len(workload.train), sides[len(sides) // 2], frame, notes)
+
+
+def _if_opened(task: Task, data: Mapping[str, Any], reading: Reading) -> Workload | None:
+    try:
+        return _opened(task, data, reading)
+    except (UserError, ValidationError):
+        return None
 
 
 def _opened(task: Task, data: Mapping[str, Any], reading: Reading) -> Workload:
