@@ -11,7 +11,7 @@ PART ?= 12
 KILLS ?= 50
 BASE ?= HEAD~1
 
-.PHONY: run test test-long test-all test-avx2 chaos golden parts generate docs docs-links lint audit dist dist-check sbom pin image-check bench lock help
+.PHONY: run test test-long test-all test-avx2 chaos golden parts generate docs docs-links picture lint audit dist dist-check sbom pin image-check bench lock help
 
 run: $(STAMP) ## Run the main job (RUN_FILE=path for another run file)
 	$(BIN)/secateur run $(RUN_FILE)
@@ -45,6 +45,10 @@ parts: $(STAMP) ## Fetch what some tests need, without root: an SSH server, an e
 
 generate: $(STAMP) ## Write what documentation pages repeat of the code: keys, commands, options, figures
 	$(BIN)/python docs/generate.py
+
+picture: ## The picture of a report in README, by the browser of `make parts` (RUN=run directory)
+	.parts/chromium/chromium --headless --no-sandbox --hide-scrollbars --window-size=1200,900 \
+	  --screenshot=$(CURDIR)/docs/images/report.png file://$(abspath $(RUN))/report.html
 
 docs: $(STAMP) ## The site (docs/_build/html), offline; every warning is an error
 	$(BIN)/sphinx-build -q -W --keep-going -j auto -b html docs docs/_build/html

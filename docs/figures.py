@@ -1,37 +1,43 @@
-"""Run a run file and keep what pages show of it: ``python docs/figures.py NAME FILE`` writes ``figures/NAME.json``."""
+"""Keep what pages show of a finished run: its figures, and the command and machine that made them.
+
+python docs/figures.py RUN_FILE RUN_DIRECTORY      # writes docs/figures/NAME.json, NAME as the run file's
+"""
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from secateur.device_profiles.agent import describe_device
-
-SHOWN = ("device", "passed", "checks", "models", "speedup")
+METRICS = ("top1", "map50", "macs", "params", "size_bytes", "p50_ms")
 
 
-def kept(outcome: dict[str, Any], command: str) -> dict[str, Any]:
-    """Of a run's document what says nothing of a machine's folders."""
-    made = {
-        "command": command,
-        "processor": describe_device().get("cpu", "unknown"),
-        "date": datetime.now(UTC).date().isoformat(),
+def kept(report: dict[str, Any], file: str, date: str) -> dict[str, Any]:
+    """Of a run's ``report.json`` what says nothing of a machine's folders."""
+    facts, machine = report["facts"], report["environment"]
+    gate = facts["gate"]
+    models = {name: {key: known[key] for key in METRICS if key in known} for name, known in gate["models"].items()}
+    return {
+        "made": {
+            "command": f"secateur run {file}",
+            "processor": f"{machine['cpu']}, {machine['cpus']} cores",
+            "date": date,
+            "flags": facts["benchmark"]["flags"],
+        },
+        "device": facts["benchmark"]["device"],
+        "passed": gate["passed"],
+        "models": models,
+        "speedup": facts["benchmark"]["speedup"],
     }
-    return {"made": made, **{key: outcome[key] for key in SHOWN}}
 
 
 def main() -> int:
-    name, file = sys.argv[1:]
-    with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, "-m", "secateur", "run", str(Path(file).resolve()), "--quiet", "--json"]
-        done = subprocess.run(words, cwd=folder, stdout=subprocess.PIPE, check=True)
-    content = kept(json.loads(done.stdout), f"secateur run {file} --json")
-    target = Path(__file__).parent / "figures" / f"{name}.json"
+    file, directory = sys.argv[1], Path(sys.argv[2])
+    report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
+    day = directory.resolve().name.removeprefix(f"{report['config']['name']}-")[:8]
+    content = kept(report, file, f"{day[:4]}-{day[4:6]}-{day[6:]}")
+    target = Path(__file__).parent / "figures" / f"{Path(file).stem}.json"
     target.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return 0
 
