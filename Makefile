@@ -61,7 +61,7 @@ lint: $(STAMP) ## Style, types and import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/hadolint Dockerfile
+	$(BIN)/hadolint Dockerfile .devcontainer/Dockerfile
 
 audit: $(STAMP) ## The lock, the environment and licences, offline; known faults too where a service answers
 	$(BIN)/python tests/tools/audit.py --online
@@ -77,7 +77,7 @@ sbom: $(STAMP) ## Bill of materials of the environment, CycloneDX JSON (build/sb
 	@mkdir -p build
 	$(BIN)/python docker/sbom.py > build/sbom.json
 
-pin: ## Ask the registry for the digests of the images, and write them into Dockerfile and compose.yaml (needs docker)
+pin: ## Ask the registry for the digests of the images, and write them into the files (needs docker)
 	$(PYTHON) docker/pin.py
 
 image-check: $(STAMP) ## Execute the Dockerfile on a bare Debian, without an engine (root; several GB; IMAGE=--reduced)

