@@ -1,3 +1,3 @@
 """Prune a PyTorch vision model until it fits a device, with measured latency and proof."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
