@@ -224,6 +224,7 @@ class SearchFacts(StageFacts):
         split: what the search went by, and why; None in runs of earlier versions.
         probes: which widths of this network pay, by device; None where none was probed with it.
         layer_precisions: the mixtures of precisions that were tried; None where layers may not differ.
+        precision_latency: precision of integers -> device -> latency of the unpruned network over that in fp32.
     """
 
     reference: KeptEvaluation
@@ -240,6 +241,7 @@ class SearchFacts(StageFacts):
     split: Annotated[SearchSplitFacts | None, OMITTED] = None
     probes: Annotated[Mapping[str, NetworkProbe] | None, OMITTED] = None
     layer_precisions: Annotated[LayerPrecisions | None, OMITTED] = None
+    precision_latency: Annotated[Mapping[str, Mapping[str, Number]] | None, OMITTED] = None
 
 
 @dataclass(frozen=True, kw_only=True)

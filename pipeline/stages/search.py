@@ -14,7 +14,7 @@ from secateur.pipeline.errors import UserError
 from secateur.pipeline.evaluation.evaluator import Evaluator
 from secateur.pipeline.lifecycle.finish import chosen_plan, only
 from secateur.pipeline.lifecycle.rescore import rank_agreement
-from secateur.pipeline.run import layer_precisions, network_probe
+from secateur.pipeline.run import layer_precisions, network_probe, precision_latency
 from secateur.pipeline.run.facts import (
     Facts,
     LatencyFacts,
@@ -27,6 +27,7 @@ from secateur.pipeline.run.facts import (
 from secateur.pipeline.run.proof import prove
 from secateur.pipeline.run.ranking import rank_exactly
 from secateur.pipeline.run.run import Run
+from secateur.pipeline.run.schemes import scheme_of
 from secateur.pipeline.run.scope import STAGE, choose_scope, write_down
 from secateur.pipeline.run.study import Study
 from secateur.pipeline.stages.loading import load_baseline
@@ -58,6 +59,7 @@ def search(run: Run, facts: Facts) -> SearchFacts:
     probes = settle_widths(run, model, graph)
     split = settle_metric(run, model, graph)
     spaces, certificate, oracle, reference = _begin(run, model, graph)
+    ratios = settle_precision_latency(run, oracle)
     archive, study, scope = _search(run, oracle, graph, spaces, reference)
     full, again = PruningPlan.full(graph.groups), Study(run.journal, oracle, stage="ranking")
     with run.progress.stage("Score the best again in float32"):
@@ -80,6 +82,7 @@ def search(run: Run, facts: Facts) -> SearchFacts:
         split=split,
         probes=probes or None,
         layer_precisions=layer_precisions.settled(run.journal.records),
+        precision_latency=ratios,
         files={},
     )
 
@@ -187,6 +190,23 @@ def settle_metric(run: Run, model: nn.Module, graph: ChannelGraph) -> SearchSpli
     else:
         run.progress.say(told)
     return split
+
+
+def settle_precision_latency(run: Run, oracle: Evaluator) -> Mapping[str, Mapping[str, float]] | None:
+    """How fast the unpruned network is in integers, and said aloud where it is slower; None where none are tried."""
+    full = oracle.accuracy.baseline.full
+
+    def measure(name: str) -> Mapping[str, float]:
+        with run.progress.stage(f"Time the unpruned network in {name}") as report:
+            figures = oracle.latency(full, precision=name)
+            report(1, 1, f"{figures['latency_ratio']:.2f} of the latency in fp32")
+        return figures
+
+    names = [profile.name for profile in run.profiles]
+    ratios = precision_latency.settle(run.journal, tuple(oracle.precisions), names, measure)
+    for sentence in precision_latency.told(ratios or {}, scheme_of(run.profiles)):
+        run.progress.say(sentence)
+    return ratios
 
 
 def settle_finer(run: Run, at_most: int | None) -> bool:

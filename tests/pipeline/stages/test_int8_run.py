@@ -58,6 +58,8 @@ def test_int8_is_searched_fine_tuned_timed_and_judged_as_one_file(
         assert compact.parity.ok and compact.parity.max_relative_error < 1e-5  # of the file it was made of
         assert compact.rounded is not None and compact.rounded.argmax_agreement > 0.9
         assert compact.artifact.size_bytes < 0.6 * facts.export.baseline.artifact.size_bytes
+        ratios = facts.search.precision_latency
+        assert ratios is not None and ratios["int8"]["quick"] > 0
         hops = facts.gate.hops
         assert hops is not None and facts.gate.broken is None
         assert [h.name for h in hops] == ["cut", "baseline as ONNX", "compact as ONNX", "compact in int8"]
