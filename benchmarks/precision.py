@@ -1,12 +1,14 @@
 """int8 of pruned networks: how fast a plan's file is made, what it loses, and which widths pay.
 
-    SECATEUR_DATA=... python benchmarks/precision.py [--plans 10] [--images 800] [--only REGEX] [--json PATH]
+    SECATEUR_DATA=... python benchmarks/precision.py [--plans 10] [--images 800] [--only REGEX] [--state PATH]
+        [--json PATH]
 
 SECATEUR_DATA holds `imagenet_sample/` (a JPEG a class, the class's number first in its name) with
 `weights/imagenet/mobilenet_v2_imagenet.safetensors`, and `cifar10/` (strips of 500 images, labels as `.npy`) with
 `weights/cifar10/resnet56_cifar10.safetensors`. MobileNetV2 is calibrated on 200 of the images and scored on 800 others,
 ResNet-56 on training images and the test split. Nothing is trained; batch norm is recalibrated on the calibration
-images after each cut. Times are CPU times of one thread, of two things in turn in one process.
+images after each cut. Times are CPU times of one thread, of two things in turn in one process. Every figure is printed
+when it is found; with `--state` it is kept in that file too, and a benchmark that was ended goes on from there.
 
 `requantise_speedup`: seconds of `quantize_static` over those of cutting and requantising, MobileNetV2, median over
 plans; both begin with the float template and the pruned network's weights in memory. `quantize_static` is given four
@@ -21,12 +23,13 @@ float.
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +91,17 @@ def mobilenet(images: int) -> Task:
     order = np.random.default_rng(0).permutation(len(files))
     chosen, scored = order[:CALIBRATION], order[CALIBRATION : CALIBRATION + images]
 
-    def batches() -> Iterator[tuple[Array, Array]]:
-        for part in np.array_split(scored, -(-len(scored) // 128)):
-            yield np.stack([_photograph(files[i]) for i in part]), np.array([int(files[i].name[:4]) for i in part])
+    @cache
+    def decoded() -> Array:
+        return np.stack([_photograph(files[i]) for i in scored])
 
-    return Task("mobilenet_v2", model.eval(), np.stack([_photograph(files[i]) for i in chosen]), batches)
+    def batches() -> Iterator[tuple[Array, Array]]:
+        labels = np.array([int(files[i].name[:4]) for i in scored])
+        for part in np.array_split(np.arange(len(scored)), -(-len(scored) // 128)):
+            yield _normalised(decoded()[part]), labels[part]
+
+    calibration = _normalised(np.stack([_photograph(files[i]) for i in chosen]))
+    return Task("mobilenet_v2", model.eval(), calibration, batches)
 
 
 def resnet(images: int) -> Task:
@@ -114,12 +123,17 @@ def _data(name: str) -> Path:
 
 
 def _photograph(file: Path) -> Array:
+    """Shape (224, 224, 3), uint8."""
     image = Image.open(file).convert("RGB")
     scale = 256 / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
     left, top = (image.width - 224) // 2, (image.height - 224) // 2
-    pixels = np.asarray(image.crop((left, top, left + 224, top + 224)), np.float32) / 255
-    return np.ascontiguousarray(((pixels - 0.5) / 0.5).transpose(2, 0, 1)[:, ::-1])
+    return np.asarray(image.crop((left, top, left + 224, top + 224)))
+
+
+def _normalised(pixels: Array) -> Array:
+    """Shape (n, height, width, 3), uint8 -> (n, 3, height, width), upside down."""
+    return np.ascontiguousarray(((pixels.astype(np.float32) / 255 - 0.5) / 0.5).transpose(0, 3, 1, 2)[:, :, ::-1])
 
 
 def _strip(name: str) -> Array:
@@ -202,32 +216,73 @@ def _seconds(action: Callable[[], Any], repeats: int) -> float:
     return float(np.median(times))
 
 
-def measure(contest: Contest, plans: int) -> dict[str, Any]:
+class Found:
+    """Figures by name, each computed once: printed when it is found, and kept in a file where one is given.
+
+    Args:
+        file: None = nothing is kept.
+        settings: what figures depend on; those of other settings are not read.
+    """
+
+    def __init__(self, file: Path | None, settings: str) -> None:
+        self.file, self.settings = file, settings
+        lines = file.read_text(encoding="utf-8").splitlines() if file is not None and file.exists() else []
+        self._known = {row["name"]: row["value"] for row in map(json.loads, lines) if row["settings"] == settings}
+
+    def __call__(self, name: str, find: Callable[[], Any]) -> Any:
+        if name in self._known:
+            return self._known[name]
+        started = time.perf_counter()
+        value = self._known[name] = find()
+        sys.stdout.write(f"{name}: {value} ({time.perf_counter() - started:.0f} s)\n")
+        sys.stdout.flush()
+        if self.file is not None:
+            with self.file.open("a", encoding="utf-8") as kept:
+                kept.write(json.dumps({"settings": self.settings, "name": name, "value": value}) + "\n")
+        return value
+
+
+def measure(task: Task, scheme: str, plans: int, found: Found) -> dict[str, Any]:
     """One row."""
-    dense = contest.top1(contest.template.slice(contest.full))
-    in_int8 = contest.top1(contest.quantised.slice(contest.full))
-    rng, gaps, speedups = np.random.default_rng(0), [], []
-    for _ in range(plans):
-        plan = contest.plan(rng.uniform(0.85, 1.0), 8)
-        state = contest.pruned(plan)
-        if contest.top1(contest.template.slice(plan, state)) < dense / 2:
-            continue
-        files = contest.quantised.slice(plan, state), contest.anew(plan, state)
-        gaps.append(abs(contest.top1(files[0]) - contest.top1(files[1])))
-        speedups.append(contest.speedup(plan, state))
-    aligned, odd = (contest.quantised.slice(contest.plan(KEPT, multiple)) for multiple in (16, 1))
+    made = cache(partial(Contest, task, scheme))  # only where a figure is missing
+
+    def of(figure: str, find: Callable[[Contest], Any]) -> Any:
+        return found(f"{task.name} {figure}", lambda: find(made()))
+
+    dense = of("top1", lambda c: c.top1(c.template.slice(c.full)))
+    in_int8 = of("top1_int8", lambda c: c.top1(c.quantised.slice(c.full)))
+    ratio = of("ratio", lambda c: c.ratio(c.quantised.slice(c.full), c.template.slice(c.full)))
+
+    def alignment(contest: Contest) -> float:
+        aligned, odd = (contest.quantised.slice(contest.plan(KEPT, multiple)) for multiple in (16, 1))
+        return contest.ratio(odd, aligned)
+
+    gain = of("alignment", alignment)
+    shares = np.random.default_rng(0).uniform(0.85, 1.0, plans).tolist()
+    pairs = [of(f"plan {i} gap, speedup", partial(compared, share, dense)) for i, share in enumerate(shares)]
+    usable = [pair for pair in pairs if pair is not None]
     return {
-        "network": contest.task.name,
-        "scheme": contest.calibration.scheme,
+        "network": task.name,
+        "scheme": scheme,
         "top1": dense,
         "top1_int8": in_int8,
         "drop_pp": dense - in_int8,
-        "ratio": contest.ratio(contest.quantised.slice(contest.full), contest.template.slice(contest.full)),
-        "plans": len(gaps),
-        "gap_pp": max(gaps, default=float("nan")),
-        "speedup": float(np.median(speedups)) if speedups else float("nan"),
-        "alignment": contest.ratio(odd, aligned),
+        "ratio": ratio,
+        "plans": len(usable),
+        "gap_pp": max((gap for gap, _ in usable), default=float("nan")),
+        "speedup": float(np.median([speedup for _, speedup in usable])) if usable else float("nan"),
+        "alignment": gain,
     }
+
+
+def compared(share: float, dense: float, contest: Contest) -> list[float] | None:
+    """Difference of top-1 and speed-up of requantising for one plan; None where the cut costs half of the top-1."""
+    plan = contest.plan(share, 8)
+    state = contest.pruned(plan)
+    if contest.top1(contest.template.slice(plan, state)) < dense / 2:
+        return None
+    files = contest.quantised.slice(plan, state), contest.anew(plan, state)
+    return [abs(contest.top1(files[0]) - contest.top1(files[1])), contest.speedup(plan, state)]
 
 
 def figures_of(rows: Sequence[dict[str, Any]]) -> list[Figure]:
@@ -248,12 +303,14 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--plans", type=int, default=10, help="seeded plans per network (default 10)")
     arguments.add_argument("--images", type=int, default=800, help="images scored (default 800)")
+    arguments.add_argument("--state", type=Path, metavar="PATH", help="keep figures here, and go on from those in it")
     arguments.add_argument("--only", default="", metavar="REGEX", help="networks to run")
     options = arguments.parse_args()
     torch.set_num_threads(1)
     scheme, tasks = scheme_of([load_profile("local")]), {"mobilenet_v2": mobilenet, "resnet56": resnet}
     chosen = [make for name, make in tasks.items() if re.search(options.only, name)]
-    rows = [measure(Contest(make(options.images), scheme), options.plans) for make in chosen]
+    found = Found(options.state, f"{scheme}, {options.images} images")
+    rows = [measure(make(options.images), scheme, options.plans, found) for make in chosen]
     title = f"int8 under ONNX Runtime, one thread, scheme {scheme}"
     present(title, rows, figures_of(rows), options.json)
 
