@@ -94,7 +94,7 @@ def _by_command_line() -> bool:
 
 
 def _same(program: str | None, path: Path) -> bool:
-    return program is not None and Path(program).absolute() == path.absolute()
+    return program is not None and Path(program).resolve() == path.resolve()
 
 
 def _current_folder() -> Path | None:

@@ -489,7 +489,9 @@ class RunFile(Section):
     """Where candidates are trained and evaluated (the device is measured apart)."""
     compute_count: Annotated[int, Field(ge=1, le=1024)] = 1
     """How many train together, each with its part of every batch: GPUs of this machine, or processes with their share
-    of the threads. The baseline and fine-tunings; auxiliary trainings and everything else is one's."""
+    of the threads. The baseline and fine-tunings; auxiliary trainings and everything else is one's. Batch norm
+    normalises each part of a batch by itself (there is no SyncBatchNorm), and networks are trained as they are, without
+    ``torch.compile``."""
     _folder: Path | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
