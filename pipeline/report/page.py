@@ -28,6 +28,8 @@ from secateur.pipeline.report.sections.tradeoff import NOUNS, base_ms, widths_of
 VENDORED = ("vega.min.js", "vega-lite.min.js", "vega-embed.min.js")
 SOURCE_MAP = re.compile(r"^//# sourceMappingURL=.*$", re.MULTILINE)
 CODE = re.compile(r"`([^`]+)`")
+FIGURE = re.compile(r"[-+]?[\d.,]+ \S{1,2}")
+"""A number with its unit."""
 PLAIN_BYTES = 200_000
 """JSON that is longer is offered compressed."""
 
@@ -98,9 +100,14 @@ def cells(table: Table) -> Markup:
     parts = []
     for row in table.rows:
         first, *rest = row
-        others = (f"<td>{escape(cell)}" for cell in rest)
+        others = (f"<td>{escape(_unbroken(cell))}" for cell in rest)
         parts.append(f"<tr><th scope=row>{escape(first)}{''.join(others)}")
     return Markup("\n".join(parts))  # noqa: S704  escaped
+
+
+def _unbroken(cell: str) -> str:
+    """A figure that keeps its unit beside it."""
+    return cell.replace(" ", "\u00a0") if FIGURE.fullmatch(cell) else cell
 
 
 @cache

@@ -214,7 +214,7 @@ def _course(result: BenchmarkResult) -> list[Figure]:
                 for name, value in zip(NETWORKS, medians, strict=True)
             ]
             cells.append([say.fixed(at, 1), *map(say.ms, medians)])
-    x = Axis("Seconds since the measurement began")
+    x = Axis("Seconds since the measurement began", zero=True)
     chart = Chart(
         x,
         Axis("p50 of a second, ms", zero=True),

@@ -54,7 +54,7 @@ def section(m: Material) -> Section:
         table.append(line)
     names = tuple(f"{keep:.1%}".replace(".0", "") for keep in columns_of)
     chart = Chart(
-        Axis("Share of its channels that the group keeps", scale="names", names=names),
+        Axis("Share of its channels kept", scale="names", names=names),
         Axis("Channel group", scale="names", names=tuple(groups)),
         [Layer("cells", rows)],
         "Accuracy lost when one group alone is cut, by group and share of its channels",
