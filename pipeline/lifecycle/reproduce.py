@@ -20,11 +20,19 @@ from typing import Literal
 
 from secateur.device_profiles.wording import printable_lines
 from secateur.pipeline import children
-from secateur.pipeline.errors import EXIT_GATE, EXIT_INTERRUPTED, EXIT_OK, EXIT_TERMINATED, SurroundingsError, UserError
+from secateur.pipeline.errors import (
+    EXIT_GATE,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_TERMINATED,
+    EXIT_USER,
+    SurroundingsError,
+    UserError,
+)
 from secateur.pipeline.files import write_whole
 from secateur.pipeline.lifecycle import unit_state
 from secateur.pipeline.lifecycle.results import FACTS, give_baselines, write_results
-from secateur.pipeline.lifecycle.rows import Unit
+from secateur.pipeline.lifecycle.rows import Unit, read_row
 from secateur.pipeline.locks import held
 from secateur.pipeline.run.run import create_run_directory
 from secateur.pipeline.surroundings import HOME, home
@@ -118,9 +126,10 @@ def _work(unit: Unit, results: Path, budget: Budget, say: Say) -> Outcome:
         if code != EXIT_INTERRUPTED:
             lines = (directory / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
             told = printable_lines("\n".join(lines[-TOLD_LINES:]))
-            raise SurroundingsError(
-                f"{unit}: the run in {directory} ended with code {code}. Its log ends with:\n{told}"
-            )
+            said = f"{unit}: the run in {directory} ended with code {code}. Its log ends with:\n{told}"
+            if code == EXIT_USER:
+                raise UserError(f"{said}\nThe row needs:\n" + "\n".join(read_row(unit.row).needs))
+            raise SurroundingsError(said)
         _keep_state(unit, directory, folder)
         say(f"{unit}: paused; its state is {folder / STATE} ({(folder / STATE).stat().st_size / 1e6:.1f} MB)")
     return "paused"

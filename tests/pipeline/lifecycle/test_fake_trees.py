@@ -32,7 +32,7 @@ def noise(side: int) -> np.ndarray:
 
 def folders(root: Path) -> None:
     """Classes as folders in train and val."""
-    for part, number in (("train", 12), ("val", 6)):
+    for part, number in (("train", 30), ("val", 6)):
         for name in ("n01440764", "n01443537", "n01484850"):
             (root / part / name).mkdir(parents=True)
             for i in range(number):
@@ -71,7 +71,7 @@ TREES: Mapping[str, Callable[[Path], None]] = {
     "cifar100": cifar100,
     "VOCdevkit": voc,
 }
-SHORT = ["baseline.epochs=0.1", "finetune.epochs=0.1", "search.images=8", "threads=1", "search.budget.evaluations=4"]
+SHORT = ["baseline.epochs=0.1", "finetune.epochs=0.1", "search.images=4", "threads=1"]
 SHORT += ["baseline.batch_size=8", "finetune.batch_size=8", "baseline.warmup_epochs=0", "finetune.warmup_epochs=0"]
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "ccep": {"outer_iterations": 1, "population": 2, "generations": 1, "finetune_epochs": 0.1},
@@ -100,7 +100,7 @@ def test_a_row_without_data_goes_through_all_stages(name: str, tmp_path: Path, m
     more = [*SHORT, f"device.profile={quick_device(tmp_path)}"]
     more += [f"search.options.{key}={value}" for key, value in OPTIONS[unit.name].items()]
     if tree_of(name) in ("imagenet", "places365"):
-        more += ["workload.data.image_size=32"]
+        more += ["workload.data.image_size=64"]
     if tree_of(name) == "cifar100":
         more += ["workload.model.name=cifar/resnet8"]
     with Run(create_run_directory(unit.config(more)), Silent()) as run:

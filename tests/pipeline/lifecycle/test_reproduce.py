@@ -125,15 +125,18 @@ def test_pieces_end_with_the_budget_and_the_next_call_goes_on(tmp_path: Path, mo
     assert not state.exists()
 
 
-def test_a_run_that_fails_shows_the_end_of_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("code", "error"), [(2, UserError), (4, SurroundingsError)])
+def test_a_run_that_fails_shows_the_end_of_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, error: type[Exception]
+) -> None:
     write_row(tmp_path, monkeypatch)
 
     def piece(directory: Path, seconds: float) -> int:
         (directory / "reproduce.log").write_text("Error: the data is gone\n")
-        return 2
+        return code
 
     monkeypatch.setattr(reproduce, "piece", piece)
-    with pytest.raises(SurroundingsError, match=r"(?s)ended with code 2.*the data is gone"):
+    with pytest.raises(error, match=rf"(?s)ended with code {code}.*the data is gone"):
         reproduce.reproduce([UNIT], tmp_path / "results", Budget(100.0, 60.0, Clock()), say)
 
 

@@ -224,7 +224,7 @@ def small_network(seed: int = 0) -> nn.Module:
 
 
 def small_fit(
-    workload: Any, folder: Path, die_at: int = -1, model: nn.Module | None = None, **keys: Any
+    workload: Any, folder: Path, die_at: int = -1, model: nn.Module | None = None, last: Path | None = None, **keys: Any
 ) -> tuple[nn.Module, Fitted]:
     def report(done: int, total: int, note: str = "") -> None:
         if done == die_at:
@@ -232,7 +232,7 @@ def small_fit(
 
     model = model or small_network()
     recipe = Recipe.model_validate({"epochs": 4, "lr": 0.05, "batch_size": 32, "autocast": "fp32", **keys})
-    options: dict[str, Any] = {"held_out": workload.search, "checkpoint_every_s": 0, "report": report}
+    options: dict[str, Any] = {"held_out": workload.search, "checkpoint_every_s": 0, "report": report, "last": last}
     split = workload.train.first(100)
     fitted = fit(model, workload, split, recipe, seed=1, checkpoint=folder / "c", compute=CPU, **options)
     return model, fitted
@@ -270,6 +270,18 @@ def test_the_best_epoch_is_kept_and_said(workload: Classification, tmp_path: Pat
     assert (fitted.keep, fitted.kept_epoch) == ("best", 2)
     assert [epoch.metrics["top1"] for epoch in fitted.curve] == [0.3, 0.8, 0.4, 0.8]
     assert same(found, short, rtol=0, atol=0)
+
+
+def test_the_weights_of_the_last_epoch_lie_beside_the_best(workload: Classification, tmp_path: Path) -> None:
+    file = tmp_path / "last.safetensors"
+    short, _ = small_fit(workload, tmp_path, schedule="constant", epochs=2)
+    whole, _ = small_fit(workload, tmp_path, schedule="constant", last=file)
+    assert not file.exists(), "the last ones are kept anyway"
+    judged = Spied(workload, 0.3, 0.8, 0.4, 0.8)
+    best, _ = small_fit(judged, tmp_path, schedule="constant", keep="best", last=file)
+    left = load_weights(file)
+    assert same(best, short, rtol=0, atol=0)
+    assert all(torch.equal(tensor, left[name]) for name, tensor in whole.state_dict().items())
 
 
 def test_judging_an_epoch_changes_nothing_in_a_training(workload: Classification, tmp_path: Path) -> None:
