@@ -46,15 +46,15 @@ def reproduce(
         raise errors.UserError("name a row, or all; `secateur reproduce --list` shows them")
     names = row_names() if row == "all" else [row]
     units = [unit for name in names for unit in units_of(name, profile, seeds)]
-    from secateur.pipeline.lifecycle.reproduce import Budget
+    from secateur.pipeline.lifecycle.reproduce import Budget, is_finished
     from secateur.pipeline.lifecycle.reproduce import reproduce as work
 
     given = ["--profile", profile, *([] if seeds is None else ["--seeds", seeds]), "--budget", f"{budget:g}"]
     again = command("secateur", "reproduce", row, *given, "--results", results)
     interrupts.current.go_on = again
-    outcomes = work(units, results.absolute(), Budget(time.monotonic() + 3600 * budget), lambda text: err.print(text))
+    work(units, results.absolute(), Budget(time.monotonic() + 3600 * budget), lambda text: err.print(text))
     interrupts.current.go_on = ""
-    done = sum(outcome in ("finished", "was finished") for outcome in outcomes.values())
+    done = sum(is_finished(unit, results) for unit in units)
     out.print(f"{done} of {len(units)} units are finished" + ("" if done == len(units) else f"; go on with: {again}"))
 
 

@@ -88,7 +88,7 @@ def reproduce(units: Iterable[Unit], results: Path, budget: Budget, say: Say) ->
     outcomes: dict[Unit, Outcome] = {}
     with children.kept(home(), "reproduce"):
         for unit in units:
-            if (results / unit.row / unit.label / FACTS).is_file():
+            if is_finished(unit, results):
                 outcomes[unit] = "was finished"
                 say(f"{unit}: was finished before")
                 continue
@@ -106,6 +106,11 @@ def reproduce(units: Iterable[Unit], results: Path, budget: Budget, say: Say) ->
             if outcomes[unit] == "paused":
                 break
     return outcomes
+
+
+def is_finished(unit: Unit, results: Path) -> bool:
+    """Whether a unit's facts are in the results."""
+    return (results / unit.row / unit.label / FACTS).is_file()
 
 
 def _work(unit: Unit, results: Path, budget: Budget, say: Say) -> Outcome:

@@ -21,7 +21,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from secateur import __version__
-from secateur.device_profiles.wording import command, printable
+from secateur.device_profiles.wording import printable
 from secateur.pipeline import children
 from secateur.pipeline.config.schema import TrackingSection
 from secateur.pipeline.errors import UserError
@@ -186,7 +186,7 @@ def write_results(unit: Unit, directory: Path, folder: Path) -> UnitFacts:
         unit=unit.name,
         seed=unit.seed,
         profile=unit.profile,
-        command=command("secateur", "reproduce", unit.row, "--profile", unit.profile, "--seeds", unit.seed + 1),
+        command=f"secateur reproduce {unit.row} --profile {unit.profile} --seeds {unit.seed + 1}",
         version=__version__,
         commit=commit(),
         device=dict(found.search.device.facts),

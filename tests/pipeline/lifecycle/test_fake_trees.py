@@ -20,7 +20,7 @@ from secateur.pipeline.progress import Silent
 from secateur.pipeline.run.run import Run, create_run_directory
 from tests.pipeline.helpers import perform, quick_device
 
-pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800), pytest.mark.filterwarnings("ignore")]
 DRAWN = np.random.default_rng(0)
 BOX = "<object><name>{}</name><difficult>0</difficult><bndbox>{}</bndbox></object>"
 CORNERS = "<xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax>"
