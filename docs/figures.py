@@ -1,6 +1,6 @@
 """Keep what pages show of a finished run: its figures, and the command and machine that made them.
 
-python docs/figures.py RUN_FILE RUN_DIRECTORY      # writes docs/figures/NAME.json, NAME as the run file's
+python docs/figures.py RUN_FILE RUN_DIRECTORY      # writes NAME.json into docs/figures
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ def _command(name: str, command: Any) -> str:
 
 
 def _placeholder(argument: Any) -> str:
-    word = argument.metavar or argument.name.strip("_").upper()
+    word = (argument.metavar or argument.name.strip("_").upper()).strip("[]")
     word = f"{word} ..." if argument.nargs == -1 else word
     return word if argument.required else f"[{word}]"
 
@@ -262,7 +262,7 @@ def _markdown(text: str) -> str:
 
 @maker
 def result(name: str) -> str:
-    """Baseline and compact model of a run, as ``docs/figures.py`` kept them (``docs/figures/NAME.json``)."""
+    """Baseline and compact model of a run, as ``docs/figures.py`` kept them (in ``docs/figures``)."""
     found = json.loads((FIGURES / f"{name}.json").read_text(encoding="utf-8"))
     old, new, speedup = found["models"]["baseline"], found["models"]["compact"], found["speedup"]
     metric = next(key for key in ("top1", "map50") if key in old)

@@ -31,5 +31,6 @@ assert "secateur/py.typed" in names
 CODE
 digits=$("$python" -c 'from importlib.resources import files; print(files("secateur.pipeline.runs") / "digits.yaml")')
 "$folder/venv/bin/secateur" run "$digits" --quiet --set baseline.epochs=1 --set finetune.epochs=1 --set finetune.top=1 \
-  --set search.method=global --set device.probe=false --set gate.max_drop=1 --set gate.min_speedup=null
+  --set workload.model.name=cifar/resnet8 --set workload.data.image_size=8 --set search.method=global \
+  --set search.images=64 --set device.probe=false --set gate.max_drop=1 --set gate.min_speedup=null
 ls .secateur/runs/*/report.html
