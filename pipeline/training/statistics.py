@@ -8,6 +8,7 @@ without augmentation (the re-estimation of MetaPruning, Liu et al. 2019, arXiv 1
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 
@@ -44,8 +45,13 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
 
     Args:
         network: in eval mode, and left in it.
-        batches: each of shape ``(n, channels, height, width)``, on the network's device and in its number type.
+        batches: each of shape ``(n, channels, height, width)``, n at least 2, on the network's device and in its number
+            type; without any, the statistics stay as they are.
     """
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None:
+        return
     norms = set(moving_norms(network).values())
     momenta = {norm: norm.momentum for norm in norms}
     for norm in norms:
@@ -54,7 +60,7 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
         norm.train()
     try:
         with torch.inference_mode():
-            for images in batches if norms else ():
+            for images in itertools.chain([first], batches) if norms else ():
                 network(images)
     finally:
         for norm, momentum in momenta.items():
@@ -65,7 +71,11 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
 def training_images(
     workload: Workload, split: Split, num_images: int, compute: torch.device, at_once: int = IMAGES_AT_ONCE
 ) -> Iterator[Tensor]:
-    """The first images of a split (in no order of classes), without augmentation, in batches of equal size."""
+    """The first images of a split (in no order of classes), without augmentation, in batches of nearly equal size.
+
+    None of one image: behind a global pooling it has one value per channel, and that has no variance.
+    """
     split = split.first(num_images)
-    for chosen in torch.tensor_split(torch.arange(len(split)), math.ceil(len(split) / at_once)):
+    parts = min(math.ceil(len(split) / at_once), len(split) // 2)
+    for chosen in torch.tensor_split(torch.arange(len(split)), parts) if parts else ():
         yield workload.batch(split, chosen, train=False, generator=None, device=compute)[0]
