@@ -11,7 +11,7 @@ import typer
 from secateur.pipeline import errors
 from secateur.pipeline.cli import completers
 from secateur.pipeline.cli.options import Json
-from secateur.pipeline.terminal import one_line, out, table
+from secateur.pipeline.terminal import command, one_line, out, table
 
 Which = Annotated[
     str,
@@ -41,7 +41,7 @@ def report(
     if json_:
         out.data(json.loads(made.json.read_text(encoding="utf-8")))
     elif markdown:
-        out.print(made.markdown.read_text(encoding="utf-8"), soft_wrap=True, end="")
+        out.print(made.markdown.read_text(encoding="utf-8"), end="")
     else:
         out.print(f"Written: {one_line(made.html)}, {made.json.name} and {made.markdown.name} beside it")
     if open_:
@@ -94,8 +94,9 @@ def _directory(which: str) -> Path:
     directory = home() / "runs" / (version.run or "-")
     if not (directory / "run.yaml").is_file():
         run = version.run or "a run that it does not name"
+        pull = command("secateur", "pull", f"{name}@{version.version}", "--output", name)
         raise errors.UserError(
-            f"version {version.version} of {name} was made by {run}, which is not in {home() / 'runs'}; `secateur pull "
-            f"{name}@{version.version} --output {name}` brings the report it was registered with"
+            f"version {version.version} of {name} was made by {run}, which is not in {home() / 'runs'}; `{pull}` "
+            "brings the report it was registered with"
         )
     return directory

@@ -125,7 +125,7 @@ def results_(
 
     text = page(folder)
     if write is None:
-        out.print(text, markup=False)
+        out.print(text)
     else:
         write_whole(write, text)
         out.print(f"Written: {one_line(write)}")

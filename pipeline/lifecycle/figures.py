@@ -131,10 +131,10 @@ class Answers:
     def open_images(self) -> Bools:
         """Images whose two best answers are nearly equal, so that another processor may choose the other, (n,).
 
-        Nearly, measured by how far the answers of the image lie apart: a constant added to all of them changes nothing.
+        Nearly, measured by how far answers lie apart, of all images: a constant added to an image's changes nothing.
         """
         best, second = self.answers.topk(2, dim=1).values.T
-        spread = (self.answers - self.answers.mean(1, keepdim=True)).abs().amax(1)
+        spread = (self.answers - self.answers.mean(1, keepdim=True)).abs().amax()
         found: Bools = (best - second < 2 * TOLERANCE * spread).numpy()
         return found
 

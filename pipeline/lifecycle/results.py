@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -186,7 +187,9 @@ def write_results(unit: Unit, directory: Path, folder: Path) -> UnitFacts:
         unit=unit.name,
         seed=unit.seed,
         profile=unit.profile,
-        command=f"secateur reproduce {unit.row} --profile {unit.profile} --seeds {unit.seed + 1}",
+        command=shlex.join(
+            ["secateur", "reproduce", unit.row, "--profile", unit.profile, "--seeds", str(unit.seed + 1)]
+        ),
         version=__version__,
         commit=commit(),
         device=dict(found.search.device.facts),

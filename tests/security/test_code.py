@@ -569,7 +569,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def registry(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
     found = embedded(migrated_home(tmp_path / "home", store))
-    monkeypatch.setattr(registry_cli, "_registry", lambda _: found)
+    monkeypatch.setattr(registry_cli, "registry_at", lambda _: found)
     monkeypatch.setattr(promotion, "RESAMPLES", 20)
     return found
 
@@ -652,7 +652,7 @@ def test_nothing_is_imported_where_the_code_of_a_version_is_not_needed(
         file.write_text(yaml.safe_dump(content))
     challenger(registry, tmp_path, file)
     code, said = secateur("promote", "net", "--device", folder / "quick.yaml")
-    assert code in (0, EXIT_GATE) and "promoted" in said and "names code" not in said
+    assert code in (0, EXIT_GATE) and "promoted" in said and "names code" not in said, said
     code, said = secateur("pull", "net", "-o", tmp_path / "model")
     assert code == 0, said
     assert not mark.exists() and "theirs" not in sys.modules

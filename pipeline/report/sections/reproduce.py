@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from secateur.device_profiles import plain_yaml
 from secateur.pipeline.report import figures as say
 from secateur.pipeline.report.content import Code, Section, Table
@@ -13,17 +15,17 @@ TITLE = "Reproduce and use"
 def section(m: Material) -> Section:
     """Commands, the run file, digests, a loader, downloads."""
     text = [_usage(m), _code(m)]
+    again = "secateur run run.yaml"
+    report = shlex.join(["secateur", "report", m.run_id])  # not where it lies on this machine
     code = [
         Code(
             "Run it again",
-            f"secateur run run.yaml        # the run file below\nsecateur report {m.run_id}        # this page, made "
-            "anew",
+            f"{again}        # the run file below\n{report}        # this page, made anew",
         )
     ]
     if m.register is not None:
-        code.append(
-            Code("Get the model", f"secateur pull {m.register.name}@{m.register.version} --output {m.register.name}")
-        )
+        version = f"{m.register.name}@{m.register.version}"
+        code.append(Code("Get the model", shlex.join(["secateur", "pull", version, "--output", m.register.name])))
     code += [Code("Load it with ONNX Runtime", _loader(m)), Code("Run file", run_file(m))]
     files = _files(m)
     said = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from datetime import UTC, datetime
 
 from secateur.pipeline.report import figures as say
@@ -135,7 +136,7 @@ def conditions(m: Material) -> str:
 
 def _status(m: Material) -> str:
     """What became of the model in the registry."""
-    history = f"`secateur history {m.model}` says what became of it since."
+    history = f"`{shlex.join(['secateur', 'history', m.model])}` says what became of it since."
     if m.register is None:
         if m.unreachable:
             return (

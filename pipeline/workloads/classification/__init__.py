@@ -217,7 +217,8 @@ class Classification:
         self.choose_metrics()
         self.search_metric_is_open = options.metrics.search == "auto"
         self.network = networks.named(options.model.name)
-        self.network.check(options.model.options)
+        if reading.check != "none":  # else a file is judged, which needs no code of the network
+            self.network.check(options.model.options)
         weights = self._weights_here()
         self._content = None if weights is None else read_weights(weights)
         prepared = self.network.preparation(options.model.weights)

@@ -69,7 +69,7 @@ def test_validate_tells_the_splits(monkeypatch: pytest.MonkeyPatch, capsys: Capt
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("run", "nothing.yaml"), "digits.yaml"),
+        (("run", "nothing.yaml"), "pipeline/runs"),
         (("run", "RUN", "--set", "device.profile=lokal"), "local"),
         (("run", "RUN", "--set", "workload.model.name=resnet18"), "channels: 3"),
         (("run", "RUN", "--set", "sead=1"), "did you mean 'seed'"),

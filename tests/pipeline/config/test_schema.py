@@ -115,7 +115,7 @@ def test_another_method_by_override_begins_with_its_own_options() -> None:
 
 
 def test_a_missing_file_names_examples(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"digits\.yaml"):
+    with pytest.raises(UserError, match=r"init --help.*pipeline/runs"):
         load_run_file(tmp_path / "nothing.yaml")
 
 

@@ -13,7 +13,7 @@ from secateur.pipeline.config.schema import TrackingSection
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.tracking import Registry, Tracker
 from secateur.pipeline.tracking.history import FOUND, PROMOTE, ROLLBACK, Event, champions, is_known
-from secateur.pipeline.tracking.ownership import DEFAULT_DEVICE, MADE_TAG, foreign_aliases
+from secateur.pipeline.tracking.ownership import DEFAULT_DEVICE, KIND, KIND_TAG, MADE_TAG, foreign_aliases
 from secateur.pipeline.tracking.store import experiment_of
 from tests.pipeline.registered import add, crown, embedded, linear_model, make_template, migrated_home
 
@@ -68,7 +68,7 @@ def test_an_experiment_of_others_is_taken_over_when_asked_and_is_ours_from_then_
     client = client_of(registry)
     number = client.create_experiment("theirs", tags={"team": "vision"})
     assert experiment_of(client, registry.uri, "theirs", tmp_path, take_over=True) == number
-    assert client.get_experiment(number).tags == {"team": "vision", MADE_TAG: "taken over"}
+    assert client.get_experiment(number).tags == {"team": "vision", MADE_TAG: "taken over", KIND_TAG: KIND}
     assert experiment_of(client, registry.uri, "theirs", tmp_path) == number
 
 
@@ -77,12 +77,12 @@ def test_our_own_experiment_bears_our_tag_and_one_of_an_earlier_version_is_known
 ) -> None:
     client = client_of(registry)
     number = experiment_of(client, registry.uri, "ours", tmp_path)
-    assert client.get_experiment(number).tags == {MADE_TAG: "made"}
+    assert client.get_experiment(number).tags == {MADE_TAG: "made", KIND_TAG: KIND}
     for tag in ("secateur.run_id", "secateur.decision", "secateur.champion"):
         earlier = client.create_experiment(f"earlier {tag}")
         client.create_run(earlier, tags={tag: "x"})
         assert experiment_of(client, registry.uri, f"earlier {tag}", tmp_path) == earlier
-        assert client.get_experiment(earlier).tags == {MADE_TAG: "made"}
+        assert client.get_experiment(earlier).tags == {MADE_TAG: "made", KIND_TAG: KIND}
 
 
 @pytest.mark.parametrize("take_over", [False, True])

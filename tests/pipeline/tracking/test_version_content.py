@@ -265,7 +265,7 @@ def test_the_command_says_what_is_wrong_and_ends_with_the_code_of_a_gate(
     told: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     registry = Two(tmp_path, version_of(told, "secateur/parity.json", DEEP))
-    monkeypatch.setattr(registry_cli, "_registry", lambda _: registry)
+    monkeypatch.setattr(registry_cli, "registry_at", lambda _: registry)
     monkeypatch.setattr("sys.argv", ["secateur", "promote", "net", "--device", "local"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -352,7 +352,7 @@ def test_any_entry_of_the_history_is_shown_or_passed_over(data: Any) -> None:
     entry = put(MOVE, data.draw(st.sampled_from(places(MOVE))), data.draw(HOSTILE))
     registry = Tagged({f"{EVENTS}{1:017d}-aaaa": json.dumps(MOVE), f"{EVENTS}{2:017d}-aaaa": json.dumps(entry)})
     with pytest.MonkeyPatch.context() as patch, out.capture():
-        patch.setattr(registry_cli, "_registry", lambda _: registry)
+        patch.setattr(registry_cli, "registry_at", lambda _: registry)
         registry_cli.history("net")
     assert registry.history("net")[0].version == "1"
     registry.deleted_champion("net", "quick")

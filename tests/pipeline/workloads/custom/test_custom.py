@@ -209,7 +209,7 @@ def test_a_group_in_training_and_test_data_is_refused() -> None:
         def groups(self, split: str) -> list[int]:
             return [0, *range(1 if split == "train" else 100, 39 + (1 if split == "train" else 100))]
 
-    with pytest.raises(UserError, match=r"1 group\(s\) are in the training and in the test data"):
+    with pytest.raises(UserError, match=r"1 group is in the training and in the test data"):
         opened(Leaky)
 
 
