@@ -58,7 +58,7 @@ def only_for_prefect() -> Iterator[None]:
             kept.enter_context(_heard_by_its_handlers(logging.getLogger(name)))
         try:
             yield
-        except Exception:
+        except Exception:  # a Ctrl-C waits for nothing
             APILogWorker.drain_all(timeout=SEND_S)
             raise
         APILogWorker.drain_all(timeout=SEND_S)

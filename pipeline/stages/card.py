@@ -18,7 +18,7 @@ from typing import Any
 
 from secateur import __version__
 from secateur.device_profiles import DeviceProfile
-from secateur.device_profiles.wording import number_of
+from secateur.device_profiles.wording import number_of, printable_lines
 from secateur.pipeline.config.schema import LicenceSection, RunFile
 from secateur.pipeline.report import final_table
 from secateur.pipeline.run.facts import Check, Facts
@@ -182,11 +182,6 @@ def body(about: About, facts: Facts) -> str:
     ]
     written = [f"{'##' if i else '#'} {title}\n\n{text}\n" for i, (title, text) in enumerate(parts) if text]
     return printable_lines("\n".join(written))
-
-
-def printable_lines(text: str) -> str:
-    """A text without characters that control a terminal."""
-    return "\n".join("".join(c for c in line if c.isprintable()) for line in text.splitlines()) + "\n"
 
 
 def cut(text: str, most: int) -> str:

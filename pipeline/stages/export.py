@@ -55,13 +55,15 @@ def export(run: Run, facts: Facts) -> ExportFacts:
             exported.append(_export_one(run, name, network, own, "" if own is full else own.digest, template))
             error = exported[-1].parity.max_relative_error
             report(len(exported), 2, f"largest relative difference {error:.1e}")
-    chosen, metrics, tensor = facts.finetune.best.evaluation.precision, _metrics(run, model, compact), ""
+    images, targets = first_batch(run, run.workload.search.first(run.config.export.parity_images))
+    chosen, tensor = facts.finetune.best.evaluation.precision, ""
+    metrics = _metrics(run, model, compact, images, targets)
     if chosen != FLOAT:
         in_float = exported[1].artifact.path.read_bytes()
         exported[1] = _in_precision(run, chosen, exported[1], compact, plan, template)
         file = exported[1].artifact.path
-        metrics[hop_table.ROUNDED] = _metric_of_file(run, file)
-        tensor = first_rounded(in_float, file.read_bytes(), parity_images(run)[:1].numpy())
+        metrics[hop_table.ROUNDED] = _metric_of_file(run, file, images, targets)
+        tensor = first_rounded(in_float, file.read_bytes(), images[:1].numpy())
     certificate = Proof(**asdict(certify(model, prune(model, graph, plan), graph, plan, run.workload.example_input())))
     hops = hop_table.of_export(
         exported[0], exported[1], certificate, run.config.export.tolerance, metrics, run.config.gate.max_drop, tensor
@@ -76,25 +78,27 @@ def export(run: Run, facts: Facts) -> ExportFacts:
     )
 
 
-def _metrics(run: Run, model: nn.Module, compact: nn.Module) -> dict[str, float]:
+def _metrics(
+    run: Run, model: nn.Module, compact: nn.Module, images: torch.Tensor, targets: torch.Tensor
+) -> dict[str, float]:
     """The workload's metric of both networks in PyTorch and of both files, on the images of the parity check."""
     found = {}
     for key, network in ((hop_table.DENSE, model), (hop_table.PRUNED, compact)):
         with torch.inference_mode():
-            found[key] = _metric(run, torch.cat([network(part) for part in torch.split(parity_images(run), AT_ONCE)]))
+            outputs = torch.cat([network(part) for part in torch.split(images, AT_ONCE)])
+        found[key] = _metric(run, outputs, targets)
     for key, name in ((hop_table.BASELINE, "baseline"), (hop_table.COMPACT, "compact")):
-        found[key] = _metric_of_file(run, run.directory / f"{name}.onnx")
+        found[key] = _metric_of_file(run, run.directory / f"{name}.onnx", images, targets)
     return found
 
 
-def _metric_of_file(run: Run, file: Path) -> float:
-    return _metric(run, torch.from_numpy(predict(file, parity_images(run).numpy(), torch.get_num_threads())))
+def _metric_of_file(run: Run, file: Path, images: torch.Tensor, targets: torch.Tensor) -> float:
+    return _metric(run, torch.from_numpy(predict(file, images.numpy(), torch.get_num_threads())), targets)
 
 
-def _metric(run: Run, outputs: torch.Tensor) -> float:
+def _metric(run: Run, outputs: torch.Tensor, targets: torch.Tensor) -> float:
     workload = run.workload
-    _, labels = first_batch(run, workload.search.first(run.config.export.parity_images))
-    return float(workload.metrics(workload.answers(outputs, labels), labels)[workload.metric])
+    return float(workload.metrics(workload.answers(outputs, targets), targets)[workload.metric])
 
 
 def _template(run: Run, model: nn.Module, graph: ChannelGraph) -> OnnxTemplate | None:

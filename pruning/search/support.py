@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from secateur.device_profiles.latency_model import LatencyModel
-from secateur.device_profiles.wording import number_of
 from secateur.pruning.plan import IntArray, PruningPlan, SearchSpace
 from secateur.pruning.search.protocol import (
     DENSE,
@@ -132,8 +131,7 @@ def best_first(problem: Problem, candidates: Iterable[Candidate], evaluations: I
     entries = [entry for entry in pairs if entry.evaluation.status == "ok"]
     if not entries:
         raise SearchError(
-            f"none of {number_of(len(pairs), 'candidate(s)')} could be evaluated; the first: "
-            f"{pairs[0].evaluation.reason}"
+            f"no candidate could be evaluated ({len(pairs)} tried); the first: {pairs[0].evaluation.reason}"
         )
     return tuple(sorted(entries, key=lambda entry: -problem.reward(entry.evaluation)))
 

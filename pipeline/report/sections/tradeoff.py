@@ -142,16 +142,7 @@ def _figure(m: Material, axes: Mapping[str, Axis], front: Sequence[Point]) -> Fi
         height=360,
         pinned=True,
     )
-    columns = (
-        "candidate",
-        "weights",
-        f"{say.metric(m.metric)}|",
-        "latency ratio|",
-        "known",
-        "MACs ratio|",
-        "parameters|",
-        "file size|",
-    )
+    columns = _columns(m)
     table = Table(f"All {len(every):,} candidates", columns, [_cells(p) for p in every])
     return Figure("tradeoff", "What candidates cost and what they get right", chart, table, note)
 
@@ -253,18 +244,15 @@ def _cells(p: Point) -> list[str]:
     ]
 
 
+def _columns(m: Material) -> tuple[str, ...]:
+    """Of ``_cells``."""
+    costs = ("latency ratio|", "known", "MACs ratio|", "parameters|", "file size|")
+    return "candidate", "weights", f"{say.metric(m.metric)}|", *costs
+
+
 def _front_table(m: Material, front: Sequence[Point], cost: str) -> Table:
     rows = [_cells(point) for point in front[:15]]
-    columns = (
-        "candidate",
-        "weights",
-        f"{say.metric(m.metric)}|",
-        "latency ratio|",
-        "known",
-        "MACs ratio|",
-        "parameters|",
-        "file size|",
-    )
+    columns = _columns(m)
     more = f" (15 of {len(front)})" if len(front) > 15 else ""
     return Table(
         f"The front: what no other candidate beats in {say.metric(m.metric)} and {NOUNS[cost]}{more}",

@@ -52,7 +52,6 @@ from pymoo.operators.crossover.pntx import TwoPointCrossover
 from pymoo.operators.mutation.pm import PM
 from pymoo.problems.static import StaticProblem
 
-from secateur.device_profiles.wording import number_of
 from secateur.pruning.plan import BoolArray, PruningPlan, SearchSpace
 from secateur.pruning.search.landing import by_one_factor, per_mean, settle
 from secateur.pruning.search.protocol import (
@@ -331,12 +330,10 @@ def _front_within(trained: Sequence[Individual], limit: Limit) -> list[Individua
     if not within:
         if not alive:
             reason = trained[0].evaluation.reason if trained else "the budget allowed no training"
-            raise SearchError(
-                f"none of {number_of(len(trained), 'candidate(s)')} could be trained; the first: {reason or 'NaN'}"
-            )
+            raise SearchError(f"no candidate could be trained ({len(trained)} tried); the first: {reason or 'NaN'}")
         least = min(one.cost for one in alive)
         raise SearchError(
-            f"none of {number_of(len(trained), 'candidate(s)')} has a {limit.name} of {limit.bound:g} or less; "
+            f"no candidate of {len(trained)} has a {limit.name} of {limit.bound:g} or less; "
             "the smallest has "
             f"{least:.3f}. Raise the target, raise generations, or raise min_ratio so that more channels go."
         )

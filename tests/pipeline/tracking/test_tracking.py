@@ -357,12 +357,9 @@ def test_postgresql_takes_candidates_and_the_model_as_sqlite_does(
 def deliveries(of: psutil.Process | None = None) -> list[psutil.Process]:
     """Processes that tell MLflow for one."""
     parent, module = (of or psutil.Process()).pid, "secateur.pipeline.tracking.delivery"
-    found = psutil.process_iter(
-        ["ppid", "cmdline"]
-    )  # not `children`: it goes by times, which a clock that is set moves
-    return [
-        process for process in found if process.info["ppid"] == parent and module in (process.info["cmdline"] or ())
-    ]
+    # not `children`: it goes by times of processes, which a clock that is set moves
+    every = psutil.process_iter(["ppid", "cmdline"])
+    return [each for each in every if each.info["ppid"] == parent and module in (each.info["cmdline"] or ())]
 
 
 def test_a_delivery_that_is_killed_loses_and_doubles_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
