@@ -503,7 +503,8 @@ def test_failures_and_unknown_accuracies_never_attract_the_swarm():
     assert any(c.plan.widths["layer0.conv1"] % 2 for c in fake.candidates)
     assert all(entry.candidate.plan.widths["layer0.conv1"] % 2 == 0 for entry in archive)
     fake = FakeStudy(study().space, fails=lambda c: True)
-    with pytest.raises(SearchError, match=r"no candidate could be evaluated \(\d+ tried\); the first: the fake says so"):
+    message = r"no candidate could be evaluated \(\d+ tried\); the first: the fake says so"
+    with pytest.raises(SearchError, match=message):
         drive(search(fake.problem(Goal(macs_ratio=0.6)), Options()), fake)
 
 
