@@ -85,6 +85,16 @@ def trainings(fake: FakeStudy) -> list[FineTune]:
     return [request for request in fake.requests if isinstance(request, FineTune)]
 
 
+def test_genomes_stay_near_an_even_cut_where_a_spread_says_so():
+    even = {name: space.sizes[name] // 2 for space in [settled().space] for name in space.names}
+    for spread, everywhere in ((0.0, False), (0.25, False), (1.0, True)):
+        fake = settled()
+        run(fake, replace(FAST, repair=True, spread=spread, window=0.01))
+        widths = [request.candidate.plan.widths for request in trainings(fake)]
+        far = max(abs(w[n] - even[n]) / fake.space.sizes[n] for w in widths for n in even)
+        assert (far > 0.3) == everywhere, (spread, far)
+
+
 # -- the source's numbers ----------------------------------------------------------------------------------------------
 
 
