@@ -28,7 +28,8 @@ which group can be a third as wide as another. Plans at the target count as equa
 plan is trained alone.
 
 The authors' settings, as far as they are known, are ``PAPER``: ``{population: 10, offspring: 10, generations: 20,
-epochs: 60, best_epochs: 0, repair: false, spread: 1, window: 0.3, criteria_on: random, start: random, final: scratch}``.
+epochs: 60, best_epochs: 0, repair: false, spread: 1, window: 0.3, criteria_on: random, start: random,
+final: scratch}``.
 
 Not here: bounds of p that change with depth.
 
