@@ -24,8 +24,8 @@ A training run from random weights is hours, so the parent network begins with t
 look at these, and the winner keeps what it has learned. Half of random genomes miss a target: each one that does is
 repaired, all its widths by one factor and the rest by its own criteria, and its genes follow. Genes stay near an even
 cut to the target (``spread``): a budget of minutes trains some thirty genomes for a few steps each, too few to find out
-which group can be a third as wide as another. Plans at the target count as equally costly. All trainings together take what the budget allows but for ``FINAL_SHARE`` of it, in which the best
-plan is trained alone.
+which group can be a third as wide as another. Plans at the target count as equally costly. All trainings together take
+what the budget allows but for ``FINAL_SHARE`` of it, in which the best plan is trained alone.
 
 The authors' settings, as far as they are known, are ``PAPER``: ``{population: 10, offspring: 10, generations: 20,
 epochs: 60, best_epochs: 0, repair: false, spread: 1, window: 0.3, criteria_on: random, start: random,
