@@ -118,9 +118,11 @@ def main() -> NoReturn:
         if meant is None:
             err.labelled("Bug", "bold red", f"{type(error).__name__}: {errors.masked(str(error))}")
             err.print(
-                "Please report it with the traceback that --debug shows and what `secateur doctor --json` prints; "
-                "`secateur resume` can continue the run."
+                "Please report it with the traceback that --debug shows and what `secateur doctor --json` prints."
             )
         else:
             err.labelled("Error", "bold red", errors.masked(str(meant)))
-        sys.exit(exit_code(error))
+        code, go_on = exit_code(error), interrupts.current.go_on
+        if code != errors.EXIT_USER and go_on and go_on not in str(meant):
+            err.print(f"Nothing is lost. Continue with: {go_on}")
+        sys.exit(code)

@@ -109,20 +109,18 @@ def finish(
 
 
 def _execute_new(directory: Path, file: Path, debug: bool, as_json: bool, quiet: bool) -> None:
-    """Execute a run in a directory just made, which is removed where the run is refused before it begins.
+    """Execute a run in a directory just made, which is removed where the run does not even begin.
 
     Args:
         file: the run file that its user knows.
     """
-    interrupts.current.go_on = command("secateur", "resume", directory)  # before the user can know of it
-    if not quiet:
-        err.print(f"Run directory: {one_line(directory)}")
     try:
         _execute(directory, debug, as_json, quiet)
-    except errors.UserError as error:
+    except Exception as error:
         from secateur.pipeline.config.faults import FaultsError
 
         if not (directory / "journal.jsonl").exists():
+            interrupts.current.go_on = ""
             shutil.rmtree(directory)
             if isinstance(error, FaultsError):
                 raise FaultsError(str(file), error.faults) from error
@@ -138,6 +136,8 @@ def _execute(directory: Path, debug: bool, as_json: bool, quiet: bool) -> None:
     interrupts.current.go_on = command("secateur", "resume", directory)
     try:
         with children.kept(home(), f"run {directory.name}"), Run(directory, logged(progress(quiet))) as opened:
+            if not quiet:
+                err.print(f"Run directory: {one_line(directory)}")
             config = opened.config
             facts = execute(opened, debug)
             uri = redacted(opened.tracker.uri)

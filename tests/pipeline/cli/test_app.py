@@ -94,10 +94,39 @@ def test_mistakes_get_one_message_and_code_2(
     assert "Traceback" not in shown.err + shown.out
 
 
-def test_a_refused_run_leaves_no_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_refused_run_leaves_no_directory_and_names_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured, tmp_path: Path
+) -> None:
     file = str(write_tiny(tmp_path))
     assert call(monkeypatch, "run", file, "--set", "workload.model.weights=none.safetensors") == errors.EXIT_USER
     assert not list((tmp_path / "home" / "runs").iterdir())
+    assert "Run directory" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(KeyError("x"), errors.EXIT_BUG), (DeviceError("gone"), errors.EXIT_SURROUNDINGS)]
+)
+@pytest.mark.parametrize("begun", [True, False])
+def test_only_a_run_that_has_begun_is_said_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured, tmp_path: Path, error: Exception, code: int, begun: bool
+) -> None:
+    """What fails in mid-run says how to go on; what fails before there is anything leaves nothing and promises none."""
+    import secateur.pipeline.flow
+    import secateur.pipeline.run.run
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    if begun:
+        monkeypatch.setattr(secateur.pipeline.flow, "execute", fail)
+    else:
+        monkeypatch.setattr(secateur.pipeline.run.run, "examine", fail)
+    assert call(monkeypatch, "run", str(write_tiny(tmp_path))) == code
+    directories, said = list((tmp_path / "home" / "runs").iterdir()), capsys.readouterr().err
+    assert len(directories) == begun
+    assert ("Run directory" in said, "Continue with: " in said) == (begun, begun)
+    if begun:
+        assert said.rstrip().endswith(f"resume {directories[0]}")
 
 
 @pytest.mark.parametrize(
