@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from typing import Any
 
@@ -12,7 +13,7 @@ from markupsafe import Markup
 
 from secateur.pipeline.report.content import Axis, Chart, Layer, Row
 from secateur.pipeline.report.figures import number, percent
-from secateur.pipeline.report.roles import role
+from secateur.pipeline.report.roles import DARKEST, PALE, on_ramp, role
 from secateur.pipeline.report.vega import height
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 640, 64, 14, 10, 46
@@ -44,7 +45,8 @@ def lines(curves: Mapping[str, Mapping[int, float]], x_title: str, y_title: str,
 
 
 def svg(chart: Chart) -> Markup:
-    """A chart, drawn; marks of a switched chart stand at the first of its x axes."""
+    """A chart, drawn; marks of a switched chart stand at the first of its x axes, those that a slider hides do not."""
+    chart = _begun(chart)
     frame = _Frame(chart)
     marks = "".join(_DRAWN[layer.mark](frame, chart, layer.rows) for layer in chart.layers)
     label = escape(chart.describes, quote=True)
@@ -52,6 +54,19 @@ def svg(chart: Chart) -> Markup:
         f'<svg class="still" viewBox="0 0 {WIDTH} {frame.height}" role="img" aria-label="{label}">'
         f"{frame.axes()}{marks}</svg>"
     )
+
+
+def _begun(chart: Chart) -> Chart:
+    """A chart with what its slider shows at the beginning."""
+    if chart.least is None:
+        return chart
+    start = chart.least.start
+    layers = [
+        replace(each, rows=[row for row in each.rows if row.get("size", start) >= start]) for each in chart.layers
+    ]
+    left = {row.get("y") for each in layers for row in each.rows}
+    names = tuple(name for name in chart.y.names if name in left)
+    return replace(chart, layers=layers, y=replace(chart.y, names=names))
 
 
 class _Frame:
@@ -183,6 +198,8 @@ def _shape(shape: str, x: float, y: float) -> str:
             return f"M{x:.1f} {y - 6:.1f}l5 6l-5 6l-5 -6Z"
         case "triangle-up":
             return f"M{x:.1f} {y - 5:.1f}l5 9h-10Z"
+        case "triangle-down":
+            return f"M{x:.1f} {y + 5:.1f}l5 -9h-10Z"
         case "cross":
             return f"M{x - 5:.1f} {y:.1f}h10M{x:.1f} {y - 5:.1f}v10"
     return f"M{x - r:.1f} {y:.1f}a4 4 0 1 0 8 0 4 4 0 1 0-8 0"
@@ -192,10 +209,22 @@ def swatch(name: str) -> Markup:
     """The mark of a role, for a list of what is what."""
     looks = role(name)
     shape = _shape(looks.shape, 8, 8) if looks.shape != "stroke" else "M1 8H15"
+    fill = "url(#hatch)" if looks.hatched else looks.colour
     dash = f' stroke-dasharray="{" ".join(map(str, looks.dash))}"' if looks.shape == "stroke" and looks.dash else ""
     return Markup(  # noqa: S704
-        f'<svg class="swatch" viewBox="0 0 16 16" aria-hidden="true"><path d="{shape}" fill="{looks.colour}" '
+        f'<svg class="swatch" viewBox="0 0 16 16" aria-hidden="true"><path d="{shape}" fill="{fill}" '
         f'stroke="{looks.colour}" stroke-width="2"{dash}/></svg>'
+    )
+
+
+def ramp(chart: Chart) -> Markup:
+    """What the colours of a chart's ramp stand for."""
+    if chart.ramp is None:
+        return Markup("")
+    low, high = escape(chart.ramp.low), escape(chart.ramp.high)
+    return Markup(  # noqa: S704
+        f'{escape(chart.ramp.title)}: {low} <span class="ramp" aria-hidden="true" '
+        f'style="background:linear-gradient(90deg,{PALE},{DARKEST})"></span> {high}'
     )
 
 
@@ -252,7 +281,7 @@ def _bars(frame: _Frame, chart: Chart, rows: Sequence[Row]) -> str:
         place = sides.index(row.get("side")) if chart.grouped else 0
         top = y - 0.4 * frame.y_scale.band + place * thick
         colour = role(row.get("role", "")).colour
-        fill = "url(#hatch)" if row.get("hatched") else colour
+        fill = "url(#hatch)" if row.get("hatched") else row.get("fill", colour)
         faint = ' fill-opacity=".25"' if row.get("hollow") else ""
         parts.append(
             f'<rect x="{start:.1f}" y="{top:.1f}" width="{max(0.5, end - start):.1f}" height="{thick:.1f}" '
@@ -317,17 +346,12 @@ def _cells(frame: _Frame, chart: Chart, rows: Sequence[Row]) -> str:
         if x is None or y is None:
             continue
         value = row.get("value")
-        fill = "url(#hatch)" if value is None else _between(max(0.0, min(1.0, value / top)))
+        fill = "url(#hatch)" if value is None else on_ramp(value / top)
         parts.append(
             f'<rect x="{x - wide / 2:.1f}" y="{y - high / 2:.1f}" width="{wide:.1f}" height="{high:.1f}" fill="{fill}" '
             f'stroke="currentColor" stroke-width=".4">{_tip(row)}</rect>'
         )
     return "".join(parts)
-
-
-def _between(share: float) -> str:
-    light, dark = (0xF3, 0xD9, 0xC5), (0xA3, 0x3C, 0x06)
-    return "#" + "".join(f"{round(a + share * (b - a)):02x}" for a, b in zip(light, dark, strict=True))
 
 
 _DRAWN: Mapping[str, Callable[[_Frame, Chart, Sequence[Row]], str]] = {

@@ -35,6 +35,35 @@ class Axis:
 
 
 @dataclass(frozen=True)
+class Ramp:
+    """What a colour from pale to dark stands for.
+
+    Args:
+        title: with its unit.
+        low, high: what is written at both ends.
+    """
+
+    title: str
+    low: str
+    high: str
+
+
+@dataclass(frozen=True)
+class Least:
+    """A slider that hides marks whose ``size`` is below it.
+
+    Args:
+        title: what ``size`` is.
+        unit: of it.
+        start: where it begins.
+    """
+
+    title: str
+    unit: str
+    start: float = 0.0
+
+
+@dataclass(frozen=True)
 class Layer:
     """Marks of one kind.
 
@@ -59,6 +88,8 @@ class Chart:
         height: pixels, 0 = by the number of names.
         grouped: whether bars of one name stand side by side, one for each role.
         pinned: whether a click on a point shows its widths.
+        ramp: of bars whose rows have a ``fill`` of their own.
+        least: of marks that can be hidden by their ``size``.
     """
 
     x: Axis
@@ -69,6 +100,8 @@ class Chart:
     height: int = 280
     grouped: bool = False
     pinned: bool = False
+    ramp: Ramp | None = None
+    least: Least | None = None
 
     @property
     def roles(self) -> list[str]:

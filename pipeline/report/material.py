@@ -22,9 +22,11 @@ from secateur.pipeline.run.facts import (
     FinetuneFacts,
     GateFacts,
     PromoteFacts,
+    ProofHop,
     RegisterFacts,
     SearchFacts,
 )
+from secateur.pipeline.run.hop_table import of_device
 from secateur.pipeline.run.journal import Record
 from secateur.pipeline.run.metric import settled
 from secateur.pipeline.run.origin import CODE, read_origin
@@ -34,6 +36,8 @@ from secateur.pruning.plan import PruningPlan
 Cost = Literal["latency", "macs", "params", "size"]
 COSTS: Mapping[Cost, str] = {"latency": "latency_ratio", "macs": "macs", "params": "params", "size": "size_bytes"}
 """What a candidate costs, and the metric of an evaluation that says so."""
+UNIFORM = "control 0"
+"""The point of the uniform control."""
 UNLIKE = ("smallest", "reference", "sensitivity", "scope")
 """Stages of a journal whose candidates are not those of a search."""
 
@@ -159,6 +163,14 @@ class Material:
     def promote(self) -> PromoteFacts | None:
         return vars(self.facts).get("promote")
 
+    @property
+    def hops(self) -> tuple[ProofHop, ...]:
+        """Every step to the files and devices, as far as the run came; empty in runs of earlier versions."""
+        if self.gate is not None:
+            return self.gate.hops or ()
+        devices = self.timed.hops if self.timed is not None else None
+        return (*((self.export.hops if self.export is not None else None) or ()), *map(of_device, devices or ()))
+
     # -- names ---------------------------------------------------------------------------------------------------------
 
     @property
@@ -218,8 +230,15 @@ class Material:
                 plan = plans[told["digest"]] = to_candidate(told).plan
             spent["evaluations"] += record["evaluation"].get("scored", 1) if counts else 0
             points.append(self._point(record, plan, spent))
-        completed = [self._as_timed(point) for point in self._with_known_latency(points)]
+        completed = [self._as_timed(self._control(point)) for point in self._with_known_latency(points)]
         return [point for point in completed if not point.plan.is_full]
+
+    def _control(self, point: Point) -> Point:
+        """The uniform control with the latency that was measured beside its accuracy."""
+        control = self.finetune.control if self.finetune is not None else None
+        if point.key != UNIFORM or control is None or control.uniform_latency is None:
+            return point
+        return replace(point, costs={**point.costs, "latency": control.uniform_latency}, measured=True)
 
     def _as_timed(self, point: Point) -> Point:
         """The compact network's candidate with what was measured of its file at the end."""

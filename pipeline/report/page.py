@@ -10,6 +10,7 @@ import io
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cache
 from html import escape
 from importlib.resources import files
@@ -71,7 +72,7 @@ def compared(title: str, columns: Sequence[tuple[str, Material, Sequence[Section
         table=table,
         policy=policy(scripts),
         scripts=[Markup(script) for script in scripts],  # noqa: S704
-        data=Markup(_json({"charts": _specs(every), "widths": None, "base_ms": None, "nouns": NOUNS})),  # noqa: S704
+        data=Markup(_json({**_drawn(every), "widths": None, "base_ms": None})),  # noqa: S704
         light=LIGHT,
         dark=DARK,
     )
@@ -114,7 +115,13 @@ def _unbroken(cell: str) -> str:
 def _template(name: str = "report.html.j2") -> Any:
     loader = PackageLoader("secateur.pipeline.report")
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"prose": prose, "cells": cells, "still": charts.svg, "swatch": charts.swatch}
+    environment.filters |= {
+        "prose": prose,
+        "cells": cells,
+        "still": charts.svg,
+        "swatch": charts.swatch,
+        "ramp": charts.ramp,
+    }
     return environment.get_template(name)
 
 
@@ -130,22 +137,30 @@ def _script() -> str:
     return (files("secateur.pipeline.report") / "templates" / "page.js").read_text(encoding="utf-8")
 
 
-def _specs(sections: Sequence[Section]) -> dict[str, Any]:
-    return {figure.name: vega.spec(figure.chart) for figure in figures_of(sections)}
+def _drawn(sections: Sequence[Section]) -> dict[str, Any]:
+    """The charts, and what the script has to know of their controls."""
+    charted = {figure.name: figure.chart for figure in figures_of(sections)}
+    return {
+        "charts": {name: vega.spec(chart) for name, chart in charted.items()},
+        "switches": {
+            name: {key: axis.title for key, axis in chart.switch.items()}
+            for name, chart in charted.items()
+            if chart.switch
+        },
+        "least": {name: asdict(chart.least) for name, chart in charted.items() if chart.least},
+        "nouns": NOUNS,
+    }
 
 
 def _data(m: Material, sections: Sequence[Section]) -> str:
     """What the script draws, as JSON inside of a page."""
     figures = figures_of(sections)
-    switches = {f.name: {key: axis.title for key, axis in f.chart.switch.items()} for f in figures if f.chart.switch}
     kept = {
         row["key"] for f in figures if f.chart.pinned for layer in f.chart.layers for row in layer.rows if "key" in row
     }
     widths = widths_of(m)
     widths["widths"] = {key: value for key, value in widths["widths"].items() if key in kept}
-    return _json(
-        {"charts": _specs(sections), "switches": switches, "widths": widths, "base_ms": base_ms(m), "nouns": NOUNS}
-    )
+    return _json({**_drawn(sections), "widths": widths, "base_ms": base_ms(m)})
 
 
 def _json(data: Any) -> str:

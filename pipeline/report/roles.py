@@ -15,11 +15,13 @@ class Role:
     Args:
         shape: of points, as Vega calls it.
         dash: of lines, lengths in pixels; empty = none.
+        hatched: whether its mark is hatched in a list of what is what.
     """
 
     colour: str
     shape: str = "circle"
     dash: tuple[int, ...] = ()
+    hatched: bool = False
 
 
 BLUE, GREEN, ORANGE, PURPLE, GREY, RED, TEAL, BROWN = (
@@ -31,6 +33,8 @@ ROLES = {
     "candidate": Role(BLUE, "circle"),
     "control": Role(ORANGE, "triangle-up", (2, 2)),
     "champion": Role(PURPLE, "cross", (8, 2, 2, 2)),
+    "former champion": Role(PURPLE, "triangle-down"),
+    "frozen": Role(GREY, "square", hatched=True),
     "front": Role(BLUE, "circle"),
     "target or budget": Role(RED, "stroke", (4, 4)),
     "interval": Role(PURPLE, "stroke"),
@@ -60,12 +64,23 @@ ROLES = {
     "ReorderInput": Role(RED),
     "ReorderOutput": Role(RED),
     "QLinearConv": Role(PURPLE),
+    "in float": Role(ORANGE, "square"),
     "conv": Role(BLUE, "circle"),
     "pointwise": Role(GREEN, "diamond", (6, 3)),
     "depthwise": Role(ORANGE, "triangle-up", (2, 2)),
     "linear": Role(PURPLE, "cross", (8, 2, 2, 2)),
 }
 OTHER = Role(BROWN, "circle")
+
+
+PALE, DARKEST = "#f3d9c5", "#a33c06"
+"""Ends of a ramp; what is filled with it has an outline besides, for the pale end has too little contrast."""
+
+
+def on_ramp(share: float) -> str:
+    """The colour of a share (0-1) of a ramp's length."""
+    ends = ((int(PALE[i : i + 2], 16), int(DARKEST[i : i + 2], 16)) for i in (1, 3, 5))
+    return "#" + "".join(f"{round(a + max(0.0, min(1.0, share)) * (b - a)):02x}" for a, b in ends)
 
 
 def role(name: str) -> Role:

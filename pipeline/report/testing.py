@@ -162,6 +162,19 @@ def _facts(records: list[dict[str, Any]], rng: np.random.Generator) -> found.Fac
         measured=20, predicted=40, trusted=True, median_error=0.03, spearman=0.97, half_width=0.06, samples=20
     )
 
+    hops = (
+        found.ProofHop(
+            name="cut",
+            expected="unpruned network in PyTorch, removed channels masked",
+            found="pruned network in PyTorch",
+            error=2e-7,
+            tolerance=1e-4,
+            metric_expected=0.95,
+            metric=0.94,
+            samples=64,
+        ),
+    )
+
     def interval(value: float) -> found.Interval:
         return found.Interval(value=value, low=value - 0.012, high=value + 0.012)
 
@@ -184,12 +197,17 @@ def _facts(records: list[dict[str, Any]], rng: np.random.Generator) -> found.Fac
             device=RunDevice("f", {"conv": 16}, 0.02, curves, "a probe of the device", {"cpus": 4, "cpu": "Made up"}),
             certificate=proof,
             graph="9 channel groups",
+            layer_precisions=found.LayerPrecisions(
+                tried=("fp32", "int8", f"int8 except {next(iter(GROUPS))}"),
+                sensitivity={"int8": {name: round(0.4 / (i + 2), 4) for i, name in enumerate(GROUPS)}},
+            ),
+            precision_latency={"int8": {"local": 1.21}},
             files={},
         ),
         finetune=found.FinetuneFacts(
             best=entry,
             finals=(entry,),
-            control=found.ControlFacts(uniform=uniform, chosen=uniform),
+            control=found.ControlFacts(uniform=uniform, chosen=entry, uniform_latency=0.79, chosen_latency=0.7),
             training=_fitted(5),
             files={"compact.safetensors": "1" * 64},
         ),
@@ -217,6 +235,7 @@ def _facts(records: list[dict[str, Any]], rng: np.random.Generator) -> found.Fac
             accuracy=found.AccuracyFacts(
                 images=400, draws=1000, baseline=interval(0.955), compact=interval(0.945), change=interval(-0.01)
             ),
+            hops=hops,
             files={},
         ),
     )

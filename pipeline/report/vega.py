@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from secateur.pipeline.report.content import Axis, Chart, Layer, Row
-from secateur.pipeline.report.roles import role
+from secateur.pipeline.report.roles import DARKEST, PALE, role
 
 Spec = dict[str, Any]
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
@@ -51,6 +51,8 @@ def spec(chart: Chart) -> Spec:
     if switched:
         assert chart.switch is not None
         made["params"] = [{"name": "by", "value": next(iter(chart.switch))}, {"name": "limit", "value": None}]
+    if chart.least is not None:
+        made["params"] = [*made.get("params", ()), {"name": "least", "value": chart.least.start}]
     return made
 
 
@@ -80,7 +82,8 @@ def _axis(axis: Axis) -> Spec:
 
 def _layer(chart: Chart, layer: Layer) -> Spec:
     encoding: Spec = {"tooltip": {"field": "tip", "type": "nominal"}} if any("tip" in r for r in layer.rows) else {}
-    rows = [_drawn(row) for row in layer.rows]
+    painted = layer.mark == "bars" and any("fill" in row for row in layer.rows)
+    rows = [_painted(_drawn(row)) if painted else _drawn(row) for row in layer.rows]
     keys = {key for row in layer.rows for key in row}
     switched = chart.switch is not None and "xs" in keys
     if "x" in keys or switched:
@@ -98,11 +101,17 @@ def _layer(chart: Chart, layer: Layer) -> Spec:
         made["transform"].append({"filter": "isValid(datum.x)"})
     elif "by" in keys:
         made["transform"] = [{"filter": "datum.by === by"}]
+    if chart.least is not None and "size" in keys:
+        made["transform"] = [*made.get("transform", ()), {"filter": "datum.size >= least"}]
     return made
 
 
 def _drawn(row: Row) -> Row:
     return {key: value for key, value in row.items() if value is not None and value is not False}
+
+
+def _painted(row: Row) -> Row:
+    return {**row, "paint": row.get("fill", role(row.get("role", "")).colour)}
 
 
 def _colours(chart: Chart) -> Spec:
@@ -162,12 +171,14 @@ def _bars(chart: Chart, rows: Sequence[Row], encoding: Spec) -> Spec:
         sides = list(dict.fromkeys(row["side"] for row in rows))
         beside = {"yOffset": {"field": "side", "type": "nominal", "sort": sides, "scale": {"paddingInner": 0.1}}}
     faint = {"condition": {"test": "datum.hollow", "value": 0.25}, "value": 1.0}
-    pattern: Spec = {"fill": colours}
+    fill: Spec = colours
+    if any("fill" in row for row in rows):  # a colour of its own, where a row has one
+        fill = {"field": "paint", "type": "nominal", "scale": None, "legend": None}
     if any(row.get("hatched") for row in rows):
-        pattern["fill"] = {"condition": {"test": "datum.hatched", "value": "url(#hatch)"}, **colours}
+        fill = {"condition": {"test": "datum.hatched", "value": "url(#hatch)"}, **fill}
     return {
         "mark": {"type": "bar", "strokeWidth": 1.2},
-        "encoding": {**encoding, **beside, "stroke": colours, **pattern, "fillOpacity": faint},
+        "encoding": {**encoding, **beside, "stroke": colours, "fill": fill, "fillOpacity": faint},
     }
 
 
@@ -199,7 +210,7 @@ def _cells(chart: Chart, rows: Sequence[Row], encoding: Spec) -> Spec:
         "condition": {"test": "!isValid(datum.value)", "value": "url(#hatch)"},
         "field": "value",
         "type": "quantitative",
-        "scale": {"range": ["#f3d9c5", "#a33c06"], "clamp": True, **ends},
+        "scale": {"range": [PALE, DARKEST], "clamp": True, **ends},
         "legend": None,
     }
     mark = {"type": "rect", "stroke": "currentColor", "strokeWidth": 0.4, "invalid": None}

@@ -251,10 +251,13 @@ class ControlFacts:
     Args:
         uniform: the control at equal MACs, in the same groups.
         chosen: the plan of the compact network, cut from the same unpruned weights.
+        uniform_latency, chosen_latency: ratios to the unpruned network, measured; None in runs of earlier versions.
     """
 
     uniform: KeptEntry
     chosen: KeptEntry
+    uniform_latency: Annotated[float | None, OMITTED] = None
+    chosen_latency: Annotated[float | None, OMITTED] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -120,6 +120,8 @@ def control(
 ) -> ControlFacts | None:
     """Uniform at the MACs and in the scope of the chosen plan, and that plan, as they are cut; recorded as a stage.
 
+    Both are timed as well, in the first precision that may ship: one measurement more than the finalists need.
+
     None where the report is to have none, or no uniform plan has so few MACs.
     """
     if run.config.report.control == "none":
@@ -138,8 +140,14 @@ def control(
             return None
         candidates = Candidate(0, plan, "uniform"), Candidate(1, chosen, "chosen")
         entries = [Entry(candidate, study.evaluate(candidate, latency=False)) for candidate in candidates]
-    known = all(entry.evaluation.status == "ok" for entry in entries)
-    return ControlFacts(uniform=entries[0], chosen=entries[1]) if known else None
+        if not all(entry.evaluation.status == "ok" for entry in entries):
+            return None
+        ratios = Study(run.journal, oracle, stage="control latency").answer(Time((plan, chosen)))
+    assert isinstance(ratios, np.ndarray)
+    uniform_latency, chosen_latency = ratios.tolist()
+    return ControlFacts(
+        uniform=entries[0], chosen=entries[1], uniform_latency=uniform_latency, chosen_latency=chosen_latency
+    )
 
 
 def _cost_of_widths(run: Run, oracle: Evaluator, graph: ChannelGraph, plan: PruningPlan) -> WidthsFacts | None:

@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from secateur.pipeline.report import figures as say
-from secateur.pipeline.report.content import Axis, Chart, Code, Figure, Layer, Row, Section, Table, nothing
+from secateur.pipeline.report.content import Axis, Chart, Code, Figure, Layer, Ramp, Row, Section, Table, nothing
 from secateur.pipeline.report.material import Material
+from secateur.pipeline.report.roles import on_ramp
 from secateur.pipeline.report.sections.macs import step_of
 from secateur.pruning.search.landing import MARKED
 
 TITLE = "What was cut"
+MOST_FROZEN = 12
+"""Frozen layers of the chart."""
 
 
 def section(m: Material) -> Section:
@@ -54,6 +57,9 @@ def _figure(m: Material) -> Figure:
     assert m.finetune is not None
     plan, step = m.finetune.best.candidate.plan, step_of(m)
     shares = {str(each["name"]): each.get("macs_share") for each in m.groups.get("groups", ())}
+    frozen = _heaviest_frozen(m)
+    known = [share for share in (*shares.values(), *(each["macs_share"] for each in frozen.values())) if share]
+    top = max(known, default=0.0)
     rows: list[Row] = []
     steps: list[Row] = []
     cells = []
@@ -76,6 +82,7 @@ def _figure(m: Material) -> Figure:
                 "role": "compact",
                 "tip": f"{name}: {width} of {size} channels{of_macs}",
                 "macs_share": share,
+                **({} if share is None or not top else {"fill": on_ramp(share / top)}),
             },
         ]
         nearest = max(step, round(width / step) * step)
@@ -94,28 +101,61 @@ def _figure(m: Material) -> Figure:
                 "" if share is None else say.percent(share, 1),
             ]
         )
-    names = tuple(plan.sizes)
+    rows += [
+        {
+            "x": each["channels"],
+            "y": name,
+            "side": "after",
+            "role": "frozen",
+            "hatched": True,
+            "tip": f"{name} is frozen: {each['channels']} channels, {say.percent(each['macs_share'], 1)} of the MACs; "
+            f"{each['reason']}",
+            "macs_share": each["macs_share"],
+        }
+        for name, each in frozen.items()
+    ]
+    names = (*plan.sizes, *frozen)
     chart = Chart(
         Axis("Channels", zero=True),
         Axis("Channel group, in the network's order", scale="names", names=names),
         [Layer("bars", rows), Layer("ticks", steps)],
-        "Channels of each group before and after, with the device's nearest step",
+        "Channels of each group before and after, darker with a larger share of the MACs, with the device's nearest "
+        "step; frozen layers are hatched",
         height=max(100, 26 * len(names)),
         grouped=True,
+        ramp=Ramp("share of the MACs", "0 %", say.percent(top, 0)) if top else None,
     )
     note = (
         f"Red: the device's step (multiples of {step}) nearest to the width. MACs: the share of all that would go "
         "with the whole group."
     )
+    if frozen:
+        note += " Hatched, below the groups: frozen layers; the table has the reasons"
+        note += f" ({MOST_FROZEN} with the most MACs are drawn)." if len(frozen) == MOST_FROZEN else "."
     columns = ("group", "before|", "after|", "kept|", f"multiple of {step}", "share of MACs|")
     return Figure("widths", "Widths before and after", chart, Table("Widths", columns, cells), note)
 
 
-def _frozen(m: Material) -> Table | None:
-    """Layers that no plan cuts, with the reason; one row for each layer and reason."""
+def _heaviest_frozen(m: Material) -> dict[str, Mapping[str, Any]]:
+    """Layers that no plan cuts, in their order: those with the most MACs, by what they are called in the chart."""
+    told: dict[str, Mapping[str, Any]] = {}
+    for (layer, _), each in _every_frozen(m).items():
+        told.setdefault(f"{layer} (frozen)", each)
+    kept = sorted(told, key=lambda name: -told[name]["macs_share"])[:MOST_FROZEN]
+    return {name: each for name, each in told.items() if name in kept}
+
+
+def _every_frozen(m: Material) -> dict[tuple[str, str], Mapping[str, Any]]:
+    """One for each layer and reason."""
     told: dict[tuple[str, str], Mapping[str, Any]] = {}
     for each in m.groups.get("frozen", ()):
         told.setdefault((str(each["layer"]), str(each["reason"])), each)
+    return told
+
+
+def _frozen(m: Material) -> Table | None:
+    """Layers that no plan cuts, with the reason."""
+    told = _every_frozen(m)
     if not told:
         return None
     rows = [

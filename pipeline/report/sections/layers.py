@@ -9,12 +9,12 @@ from math import prod
 from typing import Any
 
 from secateur.pipeline.report import figures as say
-from secateur.pipeline.report.content import Axis, Chart, Figure, Layer, Row, Section, Table, nothing
+from secateur.pipeline.report.content import Axis, Chart, Figure, Layer, Least, Row, Section, Table, nothing
 from secateur.pipeline.report.material import Material
 
 TITLE = "Where the time goes"
-MOST_DRAWN = 40
-"""Layers of the chart: those with the largest differences, in the network's order."""
+MOST_DRAWN, MOST_AT_FIRST = 300, 40
+"""Layers of the chart, in the network's order: those with the largest differences. A slider shows fewer or more."""
 MULTIPLIES = ("Conv", "FusedConv", "QLinearConv", "Gemm", "MatMul", "FusedMatMul")
 
 
@@ -117,7 +117,10 @@ def _rate(each: Operator, network: str) -> str:
 
 def _figure(every: list[Operator]) -> Figure:
     largest = sorted(every, key=lambda each: -abs(each.saved))[:MOST_DRAWN]
-    kept = {each.name for each in largest}
+    kept, start = {each.name for each in largest}, 0.0
+    if len(largest) > MOST_AT_FIRST:
+        start = round(abs(largest[MOST_AT_FIRST - 1].saved), 6)
+    first = sum(round(abs(each.saved), 6) >= start for each in largest)
     rows: list[Row] = []
     all_rows: list[Row] = []
     for each in every:
@@ -130,6 +133,7 @@ def _figure(every: list[Operator]) -> Figure:
                 "x": round(each.ms[network], 6),
                 "y": each.name,
                 "side": network,
+                "size": round(abs(each.saved), 6),
                 "role": each.op,
                 "hollow": network == "baseline",
                 "tip": f"{each.name}, {network}: {say.ms(each.ms[network])}, {each.op} -> "
@@ -144,8 +148,9 @@ def _figure(every: list[Operator]) -> Figure:
         Axis("Layer, in the network's order", scale="names", names=names),
         [Layer("bars", rows, all_rows)],
         "Time of each layer before (pale) and after",
-        height=max(120, 20 * len(names)),
+        height=max(120, 20 * first),
         grouped=True,
+        least=Least("Difference between before and after", "ms", start),
     )
     columns = ("layer", "operator", "baseline|", "compact|", "saved|", "output", "MACs|", "GMAC/s|")
     cells = [
@@ -162,8 +167,10 @@ def _figure(every: list[Operator]) -> Figure:
         for each in every
     ]
     note = "Pale: before; full: after."
+    if first < len(every):
+        note += f" {first} of {len(every)} layers are shown at first, those with the largest differences."
     if len(names) < len(every):
-        note += f" {len(names)} of {len(every)} layers are drawn, those with the largest differences."
+        note += f" {len(names)} can be drawn; the table has all."
     return Figure("layers", "Time of each layer", chart, Table(f"All {len(every)} layers", columns, cells), note)
 
 

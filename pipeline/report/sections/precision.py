@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from secateur.export.quantize import kind_of, layers_in_float
 from secateur.pipeline.report import figures as say
 from secateur.pipeline.report.content import Axis, Chart, Figure, Layer, Section, Table, nothing
 from secateur.pipeline.report.material import Material, Point
 
 TITLE = "Precision"
+ROUNDED = "compact in "
+"""How the step from a network to its file in another precision is called, before that precision's name."""
+MOST_LAYERS = 40
+"""Of a chart: the most sensitive ones."""
 
 
 def section(m: Material) -> Section:
@@ -29,11 +34,91 @@ def section(m: Material) -> Section:
             f"{say.percent(rounded.argmax_agreement, 1)} of "
             f"{rounded.samples} images; its largest relative difference is {say.number(rounded.max_relative_error, 2)}."
         )
-    absent = [name for name in ("fp32", "bf16", "int8") if name not in best and name not in (chosen, "fp32")]
-    missing = [f"Precision: {name} was not tried." for name in absent]
+    text += [*_rounded_file(m), *_slower(m), *_in_float(m, chosen)]
+    seen = {kind_of(name) for name in (*best, chosen or "fp32", "fp32")}
+    missing = [f"Precision: {name} was not tried." for name in ("fp32", "bf16", "int8") if name not in seen]
+    figures = [_figure(m, best)] if len(best) > 1 else []
     return Section(
-        TITLE, said, text=text, figures=[_figure(m, best)] if len(best) > 1 else [], tables=_tables(m), missing=missing
+        TITLE, said, text=text, figures=[*figures, *_sensitivities(m, chosen)], tables=_tables(m), missing=missing
     )
+
+
+def _rounded_file(m: Material) -> list[str]:
+    """The metric of the very file beside that of the network it was made of."""
+    return [
+        f"On {hop.samples} images of the search split the pruned network has {say.metric(m.own_metric)} "
+        f"{say.percent(hop.metric_expected)} in PyTorch, its file in {hop.name.removeprefix(ROUNDED)} "
+        f"{say.percent(hop.metric)}."
+        for hop in m.hops
+        if hop.name.startswith(ROUNDED) and hop.tolerance is None and None not in (hop.metric, hop.metric_expected)
+    ]
+
+
+def _slower(m: Material) -> list[str]:
+    """Whether integers are faster on each device at all."""
+    return [
+        f"The unpruned network in {name} takes {say.number(ratio)} of its latency in fp32 on {device}: {name} is "
+        f"{'slower' if ratio > 1 else 'faster'} there."
+        for name, of_devices in ((m.search.precision_latency if m.search is not None else None) or {}).items()
+        for device, ratio in of_devices.items()
+    ]
+
+
+def _in_float(m: Material, chosen: str | None) -> list[str]:
+    """The layers that stay in float in the file that ships, and why."""
+    mixtures = m.search.layer_precisions if m.search is not None else None
+    if chosen is None:
+        return []
+    errors = mixtures.sensitivity.get(kind_of(chosen), {}) if mixtures is not None else {}
+    if floats := layers_in_float(chosen):
+        each = [f"{layer} ({say.percent(errors[layer], 1)})" if layer in errors else layer for layer in floats]
+        return [
+            f"In float stay {say.listing(each)}. In brackets: what {kind_of(chosen)} in that layer alone changes in "
+            "the outputs. First layers and the most sensitive ones are tried; this mixture scored best by the reward."
+        ]
+    if mixtures is None:
+        return []
+    tried = say.plural(sum(bool(layers_in_float(name)) for name in mixtures.tried), "mixture")
+    return [f"Layers could have stayed in float ({tried} tried); {chosen} for all of them scored best by the reward."]
+
+
+def _sensitivities(m: Material, chosen: str | None) -> list[Figure]:
+    """What 8 bits in one layer alone change in the outputs, by precision."""
+    mixtures = m.search.layer_precisions if m.search is not None else None
+    figures = []
+    for kind, errors in (mixtures.sensitivity if mixtures is not None else {}).items():
+        if not errors:
+            continue
+        floats = layers_in_float(chosen) if chosen is not None and kind_of(chosen) == kind else ()
+        drawn = sorted(errors, key=lambda layer: -errors[layer])[:MOST_LAYERS]
+        names = tuple(layer for layer in errors if layer in drawn or layer in floats)
+        rows = [
+            {
+                "x": round(errors[layer], 6),
+                "y": layer,
+                "role": "in float" if layer in floats else f"in {kind}" if floats or kind == chosen else "layer",
+                "tip": f"{layer}: {say.percent(errors[layer], 2)}{', stays in float' if layer in floats else ''}",
+            }
+            for layer in names
+        ]
+        chart = Chart(
+            Axis(f"Change of the outputs where that layer alone is in {kind}, relative", zero=True, shown="%"),
+            Axis("Layer, in the network's order", scale="names", names=names),
+            [Layer("bars", rows)],
+            f"Relative change of the outputs where one layer alone is in {kind}, with the layers that stay in float",
+        )
+        cells = [
+            [layer, say.percent(error, 2), "float" if layer in floats else kind if floats or kind == chosen else ""]
+            for layer, error in errors.items()
+        ]
+        note = (
+            f"{len(names)} of {len(errors)} layers are drawn, the most sensitive ones."
+            if len(names) < len(errors)
+            else ""
+        )
+        table = Table(f"Layers in {kind} alone", ("layer", "change of the outputs|", "in the file that ships"), cells)
+        figures.append(Figure(f"layers-in-{kind}", f"How sensitive layers are to {kind}", chart, table, note))
+    return figures
 
 
 def _best(m: Material) -> dict[str, Point]:

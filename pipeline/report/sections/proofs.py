@@ -5,7 +5,7 @@ from __future__ import annotations
 from secateur.pipeline.report import figures as say
 from secateur.pipeline.report.content import Section, Table, nothing
 from secateur.pipeline.report.material import Material
-from secateur.pipeline.run.facts import ExportFacts, Proof
+from secateur.pipeline.run.facts import ExportFacts, Proof, ProofHop
 
 TITLE = "Proofs"
 CERTIFIED = 1e-4
@@ -18,10 +18,11 @@ def section(m: Material) -> Section:
     rows: list[Cells] = []
     if m.search is not None:
         rows.append(_proof("surgery, every group cut in half", "the masked network", m.search.certificate, CERTIFIED))
-    if m.export is not None:
-        rows.append(_proof("surgery, the final cut", "the masked network", m.export.certificate, CERTIFIED))
-        rows += _exports(m, m.export)
-    rows += _hops(m)
+    if m.hops:
+        rows += [_hop(hop) for hop in m.hops]
+        rows += _results(m, m.export) if m.export is not None else []
+    else:
+        rows += _earlier(m)
     if not rows:
         return nothing(TITLE, "Nothing was cut or exported yet, so there is nothing to prove.")
     held = sum(row[-1] == "holds" for row in rows)
@@ -29,7 +30,23 @@ def section(m: Material) -> Section:
         f"{held} of {say.plural(len(rows), 'hop')} {'holds' if held == 1 else 'hold'}: each computes what it is "
         "made from, within its tolerance."
     )
-    columns = ("hop", "expected", "found", "largest relative error|", "tolerance|", "result")
+    text = []
+    if m.hops:
+        text.append(
+            f"{say.metric(m.own_metric)} is of the very network or file, on the same images of the search split; the "
+            "first step that does not hold is where to look."
+        )
+    if m.gate is not None and m.gate.broken:
+        text.append(f"The first that breaks: {m.gate.broken}.")
+    columns = (
+        "hop",
+        "expected",
+        "found",
+        "largest relative error|",
+        "tolerance|",
+        f"{say.metric(m.own_metric)}|",
+        "result",
+    )
     missing = (
         []
         if m.timed is None or m.timed.hops
@@ -42,9 +59,38 @@ def section(m: Material) -> Section:
         TITLE,
         said,
         "good" if held == len(rows) else "bad",
+        text=text,
         tables=[Table("Every hop from the network to the device", columns, rows)],
         missing=missing,
     )
+
+
+def _hop(hop: ProofHop) -> Cells:
+    """A step of the table that the export and the gate have written down."""
+    metrics = [
+        say.percent(value) if 0 <= value <= 1 else say.number(value)
+        for value in (hop.metric_expected, hop.metric)
+        if value is not None
+    ]
+    found = hop.found if hop.ok else f"{hop.found}: {hop.reason}"
+    return [
+        hop.name,
+        f"equal to {hop.expected}, {say.plural(hop.samples, 'image')}" if hop.samples else f"equal to {hop.expected}",
+        f"{found}; first at {hop.tensor}" if hop.tensor else found,
+        "not run" if hop.error is None else say.number(hop.error, 2),
+        "any; accuracy tells" if hop.tolerance is None else say.number(hop.tolerance, 2),
+        " to ".join(metrics),
+        "holds" if hop.ok else "does not hold",
+    ]
+
+
+def _earlier(m: Material) -> list[Cells]:
+    """The same of a run of an earlier version, or of one that did not come so far."""
+    rows: list[Cells] = []
+    if m.export is not None:
+        rows.append(_proof("surgery, the final cut", "the masked network", m.export.certificate, CERTIFIED))
+        rows += [*_exports(m, m.export), *_results(m, m.export)]
+    return [*rows, *_hops(m)]
 
 
 def _proof(hop: str, expected: str, proof: Proof, tolerance: float) -> Cells:
@@ -55,6 +101,7 @@ def _proof(hop: str, expected: str, proof: Proof, tolerance: float) -> Cells:
         "equal" if proof.ok else proof.reason,
         error,
         say.number(tolerance, 2),
+        "",
         "holds" if proof.ok else "does not hold",
     ]
 
@@ -76,9 +123,17 @@ def _exports(m: Material, export: ExportFacts) -> list[Cells]:
                     found,
                     say.number(rounded.max_relative_error, 2),
                     "any; accuracy tells",
+                    "",
                     "holds" if rounded.ok else "does not hold",
                 ]
             )
+    return rows
+
+
+def _results(m: Material, export: ExportFacts) -> list[Cells]:
+    """What postprocessing makes of ONNX and of PyTorch."""
+    rows = []
+    for name, network in export.networks.items():
         if network.postprocessing is not None:
             behind = network.postprocessing
             what = (
@@ -91,6 +146,7 @@ def _exports(m: Material, export: ExportFacts) -> list[Cells]:
                     "equal" if behind.ok else behind.reason,
                     f"{say.number(behind.largest_error, 2)} (absolute)",
                     f"{behind.differing} differing",
+                    "",
                     "holds" if behind.ok else "does not hold",
                 ]
             )
@@ -116,6 +172,7 @@ def _hops(m: Material) -> list[Cells]:
                 found,
                 "not run" if hop.error is None else say.number(hop.error, 2),
                 tolerance,
+                "",
                 "holds" if hop.ok else "does not hold",
             ]
         )

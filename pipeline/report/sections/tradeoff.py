@@ -6,9 +6,11 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from secateur.pipeline.report import champion
 from secateur.pipeline.report import figures as say
 from secateur.pipeline.report.content import Axis, Chart, Figure, Layer, Row, Section, Table, nothing
 from secateur.pipeline.report.material import Material, Point
+from secateur.pipeline.run.facts import ControlFacts
 from secateur.pruning.plan import PruningPlan
 
 TITLE = "Trade-off"
@@ -45,9 +47,12 @@ def section(m: Material) -> Section:
         text.append(
             f"The uniform control keeps one share of every group at the MACs of the chosen plan. Both as cut from the "
             f"baseline, before any training: {say.percent(uniform[m.metric])} for the uniform control, "
-            f"{say.percent(chosen[m.metric])} for the chosen plan."
+            f"{say.percent(chosen[m.metric])} for the chosen plan.{_control_timed(m.finetune.control)}"
         )
+    text += champion.told(m)
     missing = [] if timed else ["Trade-off: no candidate has a latency, because the search did not ask for one."]
+    if m.finetune is not None and m.finetune.control is not None and m.finetune.control.uniform_latency is None:
+        missing.append("Trade-off: the uniform control was not timed, because the run is of an earlier version.")
     return Section(
         TITLE,
         said + ".",
@@ -55,6 +60,15 @@ def section(m: Material) -> Section:
         figures=[_figure(m, axes, front)],
         tables=[_front_table(m, front, first)],
         missing=missing,
+    )
+
+
+def _control_timed(control: ControlFacts) -> str:
+    if control.uniform_latency is None or control.chosen_latency is None:
+        return ""
+    return (
+        f" Timed with the finalists, they take {say.number(control.uniform_latency)} and "
+        f"{say.number(control.chosen_latency)} of the baseline's latency."
     )
 
 
@@ -125,7 +139,8 @@ def _figure(m: Material, axes: Mapping[str, Axis], front: Sequence[Point]) -> Fi
     layers.append(Layer("step", _front_rows(m, axes)))
     if spans := [row for p in shown if (row := _span(p)) is not None]:
         layers.append(Layer("spans", spans))
-    layers.append(Layer("points", [*rows, _baseline_row(m)], [*all_rows, _baseline_row(m)]))
+    fixed = [_baseline_row(m), *_champions(m)]
+    layers.append(Layer("points", [*rows, *fixed], [*all_rows, *fixed]))
     first = next(iter(axes))
     note = "Filled: measured; hollow: predicted or not timed. A click on a point shows its widths."
     if len(shown) < len(every):
@@ -189,6 +204,13 @@ def _baseline_row(m: Material) -> Row:
     accuracy = m.reference.get(m.metric)
     tip = f"the baseline: {say.percent(accuracy)}"
     return {"key": "baseline", "xs": dict.fromkeys(NAMES, 1.0), "y": accuracy, "role": "baseline", "tip": tip}
+
+
+def _champions(m: Material) -> list[Row]:
+    """The device's champion, and the one before it; a click on this run's own shows the compact network's widths."""
+    rows = champion.rows(m)
+    own = {} if m.chosen is None else _row(m, m.chosen)
+    return [{**own, **row} if row["role"] == "champion" and "xs" not in row else row for row in rows]
 
 
 def _front_rows(m: Material, axes: Mapping[str, Axis]) -> list[Row]:

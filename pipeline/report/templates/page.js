@@ -39,6 +39,27 @@
     place.querySelector(".still")?.remove();
     place.dataset.drawn = "yes";
     if (one("limit", name)) interact(name, view);
+    if (one("least", name)) filter(name, view);
+  }
+
+  // -- the slider that hides small differences ------------------------------------------------------------------------
+
+  function filter(name, view) {
+    const slider = one("least", name), told = data.least[name], start = param(name, "least").value;
+    const rows = data.charts[name].layer.flatMap((each) => (each.data.values ?? [])).filter((row) => row.size !== undefined);
+    const names = (least) => new Set(rows.filter((row) => row.size >= least).map((row) => row.y)).size;
+    const every = names(0), each = data.charts[name].height / Math.max(1, names(start));
+    slider.max = Math.max(...rows.map((row) => row.size));
+    slider.step = slider.max / 1000 || 0.001;
+    slider.value = start;
+    const show = (least) => {
+      view.signal("least", least).height(Math.max(60, each * names(least))).run();
+      const value = `${Number(least.toPrecision(3))} ${told.unit}`;
+      one("shown", name).textContent = `${value}: ${names(least)} of ${every} are shown`;
+      slider.setAttribute("aria-valuetext", value);
+    };
+    show(start);
+    slider.oninput = () => show(Number(slider.value) <= Number(slider.step) ? 0 : Number(slider.value));
   }
 
   // -- the axis switch, the slider, pinned candidates ----------------------------------------------------------------
@@ -98,8 +119,10 @@
     controls.hidden = false;
     if (select) select.onchange = () => switchTo(name, select.value);
     if (!pins) continue;
+    const listed = new Set(["baseline"]); // two marks may stand for one candidate
     for (const row of points(name)) {
-      if (row.key === "baseline") continue;
+      if (listed.has(row.key)) continue;
+      listed.add(row.key);
       const choice = document.createElement("option");
       choice.value = row.key; choice.textContent = row.tip.split(":")[0];
       pins.append(choice);

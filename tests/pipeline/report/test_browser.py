@@ -136,6 +136,36 @@ def test_axes_switch_the_slider_answers_and_a_click_pins(browser: Any, report: A
         assert opened.complaints == []
 
 
+def test_a_slider_hides_layers_that_hardly_differ(browser: Any, report: Any) -> None:
+    file, told = report
+    with Opened(browser, file) as opened:
+        page = opened.draw()
+        bars = page.locator("[data-chart='layers'] .mark-rect path")
+        figure = next(figure for figure in figures(told) if figure["name"] == "layers")
+        every = figure["chart"]["layers"][0]["rows"]
+        assert bars.count() == len(every)
+        page.locator("[data-least='layers']").focus()
+        page.keyboard.press("End")
+        most = max(row["size"] for row in every)
+        page.wait_for_function("document.querySelectorAll(\"[data-chart='layers'] .mark-rect path\").length < 3")
+        assert bars.count() == sum(row["size"] == most for row in every) > 0
+        assert page.locator("[data-shown='layers']").inner_text().endswith(f"1 of {len(every) // 2} are shown")
+        assert opened.complaints == []
+
+
+def test_bars_are_filled_by_their_share_and_hatched_where_frozen(browser: Any, report: Any) -> None:
+    file, told = report
+    with Opened(browser, file) as opened:
+        page = opened.draw()
+        figure = next(figure for figure in figures(told) if figure["name"] == "widths")
+        wanted = {row["fill"] for row in figure["chart"]["layers"][0]["rows"] if "fill" in row} | {"url(#hatch)"}
+        fills = page.locator("[data-chart='widths'] .mark-rect path").evaluate_all(
+            "(all) => all.map((each) => each.getAttribute('fill'))"
+        )
+        assert wanted <= set(fills)
+        assert page.locator("#figure-widths .ramp").is_visible()
+
+
 def test_the_keyboard_reaches_everything(browser: Any, report: Any) -> None:
     file, told = report
     with Opened(browser, file) as opened:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from dataclasses import replace
 from importlib.resources import files
 from typing import Any
 
@@ -12,12 +13,15 @@ import jsonschema
 import pytest
 
 from secateur.pipeline.report import roles
+from secateur.pipeline.report.content import Section
 from secateur.pipeline.report.document import SCHEMA_FILE, document, schema, text_of
 from secateur.pipeline.report.markdown import markdown
+from secateur.pipeline.report.material import Material
 from secateur.pipeline.report.page import page
 from secateur.pipeline.report.sections import sections, tradeoff
-from secateur.pipeline.report.testing import made_up
-from secateur.pipeline.run.facts import Facts
+from secateur.pipeline.report.testing import GROUPS, made_up
+from secateur.pipeline.run.facts import Facts, PromoteFacts
+from secateur.pipeline.tracking import Decision, Gate
 
 TITLES = [
     *("Verdict", "Trade-off", "Why MACs would have misled", "Gates", "Latency", "Where the time goes", "What was cut"),
@@ -25,6 +29,11 @@ TITLES = [
     *("Reproduce and use", "Limits of this report"),
 ]
 PACKAGE = files("secateur.pipeline.report")
+
+
+def section_of(material: Material, number: int) -> Section:
+    """A section by its place in the report."""
+    return sections(material)[number]
 
 
 def test_a_whole_run_has_every_section_with_a_sentence() -> None:
@@ -79,6 +88,64 @@ def test_many_candidates_make_a_small_page_that_says_what_it_leaves_out() -> Non
     in_json = json.loads(told)["sections"][1]["figures"][0]["chart"]["layers"][-1]["rows"]
     assert len(in_json) == 3003
     assert len(page(material, made, told).encode()) < 2.5e6
+
+
+def test_layers_in_float_are_named_with_what_8_bits_cost_them_and_integers_that_are_slower_are_said() -> None:
+    whole = made_up()
+    first = next(iter(GROUPS))
+    compact = replace(
+        whole.facts.export.compact,
+        artifact=replace(whole.facts.export.compact.artifact, precision=f"int8 except {first}"),
+    )
+    made = section_of(replace(whole, facts=whole.facts.plus(export=replace(whole.facts.export, compact=compact))), 10)
+    said = " ".join(made.text)
+    assert f"In float stay {first} (20.0 %)" in said
+    assert "The unpruned network in int8 takes 1.21 of its latency in fp32 on local: int8 is slower there." in said
+    rows = made.figures[-1].chart.layers[0].rows
+    assert [row["role"] for row in rows] == ["in float", *["in int8"] * (len(GROUPS) - 1)]
+    assert [row["x"] for row in rows] == list(whole.facts.search.layer_precisions.sensitivity["int8"].values())
+
+
+def test_proofs_are_the_steps_that_the_gate_has_written_down_with_the_metric_of_each() -> None:
+    rows = section_of(made_up(), 12).tables[0].rows
+    assert rows[-1][0] == "cut" and rows[-1][3:] == ["2.0e-07", "1.0e-04", "95.00 % to 94.00 %", "holds"]
+
+
+def test_widths_are_coloured_by_their_share_of_the_macs_and_what_is_frozen_is_hatched() -> None:
+    shares = dict(zip(GROUPS, [0.01 * (i + 1) for i in range(len(GROUPS))], strict=True))
+    groups = made_up().groups | {"groups": [{"name": name, "macs_share": share} for name, share in shares.items()]}
+    chart = section_of(made_up(groups=groups), 6).figures[0].chart
+    rows = {row["y"]: row for row in chart.layers[0].rows if row["side"] == "after"}
+    darkness = [-sum(int(rows[name]["fill"][i : i + 2], 16) for i in (1, 3, 5)) for name in GROUPS]
+    assert darkness == sorted(darkness) and darkness[0] < darkness[-1]
+    assert rows["fc (frozen)"]["hatched"] and "reaches the model's output" in rows["fc (frozen)"]["tip"]
+    assert chart.ramp is not None and chart.ramp.high == "9 %"
+
+
+@pytest.mark.parametrize("promoted", [True, False])
+def test_the_champion_stands_as_far_from_the_compact_network_as_both_were_apart(promoted: bool) -> None:
+    whole = made_up()
+    gates = (Gate("accuracy drop", -0.02, 0.01, promoted), Gate("p50 ratio", 0.8, 1.0, True))
+    decision = Decision("m", "3", "local", "2", gates, promoted)
+    decided = PromoteFacts(promoted=promoted, devices={"local": decision}, reason="", files={})
+    material = replace(whole, facts=whole.facts.plus(promote=decided))
+    chosen = material.chosen
+    assert chosen is not None and chosen.accuracy is not None
+    made = section_of(material, 1)
+    marks = {row["role"]: row for row in made.figures[0].chart.layers[-1].rows if "champion" in row["role"]}
+    other = marks.pop("former champion" if promoted else "champion")
+    assert other["y"] == pytest.approx(chosen.accuracy - 0.02)
+    assert other["xs"]["latency"] == pytest.approx(chosen.costs["latency"] / 0.8, abs=1e-4)
+    assert "version 2" in other["tip"] and "-2.00 pp" in other["tip"] and "1.25x its latency" in other["tip"]
+    assert [(row["key"], row["y"]) for row in marks.values()] == ([(chosen.key, chosen.accuracy)] if promoted else [])
+    assert f"Version 2 {'was' if promoted else 'is'} the champion of local" in " ".join(made.text)
+
+
+def test_the_uniform_control_has_the_latency_that_was_measured_with_the_finalists() -> None:
+    made = section_of(made_up(), 1)
+    (control,) = [row for row in made.figures[0].chart.layers[-1].rows if row["role"] == "control"]
+    assert control["xs"]["latency"] == 0.79 and not control["hollow"]
+    assert "they take 0.790 and 0.700 of the baseline's latency" in " ".join(made.text)
 
 
 def test_pictures_can_be_left_out_everywhere() -> None:

@@ -45,6 +45,9 @@ def test_a_uniform_control_at_the_same_macs_stands_beside_the_chosen_plan(finish
     assert 0 <= control.uniform.evaluation[metric] <= 1
     records = [record for record in run.journal.records if record.get("stage") == "control"]
     assert [record["kind"] for record in records] == ["score", "evaluation", "evaluation"]
+    timed = [record for record in run.journal.records if record.get("stage") == "control latency"]
+    assert [record["kind"] for record in timed] == ["time"]
+    assert control.uniform_latency > 0 and control.chosen_latency > 0
     assert "uniform" in (run.directory / "report.html").read_text(encoding="utf-8")
 
 
