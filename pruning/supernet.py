@@ -32,7 +32,7 @@ from torch.func import functional_call
 from secateur.pruning.channels import ChannelGraph
 from secateur.pruning.plan import IntArray, PruningPlan, SearchSpace
 from secateur.pruning.search.width_evolution import SCALES
-from secateur.pruning.surgery import check_model, kept_shape, rebuild
+from secateur.pruning.surgery import check_model, rebuild, resize
 
 START = 0.1
 """Size of a generator's width-dependent part at the start, relative to the weights (rms)."""
@@ -165,7 +165,7 @@ class Supernet(nn.Module):
     ) -> None:
         super().__init__()
         self.weights, self.space, self.order, self.seed = weights, space, order, seed
-        self._frame = [model]  # in a list, so that its parameters are not ours
+        self.frame = Frame(model, weights.graph)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("images", torch.zeros((), dtype=torch.int64))
 
@@ -180,27 +180,54 @@ class Supernet(nn.Module):
         if self.training:
             self.steps += 1
             self.images += len(inputs[0])
-        outputs: Tensor = run_at(self._frame[0], self.weights, plan, *inputs, training=self.training)
+        return self.frame.run(self.weights, plan, *inputs, training=self.training)
+
+
+class Frame:
+    """The structure of a network, to be run at any plan with weights made for it; built once, and never trained itself.
+
+    Where a forward keeps something of its widths in the modules, every pass gets a structure of its own.
+
+    Args:
+        model: the dense network; its weights are not used.
+        graph: its channel groups.
+    """
+
+    def __init__(self, model: nn.Module, graph: ChannelGraph) -> None:
+        self.model, self.graph = model, graph
+        shapes, plan = graph.shapes, PruningPlan.full(graph.groups)
+        self.shells = {n: t.to("meta") for n, t in check_model(model, graph).items() if n in shapes}
+        self.network = _Resized(self.rebuilt(plan), self)
+
+    def rebuilt(self, plan: PruningPlan) -> nn.Module:
+        """A copy of the network without weights."""
+        return rebuild(self.model, self.graph, plan, self.shells)
+
+    def run(self, weights: PruningNet, plan: PruningPlan, *inputs: Tensor, training: bool = True) -> Tensor:
+        """Outputs of the pruned network with weights made for its plan; gradients reach ``weights``."""
+        slices = self.graph.slices(plan)
+        tensors = {name: _cut(dense, slices.get(name, {})) for name, dense in weights.weights_for(plan).items()}
+        tensors = {n: t if t.requires_grad else t.clone() for n, t in tensors.items()}  # statistics change in place
+        if self.graph.remade:
+            self.network = _Resized(self.rebuilt(plan), self)
+        outputs: Tensor = functional_call(
+            self.network.train(training), {f"network.{n}": t for n, t in tensors.items()}, (plan, *inputs)
+        )
         return outputs
 
 
-def run_at(model: nn.Module, weights: PruningNet, plan: PruningPlan, *inputs: Tensor, training: bool = True) -> Tensor:
-    """Outputs of the pruned network with weights made for its plan; gradients reach ``weights``.
+class _Resized(nn.Module):
+    """A network whose layers take the sizes of the tensors that they are called with."""
 
-    Args:
-        model: the dense network; only its structure is used.
-    """
-    graph = weights.graph
-    slices = graph.slices(plan)
-    tensors = {name: _cut(dense, slices.get(name, {})) for name, dense in weights.weights_for(plan).items()}
-    tensors = {n: t if t.requires_grad else t.clone() for n, t in tensors.items()}  # statistics are updated in place
-    shells = {
-        name: torch.empty(kept_shape(graph.shapes[name], slices.get(name, {})), dtype=tensor.dtype, device="meta")
-        for name, tensor in tensors.items()
-    }
-    network = rebuild(model, graph, plan, shells).train(training)
-    outputs: Tensor = functional_call(network, tensors, inputs)
-    return outputs
+    def __init__(self, network: nn.Module, frame: Frame) -> None:
+        super().__init__()
+        self.network, self._frame = network, frame
+
+    def forward(self, plan: PruningPlan, *inputs: Tensor) -> Tensor:
+        frame = self._frame
+        resize(self.network, frame.model, frame.graph, plan, frame.shells)
+        outputs: Tensor = self.network(*inputs)
+        return outputs
 
 
 def _cut(tensor: Tensor, kept: Mapping[int, IntArray]) -> Tensor:

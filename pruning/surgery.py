@@ -86,20 +86,31 @@ def rebuild(model: nn.Module, graph: ChannelGraph, plan: PruningPlan, tensors: M
         result = copied(model, memo)
     except Exception as error:
         raise PruningError(f"the model cannot be copied: {_uncopied(model, memo)}{error}") from error
-    names = set(tensors) | {alias for alias, name in graph.aliases.items() if name in tensors}
-    owners = {weight_name(name).rpartition(".")[0] for name in names}
-    for (path, module), dense in zip(result.named_modules(), model.modules(), strict=True):
+    resize(result, model, graph, plan, tensors)
+    forget(result, model, graph.remade)
+    return result
+
+
+def resize(network: nn.Module, model: nn.Module, graph: ChannelGraph, plan: PruningPlan, names: Iterable[str]) -> None:
+    """Layers of a copy of the model take the sizes of the tensors that it has by now; again, for every other plan.
+
+    Args:
+        network: the copy.
+        names: its tensors (by first name) that are not the model's.
+    """
+    changed = set(names)
+    changed |= {alias for alias, name in graph.aliases.items() if name in changed}
+    owners = {weight_name(name).rpartition(".")[0] for name in changed}
+    for (path, module), dense in zip(network.named_modules(), model.modules(), strict=True):
         if path not in owners:
             continue
         weight = f"{path}.weight" if path else "weight"
         if weight in graph.scaled_groups and hasattr(module, "groups"):
-            module.groups = module.groups * _weight(module).shape[0] // _weight(dense).shape[0]
+            module.groups = dense.groups * _weight(module).shape[0] // _weight(dense).shape[0]
         for kind, adapt in ADAPTERS.items():
             if isinstance(module, kind):
-                adapt(module)
-    _follow(result, graph, plan)
-    forget(result, model, graph.remade)
-    return result
+                adapt(module, dense)
+    _follow(network, graph, plan)
 
 
 def _uncopied(model: nn.Module, memo: Mapping[int, Any]) -> str:
@@ -170,49 +181,49 @@ def _weight(module: Any) -> Tensor:
     return made
 
 
-def _conv(module: Any) -> None:
+def _conv(module: Any, dense: Any) -> None:
     first, second = _weight(module).shape[:2]
     second *= module.groups
     module.in_channels, module.out_channels = (first, second) if module.transposed else (second, first)
 
 
-def _linear(module: Any) -> None:
+def _linear(module: Any, dense: Any) -> None:
     module.out_features, module.in_features = _weight(module).shape
 
 
-def _norm(module: Any) -> None:
+def _norm(module: Any, dense: Any) -> None:
     module.num_features = (module.running_mean if module.weight is None else module.weight).shape[0]
 
 
-def _layer_norm(module: Any) -> None:
+def _layer_norm(module: Any, dense: Any) -> None:
     module.normalized_shape = tuple(module.weight.shape)
 
 
-def _group_norm(module: Any) -> None:
-    if module.num_groups == module.num_channels:
+def _group_norm(module: Any, dense: Any) -> None:
+    if dense.num_groups == dense.num_channels:
         module.num_groups = module.weight.shape[0]
     module.num_channels = module.weight.shape[0]
 
 
-def _embedding(module: Any) -> None:
+def _embedding(module: Any, dense: Any) -> None:
     module.num_embeddings, module.embedding_dim = module.weight.shape
 
 
-def _bilinear(module: Any) -> None:
+def _bilinear(module: Any, dense: Any) -> None:
     module.out_features, module.in1_features, module.in2_features = _weight(module).shape
 
 
-def _attention(module: Any) -> None:
+def _attention(module: Any, dense: Any) -> None:
     if module.in_proj_weight is not None:
         module.embed_dim = module.kdim = module.vdim = module.in_proj_weight.shape[1]
         module.head_dim = module.embed_dim // module.num_heads
 
 
-def _prelu(module: Any) -> None:
+def _prelu(module: Any, dense: Any) -> None:
     module.num_parameters = module.weight.shape[0]
 
 
-ADAPTERS: dict[type[nn.Module], Callable[[Any], None]] = {
+ADAPTERS: dict[type[nn.Module], Callable[[Any, Any], None]] = {
     _ConvNd: _conv,
     nn.Linear: _linear,
     nn.Bilinear: _bilinear,
@@ -224,7 +235,7 @@ ADAPTERS: dict[type[nn.Module], Callable[[Any], None]] = {
     nn.PReLU: _prelu,
     nn.MultiheadAttention: _attention,
 }
-"""Layers that remember sizes -> how they read them off their new weight."""
+"""Layers that remember sizes -> how they read them off their new weight, beside the layer of the model."""
 
 
 def check_model(model: nn.Module, graph: ChannelGraph) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from secateur.pruning.channels import ChannelGraph
 from secateur.pruning.plan import PruningPlan
-from secateur.pruning.supernet import PruningNet, Supernet, involved, run_at, scaled_space, weights_for
+from secateur.pruning.supernet import Frame, PruningNet, Supernet, involved, scaled_space, weights_for
 from secateur.pruning.trace import trace
 from secateur.pruning.weights import inherit
 from tests.pruning.models import BasicBlock, Net, PlainCNN, half, randomise
@@ -46,12 +46,18 @@ def layer_norm() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 24), nn.LayerNorm(24), nn.GELU(), nn.Linear(24, 5))
 
 
+def group_norm() -> nn.Module:
+    parts = [nn.Conv2d(3, 16, 3), nn.GroupNorm(4, 16), nn.ReLU(), nn.Conv2d(16, 12, 3), nn.GroupNorm(12, 12)]
+    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5))
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "plain": PlainCNN,
     "residual": residual,
     "depthwise": depthwise,
     "tied": tied,
     "layer norm": layer_norm,
+    "group norm": group_norm,
 }
 
 
@@ -80,18 +86,31 @@ def test_training_runs_the_very_network_that_is_evaluated(name, max_outputs):
     before = {n: t.clone() for n, t in model.state_dict().items()}
     for plan in (PruningPlan.full(graph.groups), half(graph), scaled_space(graph).smallest()):
         expected = inherit(model, graph, plan, state_of(model, graph, net, plan)).eval()(x)
-        torch.testing.assert_close(run_at(model, net, plan, x, training=False), expected)
-        run_at(model, net, plan, x, training=True).sum().backward()
+        torch.testing.assert_close(Frame(model, graph).run(net, plan, x, training=False), expected)
+        Frame(model, graph).run(net, plan, x, training=True).sum().backward()
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     kept = {n: t for n, t in net.tensors().items() if n in before and not t.requires_grad}
     assert all(torch.equal(t, before[n]) for n, t in kept.items()), "batch norms of one width leak into the others"
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+def test_a_frame_that_has_run_at_other_widths_runs_as_a_new_one(name):
+    model, graph, x = traced(name)
+    net, frame, space = PruningNet(model, graph, max_outputs=0), Frame(model, graph), scaled_space(graph)
+    order = {n: -np.arange(size, dtype=float) for n, size in space.sizes.items()}
+    rng = np.random.default_rng(0)
+    for plan in (space.smallest(), space.full, half(graph), space.full):
+        torch.testing.assert_close(frame.run(net, plan, x), Frame(model, graph).run(net, plan, x), rtol=0, atol=0)
+    for _ in range(5):
+        plan = space.decode([rng.choice(space.allowed[n]) for n in space.names], order)
+        torch.testing.assert_close(frame.run(net, plan, x), Frame(model, graph).run(net, plan, x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
 def test_shared_weights_are_the_models_own_at_every_width(name):
     model, graph, x = traced(name)
     net, plan = PruningNet(model, graph, max_outputs=0), half(graph)
-    torch.testing.assert_close(run_at(model, net, plan, x, training=False), inherit(model, graph, plan)(x))
+    torch.testing.assert_close(Frame(model, graph).run(net, plan, x, training=False), inherit(model, graph, plan)(x))
 
 
 def test_the_crop_of_the_full_widths_is_the_whole_generated_tensor():
@@ -151,12 +170,12 @@ def test_gradients_reach_the_generators_and_stay_inside_the_crop():
     full = PruningPlan.full(graph.groups)
     plan = full.replace({name: range(size // 2) for name, size in full.sizes.items()})
     net = PruningNet(model, graph)
-    run_at(model, net, plan, x).square().sum().backward()
+    Frame(model, graph).run(net, plan, x).square().sum().backward()
     parts = net.tensors()
     for name in ("conv1.weight", "conv2.weight", "fc1.weight"):
         assert parts[f"{name}@1.weight"].grad.abs().sum() > 0
     shared = PruningNet(model, graph, max_outputs=0)
-    run_at(model, shared, plan, x).square().sum().backward()
+    Frame(model, graph).run(shared, plan, x).square().sum().backward()
     grad = shared.tensors()["conv2.weight"].grad
     rows, columns = plan.widths["conv2"], plan.widths["conv1"]
     assert (grad[:rows, :columns] != 0).any()
@@ -168,7 +187,7 @@ def test_frozen_parameters_stay_frozen():
     model, graph, x = traced("plain")
     model.conv1.weight.requires_grad_(False)
     net = PruningNet(model, graph)
-    run_at(model, net, half(graph), x).sum().backward()
+    Frame(model, graph).run(net, half(graph), x).sum().backward()
     assert not net.tensors()["conv1.weight"].requires_grad
     assert "conv1.weight@1.weight" not in net.tensors()
 
@@ -192,8 +211,8 @@ def test_steps_draw_allowed_widths_uniformly_from_the_seed_and_the_step():
         assert tuple(drawn) == allowed
         assert counts.min() > 0.4 * 400 / len(allowed)
         assert all(plan.kept[name] == tuple(range(plan.widths[name])) for plan in plans)
-    torch.testing.assert_close(net(x), run_at(net._frame[0], net.weights, plans[0], x))
-    torch.testing.assert_close(net(x), run_at(net._frame[0], net.weights, plans[1], x))
+    torch.testing.assert_close(net(x), net.frame.run(net.weights, plans[0], x))
+    torch.testing.assert_close(net(x), net.frame.run(net.weights, plans[1], x))
     assert int(net.images) == 8
     assert [k for k in net.state_dict() if not k.startswith("weights.")] == ["steps", "images"]
 
@@ -208,5 +227,5 @@ def test_the_channels_that_rank_highest_stay():
 def test_in_eval_mode_it_is_the_whole_network():
     net, x = supernet()
     net.eval()
-    torch.testing.assert_close(net(x), run_at(net._frame[0], net.weights, net.space.full, x, training=False))
+    torch.testing.assert_close(net(x), net.frame.run(net.weights, net.space.full, x, training=False))
     assert int(net.steps) == 0
