@@ -106,7 +106,7 @@ def resize(network: nn.Module, model: nn.Module, graph: ChannelGraph, plan: Prun
             continue
         weight = f"{path}.weight" if path else "weight"
         if weight in graph.scaled_groups and hasattr(module, "groups"):
-            module.groups = dense.groups * _weight(module).shape[0] // _weight(dense).shape[0]
+            module.groups = vars(dense)["groups"] * _weight(module).shape[0] // _weight(dense).shape[0]
         for kind, adapt in ADAPTERS.items():
             if isinstance(module, kind):
                 adapt(module, dense)
