@@ -68,7 +68,7 @@ class Recipe(Section):
     passing = frozenset({"recipe", "num_workers", "cache_mb"})
     formerly = MappingProxyType({"autocast": "precision"})
     later = frozenset({"optimizer", "weight_decay_on", "schedule", "milestones", "milestone_factor"}) | {
-        *("warmup_steps", "accumulate", "keep", "mixup", "cutmix")
+        *("warmup_steps", "accumulate", "keep", "mixup", "cutmix", "sync_batchnorm")
     }
     recipe: recipes.Name | None = None
     """A recipe by name, for the keys that are not given: quick = a first result; standard = SGD with label smoothing
@@ -123,6 +123,9 @@ class Recipe(Section):
     """The numbers it computes in: bf16 = mixed precision; auto = fp32, or bf16 where the hardware multiplies it
     natively and steps of this network take a tenth less time in it. Trained weights, and so figures, are then a
     little different on other processors; fp32 for the same recipe on all of them."""
+    sync_batchnorm: bool = False
+    """Batch norm normalises by the batches of all GPUs together (PyTorch's SyncBatchNorm) instead of each part by
+    itself: for small parts. Only where several GPUs train (``compute_count``), and refused elsewhere."""
     num_workers: Annotated[int, Field(ge=0, le=1024)] | None = None
     """Processes that read training images; how many there are changes no result. None = where reading takes long, one
     for every four cores, or, where a GPU trains, one for every core but one."""
@@ -490,8 +493,7 @@ class RunFile(Section):
     compute_count: Annotated[int, Field(ge=1, le=1024)] = 1
     """How many train together, each with its part of every batch: GPUs of this machine, or processes with their share
     of the threads. The baseline and fine-tunings; auxiliary trainings and everything else is one's. Batch norm
-    normalises each part of a batch by itself (there is no SyncBatchNorm), and networks are trained as they are, without
-    ``torch.compile``."""
+    normalises each part of a batch by itself, unless the recipe has ``sync_batchnorm``."""
     _folder: Path | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")

@@ -18,7 +18,7 @@ from secateur.device_profiles.profile import DeviceProfile
 from secateur.device_profiles.wording import number_of
 from secateur.pipeline.config.choices import method_options
 from secateur.pipeline.config.faults import Fault, FaultsError
-from secateur.pipeline.config.schema import ExportSection, RunFile, SearchSection
+from secateur.pipeline.config.schema import ExportSection, Recipe, RunFile, SearchSection
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.run.opening import (
     check_forward,
@@ -39,6 +39,8 @@ from secateur.pipeline.run.proof import prove
 from secateur.pipeline.surroundings import home
 from secateur.pipeline.tracking.check import check_tracking
 from secateur.pipeline.training.batches import check_mixing
+from secateur.pipeline.training.distributed import check_count
+from secateur.pipeline.training.synchronised import check_norms, check_synchronised
 from secateur.pipeline.workloads import DataSummary, Workload
 from secateur.pipeline.workloads.data.content import Reading
 from secateur.pruning.channels import ChannelGraph
@@ -154,6 +156,10 @@ def examine(
     found.attempt(("precision",), lambda: check_precisions(config))
     found.attempt(("finetune", "quantise"), lambda: check_quantise(config))
     found.compute = found.attempt(("compute",), lambda: compute_device(config.compute))
+    if (compute := found.compute) is not None:
+        found.attempt(("compute_count",), lambda: check_count(config.compute_count, compute))
+        for name, recipe in recipes(config):
+            found.attempt((name, "sync_batchnorm"), partial(check_synchronised, recipe, compute, config.compute_count))
     if tracking:
         report = check_tracking(config, home())
         found.faults += [Fault(("tracking",), message) for message in report.faults]
@@ -165,7 +171,7 @@ def examine(
         return found
     if not begun:
         _check_images(found, workload)
-        for name, recipe in (("baseline", config.baseline), ("finetune", config.finetune)):
+        for name, recipe in recipes(config):
             found.attempt((name,), partial(check_mixing, workload, recipe))
     example = workload.example_input()
     model = found.attempt(("workload", "model"), workload.build_model)
@@ -175,6 +181,9 @@ def examine(
         return found
     if begun:
         return found
+    for name, recipe in recipes(config):
+        if recipe.sync_batchnorm:
+            found.attempt((name, "sync_batchnorm"), partial(check_norms, model))
     found.data = workload.summary()
     found.network = found.attempt(("search",), lambda: _network(found, model, example))
     if found.network is not None:
@@ -183,6 +192,11 @@ def examine(
         space, graph = found.network.space, found.network.graph
         found.attempt(("search",), lambda: prove(model, graph, space, example, config.seed))
     return found
+
+
+def recipes(config: RunFile) -> tuple[tuple[str, Recipe], ...]:
+    """The recipes of a run file, by their sections."""
+    return ("baseline", config.baseline), ("finetune", config.finetune)
 
 
 def _network(found: Preflight, model: torch.nn.Module, example: torch.Tensor) -> Network:

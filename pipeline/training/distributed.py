@@ -81,6 +81,16 @@ class Group:
 ALONE = Group()
 
 
+def check_count(count: int, compute: torch.device) -> None:
+    """See that there is a GPU for each process of a training; on a processor they share its cores.
+
+    Raises:
+        UserError: there are not as many GPUs.
+    """
+    if compute.type == "cuda" and (there := torch.cuda.device_count()) < count:
+        raise UserError(f"compute_count is {count}, and PyTorch finds {there} CUDA devices here")
+
+
 @contextlib.contextmanager
 def begun(count: int, compute: torch.device, follow: Callable[[Group], object]) -> Iterator[Group]:
     """A group of processes for one training, of which this one is the first; the others end with the block.
@@ -92,8 +102,7 @@ def begun(count: int, compute: torch.device, follow: Callable[[Group], object]) 
         UserError: there are not as many GPUs.
         SurroundingsError: one of the others ended before the block did.
     """
-    if compute.type == "cuda" and torch.cuda.device_count() < count:
-        raise UserError(f"compute_count is {count}, and PyTorch finds {torch.cuda.device_count()} CUDA devices here")
+    check_count(count, compute)
     threads = torch.get_num_threads()
     resource_tracker.ensure_running()  # which outlives the block
     with kept(home(), "training"), tempfile.TemporaryDirectory(prefix="secateur-training-") as name:

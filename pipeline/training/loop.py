@@ -34,6 +34,7 @@ from secateur.pipeline.training.judging import Judge
 from secateur.pipeline.training.precision import Precision, certain, faster, kept_for, remembered, to_be_timed
 from secateur.pipeline.training.recipe import Schedule, optimizer_of
 from secateur.pipeline.training.statistics import IMAGES_AT_ONCE, recalibrate, training_images
+from secateur.pipeline.training.synchronised import synchronised
 from secateur.pipeline.workloads import Split, Workload
 
 VERSION = 3
@@ -136,6 +137,7 @@ def _train(
     keep = recipe.keep if held_out is not None else "last"
     judge = None if held_out is None else Judge(workload, held_out, keep == "best", recipe.batch_size, compute)
     with contextlib.ExitStack() as resources:
+        resources.enter_context(synchronised(model, recipe.sync_batchnorm and group.size > 1))
         features = _features(terms, compute)
         if features is not None:
             resources.callback(features.close)
@@ -219,7 +221,7 @@ class Lesson:
         """
         self.model.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.compute)
-        parts = max(1, min(self.recipe.accumulate, len(images)))
+        parts = max(1, min(self.recipe.accumulate, whole // self.group.size))  # the same in every process
         pairs = list(zip(images.tensor_split(parts), targets.tensor_split(parts), strict=True))
         for number, (images_, targets_) in enumerate(pairs, start=1):
             with self.group.apart(self.forward, last=number == parts):

@@ -121,6 +121,11 @@ FAULTS: dict[str, tuple[Callable[[Path], Changes], str, str]] = {
     "a template among others": (lambda f: {"device": {"others": ["rk3588"]}}, "device.others", "secateur devices add"),
     "an unknown device": (lambda f: {"device": {"profile": "lokal"}}, "device.profile", "Did you mean 'local'"),
     "no CUDA": (lambda f: {"compute": "cuda"}, "compute", "compute: auto or cpu"),
+    "batch norm synchronised on a processor": (
+        lambda f: {"finetune": {"sync_batchnorm": True}, "compute_count": 2},
+        "finetune.sync_batchnorm",
+        "GPUs only",
+    ),
     "more search images than there are": (lambda f: {"search": {"images": 99_999}}, "search.images", "or less"),
     "more images to recalibrate": (
         lambda f: {"search": {"recalibrate_images": 99_999}},
