@@ -33,16 +33,19 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks._output import Figure, parser, present
 from secateur.device_profiles import BenchmarkResult, Tier, load_profile, measure, open_target
 from secateur.export.layers import layer_table
+from secateur.export.qdq import Calibration
+from secateur.export.quantised import QuantisedTemplate
 from secateur.export.slicing import OnnxTemplate
 from secateur.pipeline.config.schema import LatencySection
 from secateur.pipeline.evaluation.latency import MULTIPLES, Latencies, plan_of
+from secateur.pipeline.run.schemes import scheme_of
 from secateur.pipeline.workloads.detection.networks import build_detector
 from secateur.pipeline.workloads.networks import build_network
 from secateur.pruning import PruningPlan
 from secateur.pruning.cost import costs
 from secateur.pruning.plan import IntArray, SearchSpace
 
-MEASUREMENTS = 15
+MEASUREMENTS, CALIBRATION = 15, 4
 TRUTH = Tier(processes=2, warmup=8, min_repeats=30, min_seconds=0.8)
 NETWORKS = {
     "resnet56": ("cifar/resnet56", 10, 32),
@@ -58,9 +61,9 @@ OTHERS = {
 
 
 class Network:
-    """A network, its groups, its template, and a way to time any of its plans."""
+    """A network, its groups, its template, and a way to time any of its plans beside the unpruned one in fp32."""
 
-    def __init__(self, name: str, device: str, folder: Path) -> None:
+    def __init__(self, name: str, device: str, folder: Path, precision: str = "fp32") -> None:
         torch.manual_seed(0)
         built, classes, size = {**NETWORKS, **OTHERS}[name]
         detector = name == "ssdlite"
@@ -75,12 +78,16 @@ class Network:
         self.profile = load_profile(device)
         self.target, self.folder, self.count = open_target(self.profile), folder, 0
         self.template.write(self.full, folder / "baseline.onnx")
+        self.cut: OnnxTemplate | QuantisedTemplate = self.template
+        if precision != "fp32":
+            noise = np.random.default_rng(0).standard_normal((CALIBRATION, 3, size, size)).astype(np.float32)
+            self.cut = QuantisedTemplate.make(self.template, Calibration(noise, scheme_of([self.profile])))
 
     def time(self, plan: PruningPlan, tier: Tier | None = None) -> tuple[dict[str, float], BenchmarkResult]:
         """One measurement beside the unpruned network: of the search tier with a profile, or of another tier."""
         self.count += 1
         path = self.folder / "candidate.onnx"
-        self.template.write(plan, path)
+        self.cut.write(plan, path)
         models = {"baseline": self.folder / "baseline.onnx", "candidate": path}
         result = measure(self.target, self.profile, models, tier or "search", nodes=tier is None)
         return {"latency_ratio": result.ratio("candidate", "baseline").value}, result

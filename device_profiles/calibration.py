@@ -1,6 +1,7 @@
 """What probes found, kept beside the user's device profiles.
 
-``NAME.probe.json`` is of a device, ``NAME.KEY.network.json`` of a network on it.
+``NAME.probe.json`` is of a device, ``NAME.probe-PRECISION.json`` of a device in another precision than fp32,
+``NAME.KEY.network.json`` of a network on it.
 """
 
 from __future__ import annotations
@@ -14,33 +15,42 @@ from pathlib import Path
 from secateur.device_profiles.errors import DeviceError
 from secateur.device_profiles.network_probe import NetworkProbe
 from secateur.device_profiles.profile import DeviceProfile
-from secateur.device_profiles.staircase import Staircase
+from secateur.device_profiles.staircase import FLOAT, Staircase
 
 
-def path_of(folder: Path, profile: DeviceProfile) -> Path:
-    """Where a profile's probe is kept."""
-    return folder / f"{profile.name}.probe.json"
+def path_of(folder: Path, profile: DeviceProfile, precision: str = FLOAT) -> Path:
+    """Where a profile's probe in a precision is kept."""
+    return folder / f"{profile.name}.probe{'' if precision == FLOAT else f'-{precision}'}.json"
 
 
 def save(folder: Path, profile: DeviceProfile, staircase: Staircase) -> Path:
     """Keep a probe; it replaces an older one at once or not at all."""
-    return _keep(path_of(folder, profile), staircase.to_json())
+    return _keep(path_of(folder, profile, staircase.precision), staircase.to_json())
 
 
-def load(folder: Path, profile: DeviceProfile, fingerprint: str | None = None) -> Staircase | None:
+def load(
+    folder: Path, profile: DeviceProfile, fingerprint: str | None = None, precision: str = FLOAT
+) -> Staircase | None:
     """The probe kept for a profile; None if there is none, or it is of another device, runtime or setting.
 
     Args:
         fingerprint: as the device is now (``staircase.fingerprint_of``); None = whatever was probed.
+        precision: that it was probed in.
 
     Raises:
         DeviceError: the file is damaged.
     """
     try:
-        staircase = Staircase.from_json(path_of(folder, profile).read_text(encoding="utf-8"))
+        staircase = Staircase.from_json(path_of(folder, profile, precision).read_text(encoding="utf-8"))
     except OSError:
         return None
     return staircase if fingerprint in (None, staircase.fingerprint) else None
+
+
+def probes_of(folder: Path, name: str) -> list[Path]:
+    """The kept probes of the device of a name in every precision, and their pictures."""
+    begin = f"{glob.escape(name)}.probe"
+    return sorted(path for end in ("json", "html") for one in ("", "-*") for path in folder.glob(f"{begin}{one}.{end}"))
 
 
 def path_of_network(folder: Path, profile: DeviceProfile, key: str) -> Path:

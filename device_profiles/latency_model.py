@@ -27,8 +27,12 @@ FloatArray = npt.NDArray[np.float64]
 BLOCKS = (1, 4, 8, 16)
 LAYOUTS = (8, 16, 32)
 """Blocks of channels that layouts may consist of."""
-LINEAR_OPS = ("Gemm", "MatMul", "FusedMatMul", "FusedGemm")
+REMAINDERS = (8, 16)
+"""Blocks of channels that depthwise kernels may compute at a time."""
+LINEAR_OPS = ("Gemm", "MatMul", "FusedMatMul", "FusedGemm", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat")
 CONV_OPS = ("Conv", "FusedConv", "NhwcFusedConv")
+INTEGER_CONV_OPS = ("QLinearConv",)
+"""Their profile may leave out the weight, and have the channels last."""
 MIN_SAMPLES = 5
 FOLDS = 8
 SHRINKAGE = 5.0
@@ -157,7 +161,8 @@ class LatencyModel:
 
     def _layers(self, features: FloatArray) -> FloatArray:
         """Time of every layer by its kind's formula, shape ``(plans, layers)``."""
-        times: FloatArray = np.einsum("plf,lf->pl", features, self.coefficients[_kind_numbers(self.table)])
+        known = self.coefficients.shape[1]  # a kept model of an earlier version has none of the last features
+        times: FloatArray = np.einsum("plf,lf->pl", features[..., :known], self.coefficients[_kind_numbers(self.table)])
         return times
 
 
@@ -206,7 +211,7 @@ def layer_times(table: LayerTable, channels: IntArray, nodes: Sequence[Node]) ->
 
     Operators between two layers (layout changes, sums, pools) count with the layer before them. A node belongs to the
     first layer not yet found that has its kernel, its output size and its channels, which a runtime may report rounded
-    up to its blocks.
+    up to its blocks. Of a convolution of integers the kernel may be unknown, and its input counts instead.
 
     Args:
         channels: of the plan, shape ``(layers, 2)``.
@@ -229,12 +234,28 @@ def _fits(table: LayerTable, i: int, channels: IntArray, node: Node) -> bool:
         return False
     if table.kinds[i] == "linear":
         return node.op in LINEAR_OPS and node.output_shapes[0][-1] == channels[1]
+    if node.op in INTEGER_CONV_OPS:
+        return _fits_integers(table, i, channels, node)
     weight, out = node.input_shapes[1], node.output_shapes[0]
     if node.op not in CONV_OPS or len(weight) < 3 or len(out) < 3:
         return False
     sizes = int(np.prod(weight[2:])), int(np.prod(out[2:]))
     near = all(has <= told < has + max(BLOCKS) for has, told in zip(channels[::-1], weight[:2], strict=True))
     return sizes == (table.taps[i], table.pixels[i]) and near
+
+
+def _fits_integers(table: LayerTable, i: int, channels: IntArray, node: Node) -> bool:
+    """Whether a convolution of integers can be layer ``i``: by its output, its input, and its kernel where told."""
+    kernel = next((shape[2:] for shape in node.input_shapes[1:] if len(shape) > 2), None)
+    if kernel is not None and int(np.prod(kernel)) != table.taps[i]:
+        return False
+    read, written = node.input_shapes[0], node.output_shapes[0]
+    inputs = int(channels[1] if table.kinds[i] == "depthwise" else channels[0])
+    values = int(np.prod(written[1:])), int(np.prod(read[1:]))
+    if int(channels[1]) not in (written[1], written[-1]) or values[0] != table.pixels[i] * channels[1]:
+        return False
+    groups, rest = divmod(values[1], int(table.in_pixels[i]) * inputs)  # of a grouped one a filter sees one group
+    return rest == 0 and (groups == 1 or table.kinds[i] == "conv")
 
 
 def choose(table: LayerTable, pool: IntArray, chosen: IntArray) -> int:
@@ -353,7 +374,21 @@ def _features(table: LayerTable, channels: IntArray, *, layouts: bool = True) ->
     if layouts:
         wide = max(LAYOUTS)
         more = [work(wide, wide), *_layouts(table, channels, pixels * outputs, in_pixels * inputs)]
-    return np.stack([*terms, *weights, *more], axis=-1)
+    return np.stack([*terms, *weights, *more, *_channelwise(taps * pixels * depthwise, outputs)], axis=-1)
+
+
+def _channelwise(positions: FloatArray, outputs: FloatArray) -> list[FloatArray]:
+    """Work of depthwise layers that is not done in whole blocks: kernels of integers take what is left one by one.
+
+    Args:
+        positions: kernel positions times output positions; 0 of other layers, shape ``(layers,)``.
+        outputs: channels, shape ``(plans, layers)``.
+    """
+    terms = []
+    for block in REMAINDERS:
+        left = outputs % block
+        terms += [positions * left, positions * outputs * (left > 0)]
+    return terms
 
 
 def _layouts(table: LayerTable, channels: IntArray, written: FloatArray, read: FloatArray) -> list[FloatArray]:

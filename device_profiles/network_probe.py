@@ -109,6 +109,7 @@ class NetworkProbe:
         trials: what was tried to allow finer widths.
         seconds: that it took.
         created: seconds since 1970.
+        precision: that the networks were timed in; the unpruned one beside them is in fp32.
     """
 
     profile: str
@@ -122,6 +123,7 @@ class NetworkProbe:
     trials: tuple[Trial, ...]
     seconds: float
     created: float
+    precision: str = "fp32"
 
     @property
     def key(self) -> str:

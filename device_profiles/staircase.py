@@ -31,6 +31,8 @@ WIDTHS = tuple(range(33, 65))
 MULTIPLES = (1, 2, 4, 8, 16)
 SLACK = 0.02
 """A larger multiple is preferred where rounding up to it costs no more than this on the mean."""
+FLOAT = "fp32"
+"""The precision that is meant where none is named."""
 FINGERPRINT_KEYS = ("board", "cpu", "machine", "cpus", "onnxruntime", "freq_max_mhz")
 
 
@@ -48,6 +50,7 @@ class Staircase:
         noise_floor: half-width of the 95 % interval of a network against itself; None = not taken.
         environment: the device as the agent described it.
         created: seconds since 1970.
+        precision: that the networks were timed in.
     """
 
     profile: str
@@ -58,6 +61,7 @@ class Staircase:
     noise_floor: float | None
     environment: Mapping[str, Any]
     created: float
+    precision: str = FLOAT
 
     def summary(self) -> list[tuple[str, str]]:
         """Rows (kind, what was found) for people."""
@@ -100,16 +104,17 @@ class Staircase:
             raise DeviceError(f"not a probe written by Staircase.to_json: {error!r}", "profile") from error
 
 
-def fingerprint_of(profile: DeviceProfile, answer: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits that name device, runtime and settings.
+def fingerprint_of(profile: DeviceProfile, answer: Mapping[str, Any], precision: str = FLOAT) -> str:
+    """16 hexadecimal digits that name device, runtime, settings and precision.
 
     Args:
         answer: of ``Target.prepare`` (``device`` and ``runtime``), or the environment of a measurement.
+        precision: of the networks that were timed, with the number types where there are several.
     """
     facts = {**answer.get("device", {}), **answer.get("runtime", {}), **answer}
     name = runtime_named(profile.runtime).name
     known = {key: facts[key] for key in (*FINGERPRINT_KEYS, name) if key in facts}
-    settings = [profile.provider, profile.threads, "fp32", profile.batch, profile.target.rpartition(":")[2]]
+    settings = [profile.provider, profile.threads, precision, profile.batch, profile.target.rpartition(":")[2]]
     settings += [] if profile.runtime == DEFAULT else [name]
     return hashlib.sha256(json.dumps([known, settings], sort_keys=True).encode()).hexdigest()[:16]
 
@@ -122,12 +127,16 @@ def probe(
     progress: Callable[[int, int, str], None] | None = None,
     kinds: Sequence[LayerKind] = KINDS,
     widths: Sequence[int] = WIDTHS,
+    precision: str = FLOAT,
+    scheme: str = "",
 ) -> Staircase:
     """Time small networks of every kind of layer at neighbouring widths, interleaved, and read the steps off.
 
     Args:
         seconds: of timed calls on the device, at most; loading comes on top.
         progress: called with (steps done, steps in all, what was found).
+        precision: of the networks.
+        scheme: its number types, as ``U8S8``; empty = floats.
 
     Raises:
         DeviceError: the profile is an emulator's, or whatever the target reports.
@@ -146,7 +155,7 @@ def probe(
             files = {}
             for width in widths:
                 files[str(width)] = Path(folder, f"{kind}-{width}.onnx")
-                files[str(width)].write_bytes(chain(kind, width).SerializeToString())
+                files[str(width)].write_bytes(chain(kind, width, scheme).SerializeToString())
             result = measure(target, profile, files, tier)
             curves[kind] = {width: _typical_ms(result, str(width)) for width in widths}
             if progress:
@@ -158,14 +167,20 @@ def probe(
     losses = {kind: losses_of(curve) for kind, curve in curves.items()}
     return Staircase(
         profile.name,
-        fingerprint_of(profile, answer),
+        fingerprint_of(profile, answer, setting_of(precision, scheme)),
         Multiples(**multiples),
         curves,
         losses,
         floor,
         {**answer.get("device", {}), **answer.get("runtime", {})},
         time.time(),
+        precision,
     )
+
+
+def setting_of(precision: str, scheme: str) -> str:
+    """What a fingerprint says of a precision: its name, and its number types where there are several."""
+    return f"{precision} {scheme}".strip()
 
 
 def noise_floor(target: Target, profile: DeviceProfile, model: Path, copies: int = 4, processes: int = 3) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,11 +12,21 @@ from typing import Any
 
 from secateur.device_profiles import DeviceProfile, Target
 from secateur.device_profiles.calibration import load, save
-from secateur.device_profiles.staircase import FINGERPRINT_KEYS, Staircase, fingerprint_of, probe
+from secateur.device_profiles.runtime import runtime_of
+from secateur.device_profiles.staircase import (
+    FINGERPRINT_KEYS,
+    FLOAT,
+    Staircase,
+    fingerprint_of,
+    probe,
+    setting_of,
+)
 from secateur.device_profiles.target import Progress
 from secateur.pipeline.errors import SurroundingsError
 from secateur.pipeline.files import write_whole
 from secateur.pipeline.progress import ProgressView
+
+IN_FLOAT = {FLOAT: ""}
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,7 @@ def meet(
     probing: bool,
     progress: ProgressView,
     name: str = "device.json",
+    precise: Mapping[str, str] = IN_FLOAT,
 ) -> RunDevice:
     """Reach the device; find out what the run needs to know of it, or check that it still is the device it began with.
 
@@ -82,6 +94,8 @@ def meet(
         home: whose ``devices`` folder keeps probes.
         probing: whether a device that was never probed is probed now.
         name: of the file in the run directory that keeps what was found.
+        precise: the precisions in which widths have to pay -> their number types, as ``U8S8``; empty = floats. Only
+            runtimes that load ONNX are probed in integers.
 
     Raises:
         SurroundingsError: it is another device, or its runtime changed.
@@ -94,12 +108,18 @@ def meet(
         known = _read(file)
         check_same(known, profile, answer)
         return known
-    staircase = load(home / "devices", profile, fingerprint)
-    if staircase is None and probing:
-        with progress.stage(f"Probe {profile.name}") as report:
-            staircase = probe(target, profile, progress=report)
-        save(home / "devices", profile, staircase)
-    facts = _of(staircase, profile, fingerprint, {**answer["device"], **answer["runtime"]})
+    found = []
+    for precision, scheme in precise.items():
+        if scheme and runtime_of(profile).format != "onnx":
+            continue
+        wanted = fingerprint_of(profile, answer, setting_of(precision, scheme))
+        staircase = load(home / "devices", profile, wanted, precision)
+        if staircase is None and probing:
+            with progress.stage(f"Probe {profile.name}" + (f" in {precision}" if scheme else "")) as report:
+                staircase = probe(target, profile, progress=report, precision=precision, scheme=scheme)
+            save(home / "devices", profile, staircase)
+        found += [] if staircase is None else [staircase]
+    facts = _of(found, profile, fingerprint, {**answer["device"], **answer["runtime"]})
     write_whole(file, json.dumps(asdict(facts)) + "\n")
     return facts
 
@@ -117,13 +137,20 @@ def check_same(known: RunDevice, profile: DeviceProfile, answer: Mapping[str, An
         raise SurroundingsError(_changed(known.facts, {**answer["device"], **answer["runtime"]}, profile))
 
 
-def _of(staircase: Staircase | None, profile: DeviceProfile, fingerprint: str, facts: Mapping[str, Any]) -> RunDevice:
-    if staircase is None:
+def _of(found: Sequence[Staircase], profile: DeviceProfile, fingerprint: str, facts: Mapping[str, Any]) -> RunDevice:
+    """Of what probes found in every precision: widths that pay in all of them."""
+    if not found:
         return RunDevice(fingerprint, profile.multiples.model_dump(), None, {}, "the profile, unprobed", facts)
-    floor, multiples = staircase.noise_floor, staircase.multiples.model_dump()
-    return RunDevice(
-        fingerprint, multiples, floor, {str(k): c for k, c in staircase.curves.items()}, "a probe of the device", facts
-    )
+    each = [staircase.multiples.model_dump() for staircase in found]
+    multiples = {kind: math.lcm(*(of[kind] for of in each)) for kind in each[0]}
+    curves = {
+        kind if staircase.precision == FLOAT else f"{kind} in {staircase.precision}": curve
+        for staircase in found
+        for kind, curve in staircase.curves.items()
+    }
+    names = [staircase.precision for staircase in found]
+    origin = "a probe of the device" if names == [FLOAT] else f"probes of the device in {' and '.join(names)}"
+    return RunDevice(fingerprint, multiples, found[0].noise_floor, curves, origin, facts)
 
 
 def _read(file: Path) -> RunDevice:

@@ -228,8 +228,19 @@ class Evaluator:
         """
         oracle = self.latencies if precision == FLOAT else self.precisions[precision]
         found = oracle.of(plan, exact=exact)
-        template = self.files.template() if "size_bytes" not in found else None
-        return found if template is None else {**found, "size_bytes": float(len(template.slice(plan)))}
+        if "size_bytes" in found or (template := self.files.template()) is None:
+            return found
+        precisions, baseline = self.accuracy.precisions, self.accuracy.baseline
+        if precision == FLOAT or precisions is None:
+            content = template.slice(plan)
+        else:
+            content = precisions.network(precision, plan, None, lambda: baseline.cut(plan))
+        return {**found, "size_bytes": float(len(content))}
+
+    def latency_report(self) -> dict[str, Any]:
+        """How plans came to their latencies in fp32, and under ``precisions`` in the others that may ship."""
+        others = {name: oracle.report() for name, oracle in self.precisions.items() if name != FLOAT}
+        return {**self.latencies.report(), **({"precisions": others} if others else {})}
 
     # -- trainings -----------------------------------------------------------------------------------------------------
 
@@ -296,17 +307,17 @@ class Evaluator:
         return np.array([figures["latency_ratio"] for figures in ratios])
 
     def predict(self, request: Predict) -> Mapping[str, np.ndarray]:
-        """The latency model's arrays, if it is trusted; measures plans for it first.
+        """The arrays of the latency model of the first precision that may ship, if it is trusted.
 
-        None where fp32 does not ship, whose profiles alone it reads. None for several devices: their models answer for
-        candidates, but no arrays say what all of them take.
+        It measures plans for it first. None for several devices: their models answer for candidates, but no arrays say
+        what all of them take.
         """
         del request
-        if FLOAT not in self.precisions:
-            return {}
-        with self.accuracy.progress.stage(f"  Model the latency on {', '.join(self.latencies.devices)}") as report:
-            model = self.latencies.model(lambda done, total: report(done, total, ""))
-            trust = self.latencies.report()
+        first, latencies = next(iter(self.precisions.items()))
+        what = f"  Model the latency on {', '.join(latencies.devices)}" + ("" if first == FLOAT else f" in {first}")
+        with self.accuracy.progress.stage(what) as report:
+            model = latencies.model(lambda done, total: report(done, total, ""))
+            trust = latencies.report()
             for known in trust.get("devices", {"": trust}).values():
                 if "median_error" in known:
                     used = "" if known["trusted"] else "; not trusted, plans are measured"
@@ -422,5 +433,14 @@ def _latencies(
         return in_float.get(device.name, latencies).of(files.baseline.full, exact=True)
 
     timer = Timer(device, files, dense, profiled=search.latency.mode != "measure")
-    latencies = Latencies(files.layers, timer.measure, file, search.latency, space, files.baseline.seed, device.name)
+    latencies = Latencies(
+        files.layers,
+        timer.measure,
+        file,
+        search.latency,
+        space,
+        files.baseline.seed,
+        device.name,
+        dense if device.name in in_float else None,
+    )
     return latencies

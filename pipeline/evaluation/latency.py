@@ -79,6 +79,7 @@ class Latencies:
         space: where plans to measure are drawn from; None = the model gets no measurements of its own.
         seed: of the draws.
         device: its name.
+        dense: figures of the unpruned network in fp32, which ratios are to; None = these latencies are of fp32.
     """
 
     def __init__(
@@ -90,9 +91,10 @@ class Latencies:
         space: SearchSpace | None = None,
         seed: int = 0,
         device: str = "the device",
+        dense: Callable[[], Figures] | None = None,
     ) -> None:
         self._table, self._measure, self.file, self.settings = table, measure, file, settings
-        self.space, self.seed, self.devices = space, seed, (device,)
+        self.space, self.seed, self.devices, self._dense = space, seed, (device,), dense
         self.num_measurements = 0
         self.measured: dict[str, Figures] = {}
         self.samples: dict[str, Sample] = {}
@@ -121,7 +123,7 @@ class Latencies:
         figures, result = self._measure(plan)
         self.num_measurements += 1
         self.take(plan, {**figures, "latency_measured": 1.0})
-        if not plan.is_full:
+        if not plan.is_full or self._dense:  # in fp32 its ratio is 1 and teaches nothing
             self._learn(plan, result)
         return self.measured[plan.digest]
 
@@ -179,8 +181,8 @@ class Latencies:
 
     def _predicted(self, plan: PruningPlan) -> Figures | None:
         """What the model says of a plan; None where it must be measured."""
-        model, full = self._trusted(), self.measured.get(PruningPlan(plan.sizes, _whole(plan)).digest)
-        if model is None or model.trust is None or full is None:
+        model = self._trusted()
+        if model is None or model.trust is None or (full := self._reference(plan)) is None:
             return None
         self._num_trusted += 1
         if self._num_trusted % CHECK_EVERY == 0:
@@ -191,6 +193,10 @@ class Latencies:
         figures = {"latency_ratio": ratio, "latency_ratio_low": ratio / spread, "latency_ratio_high": ratio * spread}
         times = {name: ratio * full[name] for name in ("p50_ms", "p95_ms")}
         return {**figures, **times, "latency_measured": 0.0}
+
+    def _reference(self, plan: PruningPlan) -> Figures | None:
+        """Figures of the unpruned network in fp32; None = it was not measured."""
+        return self._dense() if self._dense else self.measured.get(PruningPlan(plan.sizes, _whole(plan)).digest)
 
     def _trusted(self) -> LatencyModel | None:
         """The model of everything measured so far, if it predicts what is left out well enough."""

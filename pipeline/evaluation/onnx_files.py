@@ -119,8 +119,9 @@ class PreciseFiles:
         """The file of the unpruned network in fp32."""
         return self._files.dense
 
-    def layers(self) -> None:
-        """None: the latency model does not read profiles of other precisions yet."""
+    def layers(self) -> LayerTable | None:
+        """The network's layers, which are the same in every precision."""
+        return self._files.layers()
 
     def _write(self, plan: PruningPlan, name: str) -> Path:
         path = self._files.folder / f"{file_word(self.precision)}-{name}"

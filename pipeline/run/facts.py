@@ -133,6 +133,7 @@ class LatencyFacts:
         samples: measurements that the model learned from.
         errors: its median error by what all widths are multiples of.
         devices: the same for each of several devices, by name.
+        precisions: the same for each precision that may ship besides fp32, by name.
     """
 
     measured: int
@@ -144,13 +145,17 @@ class LatencyFacts:
     samples: Annotated[int | None, OMITTED] = None
     errors: Annotated[Mapping[int, float] | None, OMITTED] = None
     devices: Annotated[Mapping[str, LatencyFacts] | None, OMITTED] = None
+    precisions: Annotated[Mapping[str, LatencyFacts] | None, OMITTED] = None
 
     @classmethod
     def of(cls, report: Mapping[str, Any]) -> LatencyFacts:
-        """What ``Latencies.report`` says."""
-        devices = report.get("devices")
-        nested = None if devices is None else {name: cls.of(each) for name, each in devices.items()}
-        return cls(**{**report, "devices": nested})
+        """What ``Evaluator.latency_report`` says."""
+        nested = {
+            key: {name: cls.of(each) for name, each in report[key].items()}
+            for key in ("devices", "precisions")
+            if report.get(key) is not None
+        }
+        return cls(**{**report, **nested})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -34,6 +34,7 @@ from secateur.device_profiles.network_probe import (
     loss_of,
     slope_of,
 )
+from secateur.device_profiles.staircase import FLOAT, fingerprint_of, setting_of
 from secateur.device_profiles.wording import number_of
 from secateur.pipeline.devices.fleet import Device, Fleet, Tally
 from secateur.pipeline.errors import JournalError
@@ -77,6 +78,13 @@ UNFIT = frozenset({"model-load", "worker-died", "timeout", "client-timeout", "di
 
 Plans = Mapping[tuple[int, float], PruningPlan]
 """By multiple and MACs ratio."""
+
+
+class Cutter(Protocol):
+    """What files of plans are cut from, in some precision: ``OnnxTemplate``, ``QuantisedTemplate``."""
+
+    def write(self, plan: PruningPlan, path: str | Path) -> None:
+        """The file of a plan, with the unpruned network's weights."""
 
 
 class Cuts:
@@ -159,11 +167,12 @@ class _Stopwatch:
     """Times plans of one network on one device.
 
     Args:
+        cutter: what plans' files are cut from, in the precision that is timed.
         folder: for files.
     """
 
-    def __init__(self, device: Device, template: OnnxTemplate, cuts: Cuts, folder: Path) -> None:
-        self.device, self.template, self.cuts, self.folder = device, template, cuts, folder
+    def __init__(self, device: Device, template: OnnxTemplate, cutter: Cutter, cuts: Cuts, folder: Path) -> None:
+        self.device, self.cutter, self.cuts, self.folder = device, cutter, cuts, folder
         self.dense = folder / "dense.onnx"
         template.write(PruningPlan.full(cuts.graph.groups), self.dense)
 
@@ -200,7 +209,7 @@ class _Stopwatch:
 
     def _write(self, at: tuple[int, float], plan: PruningPlan) -> Path:
         file = self.folder / f"{_name(at)}.onnx"
-        self.template.write(plan, file)
+        self.cutter.write(plan, file)
         return file
 
     def _measure(self, files: Mapping[tuple[int, float], Path], seconds: float) -> BenchmarkResult:
@@ -247,12 +256,17 @@ def probe_network(
     fingerprint: str,
     progress: Report,
     seconds: float = SECONDS,
+    precision: str = FLOAT,
+    cutter: Cutter | None = None,
 ) -> NetworkProbe | None:
     """Find the widths that pay; None where the network can be cut in one way only.
 
     Args:
-        fingerprint: of device, runtime and settings.
+        template: of the network in fp32.
+        fingerprint: of device, runtime, settings and precision.
         seconds: that it may take; few of them are spent on fewer networks.
+        precision: that plans are timed in.
+        cutter: what they are cut from; None = ``template``.
 
     Raises:
         DeviceError: whatever the device reports.
@@ -265,7 +279,7 @@ def probe_network(
     kinds = [] if few else cuts.by_size()  # in so few calls, what a kind's finer widths cost would be noise
     progress(0, 1 + len(kinds), f"{number_of(len(plans), 'network(s)')}")
     with tempfile.TemporaryDirectory(prefix="secateur-probe-") as folder:
-        stopwatch = _Stopwatch(device, template, cuts, Path(folder))
+        stopwatch = _Stopwatch(device, template, cutter or template, cuts, Path(folder))
         found = stopwatch.time(plans, FIRST_SHARE * seconds)
         loading = max(0.0, time.monotonic() - begun - FIRST_SHARE * seconds)
         multiple, losses = best_of(found)
@@ -293,6 +307,7 @@ def probe_network(
         tuple(trials),
         round(time.monotonic() - begun, 1),
         time.time(),
+        precision,
     )
 
 
@@ -329,8 +344,8 @@ class Settled:
     """What a run's journal says of its network on its devices.
 
     Args:
-        probes: by device; those that were not probed are missing.
-        reasons: why not, by device.
+        probes: by device, and precision where that is not fp32 (``label``); those that were not probed are missing.
+        reasons: why not, in the same way.
         of_groups: channel group -> what its widths are multiples of; empty = as devices' own probes or profiles say.
         at_most: the largest multiple with which the targets are within reach; None = those of ``of_groups`` are fine.
     """
@@ -361,6 +376,33 @@ class Settled:
 
 
 NOTHING = Settled({}, {}, {})
+
+
+@dataclass(frozen=True)
+class Precise:
+    """A precision that may ship, as a probe of the network sees it.
+
+    Args:
+        name: of the precision.
+        scheme: its number types, as ``U8S8``; empty = floats.
+        cutter: gives what plans' files are cut from; None where they cannot be.
+    """
+
+    name: str
+    scheme: str
+    cutter: Callable[[], Cutter | None]
+
+    def fingerprint(self, device: Device) -> str:
+        """Names device, runtime, settings and precision."""
+        assert device.facts is not None, "a device that was met"
+        if self.name == FLOAT:
+            return device.facts.fingerprint
+        return fingerprint_of(device.profile, device.facts.facts, setting_of(self.name, self.scheme))
+
+
+def label(device: str, precision: str) -> str:
+    """What a device's probe in a precision is called: ``local``, ``local in int8``."""
+    return device if precision == FLOAT else f"{device} in {precision}"
 
 
 def settled(records: Sequence[Record]) -> Settled | None:
@@ -398,17 +440,20 @@ def settle(
     progress: ProgressView,
     spared: str = "",
     seconds: Callable[[], float] = lambda: SECONDS,
+    precise: Sequence[Precise] = (),
 ) -> Settled:
-    """Find the widths that pay on every device, and write them down; once a run.
+    """Find the widths that pay on every device in what may ship, and write them down; once a run.
 
     Args:
         template: what networks are cut from; None = this network's cannot be cut.
         folder: where probes are kept for later runs.
         spared: why no device is probed for this run, so that only kept probes count; empty = it is.
-        seconds: what a probe may take; asked only where a device is probed.
+        seconds: what a device's probes may take together; asked only where one is probed.
+        precise: the precisions in which widths have to pay; empty = fp32.
 
     Raises:
         DeviceError: a device is unreachable, or fails in a way that says nothing of the probe.
+        ExportError: the network cannot be made in a precision at all.
     """
     if (known := settled(journal.records)) is not None:
         return known
@@ -417,10 +462,12 @@ def settle(
     if spared and not any(networks_of(folder, name) for name in fleet.names):
         return NOTHING
     found, reasons = {}, {}
+    precise = precise or (Precise(FLOAT, "", template),)
     if (cut := template()) is None:
-        reasons = dict.fromkeys(fleet.names, "the network is exported anew for every plan, which takes too long")
+        labels = [label(name, each.name) for name in fleet.names for each in precise]
+        reasons = dict.fromkeys(labels, "the network is exported anew for every plan, which takes too long")
     else:
-        answers = _on_every(fleet, cut, cuts, folder, progress, spared, seconds)
+        answers = _on_every(fleet, cut, cuts, folder, progress, spared, seconds, precise)
         found = {name: answer for name, answer in answers.items() if isinstance(answer, NetworkProbe)}
         reasons = {name: answer for name, answer in answers.items() if isinstance(answer, str)}
     if spared and not found:
@@ -439,21 +486,31 @@ def _on_every(
     progress: ProgressView,
     spared: str,
     seconds: Callable[[], float],
+    precise: Sequence[Precise],
 ) -> dict[str, NetworkProbe | str]:
-    """What was found on every device, kept or new; a text says why there is nothing."""
-    network = network_of(template, cuts)
-    prints = {device.name: device.facts.fingerprint for device in fleet if device.facts is not None}
-    kept = {d.name: load_network(folder, d.profile, key_of(prints[d.name], network)) for d in fleet}
-    found: dict[str, NetworkProbe | str] = {n: probe or spared for n, probe in kept.items() if probe or spared}
-    missing = [name for name in fleet.names if name not in found]
+    """What was found on every device in every precision, kept or new; a text says why there is nothing."""
+    network, found = network_of(template, cuts), dict[str, NetworkProbe | str]()
+    missing: dict[str, list[Precise]] = {}
+    for device in fleet:
+        for each in precise:
+            kept = load_network(folder, device.profile, key_of(each.fingerprint(device), network))
+            if kept or spared:
+                found[label(device.name, each.name)] = kept or spared
+            else:
+                missing.setdefault(device.name, []).append(each)
     if not missing:
         return found
     with progress.stage(f"Probe {', '.join(missing)} with this network") as report:
         tally, most = Tally(report, missing), seconds()
+        cutters = {each.name: each.cutter() for of in missing.values() for each in of}
 
-        def probed(device: Device) -> NetworkProbe | str:
+        def probed(device: Device, each: Precise) -> NetworkProbe | str:
+            cutter, share = cutters[each.name], most / len(missing[device.name])
+            if cutter is None:
+                return f"the network cannot be cut in {each.name}"
+            prints, told = each.fingerprint(device), tally.of(label(device.name, each.name))
             try:
-                probe = probe_network(device, template, cuts, prints[device.name], tally.of(device.name), most)
+                probe = probe_network(device, template, cuts, prints, told, share, each.name, cutter)
             except DeviceError as error:
                 if error.code not in UNFIT:
                     raise
@@ -463,16 +520,21 @@ def _on_every(
             save_network(folder, device.profile, probe)
             return probe
 
-        return found | fleet.each(probed, missing)
+        def all_of(device: Device) -> dict[str, NetworkProbe | str]:
+            return {label(device.name, each.name): probed(device, each) for each in missing[device.name]}
+
+        for answers in fleet.each(all_of, list(missing)).values():
+            found |= answers
+    return found
 
 
 def _common(fleet: Fleet, found: Mapping[str, NetworkProbe], cuts: Cuts) -> dict[str, int]:
-    """Channel group -> the least multiple that suits all devices; by a device's own probe where there is no other."""
-    each = [
-        found[device.name].of_groups
-        if device.name in found
-        else group_multiples(cuts.graph, cuts.graph.shapes, Multiples(**device.facts.multiples))
+    """Channel group -> the least multiple that suits all; by a device's own probe where it has no other."""
+    each = [probe.of_groups for probe in found.values()]
+    probed = {probe.profile for probe in found.values()}
+    each += [
+        group_multiples(cuts.graph, cuts.graph.shapes, Multiples(**device.facts.multiples))
         for device in fleet
-        if device.facts is not None
+        if device.facts is not None and device.name not in probed
     ]
     return {name: math.lcm(*(of_groups.get(name, 1) for of_groups in each)) for name in cuts.kinds}

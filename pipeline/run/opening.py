@@ -6,6 +6,7 @@ quick.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -19,13 +20,14 @@ from torch import nn
 from secateur.device_profiles.calibration import load as load_probe
 from secateur.device_profiles.errors import DeviceError
 from secateur.device_profiles.profile import RUNTIMES, DeviceProfile, Multiples, load_profile
+from secateur.device_profiles.staircase import FLOAT
 from secateur.device_profiles.target import require_complete
 from secateur.pipeline.config.choices import method_options
 from secateur.pipeline.config.faults import Fault, FaultsError
 from secateur.pipeline.config.schema import RunFile
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.evaluation.shipped_data import open_section
-from secateur.pipeline.run.widths import common_multiples, group_multiples
+from secateur.pipeline.run.widths import common_multiples, group_multiples, probed_in
 from secateur.pipeline.surroundings import home
 from secateur.pipeline.workloads import Workload
 from secateur.pipeline.workloads.data.content import Reading
@@ -260,13 +262,17 @@ def head_prefixes_of(model: nn.Module) -> tuple[str, ...]:
     return tuple(getattr(model, "head_prefixes", None) or ())
 
 
-def known_steps(profiles: Iterable[DeviceProfile]) -> tuple[Multiples, bool]:
-    """The width granularity of devices as far as it is known without reaching them, and whether all were probed."""
+def known_steps(profiles: Iterable[DeviceProfile], ships: Sequence[str] = (FLOAT,)) -> tuple[Multiples, bool]:
+    """The width granularity of devices as far as it is known without reaching them, and whether all were probed.
+
+    Args:
+        ships: the precisions that may ship.
+    """
     found = []
     probed = True
-    for profile in profiles:
+    for profile, name in itertools.product(profiles, probed_in(ships)):
         try:
-            staircase = load_probe(home() / "devices", profile)
+            staircase = load_probe(home() / "devices", profile, precision=name)
         except DeviceError:
             staircase = None  # a damaged file; the run probes again
         found.append(profile.multiples if staircase is None else staircase.multiples)

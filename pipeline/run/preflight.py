@@ -201,7 +201,7 @@ def recipes(config: RunFile) -> tuple[tuple[str, Recipe], ...]:
 
 def _network(found: Preflight, model: torch.nn.Module, example: torch.Tensor) -> Network:
     config, graph = found.config, trace_network(model, example)
-    steps, probed = known_steps(found.profiles or ())
+    steps, probed = known_steps(found.profiles or (), config.ships)
     spaces = search_spaces(config, graph, steps, head_prefixes_of(model))
     finest = search_space(config, graph, 1)
     if config.search.channel_multiple is not None:

@@ -33,7 +33,7 @@ from secateur.pipeline.evaluation.accuracy import AccuracyEvaluator
 from secateur.pipeline.evaluation.baseline import Baseline
 from secateur.pipeline.evaluation.evaluator import Evaluator, make_evaluator
 from secateur.pipeline.evaluation.onnx_files import CANDIDATES, OnnxFiles
-from secateur.pipeline.evaluation.precisions import Precisions
+from secateur.pipeline.evaluation.precisions import FLOAT, Precisions
 from secateur.pipeline.evaluation.worker_pool import Engine, WorkerPool
 from secateur.pipeline.files import write_whole
 from secateur.pipeline.progress import ProgressView
@@ -59,7 +59,7 @@ from secateur.pipeline.run.origin import BRANCH, COMMIT, FOLDER, ORIGIN, check_t
 from secateur.pipeline.run.preflight import examine
 from secateur.pipeline.run.records import to_evaluation
 from secateur.pipeline.run.schemes import scheme_of
-from secateur.pipeline.run.widths import common_multiples
+from secateur.pipeline.run.widths import common_multiples, probed_in
 from secateur.pipeline.surroundings import HOME, home, made
 from secateur.pipeline.tracking import Tracker
 from secateur.pipeline.tracking.check import require_tracking
@@ -241,7 +241,7 @@ class Run:
     @cached_property
     def fleet(self) -> Fleet:
         """The run's devices, met: probed now if that is asked for and was never done, and those the run began with."""
-        section, fleet = self.config.device, self._opened
+        section, fleet, scheme = self.config.device, self._opened, scheme_of(self.profiles)
 
         def met(device: Device, progress: ProgressView) -> RunDevice:
             return meet(
@@ -252,6 +252,7 @@ class Run:
                 probing=section.probe and section.channel_multiple is None,
                 progress=progress,
                 name=fleet.file("device", ".json", device.name),
+                precise={name: "" if name == FLOAT else scheme for name in probed_in(self.config.ships)},
             )
 
         if len(fleet) == 1:
@@ -405,8 +406,13 @@ class Run:
                 search_seconds(self.config, self.profiles, self.workload, graph, spaces, self.compute)
             )
 
+        made = Precisions(self._as_asked, files.template, self.directory / CANDIDATES, scheme_of(self.profiles))
+        precise = [
+            network_probe.Precise(name, made.scheme, files.template if name == FLOAT else partial(made.template, name))
+            for name in probed_in(self.config.ships)
+        ]
         return network_probe.settle(
-            self.journal, self.fleet, files.template, cuts, folder, self.progress, spared, seconds
+            self.journal, self.fleet, files.template, cuts, folder, self.progress, spared, seconds, precise
         )
 
     def _steps(self) -> Steps:

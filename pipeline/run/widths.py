@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from secateur.device_profiles.layers import KINDS, LayerKind
 from secateur.device_profiles.profile import Multiples
+from secateur.device_profiles.staircase import FLOAT
 from secateur.pruning.channels import ChannelGraph
 
 
@@ -35,6 +36,15 @@ def group_multiples(graph: ChannelGraph, shapes: Mapping[str, tuple[int, ...]], 
         )
         for group in graph.groups
     }
+
+
+def probed_in(ships: Sequence[str]) -> tuple[str, ...]:
+    """The precisions in which widths have to pay, of those that may ship: integers have steps of their own."""
+    if set(ships) <= {FLOAT}:
+        return (FLOAT,)
+    from secateur.export.quantize import precision  # imports onnx, which takes long
+
+    return tuple(dict.fromkeys(name if precision(name).calibrated else FLOAT for name in ships))
 
 
 STREAM = "residual stream"

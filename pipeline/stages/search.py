@@ -74,7 +74,7 @@ def search(run: Run, facts: Facts) -> SearchFacts:
         scope=None if scope is None else ScopeFacts.of(run.config.search.scope, scope),
         agreement=None if agreement is None else RankAgreement(**agreement),
         spent=study.spent,
-        latency=LatencyFacts.of(oracle.latencies.report()),
+        latency=LatencyFacts.of(oracle.latency_report()),
         device=run.device_facts,
         devices=run.facts_of_devices if len(run.fleet) > 1 else None,
         certificate=Proof(**asdict(certificate)),

@@ -120,6 +120,19 @@ def node_of(table: LayerTable, i: int, channels: IntArray, ms: float, block: int
     return Node(f"node{i}_nchwc", "Conv", ms, *shapes)
 
 
+def integers_of(table: LayerTable, widths: IntArray, times: FloatArray) -> list[Node]:
+    """A profile of the network in 8 bits: channels last, weights left out, additions in between."""
+    nodes = []
+    for i, (inputs, outputs) in enumerate(table.channels(widths[None])[0].tolist()):
+        if table.kinds[i] == "linear":
+            nodes.append(Node(f"node{i}", "QGemm", float(times[i]), ((1, inputs), (), (), (outputs,)), ((1, outputs),)))
+            continue
+        read = outputs if table.kinds[i] == "depthwise" else inputs
+        shapes = ((1, 1, int(table.in_pixels[i]), read), (), (), (outputs,)), ((1, 1, int(table.pixels[i]), outputs),)
+        nodes.append(Node(f"node{i}_token_{i}", "QLinearConv", float(times[i]), *shapes))
+    return nodes
+
+
 def result_of(ratio: float, nodes: list[Node], repeats: int = 20) -> BenchmarkResult:
     """A measurement of a candidate beside a baseline of 10 ms."""
     models = {

@@ -24,7 +24,7 @@ from secateur.device_profiles.layers import LayerTable
 from secateur.device_profiles.measure import Node
 from secateur.pipeline.run.records import pack, unpack
 from secateur.pruning.plan import ChannelGroup, SearchSpace
-from tests.device_profiles.layered import Network, mobile, node_of, nodes_of, plain, table_of
+from tests.device_profiles.layered import Network, blocked, integers_of, mobile, node_of, nodes_of, plain, table_of
 
 NETWORKS = {"plain": plain, "mobile": mobile}
 known: dict[str, np.ndarray] = {}
@@ -245,6 +245,69 @@ def test_a_layer_that_is_not_in_the_profile_has_no_time():
     found = layer_times(network.table, network.table.channels(widths[None])[0], nodes)
     np.testing.assert_array_equal(found, [1, np.nan, 3, 4, 5])
     assert np.isnan(layer_times(network.table, network.table.channels(widths[None])[0], [])).all()
+
+
+def turned(shapes: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    """With channels first."""
+    return tuple((s[0], s[3], s[1], s[2]) if len(s) == 4 else s for s in shapes)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("first", [False, True], ids=["channels last", "channels first"])
+def test_profiles_of_integers_are_read_without_their_weights(name: str, first: bool):
+    network = NETWORKS[name]()
+    for widths in network.plans(10, np.random.default_rng(3)):
+        times = network.times(widths)
+        nodes = integers_of(network.table, widths, times)
+        if first:
+            nodes = [
+                replace(n, input_shapes=turned(n.input_shapes), output_shapes=turned(n.output_shapes)) for n in nodes
+            ]
+        found = layer_times(network.table, network.table.channels(widths[None])[0], nodes)
+        np.testing.assert_allclose(found, times)
+
+
+def test_a_convolution_of_integers_is_told_by_its_input_its_output_and_its_kernel_where_that_is_known():
+    table = table_of(("conv", 9, 64, 6, "a"), ("pointwise", 1, 64, "a", 8), ("depthwise", 9, 64, 1, 8))
+    channels = table.channels(np.array([[16]]))[0]
+    real = integers_of(table, np.array([16]), np.array([1.0, 2.0, 4.0]))
+
+    def conv(read: tuple[int, ...], written: tuple[int, ...], *more: tuple[int, ...]) -> Node:
+        return Node("other", "QLinearConv", 10.0, ((1, 1, *read), (), (), *more), ((1, 1, *written),))
+
+    strangers = [conv((64, 5), (64, 16)), conv((64, 6), (64, 12)), conv((64, 6), (32, 16)), conv((16, 6), (64, 16))]
+    strangers.append(conv((64, 6), (64, 16), (16, 6, 1, 25)))
+    strangers.append(Node("sum", "QLinearAdd", 10.0, ((1, 1, 64, 6), ()), ((1, 1, 64, 16),)))
+    np.testing.assert_array_equal(layer_times(table, channels, [*strangers, *real]), [61, 2, 4])
+    grouped = conv((64, 12), (64, 16))  # two groups of 6 channels
+    np.testing.assert_array_equal(layer_times(table, channels, [grouped, *real[1:]]), [10, 2, 4])
+
+
+def remaining(kind: str, taps: int, pixels: int, inputs: int, outputs: int) -> float:
+    """On this device a depthwise layer takes what is left of its blocks of 16 one by one."""
+    if kind == "depthwise":
+        return 3e-8 * taps * pixels * (outputs // 16 * 16 + 12 * (outputs % 16)) + 0.003
+    return blocked(kind, taps, pixels, inputs, outputs)
+
+
+def test_what_depthwise_layers_pay_for_broken_blocks_is_learned():
+    network = replace(mobile(), law=remaining)
+    model = LatencyModel.fit(network.table, [network.sample(w) for w in chosen_plans(mobile(), 15)])
+    assert model is not None
+    held_out = network.plans(80, np.random.default_rng(5))
+    truth = np.array([network.ratio(w) for w in held_out])
+    assert np.median(np.abs(model.ratios(held_out) / truth - 1)) < 0.015
+
+
+def test_a_model_that_was_kept_before_there_were_so_many_features_says_what_it_said():
+    network = mobile()
+    arrays = fitted(network).to_arrays()
+    new = 4
+    earlier = {**arrays, "coefficients": arrays["coefficients"][:, :-new]}
+    zeros = {**arrays, "coefficients": np.pad(earlier["coefficients"], [(0, 0), (0, new)])}
+    plans = network.plans(5, np.random.default_rng(0))
+    said = LatencyModel.from_arrays(earlier).ratios(plans)
+    np.testing.assert_allclose(said, LatencyModel.from_arrays(zeros).ratios(plans))
 
 
 def test_equal_layers_are_taken_in_their_order():

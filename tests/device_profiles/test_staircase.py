@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from secateur.device_profiles import DeviceError, LocalTarget, Multiples, measure
 from secateur.device_profiles.chains import DEPTH, chain
-from secateur.device_profiles.layers import KINDS
+from secateur.device_profiles.layers import KINDS, LayerKind
+from secateur.device_profiles.runtimes import onnxruntime
 from secateur.device_profiles.staircase import (
     MULTIPLES,
     SLACK,
@@ -181,6 +182,32 @@ def test_probe_networks_are_valid_and_of_one_kind(kind: str):
     size = {"conv": (20, 20, 3, 3), "pointwise": (20, 20, 1, 1), "depthwise": (20, 1, 3, 3), "linear": (20, 20)}
     assert set(shapes.values()) == {size[kind]}
     assert model.SerializeToString() == chain(kind, 20).SerializeToString()
+
+
+@pytest.mark.parametrize("scheme", ["U8S8", "U8U8", "S8S8"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_probe_networks_of_integers_compute_in_integers(kind: LayerKind, scheme: str, tmp_path: Path):
+    model = chain(kind, 20, scheme)
+    onnx.checker.check_model(model, full_check=True)
+    file, shape = tmp_path / "m.onnx", [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
+    file.write_bytes(model.SerializeToString())
+    feeds = {"x0": np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
+    nodes = onnxruntime.profile(str(file), 1, "CPUExecutionProvider", feeds, str(tmp_path))
+    layers = [node for node in nodes if "Conv" in node["op"] or "MatMul" in node["op"]]
+    assert len(layers) == DEPTH[kind]
+    assert all({"uint8", "int8"} & set(node["input_types"]) and node["op"].startswith("QLinear") for node in layers)
+
+
+def test_a_probe_in_integers_times_those_and_has_a_fingerprint_of_its_own():
+    target, profile = LawTarget(), quick_profile()
+    kinds: list[LayerKind] = ["linear"]
+    found = probe(target, profile, seconds=1, kinds=kinds, widths=(15, 16), precision="int8", scheme="U8S8")
+    assert Staircase.from_json(found.to_json()) == found
+    assert found.precision == "int8" and found.fingerprint == fingerprint_of(profile, target.prepare(), "int8 U8S8")
+    assert found.fingerprint not in {
+        fingerprint_of(profile, target.prepare()),
+        fingerprint_of(profile, target.prepare(), "int8 S8S8"),
+    }
 
 
 @pytest.mark.long

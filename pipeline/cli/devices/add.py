@@ -106,7 +106,7 @@ def remove(name: Annotated[str, typer.Argument(help="A device of your own.")]) -
         )
     path.unlink()
     of_networks = calibration.networks_of(profiles.folder(), name)
-    for kept in (profiles.probe_file(name), profiles.probe_file(name).with_suffix(".html"), *of_networks):
+    for kept in (*calibration.probes_of(profiles.folder(), name), *of_networks):
         kept.unlink(missing_ok=True)
     out.print(f"Removed: {one_line(path)}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -11,9 +11,11 @@ from secateur.pipeline.cli.devices import profiles
 from secateur.pipeline.cli.devices.profiles import LONGEST_S, Name
 from secateur.pipeline.cli.options import Trust
 from secateur.pipeline.cli.trust import consent_to_profile
+from secateur.pipeline.errors import UserError
 from secateur.pipeline.terminal import err, one_line, out, table
 
 if TYPE_CHECKING:
+    from secateur.device_profiles import DeviceProfile
     from secateur.device_profiles.staircase import Staircase
 
 
@@ -22,12 +24,15 @@ def probe(
     seconds: Annotated[
         float, typer.Option(min=1, max=LONGEST_S, help="Seconds of timed calls, at most; loading comes on top.")
     ] = 90.0,
+    precision: Annotated[
+        Literal["fp32", "int8"], typer.Option(help="Of the networks that are timed; each has steps of its own.")
+    ] = "fp32",
     trust: Trust = False,
 ) -> None:
     """Find the channel steps of a device: which widths cost no more than the next smaller ones.
 
     Times small networks of neighbouring widths. What it finds is kept beside your profiles and used by every run on
-    this device until its runtime or clocks change.
+    this device, in what it may ship, until its runtime or clocks change.
 
     Example: secateur devices probe kitchen
     """
@@ -37,8 +42,11 @@ def probe(
     profile = profiles.usable(name)
     profiles.require_timing(profile, "")
     consent_to_profile(name, trust)
+    scheme = "" if precision == staircase.FLOAT else _scheme(profile, precision)
     with profiles.opened(profile) as target, RichProgress(err).stage(f"probe {name}") as report:
-        measured = staircase.probe(target, profile, seconds=seconds, progress=report)
+        measured = staircase.probe(
+            target, profile, seconds=seconds, progress=report, precision=precision, scheme=scheme
+        )
     path = calibration.save(profiles.folder(), profile, measured)
     rows = table("", "", box=None, show_header=False)
     for kind, text in measured.summary():
@@ -48,6 +56,21 @@ def probe(
     out.print(f"channel_multiple: {{{multiples}}}")
     out.print(f"Written: {one_line(path)}")
     out.print(f"Picture: {_draw(name, measured, path.with_suffix('.html'))}")
+
+
+def _scheme(profile: DeviceProfile, precision: str) -> str:
+    """The number types of a device's integers.
+
+    Raises:
+        UserError: its runtime loads no ONNX, which integers come in.
+    """
+    from secateur.device_profiles.runtime import runtime_of
+    from secateur.pipeline.run.schemes import scheme_of
+
+    runtime = runtime_of(profile)
+    if runtime.format != "onnx":
+        raise UserError(f"{profile.name} runs {runtime.name}, which loads no ONNX and so no {precision}; probe fp32")
+    return scheme_of([profile])
 
 
 def _draw(name: str, measured: Staircase, path: Path) -> Path:

@@ -378,15 +378,25 @@ def test_what_a_probe_finds_is_kept_beside_the_profile(
         noise_floor=None,
         curves={"conv": {47: 2.0, 48: 1.0}},
     )
+    asked: list[tuple[str, str]] = []
 
-    def probe(target: Any, profile: Any, *, seconds: float, progress: Callable[[int, int, str], None]) -> Any:
+    def probe(
+        target: Any, profile: Any, *, seconds: float, progress: Callable[[int, int, str], None], **precise: str
+    ) -> Any:
         assert (target, profile.name, seconds) == (device, "kitchen", 5.0)
+        asked.append((precise["precision"], precise["scheme"]))
         progress(1, 1, "conv: multiples of 16")
-        return found
+        return SimpleNamespace(**vars(found), precision=precise["precision"])
 
     monkeypatch.setattr(staircase, "probe", probe)
+    assert call("devices", "probe", "kitchen", "--seconds", 5, "--precision", "int8")[0] == 0
+    assert (folder / "kitchen.probe-int8.json").is_file()
+    (folder / "bathroom.yaml").write_text("extends: kitchen\nruntime: ncnn\n")
+    assert "loads no ONNX" in call("devices", "probe", "bathroom", "--precision", "int8")[2]
+    (folder / "bathroom.yaml").unlink()
     code, out, err = call("devices", "probe", "kitchen", "--seconds", 5)
     assert code == 0
+    assert asked == [("int8", "U8S8"), ("fp32", "")]
     assert "multiples of 16" in out
     assert "channel_multiple: {conv: 16, pointwise: 8, depthwise: 4, linear: 1}" in out
     assert "probe kitchen" in err

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from secateur.device_profiles import DeviceProfile, Multiples
-from secateur.device_profiles.calibration import load, path_of
+from secateur.device_profiles.calibration import load, path_of, probes_of
 from secateur.device_profiles.layers import KINDS
 from secateur.pipeline.devices.device import RunDevice, meet
 from secateur.pipeline.errors import SurroundingsError
@@ -63,6 +63,35 @@ def test_a_device_is_probed_once_for_all_runs(run: Any, target: LawTarget, tmp_p
     assert run(target, "another") == found
     assert run(target, "a third", probing=False) == found
     assert len(target.requests) == timed
+
+
+def test_widths_suit_every_precision_that_may_ship_and_each_is_probed_once(
+    run: Any, target: LawTarget, tmp_path: Path
+) -> None:
+    precise = {"fp32": "", "int8": "U8S8"}
+    run(target)
+    timed = len(target.requests)
+    target.law = lambda kind, width: padded(width, 16 if kind == "depthwise" else 2) / 1000
+    found = run(target, "integers", precise=precise)
+    assert found.multiples == {**BLOCKS, "depthwise": 16}
+    assert len(target.requests) < 2 * timed + 1, "what was probed in fp32 counts"
+    assert found.origin == "probes of the device in fp32 and int8"
+    assert set(found.curves) == {*KINDS, *(f"{kind} in int8" for kind in KINDS)}
+    asked = len(target.requests)
+    assert run(target, "again", precise=precise) == found and len(target.requests) == asked
+    assert run(target, "int8 alone", precise={"int8": "U8S8"}).multiples["depthwise"] == 16
+    assert len(target.requests) == asked
+    assert {path.name for path in probes_of(tmp_path / "home" / "devices", PROFILE.name)} == {
+        f"{PROFILE.name}.probe.json",
+        f"{PROFILE.name}.probe-int8.json",
+    }
+    run(target, "other number types", precise={"int8": "S8S8"})
+    assert len(target.requests) > asked
+
+
+def test_a_runtime_that_loads_no_onnx_is_not_probed_in_integers(run: Any, target: LawTarget) -> None:
+    found = run(target, profile=PROFILE.model_copy(update={"runtime": "ncnn"}), precise={"int8": "U8S8"})
+    assert found.origin == "the profile, unprobed" and not target.requests
 
 
 def test_a_resumed_run_knows_its_device_without_a_probe(run: Any, target: LawTarget, tmp_path: Path) -> None:

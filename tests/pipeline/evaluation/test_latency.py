@@ -245,6 +245,25 @@ def test_without_the_unpruned_networks_milliseconds_nothing_is_predicted(device:
     assert latencies.of(plan, exact=False)["latency_measured"] == 1
 
 
+def test_milliseconds_in_another_precision_follow_from_those_of_the_unpruned_network_in_fp32(device: Device) -> None:
+    def measure(plan: PruningPlan) -> tuple[dict[str, float], BenchmarkResult]:
+        figures, result = device.measure(plan)
+        return {name: value * 0.5 for name, value in figures.items()}, result
+
+    section = LatencySection(measurements=BUDGET, max_error=0.08, min_spearman=0.8)
+    in_float = {"latency_ratio": 1.0, "p50_ms": 10.0, "p95_ms": 12.0}
+    latencies = Latencies(
+        lambda: device.network.table, measure, device.file, section, device.space, seed=3, dense=lambda: in_float
+    )
+    assert latencies.of(device.full, exact=True)["latency_ratio"] == 0.5
+    assert len(latencies.samples) == 1, "the unpruned network in integers is a plan like others"
+    assert latencies.model() is not None
+    figures = latencies.of(device.random(1)[0], exact=False)
+    assert figures["latency_measured"] == 0
+    assert figures["p50_ms"] == pytest.approx(10 * figures["latency_ratio"])
+    assert figures["p95_ms"] == pytest.approx(12 * figures["latency_ratio"])
+
+
 def test_a_model_that_is_not_good_enough_is_not_used(device: Device) -> None:
     device.worth_nothing = True
     latencies = ready(device)

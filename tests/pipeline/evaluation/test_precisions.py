@@ -19,9 +19,11 @@ from secateur.pipeline.devices.fleet import Device, Fleet
 from secateur.pipeline.evaluation import precisions
 from secateur.pipeline.evaluation.baseline import Baseline
 from secateur.pipeline.evaluation.evaluator import Evaluator, make_evaluator
+from secateur.pipeline.evaluation.latency import plan_of, random_widths
 from secateur.pipeline.run.records import to_dict, to_evaluation
 from secateur.pipeline.training.statistics import recalibrate, training_images
 from secateur.pruning.channels import ChannelGraph
+from secateur.pruning.plan import PruningPlan, SearchSpace
 from secateur.pruning.saliency import uniform_plan
 from secateur.pruning.search.protocol import Candidate, Evaluation, Predict, Time
 from secateur.pruning.trace import trace
@@ -44,10 +46,10 @@ def make(network: Network, tmp_path: Path) -> Iterator[Any]:
     profile = load_profile(quick_device(tmp_path))
     target = open_target(profile)
 
-    def build(*names: str) -> Evaluator:
+    def build(*names: str, mode: str = "measure", **options: Any) -> Evaluator:
         baseline, fleet = Baseline(*network, WORKLOAD, seed=1), Fleet([Device(profile, target)])
-        settings = SearchSection(images=200, latency={"mode": "measure"})
-        return make_evaluator(baseline, fleet, tmp_path / "c", settings, FinetuneSection(), precisions=names)
+        settings = SearchSection(images=200, latency={"mode": mode, "measurements": 6, "max_error": 9.0})
+        return make_evaluator(baseline, fleet, tmp_path / "c", settings, FinetuneSection(), precisions=names, **options)
 
     yield build
     target.close()
@@ -112,6 +114,26 @@ def test_plans_are_timed_in_what_ships_and_no_model_of_fp32_answers_for_int8(mak
     full = evaluator.accuracy.baseline.full
     assert evaluator.time(Time((full, chosen.plan))).tolist() == [1.0, timed]
     assert evaluator.predict(Predict()) == {}
+
+
+def test_a_model_of_int8_learns_from_int8_alone_and_answers_for_int8(make: Any, chosen: Candidate) -> None:
+    space = SearchSpace.of(make("fp32").graph.groups)
+    evaluator = make("int8", mode="auto", space=space)
+    oracle = evaluator.precisions["int8"]
+    full = evaluator.accuracy.baseline.full
+    evaluator.latency(full, precision="int8")
+    oracle.model()
+    assert len(oracle.samples) == 6 and not evaluator.latencies.samples, "every profile of int8 was read"
+    found = [evaluator.latency(plan, exact=False, precision="int8") for plan in random_plans(space, 2)]
+    predicted = [figures for figures in found if not figures["latency_measured"]]
+    assert oracle.report()["predicted"] == len(predicted)
+    assert evaluator.latency_report()["precisions"]["int8"]["samples"] == 6
+    sizes = {figures["size_bytes"] for figures in found}
+    assert max(sizes) < len(evaluator.files.template().slice(full)) / 2, "sizes are those of files in int8"
+
+
+def random_plans(space: SearchSpace, count: int) -> list[PruningPlan]:
+    return [plan_of(space.full, widths) for widths in random_widths(space, count, np.random.default_rng(5))]
 
 
 def test_what_cannot_be_cut_is_quantised_from_the_beginning_and_said(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,11 @@ from secateur.pipeline.devices.fleet import Device, Fleet
 from secateur.pipeline.progress import Silent
 from secateur.pipeline.run import network_probe
 from secateur.pipeline.run.journal import Journal
-from secateur.pipeline.run.network_probe import Cuts, Settled, probe_seconds, settle, settled
+from secateur.pipeline.run.network_probe import Cuts, Precise, Settled, probe_seconds, settle, settled
 from secateur.pipeline.run.opening import spared_the_probe
 from secateur.pipeline.run.widths import STREAM
 from secateur.pruning.channels import ChannelGraph
-from secateur.pruning.plan import SearchSpace
+from secateur.pruning.plan import PruningPlan, SearchSpace
 from secateur.pruning.trace import trace
 from tests.device_profiles.layered import LawTarget, padded
 from tests.device_profiles.tiny import quick_profile
@@ -221,6 +221,47 @@ def test_several_devices_get_widths_that_suit_all(tmp_path: Path, network: Cut) 
     assert found.probes["d0"].multiple == 32 and found.probes["d1"].multiple == 8
     assert max(found.of_groups.values()) == 32
     assert {8, 32} <= set(found.best)
+
+
+class Renamed:
+    """Files of another precision, which this device tells by their weights' names."""
+
+    def __init__(self, template: OnnxTemplate) -> None:
+        self.template = template
+
+    def write(self, plan: PruningPlan, path: str | Path) -> None:
+        proto = onnx.load_model_from_string(self.template.slice(plan))
+        for tensor in proto.graph.initializer:
+            tensor.name = f"integers {tensor.name}"
+        onnx.save(proto, path)
+
+
+def test_widths_pay_in_every_precision_that_may_ship_and_each_is_kept_apart(tmp_path: Path, network: Cut) -> None:
+    graph, template = network
+    target = NetworkTarget(blocks=lambda name: (32, 32) if name.startswith("integers") else (8, 8))
+    in_float = Precise("fp32", "", lambda: template)
+    integers = Precise("int8", "U8S8", lambda: Renamed(template))
+
+    def found(folder: str, *precise: Precise) -> Settled:
+        journal = Journal(tmp_path / folder / "journal.jsonl", folder, "digest")
+        home = tmp_path / "devices"
+        answer = settle(journal, fleet_of(target), lambda: template, Cuts(graph), home, Silent(), precise=precise)
+        assert settled(journal.records) == answer
+        journal.close()
+        return answer
+
+    both = found("both", in_float, integers)
+    assert {name: probe.multiple for name, probe in both.probes.items()} == {"d0": 8, "d0 in int8": 32}
+    assert {name: probe.precision for name, probe in both.probes.items()} == {"d0": "fp32", "d0 in int8": "int8"}
+    assert set(both.of_groups.values()) == {32}
+    timed = len(target.timed)
+    assert set(found("float", in_float).of_groups.values()) == {8}
+    assert set(found("integers", integers).of_groups.values()) == {32}
+    assert len(target.timed) == timed, "both were kept"
+    found("others", replace(integers, scheme="S8S8"))
+    assert len(target.timed) > timed, "other number types are probed anew"
+    missing = found("none", Precise("int8", "U8U8", lambda: None))
+    assert missing.reasons == {"d0 in int8": "the network cannot be cut in int8"} and not missing.probes
 
 
 def test_a_network_of_few_channels_is_cut_without_doubles(tmp_path: Path) -> None:
