@@ -147,8 +147,9 @@ class RuntimeAnswer(_Answer):
 
 
 class ProbeAnswer(_Answer):
-    """The answer to ``probe``."""
+    """The answer to ``probe``; ``host`` is the machine's name, for people who look whether it is the right one."""
 
+    host: Text | None = None
     device: Facts
     runtime: RuntimeAnswer
     limits: Facts = Field(default_factory=dict)

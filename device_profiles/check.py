@@ -71,7 +71,8 @@ def judge(
         return (*checks, *_failure(profile, answer))
     device, limits = _section(answer, "device"), _section(answer, "limits")
     now = {**device, **limits, **_section(answer, "now")}
-    host = ", ".join(str(device[key]) for key in ("host", "board", "cpu") if device.get(key))
+    named = (answer.get("host"), device.get("board"), device.get("cpu"))
+    host = ", ".join(str(name) for name in named if name)
     checks += [
         Check("reachable", "ok", host),
         Check("agent", "ok", f"answers (protocol {answer.get('protocol', '?')})"),

@@ -495,7 +495,8 @@ def _process(data: Any, names: Sequence[str]) -> Process:
     if missing:
         raise DeviceError(f"the device gave an answer that is none: nothing about {missing[0]!r}", "bad-answer")
     models = {name: _samples_of(answer.models[name]) for name in names}
-    return Process(models, dict(data["environment"]), answer.started, answer.ended)
+    told = {name: fact for name, fact in data["environment"].items() if name != "host"}  # as earlier versions wrote it
+    return Process(models, told, answer.started, answer.ended)
 
 
 def _samples_of(answer: SamplesAnswer) -> ModelSamples:

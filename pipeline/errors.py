@@ -15,6 +15,7 @@ code   meaning
 
 from __future__ import annotations
 
+import os
 import re
 
 EXIT_OK, EXIT_BUG, EXIT_USER, EXIT_GATE, EXIT_SURROUNDINGS, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 3, 4, 130, 143
@@ -67,6 +68,19 @@ def masked(text: str) -> str:
     return _SETTINGS.sub(lambda found: f"{found[1]}***" if is_secret(found[2] or found[3]) else found[0], text)
 
 
+def placeless(text: str) -> str:
+    """A text with the last part of whole paths only: what stands before it names users and machines."""
+
+    def last(found: re.Match[str]) -> str:
+        top = found["top"]
+        if top is not None and top not in _ROOTS and not os.path.lexists(f"/{top}"):
+            return found[0]
+        is_home = top in ("home", "Users") and not found["between"]
+        return "~" if is_home else found["last"]
+
+    return _PLACES.sub(last, text)
+
+
 def is_secret(name: str) -> bool:
     """Whether a parameter's name says that its value is secret: ``password``, ``api_key``, ``X-Amz-Signature`` ..."""
     return _SECRET.search(name.lower()) is not None
@@ -75,6 +89,13 @@ def is_secret(name: str) -> bool:
 _SECRET = re.compile(
     r"passw|passphrase|secret|token|credential|signature|authorization|apikey|(?:^|[-_.])(?:key|sig|pwd|pw|pass|auth)$"
 )
+_PLACES = re.compile(
+    r"""(?:\b(?:file|sqlite):/{2}(?=/)|(?<![\w.:/~\\-]))(?P<root>~[\w.-]*/|/+(?P<top>[\w.-]+)/|[A-Za-z]:[\\/]+)"""
+    r"""(?P<between>(?:[^\s/\\'",;:()\[\]{}<>|]+[/\\]+)*)(?P<last>[^\s/\\'",;:()\[\]{}<>|]+)"""
+)
+_ROOTS = frozenset("home Users root tmp var usr opt mnt media srv data private Volumes scratch work".split())
+"""Folders that whole paths begin with on this or another machine; so do others that are there here. What begins
+otherwise is no path: nodes of ONNX are called ``/layer1/conv1/Conv``."""
 _USER_ALONE = re.compile(r"(https?://)[^/\s:@?#]+@", re.IGNORECASE)
 """A token in the place of a user's name."""
 _CREDENTIALS = re.compile(r"(://[^/\s:@]*:)[^\s]+@")

@@ -20,11 +20,12 @@ from secateur.pipeline.flow.environment import runtime_env
 from secateur.pipeline.flow.logs import only_for_prefect
 from secateur.pipeline.flow.server import serving
 from secateur.pipeline.flow.worker_engines import open_engine
-from secateur.pipeline.report import final_table_markdown, write_report
+from secateur.pipeline.report import final_table_markdown
 from secateur.pipeline.run.facts import Facts
 from secateur.pipeline.run.records import of_candidates, to_evaluation
 from secateur.pipeline.run.run import Run
 from secateur.pipeline.stages.order import STAGES, Results, Stage
+from secateur.pipeline.stages.report import renew
 from secateur.pipeline.surroundings import home
 from secateur.pipeline.tracking.reprofiles import page_of
 
@@ -94,7 +95,7 @@ def work_through(run: Run, retry_after_s: Sequence[float]) -> tuple[Facts, Track
                 undelivered = undelivered or error
             else:
                 facts = facts.plus(**{stage.name: stage.read(results[stage.name])})
-    _renew_report(run, facts)
+    renew(run, facts)
     with contextlib.suppress(Exception):  # a decoration: the table is in the report and on the terminal too
         page = "\n".join([final_table_markdown(facts), "", *links(run)])
         create_markdown_artifact(page, key="secateur-result", description=run.run_id)
@@ -121,13 +122,6 @@ def links(run: Run) -> list[str]:
         page = page_of(run.tracker.uri, tracking.experiment, run.run_id)
     told = f"[MLflow]({page})" if page else f"MLflow: run `{run.run_id}` of the experiment `{tracking.experiment}`"
     return [f"- {told}", *([f"- [Report]({report.as_uri()}), on the run's machine"] if report.is_file() else [])]
-
-
-def _renew_report(run: Run, facts: Facts) -> None:
-    """The report once more, now that it is known what became of the model: its version, and whether it is champion."""
-    if "report" in vars(facts):
-        unreachable = bool(run.tracker.failure)
-        write_report(run.directory, run.run_id, run.config, facts, run.journal.records, run.profile, unreachable)
 
 
 def _perform(

@@ -36,7 +36,7 @@ from secateur.pipeline.tracking.fetched import text_of
 
 MODEL = "model.onnx"
 INPUTS = "benchmark-input.npz"
-SYSTEM_KEYS = (*FINGERPRINT_KEYS, "system", "python", "governor", "providers", "host")
+SYSTEM_KEYS = (*FINGERPRINT_KEYS, "system", "python", "governor", "providers", "host_sha256")
 """What is named when it differs between then and now: firmware and kernel, runtime, clocks."""
 Lease = Callable[[], AbstractContextManager[None]]
 

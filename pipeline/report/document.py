@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -13,13 +12,10 @@ from pydantic import TypeAdapter
 
 from secateur.pipeline.report.content import Chart, Figure, Row, Section
 from secateur.pipeline.report.material import Material
+from secateur.pipeline.report.untold import untold
 from secateur.pipeline.run.facts import EARLIER_NAMES
 
 SCHEMA_FILE = "report.schema.json"
-PLACE = re.compile(r"^(?:/|~|[A-Za-z]:[\\/]).*?([^\\/]+)$")
-"""A whole path of some machine, and its last part."""
-UNTOLD = ("host", "telemetry")
-"""Facts that are left out: a machine's name, and what the page shows as charts."""
 
 
 @dataclass(frozen=True)
@@ -89,17 +85,6 @@ def _numbers(rows: Sequence[Row]) -> list[Row]:
 def figures_of(sections: Sequence[Section]) -> list[Figure]:
     """All figures, in their order."""
     return [figure for section in sections for figure in section.figures]
-
-
-def untold(value: Any) -> Any:
-    """The same without names of machines, and with the last part of whole paths only."""
-    if isinstance(value, Mapping):
-        return {key: untold(each) for key, each in value.items() if key not in UNTOLD}
-    if isinstance(value, list | tuple):
-        return [untold(each) for each in value]
-    if isinstance(value, str) and (found := PLACE.match(value)) is not None and "\n" not in value:
-        return found[1]
-    return value
 
 
 def text_of(told: Document) -> str:

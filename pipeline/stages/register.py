@@ -128,6 +128,7 @@ def _version_files(run: Run, facts: Facts) -> list[Path]:
     folder.mkdir(exist_ok=True)
     # Where it is registered is no part of what it is; and an address may hold a password.
     config = {**run.config.model_dump(mode="json"), "tracking": TrackingSection().model_dump()}
+    config["device"] |= {"profile": run.profile.name, "others": [profile.name for profile in run.profiles[1:]]}
     made = {
         "usage.json": json.dumps(facts.export.usage),
         "gate.json": json.dumps({key: passed[key] for key in ("passed", "metric", "checks", "models")}, indent=1),

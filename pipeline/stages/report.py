@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from secateur.export.verify import predict
+from secateur.pipeline.errors import TrackingError, UserError
 from secateur.pipeline.files import sha256_of, write_whole
 from secateur.pipeline.lifecycle.rescore import check_whole, front_rows
-from secateur.pipeline.report import write_report
+from secateur.pipeline.report import registered, write_report
 from secateur.pipeline.run.facts import Facts, ReportFacts
 from secateur.pipeline.run.kept_facts import PICTURES
 from secateur.pipeline.run.run import Run
@@ -43,6 +44,26 @@ def report(run: Run, facts: Facts) -> ReportFacts:
     records, unreachable = run.journal.records, bool(run.tracker.failure)
     made = write_report(run.directory, run.run_id, run.config, facts, records, run.profile, unreachable)
     return ReportFacts(html=made.html.name, front=len(rows), files={front.name: sha256_of(front)})
+
+
+def renew(run: Run, facts: Facts) -> None:
+    """The report once more, now that it is known what became of the model: its version, and whether it is champion.
+
+    MLflow gets it too; where it cannot be told now, a resumed run tells it.
+    """
+    if "report" not in vars(facts):
+        return
+    records, unreachable, entry = run.journal.records, bool(run.tracker.failure), facts.register
+    made = write_report(run.directory, run.run_id, run.config, facts, records, run.profile, unreachable)
+    if entry is None or unreachable:
+        return
+    try:
+        version = run.tracker.registry.version(entry.name, entry.version)
+        run.tracker.renew([made.html, made.json, made.markdown], version, " ".join(registered(facts)))
+    except (TrackingError, UserError) as error:
+        run.progress.say(
+            f"Note: the report in MLflow is of before the registration ({error}); `secateur resume` logs it again"
+        )
 
 
 def sweep(run: Run, facts: Facts) -> None:

@@ -28,7 +28,7 @@ from mlflow.entities import LoggedModelOutput, Metric, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from secateur.pipeline.errors import SurroundingsError, TrackingError, UserError
+from secateur.pipeline.errors import SurroundingsError, TrackingError, UserError, placeless
 from secateur.pipeline.files import sha256_of
 from secateur.pipeline.locks import held, machine_lock
 from secateur.pipeline.tracking.answers import AnswerError
@@ -78,6 +78,8 @@ RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 JSON_BYTES_PER_NUMBER = 52
 """MLflow writes an input example twice, as text."""
 MAX_EXAMPLE_JSON = 1_000_000
+EXAMPLE, SHORT_DECIMALS, BYTES_PER_SHORT_NUMBER, MAX_SHORT_JSON = "input_example.json", 3, 7, 4_000_000
+"""Of a larger example: a photograph of 430 pixels a side still fits."""
 
 
 @dataclass(frozen=True)
@@ -417,13 +419,13 @@ class Registry:
                 **{key: str(value) for key, value in (tags or {}).items() if key in MODEL_PARAMS},
             }
             logged = client.create_logged_model(experiment_id, name, parent, {RUN_TAG: run_key}, params)
-            # As JSON, twice, MLflow would make megabytes of a photograph: those are kept as an array instead.
+            # As JSON, twice, MLflow would make megabytes of a photograph: it gets one with few digits, or an array.
             small = JSON_BYTES_PER_NUMBER * example.size <= MAX_EXAMPLE_JSON
-            model = onnx.load(onnx_file)
+            model, described = onnx.load(onnx_file), Model(artifact_path=name, run_id=parent, model_id=logged.model_id)
             save_model(
                 model,
                 folder,
-                mlflow_model=Model(artifact_path=name, run_id=parent, model_id=logged.model_id),
+                mlflow_model=described,
                 signature=signature_of(model),
                 input_example=example if small else None,
                 save_as_external_data=False,
@@ -432,6 +434,7 @@ class Registry:
             )
             (folder / FOLDER).mkdir()
             if not small:
+                _write_example(example, described, folder)
                 np.savez_compressed(folder / FOLDER / "example.npz", input=example, output=outputs)
             for file in files:
                 shutil.copyfile(file, folder / FOLDER / file.name)
@@ -668,7 +671,8 @@ class Registry:
             now = int(time.time() * 1000)
             client.log_batch(run_id, metrics=[Metric(k, v, now, 0) for k, v in _gate_metrics(decision).items()])
             client.set_tag(run_id, "outcome", outcome)
-            client.log_text(run_id, json.dumps({**decision.to_dict(), "run_id": run_id}, indent=1), "decision.json")
+            told = placeless(json.dumps({**decision.to_dict(), "run_id": run_id}, indent=1))
+            client.log_text(run_id, told, "decision.json")
             for file in files:
                 client.log_artifact(run_id, str(file))
             client.set_terminated(run_id)
@@ -746,6 +750,20 @@ class Registry:
         if not file.is_file():
             raise TrackingError(f"{version.uri} has no file {path}")
         return file
+
+
+def _write_example(example: np.ndarray, model: Any, folder: Path) -> None:
+    """An input of many numbers as MLflow's own reader takes it: once, with few digits; not at all where it is too many.
+
+    Args:
+        model: MLflow's description of the model in the folder, which is written anew.
+    """
+    if BYTES_PER_SHORT_NUMBER * example.size > MAX_SHORT_JSON or example.dtype.kind != "f":
+        return
+    numbers = np.round(example.astype(np.float64), SHORT_DECIMALS)
+    (folder / EXAMPLE).write_text(json.dumps(numbers.tolist(), separators=(",", ":")), encoding="utf-8")
+    model.saved_input_example_info = {"artifact_path": EXAMPLE, "type": "ndarray"}
+    model.save(folder / "MLmodel")
 
 
 def signature_of(model: Any) -> Any:

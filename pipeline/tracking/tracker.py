@@ -23,7 +23,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 
 from secateur.pipeline.config.schema import TrackingSection
-from secateur.pipeline.errors import TrackingError, UserError, masked
+from secateur.pipeline.errors import TrackingError, UserError, masked, placeless
 from secateur.pipeline.tracking.answers import is_refusal
 from secateur.pipeline.tracking.comparable import Record as Record
 from secateur.pipeline.tracking.comparable import name_of, params_of
@@ -53,6 +53,10 @@ SERIES = ("reward", "macs", "latency_ratio", "p50_ms")
 
 NOTE, CONTEXT = "mlflow.note.content", "mlflow.data.context"
 """Tags of MLflow's own: the description of a run, and what a data set is for."""
+BECAME = "\n\n---\n\n"
+"""Between what became of a run's model and its card, in the description."""
+REPORT_TAG = "report"
+"""Of a version: where the report lies that knows what became of it."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,7 @@ class Tracker:
             else:
                 tags = {**self.labels, RUN_TAG: self.run_id}
                 self._parent = client.create_run(experiment_id, tags=tags, run_name=self.run_name).info.run_id
-                params = [Param(key, masked(str(value))[:MAX_TEXT]) for key, value in self.params.items()]
+                params = [Param(key, placeless(masked(str(value)))[:MAX_TEXT]) for key, value in self.params.items()]
                 client.log_batch(self._parent, params=params)
                 if self.data is not None:
                     client.log_inputs(self._parent, self.data.inputs())
@@ -328,7 +332,7 @@ class Tracker:
             "candidate.origin": candidate["origin"],
             "candidate.parents": " ".join(map(str, candidate["parents"])),
             "candidate.status": evaluation["status"],
-            "candidate.reason": evaluation["reason"],
+            "candidate.reason": placeless(evaluation["reason"]),
             "candidate.forward": evaluation.get("forward", "unknown"),
             "candidate.precision": evaluation.get("precision", "fp32"),
             "candidate.plan": _whole(candidate["plan"], candidate["digest"]),
@@ -376,6 +380,29 @@ class Tracker:
             for file in files:
                 client.log_artifact(self._parent, str(file))
             client.set_terminated(self._parent)
+        except Unreachable as error:
+            self._client = None
+            raise TrackingError(f"tracking server {redacted(self.uri)}: {first_line(error)}") from error
+
+    def renew(self, files: Sequence[Path], version: Version, became: str) -> None:
+        """Log files of the ended run once more, as they are now that it is known what became of its model.
+
+        Args:
+            files: those that were logged before, by their names.
+            version: that the run has registered; a tag of it leads to the report, for its own copy is of before.
+            became: of the version, in a sentence; the run's description begins with it.
+
+        Raises:
+            TrackingError: the server is unreachable.
+        """
+        try:
+            client = self._connect()
+            for file in files:
+                client.log_artifact(self._parent, str(file))
+            described = client.get_run(self._parent).data.tags.get(NOTE, "")
+            page = described.partition(BECAME)[2] if BECAME in described else described
+            client.set_tag(self._parent, NOTE, f"{became}{BECAME}{page}"[:MAX_TEXT])
+            client.set_model_version_tag(version.name, version.version, REPORT_TAG, f"runs:/{self._parent}/report.html")
         except Unreachable as error:
             self._client = None
             raise TrackingError(f"tracking server {redacted(self.uri)}: {first_line(error)}") from error

@@ -22,6 +22,7 @@ from secateur.pipeline.report.sections import (
     training,
     verdict,
 )
+from secateur.pipeline.report.untold import placed_nowhere
 
 ORDER = (
     *(verdict, tradeoff, macs, gates, latency, layers, cuts, sensitivity),
@@ -31,6 +32,6 @@ ORDER = (
 
 
 def sections(material: Material) -> list[Section]:
-    """All sections of a report."""
-    made = [module.section(material) for module in ORDER]
+    """All sections of a report; none tells where files lay."""
+    made = [placed_nowhere(module.section(material)) for module in ORDER]
     return [*made, limits.section(material, made)]

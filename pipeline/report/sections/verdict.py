@@ -144,9 +144,11 @@ def _status(m: Material) -> str:
                 "resume` delivers it."
             )
         return f"When this page was made the model was not registered yet as a version of {m.model}; {history}"
-    said = f"Registered as {m.register.name} version {m.register.version}. "
+    said = f"Registered as {m.register.name} version {m.register.version}; its card is CARD.md, beside this page. "
     for device, decision in (m.promote.devices if m.promote is not None else {}).items():
         if not decision.promoted:
             failed = "; ".join(f"{gate.name}: {gate.reason}" for gate in decision.gates if not gate.ok)
-            said += f"Not promoted on {device}: {failed}. "
+            said += f"Not promoted on {device}: {failed or decision.reason}. "
+    if m.promote is not None and m.promote.reason:
+        said += f"Not promoted: {m.promote.reason}. "
     return said + history

@@ -8,6 +8,7 @@ import pytest
 
 from secateur.pipeline.run.facts import Facts
 from secateur.pipeline.run.run import Run
+from secateur.pipeline.stages.report import renew
 from tests.pipeline.helpers import opened, perform, tiny_config
 
 
@@ -21,4 +22,5 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run, Fa
         with opened(config) as run:
             run.tracker.start()
             facts = perform(run)
+            renew(run, facts)
     yield run, facts

@@ -97,8 +97,43 @@ def test_a_version_says_what_its_file_takes_and_its_logged_model_leads_to_it(
     assert signature_of(open_batch).inputs.inputs[0].shape == (-1, 1, 8, 8)
 
 
-def test_a_large_input_example_is_kept_as_an_array(registry: Registry, model: Path, tmp_path: Path) -> None:
-    photograph = np.zeros((1, 3, 224, 224), np.float32)
+def photographs_model(file: Path, side: int) -> Path:
+    """The mean of each channel of a photograph."""
+    info, shape = onnx.helper.make_tensor_value_info, (1, 3, side, side)
+    node = onnx.helper.make_node("GlobalAveragePool", ["x"], ["y"])
+    ports = [info("x", 1, shape)], [info("y", 1, (1, 3, 1, 1))]
+    opset = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(
+        onnx.helper.make_model(onnx.helper.make_graph([node], "g", *ports), opset_imports=opset, ir_version=9), file
+    )
+    return file
+
+
+def test_an_input_example_of_a_photograph_can_be_read_and_used_by_mlflow_itself(
+    registry: Registry, tmp_path: Path
+) -> None:
+    import mlflow
+
+    model = photographs_model(tmp_path / "mean.onnx", 128)
+    photograph = np.random.default_rng(0).standard_normal((1, 3, 128, 128)).astype(np.float32)
+    version = registry.add("net", "quick", model, run_key="r", example=photograph, outputs=photograph.mean((2, 3)))
+    mlflow.set_tracking_uri(registry.uri)
+    mlflow.set_registry_uri(registry.uri)
+    loaded = mlflow.pyfunc.load_model(version.uri)
+    for example in (loaded.input_example, loaded.metadata.load_input_example(version.uri)):
+        assert example.dtype == np.float32 and example.shape == photograph.shape
+        assert np.abs(example - photograph).max() <= 0.00051
+    means = loaded.predict(loaded.input_example)["y"].reshape(3)
+    assert np.abs(means - photograph.mean((0, 2, 3))).max() < 0.001
+    assert registry.files(version).files["input_example.json"]["bytes"] < 8 * photograph.size
+    registry.fetch(version, tmp_path / "fetched")
+    assert np.array_equal(np.load(tmp_path / "fetched/secateur/example.npz")["input"], photograph), "to the last digit"
+
+
+def test_an_input_example_too_large_for_json_is_kept_as_an_array_only(
+    registry: Registry, model: Path, tmp_path: Path
+) -> None:
+    photograph = np.zeros((1, 3, 640, 640), np.float32)
     version = registry.add("net", "quick", model, run_key="r", example=photograph, outputs=np.zeros((1, 10)))
     files = registry.files(version).files
     assert "input_example.json" not in files
