@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks._output import Figure, parser, present
 from secateur.pipeline.config.schema import Recipe
 from secateur.pipeline.training.batches import Batches, batches_of
-from secateur.pipeline.training.loop import keep_freed_memory, move
+from secateur.pipeline.training.lesson import move
+from secateur.pipeline.training.loop import keep_freed_memory
 from secateur.pipeline.training.precision import trains_in_bf16
 from secateur.pipeline.workloads.classification import Classification, Options, build
 

@@ -41,7 +41,8 @@ from secateur.pipeline.progress import RichProgress
 from secateur.pipeline.terminal import Terminal
 from secateur.pipeline.training.checkpoints import EVERY_S, Checkpoint, State
 from secateur.pipeline.training.curve import Losses
-from secateur.pipeline.training.loop import fit, keep_freed_memory, move
+from secateur.pipeline.training.lesson import move
+from secateur.pipeline.training.loop import fit, keep_freed_memory
 from secateur.pipeline.training.precision import Precision, native_bf16
 from secateur.pipeline.training.recipe import optimizer_of
 from secateur.pipeline.workloads import classification

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Protocol
 
@@ -20,6 +20,14 @@ class Report(Protocol):
 
 def silent(done: int, total: int, note: str = "") -> None:
     """Reports nothing."""
+
+
+Say = Callable[[str], None]
+"""Told one line."""
+
+
+def unsaid(line: str) -> None:
+    """Says nothing."""
 
 
 LINE_EVERY_S = 30.0

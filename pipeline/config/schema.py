@@ -65,7 +65,7 @@ class Distillation(Section):
 class Recipe(Section):
     """How a network is trained: optimizer, learning rate over time, and what stands against overfitting."""
 
-    passing = frozenset({"recipe", "num_workers", "cache_mb"})
+    passing = frozenset({"recipe", "num_workers", "cache_mb", "compile"})
     formerly = MappingProxyType({"autocast": "precision"})
     later = frozenset({"optimizer", "weight_decay_on", "schedule", "milestones", "milestone_factor"}) | {
         *("warmup_steps", "accumulate", "keep", "mixup", "cutmix", "sync_batchnorm")
@@ -126,6 +126,11 @@ class Recipe(Section):
     sync_batchnorm: bool = False
     """Batch norm normalises by the batches of all GPUs together (PyTorch's SyncBatchNorm) instead of each part by
     itself: for small parts. Only where several GPUs train (``compute_count``), and refused elsewhere."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Whether networks are trained with ``torch.compile``, on a GPU; on a processor they never are. auto = where a
+    few steps of each kind, tried once for a network and processor, say that the training is clearly shorter,
+    compiling included. Weights differ by rounding, as they do between processors; a network that cannot be compiled is
+    trained as it is."""
     num_workers: Annotated[int, Field(ge=0, le=1024)] | None = None
     """Processes that read training images; how many there are changes no result. None = where reading takes long, one
     for every four cores, or, where a GPU trains, one for every core but one."""

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from secateur.pipeline.training.loop import move
+from secateur.pipeline.training.lesson import move
 from secateur.pipeline.workloads import Workload
 from secateur.pruning.channels import ChannelGraph
 from secateur.pruning.cost import cost

@@ -18,8 +18,9 @@ from secateur.pipeline.training import auxiliary
 from secateur.pipeline.training.checkpoints import read_fitted, write_fitted
 from secateur.pipeline.training.curve import Fitted
 from secateur.pipeline.training.fake_quantisation import fake_quantised
-from secateur.pipeline.training.loop import fit, precision_of
+from secateur.pipeline.training.loop import fit
 from secateur.pipeline.training.precision import Precision, certain, remembered
+from secateur.pipeline.training.trials import is_compiled, precision_of
 from secateur.pruning.search.identity import draws_of
 from secateur.pruning.search.protocol import AuxiliaryTraining, FineTune, FloatArray
 
@@ -92,6 +93,7 @@ class Trainer:
                 compute_count=self.baseline.compute_count,
                 last=self._last(base),
                 report=report,
+                say=self.progress.say,
             )
         write_fitted(self.weights.path(base).with_suffix(""), fitted)
         self.images_trained += round(request.epochs * len(train))
@@ -169,7 +171,19 @@ class Trainer:
         update: dict[str, float | str] = {"epochs": request.epochs, "autocast": self._precision}
         if isinstance(request, FineTune) and request.lr is not None:
             update["lr"] = request.lr
-        return self.recipe.model_copy(update=update)
+        recipe = self.recipe.model_copy(update=update)
+        return recipe.model_copy(update={"compile": "on" if self._is_compiled(request, recipe) else "off"})
+
+    def _is_compiled(self, request: FineTune | AuxiliaryTraining, recipe: FinetuneSection) -> bool:
+        """Whether a training's steps are compiled, by what was found for the unpruned network: no candidate is tried.
+
+        Auxiliary trainings' are not: what they train may change its widths in every step.
+        """
+        if isinstance(request, AuxiliaryTraining):
+            return False
+        baseline = self.baseline
+        terms = baseline.model, baseline.workload, baseline.workload.train, baseline.compute
+        return is_compiled(recipe, *terms, self._precision, self.progress.say)
 
     @cached_property
     def _precision(self) -> Precision:

@@ -20,8 +20,10 @@ from secateur.pipeline.surroundings import home
 from secateur.pipeline.training.baselines import BaselineCache
 from secateur.pipeline.training.checkpoints import read_fitted, save_weights, write_fitted
 from secateur.pipeline.training.curve import TrainingError
-from secateur.pipeline.training.loop import VERSION, fit, move, precision_of
+from secateur.pipeline.training.lesson import move
+from secateur.pipeline.training.loop import VERSION, fit
 from secateur.pipeline.training.precision import Precision, certain, remembered
+from secateur.pipeline.training.trials import precision_of
 
 
 def baseline(run: Run, facts: Facts) -> BaselineFacts:
@@ -81,6 +83,7 @@ def _train(run: Run, recipe: Recipe, checkpoint: Path) -> Mapping[str, Tensor]:
                 held_out=run.workload.search,
                 compute_count=run.config.compute_count,
                 report=report,
+                say=run.progress.say,
             )
         except TrainingError as error:
             raise UserError(f"baseline: {error}") from error

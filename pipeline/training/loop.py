@@ -7,11 +7,9 @@ so a killed training continues to the same weights on the same machine.
 from __future__ import annotations
 
 import contextlib
-import copy
 import ctypes
 import itertools
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,18 +21,21 @@ import torch
 from torch import Tensor, nn
 
 from secateur.pipeline.config.schema import Distillation, Recipe
-from secateur.pipeline.progress import Report, silent
+from secateur.pipeline.progress import Report, Say, silent, unsaid
 from secateur.pipeline.training.average import average_of
 from secateur.pipeline.training.batches import batches_of, sizes_of
 from secateur.pipeline.training.checkpoints import EVERY_S, Best, Checkpoint, State, save_weights
+from secateur.pipeline.training.compiled import is_of_compiling, not_compiled
 from secateur.pipeline.training.curve import EpochFacts, Fitted, Losses
 from secateur.pipeline.training.distributed import ALONE, Group, begun
 from secateur.pipeline.training.features import Features
 from secateur.pipeline.training.judging import Judge
-from secateur.pipeline.training.precision import Precision, certain, faster, kept_for, remembered, to_be_timed
+from secateur.pipeline.training.lesson import Lesson, move
+from secateur.pipeline.training.precision import Precision
 from secateur.pipeline.training.recipe import Schedule, optimizer_of
 from secateur.pipeline.training.statistics import IMAGES_AT_ONCE, recalibrate, training_images
 from secateur.pipeline.training.synchronised import synchronised
+from secateur.pipeline.training.trials import is_compiled, precision_of
 from secateur.pipeline.workloads import Split, Workload
 
 VERSION = 3
@@ -68,6 +69,7 @@ def fit(
     compute_count: int = 1,
     last: Path | None = None,
     report: Report = silent,
+    say: Say = unsaid,
 ) -> Fitted:
     """Train ``model`` in place by ``recipe``, and leave it in eval mode, with the batch-norm statistics of its weights.
 
@@ -87,6 +89,7 @@ def fit(
             with a penalty it is this one alone.
         last: file for the weights of the last epoch, where those of the best one are kept.
         report: told (step, steps, note) after every step.
+        say: told what a user should know of the training.
 
     Raises:
         TrainingError: the loss became NaN or infinite; says at which step and what to change. Or there are no features
@@ -97,10 +100,11 @@ def fit(
     move(model, compute)
     precision = precision_of(recipe, model, workload, split, compute)
     terms = Terms(model, workload, split, recipe, seed, checkpoint, checkpoint_every_s, compute, precision, part)
-    terms = replace(terms, teacher=teacher, distill=distill)
+    compiled = is_compiled(recipe, model, workload, split, compute, precision, say)
+    terms = replace(terms, teacher=teacher, distill=distill, compiled=compiled, say=say)
     if compute_count == 1 or penalty is not None:
         return _train(ALONE, terms, penalty, held_out, recalibration_images, last, report)
-    with begun(compute_count, compute, partial(_train, terms=terms)) as group:
+    with begun(compute_count, compute, partial(_train, terms=replace(terms, say=unsaid))) as group:
         return _train(group, terms, None, held_out, recalibration_images, last, report)
 
 
@@ -120,6 +124,8 @@ class Terms:
     part: tuple[float, float]
     teacher: nn.Module | None = None
     distill: Distillation | None = None
+    compiled: bool = False
+    say: Say = unsaid
 
 
 def _train(
@@ -141,13 +147,16 @@ def _train(
         features = _features(terms, compute)
         if features is not None:
             resources.callback(features.close)
-        lesson = Lesson(model, workload, recipe, compute, group, terms.teacher, terms.distill, features, penalty)
+        lesson = Lesson(
+            *(model, workload, recipe, compute, group, terms.teacher, terms.distill, features, penalty),
+            compiled=terms.compiled,
+        )
         place = {"rank": group.rank, "world_size": group.size}
         batches = batches_of(workload, split, recipe, seed=terms.seed, compute=compute, **place)
         resources.callback(batches.close)
         schedule = Schedule(recipe, len(batches), terms.part)
         file = Checkpoint(terms.checkpoint, terms.checkpoint_every_s, writes=group.rank == 0)
-        training = Training(lesson, schedule, judge, file, terms.precision, terms.seed, report)
+        training = Training(lesson, schedule, judge, file, terms.precision, terms.seed, report, terms.say)
         state = training.state
         while state.step < schedule.steps:
             number, first = divmod(state.step, len(batches))
@@ -179,82 +188,6 @@ def _features(terms: Terms, compute: torch.device) -> Features | None:
     return Features(terms.model, move(terms.teacher, compute), image, terms.distill.feature_layers)
 
 
-@dataclass
-class Lesson:
-    """What a network learns from a batch: gradients of the loss, of what a teacher adds, and of a penalty.
-
-    Args:
-        group: of processes; the gradients are those of the batches of all.
-        teacher: brought to ``compute`` and into eval mode; None = no distillation.
-        features: of both, where they are distilled too.
-        penalty: of the share of training that is done.
-        bf16: whether it computes in mixed precision.
-    """
-
-    model: nn.Module
-    workload: Workload
-    recipe: Recipe
-    compute: torch.device
-    group: Group = ALONE
-    teacher: nn.Module | None = None
-    distill: Distillation | None = None
-    features: Features | None = None
-    penalty: Callable[[float], Tensor] | None = None
-    bf16: bool = False
-
-    def __post_init__(self) -> None:
-        self.forward: nn.Module = self.model
-        if self.teacher is not None:
-            move(self.teacher, self.compute).eval()
-
-    def join(self) -> None:
-        """From now on gradients are those of the whole group, and weights those of its first process."""
-        self.forward = self.group.wrap(self.model, self.compute)
-
-    def __call__(self, images: Tensor, targets: Tensor, whole: int, done: float) -> Tensor:
-        """Set all gradients; returns the loss, a scalar without a gradient, whose mean over the group is the batch's.
-
-        Args:
-            images: this process's part of a batch.
-            whole: images of the batch.
-            done: share of the training that is done, in 0..1.
-        """
-        self.model.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.compute)
-        parts = max(1, min(self.recipe.accumulate, whole // self.group.size))  # the same in every process
-        pairs = list(zip(images.tensor_split(parts), targets.tensor_split(parts), strict=True))
-        for number, (images_, targets_) in enumerate(pairs, start=1):
-            with self.group.apart(self.forward, last=number == parts):
-                loss = self._loss(images_, targets_) * (len(images_) * self.group.size / whole)
-                loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-        if self.penalty is not None:
-            added = self.penalty(done)
-            added.backward()  # type: ignore[no-untyped-call]
-            total += added.detach()
-        if self.recipe.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
-        return total
-
-    def _outputs(self, images: Tensor) -> Tensor:
-        outputs: Tensor = self.forward(images)
-        return outputs
-
-    def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
-        with torch.autocast(self.compute.type, torch.bfloat16, enabled=self.bf16):
-            if not len(images):  # fewer images than processes: nothing is learned from, but the others wait
-                return self._outputs(images.new_zeros(2, *images.shape[1:])).float().sum() * 0
-            outputs = self._outputs(images)
-            loss = self.workload.loss(outputs, targets, self.recipe.label_smoothing)
-            if self.teacher is None or self.distill is None:
-                return loss
-            with torch.no_grad():
-                taught = self.teacher(images)
-            learned = self.workload.distillation(outputs, taught, self.distill.temperature)
-            loss = (1 - self.distill.weight) * loss + self.distill.weight * learned
-            return loss if self.features is None else loss + self.distill.features * self.features.distance()
-
-
 class Training:
     """A training under way, step by step.
 
@@ -265,6 +198,7 @@ class Training:
         precision: of a training that begins; one that goes on has that of its checkpoint.
         seed: of what is random inside the network.
         report: told (step, steps, note) after every step.
+        say: told where it goes on in another way.
     """
 
     def __init__(
@@ -276,9 +210,10 @@ class Training:
         precision: Precision,
         seed: int,
         report: Report,
+        say: Say = unsaid,
     ) -> None:
         self.lesson, self.schedule, self.judge, self.file = lesson, schedule, judge, file
-        self.seed, self.report = seed, report
+        self.seed, self.report, self.say = seed, report, say
         recipe, model = lesson.recipe, lesson.model
         losses = Losses(f"lower lr (now {recipe.lr}) or set clip_norm: 1.0 in the recipe")
         average = average_of(model, recipe.ema) if recipe.ema and lesson.group.rank == 0 else None
@@ -306,11 +241,10 @@ class Training:
             TrainingError: the loss became NaN or infinite, now or in one of the steps before.
         """
         state, steps = self.state, self.schedule.steps
-        torch.manual_seed(step_seed(self.seed, state.step, self.lesson.group.rank))  # dropout inside the model
         self.schedule.set(state.optimizer, state.step)
         sizes = sizes_of(num_images, self.lesson.recipe.batch_size)
         whole = sizes[state.step % self.schedule.steps_per_epoch]
-        loss = self.lesson(images, targets, whole, state.step / steps)
+        loss = self._learned(images, targets, whole, state.step / steps)
         state.optimizer.step()
         if state.average is not None:
             state.average.update_parameters(self.lesson.model)
@@ -323,6 +257,20 @@ class Training:
         if self.file.due:
             self.file.write(state)
         self.report(state.step, steps, self._note())
+
+    def _learned(self, images: Tensor, targets: Tensor, whole: int, done: float) -> Tensor:
+        """What ``Lesson`` gives; where a compiled network fails, once more as it is, and so from then on."""
+        seed = step_seed(self.seed, self.state.step, self.lesson.group.rank)  # of dropout inside the model
+        torch.manual_seed(seed)
+        try:
+            return self.lesson(images, targets, whole, done)
+        except Exception as error:
+            if not (self.lesson.compiled and is_of_compiling(error)):
+                raise
+            self.say(not_compiled(error))
+        self.lesson.compile(False)
+        torch.manual_seed(seed)
+        return self.lesson(images, targets, whole, done)
 
     def end_epoch(self, images: int) -> None:
         """Enter an epoch, or what there is of it, into the curve.
@@ -387,38 +335,6 @@ class Training:
         return ", ".join(parts)
 
 
-def precision_of(
-    recipe: Recipe, model: nn.Module, workload: Workload, split: Split, compute: torch.device
-) -> Precision:
-    """The precision of a recipe; where it is ``auto`` and bf16 is native, what is faster for this network, tried once.
-
-    Args:
-        model: on ``compute``; a copy of it is timed.
-
-    Raises:
-        SurroundingsError: the choice cannot be kept.
-    """
-    if (known := certain(recipe.autocast, compute)) is not None:
-        return known
-    images, targets = to_be_timed(recipe, workload, split, compute)
-
-    def choose() -> Precision:
-        with torch.random.fork_rng():
-            copied = move(copy.deepcopy(model), compute).train()
-            return faster(partial(_seconds, Lesson(copied, workload, recipe, compute), images, targets))
-
-    return remembered(kept_for(model, images.shape, compute), choose)
-
-
-def _seconds(lesson: Lesson, images: Tensor, targets: Tensor, precision: Precision) -> float:
-    """Of a step without its optimizer: on a processor those of this thread's process, however busy the machine is."""
-    clock = time.process_time if lesson.compute.type == "cpu" else time.perf_counter
-    lesson.bf16 = precision == "bf16"
-    started = clock()
-    lesson(images, targets, len(images), 0.0).item()
-    return clock() - started
-
-
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
     """What all randomness of a step inside the network begins with, in one of the processes that train."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
@@ -434,8 +350,3 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
-
-
-def move(model: nn.Module, compute: torch.device) -> nn.Module:
-    """The same module, on ``compute`` and in channels-last memory."""
-    return model.to(compute).to(memory_format=torch.channels_last)

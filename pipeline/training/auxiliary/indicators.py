@@ -36,7 +36,7 @@ from torch.func import functional_call
 from secateur.pipeline.training.auxiliary import Outcome, Task
 from secateur.pipeline.training.checkpoints import UNUSABLE, save_checkpoint
 from secateur.pipeline.training.curve import TrainingError
-from secateur.pipeline.training.loop import move
+from secateur.pipeline.training.lesson import move
 from secateur.pipeline.training.precision import trains_in_bf16
 from secateur.pipeline.training.recipe import Schedule, optimizer_of
 from secateur.pipeline.workloads import Split

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from secateur.pipeline.config.schema import Recipe
-from secateur.pipeline.training import loop
+from secateur.pipeline.training import trials
 from secateur.pipeline.training.precision import faster, likely
 from secateur.pipeline.workloads.classification import Classification, Options, build
 from tests.numerics import pretend_bf16
@@ -33,8 +33,8 @@ def test_a_choice_is_kept_for_the_network_and_read_by_estimates(
     monkeypatch: pytest.MonkeyPatch, digits: Classification
 ) -> None:
     def chosen(model: nn.Module, faster: str) -> str:
-        monkeypatch.setattr(loop, "faster", lambda seconds: faster)
-        return loop.precision_of(RECIPE, model, digits, digits.train, CPU)
+        monkeypatch.setattr(trials, "faster", lambda seconds: faster)
+        return trials.precision_of(RECIPE, model, digits, digits.train, CPU)
 
     model = digits.fresh_model()
     assert likely(RECIPE, model, digits, CPU) == "bf16"  # native, and nobody has tried

@@ -14,7 +14,8 @@ from secateur.pipeline.config.schema import Recipe
 from secateur.pipeline.errors import UserError
 from secateur.pipeline.training import loop
 from secateur.pipeline.training.distributed import Group
-from secateur.pipeline.training.loop import Lesson, fit
+from secateur.pipeline.training.lesson import Lesson
+from secateur.pipeline.training.loop import fit
 from secateur.pipeline.training.synchronised import check_norms, check_synchronised, synchronised
 from secateur.pipeline.workloads.networks import build_network
 from secateur.pruning.trace import trace
