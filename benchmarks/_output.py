@@ -16,12 +16,27 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Figure:
-    """One number with the bound it must keep (``ok``)."""
+    """One number with the bound it must keep (``ok``).
+
+    Args:
+        value: None = it was not measured, and ``why`` says why.
+    """
 
     name: str
-    value: float
+    value: float | None
     bound: float
     ok: bool
+    why: str = ""
+
+    @classmethod
+    def missing(cls, name: str, bound: float, why: str) -> Figure:
+        """One that could not be measured."""
+        return cls(name, None, bound, False, why)
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return f"{self.name}: not measured: {self.why} (bound {self.bound:g})"
+        return f"{self.name}: {self.value:.4g} (bound {self.bound:g}, {'ok' if self.ok else 'NOT ok'})"
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -41,6 +56,6 @@ def present(title: str, rows: Sequence[Mapping[str, Any]], figures: Sequence[Fig
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
     for figure in figures:
-        console.print(f"{figure.name}: {figure.value:.4g} (bound {figure.bound:g}, {'ok' if figure.ok else 'NOT ok'})")
+        console.print(str(figure))
     if path is not None:
         path.write_text(json.dumps({"figures": [asdict(f) for f in figures], "rows": list(rows)}, indent=1) + "\n")

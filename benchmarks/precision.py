@@ -21,6 +21,12 @@ float.
 `int8_latency_error`: median error, as a fraction, of the latency model in int8 on random plans that it never saw, half
 of them of equal MACs; it measures 15 plans of its own. The larger one of MobileNetV2 and ResNet-56, random weights.
 `int8_profiles_read`: the share of its measurements in whose profiles every layer was found.
+`joint_gain`: latency of plans that were chosen in float and then quantised as a whole, over that of the fastest plan
+and precision of layers at no lower top-1, median over plans; the lower one of both networks. `joint_gain_widths`: the
+same where widths alone are chosen in int8. Plans are not trained (`benchmarks/_joint.py`).
+`best_total_speedup`: latency of the unpruned ResNet-56 in fp32 over that of its committed compact network, in the
+fastest precision that loses 1.0 percentage points at most; `best_over_dense_int8`: the same over the unpruned one in
+int8. Both need the compact network's `plan.json` and `weights.safetensors` in `results/compact/resnet56`.
 `int8_alignment_gain`: latency in int8 of MobileNetV2 with about 73 % of its channels, odd widths over multiples of 16.
 """
 
@@ -31,8 +37,8 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +54,7 @@ from torchvision.models import mobilenet_v2
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks._joint import joint
 from benchmarks._output import Figure, parser, present
 from benchmarks.latency_model import MEASUREMENTS, TRUTH, Network
 from secateur.device_profiles import load_profile
@@ -56,9 +63,13 @@ from secateur.export.batching import Predictor
 from secateur.export.folding import clean
 from secateur.export.qdq import Calibration, quantise
 from secateur.export.quantised import QuantisedTemplate
+from secateur.export.quantize import layers_in_float
+from secateur.export.sensitivity import sensitivity
 from secateur.export.slicing import OnnxTemplate
 from secateur.pipeline.config.schema import LatencySection
 from secateur.pipeline.evaluation.latency import Latencies, plan_of
+from secateur.pipeline.evaluation.precisions import SENSITIVITY_IMAGES
+from secateur.pipeline.run.layer_precisions import mixtures
 from secateur.pipeline.run.schemes import scheme_of
 from secateur.pipeline.training.statistics import recalibrate
 from secateur.pipeline.workloads.data.paths import under_data
@@ -73,6 +84,9 @@ SPEEDUP, GAP_PP, DROP_PP, RATIO, GAIN, ERROR = 30.0, 1.0, 1.0, 0.60, 1.5, 0.06
 CALIBRATION, FEW = 200, 4
 KEPT = 0.73
 REPEATS = 30
+JOINT, JOINT_WIDTHS, TOTAL, OVER_INT8 = 1.1, 0.98, 3.0, 1.5
+COMPACT = Path(__file__).parents[1] / "results" / "compact"
+NOT_COMMITTED = "no committed compact network"
 HELD_OUT = 24
 """Plans that a latency model is judged by."""
 
@@ -162,6 +176,7 @@ class Contest:
         self.graph = trace(task.model, example)
         self.template = OnnxTemplate.export(task.model, example, self.graph)
         self.quantised = QuantisedTemplate.make(self.template, self.calibration)
+        self._mixed = {frozenset[str](): self.quantised}
         self.full = PruningPlan.full(self.graph.groups)
         saliency = channel_saliency(task.model, self.graph, "l1", 0)
         self._best = {name: np.argsort(-values).tolist() for name, values in saliency.items()}
@@ -197,11 +212,35 @@ class Contest:
 
     def top1(self, file: bytes) -> float:
         """In percent."""
-        predictor, right, seen = Predictor(file), 0, 0
-        for images, labels in self.task.batches():
-            right += int((predictor(images).argmax(1) == labels).sum())
-            seen += len(labels)
-        return 100 * right / seen
+        return float(100 * self._right(file).mean())
+
+    def halves(self, file: bytes) -> tuple[float, float]:
+        """Top-1 in percent of every other image, and of the rest."""
+        right = self._right(file)
+        return float(100 * right[::2].mean()), float(100 * right[1::2].mean())
+
+    def _right(self, file: bytes) -> npt.NDArray[np.bool_]:
+        """Whether each image is answered rightly, shape ``(images,)``."""
+        predictor = Predictor(file)
+        return np.concatenate([predictor(images).argmax(1) == labels for images, labels in self.task.batches()])
+
+    def file(self, plan: PruningPlan, state: dict[str, Tensor] | None, floats: Iterable[str] | None) -> bytes:
+        """A plan in fp32, or in int8 but for some layers.
+
+        Args:
+            state: weights; None = the unpruned network's.
+            floats: layers that stay in float, by their modules; None = all.
+        """
+        if floats is None:
+            return self.template.slice(plan, state)
+        kept = frozenset(name for layer in floats for name in (layer, f"{layer}.weight"))
+        if kept not in self._mixed:
+            self._mixed[kept] = QuantisedTemplate.make(self.template, replace(self.calibration, floats=kept))
+        return self._mixed[kept].slice(plan, state)
+
+    def sensitivity(self) -> dict[str, float]:
+        """Of every layer in int8 alone."""
+        return sensitivity(self.quantised, self.task.calibration[:SENSITIVITY_IMAGES])
 
     def speedup(self, plan: PruningPlan, state: dict[str, Tensor]) -> float:
         network = self._clean(plan, state)
@@ -269,6 +308,8 @@ def measure(task: Task, scheme: str, plans: int, found: Found) -> dict[str, Any]
 
     gain = of("alignment", alignment)
     error, read = found(f"{task.name} latency error, profiles read", partial(latency_error, task.name))
+    together = joint(task.name, made, found)
+    compact = compact_speedups(task.name, made, found, dense)
     shares = np.random.default_rng(0).uniform(0.85, 1.0, plans).tolist()
     pairs = [of(f"plan {i} gap, speedup", partial(compared, share, dense)) for i, share in enumerate(shares)]
     usable = [pair for pair in pairs if pair is not None]
@@ -285,7 +326,35 @@ def measure(task: Task, scheme: str, plans: int, found: Found) -> dict[str, Any]
         "alignment": gain,
         "latency_error": error,
         "profiles_read": read,
+        **together,
+        **compact,
     }
+
+
+def compact_speedups(name: str, made: Callable[[], Contest], found: Found, dense: float) -> dict[str, float | None]:
+    """Latencies of the unpruned network in fp32 and in int8 over that of the committed compact one; None = none is.
+
+    Args:
+        dense: top-1 of the unpruned network in fp32, percent.
+    """
+    folder = COMPACT / name
+    if not (folder / "plan.json").is_file():
+        return {"total_speedup": None, "over_dense_int8": None}
+    plan = PruningPlan.from_json((folder / "plan.json").read_text(encoding="utf-8"))
+    state = {key: tensor.float() for key, tensor in load_file(folder / "weights.safetensors").items()}
+
+    def fastest() -> list[float | None]:
+        contest, fits = made(), []
+        wholes = [contest.file(contest.full, None, floats) for floats in (None, ())]
+        names = mixtures("int8", found(f"{name} sensitivity", contest.sensitivity))
+        for floats in (None, *map(layers_in_float, names)):
+            content = contest.file(plan, state, floats)
+            if dense - contest.top1(content) <= DROP_PP:
+                fits.append([contest.ratio(whole, content) for whole in wholes])
+        return list(max(fits)) if fits else [None, None]
+
+    total, over = found(f"{name} compact {plan.digest}: speed-up, over dense int8", fastest)
+    return {"total_speedup": total, "over_dense_int8": over}
 
 
 def latency_error(name: str) -> list[float]:
@@ -324,11 +393,25 @@ def figures_of(rows: Sequence[dict[str, Any]]) -> list[Figure]:
         Figure("int8_latency_error", error, ERROR, error <= ERROR),
         Figure("int8_profiles_read", read, 1.0, read == 1.0),
     ]
+    for key, bound in (("joint_gain", JOINT), ("joint_gain_widths", JOINT_WIDTHS)):
+        value = min(row[key] for row in rows)
+        figures.append(Figure(key, value, bound, value >= bound))
     for row in rows:
+        if row["network"] == "resnet56":
+            for name, bound in (("total_speedup", TOTAL), ("over_dense_int8", OVER_INT8)):
+                figures.append(of_compact(f"best_{name}", row[name], bound))
         if row["network"] == "mobilenet_v2":
             figures.append(Figure("requantise_speedup", row["speedup"], SPEEDUP, row["speedup"] >= SPEEDUP))
             figures.append(Figure("int8_alignment_gain", row["alignment"], GAIN, row["alignment"] >= GAIN))
     return figures
+
+
+def of_compact(name: str, value: float | None, bound: float) -> Figure:
+    """A figure of the committed compact network, where there is one that is accurate enough."""
+    if value is None:
+        committed = (COMPACT / "resnet56" / "plan.json").is_file()
+        return Figure.missing(name, bound, f"it loses more than {DROP_PP:g} pp" if committed else NOT_COMMITTED)
+    return Figure(name, value, bound, value >= bound)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 """Operators with weights that are quantised."""
 RULES = 2
 """Of what is quantised at all; raise it when they change, for templates that are kept."""
+MOST_FLAT = 0.5
+"""Share of calibration images that may be empty."""
 ROOM = 1.0001
 """By how much a bias's largest 32-bit number stays below what fits, as in the quantiser."""
 
@@ -67,6 +69,7 @@ class Calibration:
         images: inputs that the ranges of activations are taken from, shape ``(samples, ...)``, float32.
         scheme: a name of ``SCHEMES``.
         floats: weights whose layers stay in float, by the names of the state dict.
+        names: of the images, for errors; empty = they have none.
 
     Raises:
         ExportError: the images say nothing of ranges, or there is no such scheme.
@@ -75,23 +78,43 @@ class Calibration:
     images: Array
     scheme: str = "U8S8"
     floats: frozenset[str] = frozenset()
+    names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
             raise ExportError(f"unknown int8 scheme {self.scheme!r}; known: {', '.join(SCHEMES)}")
-        if fault := calibration_fault(self.images):
+        if fault := calibration_fault(self.images, self.names):
             raise ExportError(f"int8: the calibration images {fault}")
 
 
-def calibration_fault(images: Array) -> str:
-    """What is wrong with calibration images, as the end of a sentence; empty where nothing is."""
+def calibration_fault(images: Array, names: Sequence[str] = ()) -> str:
+    """What is wrong with calibration images, as the end of a sentence; empty where nothing is.
+
+    Args:
+        names: of the images; empty = they have none.
+    """
     if images.ndim < 2 or not images.size:
         return f"are missing: their array has the shape {images.shape}"
-    finite = np.isfinite(images).reshape(len(images), -1).all(axis=1)
-    if not finite.all():
-        return f"have NaN or infinite numbers, the first one in image {int(finite.argmin())}; look at how they are read"
+
+    def first(found: Any) -> str:
+        index = int(np.argmax(found))
+        return f"image {index} ({names[index]})" if index < len(names) else f"image {index}"
+
+    values = images.reshape(len(images), -1)
+    infinite = ~np.isfinite(values).all(axis=1)
+    if infinite.any():
+        return (
+            f"have NaN or infinite numbers, the first one in {first(infinite)}; look at how it is read, and at mean "
+            "and std of the data"
+        )
     if images.min() == images.max():
         return f"are all the same number ({images.min():g}), which says nothing of ranges; look at how they are read"
+    flat = np.ptp(values, axis=1) == 0
+    if flat.mean() > MOST_FLAT:
+        return (
+            f"say little of ranges: {int(flat.sum())} of {len(images)} are one number each, the first one "
+            f"{first(flat)}; look at how they are read, or take empty ones out of the training images"
+        )
     return ""
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from secateur.export.errors import TemplateError
+from secateur.device_profiles.wording import number_of
+from secateur.export.errors import ExportError, TemplateError
 from secateur.export.onnx_export import export_proto
 from secateur.export.qdq import Calibration
 from secateur.export.quantised import LayerSteps, QuantisedTemplate
@@ -29,6 +30,8 @@ from secateur.pruning.plan import PruningPlan
 FLOAT = "fp32"
 CALIBRATION_IMAGES = 200
 """Training images that the ranges of activations are taken from."""
+LEAST_IMAGES = 16
+"""Fewer say nothing of the ranges that other images have."""
 SENSITIVITY_IMAGES = 8
 """Of these, by how many each layer is tried in 8 bits alone."""
 log = logging.getLogger(__name__)
@@ -102,16 +105,36 @@ class Precisions:
         """The first training images as the network sees them, in no order of classes, and what stays in float.
 
         Raises:
-            ExportError: they are missing, not finite, or all the same number.
+            ExportError: they are too few, of another shape than the network takes, not finite, or empty.
         """
         with self._lock:
             if self._calibration is None:
-                count, cpu = min(CALIBRATION_IMAGES, len(self.workload.train)), torch.device("cpu")
-                batches = list(training_images(self.workload, self.workload.train, count, cpu)) if count else []
-                images = torch.cat(batches) if batches else torch.empty(0)
-                self._calibration = Calibration(images.float().contiguous().numpy(), self.scheme)
+                self._calibration = self._read()
             floats = {weight for layer in layers_in_float(name) for weight in (layer, f"{layer}.weight")}
             return replace(self._calibration, floats=frozenset(floats))
+
+    def _read(self) -> Calibration:
+        """The training images that calibrate, with their places where the data has some.
+
+        Raises:
+            ExportError: as ``calibration``.
+        """
+        count, cpu = min(CALIBRATION_IMAGES, len(self.workload.train)), torch.device("cpu")
+        if count < LEAST_IMAGES:
+            raise ExportError(
+                f"int8: {number_of(count, 'training image(s) is|are')} too few to take ranges of activations from; "
+                f"it takes {LEAST_IMAGES} at least: give the run more training images, or leave int8 out of precision"
+            )
+        images = torch.cat(list(training_images(self.workload, self.workload.train, count, cpu)))
+        wanted = tuple(self.workload.example_input().shape[1:])
+        if tuple(images.shape[1:]) != wanted:
+            raise ExportError(
+                f"int8: training images have the shape {tuple(images.shape[1:])}, the network takes {wanted}: let the "
+                "task's batch give images as its example_input does"
+            )
+        members = self.workload.record.members if self.workload.record.files else ()
+        places = tuple(member.place for member in members if member.split == "train")[:count]
+        return Calibration(images.float().contiguous().numpy(), self.scheme, names=places)
 
     def sensitivity(self, name: str) -> dict[str, float]:
         """How much the outputs change where one layer alone is in a calibrated precision; empty where nothing can tell.

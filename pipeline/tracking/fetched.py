@@ -5,14 +5,11 @@ That a file is the one that was registered says nothing of what is in it. Each h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import onnx
-from google.protobuf.message import DecodeError
 
 from secateur.device_profiles.wording import printable
+from secateur.export.errors import ExportError
+from secateur.export.received import check_received
 from secateur.pipeline.archives import check_archive
 from secateur.pipeline.errors import UserError, VersionError
 from secateur.pipeline.tracking.schemas import Schema, checked, read_json
@@ -75,27 +72,6 @@ def check_onnx(file: Path) -> None:
         VersionError: it is.
     """
     try:
-        model = onnx.load_model(file, load_external_data=False)
-        if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors(model)):
-            raise VersionError(
-                f"{file.name} reads its weights from other files, which no version of ours does: refused"
-            )
-        onnx.checker.check_model(model)
-    except VersionError:
-        raise
-    except (DecodeError, onnx.checker.ValidationError, ValueError, RecursionError) as error:
-        text = (str(error).splitlines() or ["it is damaged"])[0]
-        raise VersionError(f"{file.name} is no valid ONNX model: {printable(text)}") from error
-
-
-def _tensors(message: Any) -> Iterator[Any]:
-    """Every tensor in a protobuf message, at any depth."""
-    for described, value in message.ListFields():
-        if described.message_type is None:
-            continue
-        parts = value if hasattr(value, "__len__") else [value]
-        if described.message_type.name == "TensorProto":
-            yield from parts
-        else:
-            for part in parts:
-                yield from _tensors(part)
+        check_received(file)
+    except ExportError as error:
+        raise VersionError(printable(error)) from error

@@ -73,10 +73,8 @@ def benchmark(
     if tier not in ("search", "final"):
         raise errors.UserError(f"unknown tier {tier!r}; choose search (brief) or final (several processes)")
     for file in (model, against):
-        if file is not None and not file.is_file():
-            raise errors.UserError(
-                f"no model file at {file}; give an ONNX file, such as compact.onnx of a run directory"
-            )
+        if file is not None:
+            _check(file)
     profile = profiles.usable(device)
     consent_to_profile(device, trust)
     if parity:
@@ -95,6 +93,23 @@ def benchmark(
     _print_result(result, models)
     if json_file:
         out.print(f"Written: {one_line(json_file)}")
+
+
+def _check(file: Path) -> None:
+    """See that a file is an ONNX model that can be sent and opened.
+
+    Raises:
+        UserError: it is not.
+    """
+    from secateur.export.errors import ExportError
+    from secateur.export.received import check_received
+
+    if not file.is_file():
+        raise errors.UserError(f"no model file at {file}; give an ONNX file, such as compact.onnx of a run directory")
+    try:
+        check_received(file)
+    except ExportError as error:
+        raise errors.UserError(str(error)) from error
 
 
 def _measure(

@@ -21,6 +21,7 @@ from secateur.pipeline.cli import app as cli
 from secateur.pipeline.cli.devices import parity
 from tests.device_profiles.test_check import GOOD
 from tests.device_profiles.tiny import write_conv
+from tests.export.test_received import HOSTILE, hostile
 from tests.pipeline.helpers import quick_device
 
 Captured = pytest.CaptureFixture[str]
@@ -219,6 +220,17 @@ def test_mistakes_get_one_message_and_code_2(
     assert code == errors.EXIT_USER
     assert said.lower() in flat(err).lower()
     assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_models_are_refused_in_a_sentence_before_a_device_is_asked(
+    call: Call, tmp_path: Path, kind: str
+) -> None:
+    file, said = hostile(kind, tmp_path)
+    for arguments in ((file,), (file, "--parity"), (write_conv(tmp_path / "tiny.onnx"), "--against", file)):
+        code, out, err = call("devices", "benchmark", *arguments)
+        assert code == errors.EXIT_USER and not out
+        assert said in flat(err) and "Traceback" not in err
 
 
 def test_a_board_in_one_command(call: Call, folder: Path, device: FakeTarget) -> None:

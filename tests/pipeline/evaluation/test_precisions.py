@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from secateur.pipeline.evaluation.evaluator import Evaluator, make_evaluator
 from secateur.pipeline.evaluation.latency import plan_of, random_widths
 from secateur.pipeline.run.records import to_dict, to_evaluation
 from secateur.pipeline.training.statistics import recalibrate, training_images
+from secateur.pipeline.workloads.data.record import Member
 from secateur.pruning.channels import ChannelGraph
 from secateur.pruning.plan import PruningPlan, SearchSpace
 from secateur.pruning.saliency import uniform_plan
@@ -151,9 +153,45 @@ def test_what_cannot_be_cut_is_quantised_from_the_beginning_and_said(
     assert "quantised from the beginning, which takes seconds: it follows another rule" in caplog.text
 
 
+Batches = Callable[[torch.Tensor], torch.Tensor]
+
+
+def with_nan(images: torch.Tensor) -> torch.Tensor:
+    images[17, 0, 3, 3] = float("nan")
+    return images
+
+
+def mostly_empty(images: torch.Tensor) -> torch.Tensor:
+    images[5:] = 0.25
+    return images
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (with_nan, r"NaN or infinite numbers, the first one in image 17 \(photos/17\.jpg\); look at how it is read"),
+        (mostly_empty, r"195 of 200 are one number each, the first one image 5 \(photos/5\.jpg\)"),
+        (lambda images: torch.zeros_like(images), r"all the same number \(0\)"),
+        (lambda images: images[:, :, :4], r"have the shape \(1, 4, 8\), the network takes \(1, 8, 8\)"),
+        (lambda images: images.repeat(1, 3, 1, 1), r"have the shape \(3, 8, 8\)"),
+    ],
+    ids=["NaN", "mostly empty", "all empty", "another size", "other channels"],
+)
 def test_training_images_that_say_nothing_of_ranges_are_refused(
-    make: Any, chosen: Candidate, monkeypatch: pytest.MonkeyPatch
+    make: Any, monkeypatch: pytest.MonkeyPatch, change: Batches, said: str
 ) -> None:
-    monkeypatch.setattr(precisions, "training_images", lambda *_: [torch.full((4, 1, 8, 8), float("nan"))])
-    with pytest.raises(ExportError, match="NaN"):
-        make("int8").evaluate(chosen, latency=False)
+    split, cpu = WORKLOAD.train.first(200), torch.device("cpu")
+    images = torch.cat(list(training_images(WORKLOAD, split, 200, cpu))).clone()
+    monkeypatch.setattr(precisions, "training_images", lambda *_: [change(images)])
+    members = tuple(Member("train", f"photos/{i}.jpg", "00") for i in range(300))
+    monkeypatch.setattr(WORKLOAD, "record", replace(WORKLOAD.record, files=True, members=members))
+    made = make("int8").accuracy.precisions
+    with pytest.raises(ExportError, match=said):
+        made.calibration("int8")
+
+
+def test_too_few_training_images_cannot_calibrate(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WORKLOAD, "train", WORKLOAD.train.first(15))
+    made = make("int8").accuracy.precisions
+    with pytest.raises(ExportError, match=r"15 training images are too few .* it takes 16 at least: give the run more"):
+        made.calibration("int8")
