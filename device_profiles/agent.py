@@ -6,7 +6,8 @@ Reads one JSON request line on stdin, writes JSON lines on stdout; the last one 
     {"protocol": 2, "op": "probe"}
     {"protocol": 2, "op": "benchmark", "models": [{"name", "path", "sha256"}], "provider", "threads", "warmup",
      "min_repeats", "min_seconds", "max_seconds", "seed"; optional: "max_warmup_seconds" (0), "profile" (false),
-     "energy" (false), "cpu_share" (of one core), "allow_busy" (false), "inputs" (.npz for all models; else seeded)}
+     "energy" (false), "cpu_share" (of one core), "allow_busy" (false), "inputs" (.npz for all models; else seeded),
+     "sustain_s" (0: each model is called for so many seconds without a pause, when all else is done)}
     {"protocol": 2, "op": "infer", "models": [one], "provider", "threads"; optional: "seed" (0), "inputs" (.npz),
      "each" (true: they hold samples for one call after another, shape (n, ...))}
     {"protocol": 2, "op": "sweep"; optional: "keep_s" (3600), "part_age_s" (600), "max_store_bytes" (4 GiB)}
@@ -84,6 +85,7 @@ EXIT_CODES = {
     "cancelled": 130,
 }
 SYSROOT = os.environ.get("EDGE_SYSROOT", "/")
+WINDOW_S = 1.0  # of a sustained run
 SAMPLE_S = 0.5  # between two readings of the sensors
 HEARTBEAT_S = 5.0  # between two events that say that the work goes on
 STEADY = 0.02  # relative change of the median from one window of calls to the next
@@ -254,8 +256,8 @@ def _read_request(line: str) -> Request:
     optional: Dict[str, Any] = {
         "timeout_s": number, "run_id": str, "work": str, "python": list, "parent_pid": int, "seed": int,
         "max_warmup_seconds": number, "cpu_share": number, "inputs": str, "keep_s": number, "part_age_s": number,
-        "max_store_bytes": number, "profile": bool, "energy": bool, "each": bool, "allow_busy": bool, "runtime": str,
-        "runtime_file": str,
+        "max_store_bytes": number, "sustain_s": number, "profile": bool, "energy": bool, "each": bool,
+        "allow_busy": bool, "runtime": str, "runtime_file": str,
     }  # fmt: skip
     wrong = [key for key, kind in optional.items() if request.get(key) is not None and not _is(request[key], kind)]
     if op in ("benchmark", "infer"):
@@ -1029,6 +1031,10 @@ def measure_models(job: Request) -> Dict[str, Any]:
         models[runner.name] = facts
     _measure_energy(runners, job, models)
     _profile_nodes(runtime, runners, job, models)
+    if job.get("sustain_s", 0) > 0:
+        for runner in runners:
+            _phase("sustained")
+            models[runner.name]["sustained"] = sustain(runner.call, job["sustain_s"])
     _phase("done")
     answer = {"models": models, "environment": environment, "started": started, "ended": time.time()}
     if base_rss:
@@ -1216,6 +1222,30 @@ def _write_npz(path: str, arrays: Dict[str, Any]) -> str:
     digest = _sha256(path + ".part")
     os.replace(path + ".part", path)
     return digest
+
+
+def sustain(call: Callable[[], Any], seconds: float) -> List[Dict[str, Any]]:
+    """Call without a pause for so many seconds; of each its beginning (``t_s``), ``calls``, ``p50_ms`` and ``p95_ms``.
+
+    One call that takes longer than a second stands for all that it takes.
+    """
+    windows: List[Dict[str, Any]] = []
+    begin = time.perf_counter()
+    while True:
+        start = time.perf_counter()
+        if windows and start - begin >= seconds:
+            return windows
+        times: List[float] = []
+        now = start
+        while not times or now - start < min(WINDOW_S, seconds):
+            before = now
+            call()
+            now = time.perf_counter()
+            times.append((now - before) * 1e3)
+        times.sort()
+        p95 = times[min(len(times) - 1, int(0.95 * len(times)))]
+        found = {"t_s": round(start - begin, 3), "calls": len(times), "p50_ms": statistics.median(times), "p95_ms": p95}
+        windows.append(found)
 
 
 def _measure_energy(runners: List[Runner], job: Request, models: Dict[str, Dict[str, Any]]) -> None:

@@ -80,6 +80,15 @@ class NodeAnswer(_Answer):
     output_shapes: Shapes = ()
 
 
+class SecondAnswer(_Answer):
+    """A second of a sustained run."""
+
+    t_s: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+    calls: Annotated[int, Field(ge=1, le=MAX_CALLS)]
+    p50_ms: Milliseconds
+    p95_ms: Milliseconds
+
+
 class SamplesAnswer(_Answer):
     """One model's raw numbers."""
 
@@ -99,6 +108,7 @@ class SamplesAnswer(_Answer):
     precision_asked: Text | None = None
     precision_used: Text | None = None
     nodes: Annotated[tuple[NodeAnswer, ...], Field(max_length=MAX_NODES), BeforeValidator(_tuple)] = ()
+    sustained: Annotated[tuple[SecondAnswer, ...], Field(max_length=MAX_NODES), BeforeValidator(_tuple)] = ()
 
     @model_validator(mode="after")
     def _as_long(self) -> SamplesAnswer:

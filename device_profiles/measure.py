@@ -66,6 +66,22 @@ class Node:
 
 
 @dataclass(frozen=True)
+class Second:
+    """A second of a sustained run, or one call where that takes longer.
+
+    Args:
+        t_s: where it begins, seconds from the run's beginning.
+        calls: in it.
+        p50_ms, p95_ms: wall time of one of them.
+    """
+
+    t_s: float
+    calls: int
+    p50_ms: float
+    p95_ms: float
+
+
+@dataclass(frozen=True)
 class ModelSamples:
     """One model's raw numbers in one process.
 
@@ -84,6 +100,7 @@ class ModelSamples:
         precision_asked: what layers of floating point were to compute in; None in results of earlier versions.
         precision_used: what layers really computed in, ``fp32`` or several as ``fp32+int8``; None where the runtime
             does not tell.
+        sustained: the seconds of a sustained run, where one was asked for.
     """
 
     wall_ms: tuple[float, ...]
@@ -98,6 +115,7 @@ class ModelSamples:
     nodes: tuple[Node, ...] = ()
     precision_asked: str | None = None
     precision_used: str | None = None
+    sustained: tuple[Second, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -355,6 +373,7 @@ def measure(
     until: Callable[[BenchmarkResult], bool] | None = None,
     inputs: Path | None = None,
     precisions: Mapping[str, str] | None = None,
+    sustain_s: float = 0.0,
 ) -> BenchmarkResult:
     """Time ONNX files on a device, interleaved, in as many fresh processes as the tier asks for.
 
@@ -375,6 +394,7 @@ def measure(
         inputs: ``.npz`` with an array for every input of the models, where their latency depends on the values; None =
             random ones.
         precisions: name -> what a model's layers of floating point are to compute in, where that is not fp32.
+        sustain_s: seconds in which each model is called without a pause, in every process, when all else is done.
 
     Raises:
         DeviceError: no models, a missing file, a device whose times mean nothing, or whatever the target reports.
@@ -390,6 +410,7 @@ def measure(
     places = {name: target.put(Path(path)) for name, path in models.items()}
     digests = {name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for name, path in models.items()}
     limit_s = 120 + 3 * (rules.max_seconds + rules.max_warmup_seconds) * (2 if nodes or energy else 1)
+    limit_s += 2 * sustain_s * len(models)
     request: dict[str, Any] = {
         "protocol": PROTOCOL,
         "op": "benchmark",
@@ -409,6 +430,7 @@ def measure(
         "energy": energy,
         "timeout_s": limit_s,
         **({} if inputs is None else {"inputs": target.put(inputs)}),
+        **({"sustain_s": sustain_s} if sustain_s else {}),
     }
     cpu_time_tells = profile.threads == 1 and profile.provider == "CPUExecutionProvider"
     result = BenchmarkResult(
@@ -501,5 +523,6 @@ def _process(data: Any, names: Sequence[str]) -> Process:
 
 def _samples_of(answer: SamplesAnswer) -> ModelSamples:
     nodes = tuple(Node(n.name, n.op, n.ms, n.input_shapes, n.output_shapes) for n in answer.nodes)
+    seconds = tuple(Second(each.t_s, each.calls, each.p50_ms, each.p95_ms) for each in answer.sustained)
     fields = {name: getattr(answer, name) for name in ModelSamples.__dataclass_fields__}
-    return ModelSamples(**{**fields, "nodes": nodes})
+    return ModelSamples(**{**fields, "nodes": nodes, "sustained": seconds})

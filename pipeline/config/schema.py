@@ -150,7 +150,7 @@ PortName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]{0,99}$")]
 class DeviceSection(Section):
     """The device to prune for: a profile by name (``secateur list devices``) or the path of a YAML file."""
 
-    later = frozenset({"others", "combine", "runtimes"})
+    later = frozenset({"others", "combine", "runtimes", "sustain_s"})
     passing = frozenset({"wait_s"})
     profile: str = "local"
     """Name of a device profile, or the path of a YAML file."""
@@ -165,6 +165,9 @@ class DeviceSection(Section):
     wait_s: Annotated[float, Field(ge=0, le=1e8)] = 0.0
     """Seconds a device may be unreachable, at a time, before the run ends with exit code 4; 0 = none. A scheduled run
     may want hours. It may be changed in a run's ``run.yaml`` before ``secateur resume``."""
+    sustain_s: Annotated[float, Field(ge=0, le=3600)] = 0.0
+    """Seconds in which the compact network is called without a pause on the device, after it was timed; 0 = it is not.
+    The report shows each second's latency with temperature and clock: whether heat slows the device down."""
     channel_multiple: Annotated[int, Field(ge=1, le=65_536)] | None = None
     """Widths are multiples of it; None = what a probe of the device with this network found per channel group, a probe
     of the device per kind of layer, or else the profile's. A group too small for two steps uses half of it, and so

@@ -79,7 +79,7 @@ class Material:
     Args:
         facts: of the stages that are done.
         records: of the journal.
-        layers, groups, changed, pictures: what its files of those names hold; empty = there are none.
+        layers, groups, sustained, changed, pictures: what its files of those names hold; empty = there are none.
         images: what each test image gave, arrays by name.
         code: which code the run was begun with.
         unreachable: whether the tracking server is unreachable just now.
@@ -93,6 +93,7 @@ class Material:
     benchmark: BenchmarkResult | None = None
     layers: Mapping[str, Any] = field(default_factory=dict)
     groups: Mapping[str, Any] = field(default_factory=dict)
+    sustained: Mapping[str, Any] = field(default_factory=dict)
     images: Mapping[str, np.ndarray] = field(default_factory=dict)
     changed: Sequence[Mapping[str, Any]] = ()
     pictures: Sequence[Mapping[str, Any]] = ()
@@ -122,6 +123,7 @@ class Material:
             benchmark=_benchmark(directory / "benchmark.json"),
             layers=_json(directory / kept_facts.LAYERS),
             groups=_json(directory / kept_facts.GROUPS),
+            sustained=_json(directory / kept_facts.SUSTAINED),
             images=_arrays(directory / kept_facts.PER_IMAGE),
             changed=_json(directory / kept_facts.CHANGED).get("changed", ()) if shown else (),
             pictures=_json(directory / kept_facts.PICTURES).get("pictures", ()) if shown else (),

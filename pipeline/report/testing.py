@@ -51,6 +51,12 @@ def made_up(num_candidates: int = 60, seed: int = 0, **changes: Any) -> Material
             "groups": [{"name": name, "channels": size, "macs_share": 0.1} for name, size in GROUPS.items()],
             "frozen": [{"layer": "fc", "channels": 10, "macs_share": 0.001, "reason": "reaches the model's output"}],
         },
+        "sustained": {
+            "seconds": [
+                {"t_s": float(i), "calls": 5000, "p50_ms": 0.17 + 0.001 * i, "p95_ms": 0.25} for i in range(30)
+            ],
+            "sensors": [{"t_s": 0.5 * i, "temperature_c": min(71.0, 50.0 + 0.5 * i)} for i in range(60)],
+        },
         "images": _images(rng),
         "changed": [{"image": at, "picture": PIXEL} for at in (0, 1)],
         "code": {"secateur": "0.0", "git": "0" * 40, "lock": "0" * 64},
@@ -224,6 +230,9 @@ def _facts(records: list[dict[str, Any]], rng: np.random.Generator) -> found.Fac
             flags=(),
             statistic="cpu",
             device="local",
+            sustained=found.SustainedFacts(
+                seconds=30.0, calls=150_000, first_p50_ms=0.17, last_p50_ms=0.2, temperature_c=(50.0, 71.0, 70.0)
+            ),
             files={},
         ),
         gate=found.GateFacts(

@@ -531,6 +531,26 @@ class InRuntime:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SustainedFacts:
+    """The compact network called without a pause on the run's own device.
+
+    Args:
+        seconds: how long.
+        calls: in all.
+        first_p50_ms, last_p50_ms: median of the first and the last tenth of the seconds (one at least).
+        temperature_c: at the beginning, the highest, at the end; None = the device does not tell.
+        freq_mhz: clock at the beginning, the lowest, at the end; None = the device does not tell.
+    """
+
+    seconds: float
+    calls: int
+    first_p50_ms: float
+    last_p50_ms: float
+    temperature_c: Annotated[tuple[float, float, float] | None, OMITTED] = None
+    freq_mhz: Annotated[tuple[float, float, float] | None, OMITTED] = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchmarkFacts(TimedOnDevice, StageFacts):
     """What was timed on the run's own device.
 
@@ -539,12 +559,14 @@ class BenchmarkFacts(TimedOnDevice, StageFacts):
         fleet: what was timed on each device, the run's own too, where there are several.
         runtimes: each device in each of ``device.runtimes``; None where there are none.
         hops: files on devices whose numbers are not those that the export was checked with; None where there are none.
+        sustained: None where none was asked for (``device.sustain_s``), or the device could not do it.
     """
 
     device: str
     fleet: Annotated[Mapping[str, TimedOnDevice] | None, OMITTED] = None
     runtimes: Annotated[tuple[InRuntime, ...] | None, OMITTED] = None
     hops: Annotated[tuple[Hop, ...] | None, OMITTED] = None
+    sustained: Annotated[SustainedFacts | None, OMITTED] = None
 
     @property
     def of_devices(self) -> Mapping[str, TimedOnDevice]:

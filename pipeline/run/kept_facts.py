@@ -17,6 +17,8 @@ from secateur.pipeline.run.facts import EARLIER_NAMES, Facts, from_json
 FILE, REPORT = "facts.json", "report.json"
 LAYERS, GROUPS = "layers.json", "groups.json"
 """Time of every operator of both files; share of the MACs of every channel group, and what is frozen."""
+SUSTAINED = "sustained.json"
+"""Every second of the compact network's sustained run, and the sensors beside it."""
 PER_IMAGE, CHANGED, PICTURES = "test.npz", "test-pictures.json", "pictures.json"
 """What each test image gave; pictures of some that changed; what is found before and after on images of the search."""
 

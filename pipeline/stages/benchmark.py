@@ -39,6 +39,7 @@ from secateur.pipeline.run.facts import (
 from secateur.pipeline.run.kept_facts import LAYERS
 from secateur.pipeline.run.run import Run
 from secateur.pipeline.stages.loading import first_batch, parity_images
+from secateur.pipeline.stages.sustained import sustained
 
 NETWORKS = ("baseline", "compact")
 FUSED = ("Relu", "Clip", "Add", "BatchNormalization", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid")
@@ -74,13 +75,16 @@ def benchmark(run: Run, facts: Facts) -> BenchmarkFacts:
     own = fleet.primary.name
     files |= layer_times(run)
     runtimes, more = further_runtimes(run)
+    asked = run.config.device.sustain_s
+    heat, kept = sustained(fleet.primary, run.directory / "compact.onnx", run.directory, asked, run.progress)
     return BenchmarkFacts(
         **vars(timings[own]),
         device=own,
         fleet=timings if len(fleet) > 1 else None,
         runtimes=runtimes or None,
         hops=hops_of(run, facts) or None,
-        files=files | more,
+        sustained=heat,
+        files=files | more | kept,
     )
 
 

@@ -471,6 +471,27 @@ def test_a_device_that_gets_hot_and_slow_is_seen(env: dict[str, str], model: Pat
     assert {sample["freq_mhz"] for sample in timed} == {1500.0, 900.0}
 
 
+def test_calls_without_a_pause_are_told_by_the_second_with_the_sensors_beside_them(
+    env: dict[str, str], model: Path, tmp_path: Path
+):
+    heat = "sys/class/thermal/thermal_zone0/temp"
+    clocks = [f"sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq" for core in os.sched_getaffinity(0)]
+    root = write_tree(tmp_path / "root", {heat: "40000", **dict.fromkeys(clocks, "1500000")})
+    with Agent(request_for(model, sustain_s=2.2), env | {"EDGE_SYSROOT": str(root)}) as agent:
+        agent.listen(lambda value: value.get("text") == "sustained")
+        write_tree(root, {heat: "70000", **dict.fromkeys(clocks, "1200000")})
+        answer = agent.answer()
+    windows = answer["models"]["m"]["sustained"]
+    assert [int(window["t_s"]) for window in windows] == [0, 1, 2]
+    assert all(window["calls"] >= 1 and 0 < window["p50_ms"] <= window["p95_ms"] for window in windows)
+    beside = [sample for sample in answer["environment"]["telemetry"] if sample["phase"] == "sustained"]
+    assert beside[-1]["temperature_c"] == 70.0 and beside[-1]["freq_mhz"] == 1200.0
+
+
+def test_nothing_is_sustained_unless_asked(env: dict[str, str], model: Path):
+    assert "sustained" not in run(request_for(model), env)["models"]["m"]
+
+
 def test_a_clock_that_is_set_meanwhile_is_reported(monkeypatch: pytest.MonkeyPatch):
     monitor = agent_module.Monitor()
     assert abs(monitor.facts()["clock_jump_s"]) < 1

@@ -109,9 +109,10 @@ def test_a_benchmark_runs_and_int8_outputs_are_equal_bit_by_bit(emulated: Target
     answers = {}  # each draws the seeded input itself
     for device, target in (("here", open_target(quick_profile())), ("there", emulated)):
         request = benchmark_request([entry(target, model) for model in models.values()], min_repeats=3)
-        answers[device] = target.run(request, 120)
+        answers[device] = target.run({**request, "sustain_s": 0.1}, 120)
     assert answers["there"]["environment"]["machine"] == "aarch64"
     assert all(len(found["wall_ms"]) >= 3 for found in answers["there"]["models"].values())
+    assert all(found["sustained"] for found in answers["there"]["models"].values())
     digests = {device: answer["models"]["int8"]["output_sha256"] for device, answer in answers.items()}
     assert digests["there"] == digests["here"]
     assert digests["here"] != answers["here"]["models"]["fp32"]["output_sha256"]

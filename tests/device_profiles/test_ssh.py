@@ -56,13 +56,14 @@ def test_prepare_and_measure(device: Device, tmp_path: Path):
     target = open_target(profile)
     try:
         probe = target.prepare()
-        result = measure(target, profile, models)
+        result = measure(target, profile, models, sustain_s=0.3)
     finally:
         target.close()
         target.close()
     assert probe["device"]["machine"] == os.uname().machine
     assert "CPUExecutionProvider" in probe["runtime"]["providers"]
     assert 0 < result.ratio("pruned", "dense").value < 100
+    assert all(process.models["pruned"].sustained[0].calls > 0 for process in result.processes)
     store = device.home / "store"
     digest = hashlib.sha256(AGENT.read_bytes()).hexdigest()
     assert (store / f"agent-{digest[:12]}.py").read_bytes() == AGENT.read_bytes()

@@ -8,6 +8,7 @@ import numpy as np
 
 from secateur.device_profiles import BenchmarkResult
 from secateur.pipeline.report import figures as say
+from secateur.pipeline.report import heat
 from secateur.pipeline.report.content import Axis, Chart, Figure, Layer, Row, Section, Table, nothing
 from secateur.pipeline.report.material import Material
 
@@ -39,7 +40,7 @@ def section(m: Material) -> Section:
         f"Of 100 calls 95 take less than {say.ms(after.p95_ms)} (baseline {say.ms(before.p95_ms)}); half take "
         f"less than {say.ms(after.p50_ms)} ({say.ms(before.p50_ms)})."
     )
-    text = [_how(m)]
+    text = [_how(m), *heat.told(m)]
     if timed.postprocessing is not None:
         behind = timed.postprocessing
         ends = say.between(behind.speedup.low, behind.speedup.high) or "no interval"
@@ -50,6 +51,7 @@ def section(m: Material) -> Section:
             f"compared. Speed-up with {behind.name}: {say.times(behind.speedup.value)} ({ends})."
         )
     figures = [] if result is None else [_ecdf(result), _ratios(m, result), *_course(result), _start(m)]
+    figures += heat.figures(m)
     tables = [_table(m)]
     if timed.fleet:
         tables.append(_fleet(m))
@@ -62,6 +64,7 @@ def section(m: Material) -> Section:
     missing = [] if result is not None else ["Latency: the raw calls (benchmark.json) are not there."]
     if result is not None and not _has_climate(result):
         missing.append("Latency: no temperature or clock frequency beside the times, because the device tells none.")
+    missing += heat.missing(m)
     if after.energy_mj is None:
         missing.append("Latency: no energy of a call, because the device counts none.")
     return Section(TITLE, said, text=text, figures=figures, tables=tables, missing=missing)

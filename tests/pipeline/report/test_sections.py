@@ -141,6 +141,24 @@ def test_the_champion_stands_as_far_from_the_compact_network_as_both_were_apart(
     assert f"Version 2 {'was' if promoted else 'is'} the champion of local" in " ".join(made.text)
 
 
+def test_a_sustained_run_says_what_heat_does_and_a_run_without_one_says_so() -> None:
+    whole = made_up()
+    made = section_of(whole, 4)
+    assert any(
+        "30.0 s of calls without a pause slows it down: p50 of the compact network is 0.170 ms" in text
+        and "50 °C at the beginning, 71 °C at most, 70 °C at the end" in text
+        for text in made.text
+    )
+    heat = {figure.name: figure for figure in made.figures if figure.name.startswith("heat")}
+    assert list(heat) == ["heat", "heat-temperature_c"]
+    assert [row["y"] for row in heat["heat"].chart.layers[0].rows] == [
+        round(each["p50_ms"], 6) for each in whole.sustained["seconds"]
+    ]
+    assert any("no clock frequency of the sustained run" in text for text in made.missing)
+    without = replace(whole, facts=whole.facts.plus(benchmark=replace(whole.facts.benchmark, sustained=None)))
+    assert any("no sustained run" in text and "device.sustain_s" in text for text in section_of(without, 4).missing)
+
+
 def test_the_uniform_control_has_the_latency_that_was_measured_with_the_finalists() -> None:
     made = section_of(made_up(), 1)
     (control,) = [row for row in made.figures[0].chart.layers[-1].rows if row["role"] == "control"]
