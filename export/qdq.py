@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,12 @@ SCHEMES: Mapping[str, Scheme] = {
     "S8S8": Scheme("QInt8", "QInt8", 8, "ARM, where it measures faster; slower than float on x86"),
 }
 """By name, activations first: U and S for unsigned and signed, then the bits."""
+DEFAULT_SCHEME = "U8S8"
+
+
+def most_careful(schemes: Iterable[str]) -> str:
+    """Of number types, those that lose most in the files: the ones for kernels that can do least."""
+    return min(schemes, key=lambda name: (SCHEMES[name].bits, list(SCHEMES).index(name)))
 
 
 @dataclass(frozen=True, eq=False)

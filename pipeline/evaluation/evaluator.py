@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from secateur.export.qdq import DEFAULT_SCHEME, most_careful
 from secateur.export.quantize import file_word
 from secateur.pipeline.config.schema import FinetuneSection, SearchSection
 from secateur.pipeline.devices.fleet import Device, Fleet
@@ -374,7 +375,7 @@ def make_evaluator(
     deterministic: bool = False,
     workers: WorkerPool | None = None,
     precisions: Sequence[str] = (FLOAT,),
-    scheme: str = "U8S8",
+    schemes: Mapping[str, str] | None = None,
 ) -> Evaluator:
     """The evaluator of one baseline.
 
@@ -387,21 +388,30 @@ def make_evaluator(
         deterministic: candidates' metrics are the same bits in every process (see ``DeterministicInference``).
         workers: worker processes that evaluate candidates; they need a deterministic evaluator.
         precisions: those that may ship.
-        scheme: number types of int8, a name of ``secateur.export.qdq.SCHEMES``.
+        schemes: device -> number types of int8, a name of ``secateur.export.qdq.SCHEMES``; accuracies are of the
+            most careful one. None = U8S8 everywhere.
     """
     progress = progress or Silent()
     files = OnnxFiles(baseline, folder, progress)
-    made = Precisions(baseline.workload, files.template, folder, scheme)
+    of_devices = schemes or dict.fromkeys(fleet.names, DEFAULT_SCHEME)
+    of_schemes = {s: Precisions(baseline.workload, files.template, folder, s) for s in set(of_devices.values())}
+    made = of_schemes[most_careful(of_schemes)]
     accuracy = AccuracyEvaluator(
         baseline, folder, search, files.template, progress=progress, deterministic=deterministic, precisions=made
     )
     trainer = Trainer(baseline, accuracy.weights, recipe, progress, made)
 
     def oracle(name: str, dense: Mapping[str, Latencies]) -> dict[str, Latencies]:
-        own, kind = (files, "") if name == FLOAT else (PreciseFiles(files, made, name), f".{file_word(name)}")
+        kind = "" if name == FLOAT else f".{file_word(name)}"
+        precise = {scheme: PreciseFiles(files, of, name) for scheme, of in of_schemes.items()} if kind else {}
         return {
             device.name: _latencies(
-                own, device, folder / fleet.file("latencies", f"{kind}.jsonl", device.name), search, space, dense
+                precise[of_devices[device.name]] if kind else files,
+                device,
+                folder / fleet.file("latencies", f"{kind}.jsonl", device.name),
+                search,
+                space,
+                dense,
             )
             for device in fleet
         }

@@ -124,7 +124,7 @@ class PreciseFiles:
         return self._files.layers()
 
     def _write(self, plan: PruningPlan, name: str) -> Path:
-        path = self._files.folder / f"{file_word(self.precision)}-{name}"
+        path = self._files.folder / f"{file_word(self.precision)}-{self._precisions.scheme}-{name}"
         write_atomically(path, self._precisions.network(self.precision, plan, None, lambda: self.baseline.cut(plan)))
         return path
 

@@ -408,6 +408,7 @@ class ExportFacts(StageFacts):
         certificate: of the cut that became the compact network.
         usage: how images are prepared and outputs read, as ``Workload.usage`` says it.
         hops: from the unpruned network in PyTorch to the files; None in runs of earlier versions.
+        schemes: device -> number types of its own file, ``compact.SCHEME.onnx``; None = ``compact.onnx`` is for all.
     """
 
     baseline: ExportedNetwork
@@ -415,6 +416,17 @@ class ExportFacts(StageFacts):
     certificate: Proof
     usage: Mapping[str, Any]
     hops: Annotated[tuple[ProofHop, ...] | None, OMITTED] = None
+    schemes: Annotated[Mapping[str, str] | None, OMITTED] = None
+
+    def file(self, name: str, device: str, kind: str = "") -> str:
+        """Which file of a network is for a device.
+
+        Args:
+            name: ``baseline`` or ``compact``.
+            kind: what is behind it in the file's name (``.detections``).
+        """
+        scheme = (self.schemes or {}).get(device) if name == "compact" else None
+        return f"{name}{f'.{scheme}' if scheme else ''}{kind}.onnx"
 
     @property
     def networks(self) -> Both[ExportedNetwork]:

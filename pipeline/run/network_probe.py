@@ -440,7 +440,7 @@ def settle(
     progress: ProgressView,
     spared: str = "",
     seconds: Callable[[], float] = lambda: SECONDS,
-    precise: Sequence[Precise] = (),
+    precise: Mapping[str, Sequence[Precise]] | None = None,
 ) -> Settled:
     """Find the widths that pay on every device in what may ship, and write them down; once a run.
 
@@ -449,7 +449,7 @@ def settle(
         folder: where probes are kept for later runs.
         spared: why no device is probed for this run, so that only kept probes count; empty = it is.
         seconds: what a device's probes may take together; asked only where one is probed.
-        precise: the precisions in which widths have to pay; empty = fp32.
+        precise: device -> the precisions in which widths have to pay there; None = fp32 everywhere.
 
     Raises:
         DeviceError: a device is unreachable, or fails in a way that says nothing of the probe.
@@ -462,9 +462,9 @@ def settle(
     if spared and not any(networks_of(folder, name) for name in fleet.names):
         return NOTHING
     found, reasons = {}, {}
-    precise = precise or (Precise(FLOAT, "", template),)
+    precise = precise or dict.fromkeys(fleet.names, (Precise(FLOAT, "", template),))
     if (cut := template()) is None:
-        labels = [label(name, each.name) for name in fleet.names for each in precise]
+        labels = [label(name, each.name) for name in fleet.names for each in precise[name]]
         reasons = dict.fromkeys(labels, "the network is exported anew for every plan, which takes too long")
     else:
         answers = _on_every(fleet, cut, cuts, folder, progress, spared, seconds, precise)
@@ -486,13 +486,13 @@ def _on_every(
     progress: ProgressView,
     spared: str,
     seconds: Callable[[], float],
-    precise: Sequence[Precise],
+    precise: Mapping[str, Sequence[Precise]],
 ) -> dict[str, NetworkProbe | str]:
     """What was found on every device in every precision, kept or new; a text says why there is nothing."""
     network, found = network_of(template, cuts), dict[str, NetworkProbe | str]()
     missing: dict[str, list[Precise]] = {}
     for device in fleet:
-        for each in precise:
+        for each in precise[device.name]:
             kept = load_network(folder, device.profile, key_of(each.fingerprint(device), network))
             if kept or spared:
                 found[label(device.name, each.name)] = kept or spared
@@ -502,10 +502,10 @@ def _on_every(
         return found
     with progress.stage(f"Probe {', '.join(missing)} with this network") as report:
         tally, most = Tally(report, missing), seconds()
-        cutters = {each.name: each.cutter() for of in missing.values() for each in of}
+        cutters = {(each.name, each.scheme): each.cutter() for of in missing.values() for each in of}
 
         def probed(device: Device, each: Precise) -> NetworkProbe | str:
-            cutter, share = cutters[each.name], most / len(missing[device.name])
+            cutter, share = cutters[each.name, each.scheme], most / len(missing[device.name])
             if cutter is None:
                 return f"the network cannot be cut in {each.name}"
             prints, told = each.fingerprint(device), tally.of(label(device.name, each.name))

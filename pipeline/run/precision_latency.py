@@ -43,11 +43,16 @@ def settle(
     return ratios
 
 
-def told(ratios: Ratios, scheme: str) -> Iterator[str]:
-    """What a user should know, a sentence for each precision and device that is slower than fp32."""
+def told(ratios: Ratios, schemes: Mapping[str, str]) -> Iterator[str]:
+    """What a user should know, a sentence for each precision and device that is slower than fp32.
+
+    Args:
+        schemes: device -> number types there.
+    """
     for name, of_devices in ratios.items():
         for device, ratio in of_devices.items():
             if ratio > 1:
+                scheme = schemes[device]
                 yield (
                     f"Warning: on {device} {name} makes the unpruned network slower: {ratio:.2f} of its latency in "
                     f"fp32 (number types {scheme}, for {SCHEMES[scheme].why}). It is tried all the same; where size "

@@ -18,10 +18,12 @@ import torch
 from torch import nn
 
 from secateur import __version__
-from secateur.device_profiles import DeviceProfile, Multiples, Target, plain_yaml
+from secateur.device_profiles import DeviceProfile, Multiples, Target, measure, plain_yaml
 from secateur.device_profiles.cores import usable_cores
 from secateur.device_profiles.target import kind_of
 from secateur.device_profiles.wording import command
+from secateur.export.onnx_export import write_atomically
+from secateur.export.qdq import most_careful
 from secateur.pipeline.config import trust
 from secateur.pipeline.config.choices import method_options
 from secateur.pipeline.config.reading import parse_run_file
@@ -37,7 +39,7 @@ from secateur.pipeline.evaluation.precisions import FLOAT, Precisions
 from secateur.pipeline.evaluation.worker_pool import Engine, WorkerPool
 from secateur.pipeline.files import write_whole
 from secateur.pipeline.progress import ProgressView
-from secateur.pipeline.run import layer_precisions, network_probe
+from secateur.pipeline.run import layer_precisions, network_probe, schemes
 from secateur.pipeline.run.estimate import search_seconds
 from secateur.pipeline.run.facts import SearchSplitFacts
 from secateur.pipeline.run.journal import Journal, Record, read_journal, require_format
@@ -71,7 +73,7 @@ from secateur.pipeline.workloads.data.record import DataRecord, differences
 from secateur.pipeline.workloads.data.record import read as read_record
 from secateur.pipeline.workloads.data.record import write as write_record
 from secateur.pruning.channels import ChannelGraph
-from secateur.pruning.plan import SearchSpace
+from secateur.pruning.plan import PruningPlan, SearchSpace
 from secateur.pruning.search.protocol import Budget, Evaluation, Goal, Strategy
 from secateur.pruning.search.reward import Reward, make_reward
 from secateur.pruning.search.scope import Spaces
@@ -241,7 +243,7 @@ class Run:
     @cached_property
     def fleet(self) -> Fleet:
         """The run's devices, met: probed now if that is asked for and was never done, and those the run began with."""
-        section, fleet, scheme = self.config.device, self._opened, scheme_of(self.profiles)
+        section, fleet = self.config.device, self._opened
 
         def met(device: Device, progress: ProgressView) -> RunDevice:
             return meet(
@@ -252,7 +254,10 @@ class Run:
                 probing=section.probe and section.channel_multiple is None,
                 progress=progress,
                 name=fleet.file("device", ".json", device.name),
-                precise={name: "" if name == FLOAT else scheme for name in probed_in(self.config.ships)},
+                precise={
+                    name: "" if name == FLOAT else schemes.candidates(device.profile)[0]
+                    for name in probed_in(self.config.ships)
+                },
             )
 
         if len(fleet) == 1:
@@ -309,8 +314,44 @@ class Run:
             deterministic=self.config.search.forward == "deterministic" or self._engine is not None,
             workers=self._new_pool(),
             precisions=self.precisions(baseline, graph),
-            scheme=scheme_of(self.profiles),
+            schemes=self.schemes(baseline, graph),
         )
+
+    def schemes(self, model: nn.Module, graph: ChannelGraph) -> Mapping[str, str]:
+        """Device -> number types of its integers; empty where none may ship.
+
+        Where a processor has kernels for several, the unpruned network is timed in each of them, once a run.
+
+        Raises:
+            ExportError: the network cannot be quantised.
+            DeviceError: a device is unreachable.
+        """
+        integers = [name for name in probed_in(self.config.ships) if name != FLOAT]
+        if not integers:
+            return {}
+        folder = self.directory / CANDIDATES
+        baseline = Baseline(model, graph, self._as_asked, self.config.seed, self.compute)
+        files, full = OnnxFiles(baseline, folder, self.progress), PruningPlan.full(graph.groups)
+
+        def measured(name: str, tried: tuple[str, ...]) -> Mapping[str, float]:
+            device, models = self.fleet[name], {FLOAT: files.dense}
+            with self.progress.stage(f"Time {' and '.join(tried)} on {name}") as report:
+                for scheme in tried:
+                    models[scheme] = folder / f"{integers[0]}-{scheme}.onnx"
+                    made = Precisions(self._as_asked, files.template, folder, scheme)
+                    content = made.network(integers[0], full, None, lambda: baseline.cut(full))
+                    write_atomically(models[scheme], content)
+                result = measure(device.target, device.profile, models, "search", noise_floor=device.noise_floor)
+                ratios = {scheme: result.ratio(scheme, FLOAT).value for scheme in tried}
+                told = ", ".join(f"{scheme} {ratio:.2f}" for scheme, ratio in ratios.items())
+                report(1, 1, f"{told} of the latency in fp32")
+            return ratios
+
+        return schemes.settle(self.journal, self.profiles, measured)
+
+    def scheme(self, model: nn.Module, graph: ChannelGraph) -> str:
+        """The number types that stand for all devices: the most careful of theirs."""
+        return most_careful((self.schemes(model, graph) or {"": scheme_of(self.profiles)}).values())
 
     def precisions(self, model: nn.Module, graph: ChannelGraph) -> tuple[str, ...]:
         """Those that are tried for every candidate: what may ship, and mixtures where layers may differ.
@@ -325,7 +366,7 @@ class Run:
             baseline = Baseline(model, graph, self.workload, self.config.seed, self.compute)
             folder = self.directory / CANDIDATES
             files = OnnxFiles(baseline, folder, self.progress)
-            made = Precisions(self.workload, files.template, folder, scheme_of(self.profiles))
+            made = Precisions(self.workload, files.template, folder, self.scheme(model, graph))
             with self.progress.stage(f"Try each layer alone in {kind}") as report:
                 errors = made.sensitivity(kind)
                 report(len(errors), len(errors), layer_precisions.told(errors))
@@ -406,13 +447,22 @@ class Run:
                 search_seconds(self.config, self.profiles, self.workload, graph, spaces, self.compute)
             )
 
-        made = Precisions(self._as_asked, files.template, self.directory / CANDIDATES, scheme_of(self.profiles))
-        precise = [
-            network_probe.Precise(name, made.scheme, files.template if name == FLOAT else partial(made.template, name))
-            for name in probed_in(self.config.ships)
-        ]
+        of_devices = self.schemes(model, graph)
+        made = {
+            scheme: Precisions(self._as_asked, files.template, self.directory / CANDIDATES, scheme)
+            for scheme in set(of_devices.values())
+        }
+
+        def precise(device: str, name: str) -> network_probe.Precise:
+            if name == FLOAT:
+                return network_probe.Precise(FLOAT, "", files.template)
+            scheme = of_devices[device]
+            return network_probe.Precise(name, scheme, partial(made[scheme].template, name))
+
+        ships = probed_in(self.config.ships)
+        wanted = {device.name: [precise(device.name, name) for name in ships] for device in self.fleet}
         return network_probe.settle(
-            self.journal, self.fleet, files.template, cuts, folder, self.progress, spared, seconds, precise
+            self.journal, self.fleet, files.template, cuts, folder, self.progress, spared, seconds, wanted
         )
 
     def _steps(self) -> Steps:

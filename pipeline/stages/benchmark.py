@@ -59,12 +59,12 @@ def benchmark(run: Run, facts: Facts) -> BenchmarkFacts:
     """
     fleet, after, results = run.fleet, run.workload.postprocessing, facts.export.baseline.postprocessing
     devices = ", ".join(fleet.names)
-    measured, files = _measure(run, f"Time on {devices}", "")
+    measured, files = _measure(run, facts, f"Time on {devices}", "")
     behind: dict[str, TimedResults] = {}
     if after is not None and results is not None:
         median = position_of_median(results.counts)
         inputs = _write_input(run, median)
-        whole, more = _measure(run, f"Time with {after.name} on {devices}", f".{after.name}", inputs)
+        whole, more = _measure(run, facts, f"Time with {after.name} on {devices}", f".{after.name}", inputs)
         files |= more
         for name, result in whole.items():
             behind[name] = TimedResults(**vars(timed(result)), name=after.name, found=results.counts[median])
@@ -73,10 +73,10 @@ def benchmark(run: Run, facts: Facts) -> BenchmarkFacts:
         for name, result in measured.items()
     }
     own = fleet.primary.name
-    files |= layer_times(run)
-    runtimes, more = further_runtimes(run)
-    asked = run.config.device.sustain_s
-    heat, kept = sustained(fleet.primary, run.directory / "compact.onnx", run.directory, asked, run.progress)
+    files |= layer_times(run, facts)
+    runtimes, more = further_runtimes(run, facts)
+    asked, file = run.config.device.sustain_s, files_for(run, facts, own)["compact"]
+    heat, kept = sustained(fleet.primary, file, run.directory, asked, run.progress)
     return BenchmarkFacts(
         **vars(timings[own]),
         device=own,
@@ -88,13 +88,14 @@ def benchmark(run: Run, facts: Facts) -> BenchmarkFacts:
     )
 
 
-def layer_times(run: Run) -> dict[str, str]:
+def layer_times(run: Run, facts: Facts) -> dict[str, str]:
     """Every operator of both files timed on the run's own device: a pass of its own, because profiling slows calls.
 
     Returns:
         The file with what was found and its sha256; empty where the device or its runtime cannot tell.
     """
-    device, models = run.fleet.primary, {name: run.directory / f"{name}.onnx" for name in NETWORKS}
+    device = run.fleet.primary
+    models = files_for(run, facts, device.name)
     with run.progress.stage(f"Time layers on {device.name}") as report:
         try:
             result = measure(device.target, device.profile, models, PROFILED, nodes=True)
@@ -117,6 +118,11 @@ def layer_times(run: Run) -> dict[str, str]:
     return {file.name: sha256_of(file)}
 
 
+def files_for(run: Run, facts: Facts, device: str, kind: str = "") -> dict[str, Path]:
+    """Both networks' files for a device."""
+    return {name: run.directory / facts.export.file(name, device, kind) for name in NETWORKS}
+
+
 def layers_of(file: Path) -> dict[str, str]:
     """Name of a node, or of what it and the simple nodes behind it put out -> the layer whose weight it multiplies by.
 
@@ -134,15 +140,15 @@ def layers_of(file: Path) -> dict[str, str]:
     return found
 
 
-def further_runtimes(run: Run) -> tuple[tuple[InRuntime, ...], dict[str, str]]:
+def further_runtimes(run: Run, facts: Facts) -> tuple[tuple[InRuntime, ...], dict[str, str]]:
     """Both networks timed in every further runtime; one that cannot run them says why. The second: files with results.
 
     Raises:
         DeviceError: a runtime is not installed on a device.
     """
     found, files = [], {}
-    models = {name: run.directory / f"{name}.onnx" for name in NETWORKS}
     for device in run.further:
+        models = files_for(run, facts, device.name)
         at = {"device": device.name, "runtime": device.profile.runtime}
         with run.progress.stage(f"Time in {device.profile.runtime} on {device.name}") as report:
             try:
@@ -172,7 +178,15 @@ def hops_of(run: Run, facts: Facts) -> tuple[Hop, ...]:
     images, labels = first_batch(run, run.workload.search.first(run.config.export.parity_images))
     with run.progress.stage("Compare outputs on devices") as report:
         return tuple(
-            _hop(run, device, name, exported.artifact.precision, images, labels, partial(report, i + 1, len(devices)))
+            _hop(
+                run,
+                device,
+                (name, files_for(run, facts, device.name)[name]),
+                exported.artifact.precision,
+                images,
+                labels,
+                partial(report, i + 1, len(devices)),
+            )
             for i, device in enumerate(devices)
             for name, exported in facts.export.networks.items()
         )
@@ -185,7 +199,7 @@ def _is_here(profile: DeviceProfile) -> bool:
 def _hop(
     run: Run,
     device: Device,
-    name: str,
+    exported: tuple[str, Path],
     number: str,
     images: torch.Tensor,
     labels: torch.Tensor,
@@ -194,9 +208,10 @@ def _hop(
     """One file on one device.
 
     Args:
+        exported: the network's name, and its file for this device.
         number: the file's precision.
     """
-    file, bound = run.directory / f"{name}.onnx", precision(number).tolerance(run.config.export.tolerance)
+    (name, file), bound = exported, precision(number).tolerance(run.config.export.tolerance)
     tolerance = bound if math.isfinite(bound) else None
     at: dict[str, Any] = {
         "network": name,
@@ -270,10 +285,9 @@ def _write_input(run: Run, position: int) -> Path:
 
 
 def _measure(
-    run: Run, title: str, kind: str, inputs: Path | None = None
+    run: Run, facts: Facts, title: str, kind: str, inputs: Path | None = None
 ) -> tuple[Mapping[str, BenchmarkResult], dict[str, str]]:
     """Both ONNX files of a kind, measured at the final tier on every device, and the files that keep the results."""
-    models = {name: run.directory / f"{name}{kind}.onnx" for name in NETWORKS}
     with run.progress.stage(title) as report:
         tally, least = Tally(report, run.fleet.names, run.profile.final.processes), run.config.gate.min_speedup
 
@@ -286,7 +300,7 @@ def _measure(
             result = measure(
                 device.target,
                 device.profile,
-                models,
+                files_for(run, facts, device.name, kind),
                 "final",
                 told,
                 energy=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -12,9 +13,10 @@ import torch
 from torch import nn
 
 from secateur import __version__
-from secateur.export.artifact import ExportedModel, describe
+from secateur.export.artifact import ExportedModel, describe, sha256_of
 from secateur.export.errors import TemplateError
 from secateur.export.onnx_export import OPSET, describing, export_onnx, renamed, write_atomically
+from secateur.export.qdq import DEFAULT_SCHEME, most_careful
 from secateur.export.quantize import precision
 from secateur.export.slicing import OnnxTemplate, candidate_onnx
 from secateur.export.verify import TOLERANCE, predict, verify_parity
@@ -24,7 +26,6 @@ from secateur.pipeline.evaluation.precisions import FLOAT, Precisions
 from secateur.pipeline.run import hop_table
 from secateur.pipeline.run.facts import ExportedNetwork, ExportFacts, Facts, ParityFacts, Proof, ResultParity
 from secateur.pipeline.run.run import Run
-from secateur.pipeline.run.schemes import scheme_of
 from secateur.pipeline.stages.loading import first_batch, load_baseline, load_compact, parity_images
 from secateur.pipeline.workloads import Postprocessing
 from secateur.pruning.channels import ChannelGraph
@@ -58,9 +59,17 @@ def export(run: Run, facts: Facts) -> ExportFacts:
     images, targets = first_batch(run, run.workload.search.first(run.config.export.parity_images))
     chosen, tensor = facts.finetune.best.evaluation.precision, ""
     metrics = _metrics(run, model, compact, images, targets)
+    of_devices: Mapping[str, str] = {}
+    others, further = tuple[str, ...](), list[Path]()
     if chosen != FLOAT:
         in_float = exported[1].artifact.path.read_bytes()
-        exported[1] = _in_precision(run, chosen, exported[1], compact, plan, template)
+        of_devices = run.schemes(model, graph)
+        scheme = most_careful(of_devices.values()) if of_devices else DEFAULT_SCHEME
+        if not precision(chosen).calibrated:
+            of_devices = {}
+        others = tuple(sorted({other for other in of_devices.values() if other != scheme}))
+        exported[1] = _in_precision(run, chosen, exported[1], compact, plan, template, (scheme, *others))
+        further = _files_of(run, others)
         file = exported[1].artifact.path
         metrics[hop_table.ROUNDED] = _metric_of_file(run, file, images, targets)
         tensor = first_rounded(in_float, file.read_bytes(), images[:1].numpy())
@@ -74,7 +83,8 @@ def export(run: Run, facts: Facts) -> ExportFacts:
         certificate=certificate,
         hops=hops,
         usage=dict(run.workload.usage),
-        files=exported[0].files | exported[1].files,
+        files=exported[0].files | exported[1].files | {file.name: sha256_of(file) for file in further},
+        schemes={device: s for device, s in of_devices.items() if s in others} or None,
     )
 
 
@@ -154,22 +164,30 @@ def _in_precision(
     network: nn.Module,
     plan: PruningPlan,
     template: OnnxTemplate | None,
+    schemes: Sequence[str],
 ) -> ExportedNetwork:
     """The network's file in another precision, in the place of the one in fp32, and how far its outputs are off.
+
+    Args:
+        schemes: number types of its integers; those behind the first get files of their own (``of_scheme``).
 
     Raises:
         ExportError: it cannot be made.
     """
     after, path, images = run.workload.postprocessing, proven.artifact.path, parity_images(run)
     with run.progress.stage(f"Export in {name}") as report:
-        made = Precisions(run.workload, lambda: template, run.directory / CANDIDATES, scheme_of(run.profiles))
-        content = made.network(name, plan, network.state_dict(), lambda: network)
-        if template is None:  # the exporter's options hold for this file as well
-            source = onnx.load(path)
-            calibration = made.calibration(name) if precision(name).calibrated else None
-            content = precision(name).make(source, calibration).SerializeToString()
-        write_atomically(path, content)
-        artifact = _described(run, describe(path, name, plan.digest))
+        source = onnx.load(path)
+        for scheme in reversed(schemes if precision(name).calibrated else schemes[:1]):  # the first in the end
+            made = Precisions(run.workload, lambda: template, run.directory / CANDIDATES, scheme)
+            content = made.network(name, plan, network.state_dict(), lambda: network)
+            if template is None:  # the exporter's options hold for this file as well
+                calibration = made.calibration(name) if precision(name).calibrated else None
+                content = precision(name).make(source, calibration).SerializeToString()
+            file = path if scheme == schemes[0] else of_scheme(path, scheme)
+            write_atomically(file, content)
+            artifact = _described(run, describe(file, name, plan.digest))
+            if after is not None and file != path:
+                write_atomically(behind(file, after), after.append(onnx.load(file)).SerializeToString())
         parity = verify_parity(path, network, torch.split(images, 1), precision(name).tolerance(TOLERANCE))
         report(
             1,
@@ -181,6 +199,22 @@ def _in_precision(
     return exported if after is None else _with_postprocessing(exported, after, None, images)
 
 
+def _files_of(run: Run, schemes: Sequence[str]) -> list[Path]:
+    """The compact network's files in other number types."""
+    after, files = run.workload.postprocessing, [of_scheme(run.directory / "compact.onnx", s) for s in schemes]
+    return files if after is None else [*files, *(behind(file, after) for file in files)]
+
+
+def of_scheme(path: Path, scheme: str) -> Path:
+    """The same network's file in other number types, for devices that compute in those."""
+    return path.with_name(f"{path.stem}.{scheme}.onnx")
+
+
+def behind(path: Path, after: Postprocessing) -> Path:
+    """The same file with postprocessing."""
+    return path.with_name(f"{path.stem}.{after.name}.onnx")
+
+
 def _with_postprocessing(
     exported: ExportedNetwork, after: Postprocessing, network: nn.Module | None, images: torch.Tensor
 ) -> ExportedNetwork:
@@ -190,7 +224,7 @@ def _with_postprocessing(
         network: whose outputs they follow from; None = the outputs of the file without postprocessing.
     """
     path = exported.artifact.path
-    whole = path.with_name(f"{path.stem}.{after.name}.onnx")
+    whole = behind(path, after)
     write_atomically(whole, after.append(onnx.load(path)).SerializeToString())
     with torch.inference_mode():
         parts = torch.split(images, 1)

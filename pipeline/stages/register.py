@@ -139,7 +139,11 @@ def _version_files(run: Run, facts: Facts) -> list[Path]:
         write_whole(folder / name, text)
     shutil.copyfile(run.directory / "compact.plan.json", folder / "plan.json")
     names = [*facts.benchmark.files, facts.report.html, DATA_FACTS, CARD]
-    files = [folder / name for name in (*made, "plan.json")] + [run.directory / name for name in names]
+    after = run.workload.postprocessing
+    kind = "" if after is None else f".{after.name}"
+    names += [facts.export.file("compact", device, kind) for device in facts.export.schemes or ()]
+    files = [folder / name for name in (*made, "plan.json")]
+    files += [run.directory / name for name in dict.fromkeys(names)]
     if run.workload.postprocessing is not None:
         shutil.copyfile(run.directory / "compact.onnx", folder / promotion.NETWORK)
         files += [folder / promotion.NETWORK, run.directory / promotion.INPUTS]

@@ -27,7 +27,6 @@ from secateur.pipeline.run.facts import (
 from secateur.pipeline.run.proof import prove
 from secateur.pipeline.run.ranking import rank_exactly
 from secateur.pipeline.run.run import Run
-from secateur.pipeline.run.schemes import scheme_of
 from secateur.pipeline.run.scope import STAGE, choose_scope, write_down
 from secateur.pipeline.run.study import Study
 from secateur.pipeline.stages.loading import load_baseline
@@ -204,7 +203,7 @@ def settle_precision_latency(run: Run, oracle: Evaluator) -> Mapping[str, Mappin
 
     names = [profile.name for profile in run.profiles]
     ratios = precision_latency.settle(run.journal, tuple(oracle.precisions), names, measure)
-    for sentence in precision_latency.told(ratios or {}, scheme_of(run.profiles)):
+    for sentence in precision_latency.told(ratios or {}, run.schemes(oracle.accuracy.baseline.model, oracle.graph)):
         run.progress.say(sentence)
     return ratios
 

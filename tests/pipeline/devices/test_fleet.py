@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import yaml
+from onnx import TensorProto
 
 from secateur.device_profiles import DeviceError, Ratio
 from secateur.device_profiles.profile import Multiples
@@ -127,6 +129,51 @@ def evaluator(network: Any, template: Path, tmp_path: Path) -> Callable[..., Eva
         return make_evaluator(Baseline(*network, WORKLOAD), fleet, folder, config.search, config.finetune)
 
     return build
+
+
+@dataclass
+class Reading(MadeUp):
+    """A target that looks at the number types of activations in the candidates it is sent."""
+
+    types: list[int] = field(default_factory=list)
+
+    def run(self, request: Mapping[str, Any], timeout_s: float, progress: Any = None) -> dict[str, Any]:
+        for model in request["models"]:
+            if model["name"] == "candidate":
+                graph = onnx.load(model["path"]).graph
+                kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
+                self.types += {kinds[n.input[2]] for n in graph.node if n.op_type == "QuantizeLinear"}
+        return super().run(request, timeout_s, progress)
+
+
+def test_each_device_is_timed_with_the_number_types_of_its_processor(
+    network: Any, template: Path, tmp_path: Path
+) -> None:
+    folder, targets = tmp_path / "candidates", {"x86": Reading(), "arm": Reading(), "old": Reading()}
+    folder.mkdir()
+    shutil.copy(template, folder)
+    fleet = Fleet([device(name, target) for name, target in targets.items()])
+    config = parse_run_file(yaml.safe_dump(merged(TINY, {"search": {"latency": {"mode": "measure"}}})))
+    schemes = {"x86": "U8S8", "arm": "S8S8", "old": "U8S7"}
+    oracle = make_evaluator(
+        Baseline(*network, WORKLOAD),
+        fleet,
+        folder,
+        config.search,
+        config.finetune,
+        precisions=["int8"],
+        schemes=schemes,
+    )
+    figures = oracle.latency(some_plan(network), precision="int8")
+    assert {name: set(target.types) for name, target in targets.items()} == {
+        "x86": {TensorProto.UINT8},
+        "arm": {TensorProto.INT8},
+        "old": {TensorProto.UINT8},
+    }
+    assert {f"latency_ratio.{name}" for name in targets} <= set(figures)
+    assert len(list(folder.glob("template.int8-*.onnx"))) == 3, "a template for each scheme"
+    assert oracle.accuracy.precisions is not None
+    assert oracle.accuracy.precisions.scheme == "U8S7", "accuracies are of the most careful number types"
 
 
 def some_plan(network: Any, ratio: float = 0.5, seed: int = 0) -> PruningPlan:

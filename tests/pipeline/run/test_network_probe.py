@@ -245,7 +245,9 @@ def test_widths_pay_in_every_precision_that_may_ship_and_each_is_kept_apart(tmp_
     def found(folder: str, *precise: Precise) -> Settled:
         journal = Journal(tmp_path / folder / "journal.jsonl", folder, "digest")
         home = tmp_path / "devices"
-        answer = settle(journal, fleet_of(target), lambda: template, Cuts(graph), home, Silent(), precise=precise)
+        answer = settle(
+            journal, fleet_of(target), lambda: template, Cuts(graph), home, Silent(), precise={"d0": precise}
+        )
         assert settled(journal.records) == answer
         journal.close()
         return answer

@@ -19,7 +19,7 @@ def test_it_is_measured_once_for_each_precision_of_integers(tmp_path: Path) -> N
         ratios = precision_latency.settle(journal, tried, ("pc", "pi"), measure)
     journal.close()
     assert ratios == {"int8": {"pc": 0.5, "pi": 1.2}} and asked == ["int8"]
-    (sentence,) = precision_latency.told(ratios, "U8U8")
+    (sentence,) = precision_latency.told(ratios, dict.fromkeys(("pc", "pi"), "U8U8"))
     assert "on pi int8 makes the unpruned network slower: 1.20 of its latency in fp32 (number types U8U8" in sentence
 
 

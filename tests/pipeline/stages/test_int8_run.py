@@ -7,15 +7,19 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import yaml
 
 from secateur.export.verify import predict
 from secateur.pipeline.errors import UserError
+from secateur.pipeline.files import sha256_of
 from secateur.pipeline.lifecycle import promotion
 from secateur.pipeline.report import final_table
+from secateur.pipeline.run import schemes
 from secateur.pipeline.run.facts import from_json, to_json
 from secateur.pipeline.run.records import request_of
+from secateur.pipeline.stages.benchmark import load_benchmark
 from secateur.pipeline.stages.finetune import quantised_precision, tolerated
-from tests.pipeline.helpers import opened, perform, tiny_config
+from tests.pipeline.helpers import QUICK_DEVICE, opened, perform, tiny_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
 
@@ -72,6 +76,26 @@ def test_int8_is_searched_fine_tuned_timed_and_judged_as_one_file(
         assert predict(file, np.zeros((1, 1, 8, 8), np.float32)).shape == (1, 10)
     assert from_json("export", to_json(facts.export)) == facts.export
     assert ("precision", "fp32", "int8") in [row[:3] for row in final_table(facts)]
+
+
+@pytest.mark.slow
+def test_devices_of_different_number_types_get_a_file_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECATEUR_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(schemes, "candidates", lambda p: ("S8S8",) if p.name == "other" else ("U8S8",))
+    other = tmp_path / "other.yaml"
+    other.write_text(yaml.safe_dump(QUICK_DEVICE))
+    search = {"method": "uniform", "options": {}, "target": {"macs_ratio": 0.6}}
+    device = {"others": [str(other)]}
+    with opened(tiny_config(tmp_path, precision="int8", search=search, finetune={"top": 1}, device=device)) as run:
+        facts = perform(run, until="benchmark")
+        shared, own = run.directory / "compact.onnx", run.directory / "compact.S8S8.onnx"
+        assert facts.export.schemes == {"other": "S8S8"} and own.name in facts.export.files
+        assert [facts.export.file("compact", name) for name in ("quick", "other")] == [shared.name, own.name]
+        measured = {name: load_benchmark(run.directory, f"benchmark{name}.json") for name in ("", ".other")}
+        for name, file in (("", shared), (".other", own)):
+            assert measured[name].sha256["compact"] == sha256_of(file)
+        assert measured[""].sha256["baseline"] == measured[".other"].sha256["baseline"]
+    assert from_json("export", to_json(facts.export)) == facts.export
 
 
 def test_a_precision_that_there_is_not_is_a_fault_of_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
