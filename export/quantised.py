@@ -76,18 +76,19 @@ class QuantisedTemplate:
     Args:
         template: the float network's.
         made: what ``quantise`` made of its clean graph.
-        calibration: what with.
+        scheme: number types that it was made in.
+        file: where it is kept; None = nowhere.
 
     Raises:
         TemplateError: the quantised file cannot be cut, or its numbers do not follow the rules they are made anew by.
     """
 
-    def __init__(self, template: OnnxTemplate, made: onnx.ModelProto, calibration: Calibration) -> None:
-        self.template, self.calibration = template, calibration
+    def __init__(self, template: OnnxTemplate, made: onnx.ModelProto, scheme: str, file: Path | None = None) -> None:
+        self.template, self.file = template, file
         graph, full = template.graph, PruningPlan.full(template.graph.groups)
         _, self._folds = clean(template.proto())
         dense = folded(template.arrays(full), self._folds)
-        self._again = Requantiser(made, calibration.scheme, dense)
+        self._again = Requantiser(made, scheme, dense)
         self._check(made, self._again(dense))
         self._tensors = {tensor.name: tensor.SerializeToString() for tensor in made.graph.initializer}
         self._kinds = {tensor.name: tensor.data_type for tensor in made.graph.initializer}
@@ -109,11 +110,20 @@ class QuantisedTemplate:
         file = folder and folder / f"template.int8-{key_of(network, calibration)}.onnx"
         if file and file.exists():
             with contextlib.suppress(TemplateError):
-                return cls(template, _read(file), calibration)
+                return cls(template, _read(file), calibration.scheme, file)
         made = quantise(network, calibration)
         if file:
             write_atomically(file, made.SerializeToString())
-        return cls(template, made, calibration)
+        return cls(template, made, calibration.scheme, file)
+
+    @classmethod
+    def load(cls, template: OnnxTemplate, file: Path, scheme: str) -> Self:
+        """What another process made of the same template.
+
+        Raises:
+            TemplateError: the file is damaged, or of another network.
+        """
+        return cls(template, _read(file), scheme, file)
 
     @property
     def layers(self) -> tuple[str, ...]:

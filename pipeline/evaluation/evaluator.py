@@ -66,7 +66,7 @@ class Evaluator:
         trainer: fine-tunes candidates, and performs auxiliary trainings.
         saliency: scores channels.
         files: the plans' ONNX files, whose sizes count.
-        workers: worker processes that evaluate candidates in fp32; they need a deterministic accuracy evaluator.
+        workers: worker processes that evaluate candidates; they need a deterministic accuracy evaluator.
         precisions: which may ship, in the order of the run file, with who knows the plans' latencies in each; None =
             fp32 alone. ``latencies`` is that of fp32, which the unpruned network is in.
     """
@@ -205,9 +205,10 @@ class Evaluator:
         requests: dict[Key, AccuracyRequest] = {}
         for candidate in candidates:
             candidate.plan.validate(self.graph)
-            request = self._request(candidate, latency, floor)
-            if request.precision == FLOAT:
-                requests.setdefault(self.accuracy.key(request), request)
+            for name in self._tried(candidate.plan, latency):
+                if self.workers.can(self.accuracy, name):
+                    request = self._request(candidate, latency, floor, precision=name)
+                    requests.setdefault(self.accuracy.key(request), request)
         self.workers.begin(self.accuracy, {key: request for key, request in requests.items() if key not in self._known})
 
     def remember(self, candidate: Candidate, latency: bool, evaluation: Evaluation, *, exact: bool = False) -> None:

@@ -45,12 +45,18 @@ class Precisions:
         template: gives the network's ONNX template, or None where it cannot be cut.
         folder: where quantised templates are kept.
         scheme: a name of ``secateur.export.qdq.SCHEMES``.
+        ready: precision -> its quantised template, as another process made it.
     """
 
     def __init__(
-        self, workload: Workload, template: Callable[[], OnnxTemplate | None], folder: Path, scheme: str = "U8S8"
+        self,
+        workload: Workload,
+        template: Callable[[], OnnxTemplate | None],
+        folder: Path,
+        scheme: str = "U8S8",
+        ready: Mapping[str, Path] | None = None,
     ) -> None:
-        self.workload, self.folder, self.scheme = workload, folder, scheme
+        self.workload, self.folder, self.scheme, self.ready = workload, folder, scheme, dict(ready or {})
         self._float, self._lock = template, threading.RLock()
         self._calibration: Calibration | None = None
         self._templates: dict[str, QuantisedTemplate | None] = {}
@@ -69,17 +75,16 @@ class Precisions:
             ExportError: the training images cannot calibrate it, or ONNX Runtime cannot make it.
         """
         made, template = precision(name), self._float()
-        calibration = self.calibration(name) if made.calibrated else None
         if template is not None and not made.calibrated:
             content = template.slice(plan, state)
             return content if name == FLOAT else _in(name, content)
-        if calibration is not None and (quantised := self.template(name)) is not None:
+        if made.calibrated and (quantised := self.template(name)) is not None:
             try:
                 return quantised.slice(plan, state)
             except TemplateError as error:
                 log.warning("cannot cut the %s template for plan %s, quantising it anew: %s", name, plan.digest, error)
         whole = export_proto(cut().cpu(), self.workload.example_input(), optimize=False)
-        return bytes(made.make(whole, calibration).SerializeToString())
+        return bytes(made.make(whole, self.calibration(name) if made.calibrated else None).SerializeToString())
 
     def prepare(self, name: str) -> None:
         """Make what is made once for a precision.
@@ -100,6 +105,15 @@ class Precisions:
             if name not in self._templates:
                 self._templates[name] = self._open(name)
             return self._templates[name]
+
+    def kept(self, name: str) -> Path | None:
+        """The file of a calibrated precision's template, for other processes; None where there is none.
+
+        Raises:
+            ExportError: as ``template``.
+        """
+        template = self.template(name)
+        return None if template is None else template.file
 
     def calibration(self, name: str) -> Calibration:
         """The first training images as the network sees them, in no order of classes, and what stays in float.
@@ -162,6 +176,8 @@ class Precisions:
         if template is None:
             return None
         try:
+            if name in self.ready:
+                return QuantisedTemplate.load(template, self.ready[name], self.scheme)
             return QuantisedTemplate.make(template, self.calibration(name), self.folder)
         except TemplateError as error:
             log.warning("every candidate is quantised from the beginning, which takes seconds: %s", error)

@@ -15,12 +15,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from secateur.export.qdq import DEFAULT_SCHEME
 from secateur.export.slicing import OnnxTemplate
 from secateur.pipeline.children import leave_terminal
 from secateur.pipeline.config import trust
@@ -29,8 +31,9 @@ from secateur.pipeline.errors import UserError
 from secateur.pipeline.evaluation import shipped_data
 from secateur.pipeline.evaluation.accuracy import AccuracyEvaluator, Agreed
 from secateur.pipeline.evaluation.baseline import Baseline
+from secateur.pipeline.evaluation.precisions import Precisions
 from secateur.pipeline.evaluation.weights import Checkpoint
-from secateur.pipeline.evaluation.worker_pool import IMAGES, groups_digest, request_from_json
+from secateur.pipeline.evaluation.worker_pool import IMAGES, PRECISE, groups_digest, request_from_json
 from secateur.pipeline.files import sha256_of, write_whole
 from secateur.pipeline.surroundings import home
 from secateur.pipeline.training.checkpoints import load_weights
@@ -105,13 +108,19 @@ class CachedEvaluator:
                 f"a worker finds other channel groups ({found}) than the driver ({spec['groups']}); install the same "
                 "versions of Secateur and PyTorch on all machines"
             )
+        quantised = {k.removeprefix(PRECISE): blob for k, blob in spec.items() if k.startswith(PRECISE)}
+        files = {name: find_blob(blob, store) for name, blob in quantised.items()}
+        scheme = next((blob["scheme"] for blob in quantised.values()), DEFAULT_SCHEME)
+        opened = cache(lambda: None if template is None else OnnxTemplate.load(template, graph))
+        precisions = Precisions(workload, opened, Path(self.files.name), scheme, files) if files else None
         self.accuracy = AccuracyEvaluator(
             Baseline(model, graph, workload, spec["seed"], _compute(spec["compute"])),
             Path(self.files.name),
             SearchSection.model_validate(spec["search"]),
-            lambda: None if template is None else OnnxTemplate.load(template, graph),
+            opened,
             deterministic=True,
             agreed=Agreed(spec["backend"], order),
+            precisions=precisions,
         )
 
     def know(self, name: str, file: Mapping[str, Any], store: BlobStore | None) -> None:

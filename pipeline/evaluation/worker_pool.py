@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import io
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from secateur.device_profiles.cores import usable_cores
+from secateur.export.quantize import precision
 from secateur.pipeline.children import keep_from_children
 from secateur.pipeline.config import trust
 from secateur.pipeline.errors import SurroundingsError, UserError
 from secateur.pipeline.evaluation import shipped_data
 from secateur.pipeline.evaluation.accuracy import Accuracy, AccuracyEvaluator, AccuracyRequest, Key
 from secateur.pipeline.evaluation.onnx_files import TEMPLATE
+from secateur.pipeline.evaluation.precisions import FLOAT
 from secateur.pipeline.files import sha256_of, write_whole
 from secateur.pruning.channels import ChannelGraph
 from secateur.pruning.plan import PruningPlan
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 
 LIVES = 3
 """Deaths of workers over one batch, before its candidates are tried one by one; and then over one candidate."""
+PRECISE = "quantised "
+"""Before the name of a precision: the key of what its files are cut from."""
 IMAGES = "images"
 """What a worker names as missing if it cannot open the run's data itself."""
 
@@ -84,6 +88,21 @@ class WorkerPool:
         self._under_way: dict[Key, tuple[Future[list[Accuracy]], int]] = {}
         self._pool = ThreadPoolExecutor(engine.count, "workers", keep_from_children)  # one thread waits for one batch
 
+    def can(self, accuracy: AccuracyEvaluator, name: str) -> bool:
+        """Whether workers can evaluate networks in a precision, with the bits that this process would find.
+
+        Other precisions than fp32 are computed by ONNX Runtime's kernels for the processor at hand: by workers of this
+        machine alone, and from a template that was made here.
+
+        Raises:
+            ExportError: the network cannot be quantised at all.
+        """
+        if name == FLOAT:
+            return True
+        if not self.engine.local or accuracy.precisions is None:
+            return False
+        return precision(name).calibrated and accuracy.precisions.kept(name) is not None
+
     def begin(self, accuracy: AccuracyEvaluator, asks: Mapping[Key, AccuracyRequest]) -> None:
         """Hand out candidates; those handed out before and not answered yet are given up.
 
@@ -92,8 +111,9 @@ class WorkerPool:
         self._forget()
         if not asks or (len(asks) == 1 and self.engine.local):
             return
-        if not self._spec:
-            self._spec = self._describe(accuracy)
+        names = {request.precision for request in asks.values()} - {FLOAT}
+        if not self._spec or any(PRECISE + name not in self._spec for name in names):
+            self._spec = self._describe(accuracy, names)
         size = max(1, min(self.config.workers.batch, -(-len(asks) // self.engine.count)))
         keys, used = list(asks), {request.base for request in asks.values()}
         told = {base: c.to_json() for base, c in accuracy.weights.checkpoints.items() if base in used}
@@ -168,8 +188,18 @@ class WorkerPool:
                 assert self._ship is not None
                 self._spec = {**self._spec, IMAGES: _blob(self._ship())}
 
-    def _describe(self, accuracy: AccuracyEvaluator) -> dict[str, Any]:
-        """All that workers must know, as JSON; files by path and hash."""
+    def _describe(self, accuracy: AccuracyEvaluator, names: Iterable[str]) -> dict[str, Any]:
+        """All that workers must know, as JSON; files by path and hash.
+
+        Args:
+            names: of calibrated precisions that candidates are asked for in.
+        """
+        known = {key.removeprefix(PRECISE) for key in self._spec if key.startswith(PRECISE)}
+        precise = {}
+        for name in sorted(known.union(names)):
+            file = None if accuracy.precisions is None else accuracy.precisions.kept(name)
+            assert accuracy.precisions is not None and file is not None, "what `can` said"
+            precise[PRECISE + name] = {**_blob(file), "scheme": accuracy.precisions.scheme}
         config, inference, baseline = self.config, accuracy.deterministic, accuracy.baseline
         order, template = accuracy.order(), accuracy.folder / TEMPLATE
         if order is not None:
@@ -195,9 +225,10 @@ class WorkerPool:
             "groups": groups_digest(baseline.graph),
             "backend": inference.backend,
             "baseline": _blob(self.baseline),
-            "template": _blob(template) if inference.backend == "onnx" else None,
+            "template": _blob(template) if inference.backend == "onnx" or precise else None,
             "order": None if order is None else _blob(self.folder / "order.npy"),
             IMAGES: None,
+            **precise,
         }
 
 
@@ -210,6 +241,7 @@ def request_to_json(request: AccuracyRequest) -> dict[str, Any]:
         "exact": request.exact,
         "brief": request.brief,
         "recalibration_images": request.recalibration_images,
+        "precision": request.precision,
     }
 
 

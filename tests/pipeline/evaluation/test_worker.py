@@ -107,7 +107,12 @@ def make(scene: Scene, tmp_path: Path) -> Iterator[Make]:
     pools: list[WorkerPool] = []
 
     def build(
-        engine: Engine | None = None, name: str = "run", batch: int = 3, metric: str = "top1", **search: Any
+        engine: Engine | None = None,
+        name: str = "run",
+        batch: int = 3,
+        metric: str = "top1",
+        precisions: Sequence[str] = ("fp32",),
+        **search: Any,
     ) -> Evaluator:
         changed = {
             "search": scene.config.search.model_copy(update=search),
@@ -121,7 +126,14 @@ def make(scene: Scene, tmp_path: Path) -> Iterator[Make]:
         pools.extend([pool] if pool else [])
         fleet = Fleet([Device(profile, target)])
         return make_evaluator(
-            scene.network(metric), fleet, folder, config.search, config.finetune, deterministic=True, workers=pool
+            scene.network(metric),
+            fleet,
+            folder,
+            config.search,
+            config.finetune,
+            deterministic=True,
+            workers=pool,
+            precisions=precisions,
         )
 
     yield build
@@ -203,6 +215,25 @@ def test_a_worker_pool_leaves_the_journal_of_one_process(
     assert journalled(tmp_path, make(engine), asks(scene)) == alone
     assert sum(engine.batches) == 7 + 5 + 3  # plans met before were not sent, and twins once
     assert any(record.get("evaluation", {}).get("status") == "infeasible" for record in alone)
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_workers_of_this_machine_evaluate_integers_with_the_same_bits(
+    scene: Scene, make: Make, tmp_path: Path, local: bool
+) -> None:
+    ships, candidates = ("int8", "int8 except conv1"), scene.candidates(4)
+
+    def scored(oracle: Evaluator) -> list[Mapping[str, float]]:
+        oracle.ahead(candidates, latency=False)
+        found = [oracle.evaluate(candidate, latency=False) for candidate in candidates]
+        found += [oracle.evaluate(candidates[0], latency=False, precision=ships[1])]
+        assert {evaluation.status for evaluation in found} == {"ok"}
+        return [timeless(evaluation.metrics) for evaluation in found]
+
+    engine = InThreads(2)
+    engine.local = local
+    assert scored(make(engine, "pool", precisions=ships)) == scored(make(None, "alone", precisions=ships))
+    assert sum(engine.batches) == (4 if local else 0), "another processor would find other last bits"
 
 
 def test_a_run_killed_and_resumed_with_a_worker_pool_leaves_the_same_journal(
