@@ -5,8 +5,9 @@
 
 The straightforward loop is what a user of Torch-Pruning writes: a deep copy, a dependency graph, the same channels
 pruned, and the copy run in PyTorch on batches of 250. Both get the same plans and the same images, in turn in one
-process, and must find the same accuracy. With one thread the times are CPU times, otherwise wall times. (SECATEUR_DATA
-is the folder of pipeline/runs/cifar10-resnet20.yaml, with the weights of ResNet-56.)
+process, and must find the same accuracy; neither takes batch-norm statistics anew, which the loop does not know of.
+With one thread the times are CPU times, otherwise wall times. (SECATEUR_DATA is the folder of
+pipeline/runs/cifar10-resnet20.yaml, with the weights of ResNet-56.)
 
 `ccep_speedup`: the evolutionary search of CCEP itself, in five groups from the first block to the last, with the
 authors' population and generations: seconds of the loop for all its distinct plans (a sample is timed) over our
@@ -39,16 +40,38 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks._output import Figure, parser, present
-from benchmarks.methods import Bench, Scale
+from secateur.device_profiles.profile import load_profile
+from secateur.device_profiles.target import open_target
+from secateur.pipeline.config.reading import parse_run_file
+from secateur.pipeline.devices.fleet import Device, Fleet
+from secateur.pipeline.evaluation.baseline import Baseline
+from secateur.pipeline.evaluation.evaluator import make_evaluator
+from secateur.pipeline.run.opening import open_workload
 from secateur.pruning import PruningPlan
 from secateur.pruning.cost import cost
+from secateur.pruning.plan import SearchSpace
 from secateur.pruning.search.group_evolution import Settings, Subproblem, evolve
 from secateur.pruning.search.protocol import Candidate, Evaluate, Evaluation, Goal, Problem
+from secateur.pruning.trace import trace
 
 CCEP_SPEEDUP, PLAN_SPEEDUP = 10.0, 6.0
 TIMES_LIMIT = 1.5
 BATCH = 250
 MATRIX = 2048
+RUN = """
+name: evaluator
+workload:
+  name: classification
+  model: {name: cifar/resnet56, weights: cifar10/resnet56_cifar10.safetensors}
+  data:
+    source: arrays
+    train: cifar10/train
+    test: cifar10/test
+    mean: [0.485, 0.456, 0.406]
+    std: [0.229, 0.224, 0.225]
+    search_fraction: 0.1
+search: {method: ccep, target: {macs_ratio: 0.5}}
+"""
 
 
 def straightforward(model: nn.Module, plan: PruningPlan, batches: list[Tensor]) -> Tensor:
@@ -82,12 +105,20 @@ class Comparison:
     """Both evaluators on the same network and images."""
 
     def __init__(self, images: int, threads: int, folder: Path) -> None:
-        self.bench = Bench(Scale((0.5,), images, 0, 0, 1, 0.01), threads, channel_multiple=1)
-        self.oracle = self.bench.evaluator(folder)
-        self.model, self.images = self.bench.model, images
+        torch.set_num_threads(threads)
+        config, profile = (
+            parse_run_file(RUN, "evaluator", [f"search.images={images}", "search.recalibrate_images=0"]),
+            load_profile("local"),
+        )
+        workload = open_workload(config)
+        self.model, self.images = workload.build_model(), images
+        self.graph = trace(self.model, workload.example_input())
+        self.space = SearchSpace.of(self.graph.groups, channel_multiple=1, min_keep_ratio=0.1)
+        baseline, fleet = Baseline(self.model, self.graph, workload), Fleet([Device(profile, open_target(profile))])
+        self.oracle = make_evaluator(baseline, fleet, folder, config.search, config.finetune)
         self.clock = time.process_time if threads == 1 else time.perf_counter
         split, whole = self.oracle.accuracy.split, torch.arange(images)
-        load = self.bench.workload.batch
+        load = workload.batch
         self.batches = [
             load(split, part, train=False, generator=None, device=torch.device("cpu")) for part in whole.split(BATCH)
         ]
@@ -124,7 +155,7 @@ class Comparison:
 
     def evolve(self, name: str, generations: int) -> tuple[float, list[tuple[Candidate, Evaluation]]]:
         """Our seconds for the search of one group, and what it asked for."""
-        space, full = self.bench.space, self.bench.space.full
+        space, full = self.space, self.space.full
         snapshot = Candidate(next(self.ids), full, "snapshot")
         seconds, whole = self.ours(snapshot)
         problem = Problem(space, whole, lambda e: e["top1"], lambda w: {}, Goal(), np.random.default_rng(0))
@@ -158,8 +189,8 @@ def main() -> None:
 
 
 def compare(both: Comparison, options: Any) -> None:
-    full, rng = both.bench.space.full, np.random.default_rng(0)
-    inner = [name for name in both.bench.space.names if name.endswith(".conv1")]
+    full, rng = both.space.full, np.random.default_rng(0)
+    inner = [name for name in both.space.names if name.endswith(".conv1")]
     after = macs_after(both.model, both.batches[0][0][:1])
     both.oracle.accuracy.inference._patience_s = 0.0
     first_s, _ = both.plan(full)
@@ -188,7 +219,7 @@ def compare(both: Comparison, options: Any) -> None:
         slow, expected = both.loop(plan)
         differing += found["top1"] != expected
         times.append((fast + shared_s / (55 * len(inner)), slow))
-        macs.append(cost(both.bench.graph, plan).macs)
+        macs.append(cost(both.graph, plan).macs)
     ours_s, loop_s = np.sum(times, axis=0).tolist()
     row("all groups", options.plans, loop_s, ours_s, float(np.mean(macs)), 0)
     for r in rows:

@@ -71,3 +71,18 @@ def test_benchmarks_import_what_there_is() -> None:
                 for alias in node.names:
                     there = hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}")
                     assert there, f"{script.name}: {node.module} has no {alias.name}"
+
+
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in (Path(__file__).parents[1] / "benchmarks").glob("[!_]*.py"))
+)
+def test_a_benchmark_can_be_started(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing else runs them for months, while what they import moves on."""
+    module = importlib.import_module(f"benchmarks.{name}")
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert ended.value.code == 0
+    assert f"usage: {name}" in capsys.readouterr().out
