@@ -34,6 +34,9 @@ def import_on_first_use(package: str, homes: Mapping[str, Sequence[str]]) -> lis
     def instead_of_module(name: str) -> property:
         return property(lambda self: load(self, name), lambda self, module: None)
 
+    def names(self: ModuleType) -> list[str]:  # for completion in a shell, and for the pages of the API
+        return sorted({*self.__dict__, *module_of})
+
     shared = {name: instead_of_module(name) for name in module_of if name in homes}
-    sys.modules[package].__class__ = type("Package", (ModuleType,), {"__getattr__": load, **shared})
+    sys.modules[package].__class__ = type("Package", (ModuleType,), {"__getattr__": load, "__dir__": names, **shared})
     return sorted(module_of)

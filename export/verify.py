@@ -31,7 +31,7 @@ class Parity:
 
     Args:
         ok: within the tolerance.
-        max_relative_error: max |onnx - torch| / max |torch| over all samples, of the output where it is largest.
+        max_relative_error: ``max |onnx - torch| / max |torch|`` over all samples, of the output where it is largest.
         argmax_agreement: share of rows (last axis of the first output) with the same argmax.
         samples: inputs compared (entries of the first input's first dimension).
         reason: what is wrong; empty when ok.

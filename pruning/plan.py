@@ -333,6 +333,7 @@ class SearchSpace:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The groups' names, in network order: that of every width vector."""
         return tuple(self.sizes)
 
     def over(self, names: Collection[str]) -> SearchSpace:

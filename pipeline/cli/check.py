@@ -61,7 +61,6 @@ def _config(task: str, given: list[str], trusted: bool) -> RunFile:
     """
     from secateur.device_profiles.shelf import in_file
     from secateur.pipeline.config import trust
-    from secateur.pipeline.config.consents import refuse_what_others_write
     from secateur.pipeline.config.reading import load_run_file, parse_run_file
 
     overrides = [f"workload.options.{one}" for one in given]
@@ -77,7 +76,5 @@ def _config(task: str, given: list[str], trusted: bool) -> RunFile:
         return config
     made = parse_run_file("name: check\nworkload: {name: custom, task: task.py:Task}", task, overrides)
     config = made.model_copy(update={"workload": {**made.workload, "task": task}}).lying_in(Path.cwd())
-    for found in trust.code_in(config, Path.cwd() / "run.yaml"):
-        refuse_what_others_write(found)
-        trust.allow(found.entries)
+    trust.allow_typed(trust.code_in(config, Path.cwd() / "run.yaml"))
     return config

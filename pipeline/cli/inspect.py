@@ -24,7 +24,8 @@ def list_(
 ) -> None:
     """List the search methods, workloads or device profiles a run file can name.
 
-    `secateur runs list` lists the runs.
+    Those of installed packages are among them. A file of your own is on no list: `secateur explain FILE.py:NAME` shows
+    what a method in it is. `secateur runs list` lists the runs.
     """
     if json_:
         out.data([{"name": name, "description": text} for name, text in listing(what).items()])
@@ -40,7 +41,7 @@ def explain(
         str,
         typer.Argument(
             metavar="KEY|METHOD",
-            help="A key of the run file, with dots, or a search method.",
+            help="A key of the run file, with dots, or a search method; FILE.py:NAME for one of your own.",
             autocompletion=completers.explained,
         ),
     ],
@@ -50,11 +51,17 @@ def explain(
     Example: secateur explain search.latency.max_error
 
     Example: secateur explain ccep
+
+    The code of a FILE.py:NAME is run: naming it here is your consent, for this once.
     """
     from secateur.device_profiles.shelf import in_file
     from secateur.pruning.search import METHODS
 
-    if METHODS.has(word) or in_file(word):
+    if in_file(word):
+        from secateur.pipeline.config import trust
+
+        trust.allow_typed([trust.method_of_file(word)])
+    if METHODS.has(word):
         _explain_method(word)
     else:
         _explain_key(word, METHODS.names())

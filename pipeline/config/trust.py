@@ -264,6 +264,29 @@ def consented(load: Callable[[], RunFile], file: Path, ask: Callable[[Found], bo
     return load() if any(entry.place in SHELVES for one in code for entry in one.entries) else config
 
 
+def allow_typed(code: Iterable[Found]) -> None:
+    """Let this process run what its user has named in the command: that is consent, for this once.
+
+    Raises:
+        UserError: others can write what would run.
+    """
+    for found in code:
+        refuse_what_others_write(found)
+        allow(found.entries)
+
+
+def method_of_file(name: str) -> Found:
+    """The search method that a ``FILE.py:NAME`` means in the current folder.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    of_file = _of_file(name, "search.method", Path.cwd())
+    assert of_file is not None, name
+    entry, file = of_file
+    return Found(file, (entry,), (file,))
+
+
 def refusal(code: Sequence[Found]) -> str:
     """What would run, and how to say yes."""
     listed = "\n".join(f"  {printable(one.file)}: {entry}" for one in code for entry in one.entries)

@@ -23,15 +23,23 @@ def section(m: Material) -> Section:
         return nothing(TITLE, f"The search evaluated {say.plural(len(known), 'candidate')}, which shows no progress.")
     cost = _cost(known)
     volumes = hypervolumes(known, cost)
-    total = volumes[-1] or 1.0
-    reached = next(p for p, volume in zip(known, volumes, strict=True) if volume >= NEARLY * total)
-    said = (
-        f"{say.percent(NEARLY, 0)} of the final hypervolume after {reached.evaluations:,.0f} of "
-        f"{known[-1].evaluations:,.0f} evaluations ({say.seconds(reached.seconds)} of "
-        f"{say.seconds(known[-1].seconds)})."
-    )
-    figures = [_progress(searched, known, [v / total for v in volumes], cost)]
-    predicted, missing = _predicted(m), []
+    total = volumes[-1]
+    figures, missing = [], []
+    if total > 0:
+        reached = next(p for p, volume in zip(known, volumes, strict=True) if volume >= NEARLY * total)
+        said = (
+            f"{say.percent(NEARLY, 0)} of the final hypervolume after {reached.evaluations:,.0f} of "
+            f"{known[-1].evaluations:,.0f} evaluations ({say.seconds(reached.seconds)} of "
+            f"{say.seconds(known[-1].seconds)})."
+        )
+        figures.append(_progress(searched, known, [v / total for v in volumes], cost))
+    else:
+        said = (
+            f"None of {say.plural(len(known), 'candidate')} was both cheaper than the unpruned network and more "
+            "accurate than the worst of them: the front did not grow."
+        )
+        missing.append(f"{TITLE}: the front did not grow, so its progress is not drawn.")
+    predicted = _predicted(m)
     if predicted is None:
         missing.append("Search: no plan was both predicted and measured, so the latency model's errors are not drawn.")
     else:

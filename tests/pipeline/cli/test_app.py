@@ -207,6 +207,21 @@ def test_every_method_is_explained_with_options_that_can_be_pasted_into_a_run_fi
     assert TypeAdapter(options).validate_python(section["options"]) == options()
 
 
+def test_a_method_in_a_file_of_the_users_is_explained_like_a_shipped_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured, tmp_path: Path
+) -> None:
+    uniform = METHODS.load("uniform").__file__
+    assert uniform is not None
+    (tmp_path / "mine.py").write_text(Path(uniform).read_text())
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, "explain", "mine.py:mine") == 0
+    assert (
+        yaml.safe_load(capsys.readouterr().out.partition("search:")[2].partition("\n\n")[0])["method"] == "mine.py:mine"
+    )
+    assert call(monkeypatch, "explain", "other.py:mine") == errors.EXIT_USER
+    assert "there is no file" in capsys.readouterr().err
+
+
 def test_an_unknown_method_is_explained_by_the_known_ones(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
     assert call(monkeypatch, "explain", "ccepp") == errors.EXIT_USER
     assert "did you mean 'ccep'" in capsys.readouterr().err

@@ -64,6 +64,17 @@ def test_a_run_that_failed_half_way_says_in_every_section_what_is_missing(done: 
     assert "Verdict" in page(failed, made, told) and "Verdict" in markdown(failed, made)
 
 
+@pytest.mark.parametrize("metrics", [{"top1": 0.25}, {"latency_ratio": 1.2}])
+def test_a_search_in_which_every_candidate_is_alike_has_its_report_too(metrics: dict[str, float]) -> None:
+    material = made_up()
+    records = json.loads(json.dumps(material.records))
+    for record in records[2:]:
+        record["evaluation"]["metrics"] |= metrics
+    made = {section.title: section for section in sections(made_up(records=records))}
+    assert "the front did not grow" in made["Search"].sentence
+    assert made["Search"].text, "what the search cost is told all the same"
+
+
 def test_the_json_fits_its_published_schema_and_names_no_machine() -> None:
     material = made_up()
     told = json.loads(text_of(document(material, sections(material))))
