@@ -49,10 +49,12 @@ class Ratio:
 
     @property
     def half_width(self) -> float:
+        """Half of the interval's length."""
         return (self.high - self.low) / 2
 
     @property
     def inverse(self) -> Ratio:
+        """The ratio the other way round: a speed-up of a latency ratio."""
         return Ratio(1 / self.value, 1 / self.high, 1 / self.low if self.low else math.inf)
 
     @property

@@ -170,6 +170,7 @@ class DeviceProfile(BaseModel):
         return Multiples(**dict.fromkeys(Multiples.model_fields, self.channel_multiple))
 
     def tier(self, name: Literal["search", "final"]) -> Tier:
+        """How long to measure: a candidate, or the last timing."""
         return self.search if name == "search" else self.final
 
 

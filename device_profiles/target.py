@@ -57,7 +57,8 @@ class Target(Protocol):
         """Bring a file that the agent left (an answer names it) from the device; it appears whole or not at all."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End the connection, and what was started for it."""
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,7 @@ class PruningPlan:
 
     @property
     def is_full(self) -> bool:
+        """Whether nothing is removed."""
         return all(len(kept) == self.sizes[name] for name, kept in self.kept.items())
 
     def is_within(self, other: PruningPlan) -> bool:

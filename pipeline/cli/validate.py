@@ -35,6 +35,9 @@ def validate(
     estimating: Annotated[
         bool, typer.Option("--estimate/--no-estimate", help="Time a few steps to tell what the run takes.")
     ] = True,
+    groups: Annotated[
+        bool, typer.Option("--groups", help="List the channel groups, and what is frozen and why.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
     trust: Trust = False,
 ) -> None:
@@ -66,6 +69,8 @@ def validate(
         out.data(document(file, preflight, taken))
     else:
         _show(preflight, taken)
+        if groups and preflight.network is not None:
+            out.print(f"\n{preflight.network.graph.report()}\n")
     if preflight.faults and as_json:
         raise typer.Exit(EXIT_USER)
     if preflight.faults:

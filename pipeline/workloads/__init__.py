@@ -143,8 +143,11 @@ class Workload(Protocol):
     record: DataRecord
     """Which images are in which split, and what the fingerprint is made of."""
     train: Split
+    """What training sees."""
     search: Split
+    """What candidates are evaluated on."""
     test: Split
+    """What the last figures are of."""
     postprocessing: Postprocessing | None
     """None where outputs are what a user wants."""
     num_classes: int | None
@@ -216,7 +219,8 @@ class Workload(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """A batch of images as the search sees them where they may be known by heart: altered without being harder."""
 
-    def loss(self, outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor: ...
+    def loss(self, outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """What training lowers: a scalar, the mean over the batch."""
 
     def distillation(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """What fine-tuning adds to the loss for a teacher: how far its softened outputs are from the student's."""

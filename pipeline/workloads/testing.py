@@ -71,6 +71,7 @@ class Opened:
 
     @property
     def targets(self) -> Tensor:
+        """The targets of ``batch``."""
         return self.batch[1]
 
     def taken(self, which: range, *, train: bool = False, seed: int = 0) -> tuple[Tensor, Tensor]:

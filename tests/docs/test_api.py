@@ -5,6 +5,7 @@ A change that breaks a caller is a line in CHANGELOG.md and a new commit in that
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 from collections.abc import Iterator
@@ -60,6 +61,14 @@ def test_no_caller_of_the_public_api_is_broken(tmp_path: Path) -> None:
     assert MODULES
     found = sorted(set(breakages(loaded(tmp_path), loaded(ROOT))))
     assert not found, "a line in CHANGELOG.md, and the commit before the change in docs/api-baseline"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_pages_and_shells_see_every_public_name(name: str) -> None:
+    module = importlib.import_module(name)
+    assert set(getattr(module, "__all__", ())) <= set(dir(module)), "the page would not have it"
+    for each in getattr(module, "__all__", ()):
+        assert getattr(module, each).__doc__, f"{each} has no docstring, so the page leaves it out"
 
 
 def test_a_broken_promise_is_found(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Image classification: a classifier by name or of one's own, on digits, torchvision data, folders or arrays."""
+"""Image classification: a classifier by name or of one's own, on digits, torchvision data, folders, tables, arrays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Object detection: SSDs by name or of one's own, on digit scenes, PASCAL VOC or COCO; multibox loss and mAP50.
+"""Object detection: SSDs by name or of one's own, on digit scenes, YOLO, VOC or COCO data; multibox loss and mAP50.
 
 A detector gives one tensor of raw heads (``ssd``); boxes, suppression and average precision come
 after it, here. Targets are one tensor per batch, with as many rows for every image as the fullest one needs.

@@ -61,9 +61,14 @@ def test_own_devices_are_listed_even_when_broken(
     assert "unusable" in text
 
 
-def test_validate_tells_the_splits(monkeypatch: pytest.MonkeyPatch, capsys: Captured, tmp_path: Path) -> None:
-    assert call(monkeypatch, "validate", str(write_tiny(tmp_path))) == 0
-    assert " test" in capsys.readouterr().out
+def test_validate_tells_the_splits_and_the_channel_groups(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured, tmp_path: Path
+) -> None:
+    assert call(monkeypatch, "validate", str(write_tiny(tmp_path)), "--groups") == 0
+    shown = capsys.readouterr().out
+    assert " test" in shown
+    assert "read by" in shown
+    assert "reaches the model's output" in shown
 
 
 @pytest.mark.parametrize(
