@@ -39,8 +39,16 @@ def breakages(old: griffe.Object | griffe.Alias, new: griffe.Object | griffe.Ali
         if before is not None and after is None:
             yield f"{name} is gone"
         elif before is not None and after is not None:  # else it became public later
+            known = shown(before)
             for breakage in griffe.find_breaking_changes(before, after):
-                yield f"{breakage.obj.path}: {breakage.explain()}"
+                if any(breakage.obj.path == path or breakage.obj.path.startswith(f"{path}.") for path in known):
+                    yield f"{breakage.obj.path}: {breakage.explain()}"
+
+
+def shown(module: griffe.Object | griffe.Alias) -> set[str]:
+    """Where what a page shows of a module stands: in it, or in a module below it, which is no page for that."""
+    members = [each for each in module.members.values() if each.is_alias or not each.is_module]
+    return {each.path for each in members} | {each.target_path for each in members if isinstance(each, griffe.Alias)}
 
 
 def member(package: griffe.Object | griffe.Alias, path: str) -> griffe.Object | griffe.Alias | None:
@@ -73,9 +81,14 @@ def test_pages_and_shells_see_every_public_name(name: str) -> None:
 
 def test_a_broken_promise_is_found(tmp_path: Path) -> None:
     texts = {"old": "def cost(graph, plan=None):\n    ...\n", "new": "def cost(plan):\n    ...\n"}
+    names = "from secateur.pruning.costs import cost as count\n"
     for name, text in texts.items():
         (tmp_path / name / "secateur" / "pruning").mkdir(parents=True)
         (tmp_path / name / "secateur" / "__init__.py").touch()
-        (tmp_path / name / "secateur" / "pruning" / "__init__.py").write_text(text)
+        (tmp_path / name / "secateur" / "pruning" / "__init__.py").write_text(names + text)
+        (tmp_path / name / "secateur" / "pruning" / "costs.py").write_text(text)
+        (tmp_path / name / "secateur" / "pruning" / "inner.py").write_text(text)
     found = list(breakages(loaded(tmp_path / "old"), loaded(tmp_path / "new")))
-    assert any("cost" in line and "removed" in line.lower() for line in found), found
+    for place in ("pruning.cost:", "pruning.costs.cost:"):
+        assert any(f"secateur.{place}" in line and "removed" in line.lower() for line in found), found
+    assert not any("inner" in line for line in found), "what no page shows may change"
