@@ -1,4 +1,4 @@
-"""Whether a file computes on a device what it computes here, and where it first does not.
+"""Whether a file computes on a device what it computes here, or a network in PyTorch; and where it first does not.
 
 The same images go through the very file that is timed, one at a time, in the device's runtime; answers are compared
 with those of ONNX Runtime on this machine, in numbers and by the workload's metric.
@@ -17,13 +17,15 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from secateur.device_profiles import DeviceError, DeviceProfile, Target
 from secateur.device_profiles.agent import PROTOCOL
 from secateur.device_profiles.runtime import runtime_field
 from secateur.export.errors import ExportError
 from secateur.export.folding import clean
-from secateur.export.qdq import DEQUANTISED
+from secateur.export.qdq import DEQUANTISED, LAYERS
 from secateur.export.verify import open_session, predict, run_session
 from secateur.pipeline.archives import check_archive
 from secateur.pipeline.workloads import Workload
@@ -135,6 +137,77 @@ def first_divergence(target: Target, profile: DeviceProfile, file: Path, image: 
                 if name in nodes and relative_error(there[name], expected) > tolerance:
                     return f"{nodes[name].op_type} {nodes[name].name or name}, tensor {name}"
     return ""
+
+
+def first_apart(network: nn.Module, file: Path, image: Array, tolerance: float) -> str:
+    """The first layer of a file whose output is not that of the network's module; empty where all agree.
+
+    Layers are told by their weights' names. Where a file has a batch norm in the layer before it, its output is that of
+    the batch norm.
+
+    Args:
+        network: in PyTorch, in eval mode.
+        image: shape (1, channels, height, width).
+        tolerance: relative to the largest magnitude of a tensor.
+
+    Raises:
+        ExportError: ONNX Runtime cannot run the file.
+    """
+    model = onnx.load(file)
+    modules = dict(network.named_modules())
+    layers = [
+        (node, name.removesuffix(".weight"))
+        for node in model.graph.node
+        for name in node.input[1:2]
+        if node.op_type in LAYERS and name.removesuffix(".weight") in modules
+    ]
+    known = {port.name for port in model.graph.output}
+    model.graph.output.extend(
+        onnx.helper.make_tensor_value_info(node.output[0], onnx.TensorProto.FLOAT, None)
+        for node, _ in layers
+        if node.output[0] not in known
+    )
+    found = _tensors(model, image, [node.output[0] for node, _ in layers])
+    outputs, agreed = _outputs_of_modules(network, torch.from_numpy(image)), ""
+    for node, layer in layers:
+        expected = outputs.get(layer, [])
+        errors = [relative_error(found[node.output[0]], each) for each in expected]
+        if errors and min(errors) > tolerance:
+            before = f" (up to {agreed} all agree)" if agreed else ""
+            return f"{node.op_type} {layer}, tensor {node.output[0]}{before}"
+        agreed = layer if errors else agreed
+    return ""
+
+
+def _outputs_of_modules(network: nn.Module, image: torch.Tensor) -> dict[str, list[Array]]:
+    """What every convolution and linear layer puts out at each call, and what a batch norm right behind it does."""
+    outputs: dict[str, list[Array]] = {}
+    made_by: dict[int, tuple[str, torch.Tensor]] = {}  # tensors are kept, so that no other one gets their id
+
+    def look(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            if not isinstance(output, torch.Tensor):
+                return
+            before = made_by.get(id(inputs[0])) if inputs else None
+            if isinstance(module, _BatchNorm):
+                name_of = before[0] if before is not None else None
+            else:
+                name_of = name
+                made_by[id(output)] = name, output
+            if name_of is not None:
+                outputs.setdefault(name_of, []).append(output.detach().float().cpu().numpy().copy())
+
+        return hook
+
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, _BatchNorm)
+    handles = [m.register_forward_hook(look(name)) for name, m in network.named_modules() if isinstance(m, kinds)]
+    try:
+        with torch.inference_mode():
+            network(image.to(next(network.parameters()).device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs
 
 
 def first_rounded(floats: bytes, rounded: bytes, image: Array, bound: float = ROUNDED) -> str:

@@ -24,6 +24,7 @@ def of_export(
     metrics: Mapping[str, float],
     max_drop: float | None = None,
     tensor: str = "",
+    apart: Mapping[str, str] | None = None,
 ) -> tuple[ProofHop, ...]:
     """The steps up to the files.
 
@@ -32,6 +33,7 @@ def of_export(
         metrics: by ``DENSE``, ``PRUNED`` ..., on the images of the parity check.
         max_drop: what the gate allows the metric to lose: the bound of a step that has no other.
         tensor: the first one that 8 bits change much.
+        apart: ``BASELINE``, ``COMPACT`` -> the first layer whose output is another one in the file than in PyTorch.
     """
     samples = compact.parity.samples
 
@@ -52,7 +54,7 @@ def of_export(
             metric=after,
             samples=samples,
             reason=reason,
-            tensor=tensor if reason and bound is None else "",
+            tensor=(tensor if bound is None else (apart or {}).get(keys[1], "")) if reason else "",
         )
 
     hops = [

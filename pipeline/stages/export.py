@@ -20,7 +20,7 @@ from secateur.export.qdq import DEFAULT_SCHEME, most_careful
 from secateur.export.quantize import precision
 from secateur.export.slicing import OnnxTemplate, candidate_onnx
 from secateur.export.verify import TOLERANCE, predict, verify_parity
-from secateur.pipeline.evaluation.hops import first_rounded
+from secateur.pipeline.evaluation.hops import first_apart, first_rounded
 from secateur.pipeline.evaluation.onnx_files import CANDIDATES, TEMPLATE
 from secateur.pipeline.evaluation.precisions import FLOAT, Precisions
 from secateur.pipeline.run import hop_table
@@ -56,6 +56,11 @@ def export(run: Run, facts: Facts) -> ExportFacts:
             exported.append(_export_one(run, name, network, own, "" if own is full else own.digest, template))
             error = exported[-1].parity.max_relative_error
             report(len(exported), 2, f"largest relative difference {error:.1e}")
+    apart = {
+        key: first_apart(network, each.artifact.path, parity_images(run)[:1].numpy(), run.config.export.tolerance)
+        for key, network, each in zip((hop_table.BASELINE, hop_table.COMPACT), (model, compact), exported, strict=True)
+        if not each.parity.ok
+    }
     images, targets = first_batch(run, run.workload.search.first(run.config.export.parity_images))
     chosen, tensor = facts.finetune.best.evaluation.precision, ""
     metrics = _metrics(run, model, compact, images, targets)
@@ -74,9 +79,8 @@ def export(run: Run, facts: Facts) -> ExportFacts:
         metrics[hop_table.ROUNDED] = _metric_of_file(run, file, images, targets)
         tensor = first_rounded(in_float, file.read_bytes(), images[:1].numpy())
     certificate = Proof(**asdict(certify(model, prune(model, graph, plan), graph, plan, run.workload.example_input())))
-    hops = hop_table.of_export(
-        exported[0], exported[1], certificate, run.config.export.tolerance, metrics, run.config.gate.max_drop, tensor
-    )
+    bounds = run.config.export.tolerance, metrics, run.config.gate.max_drop
+    hops = hop_table.of_export(exported[0], exported[1], certificate, *bounds, tensor, apart)
     return ExportFacts(
         baseline=exported[0],
         compact=exported[1],

@@ -16,9 +16,12 @@ from onnx import numpy_helper
 from secateur.device_profiles import LocalTarget
 from secateur.device_profiles.runtime import runtime_named
 from secateur.export.convert import in_format
+from secateur.export.folding import clean
+from secateur.export.onnx_export import export_onnx
 from secateur.export.qdq import Calibration
 from secateur.export.quantised import QuantisedTemplate
 from secateur.pipeline.evaluation import hops
+from secateur.pipeline.workloads.networks.small import CifarResNet
 from secateur.pruning.plan import PruningPlan
 from tests.device_profiles import arm
 from tests.device_profiles.tiny import quick_profile, skip_without
@@ -93,6 +96,27 @@ def test_the_first_tensor_that_differs_is_named(layer: str, target: LocalTarget,
     whole = hops.first_divergence(altered, quick_profile(), file, image, 1e-4)
     assert whole == f"Conv {layer}, tensor {layer}"
     assert hops.first_divergence(target, quick_profile(), file, image, 1e-4) == ""
+
+
+@pytest.mark.parametrize("folded", [False, True], ids=["as exported", "batch norm folded"])
+@pytest.mark.parametrize("layer", ["conv1", "layer2.0.conv1", "layer3.0.conv2", "linear"])
+def test_the_first_layer_of_a_file_that_is_not_pytorchs_is_named(layer: str, folded: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, file = CifarResNet(1).eval(), tmp_path / "m.onnx"
+    image = torch.randn(1, 3, 32, 32)
+    export_onnx(network, image, file)
+    model = onnx.load(file)
+    if folded:
+        model, _ = clean(model)
+        onnx.save(model, file)
+    assert hops.first_apart(network, file, image.numpy(), 1e-4) == ""
+    (tensor,) = [t for t in model.graph.initializer if t.name == f"{layer}.weight"]
+    tensor.CopyFrom(numpy_helper.from_array(1.01 * numpy_helper.to_array(tensor), tensor.name))
+    onnx.save(model, file)
+    named = hops.first_apart(network, file, image.numpy(), 1e-4)
+    kind = "Gemm" if layer == "linear" else "Conv"
+    assert named.startswith(f"{kind} {layer}, tensor ")
+    assert ("all agree" in named) == (layer != "conv1")
 
 
 def test_what_is_no_number_differs_infinitely():

@@ -50,6 +50,12 @@ def test_the_first_step_that_breaks_is_named_with_its_tensor() -> None:
     wrong = network("int8", parity=parity(1.0, "relative error 1 exceeds 0.0001"), rounded=parity(0.07))
     broken = hop_table.first_broken(table(wrong, max_drop=0.02))
     assert broken == "compact as ONNX: relative error 1 exceeds 0.0001"
+    apart = {hop_table.COMPACT: "Conv layer1.conv, tensor relu"}
+    hops = hop_table.of_export(network(), wrong, parity(2e-6), 1e-4, METRICS, 0.02, "Conv stem", apart)
+    told = (
+        "compact as ONNX: relative error 1 exceeds 0.0001; the first tensor that differs: Conv layer1.conv, tensor relu"
+    )
+    assert hop_table.first_broken(hops) == told and [hop.tensor for hop in hops[:2]] == ["", ""]
 
 
 @pytest.mark.parametrize("reason", ["", "cannot be run"])
