@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
+import shlex
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,4 +62,21 @@ def present(title: str, rows: Sequence[Mapping[str, Any]], figures: Sequence[Fig
     for figure in figures:
         console.print(str(figure))
     if path is not None:
-        path.write_text(json.dumps({"figures": [asdict(f) for f in figures], "rows": list(rows)}, indent=1) + "\n")
+        found = {"made": _made(path), "figures": [asdict(f) for f in figures], "rows": list(rows)}
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def _made(path: Path) -> dict[str, str]:
+    """What a page says beside the figures: the command without ``--json``, processor and date."""
+    words = [word for word in sys.argv[1:] if word not in ("--json", str(path), f"--json={path}")]
+    return {
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words]),
+        "processor": f"{processor()}, {len(os.sched_getaffinity(0))} cores",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def processor() -> str:
+    """Its name, as the kernel has it."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -263,20 +263,20 @@ def _markdown(text: str) -> str:
 @maker
 def result(name: str) -> str:
     """Baseline and compact model of a run, as ``docs/figures.py`` kept them (in ``docs/figures``)."""
-    found = json.loads((FIGURES / f"{name}.json").read_text(encoding="utf-8"))
+    found = _kept(name)
     old, new, speedup = found["models"]["baseline"], found["models"]["compact"], found["speedup"]
     metric = next(key for key in ("top1", "map50") if key in old)
     gained = f"{100 * (new[metric] - old[metric]):+.2f} pp"
 
-    def row(title: str, key: str, show: Callable[[float], str]) -> list[str]:
+    def line(title: str, key: str, show: Callable[[float], str]) -> list[str]:
         return [title, show(old[key]), show(new[key]), f"{100 * (new[key] / old[key] - 1):+.1f} %"]
 
     rows = [
         [f"{metric}, test split", f"{100 * old[metric]:.2f} %", f"{100 * new[metric]:.2f} %", gained],
-        row("MACs", "macs", lambda v: f"{v / 1e6:.2f} M"),
-        row("parameters", "params", lambda v: f"{v / 1e3:.1f} k"),
-        row("file", "size_bytes", lambda v: f"{v / 1e3:.0f} kB"),
-        row("p50 latency", "p50_ms", lambda v: f"{v:.3f} ms"),
+        line("MACs", "macs", lambda v: f"{v / 1e6:.2f} M"),
+        line("parameters", "params", lambda v: f"{v / 1e3:.1f} k"),
+        line("file", "size_bytes", lambda v: f"{v / 1e3:.0f} kB"),
+        line("p50 latency", "p50_ms", lambda v: f"{v:.3f} ms"),
         ["speed-up", "1", f"{speedup['value']:.2f}", f"95 % {speedup['low']:.2f} to {speedup['high']:.2f}"],
     ]
     made, busy = found["made"], ""
@@ -287,13 +287,50 @@ def result(name: str) -> str:
 
 
 @maker
+def benchmark(name: str) -> str:
+    """The rows of a benchmark, as its ``--json`` wrote them into ``docs/figures``, and the command."""
+    found = _kept(name)
+    rows = [[_cell(value) for value in row.values()] for row in found["rows"]]
+    return f"{table(found['rows'][0], rows)}\n\n(`{found['made']['command']}`, {_when(found['made'])})"
+
+
+@maker
+def bounds(name: str, beginning: str = "") -> str:
+    """The figures of a benchmark whose names begin so, each with the bound that it keeps."""
+    kept = [figure for figure in _kept(name)["figures"] if figure["name"].startswith(beginning)]
+    return table(
+        ("figure", "value", "bound"), ([f"`{f['name']}`", *map(_cell, (f["value"], f["bound"]))] for f in kept)
+    )
+
+
+@maker
+def row(name: str, first: str, *columns: str) -> str:
+    """Some cells of a benchmark's row, which its first cell names, in one line."""
+    found = next(row for row in _kept(name)["rows"] if next(iter(row.values())) == first)
+    return "; ".join(f"{column} {_cell(found[column])}" for column in columns)
+
+
+@maker
 def figures() -> str:
-    """The runs whose figures stand in these pages."""
+    """The runs and benchmarks whose figures stand in these pages."""
     rows = []
     for file in sorted(FIGURES.glob("*.json")):
-        made = json.loads(file.read_text(encoding="utf-8"))["made"]
-        rows.append([f"`{file.stem}`", f"`{made['command']}`", made["processor"], made["date"]])
+        made = _kept(file.stem)["made"]
+        rows.append([f"`{file.stem}`", f"`{made['command']}`", made["processor"], _when(made)])
     return table(("figures", "command", "processor", "date"), rows)
+
+
+def _kept(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((FIGURES / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _when(made: dict[str, str]) -> str:
+    return ", ".join(filter(None, (made["date"], made.get("copied") and f"copied {made['copied']}")))
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 @maker
