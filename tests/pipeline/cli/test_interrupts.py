@@ -192,6 +192,21 @@ def test_a_command_that_began_nothing_only_says_that_it_ended(tmp_path: Path, wo
 
 
 START, SEARCH, EXPORT = "Start Prefect", "Search (ccep)", "Export to ONNX"
+HELD = """
+import os, sys, time
+from secateur.pipeline.stages import order
+keep = order.keep
+def held(directory, stage, result):
+    if stage == os.environ["HELD"]:
+        os.write(2, f"held in {stage}\\n".encode())
+        time.sleep(600)
+    keep(directory, stage, result)
+order.keep = held
+from secateur.pipeline.cli.program import run_program
+run_program()
+"""
+"""The program, held at the end of a stage that is short: all is done and written, nothing is noted."""
+SHORT = [f"held in {stage}" for stage in ("gate", "report", "register", "promote")]
 
 
 @pytest.mark.slow
@@ -202,7 +217,10 @@ START, SEARCH, EXPORT = "Start Prefect", "Search (ccep)", "Export to ONNX"
     [
         {START: signal.SIGINT},
         pytest.param(
-            {START: signal.SIGTERM, SEARCH: signal.SIGTERM, EXPORT: signal.SIGINT, "": None}, marks=pytest.mark.long
+            {START: signal.SIGTERM, SEARCH: signal.SIGTERM, EXPORT: signal.SIGINT}
+            | dict.fromkeys(SHORT, signal.SIGINT)
+            | {"": None},
+            marks=pytest.mark.long,
         ),
     ],
     ids=["once", "again and again, to the end"],
@@ -210,13 +228,14 @@ START, SEARCH, EXPORT = "Start Prefect", "Search (ccep)", "Export to ONNX"
 def test_a_run_in_a_terminal_is_interrupted_and_ended_and_goes_on(
     tmp_path: Path, prefect_home: Path, moments: dict[str, signal.Signals | None]
 ) -> None:
-    """A signal to the whole group as Prefect starts, in mid-search, and in a later stage; then to the end."""
+    """A signal to the whole group as Prefect starts, in mid-search, and in every later stage; then to the end."""
     home = tmp_path / "home"
     env = environment(SECATEUR_HOME=str(home), PREFECT_HOME=str(prefect_home), COLUMNS="200")
-    words = [sys.executable, "-m", "secateur"]
     arguments = ["run", str(write_tiny(tmp_path))]
     for shown, number in moments.items():
-        with Terminal([*words, *arguments], env, tmp_path) as terminal:
+        stage = shown.removeprefix("held in ")
+        words = [sys.executable, *(["-c", HELD] if stage != shown else ["-m", "secateur"])]
+        with Terminal([*words, *arguments], {**env, "HELD": stage}, tmp_path) as terminal:
             if number is None:
                 assert terminal.wait(1000) == 0, terminal.output[-3000:]
                 assert "alias champion" in terminal.output
