@@ -6,6 +6,7 @@ Everything that reads a folder or an address from the environment does it here.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,6 +22,11 @@ FAMILIES = ("SECATEUR_", "PREFECT_", "MLFLOW_")
 OTHERS = ("HOME", "TEMP", "TMP", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 """More variables that mean nothing when they are empty, to whoever reads them. (``CUDA_VISIBLE_DEVICES=`` means no
 GPU.)"""
+WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
+"""How threads of OpenMP wait for each other."""
+BUSY_PERCENT, FEW_TURNS = 20.0, "1000"
+"""Of the last minute in which something waited for a core, from which on a machine is busy; and how often a thread then
+looks whether the others are there before it sleeps (by default 300,000 times)."""
 THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 
 
@@ -102,6 +108,29 @@ def prepare() -> None:
         if (given := variable(name)) is not None and given.startswith("~"):
             os.environ[name] = str(expanded(given, name))
     reach_this_machine()
+    spare_a_busy_machine()
+
+
+def spare_a_busy_machine(pressure: Path = Path("/proc/pressure/cpu")) -> None:
+    """Where cores are wanted by others, have PyTorch's threads sleep soon when they wait for each other.
+
+    By default they go on looking, on the core that the one they wait for would need. On a machine of their own that is
+    a little quicker, so nothing is changed there, nor where somebody has said how threads are to wait.
+
+    Args:
+        pressure: the kernel's file of how long processes waited for a core; without it a machine counts as idle.
+    """
+    if not any(map(variable, WAITING)) and _waited_percent(pressure) >= BUSY_PERCENT:
+        os.environ["GOMP_SPINCOUNT"] = FEW_TURNS
+
+
+def _waited_percent(pressure: Path) -> float:
+    """Share of the last minute in which something waited for a core."""
+    try:
+        found = re.search(r"^some .*\bavg60=([\d.]+)", pressure.read_text(encoding="ascii"), re.MULTILINE)
+        return float(found[1]) if found else 0.0
+    except (OSError, ValueError):
+        return 0.0
 
 
 def reach_this_machine() -> None:

@@ -13,7 +13,16 @@ import pytest
 
 from secateur.pipeline import surroundings
 from secateur.pipeline.errors import SurroundingsError, UserError
-from secateur.pipeline.surroundings import FOLDERS, folder, home, made, prepare, variable
+from secateur.pipeline.surroundings import (
+    FOLDERS,
+    WAITING,
+    folder,
+    home,
+    made,
+    prepare,
+    spare_a_busy_machine,
+    variable,
+)
 from tests.pipeline.helpers import write_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +34,7 @@ Patch = pytest.MonkeyPatch
 @pytest.fixture(autouse=True)
 def _as_it_was(monkeypatch: Patch) -> None:
     """What ``prepare`` changes is undone after each test."""
-    for name in ("NO_PROXY", "no_proxy", *FOLDERS, "HOME"):
+    for name in ("NO_PROXY", "no_proxy", *FOLDERS, *WAITING, "HOME"):
         value = os.environ.get(name)
         monkeypatch.setenv(name, value or "")
         if value is None:
@@ -211,3 +220,41 @@ def test_a_whole_run_ends_well_with_a_proxy_and_empty_variables(tmp_path: Path) 
     found = call({**proxies, **empty}, "run", str(write_tiny(tmp_path)), cwd=tmp_path)
     assert found.returncode == 0, found.stderr[-2000:]
     assert list((tmp_path / ".secateur" / "runs").glob("tiny-*/report.html"))
+
+
+@pytest.mark.parametrize(
+    ("content", "given", "few"),
+    [
+        ("some avg10=0.00 avg60=97.67 avg300=96.77 total=43\nfull avg10=0.00 avg60=0.00 total=0\n", {}, True),
+        ("some avg10=97.00 avg60=3.10 avg300=96.77 total=43\nfull avg10=0.00 avg60=90.00 total=0\n", {}, False),
+        ("some avg10=0.00 avg60=97.67 total=43\n", {"OMP_WAIT_POLICY": "ACTIVE"}, False),
+        ("some avg10=0.00 avg60=97.67 total=43\n", {"GOMP_SPINCOUNT": "7"}, False),
+        ("nothing of it", {}, False),
+        (None, {}, False),
+    ],
+)
+def test_threads_look_a_few_times_only_where_others_want_the_cores(
+    monkeypatch: Patch, tmp_path: Path, content: str | None, given: dict[str, str], few: bool
+) -> None:
+    for name in WAITING:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    if content is not None:
+        (tmp_path / "cpu").write_text(content)
+    spare_a_busy_machine(tmp_path / "cpu")
+    assert (os.environ.get("GOMP_SPINCOUNT") == "1000") is few
+    assert all(os.environ[name] == value for name, value in given.items())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="OpenMP of GNU")
+def test_it_is_said_before_pytorch_is_there() -> None:
+    """OpenMP reads its variables once, when PyTorch brings it."""
+    code = """
+import sys
+from pathlib import Path
+from secateur.pipeline.cli import app
+assert "torch" not in sys.modules
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
