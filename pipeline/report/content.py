@@ -88,7 +88,7 @@ class Chart:
         height: pixels, 0 = by the number of names.
         grouped: whether bars of one name stand side by side, one for each role.
         pinned: whether a click on a point shows its widths.
-        ramp: of bars whose rows have a ``fill`` of their own.
+        ramp: of cells, and of bars whose rows have a ``fill`` of their own.
         least: of marks that can be hidden by their ``size``.
     """
 

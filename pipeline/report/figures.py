@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 UNKNOWN = "unknown"
 METRICS = {
@@ -14,6 +14,14 @@ METRICS = {
     "balanced_accuracy": "balanced accuracy",
 }
 """Names of metrics as people know them, where these differ."""
+FLAGS: Mapping[str, str] = {
+    "contended": "other programs used the processor: ratios hold, milliseconds are too long",
+    "drift": "times drifted while they were taken",
+    "throttled": "the device slowed itself down",
+    "clock-jump": "the device's clock was set meanwhile, which changes no latency",
+    "unstable": "processes count although they were disturbed",
+}
+"""What disturbed a timing, in words."""
 BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 COUNTS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 

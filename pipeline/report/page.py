@@ -31,7 +31,7 @@ SOURCE_MAP = re.compile(r"^//# sourceMappingURL=.*$", re.MULTILINE)
 CODE = re.compile(r"`([^`]+)`")
 FIGURE = re.compile(r"[-+]?[\d.,]+ \S{1,2}")
 """A number with its unit."""
-PLAIN_BYTES = 200_000
+PLAIN_BYTES = 50_000
 """JSON that is longer is offered compressed."""
 
 
@@ -44,6 +44,7 @@ def page(m: Material, sections: Sequence[Section], told: str) -> str:
     scripts = [*_vendored(), _script()]
     made: str = _template().render(
         title=f"{m.config.name} on {m.device}",
+        about=about(m),
         m=m,
         sections=[(anchor(section.title), section) for section in sections],
         policy=policy(scripts),
@@ -54,6 +55,26 @@ def page(m: Material, sections: Sequence[Section], told: str) -> str:
         dark=DARK,
     )
     return made
+
+
+def about(m: Material) -> str:
+    """What the page is about, for somebody who has seen none before."""
+    workload = m.config.workload
+    network = str(workload.get("model", {}).get("name") or workload.get("task") or "A network")
+    data = workload.get("data", {})
+    source = str(data.get("source") or data.get("path") or "") if isinstance(data, dict) else ""
+    task = ", ".join(filter(None, (str(workload["name"]), _last(source))))
+    cpu = m.search.device.facts.get("cpu") if m.search is not None else None
+    done = "made" if m.gate is not None else "to be made"
+    return (
+        f"{_last(network)} ({task}), {done} smaller and faster for the device {m.device}{f' ({cpu})' if cpu else ''} "
+        f"by removing channels; the method {m.config.search.method} chose which. The baseline is the network before, "
+        "the compact one the network after, which would ship; gates are what the run file asks of it."
+    )
+
+
+def _last(name: str) -> str:
+    return name.replace("\\", "/").rstrip("/").rpartition("/")[2]
 
 
 def compared(title: str, columns: Sequence[tuple[str, Material, Sequence[Section]]], table: Table) -> str:

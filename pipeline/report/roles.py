@@ -35,7 +35,7 @@ ROLES = {
     "champion": Role(PURPLE, "cross", (8, 2, 2, 2)),
     "former champion": Role(PURPLE, "triangle-down"),
     "frozen": Role(GREY, "square", hatched=True),
-    "front": Role(BLUE, "circle"),
+    "front": Role(BLUE, "stroke"),
     "target or budget": Role(RED, "stroke", (4, 4)),
     "interval": Role(PURPLE, "stroke"),
     "bound": Role(GREY, "stroke", (4, 4)),

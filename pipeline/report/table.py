@@ -8,6 +8,7 @@ from secateur.pipeline.run.facts import Facts, InRuntime, ModelFacts, Speedup
 Row = tuple[str, str, str, str]
 METRICS = {"map50": "mAP50", "map": "COCO mAP"}
 """Names of metrics as people know them, where these differ."""
+SIZES = (("MACs", "macs", say.count), ("parameters", "params", say.count), ("file size", "size_bytes", say.size))
 
 
 def final_table(facts: Facts) -> list[Row]:
@@ -16,16 +17,14 @@ def final_table(facts: Facts) -> list[Row]:
     metric = facts.gate.metric
     rows: list[Row] = []
     for name in (metric, *(name for name in ("map",) if name in base.metrics)):
-        change = f"{100 * (compact[name] - base[name]):+.2f} pp"
-        rows.append((f"{METRICS.get(name, name)} (test split)", f"{base[name]:.2%}", f"{compact[name]:.2%}", change))
+        values = say.percent(base[name]), say.percent(compact[name])
+        rows.append((f"{METRICS.get(name, name)} (test split)", *values, say.points(compact[name] - base[name])))
     rows += [_other(name, told, base, compact) for name, told in (facts.gate.others or {}).items()]
-    units = (("MACs", "macs", 1e6, "M"), ("params", "params", 1e3, "k"), ("file size", "size_bytes", 1e3, "kB"))
-    for title, key, scale, unit in units:
+    for title, key, written in SIZES:
         before, after = base.size[key], compact.size[key]
-        change = f"{after / before - 1:+.1%}"
-        rows.append((title, f"{before / scale:,.2f} {unit}", f"{after / scale:,.2f} {unit}", change))
+        rows.append((title, written(before), written(after), say.change(before, after)))
     if (rounded := facts.export.compact.rounded) is not None:
-        agreement = f"same argmax as PyTorch in {rounded.argmax_agreement:.1%}"
+        agreement = f"same argmax as PyTorch in {say.percent(rounded.argmax_agreement, 1)}"
         rows.append(("precision", "fp32", facts.export.compact.artifact.precision, agreement))
     rows.append(_milliseconds("p50 latency", base.timing.p50_ms, compact.timing.p50_ms))
     rows.append(_milliseconds("p95 latency", base.timing.p95_ms, compact.timing.p95_ms))
@@ -48,7 +47,7 @@ def _other(name: str, told: tuple[str, str], base: ModelFacts, compact: ModelFac
 
 
 def _milliseconds(title: str, before: float, after: float) -> Row:
-    return title, f"{before:.3f} ms", f"{after:.3f} ms", f"{after / before - 1:+.1%}"
+    return title, f"{before:.3f} ms", f"{after:.3f} ms", say.change(before, after)
 
 
 def _devices(facts: Facts) -> list[Row]:

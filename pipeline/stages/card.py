@@ -20,6 +20,7 @@ from secateur import __version__
 from secateur.device_profiles import DeviceProfile
 from secateur.device_profiles.wording import number_of, printable_lines
 from secateur.pipeline.config.schema import LicenceSection, RunFile
+from secateur.pipeline.report import figures as say
 from secateur.pipeline.report import final_table
 from secateur.pipeline.run.facts import Check, Facts
 
@@ -30,14 +31,6 @@ TASKS: Mapping[str, str] = {"classification": "image-classification", "detection
 HUB_METRICS: Mapping[str, str] = {"top1": "accuracy", "top5": "accuracy", "map50": "mAP", "map": "mAP"}
 IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 """Of a licence, as model hubs know it."""
-FLAGS: Mapping[str, str] = {
-    "contended": "other programs used the processor: ratios hold, milliseconds are too long",
-    "drift": "times drifted while they were taken",
-    "throttled": "the device slowed itself down",
-    "clock-jump": "the device's clock was set meanwhile, which changes no latency",
-    "unstable": "processes count although they were disturbed",
-}
-"""What disturbed a timing, in words."""
 MOST_CLASSES = 50
 
 
@@ -228,7 +221,7 @@ def _flags(facts: Facts) -> str:
     flags = facts.benchmark.flags
     if not flags:
         return "Flags of the timing: none."
-    return "Flags of the timing: " + "; ".join(f"`{flag}` ({FLAGS.get(flag, 'see the report')})" for flag in flags)
+    return "Flags of the timing: " + "; ".join(f"`{flag}` ({say.FLAGS.get(flag, 'see the report')})" for flag in flags)
 
 
 def _gate(facts: Facts) -> str:

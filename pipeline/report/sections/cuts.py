@@ -13,8 +13,8 @@ from secateur.pipeline.report.sections.macs import step_of
 from secateur.pruning.search.landing import MARKED
 
 TITLE = "What was cut"
-MOST_FROZEN = 12
-"""Frozen layers of the chart."""
+MOST_FROZEN, LEAST_SHARE = 12, 0.0005
+"""Frozen layers of the chart, and the share of the MACs that one has at least."""
 
 
 def section(m: Material) -> Section:
@@ -140,6 +140,8 @@ def _heaviest_frozen(m: Material) -> dict[str, Mapping[str, Any]]:
     """Layers that no plan cuts, in their order: those with the most MACs, by what they are called in the chart."""
     told: dict[str, Mapping[str, Any]] = {}
     for (layer, _), each in _every_frozen(m).items():
+        if each["macs_share"] < LEAST_SHARE:
+            continue
         told.setdefault(f"{layer} (frozen)", each)
     kept = sorted(told, key=lambda name: -told[name]["macs_share"])[:MOST_FROZEN]
     return {name: each for name, each in told.items() if name in kept}

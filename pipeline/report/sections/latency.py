@@ -77,8 +77,10 @@ def _how(m: Material) -> str:
         f"The ratio is taken of {clock}; milliseconds above are wall time. Both networks take turns in the same "
         "fresh process."
     )
+    if "contended" in m.timed.flags:
+        said += " Other programs used the processor meanwhile: the slowest calls waited for them, not for the network."
     if m.benchmark is not None and m.benchmark.spoiled:
-        reasons = say.listing(list(dict.fromkeys(m.benchmark.spoiled)))
+        reasons = say.listing(list(dict.fromkeys(", ".join(m.benchmark.spoiled).split(", "))))
         said += (
             f" {say.plural(len(m.benchmark.spoiled), 'process', 'processes')} more were thrown away and measured "
             f"again ({reasons})."

@@ -37,9 +37,14 @@ def section(m: Material) -> Section:
     text += [*_rounded_file(m), *_slower(m), *_in_float(m, chosen)]
     seen = {kind_of(name) for name in (*best, chosen or "fp32", "fp32")}
     missing = [f"Precision: {name} was not tried." for name in ("fp32", "bf16", "int8") if name not in seen]
-    figures = [_figure(m, best)] if len(best) > 1 else []
+    drawn = len(best) > 1 and sum("latency" in point.costs for point in best.values()) > 1
     return Section(
-        TITLE, said, text=text, figures=[*figures, *_sensitivities(m, chosen)], tables=_tables(m), missing=missing
+        TITLE,
+        said,
+        text=text,
+        figures=[*([_figure(m, best)] if drawn else []), *_sensitivities(m, chosen)],
+        tables=[*([] if drawn or len(best) < 2 else [_of_search(m, best)]), *_tables(m)],
+        missing=missing,
     )
 
 
@@ -126,12 +131,14 @@ def _best(m: Material) -> dict[str, Point]:
     found: dict[str, Point] = {}
     for point in m.candidates:
         known = found.get(point.precision)
-        if known is None or (point.stage == "final", point.accuracy or 0.0) > (
-            known.stage == "final",
-            known.accuracy or 0.0,
-        ):
+        if known is None or _rank(m, point) > _rank(m, known):
             found[point.precision] = point
     return found
+
+
+def _rank(m: Material, point: Point) -> tuple[bool, float, bool]:
+    chosen = m.chosen is not None and point.key == m.chosen.key
+    return point.stage == "final", point.accuracy or 0.0, chosen
 
 
 def _figure(m: Material, best: dict[str, Point]) -> Figure:
@@ -153,14 +160,16 @@ def _figure(m: Material, best: dict[str, Point]) -> Figure:
         "Accuracy and latency of the best candidate in each precision",
         height=200,
     )
+    return Figure("precisions", "The best candidate in each precision", chart, _of_search(m, best))
+
+
+def _of_search(m: Material, best: dict[str, Point]) -> Table:
     cells = [
         [name, p.weights, say.percent(p.accuracy), say.number(p.costs.get("latency")), say.number(p.costs.get("size"))]
         for name, p in best.items()
     ]
-    columns = ("precision", "weights", f"{say.metric(m.metric)}|", "latency ratio|", "file size ratio|")
-    return Figure(
-        "precisions", "The best candidate in each precision", chart, Table("Precisions of the search", columns, cells)
-    )
+    columns = ("precision", "weights", f"{say.metric(m.metric)}, search split|", "latency ratio|", "file size ratio|")
+    return Table("The best candidate in each precision", columns, cells)
 
 
 def _tables(m: Material) -> list[Table]:

@@ -33,8 +33,8 @@ def section(m: Material) -> Section:
     text = []
     if m.hops:
         text.append(
-            f"{say.metric(m.own_metric)} is of the very network or file, on the same images of the search split; the "
-            "first step that does not hold is where to look."
+            f"The {say.metric(m.own_metric)} is of the very network or file, on the same images of the search split; "
+            "the first step that does not hold is where to look."
         )
     if m.gate is not None and m.gate.broken:
         text.append(f"The first that breaks: {m.gate.broken}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from secateur.pipeline.report import figures as say
-from secateur.pipeline.report.content import Axis, Chart, Figure, Layer, Row, Section, Table, nothing
+from secateur.pipeline.report.content import Axis, Chart, Figure, Layer, Ramp, Row, Section, Table, nothing
 from secateur.pipeline.report.material import Material
 from secateur.pipeline.run.records import of_candidates, to_candidate
 from secateur.pruning.plan import PruningPlan
@@ -52,6 +52,7 @@ def section(m: Material) -> Section:
             )
             line.append(told)
         table.append(line)
+    most = max([row["value"] for row in rows if row["value"] is not None], default=0.0)
     names = tuple(f"{keep:.1%}".replace(".0", "") for keep in columns_of)
     chart = Chart(
         Axis("Share of its channels kept", scale="names", names=names),
@@ -59,6 +60,7 @@ def section(m: Material) -> Section:
         [Layer("cells", rows)],
         "Accuracy lost when one group alone is cut, by group and share of its channels",
         height=max(80, 22 * len(groups)),
+        ramp=Ramp(f"{say.metric(m.metric)} lost", "0 pp", f"{say.number(most)} pp") if most else None,
     )
     columns = ("group", *(f"{name}|" for name in names))
     note = f"Darker: more {say.metric(m.metric)} lost, before any training; hatched: not measured."

@@ -32,7 +32,7 @@ def section(m: Material) -> Section:
     timed = [point for point in m.candidates if "latency" in point.costs]
     said = f"{say.plural(len(m.candidates), 'candidate')}, {len(front)} on the front"
     if m.chosen is not None:
-        said += f"; chosen is {name_of(m.chosen)}, {_told(m, m.chosen)}"
+        said += f"; the compact network is {name_of(m.chosen)}, {_told(m, m.chosen)}"
         said += _best_within(m, m.chosen)
     text = []
     untimed = len(m.candidates) - len(timed)
@@ -67,8 +67,8 @@ def _control_timed(control: ControlFacts) -> str:
     if control.uniform_latency is None or control.chosen_latency is None:
         return ""
     return (
-        f" Timed with the finalists, they take {say.number(control.uniform_latency)} and "
-        f"{say.number(control.chosen_latency)} of the baseline's latency."
+        f" Timed with the finalists, in {control.uniform.evaluation.precision}, they take "
+        f"{say.number(control.uniform_latency)} and {say.number(control.chosen_latency)} of the baseline's latency."
     )
 
 
@@ -107,7 +107,9 @@ def _best_within(m: Material, chosen: Point) -> str:
         return ""
     limit = chosen.costs["latency"]
     within = [p for p in m.candidates if p.costs.get("latency", 9e9) <= limit]
-    best = max(within, key=lambda p: p.accuracy or 0.0)
+    best = max(within, key=lambda p: (p.accuracy or 0.0, p.key == chosen.key))
+    if best.key == chosen.key:
+        return "; no candidate that is as fast is more accurate"
     return f"; at {say.ms(limit * base)} or less the best is {name_of(best)}, {say.percent(best.accuracy)}"
 
 

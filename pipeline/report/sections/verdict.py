@@ -4,39 +4,82 @@ from __future__ import annotations
 
 import shlex
 from datetime import UTC, datetime
+from typing import Literal
 
 from secateur.pipeline.report import figures as say
 from secateur.pipeline.report.content import Section, Table, Tile
 from secateur.pipeline.report.material import Material
+from secateur.pipeline.report.sections.gates import nice
 from secateur.pipeline.report.table import final_table
 from secateur.pipeline.run.facts import GateFacts
 
 TITLE = "Verdict"
+REACHED = {
+    "baseline": "the training of the baseline",
+    "search": "the search",
+    "finetune": "the fine-tuning of the best candidates",
+    "export": "the export",
+    "benchmark": "the timing of the exported files",
+    "gate": "the gate",
+}
+"""What a verdict needs, by the names of the stages, in their order."""
+MOST_NAMED = 2
+"""Checks that do not hold and are named in the sentence; the section of the gates has all."""
 
 
 def section(m: Material) -> Section:
     """In one sentence; then tiles, the conditions, and what changed as a table."""
     if m.gate is None or m.timed is None or m.export is None or m.search is None:
-        done = [name for name in ("baseline", "search", "finetune", "export", "benchmark") if name in vars(m.facts)]
-        far = f"came as far as the stage {done[-1]}" if done else "finished no stage"
-        said = f"No verdict yet: the run {far}. `secateur resume` with its directory continues it."
+        left = [name for name in REACHED if name not in vars(m.facts)]
+        tried = f", after {say.plural(len(m.candidates), 'candidate')}" if left[0] == "search" and m.candidates else ""
+        done = len(REACHED) - len(left)
+        said = (
+            f"No verdict yet: the run is not at its end, {done} of {len(REACHED)} stages are done. It goes on, or "
+            f"stopped, in {REACHED[left[0]]}{tried}. `secateur resume` with its directory continues it."
+        )
         return Section(TITLE, said, "bad", text=[conditions(m)], missing=["Verdict: the run did not reach its gate."])
     return Section(
         TITLE,
         _sentence(m, m.gate),
-        "good" if m.gate.passed else "bad",
+        _state(m, m.gate),
         tiles=_tiles(m, m.gate),
-        text=[text for text in (_unstable(m), conditions(m), _status(m)) if text],
+        text=[text for text in (_both(m), _unstable(m), conditions(m), _status(m)) if text],
         tables=[Table("Baseline and compact network", ("", "baseline|", "compact|", "change|"), final_table(m.facts))],
     )
+
+
+def _state(m: Material, gate: GateFacts) -> Literal["", "good", "bad"]:
+    """Good only where nothing speaks against it: a disturbed timing does, and so does a registry that keeps another."""
+    assert m.timed is not None
+    unsure = bool(m.timed.flags) or (m.promote is not None and not m.promote.promoted)
+    return "bad" if not gate.passed else "" if unsure else "good"
+
+
+def _both(m: Material) -> str:
+    """What the speed-up is of, where it is of more than removed channels."""
+    number = _precision(m)
+    if number is None:
+        return ""
+    return f"The compact network computes in {number}, the baseline in fp32: speed-up and file size are of both steps."
+
+
+def _precision(m: Material) -> str | None:
+    """Of the compact network; None where it is fp32, as the baseline."""
+    number = m.export.compact.artifact.precision if m.export is not None else "fp32"
+    return None if number == "fp32" else number
 
 
 def _sentence(m: Material, gate: GateFacts) -> str:
     assert m.timed is not None
     held = sum(check.ok for check in gate.checks)
+    failed = [
+        f"{nice(check).removeprefix('budget: ')} {'is unknown' if check.value is None else 'does not hold'}"
+        for check in gate.failed
+    ]
     parts = [
+        say.listing(failed[:MOST_NAMED]),
         f"{faster(m)} on {m.timed.device}, {accuracy_change(m, gate)}",
-        f"{held} of {say.plural(len(gate.checks), 'gate')}",
+        f"{held} of {say.plural(len(gate.checks), 'gate')}{'' if gate.passed else ' hold'}",
         _version(m),
     ]
     verdict = "Ship" if gate.passed else "Do not ship"
@@ -70,8 +113,9 @@ def accuracy_change(m: Material, gate: GateFacts) -> str:
 def _version(m: Material) -> str:
     if m.register is None:
         return "not registered"
-    alias = "champion" if m.promote is not None and m.promote.promoted else "challenger"
-    return f"version {m.register.version}, {alias}"
+    if m.promote is None:
+        return f"version {m.register.version}, challenger"
+    return f"version {m.register.version}, {'champion' if m.promote.promoted else 'challenger (not promoted)'}"
 
 
 def _tiles(m: Material, gate: GateFacts) -> list[Tile]:
@@ -79,8 +123,10 @@ def _tiles(m: Material, gate: GateFacts) -> list[Tile]:
     base, compact = gate.models
     found, told = m.timed.speedup, gate.accuracy
     ends = "" if told is None else say.between(told.compact.low, told.compact.high, scale=100)
+    interval, number = say.between(found.low, found.high) or "no interval", _precision(m)
+    against = f"{number} against the baseline in fp32" if number is not None else ""
     tiles = [
-        Tile("Speed-up", say.times(found.value), say.between(found.low, found.high) or "no interval"),
+        Tile("Speed-up", say.times(found.value), "; ".join(filter(None, (interval, against)))),
         Tile(
             say.metric(gate.metric)[:1].upper() + say.metric(gate.metric)[1:],
             say.percent(compact[gate.metric]),
@@ -109,10 +155,9 @@ def _unstable(m: Material) -> str:
     assert m.timed is not None
     if not m.timed.flags:
         return ""
-    flags = say.listing(list(m.timed.flags))
+    flags = "; ".join(say.FLAGS.get(flag, flag) for flag in m.timed.flags)
     return (
-        f"UNSTABLE: the timing was disturbed ({flags}): other work ran on the device or it drifted. Milliseconds are "
-        "then less certain than the ratio; measure again on an idle device before you rely on them."
+        f"UNSTABLE: the timing was disturbed: {flags}. Measure again on an idle device before you rely on milliseconds."
     )
 
 

@@ -40,8 +40,8 @@ def test_a_whole_run_has_every_section_with_a_sentence() -> None:
     made = {section.title: section for section in sections(made_up())}
     assert list(made) == TITLES
     assert made["Verdict"].sentence == (
-        "Do not ship: 1.39x faster (95 % 1.380-1.400) on local, -1.00 pp top-1 (95 % -2.2 to +0.2, n = 400); "
-        "3 of 4 gates; not registered."
+        "Do not ship: peak memory is unknown; 1.39x faster (95 % 1.380-1.400) on local, -1.00 pp top-1 (95 % "
+        "-2.2 to +0.2, n = 400); 3 of 4 gates hold; not registered."
     )
     assert "budget: peak memory is unknown" in made["Gates"].sentence
     assert made["Trade-off"].sentence.startswith("61 candidates, ")
@@ -58,7 +58,8 @@ def test_a_run_that_failed_half_way_says_in_every_section_what_is_missing(done: 
     made = sections(failed)
     assert [section.title for section in made] == TITLES
     assert all(section.sentence for section in made)
-    assert made[0].sentence.startswith("No verdict yet: the run ")
+    stage = "the fine-tuning of the best candidates" if done else "the training of the baseline"
+    assert f"{len(done)} of 6 stages are done. It goes on, or stopped, in {stage}." in made[0].sentence
     assert len(made[-1].text) > 5, "the last section collects what was not measured"
     told = text_of(document(failed, made))
     assert "Verdict" in page(failed, made, told) and "Verdict" in markdown(failed, made)
@@ -73,6 +74,33 @@ def test_a_search_in_which_every_candidate_is_alike_has_its_report_too(metrics: 
     made = {section.title: section for section in sections(made_up(records=records))}
     assert "the front did not grow" in made["Search"].sentence
     assert made["Search"].text, "what the search cost is told all the same"
+
+
+def bare(records: Any, *names: str) -> list[dict[str, Any]]:
+    """Records without some metrics."""
+    made = json.loads(json.dumps(list(records)))
+    for record in made:
+        for name in names:
+            record.get("evaluation", {"metrics": {}})["metrics"].pop(name, None)
+    return made
+
+
+@pytest.mark.parametrize(
+    "material",
+    [
+        made_up(0),
+        made_up(1),
+        made_up(2),
+        made_up(4, records=bare(made_up(4).records, "latency_ratio", "latency_measured")),
+        made_up(4, records=bare(made_up(4).records, "top1")),
+        made_up(4, records=made_up(4).records[:1]),
+    ],
+    ids=["none", "one", "two", "none timed", "none scored", "no records"],
+)
+def test_a_run_with_few_or_untimed_candidates_has_a_report(material: Material) -> None:
+    made = sections(material)
+    assert [section.title for section in made] == TITLES
+    assert "Verdict" in page(material, made, text_of(document(material, made)))
 
 
 def test_the_json_fits_its_published_schema_and_names_no_machine() -> None:
@@ -174,7 +202,7 @@ def test_the_uniform_control_has_the_latency_that_was_measured_with_the_finalist
     made = section_of(made_up(), 1)
     (control,) = [row for row in made.figures[0].chart.layers[-1].rows if row["role"] == "control"]
     assert control["xs"]["latency"] == 0.79 and not control["hollow"]
-    assert "they take 0.790 and 0.700 of the baseline's latency" in " ".join(made.text)
+    assert "in fp32, they take 0.790 and 0.700 of the baseline's latency" in " ".join(made.text)
 
 
 def test_pictures_can_be_left_out_everywhere() -> None:
