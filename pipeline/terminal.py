@@ -7,9 +7,10 @@ UTF-8: it is shown with escapes for what no terminal shows, in any encoding. Sty
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
 
 from rich.console import Console, RenderableType
@@ -66,8 +67,8 @@ class Terminal(Console):
         self.print(Text.assemble((f"{label}:", style), f" {literal(text)}"))
 
     def data(self, data: object) -> None:
-        """JSON for programs: nothing but ASCII."""
-        self.print(json.dumps(data, indent=2))
+        """JSON for programs: nothing but ASCII, and null for what is no number, which JSON has no word for."""
+        self.print(json.dumps(_finite(data), indent=2, allow_nan=False))
 
     @property
     def is_attended(self) -> bool:
@@ -97,6 +98,15 @@ class Terminal(Console):
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(EXIT_BROKEN_PIPE)
+
+
+def _finite(data: Any) -> Any:
+    """The same with None in the place of NaN and infinity."""
+    if isinstance(data, Mapping):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def table(*columns: str, title: str = "", right: Collection[str] = (), **settings: Any) -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import itertools
+import json
 import os
 import pty
 import re
@@ -83,6 +84,15 @@ def test_any_text_can_be_printed_anywhere(text: str) -> None:
     for encoding in ("utf-8", "ascii"):
         for found in (printed(text, encoding=encoding), printed(rows, encoding=encoding)):
             assert all(c.isprintable() or c == "\n" for c in found)
+
+
+def test_what_programs_are_told_is_json_whatever_is_in_it(capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    Terminal(width=20).data({"a": [float("nan"), (float("inf"), 1.5)], "b": "\u00e9 [x]" * 20, "c": {"d": None}})
+    told = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert told == {"a": [None, [None, 1.5]], "b": "\u00e9 [x]" * 20, "c": {"d": None}}
 
 
 def test_escapes_are_those_of_bytes_and_of_python() -> None:

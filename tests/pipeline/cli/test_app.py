@@ -191,6 +191,35 @@ def test_a_run_that_is_quiet_and_asked_for_json_prints_nothing_else(
     assert shown.err == ""
 
 
+def test_a_resumed_run_tells_programs_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured, tmp_path: Path
+) -> None:
+    import secateur.pipeline.flow
+
+    monkeypatch.setattr(secateur.pipeline.flow, "execute", lambda run, debug: made_up_facts())
+    assert call(monkeypatch, "run", str(write_tiny(tmp_path)), "--json") == errors.EXIT_OK
+    told = json.loads(capsys.readouterr().out)
+    assert call(monkeypatch, "resume", told["directory"], "--json") == errors.EXIT_OK
+    assert json.loads(capsys.readouterr().out) == told
+
+
+@pytest.mark.parametrize(("passed", "code"), [(True, errors.EXIT_OK), (False, errors.EXIT_GATE)])
+def test_a_promotion_tells_programs_its_decision_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured, tmp_path: Path, passed: bool, code: int
+) -> None:
+    from secateur.pipeline.lifecycle import promotion
+    from secateur.pipeline.tracking import Decision, Gate
+
+    monkeypatch.setenv("SECATEUR_HOME", str(tmp_path / "home"))
+    gate = Gate("p50", 1.2, 1.05, passed, low=None, high=None, reason="slower")
+    decision = Decision("net", "2", "local", "1", (gate,), promoted=passed, run_id="r")
+    monkeypatch.setattr(promotion, "promote", lambda *_, **__: decision)
+    assert call(monkeypatch, "promote", "net", "--device", "local", "--json") == code
+    told = json.loads(capsys.readouterr().out)
+    assert (told["name"], told["version"], told["champion"], told["promoted"]) == ("net", "2", "1", passed)
+    assert [(each["name"], each["value"], each["ok"]) for each in told["gates"]] == [("p50", 1.2, passed)]
+
+
 def test_a_dry_run_tells_stages_and_time_and_begins_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: Captured, tmp_path: Path
 ) -> None:

@@ -87,6 +87,13 @@ def test_the_command_prints_a_ranking_and_writes_the_winners_plan(directory: Pat
     assert len(data["candidates"]) == 4
 
 
+def test_programs_are_told_what_the_file_holds_and_where_it_is(directory: Path) -> None:
+    told = json.loads(CliRunner().invoke(app, ["rescore", str(directory), "--reward", "mnasnet", "--json"]).stdout)
+    file = Path(told.pop("file"))
+    assert told == {**json.loads(file.read_text()), "plan": str(directory / "rescore-mnasnet.plan.json")}
+    assert Path(told["plan"]).is_file()
+
+
 def test_it_says_what_is_missing(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     with pytest.raises(UserError, match="did you mean 'mnasnet'"):
         rescore(directory, "mnasnett", {})
