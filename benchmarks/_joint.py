@@ -1,6 +1,6 @@
 """Widths and precision of layers chosen together, against plans chosen in float that are then quantised as a whole.
 
-Both choose among the same uniform plans, without training: some shares of the channels, widths in multiples of 8 and
+Both choose among the same uniform plans, without training: some shares of the channels, widths rounded up to 8 and
 16, batch norm recalibrated. Accuracies that choose are of every other image; the rest judge. For each plan on the front
 of accuracy and latency in float, quantised, the fastest of all (plan, precision) is taken whose accuracy is no lower,
 and both are timed again in turn.
@@ -20,7 +20,9 @@ from secateur.export.quantize import layers_in_float
 from secateur.pipeline.run.layer_precisions import mixtures
 from secateur.pruning import PruningPlan
 
-KEEPS, MULTIPLES = (0.97, 0.93, 0.88), (8, 16)
+KEEPS, MULTIPLES = (0.95, 0.88), (8, 16)
+LEAST = 0.5
+"""Of the unpruned network's top-1: plans that keep less of it in integers are compared with nothing."""
 FLOAT, INTEGERS = "fp32", "int8"
 
 
@@ -29,7 +31,7 @@ class Bench(Protocol):
 
     full: PruningPlan
 
-    def plan(self, keep: float, multiple: int) -> PruningPlan: ...
+    def plan(self, keep: float, multiple: int, *, up: bool = False) -> PruningPlan: ...
     def pruned(self, plan: PruningPlan) -> dict[str, Tensor]: ...
     def file(self, plan: PruningPlan, state: dict[str, Tensor] | None, floats: Iterable[str] | None) -> bytes: ...
     def halves(self, file: bytes) -> tuple[float, float]: ...
@@ -61,12 +63,12 @@ def joint(name: str, made: Callable[[], Bench], found: Callable[[str, Callable[[
     """
     errors = found(f"{name} sensitivity", lambda: made().sensitivity())
     precisions = (FLOAT, *mixtures(INTEGERS, errors))
-    shares = {"whole": (1.0, 1), **{f"{keep:g} x{m}": (keep, m) for keep in KEEPS for m in MULTIPLES}}
+    shares = {"whole": (1.0, 1), **{f"{keep:g} up to x{m}": (keep, m) for keep in KEEPS for m in MULTIPLES}}
 
     @cache
     def cut(title: str) -> tuple[PruningPlan, dict[str, Tensor] | None]:
         bench, (keep, multiple) = made(), shares[title]
-        plan = bench.full if keep == 1 else bench.plan(keep, multiple)
+        plan = bench.full if keep == 1 else bench.plan(keep, multiple, up=True)
         return plan, None if keep == 1 else bench.pruned(plan)
 
     def file(title: str, precision: str) -> bytes:
@@ -84,7 +86,7 @@ def joint(name: str, made: Callable[[], Bench], found: Callable[[str, Callable[[
         for title in shares
         for precision in precisions
     ]
-    starts = quantised_front(points)
+    starts = [start for start in quantised_front(points) if start.chosen_by >= LEAST * points[0].chosen_by]
     gains: dict[str, list[float]] = {"every layer": [], "widths alone": []}
     apart = []
     for start in starts:

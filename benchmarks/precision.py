@@ -40,6 +40,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -181,14 +182,20 @@ class Contest:
         saliency = channel_saliency(task.model, self.graph, "l1", 0)
         self._best = {name: np.argsort(-values).tolist() for name, values in saliency.items()}
 
-    def plan(self, keep: float, multiple: int) -> PruningPlan:
-        """Every group keeps about a share of its channels, those with the largest L1 norms."""
+    def plan(self, keep: float, multiple: int, *, up: bool = False) -> PruningPlan:
+        """Every group keeps about a share of its channels, those with the largest L1 norms.
+
+        Args:
+            multiple: of widths; 1 = odd ones.
+            up: no width is rounded down.
+        """
         found = uniform_plan(self.graph, keep, model=self.task.model)
         kept = {}
+        rounded = ceil if up else round
         for name, channels in found.kept.items():
-            width = (
-                max(1, round(len(channels) / multiple)) * multiple if multiple > 1 else (len(channels) - 1) // 2 * 2 + 1
-            )
+            width = max(1, rounded(len(channels) / multiple)) * multiple
+            if multiple == 1:
+                width = (len(channels) - 1) // 2 * 2 + 1
             kept[name] = sorted(self._best[name][: min(width, found.sizes[name])])
         return found.replace(kept)
 

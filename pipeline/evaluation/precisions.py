@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from secateur.device_profiles.wording import number_of
@@ -23,8 +22,7 @@ from secateur.export.quantised import LayerSteps, QuantisedTemplate
 from secateur.export.quantize import PRECISIONS, layers_in_float, precision
 from secateur.export.sensitivity import sensitivity
 from secateur.export.slicing import OnnxTemplate
-from secateur.pipeline.training.statistics import training_images
-from secateur.pipeline.workloads import Workload
+from secateur.pipeline.workloads import Workload, calibration_images, own_calibration_images
 from secateur.pruning.plan import PruningPlan
 
 FLOAT = "fp32"
@@ -128,25 +126,27 @@ class Precisions:
             return replace(self._calibration, floats=frozenset(floats))
 
     def _read(self) -> Calibration:
-        """The training images that calibrate, with their places where the data has some.
+        """The images that calibrate: a task's own, or training images with their places where the data has some.
 
         Raises:
             ExportError: as ``calibration``.
         """
-        count, cpu = min(CALIBRATION_IMAGES, len(self.workload.train)), torch.device("cpu")
+        own = own_calibration_images(self.workload)
+        count = min(CALIBRATION_IMAGES, len(self.workload.train)) if own is None else len(own)
         if count < LEAST_IMAGES:
+            more = "give the run more training images" if own is None else "let the task's calibration() give more"
             raise ExportError(
-                f"int8: {number_of(count, 'training image(s) is|are')} too few to take ranges of activations from; "
-                f"it takes {LEAST_IMAGES} at least: give the run more training images, or leave int8 out of precision"
+                f"int8: {number_of(count, 'image(s) is|are')} too few to take ranges of activations from; it takes "
+                f"{LEAST_IMAGES} at least: {more}, or leave int8 out of precision"
             )
-        images = torch.cat(list(training_images(self.workload, self.workload.train, count, cpu)))
+        images = calibration_images(self.workload, count) if own is None else own
         wanted = tuple(self.workload.example_input().shape[1:])
         if tuple(images.shape[1:]) != wanted:
+            fix = "let the task's batch give images as its example_input does"
             raise ExportError(
-                f"int8: training images have the shape {tuple(images.shape[1:])}, the network takes {wanted}: let the "
-                "task's batch give images as its example_input does"
+                f"int8: calibration images have the shape {tuple(images.shape[1:])}, the network takes {wanted}: {fix}"
             )
-        members = self.workload.record.members if self.workload.record.files else ()
+        members = self.workload.record.members if own is None and self.workload.record.files else ()
         places = tuple(member.place for member in members if member.split == "train")[:count]
         return Calibration(images.float().contiguous().numpy(), self.scheme, names=places)
 

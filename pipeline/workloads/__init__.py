@@ -267,10 +267,16 @@ class TellsImages(Protocol):
         """
 
 
+def own_calibration_images(workload: Workload) -> Tensor | None:
+    """Those that a task of one's own names, shape (n, ...); None = it names none."""
+    own: Tensor | None = getattr(workload, "calibration", lambda: None)()
+    return own
+
+
 def calibration_images(workload: Workload, num_images: int) -> Tensor:
     """Inputs that integer precisions take their ranges from, shape (n, ...): those that a task of one's own names, else
     the first training images, as they are."""
-    own: Tensor | None = getattr(workload, "calibration", lambda: None)()
+    own = own_calibration_images(workload)
     if own is not None:
         return own
     few = workload.train.first(num_images)

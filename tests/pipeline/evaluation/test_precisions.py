@@ -182,7 +182,7 @@ def test_training_images_that_say_nothing_of_ranges_are_refused(
 ) -> None:
     split, cpu = WORKLOAD.train.first(200), torch.device("cpu")
     images = torch.cat(list(training_images(WORKLOAD, split, 200, cpu))).clone()
-    monkeypatch.setattr(precisions, "training_images", lambda *_: [change(images)])
+    monkeypatch.setattr(precisions, "calibration_images", lambda *_: change(images))
     members = tuple(Member("train", f"photos/{i}.jpg", "00") for i in range(300))
     monkeypatch.setattr(WORKLOAD, "record", replace(WORKLOAD.record, files=True, members=members))
     made = make("int8").accuracy.precisions
@@ -193,5 +193,14 @@ def test_training_images_that_say_nothing_of_ranges_are_refused(
 def test_too_few_training_images_cannot_calibrate(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WORKLOAD, "train", WORKLOAD.train.first(15))
     made = make("int8").accuracy.precisions
-    with pytest.raises(ExportError, match=r"15 training images are too few .* it takes 16 at least: give the run more"):
+    with pytest.raises(ExportError, match=r"15 images are too few .* it takes 16 at least: give the run more"):
         made.calibration("int8")
+
+
+def test_a_task_of_ones_own_may_name_the_images_that_calibrate(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = torch.rand(20, 1, 8, 8)
+    monkeypatch.setattr(WORKLOAD, "calibration", lambda: own, raising=False)
+    np.testing.assert_array_equal(make("int8").accuracy.precisions.calibration("int8").images, own.numpy())
+    own = own[:3]
+    with pytest.raises(ExportError, match=r"3 images are too few .* let the task's calibration\(\) give more"):
+        make("int8").accuracy.precisions.calibration("int8")
