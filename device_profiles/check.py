@@ -129,7 +129,7 @@ def _failure(profile: DeviceProfile, error: DeviceError) -> Iterator[Check]:
         yield Check("disk", "missing", str(error), "make room, or put connect.folder on another disk")
     else:
         yield Check(
-            "agent", "missing", f"{error.code}: {error}", "see the troubleshooting table of docs/how-to/devices.md"
+            "agent", "missing", f"{error.code}: {error}", "see the table of docs/how-to/device-errors.md"
         )
 
 

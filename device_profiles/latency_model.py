@@ -8,7 +8,7 @@ layer or of its neighbours, because a layout is changed there. A factor per laye
 ratios correct the sum. What the model is worth, for widths of each multiple too, is found by leaving measurements out.
 
 A table of isolated operators would be biased (layout changes and fusions happen between operators, not in them), and
-multiply-accumulates know nothing of blocks; see docs/how-to/devices.md.
+multiply-accumulates know nothing of blocks; see docs/explanation/granularity.md.
 """
 
 from __future__ import annotations

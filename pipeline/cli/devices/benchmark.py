@@ -160,7 +160,7 @@ def _print_result(result: BenchmarkResult, models: Mapping[str, Path]) -> None:
             out.print(f"Ratio: {ratio.value:.3f} of the baseline's {kind}, a point estimate")
             out.print(f"Speed-up: {speedup.value:.2f}x; an interval needs {MIN_PROCESSES} processes (--tier final)")
     for flag in result.flags:
-        out.labelled(flag, "yellow", FLAGS.get(flag, "see docs/how-to/devices.md"))
+        out.labelled(flag, "yellow", FLAGS.get(flag, "see docs/explanation/intervals.md"))
 
 
 def _rows(result: BenchmarkResult, models: Mapping[str, Path]) -> Iterator[tuple[str, list[str]]]:
