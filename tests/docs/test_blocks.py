@@ -98,6 +98,26 @@ def test_commands_and_their_options_exist() -> None:
     assert scripts and not wrong
 
 
+def unknown(words: list[str]) -> list[str]:
+    """What of a command in a sentence there is not: the command itself, or an option of it."""
+    command = typer.main.get_command(app)
+    while words and (below := getattr(command, "commands", None)):
+        if words[0] not in below:  # an option, or a placeholder
+            return [] if words[0].startswith("-") or words[0].isupper() else words[:1]
+        command, words = below[words[0]], words[1:]
+    known = {name for each in command.params for name in (*each.opts, *each.secondary_opts)} | {"--help"}
+    return [word for word in words if word.startswith("--") and word.partition("=")[0] not in known]
+
+
+def test_commands_in_sentences_exist() -> None:
+    wrong = []
+    for page in PAGES:
+        for text in re.findall(r"(?<!`)`secateur ([^`]+)`(?!`)", (ROOT / page).read_text(encoding="utf-8")):
+            wrong += [f"{page}: {word}" for word in unknown(re.sub(r"[\[\]|,]", " ", text).split())]
+    assert not wrong
+    assert unknown(["inspect"]) and unknown(["validate", "FILE", "--gruops"]) and not unknown(["devices", "list"])
+
+
 def test_examples_in_the_help_exist() -> None:
     def texts(command: object) -> Iterator[str]:
         yield getattr(command, "help", None) or ""
