@@ -128,9 +128,7 @@ def _failure(profile: DeviceProfile, error: DeviceError) -> Iterator[Check]:
     elif error.code == "disk-full":
         yield Check("disk", "missing", str(error), "make room, or put connect.folder on another disk")
     else:
-        yield Check(
-            "agent", "missing", f"{error.code}: {error}", "see the table of docs/how-to/device-errors.md"
-        )
+        yield Check("agent", "missing", f"{error.code}: {error}", "see the table of docs/how-to/device-errors.md")
 
 
 def _python(device: Mapping[str, Any], runtime: Runtime) -> Iterator[Check]:
