@@ -28,6 +28,7 @@ from secateur.pipeline.run.network_probe import probe_seconds
 from secateur.pipeline.run.opening import spared_the_probe
 from secateur.pipeline.run.preflight import Network, Preflight
 from secateur.pipeline.run.rehearsal import Counted, Work, rehearse, share
+from secateur.pipeline.run.widths import probed_in
 from secateur.pipeline.training.precision import likely
 from secateur.pipeline.workloads import Workload
 from secateur.pruning.channels import ChannelGraph
@@ -229,6 +230,7 @@ def count(found: Preflight, workload: Workload, network: Network, counted: Count
     config, profiles = found.config, found.profiles or ()
     num_train, num_scored = len(workload.train), min(config.search.images, len(workload.search))
     probing = config.device.probe and config.device.channel_multiple is None and not network.probed
+    num_probes = len(probed_in(config.ships)) if probing else 0
     timed = not spared_the_probe(config)
     tuning: Work = defaultdict(float)
     for ratio in counted.finals:
@@ -245,7 +247,7 @@ def count(found: Preflight, workload: Workload, network: Network, counted: Count
     return {
         "Start": {"starts": 1},
         "Baseline": {"images_trained": epochs * num_train},
-        "Search": {**counted.work, "templates": 1, "probes": int(probing), "network_probes": int(timed)},
+        "Search": {**counted.work, "templates": 1, "probes": num_probes, "network_probes": int(timed)},
         "Fine-tune": tuning,
         "Export": {"templates": 1, "exports": 1, "images_forwarded": checks * parity * (1 + smaller)},
         "Benchmark": {"timings": files * max((profile.final.processes for profile in profiles), default=0)},
