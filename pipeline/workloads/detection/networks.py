@@ -394,7 +394,8 @@ def build_detector(name: str, num_classes: int, options: dict[str, Any]) -> nn.M
     try:
         model = builder(num_classes, **options)
     except TypeError as error:
-        raise UserError(f"network {name} does not take these options: {error}") from error
+        given = "these options" if options else "the number of classes, which is all that it is given"
+        raise UserError(f"network {name} does not take {given}: {error}") from error
     boxes = getattr(model, "default_boxes", None)
     if not isinstance(boxes, Tensor) or boxes.ndim != 2 or boxes.shape[1] != 4:
         raise UserError(

@@ -69,7 +69,8 @@ class Named:
                 case "own":
                     return trust.factory(self.name, options)(num_classes, **options)
         except TypeError as error:
-            raise UserError(f"network {self.name} does not take these options: {error}") from error
+            given = "these options" if options else "the number of classes, which is all that it is given"
+            raise UserError(f"network {self.name} does not take {given}: {error}") from error
 
     def check(self, options: Mapping[str, Any]) -> None:
         """See that there is a builder of one's own before any image is read; its file is imported.

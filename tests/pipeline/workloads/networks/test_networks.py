@@ -69,6 +69,12 @@ def test_options_are_the_builders_own() -> None:
         build_network("cifar/vgg16", 4, (3, 32, 32), {"depth": 3})
 
 
+def test_a_factory_that_takes_no_number_of_classes_is_not_told_of_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secateur.pipeline.config.trust.factory", lambda name, options: lambda: None)
+    with pytest.raises(UserError, match=r"does not take the number of classes.*0 positional"):
+        build_network("own.py:make", 4, (3, 8, 8), {})
+
+
 def test_grey_images_go_into_small_networks_and_timms() -> None:
     for name in ("cifar/resnet8", "cifar/vgg16", "cifar/mobilenet_v2", "timm/test_resnet"):
         assert build_network(name, 3, (1, 32, 32), {}).eval()(torch.randn(1, 1, 32, 32)).shape == (1, 3)
