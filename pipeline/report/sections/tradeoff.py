@@ -49,6 +49,8 @@ def section(m: Material) -> Section:
             f"baseline, before any training: {say.percent(uniform[m.metric])} for the uniform control, "
             f"{say.percent(chosen[m.metric])} for the chosen plan.{_control_timed(m.finetune.control)}"
         )
+        if m.finetune.control.chosen.candidate.plan == m.finetune.control.uniform.candidate.plan:
+            text.append("Both are the same plan: the method chose what cutting every group evenly gives.")
     text += champion.told(m)
     missing = [] if timed else ["Trade-off: no candidate has a latency, because the search did not ask for one."]
     if m.finetune is not None and m.finetune.control is not None and m.finetune.control.uniform_latency is None:

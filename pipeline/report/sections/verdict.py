@@ -83,7 +83,7 @@ def _sentence(m: Material, gate: GateFacts) -> str:
         _version(m),
     ]
     verdict = "Ship" if gate.passed else "Do not ship"
-    unsure = ", but the timing is UNSTABLE" if m.timed.flags else ""
+    unsure = f", {'but' if gate.passed else 'and'} the timing is UNSTABLE" if m.timed.flags else ""
     return f"{verdict}{unsure}: {'; '.join(part for part in parts if part)}."
 
 
