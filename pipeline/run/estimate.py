@@ -241,6 +241,10 @@ def count(found: Preflight, workload: Workload, network: Network, counted: Count
         tuning["networks"] += 1
         tuning["measurements"] += 1
     smaller = share(counted.finals[0])
+    if config.report.control != "none":  # scored beside the chosen plan, which is timed by then
+        tuning["images_forwarded"] += 2 * num_scored * smaller
+        tuning["networks"] += 2
+        tuning["measurements"] += 1
     parity, checks = min(config.export.parity_images, len(workload.search)), 2  # by PyTorch and by ONNX Runtime
     files = 1 if workload.postprocessing is None else 2
     epochs = 0.0 if workload.pretrained else config.baseline.epochs

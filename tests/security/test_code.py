@@ -199,7 +199,7 @@ def test_a_device_profile_starts_nothing_without_consent(
     if command not in COMMANDS:
         subject = (folder / "quick.yaml",)
     if command == ("benchmark",):
-        (folder / "model.onnx").touch()
+        linear_model(folder / "model.onnx")
         subject = (folder / "model.onnx", "--device", folder / "quick.yaml")
     if command[0] == "promote":
         subject = ("--device", str(folder / "quick.yaml"))

@@ -27,7 +27,7 @@ def test_a_run_that_failed_at_once_has_a_report(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["report", directory.name[:8]])
     assert result.exit_code == 0, result.output
     assert "report.html" in result.output
-    assert "No verdict yet: the run finished no stage" in (directory / "report.html").read_text()
+    assert "No verdict yet: the run is not at its end" in (directory / "report.html").read_text()
     told = CliRunner().invoke(app, ["report", str(directory), "--json"])
     assert json.loads(told.output)["run"] == directory.name
     text = CliRunner().invoke(app, ["report", str(directory), "--md"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from secateur.pipeline.training import loop
+from secateur.pipeline.training import trials
 from tests.numerics import pretend_bf16
 from tests.pipeline.helpers import opened, perform, tiny_config
 
@@ -26,7 +26,7 @@ def test_a_baseline_is_shared_by_machines_that_train_it_alike(tmp_path: Path, mo
 
     def origin(precision: str, *, native: bool) -> str:
         pretend_bf16(monkeypatch, native)
-        monkeypatch.setattr(loop, "faster", lambda seconds: "bf16")
+        monkeypatch.setattr(trials, "faster", lambda seconds: "bf16")
         config = tiny_config(tmp_path, baseline={"epochs": 0.1, "autocast": precision})
         with opened(config) as run:
             return perform(run, "baseline").baseline.origin

@@ -85,7 +85,7 @@ def probed_as(multiple: int, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     asked = []
 
     def probe(
-        device: Device, template: Any, cuts: Cuts, fingerprint: str, progress: Any, seconds: float
+        device: Device, template: Any, cuts: Cuts, fingerprint: str, progress: Any, seconds: float, *precise: Any
     ) -> NetworkProbe:
         asked.append(seconds)
         cut, loss = {multiple: (Cut(0.5, (0.6, 0.6, 0.6)),)}, {multiple: Loss(0.0, 0.0)}

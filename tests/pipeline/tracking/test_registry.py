@@ -118,7 +118,6 @@ def test_an_input_example_of_a_photograph_can_be_read_and_used_by_mlflow_itself(
     photograph = np.random.default_rng(0).standard_normal((1, 3, 128, 128)).astype(np.float32)
     version = registry.add("net", "quick", model, run_key="r", example=photograph, outputs=photograph.mean((2, 3)))
     mlflow.set_tracking_uri(registry.uri)
-    mlflow.set_registry_uri(registry.uri)
     loaded = mlflow.pyfunc.load_model(version.uri)
     for example in (loaded.input_example, loaded.metadata.load_input_example(version.uri)):
         assert example.dtype == np.float32 and example.shape == photograph.shape
