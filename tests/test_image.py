@@ -429,7 +429,7 @@ def mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield server.url
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_worker_s_user_is_made_once_and_its_password_follows_the_secret(mlflow: str) -> None:
     other = "worker:of-the-worker-later"
     me = f"{mlflow}/api/2.0/mlflow/users/current"

@@ -182,6 +182,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.long
 def test_distributed_data_parallel(tmp_path: Path) -> None:
     outs = [tmp_path / "0.json", tmp_path / "1.json"]
     workers = [

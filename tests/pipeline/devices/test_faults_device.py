@@ -206,6 +206,7 @@ class JumpingClock:
         return self.real() + (3600 if self.looks % 2 else -3600)
 
 
+@pytest.mark.long
 def test_a_clock_that_jumps_changes_no_duration_and_no_decision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -431,7 +431,7 @@ def test_exact_answers_never_come_from_lower_precision() -> None:
     assert_plain(list(engine.outputs(plan, exact=True)), Residual, plan)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_same_holds_with_older_instructions() -> None:
     """The tests of this file that PyTorch's kernels decide, where PyTorch and oneDNN may use AVX2 at most."""
     names = (test_a_network_without_a_template, test_a_way_that_computes_something_else_is_left_out)

@@ -455,7 +455,7 @@ def test_without_a_server_deploy_says_what_is_missing(tmp_path: Path) -> None:
     assert "does not answer" in said
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_deploying_twice_changes_nothing_and_its_schedule_fires(place: Workplace) -> None:
     file, crons = write_tiny(place.folder), {"compress": "* * * * *", "profile": "0 6 * * 1"}
     options = ("--cron", crons["compress"], "--profile-cron", crons["profile"], "--name", "twice", "--pool", place.pool)
@@ -528,7 +528,7 @@ def test_a_deployed_run_ends_registered_told_and_is_timed_again(place: Workplace
     assert "hook-secret" not in place.log()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_promote_flow_crowns_whoever_passes_and_measures_a_refused_one_once(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

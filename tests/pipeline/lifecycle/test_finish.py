@@ -25,6 +25,7 @@ from tests.pipeline.helpers import opened, perform, tiny_config
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
 
 
+@pytest.mark.long
 def test_another_candidate_is_fine_tuned_exported_timed_judged_and_registered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,6 +37,7 @@ class Clock:
 def say(_: str) -> None: ...
 
 
+@pytest.mark.long
 def test_a_paused_run_goes_on_in_another_place_without_repeating_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,7 @@ def test_the_image_with_the_median_number_of_results_is_timed(counts: list[int],
     assert position_of_median(counts) == position
 
 
+@pytest.mark.long
 def test_finals_are_timed_in_further_runtimes_and_every_file_is_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

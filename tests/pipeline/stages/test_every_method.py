@@ -65,7 +65,7 @@ BRIEF: dict[str, dict[str, Any]] = {
 MACS = 0.6
 BY_LOSS = ("ccep", "global", "rewarded_meta")
 """A method of every family: evolution on the network's own weights, saliency, a supernet."""
-ON_DETECTOR = ("acp", "aofp", "dafp", "filter_ensemble")
+ON_DETECTOR = ("aofp", "dafp", "filter_ensemble")
 """A method for every other request: distances of feature maps, what the next layers see, a training, masks."""
 CPU = torch.device("cpu")
 

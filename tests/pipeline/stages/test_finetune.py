@@ -51,6 +51,7 @@ def test_a_uniform_control_at_the_same_macs_stands_beside_the_chosen_plan(finish
     assert "uniform" in (run.directory / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.long
 def test_finer_widths_than_the_devices_are_timed_beside_those(tmp_path: Path) -> None:
     search = {"method": "uniform", "options": {}, "target": {"macs_ratio": 0.6}, "channel_multiple": 1}
     with opened(tiny_config(tmp_path, search=search, finetune={"epochs": 0.2, "top": 1})) as run:

@@ -78,7 +78,7 @@ def test_int8_is_searched_fine_tuned_timed_and_judged_as_one_file(
     assert ("precision", "fp32", "int8") in [row[:3] for row in final_table(facts)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_devices_of_different_number_types_get_a_file_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECATEUR_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(schemes, "candidates", lambda p: ("S8S8",) if p.name == "other" else ("U8S8",))

@@ -86,6 +86,7 @@ def test_nothing_that_is_shown_or_sent_names_the_machine_or_where_files_lay(fini
     assert not {(name, word) for name, text in texts.items() for word, found in patterns.items() if found.search(text)}
 
 
+@pytest.mark.long
 def test_a_training_of_the_method_is_no_candidate_of_the_report_or_the_table(tmp_path: Path) -> None:
     search = {"method": "dafp", "options": {"epochs": 0.2}, "target": {"macs_ratio": 0.8}}
     with opened(tiny_config(tmp_path, search=search, finetune={"epochs": 0.2, "top": 1})) as run:

@@ -70,6 +70,7 @@ def test_what_no_network_can_meet_says_the_smallest_reachable(
         perform(run, "search")
 
 
+@pytest.mark.long
 def test_random_and_uniform_controls_run_through_the_same_stages(tmp_path: Path) -> None:
     for method, options in (("random", {"num_plans": 3, "tolerance": 0.5}), ("uniform", {})):
         search = {"method": method, "options": options, "target": {"macs_ratio": 0.7}}

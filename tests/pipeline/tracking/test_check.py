@@ -102,7 +102,7 @@ TABLE = [
 ]
 
 
-@pytest.mark.parametrize("where", ["file", "file with options", "server"])
+@pytest.mark.parametrize("where", [pytest.param("file", marks=pytest.mark.long), "file with options", "server"])
 def test_what_a_store_has_under_the_runs_names_is_told_from_what_is_ours(
     addresses: dict[str, str], tmp_path: Path, where: str
 ) -> None:

@@ -66,6 +66,7 @@ def test_the_server_is_killed_and_postgresql_restarted_in_mid_delivery(tmp_path:
         assert arrived(server.url) == expected(50)
 
 
+@pytest.mark.long
 def test_a_locked_database_is_waited_for(tmp_path: Path) -> None:
     tracking = tracker(tmp_path)
     tracking.start()

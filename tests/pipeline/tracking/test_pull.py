@@ -264,6 +264,15 @@ def test_a_server_that_answers_nonsense_is_not_away_and_the_cache_does_not_answe
             pull(Registry(server.url, registry.home), "net", tmp_path / "model")
     assert not caught.value.unreachable
     assert not (tmp_path / "model").exists()
+
+
+def test_a_server_that_answered_nonsense_and_is_away_now_is_answered_for_by_the_cache(
+    registry: Registry, tmp_path: Path
+) -> None:
+    with answering(always(200, PAGE)) as server:
+        Cache(registry.home / "models").keep(registry, registry.version("net"), f"{server.url} net champion ")
+        with pytest.raises(TrackingError, match="no MLflow server"):
+            pull(Registry(server.url, registry.home), "net", tmp_path / "model")
     kept = pull(Registry(server.url, registry.home), "net", tmp_path / "model")  # nobody is there any more
     assert "Using what was pulled last: version 1" in kept.notice
 

@@ -208,6 +208,7 @@ def test_a_required_server_that_is_away_stops_the_run_at_its_start(home: Path) -
         tracker(home, f"http://127.0.0.1:{free_port()}", required=True).start()
 
 
+@pytest.mark.long
 def test_an_optional_server_that_is_away_delays_nothing(home: Path) -> None:
     tracking = tracker(home, f"http://127.0.0.1:{free_port()}")
     tracking.start()
@@ -303,10 +304,8 @@ def server(home: Path) -> Iterator[Callable[[], tuple[str, subprocess.Popen[byte
         end(process)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "many", [pytest.param(3, id="delivery"), pytest.param(1000, id="thread", marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("many", [pytest.param(3, id="delivery"), pytest.param(1000, id="thread")])
 def test_candidates_wait_for_a_server_that_comes_goes_and_comes_again(
     home: Path, server: Any, monkeypatch: pytest.MonkeyPatch, many: int
 ) -> None:
@@ -471,6 +470,7 @@ def test_what_is_doubled_all_the_same_is_merged_at_the_next_start(home: Path) ->
     assert found == [f"search:evaluation:{i}" for i in range(3)]
 
 
+@pytest.mark.long
 def test_a_store_is_made_whole_or_not_at_all_by_however_many_at_once(tmp_path: Path) -> None:
     program = (
         "import sys; from secateur.pipeline.tracking.store import connect; "

@@ -93,7 +93,7 @@ def test_two_processes_have_the_losses_of_one(kind: str, workload: Classificatio
     assert losses(one)[-1] < 0.7 * losses(one)[0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_batch_smaller_than_the_group_is_learned_from_too(workload: Classification, tmp_path: Path) -> None:
     """Batches of 8, 8 and 1 images."""
     keys = {"batch_size": 8, "epochs": 2}
