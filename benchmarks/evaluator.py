@@ -40,6 +40,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks._output import Figure, parser, present
+from benchmarks.methods import RUN
 from secateur.device_profiles.profile import load_profile
 from secateur.device_profiles.target import open_target
 from secateur.pipeline.config.reading import parse_run_file
@@ -58,20 +59,13 @@ CCEP_SPEEDUP, PLAN_SPEEDUP = 10.0, 6.0
 TIMES_LIMIT = 1.5
 BATCH = 250
 MATRIX = 2048
-RUN = """
-name: evaluator
-workload:
-  name: classification
-  model: {name: cifar/resnet56, weights: cifar10/resnet56_cifar10.safetensors}
-  data:
-    source: arrays
-    train: cifar10/train
-    test: cifar10/test
-    mean: [0.485, 0.456, 0.406]
-    std: [0.229, 0.224, 0.225]
-    search_fraction: 0.1
-search: {method: ccep, target: {macs_ratio: 0.5}}
-"""
+NETWORK = (
+    "workload.model.name=cifar/resnet56",
+    "workload.model.weights=cifar10/resnet56_cifar10.safetensors",
+    "search.method=ccep",
+    "search.target.macs_ratio=0.5",
+    "search.recalibrate_images=0",
+)
 
 
 def straightforward(model: nn.Module, plan: PruningPlan, batches: list[Tensor]) -> Tensor:
@@ -107,7 +101,7 @@ class Comparison:
     def __init__(self, images: int, threads: int, folder: Path) -> None:
         torch.set_num_threads(threads)
         config, profile = (
-            parse_run_file(RUN, "evaluator", [f"search.images={images}", "search.recalibrate_images=0"]),
+            parse_run_file(RUN, "evaluator", [*NETWORK, f"search.images={images}"]),
             load_profile("local"),
         )
         workload = open_workload(config)
