@@ -118,7 +118,8 @@ def shell(example: Example) -> None:
     if said(example)[0] == "long":
         shorten(reader.folder)
         if RUNS in example.parsed and not list(reader.folder.glob(RUNS)) and RUN not in example.parsed:
-            _bash(f"{RUN} --quiet", reader.folder)
+            begun = _bash(f"{RUN} --quiet", reader.folder)
+            assert begun.returncode == 0, f"the run before {place(example)}: {begun.stderr[-3000:]}"
     done = _bash(example.parsed, reader.folder)
     assert done.returncode == 0, f"{place(example)}: {done.stdout[-2000:]}{done.stderr[-3000:]}"
     reader.printed = done.stdout

@@ -90,9 +90,10 @@ def boxes(folder: Path) -> None:
 
 def device(folder: Path) -> None:
     """This machine as a device called kitchen, timed briefly."""
-    file = folder / ".secateur" / "devices" / "kitchen.yaml"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(QUICK_DEVICE), encoding="utf-8")
+    for home in (".secateur", "secateur-home"):  # the second is what how-to/ci.md sets
+        file = folder / home / "devices" / "kitchen.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(yaml.safe_dump(QUICK_DEVICE), encoding="utf-8")
 
 
 def network(folder: Path) -> None:
@@ -128,6 +129,7 @@ def onnx_files(folder: Path) -> None:
 PREPARED: dict[str, Callable[[Path], None]] = {
     "flowers": flowers,
     "secateur run flowers.yaml": flowers_file,
+    ".secateur/runs/flowers-*": flowers_file,
     "boxes": boxes,
     "kitchen": device,
     "mynet.py": network,
